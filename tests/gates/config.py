@@ -1,0 +1,78 @@
+"""Gate: settings.ini, pyproject.toml, constraints.txt, the Quarto files and the sidebar agree with each other and with the tree."""
+import configparser, re, time, tomllib
+
+import yaml
+from house import ROOT, finish, notebooks
+from packaging.requirements import Requirement
+
+
+def settings(root=ROOT):
+    "settings.ini as a dict, its %(name)s not yet filled in."
+    config = configparser.RawConfigParser()
+    config.read(root / "settings.ini")
+    return dict(config["DEFAULT"])
+
+
+def two_files_agree(ini, project, tool):
+    "settings.ini against pyproject.toml."
+    script, _, target = ini["console_scripts"].partition("=")
+    pairs = {"name": (ini["lib_name"], project["name"]), "version": (ini["version"], project["version"]), "description": (ini["description"], project["description"]),
+             "minimal Python": (f">={ini['min_python']}", project["requires-python"]), "keywords": (ini["keywords"].split(), project["keywords"]),
+             "author": ((ini["author"], ini["author_email"]), (project["authors"][0]["name"], project["authors"][0]["email"])),
+             "console script": ({script.strip(): target.strip()}, project["scripts"])}
+    pairs |= {f"[tool.nbdev] {k}": (ini[k], v) for k, v in tool.items()}
+    return [f"{what}: settings.ini says {a!r}, pyproject.toml says {b!r}" for what, (a, b) in pairs.items() if a != b]
+
+
+def pinned(project, lines):
+    "Every direct dependency, and every one of the dev extra, is pinned once, to a version that its range admits."
+    pins = [Requirement(l) for l in lines if l and not l.startswith("#")]
+    versions = {p.name.lower(): str(p.specifier).removeprefix("==") for p in pins}
+    found = [f"constraints.txt pins {n!r} twice" for n in versions if sum(p.name.lower() == n for p in pins) > 1]
+    found += [f"constraints.txt: {p} names a place" for p in pins if p.url]
+    for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        if r.name.lower() not in versions: found.append(f"constraints.txt does not pin {r.name}")
+        elif not r.specifier.contains(versions[r.name.lower()]): found.append(f"constraints.txt pins {r.name} {versions[r.name.lower()]}, outside {r.specifier}")
+    return found
+
+
+def chapters(entry):
+    "All files named in a sidebar, in order."
+    if isinstance(entry, str): yield entry
+    elif isinstance(entry, dict):
+        if "href" in entry: yield entry["href"]
+        for e in entry.get("contents", []): yield from chapters(e)
+
+
+def sidebar(root=ROOT):
+    "Every notebook exactly once, and no other."
+    named = [c for e in yaml.safe_load((root / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"] for c in chapters(e)]
+    there = [str(p.relative_to(root / "nbs")) for p in notebooks(root)]
+    found = [f"sidebar.yml names {c} {named.count(c)} times" for c in dict.fromkeys(named) if named.count(c) > 1]
+    return found + [f"sidebar.yml leaves out {c}" for c in there if c not in named] + [f"sidebar.yml names {c}, which is not there" for c in named if c not in there]
+
+
+def quarto(ini, root=ROOT):
+    "The Quarto files load, nbdev.yml follows settings.ini, and the link is a link."
+    found = []
+    for path in [root / "_quarto.yml", *sorted((root / "nbs").glob("*.yml")), *sorted((root / ".github").rglob("*.yaml"))]:
+        try: yaml.safe_load(path.read_text())
+        except yaml.YAMLError as e: found.append(f"{path.relative_to(root)}: {e}")
+    if (root / "nbs/_quarto.yml").resolve() != (root / "_quarto.yml").resolve(): found.append("nbs/_quarto.yml is not a link to ../_quarto.yml")
+    site = yaml.safe_load((root / "nbs/nbdev.yml").read_text())
+    want = {"title": ini["title"], "site-url": ini["doc_host"] % ini + ini["doc_baseurl"] % ini, "description": ini["description"], "repo-branch": ini["branch"], "repo-url": ini["git_url"] % ini}
+    return found + [f"nbs/nbdev.yml: {k} is {site['website'].get(k)!r}, settings.ini says {v!r}" for k, v in want.items() if site["website"].get(k) != v]
+
+
+def main():
+    start, ini = time.time(), settings()
+    toml = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = two_files_agree(ini, toml["project"], toml["tool"]["nbdev"]) + pinned(toml["project"], (ROOT / "constraints.txt").read_text().splitlines())
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "unpaired_kd/__init__.py").read_text())
+    if not version or version[1] != ini["version"]: found.append("unpaired_kd/__init__.py and settings.ini name different versions")
+    if "tags" not in ini["allowed_cell_metadata_keys"].split(): found.append("settings.ini: without allowed_cell_metadata_keys = tags, nbdev_clean deletes the `parameters` tag")
+    found += quarto(ini) + sidebar()
+    finish("config", found, "settings.ini, pyproject.toml, constraints.txt, Quarto files, sidebar", start)
+
+
+if __name__ == "__main__": main()

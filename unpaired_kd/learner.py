@@ -234,7 +234,7 @@ def load_weights(
     if wrong: raise InputError(f"{source} holds weights of another architecture: {len(wrong)} of {len(own)} entries differ, first {sorted(wrong)[0]!r}. Build the network with the arguments it was trained with.")
     net.load_state_dict(state)
 
-# %% ../nbs/4_training/1_learner.ipynb #35320689
+# %% ../nbs/4_training/1_learner.ipynb #a4493226
 class Learner:
     """Trains a `Method` on batches and leaves `last.pt`, `best.pt` and `history.csv` in `folder`. A finished run is not run again;
     an interrupted one goes on from its last checkpoint and ends with the same weights (bit for bit on the CPU)."""
@@ -248,14 +248,15 @@ class Learner:
         weights:dict|None=None, # changes to the weights of the loss terms
         valid:list|None=None,  # batches for validation of the student
         watch:list|None=None,  # fixed batches (dicts) for `Method.monitor`; default: the first two of the training data
-        identity:dict|None=None, # plain data that must be the same when resuming (e.g. the study's configuration)
+        identity=None,         # plain data that must be the same when resuming (e.g. the study's configuration)
+        tell:Callable=lambda row: None, # called with the history row after each epoch
     ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state() # accelerate keeps its settings globally; each learner has its own
         self.accelerator = Accelerator(cpu=settings.device == "cpu")
         self.device = self.accelerator.device
-        self.method, self.data, self.folder, self.seed, self.settings = method, data, Path(folder), seed, settings
+        self.method, self.data, self.folder, self.seed, self.settings, self.tell = method, data, Path(folder), seed, settings, tell
         self.weights, self.valid, self.watch = weight_table(method.weights, weights), valid, watch
         self.precision = resolve_precision(settings.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -355,7 +356,7 @@ def _remember_best(self:Learner, row):
         if self.accelerator.is_main_process:
             with atomic(self.folder/"best.pt") as t: torch.save(dict(student=self.method.student.state_dict(), val_dice=self.best, epoch=row["epoch"]), t)
 
-# %% ../nbs/4_training/1_learner.ipynb #6b61c4e8
+# %% ../nbs/4_training/1_learner.ipynb #4d0375b8
 @patch
 def _over(self:Learner):
     "Whether the whole run is at its end."
@@ -372,7 +373,9 @@ def fit(self:Learner,
         stage = self.stages[self.position["stage"]]
         if self.position["epoch"] == 0: self.method.begin(stage, self._fixed)
         means = self._epoch(stage, bar)
-        if self._close_epoch(stage, means): self.position.update(stage=self.position["stage"] + 1, epoch=0)
+        over = self._close_epoch(stage, means)
+        self.tell(self.history[-1])
+        if over: self.position.update(stage=self.position["stage"] + 1, epoch=0)
         bar.set_postfix_str(f"{stage.name} " + " ".join(f"{k} {v:.3f}" for k, v in self.history[-1].items() if k not in ("stage", "epoch", "step", "lr")))
         self.position["finished"] = bool(self._over())
         if self.position["finished"] or self.position["total"] % self.settings.save_every == 0: self._save()

@@ -1,0 +1,265 @@
+"The statistics of evaluation.py: parity with SciPy, hand examples, error rates, refusals."
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from unpaired_kd.core import InputError, rng
+from unpaired_kd.evaluation import bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows, t_test, two_way, wilcoxon
+
+
+def table(arms=("alone", "taught"), seeds=2, patients=5, images=2, gain=.05, metric="dsc", stream="rows"):
+    r = rng(0, stream)
+    return [dict(arm=a, seed=s, collection="ct", case=f"{p}/{i}", group=f"p{p}", label_group="", **{metric: .6 + gain * arms.index(a) + .1 * math.sin(p) + r.normal(0, .02)})
+            for a in arms for s in range(seeds) for p in range(patients) for i in range(images)]
+
+
+def by(rows, arm, key):
+    names = sorted({r[key] for r in rows})
+    return np.array([np.mean([r["dsc"] for r in rows if r["arm"] == arm and r[key] == n]) for n in names])
+
+
+# ---------------------------------------------------------------- single tests
+@pytest.mark.parametrize("n", [2, 5, 14, 60])
+def test_t_test_is_scipys(n):
+    a, b = rng(0, "t", n).normal(size=(2, n)) + [[.3], [0]]
+    assert t_test(a - b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [3, 5, 14, 49, 60, 200])
+def test_wilcoxon_is_scipys_without_ties(n):
+    d = rng(0, "w", n).normal(.2, 1, n)
+    assert wilcoxon(d) == pytest.approx(stats.wilcoxon(d).pvalue, rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [8, 30])
+def test_wilcoxon_with_ties_and_zeros_stays_near_the_exact_permutation(n):
+    r = rng(0, "ties", n)
+    d = np.round(r.normal(.3, 1, n), 1)
+    d[:2] = 0
+    e = d[d != 0]
+    ranks = stats.rankdata(np.abs(e))
+    null = (r.choice([-1, 1], (40000, len(e))) * ranks).sum(1)
+    assert wilcoxon(d) == pytest.approx((np.abs(null) >= abs((np.sign(e) * ranks).sum()) - 1e-9).mean(), abs=.02)
+
+
+def test_rounding_noise_is_a_tie():
+    d = np.array([.1, .1, .1, .1, -.1]) + np.arange(5) * 1e-16
+    assert wilcoxon(d) == pytest.approx(wilcoxon([1, 1, 1, 1, -1]))
+
+
+def test_zero_differences_have_p_one():
+    assert t_test(np.zeros(5)) == 1 and wilcoxon(np.zeros(5)) == 1 and p_value(*two_way(np.zeros((4, 3)))) == 1
+    assert t_test([1, -1]) == 1              # a zero mean with a spread
+    assert t_test([.2, .2, .2]) < 1e-6       # a constant difference, no spread
+
+
+# ---------------------------------------------------------------- Holm
+def test_holm_hand_example_and_order():
+    p = [.01, .04, .03, .005]
+    assert holm(p) == pytest.approx([.03, .06, .06, .02])
+    assert holm(p[::-1]) == pytest.approx([.02, .06, .06, .03])
+    assert holm([.9, .8]) == pytest.approx([1, 1])
+
+
+def test_holm_passes_over_tests_that_were_not_made():
+    out = holm([np.nan, .02, .04])
+    assert np.isnan(out[0]) and out[1:] == pytest.approx([.04, .04])
+    assert np.isnan(holm([np.nan])).all() and holm([]).shape == (0,)
+
+
+def test_holm_lies_between_raw_and_bonferroni():
+    p = rng(0, "holm").random((200, 6))
+    out = np.array([holm(q) for q in p])
+    assert (out >= p).all() and (out <= np.minimum(1, 6 * p) + 1e-12).all()
+    assert (np.diff(np.take_along_axis(out, np.argsort(p, 1), 1)) >= 0).all()      # a smaller p never ends up larger
+
+
+# ---------------------------------------------------------------- two-way
+def test_two_way_against_a_written_out_analysis_of_variance():
+    d = rng(0, "anova").normal(size=(6, 4)) + rng(0, "rows").normal(size=(6, 1)) * 2 + rng(0, "columns").normal(size=(1, 4)) * 2
+    G, S = d.shape
+    ms_g = sum(S * (d[g].mean() - d.mean())**2 for g in range(G)) / (G - 1)
+    ms_s = sum(G * (d[:, s].mean() - d.mean())**2 for s in range(S)) / (S - 1)
+    ms_e = sum((d[g, s] - d[g].mean() - d[:, s].mean() + d.mean())**2 for g in range(G) for s in range(S)) / ((G - 1) * (S - 1))
+    mean, se, df = two_way(d)
+    assert (mean, se) == pytest.approx((d.mean(), math.sqrt((ms_g + ms_s - ms_e) / (G * S))))
+    assert df == pytest.approx((ms_g + ms_s - ms_e)**2 / (ms_g**2 / (G - 1) + ms_s**2 / (S - 1) + ms_e**2 / ((G - 1) * (S - 1))))
+
+
+@pytest.mark.parametrize("spread", [(1, 0, .5), (0, 1, .5), (1, 1, 1), (.3, 1, .3), (0, 0, 1)])
+@pytest.mark.parametrize("shape", [(8, 5), (14, 3)])
+def test_two_way_keeps_its_level(spread, shape):
+    r, (u, v, e), (G, S) = rng(0, "level", *map(str, spread), *shape), spread, shape
+    d = u * r.normal(size=(4000, G, 1)) + v * r.normal(size=(4000, 1, S)) + e * r.normal(size=(4000, G, S))
+    assert (p_value(*two_way(d)) < .05).mean() < .07
+
+
+def test_two_way_is_never_bolder_than_either_one_way_error():
+    d = rng(0, "bold").normal(size=(500, 6, 4))
+    one = np.maximum(d.mean(2).std(1, ddof=1) / math.sqrt(6), d.mean(1).std(1, ddof=1) / 2)
+    assert (two_way(d)[1] >= one - 1e-12).all()
+
+
+# ---------------------------------------------------------------- bootstrap
+def test_bootstrap_covers_about_as_often_as_it_says():
+    x = rng(0, "coverage").normal(size=(400, 12))
+    ends = np.array([bootstrap_ci(v, n=500, seed=i) for i, v in enumerate(x)])
+    assert .90 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < .98
+
+
+def test_bootstrap_draws_patients_not_images():
+    r = rng(0, "clusters")
+    patient = r.normal(size=6)
+    x, groups = np.repeat(patient, 50) + r.normal(0, .01, 300), np.repeat(np.arange(6), 50)
+    width = lambda ci: ci[1] - ci[0]
+    assert width(bootstrap_ci(x, groups)) > 4 * width(bootstrap_ci(x))
+    assert bootstrap_ci(x, groups) == bootstrap_ci(x, groups) != bootstrap_ci(x, groups, seed=1)
+
+
+def test_bootstrap_matches_scipys_percentile_interval():
+    x = rng(0, "scipy").normal(size=25)
+    theirs = stats.bootstrap((x,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    assert bootstrap_ci(x, n=20000, expand=False) == pytest.approx(theirs, abs=.02)
+
+
+def test_bootstrap_needs_two_groups():
+    with pytest.raises(InputError, match="2 groups"): bootstrap_ci([1., 2, 3], ["a", "a", "a"])
+
+
+# ---------------------------------------------------------------- compare
+@pytest.mark.parametrize("unit,key", [("group", "group"), ("seed", "seed"), ("case", "case")])
+def test_compare_is_scipy_on_the_unit_means(unit, key):
+    rows = table(seeds=3)
+    c = compare(rows, "alone", unit=unit)[1]
+    a, b = by(rows, "alone", key), by(rows, "taught", key)
+    assert c["p_t"] == pytest.approx(stats.ttest_rel(b, a).pvalue, rel=1e-6)
+    assert c["p_wilcoxon"] == pytest.approx(stats.wilcoxon(b - a).pvalue)
+    assert c["difference"] == pytest.approx((b - a).mean()) and c["ci_low"] < c["difference"] < c["ci_high"]
+    assert (c["n_cases"], c["n_groups"], c["n_seeds"]) == (10, 5, 3)
+    assert c["seed_differences"] == pytest.approx(by(rows, "taught", "seed") - by(rows, "alone", "seed"))
+    assert c["seed_sd"] == pytest.approx(np.std(c["seed_differences"], ddof=1)) and c["seeds_won"] == 3
+    assert c["mean"] == pytest.approx(by(rows, "taught", "case").mean()) and c["sd"] == pytest.approx(by(rows, "taught", "case").std(ddof=1))
+
+
+def test_patients_weigh_the_same_however_many_images_they_have():
+    rows = [r for r in table(seeds=2, images=6) if r["group"] == "p0" or r["case"].endswith("/0")]
+    c = compare(rows, "alone")[1]
+    assert c["difference"] == pytest.approx((by(rows, "taught", "group") - by(rows, "alone", "group")).mean())
+    assert c["n_cases"] == 10 and c["n_groups"] == 5
+
+
+def test_holm_counts_the_arms_and_not_the_reference():
+    rows = table(("alone", "a", "b", "c"), gain=.01)
+    out = compare(rows, "alone")
+    assert [r["p_t_holm"] for r in out[1:]] == pytest.approx(list(holm([r["p_t"] for r in out[1:]])))
+    assert [r["p_wilcoxon_holm"] for r in out[1:]] == pytest.approx(list(holm([r["p_wilcoxon"] for r in out[1:]])))
+    assert out[0]["arm"] == "alone" and math.isnan(out[0]["p_t"]) and math.isnan(out[0]["p_t_holm"])
+
+
+def test_distances_are_won_by_the_smaller():
+    assert compare(table(metric="hd95"), "alone", "hd95")[1]["seeds_won"] == 0
+    assert compare(table(metric="hd95", gain=-.05), "alone", "hd95")[1]["seeds_won"] == 2
+
+
+def test_folds_may_test_other_patients_in_every_seed():
+    rows = [r for r in table(patients=6) if (r["group"] in ("p0", "p1", "p2")) == (r["seed"] == 0)]
+    assert compare(rows, "alone")[1]["n_groups"] == 6
+    with pytest.raises(InputError, match="every patient in every seed"): compare(rows, "alone", unit="both")
+
+
+def test_an_identical_arm_is_not_different():
+    rows = table(("alone",))
+    c = compare(rows + [dict(r, arm="twin") for r in rows], "alone", unit="both")[1]
+    assert (c["p_t"], c["difference"], c["seeds_won"]) == (1, 0, 0) and math.isnan(c["p_wilcoxon"])
+
+
+def test_the_bootstrap_is_repeatable_and_the_input_untouched():
+    rows = table()
+    copy = [dict(r) for r in rows]
+    assert compare(rows, "alone")[1] == compare(rows, "alone")[1] and rows == copy
+
+
+def changed(rows, where, **new): return [dict(r, **new) if where(r) else r for r in rows]
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda R: R + R[:1], "two rows"),
+    (lambda R: R[1:], "different .seed, case. rows"),
+    (lambda R: [r for r in R if not (r["arm"] == "taught" and r["seed"] == 1)], "different .seed, case. rows"),
+    (lambda R: [r for r in R if r["group"] == "p0"], "at least 2 groups"),
+    (lambda R: changed(R, lambda r: r["arm"] == "taught", collection="mr"), "nothing to pair"),
+    (lambda R: changed(R, lambda r: r["arm"] == "taught" and r["case"] == "0/0", group="p1"), "two groups"),
+    (lambda R: changed(R, lambda r: r["case"] == "0/0", dsc=float("nan")), "arm 'alone', seed 0, case '0/0': dsc is nan"),
+    (lambda R: changed(R, lambda r: r["case"] == "0/0", dsc=float("inf")), "dsc is inf"),
+    (lambda R: [{k: v for k, v in r.items() if k != "group"} for r in R], "has no 'group'"),
+    (lambda R: [], "unknown reference arm"),
+])
+def test_refusals(spoil, message):
+    with pytest.raises(InputError, match=message): compare(spoil(table()), "alone")
+
+
+def test_refusals_of_arguments():
+    with pytest.raises(InputError, match="Did you mean 'alone'"): compare(table(), "alnoe")
+    with pytest.raises(InputError, match="unknown unit"): compare(table(), "alone", unit="patient")
+    with pytest.raises(InputError, match="has no 'dice'"): compare(table(), "alone", "dice")
+    for unit in ("seed", "both"):
+        with pytest.raises(InputError, match="1 seeds"): compare(table(seeds=1), "alone", unit=unit)
+
+
+def test_missing_values_can_be_dropped_in_all_arms():
+    rows = changed(table(), lambda r: r["arm"] == "taught" and r["seed"] == 0 and r["case"] == "0/0", dsc=float("nan"))
+    kept = [r for r in table() if not (r["seed"] == 0 and r["case"] == "0/0")]
+    assert compare(rows, "alone", missing="drop")[1] == compare(kept, "alone")[1]
+    with pytest.raises(InputError, match="no case has a finite"): pair_rows(changed(rows, lambda r: True, dsc=float("nan")), "alone", missing="drop")
+
+
+# ---------------------------------------------------------------- evaluate
+class Cases(list):
+    "The part of a collection that `evaluate` uses."
+    name, classes = "toy", ("background", "cell")
+    cases = property(lambda self: [SimpleNamespace(id=f"c{i}", group=f"p{i // 2}", label_group="g") for i in range(len(self))])
+    def native(self, i): return self[i]
+
+
+def perfect(collection): return SimpleNamespace(predict=lambda image: image[0].astype(int))
+
+def toy(spacing=None, classes=("background", "cell")):
+    label = np.zeros((32, 32), int)
+    label[4:10, 4:10], label[18:26, 18:28] = 1, len(classes) - 1
+    c = Cases([(label[None].astype(float), label, None, spacing)] * 3)
+    c.classes = classes
+    return c
+
+
+def test_evaluate_scores_a_perfect_student_on_every_case():
+    rows = evaluate(perfect(toy()), toy(), "oracle", 3)
+    assert [(r["arm"], r["seed"], r["case"], r["group"], r["label_group"], r["collection"]) for r in rows] == [("oracle", 3, f"c{i}", f"p{i // 2}", "g", "toy") for i in range(3)]
+    assert all(r["dsc"] == r["aji"] == r["pq"] == 1 and r["hd95"] == 0 and r["hd95_unit"] == "px" for r in rows)
+
+
+def test_distances_follow_the_spacing():
+    shifted = SimpleNamespace(predict=lambda image: np.roll(image[0].astype(int), 2, 1))
+    px, mm = (evaluate(shifted, toy(s), "shifted", 0)[0] for s in (None, (.5, .5)))
+    assert (px["hd95_unit"], mm["hd95_unit"]) == ("px", "mm") and mm["hd95"] == pytest.approx(px["hd95"] / 2) and px["hd95"] > 0
+
+
+def test_cells_are_components_and_organs_are_regions():
+    label = toy().native(0)[1]
+    assert instances_of(label, ("background", "cell")).max() == 2
+    assert (instances_of(label, ("background", "a", "b")) == label).all()
+    drawn = label * 7
+    assert instances_of(label, ("background", "cell"), drawn) is drawn
+    merged = SimpleNamespace(predict=lambda image: np.ones((32, 32), int))
+    assert evaluate(merged, toy(), "merged", 0)[0]["pq"] == 0                   # one blob is not two cells
+    organs = evaluate(perfect(None), toy(classes=("background", "a", "b")), "oracle", 0)[0]
+    assert organs["dsc_a"] == organs["dsc_b"] == organs["pq"] == 1
+
+
+def test_evaluate_refuses():
+    with pytest.raises(InputError, match="empty"): evaluate(perfect(None), Cases(), "a", 0)
+    with pytest.raises(InputError, match="'c0' of 'toy' has no label"): evaluate(perfect(None), Cases([(np.zeros((1, 32, 32)), None, None, None)]), "a", 0)
+    with pytest.raises(InputError, match="shape"): evaluate(SimpleNamespace(predict=lambda x: x[0, :16]), toy(), "a", 0)
+    student = SimpleNamespace(predict=lambda x: x[0], recipe=SimpleNamespace(classes=("background", "a", "b"), min_size=0))
+    with pytest.raises(InputError, match="3 classes"): evaluate(student, toy(), "a", 0)

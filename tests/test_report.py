@@ -1,0 +1,188 @@
+"Rows in files, the results table and the figures of report.py."
+import math
+import re
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from unpaired_kd.core import InputError, rng
+from unpaired_kd.evaluation import compare
+from unpaired_kd.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay,
+                                p_text, results_table, save_figure, save_rows, summarise)
+
+
+def table(arms=("teacher", "alone", "placebo", "distilled"), seeds=2, patients=4, images=2):
+    r = rng(0, "report")
+    return [dict(arm=a, seed=s, collection="histology" if a == "teacher" else "ct", case=f"{p}{i}", group=f"{p:03d}", label_group="", hd95_unit="mm",
+                 dsc=.5 + .1 * (a == "distilled") + .05 * p + r.normal(0, .01), hd95=9 + r.normal(), aji=.4, pq=.3)
+            for a in arms for s in range(seeds) for p in range(patients) for i in range(images)]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def lines(text, start): return [[c.strip() for c in l.strip("|").split("|")] for l in text.splitlines() if l.startswith(f"| {start}")]
+
+
+# ---------------------------------------------------------------- files
+def test_rows_survive_a_file_with_every_digit_and_every_leading_zero(tmp_path):
+    rows = table()
+    rows[0]["dsc"], rows[1]["dsc_liver"] = .1 + .2, float("nan")
+    save_rows(tmp_path / "metrics.csv", rows)
+    back = load_rows(tmp_path)
+    assert math.isnan(back[1].pop("dsc_liver")) and math.isnan(rows[1].pop("dsc_liver")) and back == rows
+    assert back[0]["case"] == "00" and back[0]["group"] == "000" and isinstance(back[0]["seed"], int) and back[0]["label_group"] == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_names_with_commas_quotes_and_line_breaks(tmp_path):
+    rows = [dict(table()[0], case='a,"b"\nc')]
+    save_rows(tmp_path / "m.csv", rows)
+    assert load_rows(tmp_path / "m.csv") == rows
+
+
+def test_runs_are_joined_and_a_run_given_twice_is_refused(tmp_path):
+    rows = table()
+    save_rows(tmp_path / "a" / "metrics.csv", [r for r in rows if r["seed"] == 0])
+    save_rows(tmp_path / "b" / "metrics.csv", [r for r in rows if r["seed"] == 1])
+    both = load_runs([tmp_path / "a", tmp_path / "b"])
+    assert results_table(both) == results_table(rows)
+    with pytest.raises(InputError, match="two rows"): results_table(load_runs([tmp_path / "a", tmp_path / "a"]))
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "no column 'arm'"), ("a,b\n1,2\n", "no column 'arm'"), ("arm,seed,case,group,dsc\nalone,0,x\n", "line 2 is cut"),
+    ("arm,seed,case,group,dsc\nalone,0,x,p,.5,.6\n", "line 2 is cut or too long"), ("arm,seed,case,group,dsc\nalone,0,x,p,half\n", "line 2"), ("arm,seed,case,group,dsc\nalone,zero,x,p,.5\n", "line 2")])
+def test_broken_files_are_named(tmp_path, text, message):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as e: load_rows(tmp_path / "m.csv")
+    assert "m.csv" in str(e.value)
+
+
+def test_missing_and_binary_files_are_named(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00\x80")
+    for p in ("m.csv", "none.csv", "."):
+        with pytest.raises(InputError, match="cannot read"): load_rows(tmp_path / p)
+
+
+# ---------------------------------------------------------------- table
+def test_table_prints_what_compare_found():
+    rows = table()
+    text = results_table(rows)
+    c = next(c for c in compare([r for r in rows if r["arm"] != "teacher"], "alone") if c["arm"] == "distilled")
+    first, second = lines(text, "distilled")[0], next(l for l in lines(text, "distilled")[1:] if l[1] == "DSC")
+    assert first[1:4] == ["8", "2", f"{100 * c['mean']:.1f} ± {100 * c['sd']:.1f}"]
+    assert second[2:6] == [f"{100 * c['difference']:+.1f}", f"{100 * c['ci_low']:+.1f} to {100 * c['ci_high']:+.1f}", p_text(c["p_t_holm"]), p_text(c["p_wilcoxon_holm"])]
+    assert second[7] == f"{c['seeds_won']}/2" and "HD95, mm" in text and "8 cases of 4 patients, 2 seeds" in text
+
+
+def test_teacher_has_a_mean_and_no_p():
+    text = results_table(table())
+    assert len(lines(text, "teacher (on histology)")) == 1 and guests(table(), "alone") == {"teacher": "histology"}
+    rows = [{k: v for k, v in dict(r, case=r["arm"] + r["case"] if r["arm"] == "teacher" else r["case"]).items() if k != "collection"} for r in table()]
+    assert guests(rows, "alone") == {"teacher": "other images"}                    # rows without a collection: by their cases
+
+
+def test_source_is_aligned_markdown():
+    block = results_table(table()).split("\n\n")[0].splitlines()
+    assert len({len(l) for l in block}) == 1 and len({l.count("|") for l in block}) == 1 and re.fullmatch(r"\|:-+\|(-+:\|)+", block[1])
+    assert markdown_table(["a"], [["x"]]).splitlines() == ["| a   |", "|:----|", "| x   |"]
+
+
+def test_order_hides_arms_but_not_their_questions():
+    rows = table()
+    short = results_table(rows, order=["distilled", "alone"], metrics=("dsc",))
+    assert not lines(short, "placebo") and lines(short, "distilled")[1] in lines(results_table(rows), "distilled")
+    assert arrange(rows, "placebo") == ["teacher", "placebo", "alone", "distilled"]
+    with pytest.raises(InputError, match="unknown arm 'x'"): results_table(rows, order=["x"])
+
+
+def test_one_seed_and_one_patient_still_print():
+    one = results_table([r for r in table() if r["seed"] == 0])
+    assert next(l for l in lines(one, "distilled")[1:] if l[1] == "DSC")[6] == "–"
+    single = results_table([r for r in table() if r["group"] == "000" and r["case"] == "00"])
+    assert "One patient only" in " ".join(single.split()) and "± –" in single and "against" not in single
+
+
+def test_undefined_values_are_left_out_and_counted():
+    rows = [dict(r, hd95=float("nan")) if r["arm"] == "placebo" and r["case"] == "10" else r for r in table()]
+    assert "Up to 1 cases" in " ".join(results_table(rows).split()) and summarise([r for r in rows if r["arm"] == "placebo"], "hd95")[2] == 7
+
+
+def test_evidence_corrects_the_two_way_p_as_well():
+    found = [c for c in evidence(table(), "alone") if c["metric"] == "dsc"]
+    both = compare([r for r in table() if r["arm"] != "teacher"], "alone", unit="both")[1:]
+    assert [c["p_both_holm"] for c in found] == [c["p_t_holm"] for c in both]
+
+
+def test_numbers_as_text():
+    assert [p_text(p) for p in (1, .1, .0999, .001, .00099, float("nan"))] == ["1.00", "0.10", "0.100", "0.001", "<0.001", "–"]
+    assert name_of("hd95", [dict(hd95_unit="px"), dict(hd95_unit="mm")]) == ("HD95", "mm/px", 1) and name_of("dsc_liver") == ("DSC liver", "%", 100)
+
+
+# ---------------------------------------------------------------- figures
+def test_outcomes_count_like_dice():
+    a, b = rng(0, "masks").random((2, 40, 40)) < .3
+    n = np.bincount(outcomes(a.astype(int), b.astype(int)).ravel(), minlength=5)
+    assert n.tolist() == [(~a & ~b).sum(), (a & b).sum(), (a & ~b).sum(), (~a & b).sum(), 0]
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (1, 24, 32), (3, 24, 32), (24, 32, 3)])
+def test_overlay_takes_any_image_and_legends_what_it_shows(shape):
+    target = np.zeros((24, 32), int); target[4:12, 4:12] = 1; target[14:20, 14:30] = 2
+    image = rng(0, "image").normal(size=shape)
+    fig = overlay(image, target, {"same": target, "swapped": (target > 0) * (3 - target)})
+    assert len(fig.axes) == 3 and [t.get_text() for t in fig.legends[0].get_texts()] == ["correct", "missed", "extra", "wrong class"]
+    assert len(overlay(image, target * 0, {"none": target * 0}).axes) == 2             # nothing there, nothing found
+
+
+@pytest.mark.parametrize("lead", [(), (1,)])
+def test_overlay_shows_the_fullest_slice_of_a_volume(lead):
+    target = np.zeros((5, 20, 24), int); target[3, 5:15, 5:15] = 1; target[1, 5, 5] = 1
+    fig = overlay(rng(0, "volume").random((*lead, 5, 20, 24)), target, {"all missed": target * 0})
+    shown = fig.axes[1].get_images()[0].get_array()
+    assert shown.shape == (20, 24, 3) and np.ptp(shown[8, 8]) > .5 and np.ptp(shown[0, 0]) < 1e-6 # coloured inside, grey outside
+
+
+def test_overlay_refuses_another_shape():
+    with pytest.raises(InputError, match="shape"): overlay(np.zeros((8, 8)), np.ones((8, 8), int), {"a": np.ones((8, 9), int)})
+
+
+def test_box_plot_joins_the_patients_of_paired_arms_only():
+    ax = box_plot(table()).axes[0]
+    joined = [l for l in ax.lines if l.get_marker() == "o"]
+    assert len(joined) == 4 and all(list(l.get_xdata()) == [1, 2, 3] for l in joined)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["teacher\n(histology)", "alone", "placebo", "distilled"]
+
+
+def test_forest_plot_draws_interval_and_seeds():
+    found = [c for c in evidence(table(), "alone") if c["metric"] in ("dsc", "hd95")]
+    fig = forest_plot(found, table())
+    assert [a.get_title() for a in fig.axes] == ["DSC, points", "HD95, mm"] and [a.get_xlabel() for a in fig.axes] == ["better →", "← better"]
+    bar = fig.axes[0].lines[0]
+    assert list(bar.get_xdata()) == pytest.approx([100 * found[0]["ci_low"], 100 * found[0]["ci_high"]])
+    with pytest.raises(InputError, match="nothing to show"): forest_plot(compare([r for r in table() if r["arm"] == "alone"], "alone"))
+
+
+def test_history_plot_finds_its_columns_and_stages(tmp_path):
+    history = [dict(step=i, stage="a" if i < 4 else "b", seg=1. / (i + 1), **(dict(kl=.1) if i > 3 else {})) for i in range(8)]
+    fig = history_plot(history)
+    assert [a.get_title() for a in fig.axes if a.axison] == ["seg", "kl"]
+    assert list(fig.axes[0].lines[1].get_xdata()) == [3.5, 3.5] and len(fig.axes[1].lines[0].get_xdata()) == 4
+    save_rows(tmp_path / "history.csv", history)
+    assert [a.get_title() for a in history_plot(tmp_path).axes if a.axison] == ["seg", "kl"]
+    with pytest.raises(InputError, match="Did you mean 'seg'"): history_plot(history, columns=["sge"])
+    with pytest.raises(InputError, match="empty"): history_plot([])
+
+
+def test_figures_are_whole_or_absent(tmp_path):
+    save_figure(tmp_path / "f" / "a.png", plt.figure())
+    assert (tmp_path / "f" / "a.png").read_bytes()[:4] == b"\x89PNG" and not plt.get_fignums()
+    with pytest.raises(Exception): save_figure(tmp_path / "f" / "b.nonsense", plt.figure())
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["a.png"]

@@ -97,6 +97,15 @@ def test_two_way_keeps_its_level(spread, shape):
     assert (p_value(*two_way(d)) < .05).mean() < .07
 
 
+@pytest.mark.parametrize("spread", [(1, 0, .5), (0, 1, .5), (1, 1, 1), (.3, 1, .3), (0, 0, 1)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_way_keeps_its_level_with_holes(spread, nested):
+    r, (u, v, e), G, S = rng(0, "holes", *map(str, spread)), spread, 15, 5
+    d = u * r.normal(size=(4000, G, 1)) + v * r.normal(size=(4000, 1, S)) + e * r.normal(size=(4000, G, S))
+    for s in range(S): d[:, [g for g in range(G) if (g % S != s if nested else (g + s) % 2)], s] = np.nan
+    assert (p_value(*two_way(d)) < .05).mean() < .07
+
+
 def test_two_way_is_never_bolder_than_either_one_way_error():
     d = rng(0, "bold").normal(size=(500, 6, 4))
     one = np.maximum(d.mean(2).std(1, ddof=1) / math.sqrt(6), d.mean(1).std(1, ddof=1) / 2)
@@ -166,8 +175,13 @@ def test_distances_are_won_by_the_smaller():
 
 def test_folds_may_test_other_patients_in_every_seed():
     rows = [r for r in table(patients=6) if (r["group"] in ("p0", "p1", "p2")) == (r["seed"] == 0)]
-    assert compare(rows, "alone")[1]["n_groups"] == 6
-    with pytest.raises(InputError, match="every patient in every seed"): compare(rows, "alone", unit="both")
+    group, both = (compare(rows, "alone", unit=u)[1] for u in ("group", "both"))
+    assert group["n_groups"] == 6 and both["difference"] == pytest.approx(group["difference"]) and both["p_t"] >= group["p_t"]
+
+
+def test_names_that_became_numbers_do_not_matter():
+    rows = table()
+    assert compare([dict(r, case=i % 10 if i % 10 < 5 else f"c{i % 10}", group=int(r["group"][1:])) for i, r in enumerate(rows)], "alone")[1]["p_t"] == pytest.approx(compare(rows, "alone")[1]["p_t"])
 
 
 def test_an_identical_arm_is_not_different():

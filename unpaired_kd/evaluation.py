@@ -81,21 +81,23 @@ def wilcoxon(
     ties = len(np.unique(np.abs(d))) < len(d)
     return float(test(d, method="asymptotic" if len(d) > 50 or (ties and len(d) > 13) else "auto").pvalue)
 
-# %% ../nbs/4_training/2_evaluation.ipynb #c3501523
+# %% ../nbs/4_training/2_evaluation.ipynb #29c28936
 def two_way(
-    d, # differences (..., G, S): patients x seeds, each at least 2
-)->tuple: # (mean, standard error, degrees of freedom), each of shape (...)
+    d, # differences (..., G, S): patients x seeds, each at least 2; NaN: that seed did not test that patient (the same holes in all tables)
+)->tuple: # (mean over cells, standard error, degrees of freedom), each of shape (...)
     "Mean of a patients x seeds table, with the error that holds for new patients and new seeds (crossed random effects)."
     d = np.asarray(d, float)
     G, S = d.shape[-2:]
-    mean = d.mean((-2, -1))
-    rest = d - d.mean(-1, keepdims=True) - d.mean(-2, keepdims=True) + mean[..., None, None]
-    m_u, m_v = S * d.mean(-1).var(-1, ddof=1), G * d.mean(-2).var(-1, ddof=1)
-    m_e = (rest**2).sum((-2, -1)) / ((G - 1) * (S - 1))
-    v = np.maximum(m_u + m_v - m_e, np.maximum(m_u, m_v))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = v**2 / (m_u**2 / (G - 1) + m_v**2 / (S - 1) + m_e**2 / ((G - 1) * (S - 1)))
-    return mean, np.sqrt(v / (G * S)), np.maximum(np.nan_to_num(df, nan=1.0), min(G, S) - 1)
+    g, s = np.nonzero(~np.isnan(d.reshape(-1, G, S)[0]))
+    y, N, X = d[..., g, s], len(g), np.concatenate([np.eye(G)[g], np.eye(S)[s]], 1) # cells (...,N) and their design (N,G+S)
+    mean = y.mean(-1)
+    r, left = y - mean[..., None], max(N - np.linalg.matrix_rank(X), 0)             # left: degrees of freedom of the rest
+    a = G / (G - 1) * ((r @ X[:, :G])**2).sum(-1) / N**2
+    b = S / (S - 1) * ((r @ X[:, G:])**2).sum(-1) / N**2
+    c = ((y - y @ np.linalg.pinv(X).T @ X.T)**2).sum(-1) / left / N if left else np.zeros_like(a)
+    v = np.maximum(a + b - c, np.maximum(a, b))
+    with np.errstate(divide="ignore", invalid="ignore"): df = v**2 / (a**2 / (G - 1) + b**2 / (S - 1) + c**2 / max(left, 1))
+    return mean, np.sqrt(v), np.maximum(np.nan_to_num(df, nan=1.0), min(G, S) - 1)
 
 # %% ../nbs/4_training/2_evaluation.ipynb #08b05971
 def holm(
@@ -129,7 +131,7 @@ def bootstrap_ci(
     draws = means[rng(seed, "bootstrap").integers(0, k, (n, k))].mean(1)
     return tuple(float(q) for q in np.quantile(draws, [tail, 1 - tail]))
 
-# %% ../nbs/4_training/2_evaluation.ipynb #5c7d69d0
+# %% ../nbs/4_training/2_evaluation.ipynb #c8f80ebb
 @dataclass
 class Paired:
     "One metric of several arms on the same (seed, case) rows; the reference is arm 0."
@@ -141,7 +143,7 @@ class Paired:
 
     def by(self,
         unit:str, # group | seed | case | both
-    )->np.ndarray: # (A,G), (A,S), (A,cases) or (A,G,S)
+    )->np.ndarray: # (A,G), (A,S), (A,cases) or (A,G,S) with NaN where a seed did not test a patient
         "Means per unit: cases within a patient and seed first, then over seeds (group, case) or over patients (seed)."
         if unit not in UNITS: raise InputError(unknown("unit", unit, UNITS))
         _, g = np.unique(self.cases if unit == "case" else self.groups, return_inverse=True)
@@ -150,20 +152,18 @@ class Paired:
         np.add.at(count, (g, s), 1)
         for t, v in zip(total, self.values): np.add.at(t, (g, s), v)
         with np.errstate(invalid="ignore"): cells = total / np.where(count, count, np.nan)
-        if unit != "both": return np.nanmean(cells, 1 if unit == "seed" else 2)
-        if not count.all(): raise InputError('unit="both" needs every patient in every seed. Keep the test patients the same for all seeds, or use unit="group".')
-        return cells
+        return cells if unit == "both" else np.nanmean(cells, 1 if unit == "seed" else 2)
 
 UNITS = ("group", "seed", "case", "both")
 
-# %% ../nbs/4_training/2_evaluation.ipynb #a076b2f5
+# %% ../nbs/4_training/2_evaluation.ipynb #5cf2e6a2
 def _by_arm(rows, metric):
     "Rows as {arm: {(seed, case): row}}, checked: columns there, no duplicates, one patient per case."
     table, home = {}, {}
     for r in rows:
         absent = [k for k in ("arm", "seed", "case", "group", metric) if k not in r]
         if absent: raise InputError(f"a row of arm {r.get('arm')!r}, case {r.get('case')!r} has no {absent[0]!r}. Its columns: {', '.join(r)}.")
-        key, arm = (r["seed"], r["case"]), table.setdefault(r["arm"], {})
+        key, arm = (r["seed"], str(r["case"])), table.setdefault(r["arm"], {})
         if key in arm: raise InputError(f"arm {r['arm']!r} has two rows for seed {key[0]}, case {key[1]!r}. Was the same run added twice?")
         if home.setdefault((r.get("collection"), r["case"]), r["group"]) != r["group"]:
             raise InputError(f"case {r['case']!r} belongs to two groups, {home[r.get('collection'), r['case']]!r} and {r['group']!r}. A case has one patient.")

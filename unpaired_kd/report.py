@@ -58,14 +58,14 @@ def load_runs(
     "The rows of several runs, joined."
     return [r for p in paths for r in load_rows(p)]
 
-# %% ../nbs/4_training/3_report.ipynb #15427639
+# %% ../nbs/4_training/3_report.ipynb #93bf69f3
 def guests(
     rows:list,     # rows of `evaluate`
     reference:str, # the arm the others are compared with
 )->dict: # arm -> name of its collection, for arms that cannot be paired with the reference
     "Arms that were scored on other images than the reference (the teacher, on its own modality)."
     cases = {}
-    for r in rows: cases.setdefault(r["arm"], set()).add((r.get("collection", ""), r["case"]))
+    for r in rows: cases.setdefault(r["arm"], set()).add((r.get("collection", ""), str(r["case"])))
     if reference not in cases: raise InputError(unknown("reference arm", reference, cases))
     return {arm: next(iter(c))[0] or "other images" for arm, c in cases.items() if not c & cases[reference]}
 
@@ -94,7 +94,7 @@ def summarise(
     x = np.array([np.mean(v) for v in cases.values()])
     return (float(x.mean()) if len(x) else np.nan, float(x.std(ddof=1)) if len(x) > 1 else np.nan, len(x))
 
-# %% ../nbs/4_training/3_report.ipynb #f8ebca62
+# %% ../nbs/4_training/3_report.ipynb #8a946d2b
 def evidence(
     rows:list,                             # rows of `evaluate`, all arms
     reference:str,                         # the arm the others are compared with
@@ -106,10 +106,7 @@ def evidence(
     if len({r["group"] for r in rows}) < 2: return out
     for metric in metrics:
         table = compare(rows, reference, metric, missing="drop")[1:]
-        both = {}
-        if len({r["seed"] for r in rows}) > 1:
-            try: both = {c["arm"]: c for c in compare(rows, reference, metric, "both", missing="drop")}
-            except InputError: pass # patients change with the seed (folds): no two-way table
+        both = {c["arm"]: c for c in compare(rows, reference, metric, "both", missing="drop")} if len({r["seed"] for r in rows}) > 1 else {}
         for c in table:
             b = both.get(c["arm"], dict(p_t=np.nan, p_t_holm=np.nan))
             out.append(c | dict(p_both=b["p_t"], p_both_holm=b["p_t_holm"]))

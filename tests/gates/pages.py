@@ -3,10 +3,14 @@
 nbdev prepares the notebooks as it does for Quarto; then pandoc, Quarto's engine, renders them. Quarto's own additions
 (cell options, cross-references) are imitated below, as far as this book uses them.
 """
-import base64, html.parser, os, re, subprocess, sys, time
+import base64, contextlib, html.parser, os, re, subprocess, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
+
+import nbdev.doclinks
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import exec_nb
 
 from house import directives, finish, notebooks, read, scratch
 from readme import outside_fences
@@ -103,6 +107,7 @@ def broken(page, links, pages, tree, site):
             path, _, anchor = link[len(site):].strip("/").partition("#")
             goal = next((p for p in pages if re.sub(r"(^|/)\d+[a-z]?_", r"\1", str(p.with_suffix(".html"))) == re.sub(r"(^|/)\d+[a-z]?_", r"\1", path)), None)
             if goal is None: yield f"{link}: no such page"
+            elif anchor and anchor not in pages[goal].ids: yield f"{link}: no such heading"
             continue
         if re.match(r"[a-z][a-z0-9+.-]*:", link): continue
         path, _, anchor = unquote(link).partition("#")
@@ -111,12 +116,17 @@ def broken(page, links, pages, tree, site):
         elif anchor and (known := pages.get(Path(goal))) and anchor not in known.ids: yield f"{link}: no such heading or label"
 
 
-def prepare(tree):
-    "nbdev's own preparation for Quarto: links to symbols, tables of arguments. Returns the complaint if it fails."
-    code = "import nbdev.doclinks as d; d._build_modidx(); from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)"
-    done = subprocess.run([sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"], cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tree)})
-    if done.returncode == 0 and "cells containing imports and other code" not in done.stderr: return []
-    return [f"nbdev could not prepare the pages:\n{done.stderr[-2500:]}"]
+def prepare(source, target):
+    "nbdev's own preparation of one notebook for Quarto: links to symbols, tables of arguments. Returns a complaint or None."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            exec_nb(source, target, FilterDefaults)
+    except Exception as e:
+        cause = f"{type(e.__cause__).__name__}: {e.__cause__}" if e.__cause__ else ""
+        return f"nbdev cannot prepare it for the site: {e} {cause}"
+    if any("imports and other code" in str(w.message) for w in said): return "an import stands in a cell with other code: building the site would run that code"
 
 
 def main():
@@ -124,11 +134,12 @@ def main():
     from config import settings
     start, ini = time.time(), settings()
     site = ini["doc_host"] % ini + ini["doc_baseurl"] % ini
-    with scratch() as tree:
-        found = prepare(tree)
+    with scratch() as tree, contextlib.chdir(tree):
+        os.environ["IN_TEST"] = "1"
+        nbdev.doclinks._build_modidx()
         names = [p.relative_to(tree / "nbs") for p in notebooks(tree)]
+        found = [f"{n}: {c}" for n in names if (c := prepare(tree / "nbs" / n, tree / "_proc" / n))]
         there = [n for n in names if (tree / "_proc" / n).exists()]
-        found += [f"{n}: not prepared" for n in names if n not in there]
         with ThreadPoolExecutor(2) as pool: done = list(pool.map(lambda n: render(tree / "_proc" / n, tree, pypandoc.get_pandoc_path()), there))
         pages = {n: links for n, (links, _) in zip(there, done)}
         for n, (links, complaints) in zip(there, done): found += [f"{n}: {c}" for c in [*complaints, *broken(n, links, pages, tree, site)]]

@@ -83,7 +83,7 @@ def surface(
         to[[0, -1]] = False
     return m & ~inside
 
-# %% ../nbs/1_data/7_metrics.ipynb #1376fdd7
+# %% ../nbs/1_data/7_metrics.ipynb #eb6e5645
 def _box(mask):
     "Slices of the smallest box that holds a non-empty mask."
     box = []
@@ -111,7 +111,7 @@ def surface_distances(
     if not (p.any() and t.any()): raise InputError("pred or target is empty: it has no surface. `hausdorff` has a policy for this.")
     box, scale = _box(p | t), _spacing(spacing, p.ndim)
     a, b = (np.argwhere(surface(m[box])) * scale for m in (p, t))
-    tree = lambda x: cKDTree(x, balanced_tree=False, compact_nodes=False)
+    tree = lambda x: cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
     return tree(b).query(a)[0], tree(a).query(b)[0]
 
 # %% ../nbs/1_data/7_metrics.ipynb #59ca2da5
@@ -150,42 +150,49 @@ def surface_dice(
     a, b = surface_distances(p, t, spacing)
     return float((np.count_nonzero(a <= tolerance) + np.count_nonzero(b <= tolerance)) / (len(a) + len(b)))
 
-# %% ../nbs/1_data/7_metrics.ipynb #f1ef2956
+# %% ../nbs/1_data/7_metrics.ipynb #5307af75
 class Overlaps(NamedTuple):
-    "Which objects of two instance maps meet: areas of all objects, and one entry per pair that shares a pixel."
-    target_area:np.ndarray # (T,) pixels of each target object
-    pred_area:np.ndarray   # (P,) pixels of each predicted object
-    target:np.ndarray      # (n,) index $i$ of the pair, 0..T-1
-    pred:np.ndarray        # (n,) index $j$ of the pair, 0..P-1
-    inter:np.ndarray       # (n,) $I_{ij}$, pixels in common
+    "Which objects of two instance maps meet. Objects are indexed in order of first appearance."
+    target_label:np.ndarray # (T,) label of each target object
+    target_area:np.ndarray  # (T,) its pixels
+    pred_label:np.ndarray   # (P,) label of each predicted object
+    pred_area:np.ndarray    # (P,) its pixels
+    target:np.ndarray       # (n,) index $i$ of each pair that shares a pixel, 0..T-1
+    pred:np.ndarray         # (n,) index $j$ of the pair, 0..P-1
+    inter:np.ndarray        # (n,) $I_{ij}$, pixels in common
 
     @property
     def union(self): return self.target_area[self.target] + self.pred_area[self.pred] - self.inter
     @property
     def iou(self): return self.inter / self.union
 
-def overlaps(
-    pred,   # instance map (*spatial), 0 is background, labels need not be consecutive
-    target, # the same shape
-)->Overlaps: # areas and pairs
-    "The contingency table of two instance maps, in one pass over the pixels."
-    p, t = (a.ravel().astype(np.int64, copy=False) for a in _pair(pred, target, _labels))
-    n = int(p.max(initial=0)) + 1
-    cells = n * (int(t.max(initial=0)) + 1)
-    pair = t * n + p
-    if cells <= max(2**22, p.size // 2):
-        count = np.bincount(pair, minlength=1)
-        pair = np.flatnonzero(count)
-        count = count[pair]
-    else: pair, count = np.unique(pair[pair > 0], return_counts=True)   # many or very large labels
-    i, j = np.divmod(pair, n)
-    (names_t, i), (names_p, j) = (np.unique(x, return_inverse=True) for x in (i, j))
-    area_t, area_p = (np.bincount(x, count).astype(np.int64) for x in (i, j))
-    off_t, off_p = (int(x.size > 0 and x[0] == 0) for x in (names_t, names_p))
-    both = (i >= off_t) & (j >= off_p)
-    return Overlaps(area_t[off_t:], area_p[off_p:], i[both] - off_t, j[both] - off_p, count[both])
+def _objects(label, length):
+    "Labels and areas in order of appearance, and the index of every run (-1: background)."
+    inside = np.flatnonzero(label > 0)
+    names, first, which = np.unique(label[inside], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order); rank[order] = np.arange(len(order))
+    index = np.full(len(label), -1)
+    index[inside] = rank[which]
+    return names[order], np.bincount(rank[which], length[inside]).astype(np.int64), index
 
-# %% ../nbs/1_data/7_metrics.ipynb #17fc3e16
+def overlaps(
+    pred,   # instance map (*spatial), 0 is background; labels need not be consecutive
+    target, # the same shape
+)->Overlaps: # objects and pairs
+    "The contingency table of two instance maps, from the runs on which neither label changes."
+    p, t = (a.ravel() for a in _pair(pred, target, _labels))
+    change = p[1:] != p[:-1]
+    change |= t[1:] != t[:-1]
+    start = np.concatenate([np.zeros(min(p.size, 1), int), np.flatnonzero(change) + 1])
+    length = np.diff(start, append=p.size)
+    (name_t, area_t, i), (name_p, area_p, j) = (_objects(x[start], length) for x in (t, p))
+    both = np.flatnonzero((i >= 0) & (j >= 0))
+    pair, which = np.unique(i[both] * len(name_p) + j[both], return_inverse=True)
+    inter = np.bincount(which, length[both]).astype(np.int64)
+    return Overlaps(name_t, area_t, name_p, area_p, *np.divmod(pair, max(len(name_p), 1)), inter)
+
+# %% ../nbs/1_data/7_metrics.ipynb #465b7efa
 def _aggregate(o, k):
     "Intersections over unions of the pairs `k`; objects that are in none of them add their area below."
     free_t = np.ones(len(o.target_area), bool); free_t[o.target[k]] = False
@@ -194,8 +201,8 @@ def _aggregate(o, k):
     return float(o.inter[k].sum() / below)
 
 def _best(o):
-    "For each target object that meets a prediction, its pair of largest IoU (ties: larger intersection)."
-    order = np.lexsort((o.inter, o.iou, o.target))
+    "For each target object that meets a prediction, its pair of largest IoU (tied: the prediction that appears first)."
+    order = np.lexsort((-o.pred, o.iou, o.target))
     return order[np.flatnonzero(np.diff(o.target[order], append=-1))]
 
 def _match(o):

@@ -1,0 +1,300 @@
+"""Metrics: properties, edge cases and parity with loops, MONAI and hand calculation."""
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from unpaired_kd.core import InputError, rng
+from unpaired_kd.metrics import (aji, aji_plus, case_metrics, components, dice, hausdorff, instance_scores, iou, loop_instance_scores, overlaps,
+    panoptic_quality, released_aji, released_dice, released_hd, released_metrics, released_pq, surface, surface_dice, surface_distances, toy_nuclei)
+
+
+def scattered(seed, n=40, shape=(60, 60), size=9):
+    "Random boxes, drawn over each other: objects that overlap in every way, some cut in two. Numbered in order of appearance."
+    r, out = rng(seed, "scattered"), np.zeros(shape, np.int32)
+    for k in range(1, n + 1):
+        low = [r.integers(0, s) for s in shape]
+        out[tuple(slice(a, a + r.integers(1, size)) for a in low)] = k
+    names, first, which = np.unique(out, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(np.where(names > 0, first, -1)))
+    return order[which].reshape(shape)
+
+
+def blobs(seed, shape, share=.1):
+    "Smooth random blobs, and a disturbed version of them."
+    from scipy.ndimage import gaussian_filter
+    r = rng(seed, "blobs")
+    x = gaussian_filter(r.normal(size=shape), 3)
+    y = x + .4 * gaussian_filter(r.normal(size=shape), 2)
+    return y > np.quantile(y, 1 - share), x > np.quantile(x, 1 - share)
+
+
+def two_cells():
+    target = np.zeros((14, 30), np.int32)
+    target[2:12, 4:14], target[2:12, 16:26] = 1, 2
+    pred = np.zeros_like(target)
+    pred[2:12, 4:26] = 1
+    return pred, target
+
+
+# ---------------------------------------------------------------- objects
+@pytest.mark.parametrize("shape", [(60, 60), (16, 20, 24)])
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_the_loops(seed, shape):
+    pred, target = scattered(seed, shape=shape, size=20), scattered(100 + seed, shape=shape, size=20)
+    slow, fast = loop_instance_scores(pred, target), instance_scores(pred, target)
+    for k, v in slow.items(): assert fast[k] == pytest.approx(v, abs=1e-12), k
+
+
+def test_equal_to_the_loops_on_nuclei():
+    pred, target = toy_nuclei(60, 250, seed=3, jitter=4)
+    slow, fast = loop_instance_scores(pred, target), instance_scores(pred, target)
+    for k, v in slow.items(): assert fast[k] == pytest.approx(v, abs=1e-12), k
+
+
+def test_single_scores_are_the_scores_of_the_table():
+    pred, target = scattered(0), scattered(1)
+    s, q = instance_scores(pred, target), panoptic_quality(pred, target)
+    assert (aji(pred, target), aji_plus(pred, target)) == (s["aji"], s["aji_plus"])
+    assert q._asdict() == {k: s[k] for k in ("pq", "sq", "dq", "tp", "fp", "fn")}
+
+
+def test_merged_cells():
+    pred, target = two_cells()
+    s = instance_scores(pred, target)
+    assert s["aji"] == pytest.approx(.4545, abs=5e-5) and s["pq"] == 0
+    assert s["aji_plus"] == pytest.approx(100 / 320)
+    assert (s["tp"], s["fp"], s["fn"]) == (0, 1, 2)
+
+
+def test_greedy_is_not_optimal():
+    "The best single pair must be given up when two others are worth more together; a pair above one half may be among the losers."
+    target, pred = np.zeros((2, 1, 300), int)
+    target[0, 0:100], target[0, 100:200] = 1, 2
+    pred[0, 40:140], pred[0, 0:40] = 1, 2        # pred 1 meets both targets, pred 2 only target 1
+    slow, fast = loop_instance_scores(pred, target), instance_scores(pred, target)
+    assert fast["aji_plus"] == pytest.approx(slow["aji_plus"])
+    # by hand: target 1 keeps pred 2 (40/100), target 2 takes pred 1 (40/160)
+    assert fast["aji_plus"] == pytest.approx(80 / 260)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_relabelling_changes_nothing(seed):
+    pred, target = scattered(seed), scattered(50 + seed)
+    r = rng(seed, "names")
+    def renamed(a, top):
+        names = np.r_[0, r.permutation(np.arange(1, top))[:a.max()]]
+        return names[a]
+    first = instance_scores(pred, target)
+    for top in (50, 5000, 2_000_000):                # dense table, and labels too large for one
+        other = instance_scores(renamed(pred, top), renamed(target, top))
+        assert other == pytest.approx(first, abs=1e-12)
+
+
+def test_more_than_300_objects():
+    _, target = toy_nuclei(400, 500)
+    n = len(np.unique(target)) - 1
+    assert n > 300
+    order = np.r_[0, rng(0, "order").permutation(target.max()) + 1]
+    s = instance_scores(order[target], target)
+    assert (s["aji"], s["aji_plus"], s["pq"], s["tp"]) == (1, 1, 1, n)
+    assert len(overlaps(target, target).target_area) == n
+    assert released_pq(order[target], target, min_size=0, binary=False) < 1      # the wrap that this module does not have
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds(seed):
+    pred, target = scattered(seed, n=8 * seed + 3), scattered(200 + seed, n=25)
+    s = instance_scores(pred, target)
+    assert s["aji"] <= iou(pred, target) + 1e-12
+    assert s["pq"] == pytest.approx(s["sq"] * s["dq"])
+    assert s["tp"] + s["fp"] == len(np.unique(pred)) - 1 and s["tp"] + s["fn"] == len(np.unique(target)) - 1
+    assert s["sq"] == 0 or s["sq"] > .5
+    for k in ("aji", "aji_plus", "pq", "dq"): assert 0 <= s[k] <= 1
+    back = instance_scores(target, pred)                                         # PQ and AJI+ have no sides
+    assert back["pq"] == pytest.approx(s["pq"]) and back["aji_plus"] == pytest.approx(s["aji_plus"])
+
+
+def test_perfect_disjoint_and_empty_objects():
+    _, target = two_cells()
+    none = np.zeros_like(target)
+    elsewhere = none.copy(); elsewhere[13, :3] = 7
+    for pred, value in ((target, 1), (elsewhere, 0), (none, 0)):
+        s = instance_scores(pred, target)
+        assert (s["aji"], s["aji_plus"], s["pq"]) == (value,) * 3
+    assert instance_scores(target, none)["aji"] == 0 and panoptic_quality(target, none).fp == 2
+    assert aji(none, none) == aji_plus(none, none) == panoptic_quality(none, none).pq == 1
+    for f in (aji, aji_plus): assert np.isnan(f(none, none, empty="nan"))
+    assert np.isnan(list(panoptic_quality(none, none, empty="nan"))[:3]).all()
+
+
+def test_tied_predictions():
+    "A cell cut in two equal halves, one of which also serves a second cell: the half that appears first is taken."
+    target = np.array([[1, 1, 1, 1, 0, 0]])
+    for pred in ([[1, 1, 2, 2, 0, 0]], [[9, 9, 3, 3, 0, 0]]):
+        assert aji(np.array(pred), target) == pytest.approx(2 / (4 + 2))
+    target = np.array([[1, 1, 1, 1, 0, 2, 2]])
+    first, second = np.array([[1, 1, 2, 2, 0, 2, 0]]), np.array([[2, 2, 1, 1, 0, 1, 0]])
+    assert aji(first, target) == aji(second, target)
+
+
+def test_half_is_not_above_half():
+    a, b = np.zeros((2, 1, 12), int)
+    a[0, :8], b[0, :4] = 1, 1
+    assert panoptic_quality(b, a).tp == 0
+    b[0, 4] = 1
+    assert panoptic_quality(b, a).tp == 1
+    with pytest.raises(InputError, match="0.5"): panoptic_quality(a, b, threshold=.3)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "uint64", "float32"])
+def test_dtypes_and_tensors(dtype):
+    pred, target = two_cells()
+    a = (pred > 0).astype(dtype)
+    assert aji(a, target) == pytest.approx(aji(pred, target))
+    if dtype != "uint64": assert dice(torch.from_numpy(a), torch.from_numpy(target)) == dice(pred, target)
+
+
+# ---------------------------------------------------------------- overlap
+def test_overlap_by_hand():
+    p, t = np.array([0, 1, 1, 1, 1, 0, 0, 0]), np.array([0, 0, 1, 1, 1, 1, 0, 0])
+    assert dice(p, t) == .75 and iou(p, t) == .6
+    assert dice(p, t) == dice(t, p)
+
+
+def test_empty_masks():
+    none, some = np.zeros((5, 9), bool), np.eye(5, 9, dtype=bool)
+    assert dice(none, none) == iou(none, none) == surface_dice(none, none, 1) == 1
+    assert dice(none, some) == iou(some, none) == surface_dice(none, some, 1) == 0
+    assert all(np.isnan(f(none, none, empty="nan")) for f in (dice, iou))
+    assert hausdorff(none, none) == 0
+    assert hausdorff(none, some, 95) == hausdorff(some, none) == pytest.approx(np.hypot(4, 8))
+    assert hausdorff(none, some, spacing=(3, .5)) == pytest.approx(np.hypot(12, 4))
+    assert np.isnan(hausdorff(none, some, empty="nan")) and np.isnan(hausdorff(none, none, empty="nan"))
+    assert hausdorff(none, some, empty="zero") == 0
+    with pytest.raises(InputError, match="empty"): surface_distances(none, some)
+    for f in (dice, hausdorff, aji):
+        with pytest.raises(InputError, match="Known"): f(none, none, empty="perhaps")
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: dice(np.array([.3, .7]), np.array([0, 1])), "pred.*threshold"),
+    (lambda: dice(np.array([0, 1]), np.array([np.nan, 1])), "target.*NaN"),
+    (lambda: dice(np.array([0, -1]), np.array([0, 1])), "negative"),
+    (lambda: dice(np.zeros((1, 4, 4)), np.zeros((4, 4))), "shape"),
+    (lambda: dice(np.array(["a"]), np.array([1])), "dtype"),
+    (lambda: hausdorff(np.ones((4, 4)), np.ones((4, 4)), spacing=(1, 2, 3)), "per axis"),
+    (lambda: hausdorff(np.ones((4, 4)), np.ones((4, 4)), spacing=(1, 0)), "positive"),
+    (lambda: hausdorff(np.ones((4, 4)), np.ones((4, 4)), percentile=.0), "percentile"),
+    (lambda: surface_dice(np.ones((4, 4)), np.ones((4, 4)), -1), "tolerance"),
+    (lambda: case_metrics(np.full((4, 4), 3), np.ones((4, 4), int), classes=("background", "liver")), "label 3"),
+    (lambda: case_metrics(np.ones((4, 4), int), np.ones((4, 4), int), np.ones((4, 4), int)), "neither"),
+])
+def test_bad_input(call, words):
+    with pytest.raises(InputError, match=words): call()
+
+
+# ---------------------------------------------------------------- distance
+@pytest.mark.parametrize("shape", [(30, 40), (12, 14, 16), (25,)])
+def test_surface_is_mask_minus_erosion(shape):
+    from scipy.ndimage import binary_erosion
+    for mask in (rng(0, "mask").random(shape) > .2, np.ones(shape, bool)):
+        assert (surface(mask) == (mask & ~binary_erosion(mask))).all()
+
+
+@pytest.mark.parametrize("by", [(3, 0), (3, 4), (-5, 12)])
+def test_shifted_square(by):
+    a = np.zeros((64, 64), bool); a[20:34, 20:34] = True
+    b = np.roll(a, by, (0, 1))
+    assert hausdorff(a, b) == pytest.approx(np.hypot(*by))
+    assert hausdorff(a, b, spacing=(2, .5)) == pytest.approx(np.hypot(2 * by[0], .5 * by[1]))
+    assert hausdorff(a, b, 95) == hausdorff(b, a, 95) <= hausdorff(a, b)
+    assert surface_dice(a, b, np.hypot(*by)) == 1
+
+
+def test_a_frame_around_the_image_changes_nothing():
+    a, b = blobs(0, (40, 40), .2)
+    wide = [np.pad(m, 30) for m in (a, b)]
+    assert hausdorff(*wide, 95) == pytest.approx(hausdorff(a, b, 95))
+    assert surface_dice(*wide, 1) == surface_dice(a, b, 1)
+
+
+@pytest.mark.parametrize("shape, spacing", [((64, 64), None), ((64, 64), (.5, 2.)), ((24, 32, 40), None), ((24, 32, 40), (3., .8, .8))])
+def test_parity_with_monai(shape, spacing):
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    for seed in range(3):
+        a, b = blobs(seed, shape)
+        x, y = (torch.from_numpy(m)[None, None] for m in (a, b))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for q, theirs in ((95, 95), (100, None)):
+                value = compute_hausdorff_distance(x, y, include_background=True, percentile=theirs, spacing=spacing).item()
+                assert hausdorff(a, b, q, spacing) == pytest.approx(value, rel=1e-6, abs=1e-6)
+            value = compute_surface_dice(x, y, class_thresholds=[1.2], include_background=True, spacing=spacing).item()
+        assert surface_dice(a, b, 1.2, spacing) == pytest.approx(value, rel=1e-6)
+
+
+# ---------------------------------------------------------------- components and cases
+def test_components():
+    m = np.zeros((6, 6, 6), bool)
+    m[0, 0, 0] = m[1, 1, 1] = True                    # a corner connects
+    m[4:6, 4:6, 4:6] = True
+    out = components(m)
+    assert out.max() == 2 and out.dtype == np.int32
+    assert (components(m, 3) > 0).sum() == 8 and components(m, 3).max() == 1
+    assert components(m, 8).max() == 1 and components(m, 9).max() == 0
+    assert components(np.zeros((4, 4))).max() == 0
+
+
+def test_case_of_one_class():
+    pred, target = two_cells()
+    r = case_metrics(pred > 0, target > 0, pred, target)
+    assert list(r) == ["dsc", "hd95", "aji", "pq"]
+    assert r["dsc"] == dice(pred, target) and r["hd95"] == hausdorff(pred, target, 95) and r["aji"] == aji(pred, target) and r["pq"] == 0
+    none = target * 0
+    assert case_metrics(none, none, none, none) == {"dsc": 1, "hd95": 0, "aji": 1, "pq": 1}
+
+
+def test_case_of_several_classes():
+    names = ("background", "liver", "right kidney", "spleen")
+    t, p = np.zeros((2, 20, 20), int)
+    t[:8, :8], t[12:18, 12:18] = 1, 2
+    p[:8, 1:9], p[:2, 18:] = 1, 3                      # kidney missed, spleen invented
+    r = case_metrics(torch.from_numpy(p), torch.from_numpy(t), spacing=(2, 1), classes=names)
+    assert r["dsc_right kidney"] == r["dsc_spleen"] == 0 and r["dsc_liver"] == pytest.approx(7 / 8)
+    assert r["dsc"] == pytest.approx(7 / 24)
+    assert r["hd95"] == pytest.approx((1 + 2 * np.hypot(38, 19)) / 3)
+    assert np.isnan(r["aji"]) and np.isnan(r["pq"])
+    absent = case_metrics(t, t, classes=names)
+    assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"])
+
+
+# ---------------------------------------------------------------- released definitions
+def test_released_constants():
+    pred, target = two_cells()
+    r = released_metrics(pred, target)
+    assert r["aji"] == pytest.approx(.9091, abs=5e-5) and r["pq"] == pytest.approx(.9091, abs=5e-5)
+    assert r["dsc"] == pytest.approx(400 / 420)
+    assert released_pq(pred, target, binary=False) == 0
+
+
+def test_released_edge_cases():
+    none, some, full = np.zeros((20, 20), int), np.zeros((20, 20), int), np.ones((20, 20), int)
+    some[2:12, 2:12] = 1
+    small = none.copy(); small[:5, :5] = 1             # 25 px: removed from a prediction, kept in a target
+    assert released_hd(none, some) == released_hd(some, none) == released_hd(none, none) == 0
+    assert released_dice(none, none) == 1 and released_dice(none, some) == 0
+    assert released_dice(small, none) == 1 and released_dice(small, small) == 0
+    assert released_aji(none, none) == released_pq(none, none) == 0
+    assert released_aji(full, full) == 0 and released_aji(some, some) == 1
+    assert released_pq(some, some) == pytest.approx(1, abs=1e-5)
+    half = some.copy(); half[2:8] = 0                  # IoU 0.4
+    assert released_pq(half, some, min_size=0) == 0 and released_aji(half, some, min_size=0) == pytest.approx(.4)
+
+
+def test_released_hd_pools_both_directions():
+    a, b = blobs(1, (64, 64))
+    d = np.concatenate(surface_distances(a, b))
+    assert released_hd(a, b) == np.percentile(d, 95)
+    assert min(np.percentile(x, 95) for x in surface_distances(a, b)) <= released_hd(a, b) <= hausdorff(a, b, 95)

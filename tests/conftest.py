@@ -1,0 +1,24 @@
+"""Shared by all tests: where the optional real images are, and one thread."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("UKD_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture
+def real_data():
+    "`real_data(name)` is the folder of a set of real images; without it, the test is skipped. UKD_DATA names the folder that holds the sets."
+    def find(name):
+        if not (DATA / name).is_dir(): pytest.skip(f"no {name} in {DATA}: set UKD_DATA")
+        return DATA / name
+    return find
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    "A path for a run folder that does not exist yet."
+    return tmp_path / "runs" / "test"

@@ -278,7 +278,7 @@ def native(self,
     if case.plane is not None: d = d.plane(*case.plane)
     return Native(d.pixels, *(None if y is None else y.astype(kind) for y, kind in ((d.label, np.int64), (d.instances, np.int32))), d.spacing)
 
-# %% ../../nbs/1_data/3_collections.ipynb #d990b0db
+# %% ../../nbs/1_data/3_collections.ipynb #550f66e4
 @patch_to(Collection)
 def _with(self, cases, **changes):
     "The same collection with other cases or settings."
@@ -305,6 +305,7 @@ def of_groups(self,
         if g not in set(self.groups): raise InputError(f"collection {self.name!r}: " + unknown("group", g, set(self.groups)))
     return self._with([c for c in self.cases if c.group in set(groups)])
 
+# %% ../../nbs/1_data/3_collections.ipynb #f88cd14e
 @patch_to(Collection)
 def unlabelled(self)->Collection:
     "The same images without their labels: label files are never opened."

@@ -42,7 +42,7 @@ class Batch:
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         return replace(self, image=self.image.to(device, non_blocking=True), label=label)
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #d9c9a54e
+# %% ../../nbs/1_data/4_unpaired.ipynb #bf591e22
 PAIRINGS = ("random", "label_group", "index")
 
 class Patches:
@@ -72,38 +72,46 @@ class Patches:
         self._members = {}
         for i, g in enumerate(collection.label_groups): self._members.setdefault(g, []).append(i)
 
-    @property
-    def steps(self)->int: # batches that show as many patches as there are cases
-        "Batches in one pass over the cases."
-        return -(-len(self.collection) // self.batch_size)
+# %% ../../nbs/1_data/4_unpaired.ipynb #0fe60253
+@patch_to(Patches)
+def batch(self,
+    step:int,          # which batch
+    rank:int=0,        # which process
+    like=None,         # the lead `Batch` or `Plan`, for the pairings that need one
+    pairing="random",  # random | label_group | index
+)->Batch:
+    "Batch number `step`."
+    return self.read(self.plan(step, rank, like, pairing))
 
-    def batch(self,
-        step:int,          # which batch
-        rank:int=0,        # which process
-        like=None,         # the lead `Batch` or `Plan`, for the pairings that need one
-        pairing="random",  # random | label_group | index
-    )->Batch:
-        "Batch number `step`."
-        return self.read(self.plan(step, rank, like, pairing))
+@patch_to(Patches)
+def passes(self,
+    n:float=1, # how often each case is to be shown, in the mean
+)->int: # batches
+    "Batches in `n` passes over the cases."
+    return max(1, round(n * len(self.collection) / self.batch_size))
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #f6522386
+# %% ../../nbs/1_data/4_unpaired.ipynb #dea74f40
 @patch_to(Patches)
 def plan(self,
     step:int,         # which batch
     rank:int=0,       # which process
     like=None,        # the lead `Batch` or `Plan`
     pairing="random", # random | label_group | index
-    draws="",         # another family of batches, e.g. "eval"
 )->Plan:
     "Decide which patches batch `step` holds. Reads label maps (once), no images."
     if pairing not in PAIRINGS: raise InputError(unknown("pairing", pairing, PAIRINGS))
     if pairing == "index" and like is not None: return self._same(like)
-    r, n, B = rng(self.seed, "patches" + draws, self.stream, step, rank), len(self.collection), self.batch_size
+    r, n, B = rng(self.seed, "patches", self.stream, step, rank), len(self.collection), self.batch_size
     index = np.concatenate([r.permutation(n) for _ in range(-(-B // n))])[:B]
     u = r.random((B, 3 + 2 * len(self.size)))
     if pairing == "label_group" and like is not None: index = self._same_group(like.label_groups, index, u[:, 0])
-    corner = np.stack([self._corner(i, *row) for i, row in zip(index, u[:, 1:])])
-    return Plan(index, corner, [self.collection.cases[i].label_group for i in index], (self.seed, "augment" + draws, self.stream, step, rank))
+    return self._placed(index, u[:, 1:], (self.seed, "augment", self.stream, step, rank))
+
+@patch_to(Patches)
+def _placed(self, index, u, address):
+    "A plan for these cases; `u` holds the uniform numbers that place each patch."
+    corner = np.stack([self._corner(i, *row) for i, row in zip(index, u)])
+    return Plan(np.asarray(index), corner, [self.collection.cases[i].label_group for i in index], address)
 
 # %% ../../nbs/1_data/4_unpaired.ipynb #753b17c4
 @patch_to(Patches)
@@ -138,27 +146,7 @@ def _foreground(self, i):
         self._pixels[i] = found
     return self._pixels[i]
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #0f0ed60c
-@patch_to(Patches)
-def _same_group(self, wanted, index, u):
-    "For each lead image a case of its label group; where there is none, the random case, and one warning."
-    missing = sorted({g for g in wanted} - set(self._members))
-    if missing and not self._warned:
-        self._warned = True
-        warnings.warn(f"{self.collection.name!r} has no image of label group {', '.join(map(repr, missing))}: these are paired at random. It has {', '.join(map(repr, sorted(self._members)))}.")
-    return np.array([self._members[g][int(x * len(self._members[g]))] if g in self._members else i for g, i, x in zip(wanted, index, u)])
-
-@patch_to(Patches)
-def _same(self, like):
-    "The lead's own cases, places and augmentation: for registered collections only."
-    lead = getattr(like, "plan", like)
-    if lead is None: raise InputError("pairing='index' needs a lead batch that knows where its patches come from (`Batch.plan`).")
-    if lead.index.max() >= len(self.collection): raise InputError(f"pairing='index': case {lead.index.max()} of the lead has no partner, {self.collection.name!r} has {len(self.collection)} cases. Registered collections hold the same cases in the same order.")
-    for i, c in zip(lead.index, lead.corner):
-        if (c + self.size > np.maximum(self._shape(i), self.size)).any(): raise InputError(f"pairing='index': case {self.collection.cases[i].id!r} is smaller than its partner. Registered images have one size.")
-    return replace(lead, label_groups=[self.collection.cases[i].label_group for i in lead.index])
-
-# %% ../../nbs/1_data/4_unpaired.ipynb #39bd67c5
+# %% ../../nbs/1_data/4_unpaired.ipynb #887f64ec
 @patch_to(Patches)
 def read(self,
     plan:Plan,          # from `plan`
@@ -179,6 +167,7 @@ def read(self,
     if self.channels and image.shape[1] != self.channels: image = image.expand(-1, self.channels, *[-1] * len(self.size))
     return Batch(image, label, [c.cases[i].id for i in plan.index], list(plan.label_groups), plan)
 
+# %% ../../nbs/1_data/4_unpaired.ipynb #472bb5d7
 def padded(
     decoded, # `Decoded`
     size,    # smallest size wanted along each spatial axis
@@ -189,20 +178,37 @@ def padded(
     label = None if decoded.label is None else np.pad(decoded.label, width, mode="reflect")
     return replace(decoded, pixels=np.pad(decoded.pixels, [(0, 0), *width], mode="reflect"), label=label, instances=None)
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #e73cbb62
+# %% ../../nbs/1_data/4_unpaired.ipynb #0f0ed60c
+@patch_to(Patches)
+def _same_group(self, wanted, index, u):
+    "For each lead image a case of its label group; where there is none, the random case, and one warning."
+    missing = sorted({g for g in wanted} - set(self._members))
+    if missing and not self._warned:
+        self._warned = True
+        warnings.warn(f"{self.collection.name!r} has no image of label group {', '.join(map(repr, missing))}: these are paired at random. It has {', '.join(map(repr, sorted(self._members)))}.")
+    return np.array([self._members[g][int(x * len(self._members[g]))] if g in self._members else i for g, i, x in zip(wanted, index, u)])
+
+@patch_to(Patches)
+def _same(self, like):
+    "The lead's own cases, places and augmentation: for registered collections only."
+    lead = getattr(like, "plan", like)
+    if lead is None: raise InputError("pairing='index' needs a lead batch that knows where its patches come from (`Batch.plan`).")
+    if lead.index.max() >= len(self.collection): raise InputError(f"pairing='index': case {lead.index.max()} of the lead has no partner, {self.collection.name!r} has {len(self.collection)} cases. Registered collections hold the same cases in the same order.")
+    for i, c in zip(lead.index, lead.corner):
+        if (c + self.size > np.maximum(self._shape(i), self.size)).any(): raise InputError(f"pairing='index': case {self.collection.cases[i].id!r} is smaller than its partner. Registered images have one size.")
+    return replace(lead, label_groups=[self.collection.cases[i].label_group for i in lead.index])
+
+# %% ../../nbs/1_data/4_unpaired.ipynb #fde43198
 @patch_to(Patches)
 def eval_batches(self,
     n:int=None, # number of batches (default: one pass over the cases)
 )->list: # of `Batch`
-    "The same un-augmented batches every time, the cases in order: for validation."
-    out = []
-    for k in range(self.steps if n is None else n):
-        plan = self.plan(k, draws="-eval")
-        index = np.arange(k * self.batch_size, (k + 1) * self.batch_size) % len(self.collection)
-        u = rng(self.seed, "eval-places", self.stream, k).random((len(index), 2 + 2 * len(self.size)))
-        corner = np.stack([self._corner(i, *row) for i, row in zip(index, u)])
-        groups = [self.collection.cases[i].label_group for i in index]
-        out.append(self.read(replace(plan, index=index, corner=corner, label_groups=groups), augment=False))
+    "The same un-augmented batches every time, the cases in order (and from the first again): for validation."
+    out, B = [], self.batch_size
+    for k in range(-(-len(self.collection) // B) if n is None else n):
+        index = np.arange(k * B, (k + 1) * B) % len(self.collection)
+        u = rng(self.seed, "eval", self.stream, k).random((B, 2 + 2 * len(self.size)))
+        out.append(self.read(self._placed(index, u, ()), augment=False))
     return out
 
 # %% ../../nbs/1_data/4_unpaired.ipynb #36c0419b

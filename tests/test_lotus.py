@@ -1,0 +1,116 @@
+"""LOTUS beyond its chapter: three dimensions, several taps, every option, number formats, resumption across the change of stage."""
+import copy
+
+import pytest
+import torch
+
+from unpaired_kd.core import InputError, seeded, torch_rng
+from unpaired_kd.data.unpaired import Batch
+from unpaired_kd.learner import Learner, Settings, load_checkpoint
+from unpaired_kd.methods.lotus import CHOICES, LOTUS, LotusOptions, Scene
+from unpaired_kd.methods.single import Single, calibrate, initialise, placebo
+from unpaired_kd.networks.unet import UNet
+
+
+class Two:
+    "Teacher and student batches of noise with blocks; the batch is a function of the step."
+    def __init__(self, dims=2, classes=2): self.dims, self.classes = dims, classes
+    def batch(self, step, names=None, rank=0): return {n: self.one(n, step) for n in names or ("student", "teacher")}
+    def one(self, name, step):
+        g, size = torch_rng(0, name, step), 32 if self.dims == 2 else 16
+        label = torch.zeros(2, *[size] * self.dims, dtype=torch.long)
+        for k in range(1, self.classes): label[(slice(None), *[slice(3 * k, 3 * k + 3)] * self.dims)] = k
+        image = label[:, None] * (.3 if name == "student" else -.3) + .5 + .1 * torch.randn(2, 1, *[size] * self.dims, generator=g)
+        return Batch(image=image, label=label, ids=["", ""], label_groups=["", ""])
+
+
+def nets(dims=2, classes=2, width=4):
+    with seeded(0, "t"): teacher = UNet(in_channels=1, classes=1 if classes == 2 else classes, width=width, dims=dims)
+    with seeded(0, "s"): student = UNet(in_channels=1, classes=1 if classes == 2 else classes, width=width, dims=dims)
+    return student, calibrate(teacher, [Two(dims, classes).batch(i)["teacher"].image for i in range(2)])
+
+
+def run(folder, method, data, epochs=2, precision="fp32", **k):
+    r = Learner(method, data, folder, settings=Settings(epochs=epochs, steps=2, bars=False, device="cpu", precision=precision, **k))
+    r.fit()
+    return r
+
+
+@pytest.mark.parametrize("dims,classes,taps", [(2, 2, ("conv8", "conv9")), (2, 4, ("conv9",)), (3, 3, ("conv9",)), (2, 2, ("conv9.5",))])
+def test_dimensions_classes_and_taps(tmp_path, dims, classes, taps):
+    student, teacher = nets(dims, classes)
+    before = copy.deepcopy(teacher.state_dict())
+    r = run(tmp_path, LOTUS(student, teacher, LotusOptions(taps=taps), epochs=2), Two(dims, classes))
+    assert [h["stage"] for h in r.history] == ["denoise", "distil"]
+    assert {"seg", "diff", "kl", "gamma"} <= r.history[0].keys() and {"seg", "kl", "ifv"} <= r.history[1].keys()
+    assert 0 < r.history[0]["gamma"] < 1
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name,value", [(k, v) for k, values in CHOICES.items() for v in values])
+def test_every_choice_trains(tmp_path, name, value):
+    student, teacher = nets()
+    r = run(tmp_path, LOTUS(student, teacher, LotusOptions(**{name: value}), epochs=2), Two(), epochs=2)
+    assert len(r.history) == 2
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_refuses_another_word(name):
+    with pytest.raises(InputError, match=name): LOTUS(*nets(), LotusOptions(**{name: "x"}))
+
+
+@pytest.mark.parametrize("bad", [dict(taps=()), dict(stride=0), dict(quantiles=0), dict(patience=0), dict(denoise_share=1.), dict(head="conv11")])
+def test_numbers_out_of_range_are_refused(bad):
+    with pytest.raises(InputError): LOTUS(*nets(), LotusOptions(**bad))
+
+
+def test_bfloat16_stays_finite_and_close(tmp_path):
+    losses = {}
+    for p in ("fp32", "bf16"):
+        student, teacher = nets()
+        losses[p] = run(tmp_path / p, LOTUS(student, teacher, epochs=2), Two(), precision=p).history
+    for a, b in zip(losses["fp32"], losses["bf16"]):
+        assert abs(a["seg"] - b["seg"]) < .02
+        assert all(0 < b[k] < 100 for k in ("seg", "diff", "kl", "ifv") if k in b)
+
+
+def test_recomputed_denoising_gives_the_same_gradient():
+    grads = []
+    for checkpoint in (False, True):
+        student, teacher = nets()
+        m = LOTUS(student, teacher, LotusOptions(kl_on="denoised", checkpoint=checkpoint))
+        m.kl(Scene(m, Two().batch(0), lambda purpose: torch_rng(0, purpose))).backward()
+        grads.append(student.conv1[0].weight.grad.clone())
+    assert grads[0].abs().sum() > 0 and torch.allclose(grads[0], grads[1], atol=1e-7)
+
+
+def test_stopped_between_the_stages_and_resumed(tmp_path):
+    def build(folder):
+        student, teacher = nets()
+        return Learner(LOTUS(student, teacher, epochs=4), Two(), tmp_path / folder, settings=Settings(epochs=4, steps=2, bars=False, device="cpu", precision="fp32"))
+    whole = build("whole")
+    whole.fit()
+    broken = build("broken")
+    broken.tell = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row["epoch"] == 2 else None
+    with pytest.raises(KeyboardInterrupt): broken.fit()
+    build("broken").fit()
+    a, b = (load_checkpoint(tmp_path / f / "last.pt")["networks"] for f in ("whole", "broken"))
+    assert all(torch.equal(v, b[n][k]) for n in a for k, v in a[n].items())
+
+
+def test_a_term_without_weight_never_runs_the_teacher(tmp_path):
+    student, teacher = nets()
+    m = LOTUS(student, teacher, epochs=1)
+    def forbidden(*a): raise AssertionError("the teacher was run for a loss")
+    x = Scene(m, Two().batch(0), lambda p: torch_rng(0, p))
+    teacher.forward = forbidden
+    m.seg(x).backward()
+    with pytest.raises(AssertionError): m.kl(x)
+
+
+def test_the_placebo_differs_from_the_teacher_in_weights_only():
+    student, teacher = nets()
+    fake = placebo(teacher, [Two().batch(i)["teacher"].image for i in range(4)], seed=1)
+    assert fake.config == teacher.config and not torch.equal(fake.conv1[0].weight, teacher.conv1[0].weight)
+    assert initialise(student, fake, "teacher") is student and torch.equal(student.conv5[0].weight, fake.conv5[0].weight)
+    with pytest.raises(InputError, match="scratch"): initialise(student, teacher, "imagenet")

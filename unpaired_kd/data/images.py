@@ -415,16 +415,16 @@ def read_image(
     array, spacing, affine = decode(path)
     return Image(match_channels(array, channels, str(path)), spacing, affine, str(path))
 
-# %% ../../nbs/1_data/2_images.ipynb #70730e8e
+# %% ../../nbs/1_data/2_images.ipynb #67e79713
 def read_label(
     path, # as `read_image`, but not JPEG
-)->Image: # array (H,W) or (D,H,W), int32
+)->Image: # array (H,W) or (D,H,W), whole numbers: uint8 and uint16 as stored, all others as int32
     "Read a label map of classes or instances: whole numbers, not negative, one channel (or three equal ones)."
     if suffix_of(path) in (".jpg", ".jpeg"): raise InputError(f"{path}: JPEG changes pixel values, so it cannot hold labels. Save the label map as PNG, TIFF or NIfTI.")
     a, spacing, affine = decode(path, label=True)
     if len(a) == 3 and (a == a[:1]).all(): a = a[:1]
     if len(a) != 1: raise InputError(f"{path} has {len(a)} channels; a label map has one. Turn its colours into numbers (0 background, 1 first class, ...) and save those.")
-    whole = a[0].astype(np.int32)
+    whole = a[0].astype({"bool": np.uint8, "uint8": np.uint8, "uint16": np.uint16}.get(a.dtype.name, np.int32))
     if a.dtype.kind == "f" and (whole != a[0]).any(): raise InputError(f"{path} holds values that are not whole numbers, so it is not a label map. Was it smoothed or resampled linearly?")
     if a.min() < 0 or a.max() >= 2**31: raise InputError(f"{path} holds the values {a.min()} to {a.max()}; labels are whole numbers from 0 to 2147483647.")
     return Image(whole, spacing, affine, str(path))

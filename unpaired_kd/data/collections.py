@@ -653,7 +653,7 @@ def load(cls,
     if saved.get("hash", split.hash) != split.hash: raise InputError(f"{path} was changed after it was saved (its hash does not fit). Restore it, or remove its 'hash' entry if the change is meant.")
     return split
 
-# %% ../../nbs/1_data/3_collections.ipynb #b618edb6
+# %% ../../nbs/1_data/3_collections.ipynb #85254044
 def _sizes(parts, n, name):
     "Number of groups of each part: whole numbers as they are, fractions rounded so that none is lost, the rest to `rest`."
     share = {k: v for k, v in parts.items() if isinstance(v, float)}
@@ -663,10 +663,11 @@ def _sizes(parts, n, name):
     if min([0, *share.values(), *fixed.values()]) < 0 or sum(share.values()) > 1 + 1e-9: raise InputError(f"parts={parts}: fractions must be positive and sum to at most 1.")
     total = round(n * sum(share.values()))
     sizes = {k: max(int(n * v), int(v > 0)) for k, v in share.items()}
-    for k in sorted(share, key=lambda k: int(n * share[k]) - n * share[k])[:max(0, total - sum(sizes.values()))]: sizes[k] += 1
-    for k in sorted(sizes, key=sizes.get, reverse=True)[:1]: sizes[k] -= max(0, sum(sizes.values()) + sum(fixed.values()) - n)
+    cut_off = sorted(share, key=lambda k: int(n * share[k]) - n * share[k])      # who lost most by rounding down
+    for k in cut_off[:max(0, total - sum(sizes.values()))]: sizes[k] += 1
+    if share: sizes[max(sizes, key=sizes.get)] -= max(0, sum(sizes.values()) - total)
     sizes |= fixed
-    if sum(sizes.values()) > n or min([1, *(sizes[k] for k in share if share[k] > 0)]) < 1: raise InputError(f"parts={parts}: collection {name!r} has only {n} groups (patients). Ask for fewer.")
+    if sum(sizes.values()) > n or any(sizes[k] < 1 for k in share if share[k] > 0): raise InputError(f"parts={parts}: collection {name!r} has only {n} groups (patients). Ask for fewer.")
     return {k: sizes[k] if k in sizes else n - sum(sizes.values()) for k in parts}
 
 def split_groups(

@@ -1,0 +1,375 @@
+"Collections: every fault of a folder is named, splits keep patients whole, listing order never matters."
+import csv, os, pickle, random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unpaired_kd.core import InputError, file_sha256, rng
+from unpaired_kd.data import images as image_files
+from unpaired_kd.data.collections import Collection, Split, deck, kfold_groups, label_budget, open_collection, split_groups
+
+
+def picture(k, shape=(20, 24)):
+    r = rng(0, "test", k)
+    label = np.zeros(shape, np.uint8)
+    label[4:10, 5:12] = 1
+    return r.integers(0, 256, shape, dtype=np.uint8), label
+
+
+def save(path, array):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def ward(tmp_path):
+    "Six images of three patients: images/, labels/ (0 and 255), groups.csv, and a manifest."
+    rows = []
+    for k in range(6):
+        a, y = picture(k)
+        save(tmp_path / f"images/p{k // 2}_{k}.png", a)
+        save(tmp_path / f"labels/p{k // 2}_{k}.png", y * 255)
+        name = f"p{k // 2}_{k}"
+        rows.append(dict(modality="grey", id=name, image=f"images/{name}.png", label=f"labels/{name}.png", group=f"p{k // 2}",
+                         sha256_image=file_sha256(tmp_path / f"images/{name}.png"), sha256_label=file_sha256(tmp_path / f"labels/{name}.png")))
+    with open(tmp_path / "manifest.csv", "w", newline="") as f:
+        w = csv.DictWriter(f, rows[0])
+        w.writeheader()
+        w.writerows(rows)
+    with open(tmp_path / "groups.csv", "w", newline="") as f: f.write("id,group,label_group\n" + "".join(f"{r['id']},{r['group']},{'ab'[r['group'] == 'p2']}\n" for r in rows))
+    return tmp_path
+
+
+def arrays(sizes, strata=None):
+    "A collection of tiny arrays: `sizes[g]` images of group g."
+    cases = [(g, k) for g, n in sizes.items() for k in range(n)]
+    return Collection.from_arrays([np.full((4, 4), i % 251, np.uint8) for i in range(len(cases))], groups=[g for g, _ in cases], ids=[f"{g}/{k}" for g, k in cases],
+                                  label_groups=[strata[g] if strata else "" for g, _ in cases])
+
+
+def test_three_ways_into_one_folder(ward):
+    a = open_collection(ward, "grey")
+    b = Collection.from_folders(ward)
+    c = Collection.from_folders(ward, group=lambda i: i[:2])
+    assert a.groups == b.groups == c.groups == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert b.label_groups == list("aaaabb")
+    for i in range(6):
+        image, label = picture(i)
+        for x in (a, b, c):
+            np.testing.assert_array_equal(x[i].image[0].numpy(), (image / np.float32(255)).astype(np.float32))
+            np.testing.assert_array_equal(x[i].label.numpy(), label)
+    assert a.check() == {"background": 6, "foreground": 6}
+
+
+# bad input: each names the file or argument and the way out
+
+def fault(ward, edit, words, opener=lambda d: Collection.from_folders(d), check=True):
+    edit(ward)
+    with pytest.raises(InputError) as e:
+        c = opener(ward)
+        if check: c.check()
+    for w in words: assert w in str(e.value), str(e.value)
+
+
+def test_image_without_label(ward):
+    fault(ward, lambda d: (d / "labels/p1_2.png").unlink(), ["p1_2.png", "no label", "labels=False"])
+    assert not Collection.from_folders(ward, labels=False).has_labels
+
+
+def test_manifest_without_label(ward):
+    text = (ward / "manifest.csv").read_text()
+    (ward / "manifest.csv").write_text(text.replace("labels/p1_2.png", ""))
+    fault(ward, lambda d: None, ["p1_2", "no label"], lambda d: open_collection(d, "grey"))
+
+
+def test_label_of_another_size(ward):
+    fault(ward, lambda d: save(d / "labels/p1_2.png", np.zeros((20, 20), np.uint8)), ["labels", "p1_2.png", "(20, 20)", "(20, 24)"])
+
+
+def test_label_outside_the_classes(ward):
+    fault(ward, lambda d: save(d / "labels/p1_2.png", np.full((20, 24), 3, np.uint8)), ["p1_2.png", "[3]", "classes"])
+
+
+def test_antialiased_label(ward):
+    fault(ward, lambda d: save(d / "labels/p1_2.png", np.array([[0, 128, 255]] * 20, np.uint8).repeat(8, 1)), ["p1_2.png", "128"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_image(ward, value):
+    import tifffile
+    def edit(d):
+        for p in sorted((d / "images").iterdir()):
+            a = picture(0)[0].astype(np.float32) / 255
+            if p.stem == "p1_2": a[3, 3] = value
+            tifffile.imwrite(p.with_suffix(".tif"), a)
+            p.unlink()
+    fault(ward, edit, ["p1_2.tif", "NaN"])
+
+
+def test_truncated_png(ward):
+    def edit(d):
+        p = d / "images/p1_2.png"
+        p.write_bytes(p.read_bytes()[:len(p.read_bytes()) // 2])
+    fault(ward, edit, ["p1_2.png"])
+
+
+def test_truncated_nifti(tmp_path):
+    import nibabel as nib
+    for k in range(2):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(rng(0, "v", k).integers(0, 255, (9, 8, 7)).astype(np.uint8), np.eye(4)), tmp_path / f"images/v{k}.nii.gz")
+    whole = (tmp_path / "images/v1.nii.gz").read_bytes()
+    (tmp_path / "images/v1.nii.gz").write_bytes(whole[:len(whole) // 2])
+    fault(tmp_path, lambda d: None, ["v1.nii.gz"], lambda d: Collection.from_folders(d, group=lambda i: i))
+
+
+def test_rgb_where_grey_is_expected(ward):
+    fault(ward, lambda d: save(d / "images/p1_2.png", np.zeros((20, 24, 3), np.uint8)), ["p1_2.png", "3 channels", "1 are expected"])
+    with pytest.raises(InputError, match="3 are expected"): Collection.from_folders(ward, channels=3)
+
+
+def test_all_faults_are_listed_together(ward):
+    save(ward / "images/p0_0.png", np.zeros((20, 24), np.uint8))
+    save(ward / "labels/p0_1.png", np.zeros((9, 9), np.uint8))
+    save(ward / "labels/p1_2.png", np.full((20, 24), 9, np.uint8))
+    with pytest.raises(InputError) as e: open_collection(ward, "grey", classes=("background", "cell"), label_kind="semantic").check()
+    assert "SHA-256" in str(e.value) and str(e.value).startswith("3 faults")
+    for name in ("p0_0.png", "p0_1.png", "p1_2.png"): assert name in str(e.value)
+
+
+def test_checksum_of_the_manifest(ward):
+    fault(ward, lambda d: save(d / "labels/p2_5.png", np.zeros((20, 24), np.uint8)), ["labels", "p2_5.png", "SHA-256"], lambda d: open_collection(d, "grey"))
+
+
+def test_empty_places(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match="no images"): Collection.from_folders(tmp_path)
+    (tmp_path / "manifest.csv").write_text("modality,id,image\n")
+    with pytest.raises(InputError, match="no rows"): open_collection(tmp_path, "ct")
+    with pytest.raises(InputError, match="not a folder"): open_collection(tmp_path / "nothing", "ct")
+    with pytest.raises(InputError, match="empty"): Collection([])
+
+
+def test_absent_class(ward):
+    c = Collection.from_folders(ward, classes=("background", "cell", "ghost"), label_kind="semantic")
+    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", picture(k)[1])
+    with pytest.raises(InputError, match="'ghost'"): c.check()
+    assert Collection.from_folders(ward, classes=("background", "cell", "ghost")).check(strict=False)["ghost"] == 0
+
+
+def test_unknown_names_are_answered_with_the_known(ward):
+    with pytest.raises(InputError, match="Did you mean 'grey'"): open_collection(ward, "gray")
+    c = Collection.from_folders(ward)
+    with pytest.raises(InputError, match="p0_1"): c.subset(["p0_9"])
+    with pytest.raises(InputError, match="p2"): c.of_groups(["p7"])
+    with pytest.raises(InputError, match="semantic"): Collection.from_folders(ward, label_kind="instances")
+    with pytest.raises(InputError, match="bracket"): Collection.from_folders(ward, group=r"^p\d")
+
+
+def test_missing_groups_are_a_warning(ward):
+    (ward / "groups.csv").unlink()
+    with pytest.warns(UserWarning, match="groups.csv"): c = Collection.from_folders(ward)
+    assert c.groups == c.ids
+
+
+# labels and intensities
+
+def test_instance_labels_are_recognised(ward):
+    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", (np.arange(480).reshape(20, 24) % 7 * 100).astype(np.uint16))
+    c = Collection.from_folders(ward)
+    assert c.label_kind == "instance" and c.classes == ("background", "foreground")
+    assert c[0].instances.max() == 600 and set(c[0].label.unique().tolist()) == {0, 1}
+    assert c.native(0).instances.dtype == np.int32
+
+
+@pytest.mark.parametrize("zoom,invert,intensity", [(1, True, "dtype"), (.5, False, "dtype"), (.5, True, "percentile"), (1, False, (20, 200))])
+def test_a_sample_is_what_inference_prepares(ward, zoom, invert, intensity):
+    c = Collection.from_folders(ward, zoom=zoom, invert=invert, intensity=intensity)
+    np.testing.assert_array_equal(c[2].image.numpy(), image_files.prepare(picture(2)[0][None], intensity, invert, zoom))
+    assert c[2].label.shape == c[2].image.shape[1:]
+    np.testing.assert_array_equal(c.native(2).image[0], picture(2)[0])
+    np.testing.assert_array_equal(c.native(2).label, picture(2)[1])
+
+
+def test_memory_is_bounded_and_does_not_change_results(ward, monkeypatch):
+    reads = []
+    true = image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda p: reads.append(p) or true(p))
+    rich, poor = Collection.from_folders(ward), Collection.from_folders(ward, cache_gb=0)
+    for c, most in ((rich, 6), (poor, 1000)):
+        reads.clear()
+        for _ in range(3):
+            for i in range(6): np.testing.assert_array_equal(c[i].image[0].numpy() * 255, picture(i)[0])
+        assert len(reads) <= most
+    assert len(reads) >= 18 and poor._store.used == 0
+    small = Collection.from_folders(ward, cache_gb=2500 / 2**30)
+    for i in range(6): small[i]
+    assert 0 < small._store.used <= 2500
+
+
+def test_a_collection_survives_pickling(ward):
+    c = Collection.from_folders(ward)
+    c[0]
+    again = pickle.loads(pickle.dumps(c))
+    assert again.ids == c.ids and (again[3].image == c[3].image).all()
+
+
+# volumes
+
+def volumes(tmp_path):
+    import nibabel as nib
+    for d in ("images", "labels"): (tmp_path / d).mkdir()
+    for k in range(2):
+        y = np.zeros((10, 8, 6), np.int16)          # file order: x, y, z
+        y[2:5, 3:6, 2:4] = 1 + k
+        grid = np.diag([1.5, 2., 5., 1])
+        nib.save(nib.Nifti1Image(rng(0, "vol", k).integers(0, 255, y.shape).astype(np.uint8), grid), tmp_path / f"images/v{k}.nii.gz")
+        nib.save(nib.Nifti1Image(y, grid), tmp_path / f"labels/v{k}.nii.gz")
+    return Collection.from_folders(tmp_path, group=lambda i: i)
+
+
+def test_slices_keep_their_patient_and_are_read_once(tmp_path, monkeypatch):
+    c = volumes(tmp_path)
+    assert c.dims == 3 and c[0].image.shape == (1, 6, 8, 10) and c.classes == ("background", "class 1", "class 2")
+    reads = []
+    true = image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda p: reads.append(p) or true(p))
+    flat = c.slices()
+    assert flat.ids == ["v0/z002", "v0/z003", "v1/z002", "v1/z003"] and flat.groups == ["v0", "v0", "v1", "v1"]
+    assert flat[0].spacing == (2., 1.5) and flat.dims == 2
+    for i, (v, z) in enumerate([(0, 2), (0, 3), (1, 2), (1, 3)]):
+        assert (flat[i].image == c[v].image[:, z]).all() and (flat[i].label == c[v].label[z]).all()
+        assert (flat.native(i).image == c.native(v).image[:, z]).all()
+    assert len(reads) <= 2
+    assert len(c.slices(axis=2, keep="all")) == 20 and len(c.slices(keep="all")) == 12
+    assert len(split_groups(flat, dict(a=1, b=1))["a"]) == 2
+    half = c.resampled(zoom=.5)
+    assert half.slices()[0].image.shape == (1, 4, 5) and half[0].spacing == (5., 4., 3.)
+    with pytest.raises(InputError, match="only volumes"): flat.slices()
+    with pytest.raises(InputError, match="labelled"): c.slices(keep="labeled")
+
+
+# the LOTUS layout
+
+def test_lotus_layout_of_the_readme(tmp_path):
+    for p in ("OSTEO_1", "OSTEO_2", "HTY_10"):
+        save(tmp_path / f"bonesai-microct/{p}/tissue images/microct.tif", picture(1)[0])
+        save(tmp_path / f"bonesai-microct/{p}/mask binary/mask.png", picture(1)[1] * 255)
+    c = open_collection(tmp_path, "bonesai-microct")
+    assert sorted(zip(c.groups, c.label_groups)) == [("HTY_10", "HTY"), ("OSTEO_1", "OSTEO"), ("OSTEO_2", "OSTEO")]
+    c.check()
+    (tmp_path / "bonesai-microct/OSTEO_2/mask binary/mask.png").unlink()
+    with pytest.raises(InputError, match="OSTEO_2"): open_collection(tmp_path, "bonesai-microct")
+
+
+def test_lotus_layout_of_deepliif_keeps_altered_copies_together(tmp_path):
+    for split, tiles in dict(train=["Bladder_1", "Bladder_1_neg", "Bladder_1_1.10_0.90"], val=["Lung_2"]).items():
+        for t in tiles:
+            save(tmp_path / f"DeepLIIF-mm/ihc/{split}/tissue images/{t}.png", picture(1)[0])
+            save(tmp_path / f"DeepLIIF-mm/ihc/{split}/masks/{t}.png", picture(1)[1])
+    c = open_collection(tmp_path / "DeepLIIF-mm", "ihc")
+    assert Counter(c.groups) == {"Bladder_1": 3, "Lung_2": 1}
+    assert len(Collection.from_lotus(tmp_path / "DeepLIIF-mm", "ihc", split="train")) == 3
+
+
+# splits
+
+def test_listing_order_does_not_matter(ward, monkeypatch):
+    "Acceptance check: group sets are disjoint and the same on a tree whose listing order differs from the sorted one."
+    before = Collection.from_folders(ward)
+    true = Path.iterdir
+    def shuffled(self):
+        found = sorted(true(self), reverse=True)
+        random.Random(1).shuffle(found)
+        return iter(found)
+    monkeypatch.setattr(Path, "iterdir", shuffled)
+    after = Collection.from_folders(ward)
+    assert [p.name for p in (ward / "images").iterdir()] != sorted(os.listdir(ward / "images"))
+    assert before.ids == after.ids and before.fingerprint() == after.fingerprint()
+    assert [f.hash for f in kfold_groups(before, 3)] == [f.hash for f in kfold_groups(after, 3)]
+    assert label_budget(before, 4) == label_budget(after, 4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_splits_are_by_group_complete_and_stratified(seed):
+    r = rng(seed, "sizes")
+    strata = {f"g{i}": "abc"[int(r.integers(3))] for i in range(int(r.integers(9, 40)))}
+    c = arrays({g: int(r.integers(1, 6)) for g in strata}, strata)
+    c = c.subset([c.ids[i] for i in r.permutation(len(c))])
+    n, counts = len(strata), Counter(strata.values())
+    splits = [split_groups(c, dict(train=.7, val=.1, test=.2), seed)] + kfold_groups(c, 5, seed, valid=1)
+    for s in splits:
+        assert sorted(i for ids in s.parts.values() for i in ids) == sorted(c.ids)
+        groups = {p: set(x.groups) for p, x in s.apply(c).items()}
+        assert sum(map(len, groups.values())) == n                      # no group in two parts
+        if "val" in groups and s is not splits[0]: continue
+        for g in groups.values():
+            for k in counts: assert abs(sum(strata[x] == k for x in g) - counts[k] * len(g) / n) < 2
+    tested = Counter(i for s in splits[1:] for i in s["test"])
+    assert set(tested.values()) == {1} and len(tested) == len(c)
+
+
+def test_sizes_of_parts():
+    c = arrays({f"g{i}": 2 for i in range(10)})
+    size = lambda **parts: {k: len(set(x.groups)) for k, x in split_groups(c, parts).apply(c).items()}
+    assert size(train=.8, val=.1, test=.1) == dict(train=8, val=1, test=1)
+    assert size(train=3, val=2, test="rest") == dict(train=3, val=2, test=5)
+    assert size(train=2, test=.5) == dict(train=2, test=5)
+    assert size(train=.95, test=.05) == dict(train=9, test=1)
+    for wrong in (dict(a=11), dict(a=.9, b=.3), dict(a="half"), dict(a=9, b=.2), dict(a="rest", b="rest"), dict(a=-1)):
+        with pytest.raises(InputError): split_groups(c, wrong)
+    with pytest.raises(InputError, match="10 groups"): kfold_groups(c, 11)
+
+
+def test_a_split_file_is_not_trusted(tmp_path):
+    c = arrays({"a": 2, "b": 2, "c": 2})
+    s = split_groups(c, dict(train=2, test=1))
+    s.save(tmp_path / "s.json")
+    assert Split.load(tmp_path / "s.json", c).parts == s.parts
+    with pytest.raises(InputError, match="'b'.*two parts"): Split(dict(train=["a/0", "b/0"], test=["b/1"])).verify(c)
+    with pytest.raises(InputError, match="twice"): Split(dict(train=["a/0", "a/0"])).verify(c)
+    text = (tmp_path / "s.json").read_text()
+    moved = dict(s.parts, train=s["train"][:-1])
+    (tmp_path / "t.json").write_text(text.replace(s["train"][-1], s["train"][0]))
+    with pytest.raises(InputError): Split.load(tmp_path / "t.json", c)
+    Split(moved, s.data).save(tmp_path / "u.json")
+    edited = (tmp_path / "u.json").read_text().replace(Split(moved, s.data).hash, s.hash)
+    (tmp_path / "u.json").write_text(edited)
+    with pytest.raises(InputError, match="changed after"): Split.load(tmp_path / "u.json", c)
+    other = Collection.from_arrays([np.zeros((4, 4), np.uint8)] * 6, groups=c.groups, ids=c.ids)
+    with pytest.raises(InputError, match="other data"): Split.load(tmp_path / "s.json", other)
+    with pytest.raises(InputError, match="not in collection"): Split.load(tmp_path / "s.json", c.subset(c.ids[:4]))
+    (tmp_path / "v.json").write_text('{"parts": {"train": ["a/0"], "test": ["b/0"]}}')     # written by hand
+    assert Split.load(tmp_path / "v.json", c)["test"] == ["b/0"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_are_nested_and_go_round_the_patients(seed):
+    strata = {f"g{i}": "ab"[i % 2] for i in range(8)}
+    c = arrays({g: 1 + i % 4 for i, g in enumerate(strata)}, strata)
+    for unit, most in (("images", len(c)), ("groups", 8)):
+        chosen = [label_budget(c, n, unit, seed) for n in range(1, most + 1)]
+        for a, b in zip(chosen, chosen[1:]): assert b[:len(a)] == a
+        assert sorted(chosen[-1]) == sorted(c.ids)
+    assert len(set(c.subset(label_budget(c, 8, seed=seed)).groups)) == 8
+    assert len({label_budget(c, 1, seed=s)[0] for s in range(20)}) > 3
+    assert sorted(Counter(strata[g] for g in deck(strata, rng(seed, "d"))[:4]).values()) == [2, 2]
+
+
+DATA = Path(os.environ.get("UKD_DATA", Path(__file__).parents[2] / "shared/data"))
+
+@pytest.mark.skipif(not (DATA / "nuclei_he_fluo").is_dir(), reason="the optional data are not here")
+def test_real_folders():
+    he = open_collection(DATA / "nuclei_he_fluo", "histology_he")
+    assert len(he) == 73 and len(set(he.groups)) == 17 and he.channels == 3 and he.label_kind == "instance"
+    assert he.check() == {"background": 73, "foreground": 73}
+    classes = ("background", "liver", "right kidney", "left kidney", "spleen")
+    ct = open_collection(DATA / "abdomen_ct_mr", "ct", classes=classes, zoom=.5)
+    assert ct.dims == 3 and ct[0].image.shape == (1, 49, 128, 128) and ct[0].spacing[0] == pytest.approx(5)
+    flat = ct.subset(ct.ids[:2]).slices()
+    assert set(flat.groups) == {"ct_000", "ct_001"} and flat[0].label.max() > 0
+    assert open_collection(DATA / "retina_fundus_octa", "octa").subset(["oc_003"]).check() == {"background": 1, "foreground": 1}
+    for f in kfold_groups(he, 5): f.verify(he)

@@ -1,5 +1,5 @@
 """Gate: settings.ini, pyproject.toml, constraints.txt, the Quarto files and the sidebar agree with each other and with the tree."""
-import configparser, re, time, tomllib
+import ast, configparser, re, sys, time, tomllib
 
 import yaml
 from house import ROOT, finish, notebooks
@@ -33,6 +33,31 @@ def pinned(project, lines):
     for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
         if r.name.lower() not in versions: found.append(f"constraints.txt does not pin {r.name}")
         elif not r.specifier.contains(versions[r.name.lower()]): found.append(f"constraints.txt pins {r.name} {versions[r.name.lower()]}, outside {r.specifier}")
+    return found
+
+
+HEAVY = {"monai", "matplotlib", "papermill", "IPython", "ipywidgets", "accelerate", "skimage", "sklearn", "nibabel", "tifffile"}
+DISTRIBUTION = {"skimage": "scikit-image", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+
+
+def imported(root=ROOT):
+    "Third-party modules that the library imports: (module, file, whether that happens as soon as the file is imported)."
+    for path in sorted((root / "unpaired_kd").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"unpaired_kd"}: yield name, path.relative_to(root), node in tree.body
+
+
+def declared(project, root=ROOT):
+    "What the library imports is declared: at the top of a file by a plain dependency, inside functions by an extra at least."
+    plain = {Requirement(r).name.lower() for r in project["dependencies"]}
+    extras = {Requirement(r).name.lower() for rs in project["optional-dependencies"].values() for r in rs} | {"nbformat", "jupyter_client"}
+    found = []
+    for name, path, at_once in imported(root):
+        package = DISTRIBUTION.get(name, name).lower()
+        if package not in plain | (set() if at_once else extras): found.append(f"{path} imports {name}, which pyproject.toml does not declare{' as a plain dependency' if at_once else ''}")
+        if at_once and name in HEAVY: found.append(f"{path} imports {name} at once: do it in the function that needs it")
     return found
 
 
@@ -71,7 +96,7 @@ def main():
     version = re.search(r'__version__ = "(.+)"', (ROOT / "unpaired_kd/__init__.py").read_text())
     if not version or version[1] != ini["version"]: found.append("unpaired_kd/__init__.py and settings.ini name different versions")
     if "tags" not in ini["allowed_cell_metadata_keys"].split(): found.append("settings.ini: without allowed_cell_metadata_keys = tags, nbdev_clean deletes the `parameters` tag")
-    found += quarto(ini) + sidebar()
+    found += declared(toml["project"]) + quarto(ini) + sidebar()
     finish("config", found, "settings.ini, pyproject.toml, constraints.txt, Quarto files, sidebar", start)
 
 

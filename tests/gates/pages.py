@@ -112,7 +112,8 @@ def broken(page, links, pages, tree, site):
         if re.match(r"[a-z][a-z0-9+.-]*:", link): continue
         path, _, anchor = unquote(link).partition("#")
         goal = os.path.normpath(page.parent / path) if path else str(page)
-        if path and not (tree / "_proc" / goal).exists() and not (tree / "nbs" / goal).exists(): yield f"{link}: no such file"
+        if goal.startswith(".."): yield f"{link}: leaves the site"
+        elif path and not (tree / "_proc" / goal).exists() and not (tree / "nbs" / goal).exists(): yield f"{link}: no such file"
         elif anchor and (known := pages.get(Path(goal))) and anchor not in known.ids: yield f"{link}: no such heading or label"
 
 

@@ -5,7 +5,7 @@ from house import ROOT, directives, read
 
 HEAD = "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. Edit that notebook, then run `make prepare`. -->\n"
 # the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address with a scheme
-LINK = re.compile(r"(\]\()(?!https?://|#|mailto:|\.\./)([^)\s]+)(?=[)\s])")
+LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s]+)(?=[)\s])")
 
 
 def outside_fences(text, change):
@@ -29,7 +29,7 @@ def render(root=ROOT):
     for cell in read(root / "nbs/index.ipynb")["cells"]:
         source = cell["source"].strip()
         if cell["cell_type"] == "markdown":
-            source = outside_fences(source, lambda t: LINK.sub(r"\1nbs/\2", t).replace("](../", "]("))
+            source = outside_fences(source, lambda t: LINK.sub(r"\1nbs/\2", t))
             blocks.append(re.sub(r" *\{(?:#|\.|fig-alt=|width=)[^}\n]*\}", "", source))
         elif cell["cell_type"] == "code" and source and "hide" not in (options := directives(source)):
             code = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()

@@ -1,7 +1,7 @@
 """Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the export of nbs/index.ipynb."""
 import difflib, subprocess, sys, time
 
-from house import ROOT, finish, notebooks, read, scratch
+from house import ROOT, directives, finish, notebooks, read, scratch
 from readme import render
 
 
@@ -45,6 +45,16 @@ def stored_outputs(root=ROOT):
                     if mime.startswith("image/") and len("".join(data)) > 270_000: yield f"{name} cell {i} stores a picture over 200 kB"
 
 
+def manners(root=ROOT):
+    "Small things that would show on the site."
+    for path in notebooks(root):
+        name, cells = path.relative_to(root), read(path)["cells"]
+        if not cells[0]["source"].startswith("# "): yield f"{name}: the first cell must be `# Title` and `> claim`"
+        for cell in cells:
+            given = directives(cell["source"]) if cell["cell_type"] == "code" else {}
+            if "default_exp" in given and "hide" not in given: yield f"{name}: put `#| hide` under `#| default_exp`, or the site shows that cell"
+
+
 def main():
     start, found = time.time(), []
     with scratch() as tree:
@@ -56,7 +66,7 @@ def main():
         found += differences(pages, contents(tree, "*.ipynb", "nbs"), "run nbdev_clean")
     readme = ROOT / "README.md"
     if not readme.exists() or readme.read_text() != render(): found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
-    found += stored_outputs()
+    found += [*stored_outputs(), *manners()]
     finish("sources", found, f"{len(modules)} modules exported, {len(pages)} notebooks cleaned, README.md compared", start)
 
 

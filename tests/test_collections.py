@@ -215,6 +215,7 @@ def test_a_collection_survives_pickling(ward):
     c[0]
     again = pickle.loads(pickle.dumps(c))
     assert again.ids == c.ids and (again[3].image == c[3].image).all()
+    assert len(pickle.dumps(c)) < 10_000                # what was decoded stays here
 
 
 # volumes

@@ -116,7 +116,7 @@ class Decoded:
         spacing = None if self.spacing is None else tuple(s for k, s in enumerate(self.spacing) if k != axis)
         return replace(self, pixels=cut(self.pixels, 1), label=cut(self.label), instances=cut(self.instances), spacing=spacing)
 
-# %% ../../nbs/1_data/3_collections.ipynb #fb19dd74
+# %% ../../nbs/1_data/3_collections.ipynb #0adf37d7
 class Store:
     "Values that were expensive to make, the least recently used dropped first when `gigabytes` are full."
 
@@ -138,6 +138,8 @@ class Store:
             self.items[key], self.used = (value, size), self.used + size
             while self.used > self.limit: self.used -= self.items.popitem(last=False)[1][1]
         return value
+
+    def __getstate__(self): return dict(vars(self), used=0, items=OrderedDict()) # another process decodes for itself
 
 def _bytes(*arrays): return sum(a.nbytes for a in arrays if a is not None)
 
@@ -487,7 +489,7 @@ def from_lotus(cls,
     if len({c.label_group for c in cases}) == 1: cases = [replace(c, label_group="") for c in cases]
     return cls(sorted(cases, key=lambda c: c.id), **dict(dict(name=modality), **kw))
 
-# %% ../../nbs/1_data/3_collections.ipynb #51196cbe
+# %% ../../nbs/1_data/3_collections.ipynb #b9bdc687
 def open_collection(
     data,          # folder, or "phantom:bone"
     modality:str,  # which modality of it
@@ -498,7 +500,10 @@ def open_collection(
         kind = str(data).split(":", 1)[1]
         if kind != "bone": raise InputError("data: " + unknown("phantom", kind, ("bone",)))
         from unpaired_kd.data.phantoms import bone
-        return bone(modality, **kw)
+        settings, classes = {k: kw.pop(k) for k in ("zoom", "invert", "intensity") if k in kw}, kw.pop("classes", None)
+        c = bone(modality, **kw).resampled(**settings)
+        if classes and len(classes) != len(c.classes): raise InputError(f"classes={tuple(classes)}: the phantom has {len(c.classes)} classes, {c.classes}.")
+        return c._with(c.cases, classes=tuple(classes or c.classes))
     folder = Path(data)
     if not folder.is_dir(): raise InputError(f"data: {folder} is not a folder. Give a folder of images, or 'phantom:bone'.")
     if (folder/"manifest.csv").exists(): return Collection.from_manifest(folder, modality, **kw)

@@ -1,5 +1,5 @@
 "Collections: every fault of a folder is named, splits keep patients whole, listing order never matters."
-import csv, os, pickle, random
+import csv, os, pickle, random, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -194,6 +194,7 @@ def test_a_sample_is_what_inference_prepares(ward, zoom, invert, intensity):
     np.testing.assert_array_equal(c.native(2).label, picture(2)[1])
 
 
+@pytest.mark.filterwarnings("ignore:the decoded images")
 def test_memory_is_bounded_and_does_not_change_results(ward, monkeypatch):
     reads = []
     true = image_files.read_image
@@ -201,8 +202,11 @@ def test_memory_is_bounded_and_does_not_change_results(ward, monkeypatch):
     rich, poor = Collection.from_folders(ward), Collection.from_folders(ward, cache_gb=0)
     for c, most in ((rich, 6), (poor, 1000)):
         reads.clear()
-        for _ in range(3):
-            for i in range(6): np.testing.assert_array_equal(c[i].image[0].numpy() * 255, picture(i)[0])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                for i in range(6): np.testing.assert_array_equal(c[i].image[0].numpy() * 255, picture(i)[0])
+        assert bool(told) == (c is poor) and all("cache_gb=0" in str(w.message) for w in told)
         assert len(reads) <= most
     assert len(reads) >= 18 and poor._store.used == 0
     small = Collection.from_folders(ward, cache_gb=2500 / 2**30)

@@ -116,14 +116,14 @@ class Decoded:
         spacing = None if self.spacing is None else tuple(s for k, s in enumerate(self.spacing) if k != axis)
         return replace(self, pixels=cut(self.pixels, 1), label=cut(self.label), instances=cut(self.instances), spacing=spacing)
 
-# %% ../../nbs/1_data/3_collections.ipynb #0adf37d7
+# %% ../../nbs/1_data/3_collections.ipynb #68f0b776
 class Store:
     "Values that were expensive to make, the least recently used dropped first when `gigabytes` are full."
 
     def __init__(self,
         gigabytes:float, # memory that the values may take
     ):
-        self.limit, self.used, self.items = gigabytes * 2**30, 0, OrderedDict()
+        self.limit, self.used, self.items, self.seen = gigabytes * 2**30, 0, OrderedDict(), set()
 
     def get(self,
         key,  # name of the value
@@ -133,13 +133,15 @@ class Store:
         if key in self.items:
             self.items.move_to_end(key)
             return self.items[key][0]
+        if key in self.seen: warnings.warn(f"the decoded images do not fit into cache_gb={self.limit / 2**30:.3g}, so files are read again and again. Give more, or zoom out.", stacklevel=2)
+        self.seen.add(key)
         value, size = make()
         if size <= self.limit:
             self.items[key], self.used = (value, size), self.used + size
             while self.used > self.limit: self.used -= self.items.popitem(last=False)[1][1]
         return value
 
-    def __getstate__(self): return dict(vars(self), used=0, items=OrderedDict()) # another process decodes for itself
+    def __getstate__(self): return dict(vars(self), used=0, items=OrderedDict(), seen=set()) # another process decodes for itself
 
 def _bytes(*arrays): return sum(a.nbytes for a in arrays if a is not None)
 

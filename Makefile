@@ -20,8 +20,9 @@ prepare: $(READY)
 
 # installs again only when one of these three files has changed
 $(READY): pyproject.toml constraints.txt settings.ini
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
+	@echo "Installing into $(VENV), once (a minute or a few; PyTorch is large) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq -e ".[dev]" -c constraints.txt
 	@touch $@
 
 clean:

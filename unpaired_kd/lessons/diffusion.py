@@ -7,12 +7,13 @@ __all__ = ['PROJECTORS', 'STATISTICS', 'Schedule', 'spread', 'q_sample', 'noise_
            'ddim_timesteps', 'ddim_step', 'ddim', 'NoiseAdapter', 'blend', 'channel_mlp', 'no_projector', 'Projector',
            'frozen_statistics', 'DiffusionBlock']
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #02e9f1ac
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #6c0633d7
 import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as rerun
 
@@ -234,7 +235,7 @@ def frozen_statistics(
     finally:
         for m, (m.training, m.track_running_stats) in zip(layers, before): pass
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #722adbeb
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #70ca8f76
 class DiffusionBlock(nn.Module):
     "All that denoising needs for one tap: a noise predictor trained on the teacher's features, and the way of the student's features through it."
     def __init__(self,
@@ -260,36 +261,41 @@ class DiffusionBlock(nn.Module):
         self.adapter = NoiseAdapter(channels, dims, norm)
         self.proj = nn.Sequential(conv(channels, channels, 1), norm_layer(norm, channels, dims))
 
-    def loss(self,
-        z:Tensor,                       # teacher features $z^{(h)}$, (B,C,*s)
-        generator:torch.Generator=None, # for the steps and the noise
-    )->Tensor: # one number, float32
-        "$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only pass that updates Phi's statistics."
-        z, device = z.float(), z.device if generator is None else generator.device
-        t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(z.device)
-        eps = noise_like(z, generator)
-        return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #9cb63bf0
+@patch
+def loss(self:DiffusionBlock,
+    z:Tensor,                       # teacher features $z^{(h)}$, (B,C,*s)
+    generator:torch.Generator=None, # for the steps and the noise
+)->Tensor: # one number, float32
+    "$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only pass that updates Phi's statistics."
+    z, device = z.float(), z.device if generator is None else generator.device
+    t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(z.device)
+    eps = noise_like(z, generator)
+    return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
 
-    def predict(self,
-        z:Tensor, # noisy student features, (B,C,*s)
-        t:Tensor, # steps, (B,)
-    )->Tensor: # predicted noise, (B,C,*s)
-        "One question to Phi on the student's way: its running statistics stay as they are, and it gets no gradient if `phi_grad` is False."
-        fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
-        def ask(z, t):
-            with frozen_statistics(self.phi, self.statistics): return torch.func.functional_call(self.phi, fixed, (z, t))
-        if self.checkpoint and torch.is_grad_enabled(): return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
-        return ask(z, t)
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #6413d1d6
+@patch
+def predict(self:DiffusionBlock,
+    z:Tensor, # noisy student features, (B,C,*s)
+    t:Tensor, # steps, (B,)
+)->Tensor: # predicted noise, (B,C,*s)
+    "One question to Phi on the student's way: its running statistics stay as they are, and it gets no gradient if `phi_grad` is False."
+    fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
+    def ask(z, t):
+        with frozen_statistics(self.phi, self.statistics): return torch.func.functional_call(self.phi, fixed, (z, t))
+    if self.checkpoint and torch.is_grad_enabled(): return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
+    return ask(z, t)
 
-    def denoise(self,
-        z:Tensor,                       # student features, already projected, (B,C,*s)
-        generator:torch.Generator=None, # for the noise that is mixed in
-        gamma:Tensor=None,              # use these shares instead of the adapter's, (B,)
-    )->tuple: # denoised features $\hat z$ (B,C,*s), float32, and $\gamma$ (B,)
-        "`trans`, noise adapter, five DDIM evaluations, `proj` (LOTUS eq. 3). Gradients flow all the way back to `z`."
-        z = self.trans(z)
-        gamma = self.adapter(z) if gamma is None else gamma
-        z = blend(z.float(), gamma, noise_like(z, generator))
-        return self.proj(ddim(self.predict, z, self.timesteps, self.alpha_bar, self.eta, generator)).float(), gamma
+@patch
+def denoise(self:DiffusionBlock,
+    z:Tensor,                       # student features, already projected, (B,C,*s)
+    generator:torch.Generator=None, # for the noise that is mixed in
+    gamma:Tensor=None,              # use these shares instead of the adapter's, (B,)
+)->tuple: # denoised features $\hat z$ (B,C,*s), float32, and $\gamma$ (B,)
+    "`trans`, noise adapter, five DDIM evaluations, `proj` (LOTUS eq. 3). Gradients flow all the way back to `z`."
+    z = self.trans(z)
+    gamma = self.adapter(z) if gamma is None else gamma
+    z = blend(z.float(), gamma, noise_like(z, generator))
+    return self.proj(ddim(self.predict, z, self.timesteps, self.alpha_bar, self.eta, generator)).float(), gamma
 
-    forward = denoise
+DiffusionBlock.forward = DiffusionBlock.denoise

@@ -140,3 +140,38 @@ def test_rows_of_several_runs_are_counted_once():
     joined = cli.join_runs({"runs/a": a, "runs/b": b})
     assert [(r["arm"], r["case"]) for r in joined] == [("alone", "x"), ("alone", "y"), ("kl", "x"), ("kl", "y"), ("alone", "z"), ("kl (b)", "x"), ("kl (b)", "y")]
     assert len({(r["arm"], r["seed"], r["case"]) for r in joined}) == len(joined)
+
+
+def test_predict(tmp_path, capsys):
+    "`ukd predict` writes a label map of the image's size; a wrong student or image is named, and nothing is written."
+    import numpy as np, tifffile
+    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.networks.unet import UNet
+    net = UNet(in_channels=3, classes=1, width=4)
+    Student(net, Recipe(patch=32, network_config=net.config)).save(tmp_path / "student")
+    tifffile.imwrite(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (40, 50), dtype=np.uint8))
+    assert cli.main(["predict", str(tmp_path / "student"), str(tmp_path / "a.tif"), str(tmp_path / "out.tif")]) == 0
+    label = tifffile.imread(tmp_path / "out.tif")
+    assert label.shape == (40, 50) and set(np.unique(label)) <= {0, 1}
+    (tmp_path / "b.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:100])
+    for student, image, said in [("absent", "a.tif", "absent"), ("student", "b.tif", "b.tif"), ("student", "c.tif", "c.tif")]:
+        assert cli.main(["predict", str(tmp_path / student), str(tmp_path / image), str(tmp_path / "no.tif")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "no.tif").exists()
+
+
+def test_report(tmp_path, capsys):
+    "`ukd report` prints one table for one run or several; a folder without scores is named."
+    from unpaired_kd.report import save_rows
+    rows = [dict(arm=a, seed=0, case=f"{g}{i}", group=g, label_group="", dsc=d + .01 * i, hd95=5. - d, aji=d / 2, pq=d / 2) for a, d in (("alone", .5), ("distilled", .6)) for g in "abc" for i in range(2)]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_rows(tmp_path / name / "metrics.csv", rows)
+    assert cli.main(["report", str(tmp_path / "one")]) == 0
+    one = capsys.readouterr().out
+    assert "alone" in one and "distilled" in one and "HD95" in one
+    assert cli.main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert capsys.readouterr().out == one
+    assert cli.main(["report", str(tmp_path / "one"), "--metrics", "dsc", "--reference", "distilled"]) == 0
+    assert "HD95" not in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path)]) == 2

@@ -271,7 +271,7 @@ def need(*modules):
     from importlib.util import find_spec
     if missing := [m for m in modules if find_spec(m) is None]: raise refuse(f"this command needs {', '.join(missing)}: pip install \"unpaired_kd[dev]\".")
 
-# %% ../nbs/6_command/1_cli.ipynb #bf60765d
+# %% ../nbs/6_command/1_cli.ipynb #fa43ada1
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."
     top = argparse.ArgumentParser("ukd", description="Unpaired knowledge distillation: run experiments, use students, print tables.")
@@ -286,6 +286,8 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
     predict.add_argument("student", help="folder of a student (runs/x/student)")
     predict.add_argument("input", help="image, volume or folder")
     predict.add_argument("output", help="where the label maps go")
+    predict.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    predict.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or auto (default: fp32)")
     report = sub.add_parser("report", help="print the table of one or several run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder with metrics.csv")
     report.add_argument("--reference", default="alone", help="the arm that the others are compared with (default: alone)")
@@ -306,7 +308,7 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #e1df4841
+# %% ../nbs/6_command/1_cli.ipynb #786e7a05
 def run(args)->int:
     "`ukd run`"
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
@@ -317,7 +319,7 @@ def run(args)->int:
 def predict(args)->int:
     "`ukd predict`"
     from unpaired_kd.inference import predict_path
-    predict_path(args.student, args.input, args.output)
+    predict_path(args.student, args.input, args.output, args.device, args.precision)
     return 0
 
 def report(args)->int:

@@ -126,7 +126,7 @@ def prepare(source, target):
             exec_nb(source, target, FilterDefaults)
     except Exception as e:
         cause = f"{type(e.__cause__).__name__}: {e.__cause__}" if e.__cause__ else ""
-        return f"nbdev cannot prepare it for the site: {e} {cause}"
+        return "nbdev cannot prepare it for the site: " + " / ".join(str(e).splitlines()[:4]) + f" ... {cause} (building the site runs cells that import or export, and makes a table for each exported name)"
     if any("imports and other code" in str(w.message) for w in said): return "an import stands in a cell with other code: building the site would run that code"
 
 

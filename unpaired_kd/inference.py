@@ -76,7 +76,7 @@ def channels_first(
     if a.ndim == 3: return a[None]
     raise InputError(f"an array of shape {a.shape} is not an image. Give (H,W), (C,H,W), (H,W,C), (D,H,W) or (C,D,H,W) with C = 1 or 3.")
 
-# %% ../nbs/4_training/4_inference.ipynb #7eee5fab
+# %% ../nbs/4_training/4_inference.ipynb #64696d22
 def pad_to(
     x:Tensor,   # (N,C,*s)
     stride:int, # wanted divisor of every side
@@ -99,7 +99,7 @@ def logits(
     if tile == tuple(x.shape[2:]): z = net(x)
     else:
         from monai.inferers import sliding_window_inference
-        z = sliding_window_inference(x, tile, sw_batch_size=4, predictor=net, overlap=overlap, mode=blend)
+        z = sliding_window_inference(x, tile, sw_batch_size=1 if x.device.type == "cpu" else 8, predictor=net, overlap=overlap, mode=blend)
     return z[(..., *(slice(s) for s in size))]
 
 # %% ../nbs/4_training/4_inference.ipynb #5f5edcc9
@@ -149,7 +149,7 @@ class Student:
         p = np.concatenate(list(self.blocks(x, size)))
         return np.moveaxis(p, 1, 0).reshape(-1, *size)
 
-# %% ../nbs/4_training/4_inference.ipynb #d054d589
+# %% ../nbs/4_training/4_inference.ipynb #62a29deb
 def method(f):
     "Decorator: make a function a method of `Student`."
     setattr(Student, f.__name__, f)
@@ -163,7 +163,7 @@ def blocks(self,
 ): # yields float32 arrays (n,classes,*s) in native size
     "Probabilities of a few slices at a time."
     r, device = self.recipe, self.device
-    n = max(1, 2**18 // int(np.prod(x.shape[2:])))
+    n = max(1, (2**16 if device.type == "cpu" else 2**22) // int(np.prod(x.shape[2:]))) # a CPU gains nothing from larger batches
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(self.precision, device))
     cast = torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
     layout = best_layout(self.network) if r.dims == 2 else torch.contiguous_format

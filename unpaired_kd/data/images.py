@@ -65,13 +65,14 @@ def window(
     if not (np.isfinite([low, high]).all() and low < high): raise InputError(f"intensity window {rule!r}: low must be below high.")
     return low, high
 
-# %% ../../nbs/1_data/2_images.ipynb #50fce086
+# %% ../../nbs/1_data/2_images.ipynb #3cd94826
 def to_unit(
     array:np.ndarray, # raw image, any shape; bool, integer or float
     rule="dtype",     # "dtype" | "percentile" | (low, high), see the table above
 )->np.ndarray: # float32, same shape, in [0,1]
     "Map raw values to [0,1]. Raises `InputError` for NaN, for an unknown rule, and for values that the rule `dtype` cannot place."
     a = np.asarray(array)
+    if a.dtype == bool: a = a.astype(np.int8)
     check_finite(a)
     if not isinstance(rule, str): low, high = window(rule)
     elif rule == "percentile": low, high = np.percentile(a, (.5, 99.5))
@@ -180,18 +181,20 @@ def read_pillow(
         a = np.asarray(im)
     return arrange(a, "YXS"[:a.ndim]), None, None
 
-# %% ../../nbs/1_data/2_images.ipynb #96748952
+# %% ../../nbs/1_data/2_images.ipynb #92bc7b7e
 @contextlib.contextmanager
 def log_as_error(
     name:str, # logger to listen to
-):
+): # the list of messages so far
     "Within the block, what the logger calls an error becomes an `InputError` at the end; it prints nothing."
     class Listen(logging.Handler):
         def emit(self, record): heard.append(record.getMessage())
     heard, log, ear = [], logging.getLogger(name), Listen(logging.ERROR)
     propagate, log.propagate = log.propagate, False
     log.addHandler(ear)
-    try: yield
+    try: yield heard
+    except Exception:
+        if not heard: raise
     finally: log.removeHandler(ear); log.propagate = propagate
     if heard: raise InputError(f"it is damaged or cut short ({heard[0]}). Copy it again from its source.")
 
@@ -213,20 +216,20 @@ def tiff_spacing(
     if unit is None or not all(p > 0 for p in per_unit) or (dims == 3 and "spacing" not in meta): return None
     return ((float(meta["spacing"]) * unit,) if dims == 3 else ()) + tuple(unit / p for p in per_unit)
 
-# %% ../../nbs/1_data/2_images.ipynb #2fd51c69
+# %% ../../nbs/1_data/2_images.ipynb #70beb88b
 def read_tiff(
     path:Path,        # TIFF file, one or many pages
     label:bool=False, # label maps keep palette indices
 )->tuple: # array (C,H,W) or (C,D,H,W), spacing, None
     "TIFF through tifffile; pages are slices. Compressions that tifffile cannot decode alone (LZW) go through Pillow."
     import tifffile
-    with log_as_error("tifffile"), tifffile.TiffFile(path) as t:
+    with log_as_error("tifffile") as heard, tifffile.TiffFile(path) as t:
         pages, many = t.series[0], t.series
         if len(many) > 1: raise InputError(f"it holds {len(many)} images of different size or type: {', '.join(str(s.shape) for s in many[:4])}. Save the one to use as its own file.")
         first, axes = pages.keyframe, pages.axes
         try: a = pages.asarray()
         except (ValueError, KeyError) as e:
-            if "imagecodecs" not in str(e): raise
+            if heard or "imagecodecs" not in str(e): raise
             a = tiff_by_pillow(path, pages)
         kind = first.photometric.name
         if kind == "PALETTE" and not label: a, axes = (first.colormap.T[a] >> 8).astype(np.uint8), axes + "S"
@@ -245,14 +248,17 @@ def tiff_by_pillow(
     if a.dtype != series.dtype or a.size != np.prod(series.shape): raise InputError("its compression needs a further package: pip install imagecodecs, or save it uncompressed.")
     return a.reshape(series.shape)
 
-# %% ../../nbs/1_data/2_images.ipynb #afceb9d6
+# %% ../../nbs/1_data/2_images.ipynb #789dfb28
 def read_nifti(
     path:Path,        # .nii or .nii.gz
     label:bool=False, # not used: NIfTI has no palette
 )->tuple: # array (C,D,H,W) or (C,H,W), spacing, affine
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
+    import gzip
     import nibabel as nib
-    f = nib.load(path)
+    data = path.read_bytes()
+    if path.name.lower().endswith(".gz"): data = gzip.decompress(data)
+    f = (nib.Nifti2Image if 540 in (int.from_bytes(data[:4], e) for e in ("little", "big")) else nib.Nifti1Image).from_bytes(data)
     a, rgb = np.asanyarray(f.dataobj), f.get_data_dtype().fields
     if rgb: a = np.stack([a[c] for c in list(rgb)[:3]], -1)
     if a.ndim == 5 and a.shape[3] == 1: a = a[:, :, :, 0]

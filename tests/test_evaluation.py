@@ -277,3 +277,20 @@ def test_evaluate_refuses():
     with pytest.raises(InputError, match="shape"): evaluate(SimpleNamespace(predict=lambda x: x[0, :16]), toy(), "a", 0)
     student = SimpleNamespace(predict=lambda x: x[0], recipe=SimpleNamespace(classes=("background", "a", "b"), min_size=0))
     with pytest.raises(InputError, match="3 classes"): evaluate(student, toy(), "a", 0)
+
+
+def test_evaluate_with_a_true_student_and_collection():
+    from unpaired_kd.core import seeded
+    from unpaired_kd.data.collections import Collection
+    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.networks.unet import UNet
+    r = rng(0, "true")
+    images = [(r.random((40, 56)) * 255).astype(np.uint8) for _ in range(4)]
+    labels = [(im > 200).astype(np.int32) for im in images]
+    c = Collection.from_arrays(images, labels, groups=["a", "a", "b", "b"])
+    with seeded(0, "net"): net = UNet(in_channels=1, classes=1, width=4).eval()
+    recipe = Recipe(channels=1, in_channels=1, classes=c.classes, patch=32, network="unet", network_config=net.config)
+    rows = evaluate(Student(net, recipe), c, "random", 0)
+    assert [r["case"] for r in rows] == list(c.ids) and [r["group"] for r in rows] == ["a", "a", "b", "b"]
+    assert all(math.isfinite(r[m]) for r in rows for m in ("dsc", "hd95", "aji", "pq"))
+    assert compare(rows + [dict(r, arm="again") for r in rows], "random")[1]["difference"] == 0

@@ -121,6 +121,12 @@ def test_evidence_corrects_the_two_way_p_as_well():
     assert [c["p_both_holm"] for c in found] == [c["p_t_holm"] for c in both]
 
 
+def test_microscopy_is_printed_in_micrometres():
+    rows = [dict(r, hd95=r["hd95"] / 1000) for r in table()]
+    small, large = results_table(rows), results_table(table())
+    assert "HD95, µm" in small and small.replace("HD95, µm", "HD95, mm") == large and "HD95, µm" == forest_plot(evidence(rows, "alone"), rows).axes[1].get_title()
+
+
 def test_numbers_as_text():
     assert [p_text(p) for p in (1, .1, .0999, .001, .00099, float("nan"))] == ["1.00", "0.10", "0.100", "0.001", "<0.001", "–"]
     assert name_of("hd95", [dict(hd95_unit="px"), dict(hd95_unit="mm")]) == ("HD95", "mm/px", 1) and name_of("dsc_liver") == ("DSC liver", "%", 100)

@@ -112,16 +112,18 @@ def evidence(
             out.append(c | dict(p_both=b["p_t"], p_both_holm=b["p_t_holm"]))
     return out
 
-# %% ../nbs/4_training/3_report.ipynb #fef8645d
+# %% ../nbs/4_training/3_report.ipynb #46bd1297
 def name_of(
     metric:str,   # column: dsc, hd95, aji, pq, dsc_<class> ...
     rows:list=(), # rows, for the unit of distances
 )->tuple: # (name, unit, factor from stored to printed)
-    "How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of their rows."
+    "How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of their rows, and mm become µm when all are below 1 mm."
     head, _, tail = metric.partition("_")
     name = f"{head.upper()} {tail.replace('_', ' ')}".strip()
     if sign_of(metric) > 0: return name, "%", 100
-    return name, "/".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")})), 1
+    unit = "/".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")}))
+    small = unit == "mm" and 0 < max((r[metric] for r in rows if np.isfinite(r.get(metric, np.nan))), default=0) < 1
+    return (name, "µm", 1000) if small else (name, unit, 1)
 
 def p_text(
     p:float, # p-value, NaN: no test
@@ -140,16 +142,16 @@ def markdown_table(
     rule = "|" + "|".join(":" + "-" * (w + 1) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, lines)])
 
-# %% ../nbs/4_training/3_report.ipynb #48fec8e7
+# %% ../nbs/4_training/3_report.ipynb #c64af65c
 def _means(rows, metrics, arms, away):
     "First table: mean and standard deviation over cases."
     lines = []
     for arm in arms:
         mine = [r for r in rows if r["arm"] == arm]
-        cells = [(summarise(mine, m), name_of(m)[2]) for m in metrics]
+        cells = [(summarise(mine, m), name_of(m, rows)[2]) for m in metrics]
         lines.append([f"{arm} (on {away[arm]})" if arm in away else arm, len({r["case"] for r in mine}), len({r["seed"] for r in mine}),
                       *[f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–") for (mean, sd, _), k in cells]])
-    return markdown_table(["arm", "cases", "seeds", *["{}, {}".format(*name_of(m, rows)) for m in metrics]], lines)
+    return markdown_table(["arm", "cases", "seeds", *["{}, {}".format(*name_of(m, rows)).rstrip(", ") for m in metrics]], lines)
 
 def _differences(found, arms, reference, rows):
     "Second table: the evidence for each arm and metric."
@@ -209,7 +211,7 @@ def _flat(image, target, preds):
     low, high = np.percentile(image, [.5, 99.5])
     return to_display((image - low) / max(high - low, 1e-6)), target, preds
 
-# %% ../nbs/4_training/3_report.ipynb #66b10e88
+# %% ../nbs/4_training/3_report.ipynb #ecddbd88
 def overlay(
     image,           # (H,W), (C,H,W), (H,W,3), or a volume (C,D,H,W) or (D,H,W)
     target,          # class map (H,W) or (D,H,W)
@@ -221,6 +223,7 @@ def overlay(
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
     image, target, preds = _flat(image, target, preds)
+    kinds = {name: outcomes(target, p) for name, p in preds.items()}
     grey = image if image.ndim == 2 else image.mean(-1)
     fig, axes = plt.subplots(1, len(preds) + 1, figsize=(size * (len(preds) + 1), size * target.shape[0] / target.shape[1] + .5), squeeze=False)
     for ax in axes[0]: ax.axis("off")
@@ -228,8 +231,7 @@ def overlay(
     if target.any(): axes[0][0].contour(outlined(target), levels=[.5], colors=PALETTE[1], linewidths=1)
     colours = np.array([(0, 0, 0), *map(to_rgb, OUTCOMES.values())])
     seen = {1, 2, 3}
-    for ax, (name, pred) in zip(axes[0][1:], preds.items()):
-        kind = outcomes(target, pred)
+    for ax, (name, kind) in zip(axes[0][1:], kinds.items()):
         share = np.where(kind > 0, .8, 0)[..., None]
         ax.imshow((1 - share) * grey[..., None] + share * colours[kind]); ax.set_title(name)
         seen |= set(np.unique(kind)) - {0}

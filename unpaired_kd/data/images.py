@@ -491,7 +491,7 @@ def write_zarr(t, a, image):
     group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}]}]}
     if image.affine is not None: group.attrs["affine"] = np.asarray(image.affine).tolist()
 
-# %% ../../nbs/1_data/2_images.ipynb #32dbe501
+# %% ../../nbs/1_data/2_images.ipynb #e705d520
 WRITERS = {".png": write_pillow, ".jpg": write_jpeg, ".jpeg": write_jpeg, ".tif": write_tiff, ".tiff": write_tiff, ".nii": write_nifti, ".nii.gz": write_nifti, ".zarr": write_zarr}
 
 @contextlib.contextmanager
@@ -512,6 +512,7 @@ def atomic_folder(
         path.chmod(0o777 & ~mask)
     finally: shutil.rmtree(new, ignore_errors=True)
 
+# %% ../../nbs/1_data/2_images.ipynb #e20f62a6
 def write_image(
     path,        # file or .zarr folder to write; the ending decides the format
     image:Image, # array (C,H,W) or (C,D,H,W)

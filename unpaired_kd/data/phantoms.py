@@ -79,14 +79,15 @@ def place(
     inside = np.s_[pad:-pad, pad:-pad]
     return near[inside], number[inside], shapes[kept]
 
-# %% ../../nbs/1_data/1_phantoms.ipynb #946b1772
+# %% ../../nbs/1_data/1_phantoms.ipynb #e2312390
 @dataclass(frozen=True)
 class BoneKnobs:
     "Every choice of the bone phantom; the defaults are the demo. Lengths in px. Decoys are counts per image of 96 x 96 px."
     # the bone: the same in both modalities
     size:int = 96            # side of the square image
     pixel:float = 1.         # side of a pixel, micrometres
-    count:float = 13.        # lacunae
+    count:float = 13.        # lacunae, mean in healthy bone
+    count_spread:float = .15 # spread of their number between the images of a patient
     minor:float = 6.4        # minor axis of a lacuna
     ratio:float = 1.8        # ratio of its axes
     shape_spread:float = .13 # spread of both between the lacunae of an image
@@ -105,7 +106,7 @@ class BoneKnobs:
     halo:float = .7          # loss of pink in the rim around a cell, share
     texture:float = .12      # lamellae and fibres, share of the pink
     specks:float = 5.        # small dots of stain; decoys by size: too small
-    smears:float = 3.        # cells out of focus; decoys by their soft edge and missing rim
+    smears:float = 5.        # cells out of focus; decoys by their soft edge and missing rim
     marrow_cells:float = 60. # nuclei in a field of pure marrow; decoys by context
     grain:float = .02        # noise of the camera
     # SR-microCT
@@ -121,7 +122,7 @@ class BoneKnobs:
     photons:float = 45.      # photons a pixel: fewer, noisier
     noise:float = .05        # noise of the detector
     contrast:float = .4      # grey range of mineral against air, share of white
-    scan:float = 1.          # scales the differences between the scans of two patients
+    scan:float = .8          # scales the differences between the scans of two patients
 
     def __post_init__(self):
         low = {"size": 32, "pixel": 1e-6, "minor": 2, "ratio": 1, "lamella": 2, "photons": 1, "contrast": .01}
@@ -232,7 +233,7 @@ def openings(
     if r.random() < k.marrow: marrow = r.uniform(.2, .42) * s - (y - s / 2) * np.sin(t) - (y.T - s / 2) * np.cos(t) + bumps
     return dict(lumen=lumen, pores=pores, content=content, marrow=marrow.astype(np.float32))
 
-# %% ../../nbs/1_data/1_phantoms.ipynb #5b3a9729
+# %% ../../nbs/1_data/1_phantoms.ipynb #1e18039a
 def layout(
     r:np.random.Generator, # source of randomness
     who:Patient,           # whose bone
@@ -243,7 +244,7 @@ def layout(
     s, y = k.size, np.arange(k.size, dtype=np.float32)[:, None]
     osteon = s * r.uniform(-.6, 1.6, 2)
     parts = openings(r, osteon, k)
-    want = max(3, r.poisson(k.count * group.count * who("count", .12) * s * s / 96 ** 2))
+    want = max(3, round(k.count * group.count * who("count", .12) * np.exp(k.count_spread * r.standard_normal()) * s * s / 96 ** 2))
     at = r.uniform(0, s - 1, (5 * want, 2))
     along = np.arctan2(at[:, 0] - osteon[0], at[:, 1] - osteon[1]) + np.pi / 2
     angle = along + np.deg2rad(k.tilt) * r.standard_normal(len(at))
@@ -276,7 +277,7 @@ def wall_cells(
     cells = ellipses(r, centres, 2.4, 2.8, slope)
     return place(cells, np.full(scene.lumen.shape, FAR, np.float32), 1., len(cells))[0]
 
-# %% ../../nbs/1_data/1_phantoms.ipynb #ec1f2961
+# %% ../../nbs/1_data/1_phantoms.ipynb #23937ee6
 def paint_histology(
     scene:Scene,           # where things are
     r:np.random.Generator, # source of randomness
@@ -284,7 +285,7 @@ def paint_histology(
     k:BoneKnobs,           # the knobs
 )->np.ndarray: # (H,W,3) uint8
     "Colour a scene as haematoxylin and eosin do."
-    s, d, clear = k.size, scene.lacunae, np.full_like(scene.lacunae, FAR)
+    s, d = k.size, scene.lacunae
     e, h = k.eosin * who("eosin", .2), k.hematoxylin * who("hematoxylin", .2)
     lumen, marrow = coverage(scene.lumen), coverage(scene.marrow)
     rim = np.exp(-(np.maximum(d - 1.2, 0) / 1.2) ** 2) * (d > -.5)
@@ -293,8 +294,8 @@ def paint_histology(
     chromatin = np.exp(.25 * r.standard_normal(len(scene.shapes) + 1))[scene.number] * (1 + .15 * smooth_noise(r, s, 1.))
     H = .06 + h * (coverage(d) * chromatin
         + 1.2 * coverage(decoys(r, k.specks, scene.free, 2.6))
-        + .8 * soft(decoys(r, k.smears * who("smears", .8), scene.free, 1.5 * k.minor))
-        + 1.1 * coverage(decoys(r, k.marrow_cells, clear, 5.5)) * coverage(scene.marrow + 3)
+        + .9 * soft(decoys(r, k.smears * who("smears", .8), scene.free, 1.5 * k.minor))
+        + 1.1 * coverage(decoys(r, k.marrow_cells, np.full_like(d, FAR), 5.5)) * coverage(scene.marrow + 3)
         + coverage(wall_cells(r, scene)) + scene.content * coverage(scene.lumen + 1) * (1 + .3 * smooth_noise(r, s, 1.2)))
     hue = STAINS * [[who(f"hue {i} {j}", .08) for j in range(3)] for i in range(2)]
     light = gaussian(np.exp(-E[..., None] * hue[0] - H[..., None] * hue[1]).astype(np.float32), .6)

@@ -11,7 +11,7 @@ ROOT = HERE.parents[1]
 JOBS = { # longest first
     "forward": ["tests/gates/notebooks.py", "forward"],
     "reversed": ["tests/gates/notebooks.py", "reversed"],
-    "pytest": ["-m", "pytest", "-q", "--durations=5"],
+    "pytest": ["-m", "pytest", "--durations=5"],
     "experiments": ["tests/gates/experiments.py"],
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],

@@ -29,14 +29,14 @@ class Update:
     changes: tuple            # names of the networks whose parameters it may change; all others get no gradient
     losses: Callable          # (batch, noise) -> {term name: function without arguments -> scalar Tensor}
 
-# %% ../nbs/4_training/1_learner.ipynb #911011d4
+# %% ../nbs/4_training/1_learner.ipynb #ad38530b
 @dataclass
 class Stage:
     "Updates that run on each batch, in order, until the stage ends."
     name: str                 # e.g. "denoise"
     updates: list             # of `Update`
     epochs: int|None = None   # longest duration; None: what is left of the budget
-    until: "Plateau|None" = None # rule that may end it earlier
+    until: object|None = None # rule that may end it earlier, e.g. `Plateau`
     sources: tuple|None = None   # names of the batches it draws; None: all
 
 # %% ../nbs/4_training/1_learner.ipynb #23cabf66

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'Settings', 'learning_rate', 'weight_table', 'weighted', 'average_gradients',
            'average_buffers', 'only', 'set_modes', 'validation_dice', 'global_state', 'restore_global_state',
-           'load_checkpoint', 'load_weights', 'Learner']
+           'load_checkpoint', 'Learner']
 
-# %% ../nbs/4_training/1_learner.ipynb #84352cc5
+# %% ../nbs/4_training/1_learner.ipynb #8295af32
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, torch_rng, unknown, write_csv
+from .networks.registry import load_weights
 from .networks.unet import best_layout
 
 # %% ../nbs/4_training/1_learner.ipynb #6349c167
@@ -215,24 +216,13 @@ def restore_global_state(
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
 
-# %% ../nbs/4_training/1_learner.ipynb #9376c661
+# %% ../nbs/4_training/1_learner.ipynb #57a46f55
 def load_checkpoint(
     path,   # the file
 )->dict: # its content, on the CPU
     "Read a checkpoint safely. A truncated or foreign file is an `InputError` that names it."
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). Delete it to train again from the start.") from e
-
-def load_weights(
-    net:nn.Module, # network to fill
-    state:dict,    # state dict
-    source,        # file the state came from, for the message
-):
-    "Load weights; `InputError` that names the file and the first differences when the architecture is another one."
-    own = net.state_dict()
-    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
-    if wrong: raise InputError(f"{source} holds weights of another architecture: {len(wrong)} of {len(own)} entries differ, first {sorted(wrong)[0]!r}. Build the network with the arguments it was trained with.")
-    net.load_state_dict(state)
 
 # %% ../nbs/4_training/1_learner.ipynb #a4493226
 class Learner:

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', '
            'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'train_arm', 'frozen_teacher',
            'lotus_options', 'run_study', 'finished', 'collect', 'claim_folder', 'environment', 'export_student']
 
-# %% ../nbs/5_methods/3_study.ipynb #3b15d8c7
+# %% ../nbs/5_methods/3_study.ipynb #8a058e58
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,10 +22,11 @@ from .data.collections import Collection, Split, label_budget, open_collection, 
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
 from .inference import Recipe, Student
-from .learner import Learner, Settings, load_checkpoint, load_weights
+from .learner import Learner, Settings, load_checkpoint
 from .methods.lotus import LOTUS, PRESETS
 from .methods.single import Single, initialise, placebo
-from .networks.registry import build
+from .networks.registry import build, load_weights
+from .report import load_rows, save_rows
 
 # %% ../nbs/5_methods/3_study.ipynb #357a94e7
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def split_data(
     labelled = label_budget(s.subset(student["train"]), config.student_labels, config.label_unit, seed)
     return Data(t.subset(teacher["train"]), t.subset(teacher["test"]), s.subset(labelled), s.subset(student["test"]))
 
-# %% ../nbs/5_methods/3_study.ipynb #a85e1d66
+# %% ../nbs/5_methods/3_study.ipynb #20b450be
 def source(
     config:StudyConfig,  # the study
     collection:Collection, # labelled images
@@ -165,7 +166,7 @@ def recipe(
 )->Recipe: # how to go from an image file to a label map
     "Everything that inference needs besides the weights."
     return Recipe(channels=collection.channels, in_channels=net.config["in_channels"], classes=collection.classes, intensity=collection.intensity, zoom=collection.zoom,
-                  invert=collection.invert, dims=2, patch=config.patch, network="unet", network_config=net.config, min_size=config.min_size)
+                  invert=collection.invert, dims=2, network="unet", network_config=net.config, min_size=config.min_size)
 
 # %% ../nbs/5_methods/3_study.ipynb #500a61ec
 def settings(
@@ -187,7 +188,7 @@ def identity(
     "What must not change between the beginning of a training and its resumption: all but the list of arms."
     return [{k: v for k, v in asdict(config).items() if k != "arms"}, *more]
 
-# %% ../nbs/5_methods/3_study.ipynb #72dbe7c4
+# %% ../nbs/5_methods/3_study.ipynb #b72ea071
 def train_teacher(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -202,10 +203,10 @@ def train_teacher(
     learner = Learner(Single(net, source="teacher"), batches, place, seed=number, settings=settings(config, config.teacher_epochs, device), identity=identity(config, "teacher"), tell=tell)
     learner.fit()
     if not (place/"metrics.csv").exists():
-        write_csv(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
+        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #242d6c00
+# %% ../nbs/5_methods/3_study.ipynb #1ff65038
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -225,7 +226,7 @@ def train_arm(
                       weights=arm["weights"] if arm["method"] == "lotus" else None, identity=identity(config, name, arm, seed), tell=tell)
     learner.fit()
     result = Student(student, recipe(config, data.student_test, student))
-    if not (place/"metrics.csv").exists(): write_csv(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
     return result
 
 # %% ../nbs/5_methods/3_study.ipynb #138e4830
@@ -246,7 +247,7 @@ def lotus_options(config, arm):
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in arm["options"].items()}
     return replace(PRESETS[config.preset], **chosen)
 
-# %% ../nbs/5_methods/3_study.ipynb #6c877a99
+# %% ../nbs/5_methods/3_study.ipynb #242e5076
 def _task(kind, folder, config, name, seed, device, queue):
     "One training in a worker process. Reports each epoch through the queue."
     torch.set_num_threads(1)
@@ -254,12 +255,21 @@ def _task(kind, folder, config, name, seed, device, queue):
     if kind == "teacher": train_teacher(folder, config, seed, device, tell)
     else: train_arm(folder, config, name, seed, device, tell)
 
+def _leave_with_parent():
+    "In a worker: end when the parent process is gone, however it ended, so that nobody goes on writing to the run folder."
+    import threading, time
+    parent = os.getppid()
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
 def _in_processes(tasks, folder, config, workers, bar):
     "Run tasks (kind, name, seed) in worker processes; the first failure stops the rest and is raised here."
     import multiprocessing
     from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context, _leave_with_parent) as pool:
         queue = manager.Queue()
         waiting = {pool.submit(_task, kind, folder, config, name, seed, "cpu", queue) for kind, name, seed in tasks}
         try:
@@ -296,7 +306,7 @@ def run_study(
     bar.close()
     return collect(folder, teachers + students)
 
-# %% ../nbs/5_methods/3_study.ipynb #e3a1ec2e
+# %% ../nbs/5_methods/3_study.ipynb #965bf77c
 def _here(kind, name, seed, folder, config, bar):
     "Run one task in this process (GPU)."
     tell = lambda row: _advance(bar, config, name, seed, row)
@@ -311,9 +321,9 @@ def collect(folder, tasks)->list:
     rows, history = [], []
     for _, name, seed in tasks:
         place = Path(folder)/"checkpoints"/f"{name}-{seed}"
-        rows += read_csv(place/"metrics.csv")
+        rows += load_rows(place/"metrics.csv")
         history += [dict(arm=name, seed=seed, **r) for r in read_csv(place/"history.csv")]
-    write_csv(Path(folder)/"metrics.csv", rows)
+    save_rows(Path(folder)/"metrics.csv", rows)
     write_csv(Path(folder)/"history.csv", history)
     return rows
 

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PAIRINGS', 'Plan', 'Batch', 'Patches', 'padded', 'Unpaired']
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #caea07e5
+# %% ../../nbs/1_data/4_unpaired.ipynb #6491032a
 import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch_to
 
 from ..core import InputError, rng, torch_rng, unknown
-from .collections import patch_to
 
 # %% ../../nbs/1_data/4_unpaired.ipynb #708b5cd3
 @dataclass

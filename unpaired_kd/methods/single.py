@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Single', 'initialise', 'calibrate', 'placebo']
 
-# %% ../../nbs/5_methods/1_single.ipynb #5b1809c3
+# %% ../../nbs/5_methods/1_single.ipynb #8c3fe236
 import copy
 from collections.abc import Callable
 
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..core import InputError, seeded, unknown
-from ..learner import Method, Stage, Update, load_weights
+from ..learner import Method, Stage, Update
 from ..losses import segmentation_loss
+from ..networks.registry import load_weights
 
 # %% ../../nbs/5_methods/1_single.ipynb #e87f68a2
 class Single(Method):

@@ -1,0 +1,91 @@
+"""The study under faults: killed at any moment, called twice, given bad input. And what importing the library may cost."""
+import json, os, signal, subprocess, sys, textwrap, time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from unpaired_kd.core import InputError, read_csv
+from unpaired_kd.study import ARMS, StudyConfig, all_arms, finished, run_study, share, split_data
+
+ROOT = Path(__file__).parents[1]
+TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
+SCRIPT = textwrap.dedent("""
+    import sys
+    from test_study import TINY
+    from unpaired_kd.study import run_study
+    if __name__ == "__main__": run_study(sys.argv[1], TINY, [0], workers=1)
+""")
+
+
+def start(folder, script):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return subprocess.Popen([sys.executable, str(script), str(folder)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+
+def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
+    script = tmp_path / "go.py"
+    script.write_text(SCRIPT)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, script).wait() == 0
+    victim = start(killed, script)
+    for _ in range(1200):
+        if (killed / "checkpoints/alone-0/last.pt").exists(): break
+        time.sleep(.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not finished(killed, ("arm", "distilled", 0))
+    time.sleep(3)  # the worker notices and leaves
+    before = sorted(p.stat().st_mtime_ns for p in killed.rglob("*") if p.is_file())
+    time.sleep(1.5)
+    assert before == sorted(p.stat().st_mtime_ns for p in killed.rglob("*") if p.is_file()), "a worker outlived its study"
+    assert start(killed, script).wait() == 0
+    assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
+    assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
+
+
+def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
+    few = replace(TINY, arms={k: None for k in ARMS if k != "alone"})
+    rows = run_study(tmp_path, few, [0], workers=1)
+    assert {r["arm"] for r in rows} == {"teacher", "alone"}
+    more = run_study(tmp_path, replace(TINY, arms={**few.arms, "no kl": dict(weights={"kl": 0})}), [0], workers=1)
+    assert {r["arm"] for r in more} == {"teacher", "alone", "no kl"} and [r for r in more if r["arm"] in ("teacher", "alone")] == rows
+    with pytest.raises(InputError, match="no kl"): run_study(tmp_path, replace(TINY, arms={**few.arms, "no kl": {}}), [0])
+    with pytest.raises(InputError, match="steps"): run_study(tmp_path, replace(few, steps=5), [0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["versions"]["torch"] and config["seeds"] == [0]
+
+
+@pytest.mark.parametrize("arm", [dict(metod="lotus"), dict(method="cmedl"), dict(init="imagenet"), dict(teacher="none")])
+def test_arms_are_checked(arm):
+    with pytest.raises(InputError, match="x"): all_arms(StudyConfig(arms={"x": arm}))
+
+
+def test_shares():
+    assert share(.5, 10, "test") == 5 and share(3, 10, "test") == 3
+    for bad in (0, 10, .01, 1.5e3):
+        with pytest.raises(InputError, match="test"): share(bad, 10, "test")
+
+
+def test_no_patient_on_both_sides_and_seeds_differ(tmp_path):
+    a, b = (split_data(TINY, s, tmp_path) for s in (0, 1))
+    for d in (a, b): assert not set(d.student_train.groups) & set(d.student_test.groups) and not set(d.teacher_train.groups) & set(d.teacher_test.groups)
+    assert a.student_test.ids != b.student_test.ids and a.teacher_test.ids == b.teacher_test.ids
+    saved = tmp_path / "splits/student-0.json"
+    saved.write_text(saved.read_text().replace(a.student_test.groups[0], b"x".decode(), 1))
+    with pytest.raises(InputError, match="student-0.json"): split_data(TINY, 0, tmp_path)
+
+
+def test_importing_the_library_is_light():
+    code = """
+        import sys, time, torch
+        start = time.perf_counter()
+        import unpaired_kd
+        spent = time.perf_counter() - start
+        import unpaired_kd.inference, unpaired_kd.learner, unpaired_kd.study, unpaired_kd.cli
+        heavy = [m for m in ("monai", "matplotlib", "IPython", "ipywidgets", "papermill", "nbformat", "sklearn", "skimage") if m in sys.modules]
+        print(spent, *heavy)
+    """
+    spent, *heavy = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.split()
+    assert float(spent) < .5 and not heavy

@@ -175,3 +175,10 @@ def test_report(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "one"), "--metrics", "dsc", "--reference", "distilled"]) == 0
     assert "HD95" not in capsys.readouterr().out
     assert cli.main(["report", str(tmp_path)]) == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    nb = notebook(tmp_path / "a.ipynb", PARAMETERS + "".join(f"\nx{i}: int = {i}" for i in range(5000)))
+    done = subprocess.run(f"{sys.executable} -c '{START}' run {nb} --help-notebook | head -n 1", shell=True, capture_output=True, text=True)
+    assert done.stdout == f"Parameters of {nb}:\n" and done.stderr == ""

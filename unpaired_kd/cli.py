@@ -308,7 +308,7 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #786e7a05
+# %% ../nbs/6_command/1_cli.ipynb #d87198e1
 def run(args)->int:
     "`ukd run`"
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
@@ -339,6 +339,9 @@ def main(
         if not isinstance(e, InputError): raise
         print(f"ukd {args.command}: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError: # the reader left: `ukd report x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\nukd {args.command}: stopped." + (" The same command continues." if args.command == "run" else ""), file=sys.stderr)
         return 130

@@ -225,7 +225,7 @@ def find_notebook(
     from unpaired_kd.core import unknown
     raise refuse(unknown("experiment", name, known) + " Or give the path of a notebook.")
 
-# %% ../nbs/6_command/1_cli.ipynb #c7686653
+# %% ../nbs/6_command/1_cli.ipynb #5ee73290
 def execute(
     path,        # the notebook
     values:dict, # all its parameters
@@ -239,7 +239,7 @@ def execute(
     out = str(Path(folder)/"notebook.ipynb")
     try:
         papermill.execute_notebook(str(path), out.replace("{", "{{").replace("}", "}}"), parameters=values | {"run_folder": str(folder)}, progress_bar=False,
-                                   stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python", kernel_manager_class=own_kernel(), extra_arguments=["--log-level=40"])
+                                   stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python", kernel_manager_class=own_kernel(), extra_arguments=["--log-level=50"])
     except PapermillExecutionError as e:
         trace = "\n".join(e.traceback)
         if not sys.stderr.isatty(): trace = re.sub(r"\x1b\[[\d;]*m", "", trace) # no colours in a file

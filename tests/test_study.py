@@ -54,7 +54,7 @@ def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
     with pytest.raises(InputError, match="no kl"): run_study(tmp_path, replace(TINY, arms={**few.arms, "no kl": {}}), [0])
     with pytest.raises(InputError, match="steps"): run_study(tmp_path, replace(few, steps=5), [0])
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["versions"]["torch"] and config["seeds"] == [0]
+    assert config["made by"]["versions"]["torch"] and config["seeds"] == [0]
 
 
 @pytest.mark.parametrize("arm", [dict(metod="lotus"), dict(method="cmedl"), dict(init="imagenet"), dict(teacher="none")])

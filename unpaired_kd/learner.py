@@ -7,8 +7,8 @@ __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'Settings', 'learning_rate', 
            'average_buffers', 'only', 'set_modes', 'validation_dice', 'global_state', 'restore_global_state',
            'load_checkpoint', 'Learner']
 
-# %% ../nbs/4_training/1_learner.ipynb #8295af32
-import math
+# %% ../nbs/4_training/1_learner.ipynb #e6005197
+import math, os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ class Stage:
     until: object|None = None # rule that may end it earlier, e.g. `Plateau`
     sources: tuple|None = None   # names of the batches it draws; None: all
 
-# %% ../nbs/4_training/1_learner.ipynb #23cabf66
+# %% ../nbs/4_training/1_learner.ipynb #175b2728
 class Method:
     """Base of all methods. Subclasses set `networks` (trained, saved), `frozen` (used only), `weights` (default weight of every term),
     and define `stages()`. `monitor` may return numbers to record after each epoch."""
@@ -56,6 +56,10 @@ class Method:
     def stages(self)->list:
         "The stages, in order."
         raise NotImplementedError
+
+    def identity(self)->dict:
+        "Plain data that decides the result (options): a checkpoint made with other options is refused."
+        return {}
 
     def monitor(self,
         batch:dict,     # a batch that is the same after every epoch
@@ -224,7 +228,7 @@ def load_checkpoint(
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). Delete it to train again from the start.") from e
 
-# %% ../nbs/4_training/1_learner.ipynb #a4493226
+# %% ../nbs/4_training/1_learner.ipynb #f0e6fc7e
 class Learner:
     """Trains a `Method` on batches and leaves `last.pt`, `best.pt` and `history.csv` in `folder`. A finished run is not run again;
     an interrupted one goes on from its last checkpoint and ends with the same weights (bit for bit on the CPU)."""
@@ -237,20 +241,20 @@ class Learner:
         settings:Settings=Settings(), # all numbers
         weights:dict|None=None, # changes to the weights of the loss terms
         valid:list|None=None,  # batches for validation of the student
-        watch:list|None=None,  # fixed batches (dicts) for `Method.monitor`; default: the first two of the training data
-        identity=None,         # plain data that must be the same when resuming (e.g. the study's configuration)
+        watch:list|None=None,  # fixed batches (dicts) for `Method.monitor`; default: two that training never draws
+        identity=None,         # more plain data that must be the same when resuming (e.g. which images)
         tell:Callable=lambda row: None, # called with the history row after each epoch
     ):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        AcceleratorState._reset_state() # accelerate keeps its settings globally; each learner has its own
+        AcceleratorState._reset_state("WORLD_SIZE" not in os.environ) # accelerate keeps its settings globally; each learner has its own
         self.accelerator = Accelerator(cpu=settings.device == "cpu")
         self.device = self.accelerator.device
         self.method, self.data, self.folder, self.seed, self.settings, self.tell = method, data, Path(folder), seed, settings, tell
         self.weights, self.valid, self.watch = weight_table(method.weights, weights), valid, watch
         self.precision = resolve_precision(settings.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.identity = digest(dict(method=type(method).__name__, weights=self.weights, seed=seed, precision=self.precision, processes=self.accelerator.num_processes,
+        self.identity = digest(dict(method=type(method).__name__, options=method.identity(), weights=self.weights, seed=seed, precision=self.precision, processes=self.accelerator.num_processes,
             settings={k: v for k, v in asdict(settings).items() if k not in ("save_every", "tensorboard", "bars", "device", "precision")}, more=identity))
         self.stages = method.stages()
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False) # epoch counts within the stage, total over the run
@@ -315,7 +319,7 @@ def _epoch(self:Learner, stage, bar):
         bar.update()
     return {k: v.item() / self.settings.steps for k, v in sums.items()}
 
-# %% ../nbs/4_training/1_learner.ipynb #1045d051
+# %% ../nbs/4_training/1_learner.ipynb #8d7811dc
 @patch
 def _close_epoch(self:Learner, stage, means):
     "Record the epoch, score the student, and return whether the stage is over."
@@ -325,7 +329,7 @@ def _close_epoch(self:Learner, stage, means):
         seen = [self.method.monitor(self._fixed(i), self._noise("monitor", i)) for i in range(2)]
     monitored = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
-    if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. The last checkpoint is from before.")
+    if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
     row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=learning_rate(self.settings, self.position["step"] - 1), **means, **monitored)
     if self.valid: row["val_dice"] = validation_dice(self.method.student, [b.to(self.device) for b in self.valid])
     self.history.append(row)
@@ -372,7 +376,7 @@ def fit(self:Learner,
     bar.close()
     return self.history
 
-# %% ../nbs/4_training/1_learner.ipynb #4119c893
+# %% ../nbs/4_training/1_learner.ipynb #c339493a
 @patch
 def _save(self:Learner):
     "Write `last.pt` and `history.csv`, each atomically; only the first process writes."
@@ -391,7 +395,7 @@ def _resume(self:Learner):
     path = self.folder/"last.pt"
     if not path.exists(): return
     state = load_checkpoint(path)
-    if state.get("identity") != self.identity: raise InputError(f"{path} was made with other settings, weights, data or method. Use another run folder, or delete this one.")
+    if state.get("identity") != self.identity: raise InputError(f"{path} was made with another method, other options, settings, weights or seed. Use another run folder, or delete this one.")
     for k, n in self.method.networks.items(): load_weights(n, state["networks"][k], path)
     for k, o in self.optimisers.items(): o.load_state_dict(state["optimisers"][k])
     self.scaler.load_state_dict(state["scaler"])
@@ -400,13 +404,13 @@ def _resume(self:Learner):
     restore_global_state(state["random"])
     self.position, self.best, self.since_best, self.history = state["position"], state["best"], state["since_best"], state["history"]
 
-# %% ../nbs/4_training/1_learner.ipynb #5f7add14
+# %% ../nbs/4_training/1_learner.ipynb #ca4ded59
 @patch
 def _tensorboard(self:Learner):
     "Write the newest rows of the history as TensorBoard scalars."
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e: raise InputError("tensorboard=True needs the extra `log`: pip install 'unpaired_kd[log]'.") from e
-    with SummaryWriter(self.folder/"tensorboard", purge_step=0) as w:
+    with SummaryWriter(self.folder/"tensorboard") as w:
         for row in self.history[-self.settings.save_every:]:
             for k, v in row.items():
                 if isinstance(v, float): w.add_scalar(k, v, row["step"])

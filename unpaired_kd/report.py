@@ -162,7 +162,7 @@ def _differences(found, arms, reference, rows):
             *[p_text(c[p + "_holm"]) for p in ("p_t", "p_wilcoxon", "p_both")], f"{c['seeds_won']}/{c['n_seeds']}"])
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
 
-# %% ../nbs/4_training/3_report.ipynb #179c3000
+# %% ../nbs/4_training/3_report.ipynb #eb76bdc1
 def results_table(
     rows:list,                            # rows of `evaluate`: all arms, seeds and cases
     reference:str="alone",                # the arm the others are compared with
@@ -179,7 +179,7 @@ def results_table(
         parts.append(_differences(found, arms, reference, rows))
         dropped = max(n["case"] - c["n_cases"] for c in found)
         note += (f"Differences are means over patients, in points or the metric's unit; intervals: bootstrap over patients. p: paired, two-sided, Holm-corrected over {len({c['arm'] for c in found})} arms; "
-                 "t and Wilcoxon over patients, speaking of these trained networks; 'with seeds' over patients and seeds, speaking of the method. ")
+                 "t and Wilcoxon over patients, speaking of these trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
         if dropped: note += f"Up to {dropped} cases without a finite value are left out of a difference. "
     elif n["group"] < 2: note += "One patient only: no interval and no p-value. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."

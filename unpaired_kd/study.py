@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share', 'split_data', 'source', 'network',
            'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'train_arm', 'frozen_teacher',
-           'lotus_options', 'run_study', 'finished', 'collect', 'claim_folder', 'environment', 'export_student']
+           'lotus_options', 'cores', 'run_study', 'check_study', 'finished', 'collect', 'claim_folder', 'environment',
+           'export_student']
 
-# %% ../nbs/5_methods/3_study.ipynb #8a058e58
-import os
+# %% ../nbs/5_methods/3_study.ipynb #13ff3b17
+import os, re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import InputError, digest, progress, read_csv, read_json, seeded, unknown, write_csv, write_json
+from .core import InputError, digest, progress, read_csv, read_json, resolve_precision, seeded, unknown, write_csv, write_json
 from .data.augment import Augment
 from .data.collections import Collection, Split, label_budget, open_collection, split_groups
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
 from .inference import Recipe, Student
-from .learner import Learner, Settings, load_checkpoint
-from .methods.lotus import LOTUS, PRESETS
+from .learner import Learner, Settings, learning_rate, load_checkpoint, weight_table
+from .methods.lotus import LOTUS, PRESETS, WEIGHTS, check_options
 from .methods.single import Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
@@ -63,26 +64,28 @@ class StudyConfig:
     min_size: int = 0                # predicted objects with fewer px are removed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
-# %% ../nbs/5_methods/3_study.ipynb #99fe1dbb
+# %% ../nbs/5_methods/3_study.ipynb #568f7185
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
     "fine-tuned": dict(method="single", init="teacher"),
     "placebo":    dict(method="lotus", teacher="placebo"),
     "distilled":  dict(method="lotus"),
 }
-ARM_KEYS = {"method": ("single", "lotus"), "init": ("scratch", "teacher"), "teacher": ("true", "placebo"), "options": None, "weights": None}
+ARM_KEYS = {"method": ("single", "lotus"), "init": ("scratch", "teacher"), "teacher": ("true", "placebo"), "start": ("true", "placebo"), "options": None, "weights": None}
 
 def all_arms(
     config:StudyConfig, # the study
-)->dict: # arm -> {"method", "init", "teacher", "options", "weights"}
-    "The arms of a study, complete: what an arm does not say, the study says."
+)->dict: # arm -> {"method", "init", "teacher", "start", "options", "weights"}
+    """The arms of a study, complete: what an arm does not say, the study says. `teacher` gives the lessons; `start` is whose weights
+    `init="teacher"` copies (the same teacher unless said otherwise). `InputError` for unknown keys, values and unusable names."""
     out = {}
     for name, arm in {**ARMS, **config.arms}.items():
         if arm is None: continue # the study leaves this arm out
+        if name == "teacher" or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
         for k, v in arm.items():
             if k not in ARM_KEYS: raise InputError(f"arm {name!r}: {unknown('key', k, ARM_KEYS)}")
             if ARM_KEYS[k] and v not in ARM_KEYS[k]: raise InputError(f"arm {name!r}: {unknown(k, v, ARM_KEYS[k])}")
-        out[name] = dict(method=arm.get("method", "lotus"), init=arm.get("init", config.init), teacher=arm.get("teacher", "true"),
+        out[name] = dict(method=arm.get("method", "lotus"), init=arm.get("init", config.init), teacher=arm.get("teacher", "true"), start=arm.get("start", arm.get("teacher", "true")),
                          options={**config.options, **arm.get("options", {})}, weights={**config.weights, **arm.get("weights", {})})
     return out
 
@@ -116,7 +119,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #7a6f7054
+# %% ../nbs/5_methods/3_study.ipynb #b4f6bc0e
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -134,7 +137,10 @@ def split_data(
         return split.parts
     teacher, student = parts(t, config.teacher_test, 0, "teacher"), parts(s, config.test, seed, "student")
     labelled = label_budget(s.subset(student["train"]), config.student_labels, config.label_unit, seed)
-    return Data(t.subset(teacher["train"]), t.subset(teacher["test"]), s.subset(labelled), s.subset(student["test"]))
+    both = set(t.groups) & set(s.groups) if config.pairing != "index" else set()
+    taught = [i for i in teacher["train"] if t.groups[t.ids.index(i)] not in both]
+    if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients, or pairing='index' for registered images.")
+    return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(student["test"]))
 
 # %% ../nbs/5_methods/3_study.ipynb #20b450be
 def source(
@@ -206,7 +212,7 @@ def train_teacher(
         save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #1ff65038
+# %% ../nbs/5_methods/3_study.ipynb #4d0747ff
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -219,8 +225,8 @@ def train_arm(
     arm, data, place = all_arms(config)[name], split_data(config, seed, folder), Path(folder)/"checkpoints"/f"{name}-{seed}"
     channels, k = channels_of(data), len(data.student_train.classes)
     sources = {"student": source(config, data.student_train, seed, "student", channels), "teacher": source(config, data.teacher_train, seed, "teacher", channels)}
-    teacher = frozen_teacher(folder, config, arm, seed, sources["teacher"], channels, k)
-    student = initialise(network(config, seed, "student", channels, k), teacher, arm["init"])
+    teachers = {kind: frozen_teacher(folder, config, kind, seed, sources["teacher"], channels, k) for kind in {arm["teacher"], arm["start"]}}
+    teacher, student = teachers[arm["teacher"]], initialise(network(config, seed, "student", channels, k), teachers[arm["start"]], arm["init"])
     method = Single(student) if arm["method"] == "single" else LOTUS(student, teacher, lotus_options(config, arm), config.epochs, seed)
     learner = Learner(method, Unpaired(sources, pairing=config.pairing), place, seed=seed, settings=settings(config, config.epochs, device),
                       weights=arm["weights"] if arm["method"] == "lotus" else None, identity=identity(config, name, arm, seed), tell=tell)
@@ -229,12 +235,12 @@ def train_arm(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #138e4830
-def frozen_teacher(folder, config, arm, seed, patches, channels, classes)->nn.Module:
+# %% ../nbs/5_methods/3_study.ipynb #36b2e270
+def frozen_teacher(folder, config, kind, seed, patches, channels, classes)->nn.Module:
     "The trained teacher of a seed, or its placebo. `InputError` when the teacher has not been trained."
     number = seed % config.teachers
     net, path = network(config, number, "teacher", channels, classes), Path(folder)/"checkpoints"/f"teacher-{number}"/"last.pt"
-    if arm["teacher"] == "placebo": return placebo(net, [patches.batch(10**9 + i).image for i in range(8)], seed)
+    if kind == "placebo": return placebo(net, [patches.batch(10**9 + i).image for i in range(8)], seed)
     if not path.exists(): raise InputError(f"{path} does not exist: train the teacher first (`train_teacher`).")
     load_weights(net, load_checkpoint(path)["networks"]["student"], path)
     return net.eval().requires_grad_(False)
@@ -247,7 +253,7 @@ def lotus_options(config, arm):
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in arm["options"].items()}
     return replace(PRESETS[config.preset], **chosen)
 
-# %% ../nbs/5_methods/3_study.ipynb #242e5076
+# %% ../nbs/5_methods/3_study.ipynb #c1097035
 def _task(kind, folder, config, name, seed, device, queue):
     "One training in a worker process. Reports each epoch through the queue."
     torch.set_num_threads(1)
@@ -263,6 +269,10 @@ def _leave_with_parent():
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+def cores()->int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _in_processes(tasks, folder, config, workers, bar):
     "Run tasks (kind, name, seed) in worker processes; the first failure stops the rest and is raised here."
@@ -285,7 +295,7 @@ def _advance(bar, config, name, seed, row):
     bar.set_postfix_str(f"{name} {seed}: {row['stage']} {row['epoch'] + 1}, seg {row.get('seg', float('nan')):.3f}", refresh=False)
     bar.update(config.steps)
 
-# %% ../nbs/5_methods/3_study.ipynb #b51aa3ea
+# %% ../nbs/5_methods/3_study.ipynb #45fa6634
 def run_study(
     folder,             # run folder; made if missing
     config:StudyConfig, # what to run
@@ -293,18 +303,32 @@ def run_study(
     workers:int=0,      # processes on the CPU; 0: one a core. On a GPU everything runs in this process
 )->list: # rows, one per case, arm and seed (also in metrics.csv)
     "Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused if it belongs to another study."
-    folder, arms = Path(folder), all_arms(config)
-    claim_folder(folder, config, seeds)
-    numbers = sorted({s % config.teachers for s in seeds})
-    teachers, students = [("teacher", "teacher", n) for n in numbers], [("arm", a, s) for s in seeds for a in arms]
+    check_study(config, seeds)
+    folder, (known_seeds, known_arms) = Path(folder), claim_folder(folder, config, seeds)
+    teachers = [("teacher", "teacher", n) for n in sorted({s % config.teachers for s in seeds})]
+    students = [("arm", a, s) for s in seeds for a in all_arms(config)]
     todo = [[t for t in tasks if not finished(folder, t)] for tasks in (teachers, students)]
     bar = progress(config.steps * (config.teacher_epochs * len(todo[0]) + config.epochs * len(todo[1])), "training", enabled=any(todo))
     for tasks in todo:
         if torch.cuda.is_available():
             for kind, name, seed in tasks: _here(kind, name, seed, folder, config, bar)
-        elif tasks: _in_processes(tasks, folder, config, min(workers or len(os.sched_getaffinity(0)), len(tasks)), bar)
+        elif tasks: _in_processes(tasks, folder, config, min(workers or cores(), len(tasks)), bar)
     bar.close()
-    return collect(folder, teachers + students)
+    every = [("teacher", "teacher", n) for n in range(config.teachers)] + [("arm", a, s) for s in known_seeds for a in known_arms]
+    return collect(folder, [t for t in every if finished(folder, t)])
+
+# %% ../nbs/5_methods/3_study.ipynb #41ebf192
+def check_study(config, seeds):
+    "Raise `InputError` for anything that would fail later: options, weights, splits, network. Writes nothing."
+    if not seeds: raise InputError("seeds is empty: give at least one, e.g. [0].")
+    for arm in all_arms(config).values():
+        check_options(lotus_options(config, arm))
+        weight_table(WEIGHTS, arm["weights"])
+    for seed in seeds: data = split_data(config, seed)
+    net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    learning_rate(settings(config, config.epochs, "cpu"), 0)
+    resolve_precision(config.precision)
+    return net
 
 # %% ../nbs/5_methods/3_study.ipynb #965bf77c
 def _here(kind, name, seed, folder, config, bar):
@@ -327,15 +351,16 @@ def collect(folder, tasks)->list:
     write_csv(Path(folder)/"history.csv", history)
     return rows
 
-# %% ../nbs/5_methods/3_study.ipynb #b6406190
+# %% ../nbs/5_methods/3_study.ipynb #2c3e644b
 def claim_folder(folder, config, seeds):
-    "Write config.json, or check that the one there is of the same study."
-    path, mine = Path(folder)/"config.json", asdict(config)
-    if path.exists():
-        theirs = read_json(path).get("study", {})
-        differ = [k for k in mine if k != "arms" and theirs.get(k) != mine[k]] + [f"arm {k!r}" for k in theirs.get("arms", {}).keys() & mine["arms"].keys() if theirs["arms"][k] != mine["arms"][k]]
-        if differ: raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. Choose another run folder, or delete this one.")
-    write_json(path, dict(study=mine, seeds=list(seeds), **environment()))
+    "Write config.json, or check that the one there is of the same study. Returns all seeds and arms that the folder has been given so far."
+    path, mine, arms = Path(folder)/"config.json", {k: v for k, v in asdict(config).items() if k != "arms"}, all_arms(config)
+    old = read_json(path) if path.exists() else {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
+    differ = [k for k in mine if old.get("study", {}).get(k) != mine[k]] + [f"arm {k!r}" for k in arms if old["arms"].get(k, arms[k]) != arms[k]]
+    if differ: raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. Choose another run folder, or delete this one.")
+    old.update(arms={**old["arms"], **arms}, seeds=sorted({*old["seeds"], *seeds}))
+    write_json(path, old)
+    return old["seeds"], list(old["arms"])
 
 def environment()->dict:
     "Versions and, in a git checkout, the commit: what one needs to repeat a run."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'WEIGHTS', 'CHOICES', 'LotusOptions', 'check_options', 'ChannelScale', 'standardise', 'Scene', 'LOTUS']
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #8e53be7a
+# %% ../../nbs/5_methods/2_lotus.ipynb #7f94d92d
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
@@ -50,7 +50,7 @@ PRESETS = Registry("LOTUS preset")
 PRESETS["recommended"] = LotusOptions()
 WEIGHTS = {"seg": 1., "diff": 1., "kl": 1., "ifv": 1.}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #c3af54e6
+# %% ../../nbs/5_methods/2_lotus.ipynb #4b7065e3
 CHOICES = dict(projector=("channel", "none"), feature_norm=("channel", "none"), correspondence=("class", "positional"), kl_on=("student", "denoised"),
                kl_direction=("forward", "reverse", "symmetric"), distill_from=("denoised", "raw"))
 
@@ -62,7 +62,7 @@ def check_options(
         if getattr(o, name) not in known: raise InputError(unknown(name, getattr(o, name), known))
     if not o.taps: raise InputError("taps is empty: name at least one layer, e.g. ('conv9',).")
     if o.stride < 1 or o.quantiles < 1 or o.patience < 1: raise InputError("stride, quantiles and patience must be at least 1.")
-    if not 0 <= o.denoise_share < 1: raise InputError(f"denoise_share={o.denoise_share}: give a share in [0, 1), so that some epochs are left for the second stage.")
+    if not 0 < o.denoise_share < 1: raise InputError(f"denoise_share={o.denoise_share}: give a share between 0 and 1; each of the two stages gets at least one epoch.")
     return o
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #d0afd075
@@ -101,7 +101,7 @@ def standardise(
     var, mean = torch.var_mean(f, axes, keepdim=True)
     return (f - mean) * (var + 1e-5).rsqrt()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #82311936
+# %% ../../nbs/5_methods/2_lotus.ipynb #5175ac4b
 class Scene:
     "Everything that the losses of one batch may need, each computed when first asked for."
     def __init__(self, method, batch, noise):
@@ -109,15 +109,16 @@ class Scene:
 
     @cached_property
     def student(self): # (logits, {tap: features}) of the student on its own images
-        return self._run(self.method.student, self.method.student_taps, self.s.image)
+        return self._run(self.method.student, self.s.image)
 
     @cached_property
     def teacher(self): # the same of the frozen teacher on ITS images; no gradient
-        with torch.no_grad(): return self._run(self.method.teacher, self.method.teacher_taps, self.t.image)
+        with torch.no_grad(): return self._run(self.method.teacher, self.t.image)
 
-    def _run(self, net, taps, image):
-        logits = net(image).float()
-        return logits, {n: self._pool(f.float()) for n, f in taps.take().items()}
+    def _run(self, net, image):
+        with Taps(net, self.o.taps) as taps:
+            logits = net(image).float()
+            return logits, {n: self._pool(f.float()) for n, f in taps.take().items()}
 
     def _pool(self, f): return getattr(F, f"avg_pool{f.ndim - 2}d")(f, self.o.stride) if self.o.stride > 1 else f
 
@@ -137,7 +138,7 @@ class Scene:
     def compared(self, n): # student features that the variation loss compares
         return self.denoised[n][0] if self.o.distill_from == "denoised" else self.z_student[n]
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #b4db5e64
+# %% ../../nbs/5_methods/2_lotus.ipynb #e152517d
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -149,6 +150,7 @@ class LOTUS(Method):
         epochs:int=10,                # length of the whole run; the denoising stage gets a share of it
         seed:int=0,                   # seed of the first weights of projector and diffusion block
     ):
+        if epochs < 2: raise InputError(f"epochs={epochs}: LOTUS has two stages and needs at least one epoch for each.")
         self.options, self.epochs, self.teacher = check_options(options), epochs, teacher.eval().requires_grad_(False)
         c_s, c_t = tap_channels(student, options.taps), tap_channels(teacher, options.taps)
         self.classes = student.config["classes"]
@@ -160,20 +162,23 @@ class LOTUS(Method):
                 "diffusion": each(lambda n: DiffusionBlock(c_t[n], dims, phi_grad=options.phi_grad, checkpoint=options.checkpoint)),
                 "scale": each(lambda n: ChannelScale(c_t[n]))}
         self.frozen, self.weights = {"teacher": self.teacher}, dict(WEIGHTS)
-        self.student_taps, self.teacher_taps = Taps(student, options.taps), Taps(teacher, options.taps)
         self.head = dict(teacher.named_modules()).get(options.head)
         if self.head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
+
+    def identity(self)->dict:
+        "The options and the length: both decide the result."
+        return dict(options=asdict(self.options), epochs=self.epochs)
 
     def part(self, name, tap): return self.networks[name][tap.replace(".", "_")]
     def scale(self, tap): return self.part("scale", tap)
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #67787821
+# %% ../../nbs/5_methods/2_lotus.ipynb #0c380902
 @patch
 def stages(self:LOTUS)->list:
     "denoise, until gamma is on its plateau; then distil."
     o = self.options
     return [Stage("denoise", [Update("student", ("student", "projector", "diffusion"), self.denoise_losses)],
-                  epochs=max(1, round(o.denoise_share * self.epochs)), until=Plateau("gamma", patience=o.patience, delta=o.delta)),
+                  epochs=min(self.epochs - 1, max(1, round(o.denoise_share * self.epochs))), until=Plateau("gamma", patience=o.patience, delta=o.delta)),
             Stage("distil", [Update("student", ("student",), self.distil_losses)])]
 
 @patch
@@ -199,13 +204,13 @@ def diff(self:LOTUS, x:Scene)->Tensor:
     "$L_{diff}$ (equation 2), mean over the taps."
     return torch.stack([self.part("diffusion", n).loss(z.detach(), x.noise(f"diff {n}")) for n, z in x.z_teacher.items()]).mean()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #608cb8fb
+# %% ../../nbs/5_methods/2_lotus.ipynb #bd131da8
 @patch
 def compare_scores(self:LOTUS, x:Scene, scores:Tensor, of_teacher:Tensor)->Tensor:
     "KL between two maps of scores, class by class or position by position."
     o = self.options
-    if o.correspondence == "positional": return soft_label_kl(scores, of_teacher, o.tau, o.kl_direction)
-    return class_mean_kl(scores, label_to(scores, x.s.label), of_teacher, label_to(of_teacher, x.t.label), max(2, self.classes), o.tau, o.kl_direction)
+    if o.correspondence == "positional": return soft_label_kl(scores, of_teacher, o.tau, o.kl_direction, tau_squared=False)
+    return class_mean_kl(scores, label_to(scores, x.s.label), of_teacher, label_to(of_teacher, x.t.label), max(2, self.classes), o.tau, o.kl_direction, tau_squared=False)
 
 @patch
 def kl_denoised(self:LOTUS, x:Scene)->Tensor:
@@ -232,16 +237,16 @@ def ifv(self:LOTUS, x:Scene)->Tensor:
         else: terms.append(positional_ifv(variation_map(f_s, y_s, classes), variation_map(f_t, y_t, classes)))
     return torch.stack(terms).mean()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #29259dcb
+# %% ../../nbs/5_methods/2_lotus.ipynb #73033249
 @patch
 def begin(self:LOTUS, stage:Stage, batches:Callable):
     "Measure the scale of the teacher's features on eight fixed batches, once."
     if stage.name != "denoise": return
     seen = []
-    with torch.no_grad():
+    with torch.no_grad(), Taps(self.teacher, self.options.taps) as taps:
         for i in range(8):
             self.teacher(batches(i)["teacher"].image)
-            seen.append(self.teacher_taps.take())
+            seen.append(taps.take())
     for n in self.options.taps: self.scale(n).measure([s[n] for s in seen])
 
 @patch

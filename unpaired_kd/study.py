@@ -8,10 +8,11 @@ __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', '
            'lotus_options', 'cores', 'run_study', 'check_study', 'finished', 'collect', 'claim_folder', 'environment',
            'export_student']
 
-# %% ../nbs/5_methods/3_study.ipynb #13ff3b17
-import os, re
+# %% ../nbs/5_methods/3_study.ipynb #80a8f79e
+import json, os, re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def all_arms(
                          options={**config.options, **arm.get("options", {})}, weights={**config.weights, **arm.get("weights", {})})
     return out
 
-# %% ../nbs/5_methods/3_study.ipynb #42d191ad
+# %% ../nbs/5_methods/3_study.ipynb #f48f87e2
 @dataclass
 class Data:
     "The parts of the two collections for one seed."
@@ -101,7 +102,12 @@ class Data:
 def open_both(
     config:StudyConfig, # the study
 )->tuple: # (teacher Collection, student Collection)
-    "Open both modalities. `InputError` when their classes or dimensions differ."
+    "Open both modalities, once a process. `InputError` when their classes or dimensions differ."
+    return _open(json.dumps({k: getattr(config, k) for k in ("data", "teacher", "student", "classes", "zoom", "intensity", "invert_student")}))
+
+@lru_cache(maxsize=4)
+def _open(key):
+    config = StudyConfig(**json.loads(key))
     options = dict(zoom=config.zoom, intensity=config.intensity)
     if config.classes: options["classes"] = tuple(config.classes)
     t, s = open_collection(config.data, config.teacher, **options), open_collection(config.data, config.student, invert=config.invert_student, **options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'label_to', 'one_hot', 'check_features', 'inverse_length', 'prototypes', 'variation_map', 'positional_ifv',
-           'quantile_means', 'class_ifv']
+           'quantile_means', 'class_ifv', 'released_ifv']
 
 # %% ../../nbs/3_lessons/2_variation.ipynb #89341608
 import torch
@@ -78,14 +78,18 @@ def variation_map(
         dot = (mu * inverse_length(mu, 2)[..., None]) @ x
         return ((dot * y).sum(1) * inverse_length(x, 1)).reshape(label.shape)
 
-# %% ../../nbs/3_lessons/2_variation.ipynb #a0f25228
+# %% ../../nbs/3_lessons/2_variation.ipynb #6afd0164
 def positional_ifv(
-    m_s:Tensor, # the student's map $M_{ct}$, (B,*s)
-    m_t:Tensor, # the teacher's map $M_h$, same shape
-)->Tensor: # one number, in [0,4]
-    "$L_{ifv}$ as printed (LOTUS eq. 6): squared difference at equal positions. Has a meaning for registered images only."
+    m_s:Tensor,       # the student's map $M_{ct}$, (B,*s)
+    m_t:Tensor,       # the teacher's map $M_h$, same shape
+    mask:Tensor=None, # (B,*s) bool: the pixels that count (default: all)
+)->Tensor: # one number, in [0,4]; 0 if no pixel counts
+    "$L_{ifv}$ as printed (LOTUS eq. 6): mean squared difference at equal positions. Has a meaning for registered images only."
     if m_s.shape != m_t.shape: raise InputError(f"maps of shape {tuple(m_s.shape)} and {tuple(m_t.shape)} have no common positions.")
-    return (m_s - m_t).square().mean()
+    d = (m_s - m_t).square()
+    if mask is None: return d.mean()
+    if mask.shape != d.shape: raise InputError(f"mask has shape {tuple(mask.shape)}, but the maps have {tuple(d.shape)}.")
+    return torch.where(mask.bool(), d, 0).sum() / mask.bool().sum().clamp_min(1)
 
 # %% ../../nbs/3_lessons/2_variation.ipynb #414eb167
 def quantile_means(
@@ -115,3 +119,24 @@ def class_ifv(
         a, b = m_s[y_s == k], m_t[y_t == k]
         if len(a) and len(b): terms.append((quantile_means(a, quantiles) - quantile_means(b, quantiles)).square().mean())
     return torch.stack(terms).mean() if terms else m_s.sum() * 0
+
+# %% ../../nbs/3_lessons/2_variation.ipynb #7196602c
+def _listed_map(x, label, only):
+    "The variation map of logits with prototypes for the classes in `only`; 1 elsewhere. Accepts one channel."
+    if x.ndim < 3 or label.shape != (len(x), *x.shape[2:]): raise InputError(f"label has shape {tuple(label.shape)}, but logits {tuple(x.shape)} need {(len(x), *x.shape[2:])}. Use label_to(x, label).")
+    listed = torch.isin(label, torch.tensor(only, device=label.device))
+    inside = torch.where(listed, label, -1)
+    if x.shape[1] > 1: m = variation_map(x, inside, max(only) + 1)
+    else: m = x[:, 0].float().sign() * sum((x[:, 0].float() * (inside == k)).flatten(1).sum(1).sign().reshape(-1, *[1] * (x.ndim - 2)) * (inside == k) for k in set(only))
+    return torch.where(listed, m, 1)
+
+def released_ifv(
+    x_s:Tensor,  # the student's logits, (B,C,*s), C may be 1
+    y_s:Tensor,  # labels of its images, (B,*s)
+    x_t:Tensor,  # the teacher's logits, same shape as `x_s`
+    y_t:Tensor,  # labels of its (other) images, (B,*s)
+    only:tuple,  # the foreground classes: only these have a prototype; elsewhere $M = 1$
+)->Tensor: # one number, in [0,4]; mean over all pixels
+    "The variation loss as LOTUS was released: on logits, foreground classes only, at equal positions. With one channel its gradient is exactly zero."
+    if not len(only) or min(only) < 0: raise InputError(f"only={only!r}: list the foreground classes, e.g. (1,).")
+    return positional_ifv(_listed_map(x_s, y_s, tuple(only)), _listed_map(x_t, y_t, tuple(only)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'STATISTICS', 'Schedule', 'spread', 'q_sample', 'noise_like', 'norm_layer', 'Bottleneck', 'Phi',
-           'ddim_timesteps', 'ddim_step', 'ddim', 'NoiseAdapter', 'blend', 'channel_mlp', 'no_projector', 'Projector',
-           'frozen_statistics', 'DiffusionBlock']
+           'ddim_timesteps', 'ddim_step', 'ddim', 'NoiseAdapter', 'blend', 'channel_mlp', 'no_projector', 'WidthMLP',
+           'Projector', 'frozen_statistics', 'DiffusionBlock']
 
 # %% ../../nbs/3_lessons/1_diffusion.ipynb #6c0633d7
 import contextlib
@@ -179,7 +179,7 @@ def blend(
     g = spread(gamma, z)
     return g * z + (1 - g) * eps
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #aaf85b22
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #45904588
 PROJECTORS = Registry("projector")
 
 @PROJECTORS.register("channel")
@@ -187,6 +187,7 @@ def channel_mlp(
     c_in:int,  # channels of the student's features
     c_out:int, # channels of the teacher's features
     dims:int,  # 2 or 3
+    side:int,  # not used
 )->nn.Module: # (B,c_in,*s) -> (B,c_out,*s)
     "A two-layer perceptron per pixel."
     conv = layer("Conv", dims)
@@ -197,30 +198,52 @@ def no_projector(
     c_in:int,  # channels of the student's features
     c_out:int, # channels of the teacher's features
     dims:int,  # 2 or 3
+    side:int,  # not used
 )->nn.Module: # the identity
-    "Nothing; the widths must agree."
+    "Nothing; the numbers of channels must agree."
     if c_in != c_out: raise InputError(f"projector='none' cannot map {c_in} channels to {c_out}. Use projector='channel'.")
     return nn.Identity()
 
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #bad96bd9
+@PROJECTORS.register("width")
+class WidthMLP(nn.Module):
+    "A two-layer perceptron along the image's width, the same for every row and channel: the projector of LOTUS's released code."
+    def __init__(self,
+        c_in:int,  # channels of the student's features
+        c_out:int, # channels of the teacher's features; the same
+        dims:int,  # 2 or 3
+        side:int,  # width of the features, px; 512 in the release
+    ):
+        super().__init__()
+        if c_in != c_out: raise InputError(f"projector='width' keeps the channels and cannot map {c_in} to {c_out}. Use projector='channel'.")
+        self.side, self.body = side, nn.Sequential(nn.Linear(side, 2 * side), nn.ReLU(), nn.Linear(2 * side, side))
+
+    def forward(self, z:Tensor)->Tensor:
+        "(B,C,*s,side) -> the same shape"
+        if z.shape[-1] != self.side: raise InputError(f"projector='width' was built for features {self.side} px wide and got {z.shape[-1]}. Set `side` to the patch width divided by the stride, or use projector='channel', which takes any width.")
+        return self.body(z)
+
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #4a29cab3
 class Projector(nn.Module):
     "Maps student features into the space of the teacher's: the $\\mathbf{P}$ of LOTUS eq. 3, applied once."
     def __init__(self,
         channels:int=16,       # channels of the student's features
         out:int=None,          # channels of the teacher's features (default: the same)
         dims:int=2,            # 2 or 3
-        kind:str="channel",    # channel | none
+        kind:str="channel",    # channel | width | none
         unit:bool=False,       # scale every pixel's vector to length 1 afterwards
+        side:int=512,          # width of the features, px; matters for kind="width" only
     ):
         super().__init__()
-        self.unit, self.body = unit, PROJECTORS[kind](channels, out or channels, dims)
+        self.unit, self.body = unit, PROJECTORS[kind](channels, out or channels, dims, side)
 
     def forward(self, z:Tensor)->Tensor:
         "(B,channels,*s) -> (B,out,*s)"
         z = self.body(z)
         return z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt() if self.unit else z
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #f834928c
-STATISTICS = ("running", "batch")
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #dbb71617
+STATISTICS = ("running", "batch", "all")
 
 @contextlib.contextmanager
 def frozen_statistics(
@@ -235,7 +258,7 @@ def frozen_statistics(
     finally:
         for m, (m.training, m.track_running_stats) in zip(layers, before): pass
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #70ca8f76
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #d5d10289
 class DiffusionBlock(nn.Module):
     "All that denoising needs for one tap: a noise predictor trained on the teacher's features, and the way of the student's features through it."
     def __init__(self,
@@ -248,10 +271,11 @@ class DiffusionBlock(nn.Module):
         norm:str="batch",             # batch | group
         checkpoint:bool=False,        # recompute Phi in the backward pass: less memory, one more forward
         phi_grad:bool=True,           # whether losses on the denoised features train Phi too (as in the released code)
-        statistics:str="running",     # what Phi normalises by on the student's way: running | batch
+        statistics:str="running",     # what Phi normalises by on the student's way: running | batch | all: the batch's, and update the running ones too
     ):
         super().__init__()
         if statistics not in STATISTICS: raise InputError(unknown("statistics", statistics, STATISTICS))
+        if statistics == "all" and checkpoint: raise InputError("statistics='all' with checkpoint=True would count every pass twice. Choose one of them.")
         self.schedule, self.eta, self.checkpoint, self.phi_grad, self.statistics = schedule, eta, checkpoint, phi_grad, statistics
         self.timesteps = ddim_timesteps(schedule.steps, uniform, evaluations)
         self.register_buffer("alpha_bar", schedule.alpha_bar.clone(), persistent=False)
@@ -261,28 +285,28 @@ class DiffusionBlock(nn.Module):
         self.adapter = NoiseAdapter(channels, dims, norm)
         self.proj = nn.Sequential(conv(channels, channels, 1), norm_layer(norm, channels, dims))
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #9cb63bf0
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #02a24253
 @patch
 def loss(self:DiffusionBlock,
     z:Tensor,                       # teacher features $z^{(h)}$, (B,C,*s)
     generator:torch.Generator=None, # for the steps and the noise
 )->Tensor: # one number, float32
-    "$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only pass that updates Phi's statistics."
+    "$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only pass that updates Phi's statistics, unless `statistics='all'`."
     z, device = z.float(), z.device if generator is None else generator.device
     t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(z.device)
     eps = noise_like(z, generator)
     return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #6413d1d6
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #29a6c346
 @patch
 def predict(self:DiffusionBlock,
     z:Tensor, # noisy student features, (B,C,*s)
     t:Tensor, # steps, (B,)
 )->Tensor: # predicted noise, (B,C,*s)
-    "One question to Phi on the student's way: its running statistics stay as they are, and it gets no gradient if `phi_grad` is False."
+    "One question to Phi on the student's way: its running statistics stay as they are (unless `statistics='all'`), and it gets no gradient if `phi_grad` is False."
     fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
     def ask(z, t):
-        with frozen_statistics(self.phi, self.statistics): return torch.func.functional_call(self.phi, fixed, (z, t))
+        with contextlib.nullcontext() if self.statistics == "all" else frozen_statistics(self.phi, self.statistics): return torch.func.functional_call(self.phi, fixed, (z, t))
     if self.checkpoint and torch.is_grad_enabled(): return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
     return ask(z, t)
 

@@ -31,7 +31,7 @@ from .methods.ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
 
-# %% ../nbs/5_methods/3_study.ipynb #a2ef3dae
+# %% ../nbs/5_methods/3_study.ipynb #367645c5
 @dataclass(frozen=True)
 class StudyConfig:
     "A comparison as plain data: where the images are, what is trained, for how long."
@@ -43,6 +43,7 @@ class StudyConfig:
     label_unit: str = "images"       # images | groups (patients)
     test: float = .5                 # share of the student's groups (1 or more: their number) that is only tested on
     teacher_test: float = .2         # the same for the teacher
+    score_on: str = "test"           # test | validation: the training groups that are not labelled, to choose settings by
     zoom: float = 1.                 # in-plane resampling before training
     intensity: str = "dtype"         # how values become [0,1]: dtype | percentile
     invert_student: bool = False     # turn the student's contrast round
@@ -130,7 +131,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #b4f6bc0e
+# %% ../nbs/5_methods/3_study.ipynb #bc5eedc7
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -149,9 +150,15 @@ def split_data(
     teacher, student = parts(t, config.teacher_test, 0, "teacher"), parts(s, config.test, seed, "student")
     labelled = label_budget(s.subset(student["train"]), config.student_labels, config.label_unit, seed)
     both = set(t.groups) & set(s.groups) if config.pairing != "index" else set()
+    if config.score_on not in ("test", "validation"): raise InputError(unknown("score_on", config.score_on, ("test", "validation")))
+    scored = student["test"]
+    if config.score_on == "validation":
+        used = {s.groups[s.ids.index(i)] for i in labelled}
+        scored = [i for i in student["train"] if s.groups[s.ids.index(i)] not in used]
+        if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     taught = [i for i in teacher["train"] if t.groups[t.ids.index(i)] not in both]
     if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients, or pairing='index' for registered images.")
-    return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(student["test"]))
+    return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored))
 
 # %% ../nbs/5_methods/3_study.ipynb #20b450be
 def source(

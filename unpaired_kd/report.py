@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'OUTCOMES', 'save_rows', 'load_rows', 'load_runs', 'guests', 'arrange', 'summarise', 'evidence', 'name_of',
-           'p_text', 'markdown_table', 'results_table', 'outcomes', 'overlay', 'box_plot', 'forest_plot',
-           'history_plot', 'save_figure']
+           'p_text', 'markdown_table', 'results_table', 'rank_agreement', 'published_table', 'outcomes', 'overlay',
+           'box_plot', 'forest_plot', 'history_plot', 'save_figure']
 
-# %% ../nbs/4_training/3_report.ipynb #d00738f7
+# %% ../nbs/4_training/3_report.ipynb #5417def7
 import csv, io, textwrap
 from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, PALETTE, atomic, outlined, read_csv, to_display, unknown, write_csv
-from .evaluation import compare, sign_of
+from .core import InputError, PALETTE, atomic, outlined, read_csv, rng, to_display, unknown, write_csv
+from .evaluation import compare, pair_rows, sign_of
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit") # columns that stay text, also when they look like numbers
@@ -184,6 +184,48 @@ def results_table(
     elif n["group"] < 2: note += "One patient only: no interval and no p-value. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
+
+# %% ../nbs/4_training/3_report.ipynb #28d53989
+def rank_agreement(
+    rows:list,      # rows of `evaluate`, with every published arm
+    published:dict, # arm -> published mean
+    metric:str="dsc", # column
+    n:int=500,      # bootstrap draws
+    seed:int=0,     # of the draws
+)->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
+    "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
+    from scipy.stats import spearmanr
+    paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
+    theirs = [published[a] for a in paired.arms]
+    groups, g = np.unique(paired.groups, return_inverse=True)
+    seeds, s = np.unique(paired.seeds, return_inverse=True)
+    draws, positive = rng(seed, "rank agreement"), 0
+    for _ in range(n):
+        w = np.bincount(draws.integers(len(groups), size=len(groups)), minlength=len(groups))[g] * np.bincount(draws.integers(len(seeds), size=len(seeds)), minlength=len(seeds))[s]
+        if w.sum(): positive += spearmanr(np.average(paired.values, axis=1, weights=w), theirs).statistic > 0
+    return float(spearmanr(paired.values.mean(1), theirs).statistic), positive / n
+
+# %% ../nbs/4_training/3_report.ipynb #62eaaebf
+def published_table(
+    rows:list,       # rows of `evaluate`
+    published:dict,  # arm -> {metric: published mean}, the reference first; units as printed (%, px, mm)
+    metric:str="dsc", # column
+)->str: # Markdown
+    "Our means and gains over the first published arm, beside the published ones, with the agreement of the order."
+    reference = next(iter(published))
+    ours = {c["arm"]: c for c in compare([r for r in rows if r["arm"] not in guests(rows, reference)], reference, metric, missing="drop")}
+    for a in published:
+        if a not in ours: raise InputError(unknown("arm", a, ours))
+    name, unit, k = name_of(metric, rows)
+    lines = []
+    for a in [*published, *[a for a in ours if a not in published]]:
+        c, theirs = ours[a], published.get(a, {}).get(metric)
+        gain = "" if a == reference else f"{k * c['difference']:+.1f} [{k * c['ci_low']:+.1f}, {k * c['ci_high']:+.1f}]"
+        lines.append([a, f"{k * c['mean']:.1f}", gain, "" if a == reference else p_text(c["p_t"]), "" if theirs is None else f"{theirs:.2f}",
+                      "" if theirs is None or a == reference else f"{theirs - published[reference][metric]:+.2f}"])
+    rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
+    head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p", "published", "gain"]
+    return markdown_table(head, lines) + f"\n\nRank correlation of the {len(published)} published rows: {rho:+.2f}, positive in {share:.0%} of the draws."
 
 # %% ../nbs/4_training/3_report.ipynb #892a8b19
 OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6], "extra": PALETTE[3], "wrong class": PALETTE[7]}

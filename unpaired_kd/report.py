@@ -185,7 +185,7 @@ def results_table(
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
 
-# %% ../nbs/4_training/3_report.ipynb #28d53989
+# %% ../nbs/4_training/3_report.ipynb #fc693d77
 def rank_agreement(
     rows:list,      # rows of `evaluate`, with every published arm
     published:dict, # arm -> published mean
@@ -195,6 +195,7 @@ def rank_agreement(
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
     "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
     from scipy.stats import spearmanr
+    agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) else 0. # all equal: no order
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]
     groups, g = np.unique(paired.groups, return_inverse=True)
@@ -202,8 +203,8 @@ def rank_agreement(
     draws, positive = rng(seed, "rank agreement"), 0
     for _ in range(n):
         w = np.bincount(draws.integers(len(groups), size=len(groups)), minlength=len(groups))[g] * np.bincount(draws.integers(len(seeds), size=len(seeds)), minlength=len(seeds))[s]
-        if w.sum(): positive += spearmanr(np.average(paired.values, axis=1, weights=w), theirs).statistic > 0
-    return float(spearmanr(paired.values.mean(1), theirs).statistic), positive / n
+        if w.sum(): positive += agree(np.average(paired.values, axis=1, weights=w)) > 0
+    return agree(paired.values.mean(1)), positive / n
 
 # %% ../nbs/4_training/3_report.ipynb #62eaaebf
 def published_table(

@@ -132,6 +132,9 @@ def test_touching_nuclei_of_two_classes_and_specks():
     a[0, 30, 30] = 255                                                   # one noisy pixel
     y, n = seg_objects(a)
     assert n.max() == 2 and (y == 1).sum() == (y == 2).sum() == 100 and seg_objects(a, min_px=1)[1].max() == 3
+    corner = np.zeros((3, S, S), np.uint8)
+    corner[0, 5:15, 5:15] = corner[0, 15:25, 15:25] = 255                # they touch at a corner only
+    assert seg_objects(corner)[1].max() == 2
     only_line = np.zeros((3, S, S), np.uint8)
     only_line[1, 5] = 255
     assert not seg_objects(only_line, "nucleus")[1].any()

@@ -8,6 +8,7 @@ from unpaired_kd.data.microct import (EDGES, bone_mask, clusters, cut, patch_sid
                                       windows)
 
 R = np.random.default_rng(0)
+HOLES = np.kron(np.random.default_rng(1).random((30, 30)) > .08, np.ones((4, 4)))   # what the closing has to bridge
 PLATE = np.where(np.hypot(*np.mgrid[-60:60, -60:60]) < 40, 200., 40.) + R.normal(0, 5, (120, 120))
 
 
@@ -61,12 +62,15 @@ def test_faulty_arguments():
 
 @pytest.mark.parametrize("side, radius", [(3, 2), (8, 5), (20, 7)])
 def test_morphology_is_the_textbook_one(side, radius):
-    rough = bone_mask(PLATE, open_px=0, close_px=0, sigma=1)
-    ours = bone_mask(PLATE, open_px=side, close_px=0, sigma=1)
+    plate = PLATE * HOLES
+    rough = bone_mask(plate, open_px=0, close_px=0, sigma=1)
+    ours = bone_mask(plate, open_px=side, close_px=0, sigma=1)
     assert (ours <= rough).all()
     if side % 2: assert np.array_equal(ours, opening(rough, footprint_rectangle((side, side)), mode="ignore"))
-    shut = bone_mask(PLATE, open_px=0, close_px=radius, sigma=1)
-    assert (shut >= rough).all() and np.array_equal(shut, closing(rough, disk(radius), mode="ignore"))
+    both = bone_mask(plate, open_px=side, close_px=radius, sigma=1)
+    assert (both >= ours).all() and np.array_equal(both, closing(ours, disk(radius), mode="ignore"))
+    shut = bone_mask(plate, open_px=0, close_px=radius, sigma=1)
+    assert (shut > rough).any() and (shut >= rough).all() and np.array_equal(shut, closing(rough, disk(radius), mode="ignore"))
 
 
 def test_closing_fills_a_lacuna_and_the_image_keeps_it():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parameter', 'table', 'comments', 'refuse', 'parameters_cell', 'read_parameters', 'read_yaml', 'cast', 'parse_value',
            'resolve', 'parse_entry', 'run_name', 'differences', 'claim', 'hold', 'own_kernel', 'find_notebook',
-           'execute', 'run_notebook', 'need', 'parser', 'join_runs', 'run', 'predict', 'report', 'main']
+           'execute', 'run_notebook', 'need', 'parser', 'join_runs', 'run', 'sweep', 'predict', 'report', 'main']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, os, re, sys, tokenize
@@ -271,17 +271,25 @@ def need(*modules):
     from importlib.util import find_spec
     if missing := [m for m in modules if find_spec(m) is None]: raise refuse(f"this command needs {', '.join(missing)}: pip install \"unpaired_kd[dev]\".")
 
-# %% ../nbs/6_command/1_cli.ipynb #fa43ada1
+# %% ../nbs/6_command/1_cli.ipynb #c7eb614f
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."
     top = argparse.ArgumentParser("ukd", description="Unpaired knowledge distillation: run experiments, use students, print tables.")
-    sub = top.add_subparsers(dest="command", required=True, metavar="run | predict | report")
+    sub = top.add_subparsers(dest="command", required=True, metavar="run | sweep | predict | report")
     run = sub.add_parser("run", help="run an experiment notebook with checked parameters", description="Run an experiment. The same command again resumes it.")
     run.add_argument("notebook", help="name of an experiment (lotus) or path of a notebook")
     run.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; KEY.ENTRY sets one entry of a dict; may be repeated")
     run.add_argument("--out", help="run folder (default: runs/<notebook>-<fingerprint of the parameters>)")
     run.add_argument("--extend", action="store_true", help="use --out although it was made with other parameters")
     run.add_argument("--help-notebook", action="store_true", help="list the notebook's parameters and stop")
+    sweep = sub.add_parser("sweep", help="run a notebook with a grid of parameters, several runs at a time", description="Run every cell of a grid. The same command again skips what is finished.")
+    sweep.add_argument("grid", help="YAML file: notebook, base, grid, cells, scales")
+    sweep.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter of every cell, instead of the one in base; may be repeated")
+    sweep.add_argument("--scale", help="one of the grid file's scales, laid over base")
+    sweep.add_argument("--out", help="sweep folder (default: runs/<name of the grid file>)")
+    sweep.add_argument("--workers", type=int, help="runs at a time (default: one a core)")
+    sweep.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="give the runs to this Dask cluster")
+    sweep.add_argument("--dry-run", action="store_true", help="list the cells and what is done, and stop")
     predict = sub.add_parser("predict", help="segment an image, a folder or a volume with a trained student")
     predict.add_argument("student", help="folder of a student (runs/x/student)")
     predict.add_argument("input", help="image, volume or folder")
@@ -308,13 +316,18 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #d87198e1
+# %% ../nbs/6_command/1_cli.ipynb #9501b65c
 def run(args)->int:
     "`ukd run`"
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
     path = find_notebook(args.notebook)
     print(f"Parameters of {path}:\n{table(read_parameters(path))}")
     return 0
+
+def sweep(args)->int:
+    "`ukd sweep`"
+    from unpaired_kd.sweep import run_sweep
+    return run_sweep(args.grid, args.given, args.scale, args.out, args.workers, args.scheduler, args.dry_run)
 
 def predict(args)->int:
     "`ukd predict`"
@@ -333,7 +346,7 @@ def main(
 )->int: # exit status: 0 done, 1 a cell failed, 2 bad input, 130 stopped by the user
     "The command `ukd`."
     args = parser().parse_args(argv)
-    try: return {"run": run, "predict": predict, "report": report}[args.command](args)
+    try: return {"run": run, "sweep": sweep, "predict": predict, "report": report}[args.command](args)
     except ValueError as e:
         from unpaired_kd.core import InputError
         if not isinstance(e, InputError): raise
@@ -343,5 +356,5 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"\nukd {args.command}: stopped." + (" The same command continues." if args.command == "run" else ""), file=sys.stderr)
+        print(f"\nukd {args.command}: stopped." + (" The same command continues." if args.command in ("run", "sweep") else ""), file=sys.stderr)
         return 130

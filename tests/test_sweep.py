@@ -1,0 +1,167 @@
+"""A sweep as users meet it: files with mistakes, cells that fail or are killed, sweeps that are stopped, and a cluster."""
+import functools, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from unpaired_kd import cli, sweep
+from unpaired_kd.core import InputError, read_csv
+
+START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
+PARAMETERS = 'do: str = "score"\nseed: int = 0\nlr: float = .5\nweights: dict = {"kl": 1.}\nworkers: int = 0\nrun_folder: str = ""'
+BODY = """import os, time
+from pathlib import Path
+here = Path(run_folder)
+(here / "kernel").write_text(str(os.getpid()))
+with open(here / "times", "a") as f: f.write("x")
+if do == "fail": raise ValueError("diverged")
+if do == "wait": time.sleep(60)
+if do == "die": os.kill(os.getppid(), 9)
+rows = "arm,seed,case,group,dsc\\n" + "".join(f"a,{seed},{c},{c},{lr}\\n" for c in "xy")
+(here / "metrics.csv").write_text("nonsense" if do == "nonsense" else rows)
+print(workers, os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "A folder with the toy notebook, and we are in it."
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"]} if i == 0 else {}, source=c, outputs=[], execution_count=None) for i, c in enumerate([PARAMETERS, BODY])]
+    (tmp_path / "toy.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def grid(place, text, name="g.yaml"):
+    (place / name).write_text("notebook: toy.ipynb\n" + text)
+    return str(place / name)
+
+
+def of(place, pattern):
+    "The run folder of a cell, by its name."
+    found, = (place / "runs/g/cells").glob(pattern)
+    return found
+
+
+def gone(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z" # a zombie has ended
+    except FileNotFoundError: return True
+
+
+def wait_for(condition, seconds=30):
+    until = time.time() + seconds
+    while not condition() and time.time() < until: time.sleep(.05)
+    assert condition()
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "is empty"), ("grid: {}\ncells: {}", "is empty"), ("grid: {seed: []}", "at least one"), ("grid: {seed: 1}", "must be a list"), ("grid: [1]", "`grid` must be a mapping"),
+    ("gird: {seed: [1]}", "Did you mean 'grid'"), ("grid: {sed: [1]}", "Did you mean 'seed'"), ("grid: {seed: [0, one]}", "seed=one.*takes int"), ("grid: {seed: [1, '2']}", "without quotes"),
+    ("base: {lr: [.1, .2]}\ngrid: {seed: [1]}", "goes under `grid`"), ("base: {lr: fast}\ngrid: {seed: [1]}", "takes float"), ("base: {do: no}\ngrid: {seed: [1]}", "Write it in quotes"), ("grid: {do: [7]}", "Write it in quotes"),
+    ("base: {run_folder: x}\ngrid: {seed: [1]}", "--out"), ("grid: {seed: [1, 1]}", "same parameters"), ("cells: {a: {}, b: {seed: 0}}", "'a' and 'b' have the same"), ("cells:\n  a: {}\n  a: {seed: 1}", r"'a' \(line 4\) stands twice"),
+    ("cells: {a/b: {}}", "cannot name a folder"), ("cells: {'': {}}", "cannot name a folder"), ("cells: {..: {}}", "cannot name a folder"), ("cells: {no: {}}", "in quotes"), ("cells: {a: 3}", "`cells: a` must be a mapping"), ("cells: [a]", "must be a mapping"),
+    ("cells: {a: {seed: 1}}\ngrid: {seed: [2]}", "sets 'seed' too"), ("cells: {a: {weights: {}}}\ngrid: {weights.kl: [2]}", "weights.kl"), ("cells: {a: {weights.ce: 1}}", "Did you mean|unknown entry"),
+    ("grid: {seed: [1]", "not valid YAML"), ("- a", "YAML"), ("scales: {demo: {sed: 1}}\ngrid: {seed: [1]}", "Did you mean 'seed'")])
+def test_bad_grids_are_refused_before_anything_is_written(place, text, said, capsys):
+    path = grid(place, text)
+    with pytest.raises(InputError, match=f"(?s)g.yaml.*({said})"): sweep.run_sweep(path, scale="demo" if "demo" in text else None)
+    assert cli.main(["sweep", path] + (["--scale", "demo"] if "demo" in text else [])) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_bad_arguments(place):
+    path = grid(place, "grid: {seed: [1, 2]}\nscales: {demo: {}}")
+    for said, arguments in {"Did you mean 'demo'": dict(scale="demos"), "1 or more": dict(workers=0), "cluster decides": dict(workers=1, scheduler="tcp://x:1"), "'seed' in its grid": dict(given=[("seed", "1")]), "takes float": dict(given=[("lr", "x")]), "twice": dict(given=[("lr", "1")] * 2)}.items():
+        with pytest.raises(InputError, match=said): sweep.run_sweep(path, **arguments)
+    with pytest.raises(InputError, match="absent.yaml cannot be read"): sweep.run_sweep("absent.yaml")
+    (place / "g.yaml").write_text("notebook: absent.ipynb\ngrid: {seed: [1]}")
+    with pytest.raises(InputError, match="absent.ipynb"): sweep.run_sweep(path)
+    (place / "g.yaml").write_text("notebook: [a]\ngrid: {seed: [1]}")
+    with pytest.raises(InputError, match="notebook"): sweep.run_sweep(path)
+    assert not (place / "runs").exists()
+
+
+def test_folders_of_others_are_refused(place):
+    path = grid(place, "grid: {seed: [1, 2]}")
+    for name, file in {"run": "config.json", "thesis": "thesis.tex"}.items():
+        (place / name).mkdir(); (place / name / file).write_text("{}")
+        with pytest.raises(InputError, match="--out"): sweep.run_sweep(path, out=name)
+        assert [p.name for p in (place / name).iterdir()] == [file]
+
+
+def test_cells_are_what_the_file_says(place):
+    "Scale over base, -p over both, row and grid over all; one worker inside a cell; equal parameters, equal key."
+    path = grid(place, "base: {lr: 1e-3, weights: {kl: 2.0}}\ngrid: {seed: [0, 1]}\ncells: {kl: , no kl: {weights.kl: 0}}\nscales: {full: {lr: 2e-3}}")
+    of = lambda **k: {c.name: c for c in sweep.expand(path, **k)[1]}
+    base, full, mine = of(), of(scale="full"), of(scale="full", given=[("lr", "1"), ("workers", "3")])
+    assert list(base) == ["kl seed=0", "kl seed=1", "no kl seed=0", "no kl seed=1"]
+    assert base["kl seed=1"].values == dict(do="score", seed=1, lr=.001, weights={"kl": 2.}, workers=1)
+    assert base["no kl seed=0"].values["weights"] == {"kl": 0} and full["kl seed=0"].values["lr"] == .002
+    assert (mine["kl seed=0"].values["lr"], mine["kl seed=0"].values["workers"]) == (1., 3)
+    assert len({c.key for cells in (base, full, mine) for c in cells.values()}) == 12
+    assert {n: c.key for n, c in of(given=[("lr", "2e-3")]).items()} == {n: c.key for n, c in full.items()}
+    flat = grid(place, "base: {weights: {kl: 2.0}}\ngrid: {seed: [0]}", "h.yaml")
+    assert [c.values["weights"] for c in sweep.expand(flat, [("weights.kl", "5")])[1]] == [{"kl": 5.}]
+
+
+def test_a_sweep_from_failure_to_table(place, capsys):
+    "A failed cell, a killed one and one with a broken table stop no other; they are named, tried again, and the finished are not."
+    path = grid(place, "cells: {good: {}, raises: {do: fail}, killed: {do: die}, broken: {do: nonsense}}")
+    assert cli.main(["sweep", path, "--dry-run"]) == 0 and not (place / "runs").exists()
+    assert capsys.readouterr().out.count("to do  ") == 4
+    assert cli.main(["sweep", path, "--workers", "2"]) == 1
+    out, error = capsys.readouterr()
+    assert "good: done" in out and f"failed: raises: {of(place, 'raises-*').relative_to(place)}/notebook.ipynb" in error
+    assert "killed by signal 9" in error and "not a file of rows" in error and "cells that failed: 3" in error
+    assert "diverged" in (of(place, "raises-*") / "notebook.ipynb").read_text() and "1 1 passive" in (of(place, "good-*") / "log.txt").read_text()
+    assert [r["cell"] for r in read_csv("runs/g/results.csv")] == ["good", "good"]
+    path = grid(place, "cells: {better name: {}}\ngrid: {seed: [0]}\nbase: {lr: .5}")
+    assert cli.main(["sweep", path]) == 0
+    assert "1 done, 0 to do" in capsys.readouterr().out and (of(place, "good-*") / "times").read_text() == "x"
+    assert [(r["cell"], r["seed"], r["case"]) for r in read_csv("runs/g/results.csv")] == [("better name seed=0", 0, c) for c in "xy"]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
+@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_and_continued(place, how, status, monkeypatch):
+    "After Ctrl-C and after a kill no process is left, and the same command continues."
+    path = grid(place, "grid: {do: [wait, score]}")
+    first = subprocess.Popen([sys.executable, "-c", START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(place.glob("runs/g/cells/*/kernel")))
+    folder, = place.glob("runs/g/cells/*")
+    with pytest.raises(InputError, match="at work"): sweep.run_sweep(path)
+    first.send_signal(how)
+    assert first.wait(timeout=20) == status
+    kernel = int((folder / "kernel").read_text())
+    wait_for(lambda: gone(kernel), 10)
+    assert len(list(place.glob("runs/g/cells/*"))) == 1 and not (folder / "done.json").exists()
+    assert "The same command continues" in first.stderr.read() or how == signal.SIGKILL
+    if how == signal.SIGINT: # the waiting cell, now with a notebook that does not wait
+        (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("time.sleep(60)", "pass"))
+        assert sweep.run_sweep(grid(place, "grid: {do: [wait]}")) == 0 and (folder / "done.json").exists()
+
+
+def test_a_parameter_that_the_rows_contradict_gets_another_name():
+    cell = lambda name, **v: sweep.Cell(name, {}, v, name)
+    cells = [cell("a", seed=1, cell=3, tau=[1]), cell("b", seed=2, cell=4, tau=[2])]
+    rows = {"a": [dict(arm="x", seed=0)], "b": [dict(arm="x", seed=0)]}
+    assert sweep.varied(cells) == ["seed", "cell", "tau"]
+    assert sweep.tidy(cells, rows, ["seed", "cell", "tau"])[1] == dict(cell="b", given_seed=2, given_cell=4, tau="[2]", arm="x", seed=0)
+
+
+def test_a_cluster(place, capsys, monkeypatch):
+    "The same sweep through a Dask scheduler; one that is not there is named, and nothing is written."
+    distributed = pytest.importorskip("distributed")
+    path = grid(place, "grid: {seed: [1]}")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        assert cli.main(["sweep", path, "--scheduler", cluster.scheduler_address]) == 0
+    assert "seed=1: done" in capsys.readouterr().out and len(read_csv("runs/g/results.csv")) == 2
+    monkeypatch.setattr(sweep, "cluster", functools.partial(sweep.cluster, patience=.5))
+    with pytest.raises(InputError, match="no Dask scheduler answers"): sweep.run_sweep(path, out="other", scheduler="tcp://127.0.0.1:9")
+    assert not (place / "other").exists()
+
+
+def test_a_cluster_without_dask(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "distributed" else name)
+    with pytest.raises(InputError, match=r"pip install \"unpaired_kd\[scale\]\""): sweep.run_sweep(grid(place, "grid: {seed: [1]}"), scheduler="tcp://127.0.0.1:9")
+    assert not (place / "runs").exists()

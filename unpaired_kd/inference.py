@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILES', 'Recipe', 'channels_first', 'pad_to', 'logits', 'probabilities', 'Student', 'evaluating', 'network_input',
-           'check_fit', 'model_card', 'read_weights', 'output_name', 'plan', 'check_writable', 'predict_path']
+           'check_fit', 'model_card', 'read_weights', 'output_name', 'plan', 'instance_name', 'check_names',
+           'check_writable', 'predict_path']
 
-# %% ../nbs/4_training/4_inference.ipynb #1bfb64a9
+# %% ../nbs/4_training/4_inference.ipynb #2d99f446
 import contextlib
 import re
 import tempfile
@@ -21,10 +22,11 @@ from torch.nn import functional as F
 
 from .core import InputError, atomic, file_sha256, progress, read_json, resolve_precision, unknown, write_json
 from .data.images import WRITERS, Image, dicom_files, list_images, match_channels, prepare, read_image, resize, suffix_of, write_label
+from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
 
-# %% ../nbs/4_training/4_inference.ipynb #b1466683
+# %% ../nbs/4_training/4_inference.ipynb #ae9eca0e
 @dataclass(frozen=True)
 class Recipe:
     "How a student goes from a raw image to a label map. Plain data: `asdict`, JSON and back. Raises `InputError` for values that cannot be."
@@ -40,6 +42,7 @@ class Recipe:
     network:str = "unet"       # registered name
     network_config:dict = field(default_factory=dict) # its arguments
     min_size:int = 0           # smallest object, native pixels
+    instances:str = "components" # how classes become objects: components | watershed | none
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -47,6 +50,7 @@ class Recipe:
         rules = {"channels": self.channels in (1, 3), "in_channels": self.in_channels == self.channels or (self.channels, self.in_channels) == (1, 3),
                  "classes": len(self.classes) > 1 and len(set(self.classes)) == len(self.classes), "zoom": 0 < self.zoom < float("inf"), "dims": self.dims in (2, 3),
                  "patch": self.patch > 0, "overlap": 0 <= self.overlap < 1, "min_size": self.min_size >= 0}
+        if self.instances not in INSTANCES: raise InputError(f"recipe: {unknown('instance method', self.instances, INSTANCES)}")
         for name, good in rules.items():
             if not good: raise InputError(f"recipe: {name}={getattr(self, name)!r} is not possible. See the table of `Recipe` for its meaning.")
 
@@ -180,6 +184,18 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
+# %% ../nbs/4_training/4_inference.ipynb #9e01bda3
+@patch_to(Student)
+def instances(self,
+    image,           # path, `Image`, or raw array
+    cells:bool=None, # three classes or more: True: cut them into objects, False: one region per class; None: cut if the recipe says watershed
+    label:np.ndarray=None, # what `predict` gave for this image, if it is at hand
+)->np.ndarray: # int32 (H,W) or (D,H,W), native size: 0 background, 1..n objects
+    "The objects in an image, by the recipe's `instances` and `min_size`."
+    if isinstance(image, (str, Path)): image = read_image(image)
+    r, found = self.recipe, self.predict(image) if label is None else label
+    return instances_of(found, r.classes, None, r.min_size, r.instances, cells, getattr(image, "spacing", None)).astype(np.int32)
+
 # %% ../nbs/4_training/4_inference.ipynb #3237c711
 def network_input(
     recipe:Recipe, # what the network wants
@@ -310,7 +326,23 @@ def plan(
         seen[o] = i
     return jobs, others
 
-# %% ../nbs/4_training/4_inference.ipynb #d879a7a6
+# %% ../nbs/4_training/4_inference.ipynb #97edc42d
+def instance_name(
+    path:Path, # a label map
+)->Path: # where its instance map goes
+    "`a.nii.gz` gives `a_instances.nii.gz`, in the same folder."
+    suffix = suffix_of(path)
+    return path.with_name(path.name[:len(path.name) - len(suffix)] + "_instances" + suffix)
+
+def check_names(
+    jobs:list, # pairs (input, output) of `plan`
+):
+    "`InputError` if an instance map would take the place of an image or of a label map."
+    taken = {p.resolve() for job in jobs for p in job}
+    for _, o in jobs:
+        if instance_name(o).resolve() in taken: raise InputError(f"{instance_name(o)} would be an instance map, but an image or a label map has that name. Rename the image, or give another folder.")
+
+# %% ../nbs/4_training/4_inference.ipynb #3817e518
 def check_writable(
     folder:Path, # output folder; made if it is not there
 ):
@@ -327,10 +359,12 @@ def predict_path(
     device=None, # torch device (default: cuda if there is one)
     precision:str="fp32", # fp32 | bf16 | fp16 | auto
     bars:bool=True, # show progress bars
+    instances:bool=False, # write the objects too, as <name>_instances
 )->list: # paths of the label maps
     "Segment files: `ukd predict`. Label maps are written as they are finished, each atomically."
     if not isinstance(student, Student): student = Student.load(student, device, precision)
     jobs, others = plan(Path(input), Path(output))
+    if instances: check_names(jobs)
     check_writable(jobs[0][1].parent)
     if others: print(f"not images, left out: {', '.join(p.name for p in others)}")
     done, failed = [], []
@@ -338,7 +372,9 @@ def predict_path(
         for source, target in jobs:
             try:
                 image = read_image(source)
-                write_label(target, student.predict(image, bar=bars and len(jobs) == 1 and image.array.ndim == 4), like=image)
+                label = student.predict(image, bar=bars and len(jobs) == 1 and image.array.ndim == 4)
+                write_label(target, label, like=image)
+                if instances: write_label(instance_name(target), student.instances(image, label=label), like=image)
                 done.append(target)
             except InputError as e: failed.append(str(e))
             shown.update()

@@ -54,7 +54,7 @@ def test_faulty_slices(bad, says):
 
 def test_faulty_arguments():
     for call in (lambda: stretch(PLATE, .5), lambda: stretch(PLATE, -.1), lambda: bone_mask(PLATE, "otzu"), lambda: bone_mask(PLATE, "kmeans", "largest"), lambda: bone_mask(PLATE, sigma=-1),
-                 lambda: clusters(np.zeros((4, 4))), lambda: tiles((9, 9), 3, "wrap"), lambda: tiles((9, 9), 10), lambda: tiles((9, 9), 0), lambda: tiles((9, 9), 2.5), lambda: tiles((3, 9, 9), 3),
+                 lambda: clusters(np.zeros((4, 4))), lambda: clusters(PLATE), lambda: paste(np.zeros((9, 3, 4)), tiles((9, 9), 3)), lambda: tiles((9, 9), 3, "wrap"), lambda: tiles((9, 9), 10), lambda: tiles((9, 9), 0), lambda: tiles((9, 9), 2.5), lambda: tiles((3, 9, 9), 3),
                  lambda: patch_side((9, 9), 0), lambda: patch_side((9, 9), 10), lambda: cut(np.zeros((9, 8)), tiles((9, 9), 3)), lambda: paste(np.zeros((8, 3, 3)), tiles((9, 9), 3)),
                  lambda: select_tiles(PLATE, 10, mask=np.ones((9, 9), bool))):
         with pytest.raises(InputError): call()

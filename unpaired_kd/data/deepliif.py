@@ -7,14 +7,14 @@ __all__ = ['PANELS', 'MIXES', 'CLASSES', 'THRESHOLD', 'BOUNDARY', 'split_panels'
            'seg_colours', 'grow', 'seg_objects', 'seg_classes', 'base_tile', 'organ', 'tile_files', 'convert_deepliif',
            'unpair']
 
-# %% ../../nbs/1_data/9_deepliif.ipynb #8a43c2d6
+# %% ../../nbs/1_data/9_deepliif.ipynb #531fa1ef
 import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, file_sha256, unknown, write_csv
+from ..core import InputError, file_sha256, progress, unknown, write_csv
 from .collections import split_groups
 from .images import Image, atomic_folder, list_images, read_image, suffix_of, write_image, write_label
 
@@ -135,7 +135,7 @@ def organ(
     "The letters at the start of the tile's name. LOTUS draws the teacher's image among tiles of the same organ."
     return re.match(r"[A-Za-z]*", base_tile(id)).group()
 
-# %% ../../nbs/1_data/9_deepliif.ipynb #f34a1d65
+# %% ../../nbs/1_data/9_deepliif.ipynb #3d65e5bd
 def tile_files(
     folder, # folder of six-panel tiles, perhaps in sub-folders
 )->dict: # id (path without ending) -> file, sorted
@@ -164,8 +164,9 @@ def convert_deepliif(
     source, target, rows = Path(source), Path(target), []
     if labels not in ("classes", "objects"): raise InputError(unknown("labels", labels, ("classes", "objects")))
     if target.exists(): raise InputError(f"{target} exists. Give a new folder, or remove it first.")
-    with atomic_folder(target) as new:
-        for id, path in tile_files(source).items():
+    files = tile_files(source)
+    with atomic_folder(target) as new, progress(len(files), "tiles", enabled=len(files) > 50) as bar:
+        for id, path in files.items():
             panels = read_panels(path)
             y = f"labels/{id}.png"
             write_label(new/y, seg_objects(panels["Seg"], boundary, name=str(path), **kw)[labels == "objects"])
@@ -174,6 +175,7 @@ def convert_deepliif(
                 write_image(new/x, Image(picture))
                 rows.append(dict(modality=modality, id=id, image=x, label=y, group=base_tile(id), label_group=organ(id), split=id.split("/")[0] if "/" in id else "",
                                  sha256_image=file_sha256(new/x), sha256_label=file_sha256(new/y)))
+            bar.update()
         write_csv(new/"manifest.csv", rows)
     split_of = {}
     for r in rows: split_of.setdefault(r["group"], set()).add(r["split"])

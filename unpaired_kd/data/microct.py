@@ -38,7 +38,7 @@ def stretch(
     if low == high: return np.zeros(a.shape, np.float32)
     return np.clip((a - low) / (high - low), 0, 1).astype(np.float32)
 
-# %% ../../nbs/1_data/8_microct.ipynb #6a60501b
+# %% ../../nbs/1_data/8_microct.ipynb #94477b4c
 def clusters(
     x:np.ndarray, # grey values in [0,1], (H,W)
     k:int=3,      # number of clusters
@@ -46,6 +46,7 @@ def clusters(
 )->np.ndarray: # cluster of each pixel (H,W) uint8: 0 the darkest, k-1 the brightest
     "k-means of the grey values, from their 8-bit histogram (10 starts, 100 iterations at most)."
     from sklearn.cluster import KMeans
+    if x.size and not (0 <= x.min() and x.max() <= 1): raise InputError(f"image has values from {x.min():g} to {x.max():g}, but the clusters are of grey values in [0,1]. Stretch it first.")
     grey = np.rint(255 * x).astype(np.uint8)
     count = np.bincount(grey.ravel(), minlength=256)
     value = np.flatnonzero(count)
@@ -160,7 +161,7 @@ def tiles(
     y, x = np.meshgrid(*(starts(n, int(side), edge) for n in shape), indexing="ij")
     return Tiles(tuple(map(int, shape)), int(side), y.ravel(), x.ravel())
 
-# %% ../../nbs/1_data/8_microct.ipynb #7d82144c
+# %% ../../nbs/1_data/8_microct.ipynb #cbd6763e
 def cut(
     image:np.ndarray, # slide (H,W) or (C,H,W)
     at:Tiles,         # which tiles
@@ -185,6 +186,7 @@ def paste(
     "The way back: tiles to slide. Where tiles overlap, floats are averaged and whole numbers taken from the last."
     p = np.asarray(parts)
     if p.ndim not in (3, 4) or len(p) != len(at): raise InputError(f"parts have shape {p.shape}: give one part for each of the {len(at)} tiles, (n,h,w) or (n,C,h,w).")
+    if p.shape[-1] != p.shape[-2]: raise InputError(f"parts have shape {p.shape}: tiles are square, so h and w must agree.")
     whole = p.dtype.kind in "bui"
     if p.shape[-2:] != (at.side, at.side) and len(p): p = zoom_label(p, at.side / p.shape[-1]) if whole else resize(p, (at.side, at.side))
     size = [n + at.side for n in at.shape]                               # room for padded tiles

@@ -195,3 +195,17 @@ def test_old_recipes_load_and_wrong_methods_do_not():
     assert Recipe.load({"min_size": 3}).instances == "components"
     with pytest.raises(InputError, match="watershed"): Recipe.load({"instances": "watersheds"})
     with pytest.raises(InputError): Recipe(instances=None)
+
+
+def test_the_command_writes_instance_maps(tmp_path):
+    from unpaired_kd import cli
+    from unpaired_kd.networks.unet import UNet
+    torch.manual_seed(0)
+    net = UNet(in_channels=3, classes=1, width=4)
+    Student(net, Recipe(patch=32, network_config=net.config, instances="watershed")).save(tmp_path / "student")
+    write_image(tmp_path / "a.tif", Image(rng(0, "a").integers(0, 255, (1, 40, 50)).astype(np.uint8), None))
+    assert cli.main(["predict", str(tmp_path / "student"), str(tmp_path / "a.tif"), str(tmp_path / "out.tif"), "--device", "cpu", "--instances"]) == 0
+    student = Student.load(tmp_path / "student", "cpu")
+    assert student.recipe.instances == "watershed"
+    label, found = (read_label(tmp_path / n).array for n in ("out.tif", "out_instances.tif"))
+    assert label.any() and (found == instances(label, "watershed")).all()

@@ -271,7 +271,7 @@ def need(*modules):
     from importlib.util import find_spec
     if missing := [m for m in modules if find_spec(m) is None]: raise refuse(f"this command needs {', '.join(missing)}: pip install \"unpaired_kd[dev]\".")
 
-# %% ../nbs/6_command/1_cli.ipynb #c7eb614f
+# %% ../nbs/6_command/1_cli.ipynb #8560aa6c
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."
     top = argparse.ArgumentParser("ukd", description="Unpaired knowledge distillation: run experiments, use students, print tables.")
@@ -296,6 +296,7 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
     predict.add_argument("output", help="where the label maps go")
     predict.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     predict.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or auto (default: fp32)")
+    predict.add_argument("--instances", action="store_true", help="write the numbered objects too, as <name>_instances")
     report = sub.add_parser("report", help="print the table of one or several run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder with metrics.csv")
     report.add_argument("--reference", default="alone", help="the arm that the others are compared with (default: alone)")
@@ -316,7 +317,7 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #9501b65c
+# %% ../nbs/6_command/1_cli.ipynb #0f87140c
 def run(args)->int:
     "`ukd run`"
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
@@ -332,7 +333,7 @@ def sweep(args)->int:
 def predict(args)->int:
     "`ukd predict`"
     from unpaired_kd.inference import predict_path
-    predict_path(args.student, args.input, args.output, args.device, args.precision)
+    predict_path(args.student, args.input, args.output, args.device, args.precision, instances=args.instances)
     return 0
 
 def report(args)->int:

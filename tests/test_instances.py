@@ -201,9 +201,12 @@ def test_the_command_writes_instance_maps(tmp_path):
     from unpaired_kd import cli
     from unpaired_kd.networks.unet import UNet
     torch.manual_seed(0)
-    net = UNet(in_channels=3, classes=1, width=4)
-    Student(net, Recipe(patch=32, network_config=net.config, instances="watershed")).save(tmp_path / "student")
-    write_image(tmp_path / "a.tif", Image(rng(0, "a").integers(0, 255, (1, 40, 50)).astype(np.uint8), None))
+    net, image = UNet(in_channels=3, classes=1, width=4), rng(0, "a").integers(0, 255, (40, 50)).astype(np.uint8)
+    student = Student(net, Recipe(patch=32, network_config=net.config, instances="watershed"))
+    p = student.probabilities(image)[1]
+    with torch.no_grad(): [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1].bias -= float(np.log(np.median(p) / (1 - np.median(p)))) # half foreground
+    student.save(tmp_path / "student")
+    write_image(tmp_path / "a.tif", Image(image[None], None))
     assert cli.main(["predict", str(tmp_path / "student"), str(tmp_path / "a.tif"), str(tmp_path / "out.tif"), "--device", "cpu", "--instances"]) == 0
     student = Student.load(tmp_path / "student", "cpu")
     assert student.recipe.instances == "watershed"

@@ -1,13 +1,15 @@
 """LOTUS beyond its chapter: three dimensions, several taps, every option, number formats, resumption across the change of stage."""
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Learner, Settings, load_checkpoint
-from unpaired_kd.methods.lotus import CHOICES, LOTUS, LotusOptions, Scene
+from unpaired_kd.learner import Learner, NotSettled, Settings, load_checkpoint
+from unpaired_kd.methods.lotus import CHOICES, LOTUS, PRESETS, LotusOptions, Scene
 from unpaired_kd.methods.single import Single, calibrate, initialise, placebo
 from unpaired_kd.networks.unet import UNet
 
@@ -50,8 +52,87 @@ def test_dimensions_classes_and_taps(tmp_path, dims, classes, taps):
 @pytest.mark.parametrize("name,value", [(k, v) for k, values in CHOICES.items() for v in values])
 def test_every_choice_trains(tmp_path, name, value):
     student, teacher = nets()
-    r = run(tmp_path, LOTUS(student, teacher, LotusOptions(**{name: value}), epochs=2), Two(), epochs=2)
-    assert len(r.history) == 2
+    also = {"kl_reduction": dict(correspondence="positional"), "ifv_on": dict(correspondence="positional")}.get(name, {})
+    r = run(tmp_path, LOTUS(student, teacher, LotusOptions(side=16, **{name: value}, **also), epochs=2), Two(), epochs=2)
+    assert len(r.history) == 2 and all(math.isfinite(v) for h in r.history for v in h.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_and_leaves_the_teacher_alone(tmp_path, preset, classes):
+    student, teacher = nets(classes=classes)
+    before = copy.deepcopy(teacher.state_dict())
+    r = run(tmp_path, LOTUS(student, teacher, replace(PRESETS[preset], side=32), epochs=4), Two(classes=classes), epochs=4)
+    assert len(r.history) == 4 and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [dict(adabn=True), dict(kl_reduction="row"), dict(ifv_on="logits"), dict(kl_reduction="row", correspondence="class")])
+def test_choices_that_exclude_each_other(options):
+    with pytest.raises(InputError): LOTUS(*nets(), LotusOptions(**options))
+
+
+def test_the_released_total_is_the_published_one():
+    with seeded(0): m = LOTUS(UNet(), UNet(), PRESETS["released"])
+    assert sum(p.numel() for n in m.networks.values() for p in n.parameters()) == 3_016_883
+
+
+def test_the_released_variation_term_has_no_gradient_for_one_class_and_one_for_more():
+    for classes in (2, 3):
+        student, teacher = nets(classes=classes)
+        m = LOTUS(student, teacher, replace(PRESETS["released"], side=32))
+        x = Scene(m, Two(classes=classes).batch(0), lambda p: torch_rng(0, p), clean=False)
+        g = torch.autograd.grad(m.ifv(x), x.student[0])[0]
+        assert (g.abs().max() == 0) == (classes == 2)
+
+
+def test_hard_dice_teaches_by_cross_entropy_alone():
+    student, teacher = nets()
+    grads = []
+    for o in (LotusOptions(dice="hard", bce=1.), LotusOptions(dice="hard", bce=0.)):
+        m = LOTUS(student, teacher, o)
+        loss = m.seg(Scene(m, Two().batch(0), lambda p: torch_rng(0, p)))
+        grads.append(loss.requires_grad and torch.autograd.grad(loss, student.conv10.weight)[0].abs().sum().item())
+    assert grads[0] > 0 and not grads[1]
+
+
+def test_a_class_that_one_side_lacks_is_skipped_and_counted(tmp_path):
+    class Lacks(Two):
+        def one(self, name, step):
+            b = super().one(name, step)
+            if name == "teacher": b.label[b.label == 2] = 0
+            return b
+    student, teacher = nets(classes=3)
+    history = run(tmp_path, LOTUS(student, teacher, epochs=2), Lacks(classes=3)).history
+    assert history[0]["skipped"] == 2 and history[1]["skipped"] == 2 # kl and way, then kl and ifv: class 2 in each
+    student, teacher = nets(classes=3)
+    assert run(tmp_path / "all", LOTUS(student, teacher, epochs=2), Two(classes=3)).history[0]["skipped"] == 0
+
+
+def test_a_gamma_that_never_settles_stops_at_the_cap_and_says_so(tmp_path):
+    student, teacher = nets()
+    with pytest.warns(NotSettled, match="cap of 2 epochs.*gamma"): r = run(tmp_path, LOTUS(student, teacher, epochs=4), Two(), epochs=4)
+    assert [h.get("ended") for h in r.history] == [None, "cap", None, None]
+    student, teacher = nets()
+    r = run(tmp_path / "b", LOTUS(student, teacher, LotusOptions(patience=1), epochs=4), Two(), epochs=4)
+    assert [h.get("ended") for h in r.history] == ["settled", None, None, None]
+
+
+def test_adapted_statistics_are_those_of_the_students_images_and_are_saved(tmp_path):
+    o = LotusOptions(teacher_input="student", adabn=True, correspondence="positional")
+    student, teacher = nets()
+    m = LOTUS(student, teacher, o, epochs=2)
+    r = run(tmp_path, m, Two())
+    expected = calibrate(copy.deepcopy(teacher), [r._fixed(i)["student"].image for i in range(8)]).state_dict()
+    assert all(torch.allclose(v, expected[k]) for k, v in m.adapted().items())
+    assert not torch.allclose(m.adapted()["conv1.1.running_mean"], teacher.conv1[1].running_mean)
+    assert any(k.endswith("running_mean") for k in load_checkpoint(tmp_path / "last.pt")["networks"]["adabn"])
+
+
+def test_a_student_that_equals_its_adapted_teacher_has_nothing_to_learn():
+    student, teacher = nets()
+    student.load_state_dict(teacher.state_dict())
+    m = LOTUS(student.eval(), teacher, LotusOptions(teacher_input="student", correspondence="positional"))
+    assert m.kl(Scene(m, Two().batch(0), lambda p: torch_rng(0, p))).abs() < 1e-6
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -59,7 +140,7 @@ def test_every_choice_refuses_another_word(name):
     with pytest.raises(InputError, match=name): LOTUS(*nets(), LotusOptions(**{name: "x"}))
 
 
-@pytest.mark.parametrize("bad", [dict(taps=()), dict(stride=0), dict(quantiles=0), dict(patience=0), dict(denoise_share=1.), dict(head="conv11")])
+@pytest.mark.parametrize("bad", [dict(taps=()), dict(stride=0), dict(quantiles=0), dict(patience=0), dict(denoise_share=0.), dict(head="conv11")])
 def test_numbers_out_of_range_are_refused(bad):
     with pytest.raises(InputError): LOTUS(*nets(), LotusOptions(**bad))
 

@@ -34,7 +34,7 @@ class Schedule:
         beta = torch.linspace(self.start, self.end, self.steps, dtype=torch.float64)
         return (1 - beta).cumprod(0).float()
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #8904deb4
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #223ba070
 def spread(
     a:Tensor, # one number per sample, (B,), or one for all, ()
     z:Tensor, # features (B,C,*s)
@@ -52,7 +52,6 @@ def q_sample(
     a = spread(alpha_bar[t], z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #8bd34bf2
 def noise_like(
     z:Tensor,                       # anything (B,C,*s)
     generator:torch.Generator=None, # where the numbers come from; they are drawn on its device, then moved
@@ -204,7 +203,7 @@ def no_projector(
     if c_in != c_out: raise InputError(f"projector='none' cannot map {c_in} channels to {c_out}. Use projector='channel'.")
     return nn.Identity()
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #bad96bd9
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #a2b5ca14
 @PROJECTORS.register("width")
 class WidthMLP(nn.Module):
     "A two-layer perceptron along the image's width, the same for every row and channel: the projector of LOTUS's released code."
@@ -223,7 +222,6 @@ class WidthMLP(nn.Module):
         if z.shape[-1] != self.side: raise InputError(f"projector='width' was built for features {self.side} px wide and got {z.shape[-1]}. Set `side` to the patch width divided by the stride, or use projector='channel', which takes any width.")
         return self.body(z)
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #4a29cab3
 class Projector(nn.Module):
     "Maps student features into the space of the teacher's: the $\\mathbf{P}$ of LOTUS eq. 3, applied once."
     def __init__(self,
@@ -285,7 +283,7 @@ class DiffusionBlock(nn.Module):
         self.adapter = NoiseAdapter(channels, dims, norm)
         self.proj = nn.Sequential(conv(channels, channels, 1), norm_layer(norm, channels, dims))
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #02a24253
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #80db55ec
 @patch
 def loss(self:DiffusionBlock,
     z:Tensor,                       # teacher features $z^{(h)}$, (B,C,*s)
@@ -297,7 +295,6 @@ def loss(self:DiffusionBlock,
     eps = noise_like(z, generator)
     return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #29a6c346
 @patch
 def predict(self:DiffusionBlock,
     z:Tensor, # noisy student features, (B,C,*s)

@@ -11,7 +11,9 @@ from unpaired_kd.lessons.class_means import class_mean_kl, class_mean_scores
 from unpaired_kd.lessons.diffusion import (DiffusionBlock, NoiseAdapter, Phi, Projector, Schedule, blend, ddim, ddim_step, frozen_statistics, noise_like,
                                            q_sample)
 from unpaired_kd.lessons.soft_labels import DIRECTIONS, soft_label_kl
-from unpaired_kd.lessons.variation import class_ifv, label_to, positional_ifv, quantile_means, variation_map
+from unpaired_kd.lessons import variation
+from unpaired_kd.lessons.variation import (class_ifv, inverse_length, label_to, one_hot, positional_ifv, prototypes, quantile_means, released_ifv, sorted_by_class,
+                                           variation_map)
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.networks.unet import UNet
 
@@ -283,9 +285,122 @@ def test_label_to_keeps_classes_and_types():
     lambda: variation_map(torch.zeros(1, 2, 4, 4), torch.zeros(2, 4, 4).long(), 2),
     lambda: variation_map(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), 0),
     lambda: positional_ifv(torch.zeros(1, 4, 4), torch.zeros(2, 4, 4)),
+    lambda: positional_ifv(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), torch.ones(1, 4) > 0),
+    lambda: released_ifv(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), ()),
+    lambda: released_ifv(torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4).long(), torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4).long(), (1,)),
+    lambda: class_ifv(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4).long(), 2, only=(2,)),
     lambda: Projector(kind="width3d"), lambda: DiffusionBlock(norm="none"), lambda: DiffusionBlock(statistics="none"), lambda: DiffusionBlock(evaluations=11)])
 def test_bad_input_is_named(call):
     with pytest.raises(InputError): call()
+
+
+def simple_map(f, y, classes):
+    "The map by plain autograd: two matrix products."
+    x, one = f.flatten(2), one_hot(y, classes).to(f.dtype)
+    mu = one @ x.mT / one.sum(2, keepdim=True).clamp_min(1)
+    return (((mu * inverse_length(mu, 2)[..., None]) @ x * one).sum(1) * inverse_length(x, 1)).reshape(y.shape)
+
+
+def labels(f, classes, low=0, seed=0):
+    return torch.randint(low, classes, (len(f), *f.shape[2:]), generator=torch_rng(seed, "labels"))
+
+
+@pytest.mark.parametrize("block", [1, 40, 10**6])                       # one pixel a block, some, all
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 3, 2), (1, 2, 7)])
+def test_backward_by_hand_is_the_derivative(shape, block, monkeypatch):
+    "Finite differences in float64, with pixels of no class (-1), a class that is absent (3), one of a single pixel, and a short vector."
+    monkeypatch.setattr(variation, "BLOCK", block)
+    f = torch.randn(shape, dtype=torch.float64, generator=torch_rng(0, "f"))
+    y = labels(f, 2, low=-1); y.view(-1)[5] = 2
+    f.flatten(2)[0, :, 0] *= 1e-6; y.view(-1)[0] = 0
+    assert torch.autograd.gradcheck(lambda f: variation_map(f, y, 4), f.clone().requires_grad_(), eps=1e-9, atol=1e-4, rtol=1e-3)
+    a, b = f.clone().requires_grad_(), f.clone().requires_grad_()
+    m, plain = variation_map(a, y, 4), simple_map(b, y, 4)
+    weight = torch.randn(m.shape, dtype=m.dtype, generator=torch_rng(0, "w"))
+    (m * weight).sum().backward(); (plain * weight).sum().backward()
+    assert m.dtype == torch.float64 and torch.allclose(m, plain, atol=1e-12) and torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "permuted", "sliced", "expanded"])
+def test_every_layout_has_the_same_map_and_gradient(form):
+    f = features()
+    other = {"contiguous": f, "channels_last": f.to(memory_format=torch.channels_last), "permuted": f.transpose(2, 3).contiguous().transpose(2, 3),
+             "sliced": torch.cat([f, f], 3)[..., :10], "expanded": f[:1].expand(2, -1, -1, -1)}[form]
+    plain, y = other.clone(memory_format=torch.contiguous_format).requires_grad_(), labels(f, 3)
+    other = other.detach().requires_grad_()
+    m, expected = variation_map(other, y, 3), simple_map(plain, y, 3)
+    m.square().sum().backward(); expected.square().sum().backward()
+    assert torch.allclose(m, expected, atol=1e-6) and torch.allclose(other.grad, plain.grad, atol=1e-6)
+    if form == "channels_last": assert other.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_map_keeps_little_and_is_not_copied():
+    f, y, kept = torch.randn(1, 32, 40, 40, generator=torch_rng(0, "f")), torch.randint(4, (1, 40, 40)), {}
+    def note(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    for x in (f, f.to(memory_format=torch.channels_last), f.bfloat16()):
+        kept.clear(); x = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): variation_map(x, y, 4)
+        assert kept.pop(x.untyped_storage().data_ptr()) and sum(kept.values()) < 5 * 4 * 1600
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_features_are_read_in_float32_also_when_backward_runs_under_autocast(dtype):
+    h, y = features().to(dtype).requires_grad_(), labels(features(), 3)
+    x = h.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        m = variation_map(h, y, 3); m.square().sum().backward()
+    plain = variation_map(x, y, 3); plain.square().sum().backward()
+    assert m.dtype == torch.float32 and h.grad.dtype == dtype
+    assert torch.equal(m, plain) and torch.equal(h.grad, x.grad.to(dtype))
+
+
+def test_map_refuses_a_second_derivative_and_accepts_inference_mode():
+    f, y = features().requires_grad_(), labels(features(), 3)
+    g, = torch.autograd.grad(variation_map(f, y, 3).square().sum(), f, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+    with torch.inference_mode(): assert torch.equal(variation_map(f, y, 3), variation_map(f.detach(), y, 3))
+
+
+def test_absent_classes_and_unknown_labels_pass_no_gradient():
+    f, y = features().requires_grad_(), labels(features(), 2)
+    y[0] = 1; y[:, 0] = 255; y[:, 1] = -1
+    m = variation_map(f, y.to(torch.int16), 5)
+    m.sum().backward()
+    assert (m[:, :2] == 0).all() and (f.grad[:, :, :2] == 0).all() and f.grad.isfinite().all() and (f.grad[:, :, 2:] != 0).any()
+    assert torch.equal(prototypes(f, y, 5)[0, [0, 2, 3, 4]], torch.zeros(4, 16))
+
+
+@pytest.mark.parametrize("classes", [3, 200])
+def test_sorting_all_classes_at_once(classes):
+    m = torch.cat([torch.rand(5000, generator=torch_rng(0, "m")) * 2 - 1, torch.tensor([-1., 1., 0., 1 + 1e-6])])
+    y = torch.randint(-2, classes + 2, m.shape, generator=torch_rng(0, "y"))
+    parts = sorted_by_class(m, y, classes)
+    assert len(parts) == classes
+    for k, part in enumerate(parts): assert torch.allclose(part, m[y == k].sort().values, rtol=0, atol=3e-7)
+
+
+def test_positional_loss_under_a_mask():
+    a, b = (torch.rand(2, 6, 6, generator=torch_rng(0, s)).requires_grad_() for s in "ab")
+    mask = torch.rand(2, 6, 6, generator=torch_rng(0, "mask")) > .5
+    loss = positional_ifv(a, b, mask); loss.backward()
+    assert torch.allclose(loss, (a - b).square()[mask].mean()) and (a.grad[~mask] == 0).all() and (a.grad[mask] != 0).all()
+    assert torch.allclose(positional_ifv(a, b, torch.ones_like(mask)), positional_ifv(a, b))
+    none = positional_ifv(a, b, mask & ~mask)
+    assert none == 0 and torch.autograd.grad(none, a)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_released_loss(dims):
+    x_s, x_t = (features(dims, seed, 3).requires_grad_() for seed in (0, 1))
+    y_s, y_t = labels(x_s, 3, seed=0), labels(x_t, 3, seed=1)
+    m_s, m_t = (torch.where(y > 0, simple_map(x, y, 3), 1) for x, y in ((x_s, y_s), (x_t, y_t)))
+    assert torch.allclose(released_ifv(x_s, y_s, x_t, y_t, (1, 2)), (m_s - m_t).square().mean(), atol=1e-6)
+    assert released_ifv(x_s, y_s, x_s, y_s, (1, 2)) == 0
+    assert released_ifv(x_s, y_s * 0, x_t, y_t * 0, (1, 2)) == 0                         # background everywhere: M = 1 on both sides
+    one_s, one_t = x_s[:, :1].detach().requires_grad_(), x_t[:, :1].detach()
+    loss = released_ifv(one_s, y_s, one_t, y_t, (1,))
+    loss.backward()
+    assert 0 < loss <= 4 and (one_s.grad == 0).all()
 
 
 # ---------------------------------------------------------------- soft labels and class means

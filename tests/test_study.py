@@ -3,10 +3,11 @@ import json, os, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study import ARMS, StudyConfig, all_arms, finished, run_study, share, split_data
+from unpaired_kd.study import ARMS, StudyConfig, all_arms, finished, run_study, share, split_data, train_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
@@ -89,3 +90,51 @@ def test_importing_the_library_is_light():
     """
     spent, *heavy = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.split()
     assert float(spent) < .5 and not heavy
+
+
+CELLS = dict(teacher="ihc", student="if", classes=["background", "positive", "negative"])
+
+
+def six_panels(path, seed):
+    "A DeepLIIF-like tile: brown and blue discs, their fluorescence, their coloured segmentation."
+    from PIL import Image
+    g, side = np.random.default_rng(seed), 64
+    y, x = np.mgrid[:side, :side]
+    panels = np.full((6, side, side, 3), 20, np.uint8)
+    panels[0] = 235
+    for i, (cy, cx) in enumerate([(16, 16), (16, 46), (46, 16), (46, 46)]):
+        r = np.hypot(y - cy - g.integers(-3, 4), x - cx - g.integers(-3, 4))
+        panels[0][r < 9], panels[2][r < 9] = (120, 70, 40) if i % 2 else (90, 110, 170), 180
+        if i % 2: panels[4][r < 9] = 220
+        panels[5][r < 9], panels[5][(r >= 8) & (r < 10)] = (255, 0, 0) if i % 2 else (0, 0, 255), (0, 255, 0)
+    Image.fromarray(np.concatenate(list(panels), 1)).save(path)
+
+
+def test_cells_of_two_kinds_from_tiles_to_a_table(tmp_path):
+    from unpaired_kd.data.deepliif import convert_deepliif
+    (tmp_path / "tiles").mkdir()
+    for i in range(12): six_panels(tmp_path / "tiles" / f"{'Bladder' if i % 2 else 'Lung'}_{i:03}.png", i)
+    convert_deepliif(tmp_path / "tiles", tmp_path / "set", student_share=.5)
+    parts = split_data(StudyConfig(data=str(tmp_path / "set"), **CELLS, student_labels=2), 0)
+    assert len(parts.teacher_train) + len(parts.teacher_test) == 6 and not set(parts.teacher_train.groups) & {g for c in (parts.student_train, parts.student_test) for g in c.groups}
+    config = StudyConfig(data=str(tmp_path / "set"), **CELLS, patch=48, batch=2, width=4, epochs=2, teacher_epochs=1, steps=2, student_labels=2, instances="watershed", cells=True,
+                         arms={"placebo": None, "fine-tuned": None, "ummkd": dict(method="ummkd", init="scratch"), "as released": dict(preset="released")})
+    rows = run_study(tmp_path / "run", config, [0], workers=1)
+    assert {r["arm"] for r in rows} == {"teacher", "alone", "distilled", "ummkd", "as released"}
+    assert all({"dsc_positive", "dsc_negative", "aji", "pq"} <= r.keys() for r in rows)
+
+
+def test_the_teacher_may_start_from_weights(tmp_path):
+    config = StudyConfig(epochs=2, teacher_epochs=1, steps=1, batch=2, patch=48, width=4)
+    first = train_teacher(tmp_path / "a", config, 0, "cpu")
+    again = train_teacher(tmp_path / "b", replace(config, teacher_weights=str(tmp_path / "a/checkpoints/teacher-0/last.pt"), lr=1e-9), 0, "cpu")
+    assert max((a - b).abs().max() for a, b in zip(first.parameters(), again.parameters())) < 1e-6
+    with pytest.raises(InputError, match="nowhere"): train_teacher(tmp_path / "c", replace(config, teacher_weights="nowhere.pt"), 0, "cpu")
+
+
+def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
+    test, valid = (split_data(StudyConfig(score_on=s), 3) for s in ("test", "validation"))
+    assert test.student_train.ids == valid.student_train.ids
+    seen = set(valid.student_test.groups)
+    assert seen and not seen & set(valid.student_train.groups) and not seen & set(test.student_test.groups)
+    with pytest.raises(InputError, match="score_on"): split_data(StudyConfig(score_on="tset"), 0)

@@ -31,7 +31,7 @@ from .methods.ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
 
-# %% ../nbs/5_methods/3_study.ipynb #367645c5
+# %% ../nbs/5_methods/3_study.ipynb #970e5c04
 @dataclass(frozen=True)
 class StudyConfig:
     "A comparison as plain data: where the images are, what is trained, for how long."
@@ -66,6 +66,8 @@ class StudyConfig:
     weights: dict = field(default_factory=dict) # changes to the weights of LOTUS's loss terms
     init: str = "teacher"            # start of the placebo-taught and distilled students: scratch | teacher
     min_size: int = 0                # predicted objects with fewer px are removed
+    instances: str = "components"    # how a predicted mask becomes objects: components | watershed | none
+    cells: bool = False              # with several classes: each holds many objects (cells), not one region (an organ)
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
 # %% ../nbs/5_methods/3_study.ipynb #9f040ad3
@@ -160,7 +162,7 @@ def split_data(
     if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients, or pairing='index' for registered images.")
     return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored))
 
-# %% ../nbs/5_methods/3_study.ipynb #20b450be
+# %% ../nbs/5_methods/3_study.ipynb #38b825e5
 def source(
     config:StudyConfig,  # the study
     collection:Collection, # labelled images
@@ -190,7 +192,7 @@ def recipe(
 )->Recipe: # how to go from an image file to a label map
     "Everything that inference needs besides the weights."
     return Recipe(channels=collection.channels, in_channels=net.config["in_channels"], classes=collection.classes, intensity=collection.intensity, zoom=collection.zoom,
-                  invert=collection.invert, dims=2, network="unet", network_config=net.config, min_size=config.min_size)
+                  invert=collection.invert, dims=2, network="unet", network_config=net.config, min_size=config.min_size, instances=config.instances)
 
 # %% ../nbs/5_methods/3_study.ipynb #500a61ec
 def settings(
@@ -212,7 +214,7 @@ def identity(
     "What must not change between the beginning of a training and its resumption: all but the list of arms."
     return [{k: v for k, v in asdict(config).items() if k != "arms"}, *more]
 
-# %% ../nbs/5_methods/3_study.ipynb #3122c389
+# %% ../nbs/5_methods/3_study.ipynb #a50aff9f
 def train_teacher(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -228,10 +230,10 @@ def train_teacher(
     learner = Learner(Single(net, source="teacher"), batches, place, seed=number, settings=settings(config, config.teacher_epochs, device), identity=identity(config, "teacher"), tell=tell)
     learner.fit()
     if not (place/"metrics.csv").exists():
-        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
+        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number, cells=config.cells))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #a3ac9476
+# %% ../nbs/5_methods/3_study.ipynb #4ddbd80c
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -251,7 +253,7 @@ def train_arm(
                       weights=arm["weights"], identity=identity(config, name, arm, seed), tell=tell)
     learner.fit()
     result = Student(student, recipe(config, data.student_test, student))
-    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed, cells=config.cells))
     return result
 
 # %% ../nbs/5_methods/3_study.ipynb #5fddd826
@@ -346,7 +348,7 @@ def run_study(
     every = [("teacher", "teacher", n) for n in range(config.teachers)] + [("arm", a, s) for s in known_seeds for a in known_arms]
     return collect(folder, [t for t in every if finished(folder, t)])
 
-# %% ../nbs/5_methods/3_study.ipynb #d0f32eeb
+# %% ../nbs/5_methods/3_study.ipynb #46897044
 def check_study(config, seeds):
     "Raise `InputError` for anything that would fail later: options, weights, splits, network. Writes nothing."
     if not seeds: raise InputError("seeds is empty: give at least one, e.g. [0].")
@@ -355,7 +357,7 @@ def check_study(config, seeds):
         if arm["method"] == "lotus": check_options(options)
         weight_table(METHOD_WEIGHTS[arm["method"]], arm["weights"])
     for seed in seeds: data = split_data(config, seed)
-    network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    recipe(config, data.student_test, network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes)))
     learning_rate(settings(config, config.epochs, "cpu"), 0)
     resolve_precision(config.precision)
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'MIXES', 'CLASSES', 'THRESHOLD', 'BOUNDARY', 'split_panels', 'read_panels', 'student_input', 'teacher_input',
-           'seg_colours', 'grow', 'seg_objects', 'seg_classes', 'base_tile', 'organ', 'tile_files', 'convert_deepliif',
-           'unpair']
+           'seg_colours', 'grow', 'seg_objects', 'seg_classes', 'base_tile', 'organ', 'tile_files', 'share_out',
+           'convert_deepliif', 'unpair']
 
-# %% ../../nbs/1_data/9_deepliif.ipynb #531fa1ef
+# %% ../../nbs/1_data/9_deepliif.ipynb #06dd041b
 import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, file_sha256, progress, unknown, write_csv
+from ..core import InputError, file_sha256, progress, rng, unknown, write_csv
 from .collections import split_groups
 from .images import Image, atomic_folder, list_images, read_image, suffix_of, write_image, write_label
 
@@ -135,7 +135,7 @@ def organ(
     "The letters at the start of the tile's name. LOTUS draws the teacher's image among tiles of the same organ."
     return re.match(r"[A-Za-z]*", base_tile(id)).group()
 
-# %% ../../nbs/1_data/9_deepliif.ipynb #3d65e5bd
+# %% ../../nbs/1_data/9_deepliif.ipynb #ee8f47b8
 def tile_files(
     folder, # folder of six-panel tiles, perhaps in sub-folders
 )->dict: # id (path without ending) -> file, sorted
@@ -152,12 +152,33 @@ def tile_files(
         found[id] = p
     return dict(sorted(found.items()))
 
+# %% ../../nbs/1_data/9_deepliif.ipynb #67f110e9
+def share_out(
+    files:dict,  # id -> file
+    share:float, # of the base tiles for the student; 0: all in both modalities
+    seed:int,    # of the division
+)->dict: # base tile -> modalities that it is written for
+    "Which modality gets which base tile, organ by organ."
+    if not 0 <= share < 1: raise InputError(f"student_share={share}: give 0 (every tile in both modalities) or a share below 1.")
+    out = {base_tile(id): ("ihc", "if") for id in files}
+    if not share: return out
+    for where in sorted({organ(id) for id in files}):
+        tiles = sorted({base_tile(id) for id in files if organ(id) == where})
+        n = round(share * len(tiles))
+        out.update({tiles[i]: ("if",) if place < n else ("ihc",) for place, i in enumerate(rng(seed, "share out", where).permutation(len(tiles)))})
+    for modality in ("ihc", "if"):
+        if not any(modality in m for m in out.values()): raise InputError(f"student_share={share} of {len(out)} base tiles leaves none for {modality!r}. Give more tiles, or another share.")
+    return out
+
+# %% ../../nbs/1_data/9_deepliif.ipynb #5f41c826
 def convert_deepliif(
     source,                    # folder of six-panel tiles, perhaps in sub-folders train, val, test
     target,                    # folder to write; must not exist yet
     labels:str="classes",      # classes (background, positive, negative) | objects (each nucleus its number)
     boundary:str="background", # green pixels: background | nucleus
     mix:str="max",             # the student's input: see `student_input`
+    student_share:float=0.,    # 0: every tile in both modalities; else this share of the base tiles for the student only, the others for the teacher only
+    seed:int=0,                # decides who gets which base tile
     **kw,                      # see `seg_objects`
 )->Path: # `target`, which `open_collection` reads with modality "ihc" or "if"
     "Write a folder of DeepLIIF tiles as collections of a teacher and a student. Raises `InputError`, naming the tile, for every fault."
@@ -165,14 +186,15 @@ def convert_deepliif(
     if labels not in ("classes", "objects"): raise InputError(unknown("labels", labels, ("classes", "objects")))
     if target.exists(): raise InputError(f"{target} exists. Give a new folder, or remove it first.")
     files = tile_files(source)
+    goes_to = share_out(files, student_share, seed)
     with atomic_folder(target) as new, progress(len(files), "tiles", enabled=len(files) > 50) as bar:
         for id, path in files.items():
             panels = read_panels(path)
-            y = f"labels/{id}.png"
+            y, pictures = f"labels/{id}.png", {"ihc": teacher_input(panels), "if": student_input(panels, mix)}
             write_label(new/y, seg_objects(panels["Seg"], boundary, name=str(path), **kw)[labels == "objects"])
-            for modality, picture in {"ihc": teacher_input(panels), "if": student_input(panels, mix)}.items():
+            for modality in goes_to[base_tile(id)]:
                 x = f"{modality}/{id}.png"
-                write_image(new/x, Image(picture))
+                write_image(new/x, Image(pictures[modality]))
                 rows.append(dict(modality=modality, id=id, image=x, label=y, group=base_tile(id), label_group=organ(id), split=id.split("/")[0] if "/" in id else "",
                                  sha256_image=file_sha256(new/x), sha256_label=file_sha256(new/y)))
             bar.update()

@@ -195,3 +195,14 @@ def test_the_placebo_differs_from_the_teacher_in_weights_only():
     assert fake.config == teacher.config and not torch.equal(fake.conv1[0].weight, teacher.conv1[0].weight)
     assert initialise(student, fake, "teacher") is student and torch.equal(student.conv5[0].weight, fake.conv5[0].weight)
     with pytest.raises(InputError, match="scratch"): initialise(student, teacher, "imagenet")
+
+
+@pytest.mark.parametrize("dims,classes", [(2, 2), (3, 3)])
+def test_in_company_the_student_also_segments_the_teachers_images(tmp_path, dims, classes):
+    student, teacher = nets(dims, classes)
+    m = LOTUS(student, teacher, LotusOptions(joint=True), epochs=3)
+    r = run(tmp_path, m, Two(dims, classes), epochs=3)
+    assert all("seg_teacher" in h for h in r.history) and "norms" in load_checkpoint(tmp_path / "last.pt")["networks"]
+    student.zero_grad()
+    m.distil_losses(Two(dims, classes).batch(0), lambda p: torch_rng(0, p))["seg_teacher"]().backward()
+    assert student.conv1[0].weight.grad.abs().sum() > 0 and student.conv1[1].weight.grad is None

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'WEIGHTS', 'CHOICES', 'RULES', 'TABLE_2', 'LotusOptions', 'check_options', 'ChannelScale', 'standardise',
            'Scene', 'NormStatistics', 'LOTUS']
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #44443407
+# %% ../../nbs/5_methods/2_lotus.ipynb #6c7ade53
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,9 +26,10 @@ from ..lessons.soft_labels import directed_kl, log_probs
 from ..lessons.variation import class_ifv, label_to, positional_ifv, released_ifv, variation_map
 from ..losses import released_segmentation_loss, segmentation_loss
 from .single import calibrate
+from .ummkd import OtherNorms
 from ..networks.taps import Taps, tap_channels
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #5b2a12b7
+# %% ../../nbs/5_methods/2_lotus.ipynb #f8f4e8ee
 @dataclass(frozen=True)
 class LotusOptions:
     "The choices of LOTUS. Defaults are the preset `recommended`."
@@ -58,16 +59,17 @@ class LotusOptions:
     patience: int = 30            # epochs (rule="improvements": their number)
     delta: float = .01            # height of the plateau
     denoise_share: float = .5     # the denoising stage takes at most this share of the epochs; 1: perhaps all
+    joint: bool = False           # the student also segments the teacher's images, with norms of their own (UMMKD)
     dice: str = "soft"            # soft | hard: of the thresholded mask, without gradient
     bce: float = .5               # weight of cross-entropy beside Dice
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #587ac34a
+# %% ../../nbs/5_methods/2_lotus.ipynb #177d64e3
 PRESETS = Registry("LOTUS preset")
 PRESETS["recommended"] = LotusOptions()
 PRESETS["paper"] = LotusOptions(stride=1, feature_norm="none", correspondence="positional", kl_on="head", kl_direction="forward", tau=1., phi_grad=False)
 PRESETS["released"] = LotusOptions(stride=1, projector="width", unit=True, feature_norm="none", correspondence="positional", kl_on="features", kl_direction="forward",
     kl_reduction="row", tau=10., ifv_on="logits", distill_from="denoised_then_raw", statistics="all", rule="improvements", patience=24, denoise_share=1., dice="hard")
-WEIGHTS = {"seg": 1., "diff": 1., "way": 1., "kl": 1., "ifv": 1.}
+WEIGHTS = {"seg": 1., "seg_teacher": .3, "diff": 1., "way": 1., "kl": 1., "ifv": 1.}
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #35a38231
 CHOICES = dict(projector=("channel", "width", "none"), feature_norm=("channel", "none"), teacher_input=("own", "student"), correspondence=("class", "random", "positional"),
@@ -185,7 +187,7 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #1a08d505
+# %% ../../nbs/5_methods/2_lotus.ipynb #d4530ccf
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -209,6 +211,7 @@ class LOTUS(Method):
                 "diffusion": each(lambda n: DiffusionBlock(c_t[n], dims, eta=options.eta, phi_grad=options.phi_grad, checkpoint=options.checkpoint, statistics=options.statistics)),
                 "scale": each(lambda n: ChannelScale(c_t[n]))}
         if options.adabn: self.networks["adabn"] = NormStatistics(teacher)
+        if options.joint: self.networks["norms"] = OtherNorms(student)
         self.frozen, self.weights, self.counts = {"teacher": self.teacher}, dict(WEIGHTS), {}
         self.head = dict(teacher.named_modules()).get(options.head)
         if self.head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
@@ -221,7 +224,7 @@ class LOTUS(Method):
     def part(self, name, tap): return self.networks[name][tap.replace(".", "_")]
     def scale(self, tap): return self.part("scale", tap)
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #74aaa9bb
+# %% ../../nbs/5_methods/2_lotus.ipynb #37f0500a
 RULES = {"plateau": lambda o: Plateau("gamma", o.patience, o.delta), "no_better": lambda o: NoBetter("gamma", o.patience),
          "improvements": lambda o: Improvements("gamma", o.patience)}
 
@@ -230,21 +233,28 @@ def stages(self:LOTUS)->list:
     "denoise, until gamma obeys the rule; then distil."
     o = self.options
     longest = self.epochs if o.denoise_share == 1 else min(self.epochs - 1, max(1, round(o.denoise_share * self.epochs)))
-    return [Stage("denoise", [Update("student", ("student", "projector", "diffusion"), self.denoise_losses)], epochs=longest, until=RULES[o.rule](o)),
-            Stage("distil", [Update("student", ("student",), self.distil_losses)])]
+    learns = ("student", "norms") if o.joint else ("student",)
+    return [Stage("denoise", [Update("student", (*learns, "projector", "diffusion"), self.denoise_losses)], epochs=longest, until=RULES[o.rule](o)),
+            Stage("distil", [Update("student", learns, self.distil_losses)])]
 
 @patch
 def denoise_losses(self:LOTUS, batch:dict, noise:Callable)->dict:
     "$L_{seg} + \\lambda_1 L_{diff} + \\lambda_2 L_{kl}$, and `way`: what adapter, projector and transformation learn from when `kl` is on the student's scores."
     x = Scene(self, batch, noise, clean=self.options.distill_from != "raw")
     way = {"way": lambda: self.kl_head(x)} if self.options.kl_on == "student" and x.clean else {}
-    return {"seg": lambda: self.seg(x), "diff": lambda: self.diff(x), "kl": lambda: self.kl(x), **way}
+    return {"seg": lambda: self.seg(x), **self.company(x), "diff": lambda: self.diff(x), "kl": lambda: self.kl(x), **way}
 
 @patch
 def distil_losses(self:LOTUS, batch:dict, noise:Callable)->dict:
     "$L_{seg} + \\lambda_2 L_{kl} + \\lambda_3 L_{ifv}$, with the diffusion block frozen."
     x = Scene(self, batch, noise, clean=self.options.distill_from == "denoised")
-    return {"seg": lambda: self.seg(x), "kl": lambda: self.kl(x), "ifv": lambda: self.ifv(x)}
+    return {"seg": lambda: self.seg(x), **self.company(x), "kl": lambda: self.kl(x), "ifv": lambda: self.ifv(x)}
+
+@patch
+def company(self:LOTUS, x:Scene)->dict:
+    "With `joint`, the term `seg_teacher`: the student's kernels, the teacher's norms, images and labels."
+    if not self.options.joint: return {}
+    return {"seg_teacher": lambda: segmentation_loss(self.networks["norms"](self.student, x.t.image).float(), x.t.label, bce=self.options.bce)}
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #e616aed9
 @patch

@@ -206,3 +206,42 @@ def test_in_company_the_student_also_segments_the_teachers_images(tmp_path, dims
     student.zero_grad()
     m.distil_losses(Two(dims, classes).batch(0), lambda p: torch_rng(0, p))["seg_teacher"]().backward()
     assert student.conv1[0].weight.grad.abs().sum() > 0 and student.conv1[1].weight.grad is None
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_teachers_features_have_one_scale_at_every_stride(stride):
+    student, teacher = nets()
+    m = LOTUS(student, teacher, LotusOptions(stride=stride))
+    m.begin(m.stages()[0], lambda i: Two().batch(i))
+    z = torch.cat([Scene(m, Two().batch(i), None).z_teacher["conv9"] for i in range(8)])
+    alive = m.scale("conv9").std > 2e-3
+    assert (z.std((0, 2, 3))[alive] - 1).abs().max() < .02 and z.mean((0, 2, 3)).abs().max() < .02
+
+
+def test_the_way_is_learnt_by_all_but_the_student():
+    student, teacher = nets()
+    m = LOTUS(student, teacher, LotusOptions(), epochs=2)
+    m.begin(m.stages()[0], lambda i: Two().batch(i))
+    m.denoise_losses(Two().batch(0), lambda p: torch_rng(0, p))["way"]().backward()
+    assert all(p.grad is None for p in student.parameters())
+    block = m.part("diffusion", "conv9")
+    assert all(any(p.grad is not None and p.grad.abs().sum() > 0 for p in n.parameters()) for n in (m.networks["projector"], block.adapter, block.trans, block.proj))
+
+
+def test_the_adapted_statistics_reach_the_lesson():
+    o = LotusOptions(teacher_input="student", adabn=True, correspondence="positional")
+    student, teacher = nets()
+    m = LOTUS(student, teacher, o)
+    m.begin(m.stages()[0], lambda i: Two().batch(i))
+    batch = Two().batch(0)
+    expected = calibrate(copy.deepcopy(teacher), [Two().batch(i)["student"].image for i in range(8)])(batch["student"].image)
+    seen = Scene(m, batch, None).lesson[0]
+    assert torch.allclose(seen, expected, atol=1e-5) and not torch.allclose(seen, teacher(batch["student"].image), atol=1e-2)
+
+
+def test_a_checkpoint_belongs_to_its_teacher(tmp_path):
+    student, teacher = nets()
+    run(tmp_path, LOTUS(student, teacher, epochs=2), Two())
+    other = copy.deepcopy(teacher)
+    with torch.no_grad(): other.conv1[0].weight.mul_(1.01)
+    with pytest.raises(InputError, match="another method"): run(tmp_path, LOTUS(nets()[0], other, epochs=2), Two())

@@ -126,7 +126,7 @@ def standardise(
     var, mean = torch.var_mean(f, axes, keepdim=True)
     return (f - mean) * (var + 1e-5).rsqrt()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #ca51be32
+# %% ../../nbs/5_methods/2_lotus.ipynb #1ab8cd56
 class Scene:
     "Everything that the losses of one batch may need, each computed when first asked for."
     def __init__(self, method, batch, noise, clean=True):
@@ -151,6 +151,11 @@ class Scene:
     @cached_property
     def denoised(self): # {tap: (features, gamma)}
         return {n: self.method.part("diffusion", n).denoise(z, self.noise(f"denoise {n}")) for n, z in self.projected.items()}
+
+    def detached(self): # the same scene with a student that gets no gradient from it
+        other = copy.copy(self)
+        other.__dict__["bare"] = {n: f.detach() for n, f in self.bare.items()}
+        return other
 
     @cached_property
     def teacher(self): # (logits, {tap: features}) on its own images
@@ -187,7 +192,7 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #d4530ccf
+# %% ../../nbs/5_methods/2_lotus.ipynb #70157b95
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -217,14 +222,14 @@ class LOTUS(Method):
         if self.head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
 
     def identity(self)->dict:
-        "The options and the length: both decide the result."
-        return dict(options=asdict(self.options), epochs=self.epochs)
+        "The options, the length and the teacher: all decide the result."
+        return dict(options=asdict(self.options), epochs=self.epochs, teacher=[[k, float(v.double().sum()), float(v.double().abs().sum())] for k, v in self.teacher.state_dict().items()])
 
     def adapted(self): return self.networks["adabn"].state() if self.options.adabn else None
     def part(self, name, tap): return self.networks[name][tap.replace(".", "_")]
     def scale(self, tap): return self.part("scale", tap)
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #37f0500a
+# %% ../../nbs/5_methods/2_lotus.ipynb #6d784fa7
 RULES = {"plateau": lambda o: Plateau("gamma", o.patience, o.delta), "no_better": lambda o: NoBetter("gamma", o.patience),
          "improvements": lambda o: Improvements("gamma", o.patience)}
 
@@ -239,9 +244,9 @@ def stages(self:LOTUS)->list:
 
 @patch
 def denoise_losses(self:LOTUS, batch:dict, noise:Callable)->dict:
-    "$L_{seg} + \\lambda_1 L_{diff} + \\lambda_2 L_{kl}$, and `way`: what adapter, projector and transformation learn from when `kl` is on the student's scores."
+    "$L_{seg} + \\lambda_1 L_{diff} + \\lambda_2 L_{kl}$, and `way`, from which adapter, projector and transformation (not the student) learn when `kl` is on the student's scores."
     x = Scene(self, batch, noise, clean=self.options.distill_from != "raw")
-    way = {"way": lambda: self.kl_head(x)} if self.options.kl_on == "student" and x.clean else {}
+    way = {"way": lambda: self.kl_head(x.detached())} if self.options.kl_on == "student" and x.clean else {}
     return {"seg": lambda: self.seg(x), **self.company(x), "diff": lambda: self.diff(x), "kl": lambda: self.kl(x), **way}
 
 @patch
@@ -330,17 +335,15 @@ def ifv(self:LOTUS, x:Scene)->Tensor:
     if o.ifv_on == "features": return torch.stack([self.compare_variation(x, x.varying(n), x.z_lesson[n]) for n in o.taps]).mean()
     return released_ifv(x.student[0], x.s.label, x.lesson[0], x.shown.label, o.ifv_classes or tuple(range(1, max(2, self.classes))))
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #7110ee91
+# %% ../../nbs/5_methods/2_lotus.ipynb #aa248ec5
 @patch
 def begin(self:LOTUS, stage:Stage, batches:Callable):
     "Measure the scale of the teacher's features (and its statistics on the student's images) on eight fixed batches, once."
     if stage.name != "denoise": return
-    fixed, seen = [batches(i) for i in range(8)], []
-    with torch.no_grad(), Taps(self.teacher, self.options.taps) as taps:
-        for batch in fixed:
-            self.teacher(batch["teacher"].image)
-            seen.append(taps.take())
+    fixed = [batches(i) for i in range(8)]
     if self.options.adabn: self.networks["adabn"].measure(self.teacher, [b["student"].image for b in fixed])
+    if self.options.feature_norm == "none": return
+    seen = [Scene(self, b, None).teacher[1] for b in fixed] # pooled, as the lessons see them
     for n in self.options.taps: self.scale(n).measure([s[n] for s in seen])
 
 @patch

@@ -18,7 +18,7 @@ from ..learner import Method, Stage, Update
 from ..losses import segmentation_loss
 from ..networks.registry import load_weights
 
-# %% ../../nbs/5_methods/1_single.ipynb #e87f68a2
+# %% ../../nbs/5_methods/1_single.ipynb #ce12f578
 class Single(Method):
     "One network trained on the labels of one source: the student alone, the fine-tuned student, and the teacher itself."
 
@@ -29,6 +29,10 @@ class Single(Method):
     ):
         self.networks, self.source, self.bce = {"student": student}, source, bce
         self.weights = {"seg": 1.}
+
+    def identity(self)->dict:
+        "What it learns from, and how."
+        return dict(source=self.source, bce=self.bce)
 
     def stages(self)->list:
         "One stage, to the end of the budget."
@@ -79,7 +83,7 @@ def placebo(
     with seeded(seed, "placebo"): net = type(teacher)(**teacher.config)
     return calibrate(net, images).requires_grad_(False)
 
-# %% ../../nbs/5_methods/1_single.ipynb #84ea1e82
+# %% ../../nbs/5_methods/1_single.ipynb #d614d1d1
 class ShuffledLabels:
     "A source whose labels are shuffled over the pixels of each batch: as many of each class, all in the wrong place."
     def __init__(self,
@@ -88,13 +92,15 @@ class ShuffledLabels:
     ):
         self.source, self.seed = source, seed
 
-    def __getattr__(self, name): return getattr(self.source, name)
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "source": raise AttributeError(name)
+        return getattr(self.source, name)
 
     def batch(self,
         step:int, # which batch
-        *more,    # see `Patches.batch`
+        *more, **kw, # see `Patches.batch`
     ): # `Batch`
         "Batch number `step`, its labels shuffled; a function of (seed, step)."
-        b = self.source.batch(step, *more)
+        b = self.source.batch(step, *more, **kw)
         order = torch.randperm(b.label.numel(), generator=torch_rng(self.seed, "shuffled labels", step))
         return replace(b, label=b.label.flatten()[order].view_as(b.label))

@@ -8,7 +8,7 @@ from torch import nn
 
 from unpaired_kd.core import InputError, read_csv, seeded, torch_rng
 from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Learner, Method, Plateau, Settings, Stage, Update, load_checkpoint
+from unpaired_kd.learner import Improvements, Learner, Method, NoBetter, Plateau, Settings, Stage, Update, load_checkpoint
 from unpaired_kd.networks.unet import UNet
 
 SCRIPT = textwrap.dedent("""
@@ -201,3 +201,22 @@ def test_tensorboard_is_optional(tmp_path):
     pytest.importorskip("tensorboard")
     learner(tmp_path, settings=Settings(epochs=1, steps=1, tensorboard=True, bars=False, device="cpu")).fit()
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("rule", [lambda: Improvements("still", 3), lambda: NoBetter("still", 1)])
+def test_the_other_rules_survive_a_resume(tmp_path, rule):
+    values = [.1, .2, .15, .3, .4, .5]
+    class Watched(Plain):
+        def stages(self): return [Stage("a", super().stages()[0].updates, until=rule()), Stage("b", super().stages()[0].updates)]
+        def monitor(self, batch, noise): return {"still": values[self.epoch()]}
+    def build(folder):
+        method = Watched(UNet(in_channels=1, width=2))
+        run = learner(tmp_path / folder, method=method, settings=Settings(epochs=6, steps=1, bars=False, device="cpu"))
+        method.epoch = lambda: run.position["total"]
+        return run
+    ended = lambda history: [(r["stage"], r.get("ended")) for r in history]
+    whole, broken = build("whole"), build("broken")
+    broken.tell = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row["epoch"] == 2 else None
+    with pytest.raises(KeyboardInterrupt): broken.fit()
+    assert ended(build("broken").fit()) == ended(whole.fit())
+    assert ("a", "settled") in ended(whole.history) and whole.history[-1]["stage"] == "b"

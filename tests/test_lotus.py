@@ -245,3 +245,8 @@ def test_a_checkpoint_belongs_to_its_teacher(tmp_path):
     other = copy.deepcopy(teacher)
     with torch.no_grad(): other.conv1[0].weight.mul_(1.01)
     with pytest.raises(InputError, match="another method"): run(tmp_path, LOTUS(nets()[0], other, epochs=2), Two())
+
+
+@pytest.mark.parametrize("bad,words", [(dict(ifv_classes=(5,)), "0 to 1"), (dict(taps=("conv8",)), "reads 4 channels"), (dict(tau=0.), "tau"), (dict(eta=2.), "eta")])
+def test_options_that_do_not_fit_the_networks(bad, words):
+    with pytest.raises(InputError, match=words): LOTUS(*nets(), LotusOptions(**bad))

@@ -10,7 +10,7 @@ import pytest
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.evaluation import compare
-from unpaired_kd.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay,
+from unpaired_kd.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay, published_table, rank_agreement,
                                 p_text, results_table, save_figure, save_rows, summarise)
 
 
@@ -192,3 +192,21 @@ def test_figures_are_whole_or_absent(tmp_path):
     assert (tmp_path / "f" / "a.png").read_bytes()[:4] == b"\x89PNG" and not plt.get_fignums()
     with pytest.raises(Exception): save_figure(tmp_path / "f" / "b.nonsense", plt.figure())
     assert [p.name for p in (tmp_path / "f").iterdir()] == ["a.png"]
+
+
+def ordered(arms, seeds=2, shared=False):
+    "Two seeds; each tests one patient of its own. Arm number n is n points better in every case."
+    return [dict(arm=a, seed=s, case=f"p{s}", group=f"p{s}", collection="c", dsc=.5 + .01 * n) for n, a in enumerate(arms) for s in range(seeds)]
+
+
+def test_perfect_order_agrees_in_every_draw_that_has_patients():
+    rows = ordered("abcd")
+    assert rank_agreement(rows, dict(a=1, b=2, c=3, d=4)) == (1., 1.)
+    assert rank_agreement(rows, dict(a=4, b=3, c=2, d=1)) == (-1., 0.)
+    assert rank_agreement(rows, dict(a=1, b=1)) == (0., 0.)
+
+
+def test_published_table_shows_both_and_refuses_what_was_not_run():
+    text = published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(dsc=56.)))
+    assert "+1.0" in text and "+6.00" in text and "Holm" in text
+    with pytest.raises(InputError, match="z"): published_table(ordered("ab"), dict(a=dict(dsc=50.), z=dict(dsc=56.)))

@@ -138,3 +138,25 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
     seen = set(valid.student_test.groups)
     assert seen and not seen & set(valid.student_train.groups) and not seen & set(test.student_test.groups)
     with pytest.raises(InputError, match="score_on"): split_data(StudyConfig(score_on="tset"), 0)
+
+
+@pytest.mark.parametrize("bad,words", [
+    (dict(epochs=0), "epochs"), (dict(teachers=0), "teachers"), (dict(pairing="index"), "registered"), (dict(pairing="x"), "pairing"), (dict(augment={"x": 1}), "augment"),
+    (dict(teacher_weights="nowhere.pt"), "nowhere"), (dict(options={"taps": ["conv11"]}), "conv10"), (dict(options={"head": "conv11"}), "conv10"), (dict(options={"tau": "2"}), "tau"),
+    (dict(options={"stride": 0}), "stride"), (dict(options={"stride": "2"}), "stride"), (dict(options={"denoise_share": "a"}), "denoise_share"), (dict(options={"ifv_classes": [5]}), "ifv_classes"),
+    (dict(options={"checkpoint": True, "statistics": "all"}), "twice"), (dict(arms={"u": 3}), "no arm"), (dict(arms={"u": dict(method="ummkd", options={"ce": "x"})}), "rarity"),
+    (dict(arms={"u": dict(weights={"seg_teacher": 1.})}), "joint"), (dict(instances="x"), "instance"), (dict(epochs=1), "two stages")])
+def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
+    with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(StudyConfig(patch=48, width=4), **bad), [0], workers=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shuffled_labels_are_a_function_of_the_step():
+    from unpaired_kd.methods.single import ShuffledLabels
+    from unpaired_kd.study import source
+    config = StudyConfig(patch=48, batch=2)
+    patches = source(config, split_data(config, 0).teacher_train, 0, "teacher", 3)
+    a, b, true = ShuffledLabels(patches, 0), ShuffledLabels(patches, 0), patches.batch(3)
+    assert (a.batch(3).label == b.batch(3).label).all() and (a.batch(3, rank=0).image == true.image).all()
+    assert (a.batch(3).label != true.label).any() and a.batch(3).label.sum() == true.label.sum()
+    assert a.collection is patches.collection

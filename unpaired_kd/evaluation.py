@@ -15,13 +15,13 @@ from .core import InputError, rng, unknown
 from .data.instances import instances_of
 from .metrics import case_metrics
 
-# %% ../nbs/4_training/2_evaluation.ipynb #18a65fb6
+# %% ../nbs/4_training/2_evaluation.ipynb #e12f8d3a
 def evaluate(
     student,    # has `.predict(image)`: native array (C,*spatial) or (*spatial) to class map (*spatial)
     collection, # labelled `Collection` to score on
     arm:str,    # name of this way of training
     seed:int,   # seed of this training
-    cells:bool=None, # three classes or more: True: classes consist of objects, False: each is one region; None: objects if drawn or if the recipe says watershed
+    cells:bool=None, # three classes or more: True: classes consist of objects, False: each is one region; None: as the recipe says, else objects if drawn or if the recipe says watershed
 )->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, dsc_<class>
     "Score `student` on the native image of every case."
     if not len(collection): raise InputError(f"collection {collection.name!r} is empty: there is nothing to evaluate.")
@@ -29,6 +29,7 @@ def evaluate(
     if recipe is not None and len(recipe.classes) != len(collection.classes):
         raise InputError(f"arm {arm!r} predicts {len(recipe.classes)} classes {tuple(recipe.classes)}, but collection {collection.name!r} has {len(collection.classes)}: {tuple(collection.classes)}.")
     names, method = collection.classes, getattr(recipe, "instances", "components")
+    if cells is None: cells = getattr(recipe, "cells", None)
     for i, case in enumerate(collection.cases):
         image, label, drawn, spacing = collection.native(i)
         if label is None: raise InputError(f"case {case.id!r} of {collection.name!r} has no label. Evaluate on labelled cases only.")
@@ -36,7 +37,8 @@ def evaluate(
         if found.shape != label.shape: raise InputError(f"case {case.id!r}: the prediction has shape {found.shape} and the label {label.shape}.")
         cut = cells if cells is not None else drawn is not None or method == "watershed"
         objects = instances_of(found, names, None, getattr(recipe, "min_size", 0), method, cut, spacing)
-        truth = instances_of(label, names, drawn, method="none" if method == "none" else "components", cells=cut)
+        whole = method == "none" or (len(names) > 2 and not cut) # both sides are cut, or neither is
+        truth = instances_of(label, names, None if whole else drawn, method="none" if whole else "components", cells=cut)
         scores = case_metrics(found, label, objects, truth, spacing, names)
         rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id, group=case.group, label_group=case.label_group,
                          hd95_unit="px" if spacing is None else "mm", **scores))

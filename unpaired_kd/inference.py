@@ -26,7 +26,7 @@ from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
 
-# %% ../nbs/4_training/4_inference.ipynb #ae9eca0e
+# %% ../nbs/4_training/4_inference.ipynb #d7501714
 @dataclass(frozen=True)
 class Recipe:
     "How a student goes from a raw image to a label map. Plain data: `asdict`, JSON and back. Raises `InputError` for values that cannot be."
@@ -43,6 +43,7 @@ class Recipe:
     network_config:dict = field(default_factory=dict) # its arguments
     min_size:int = 0           # smallest object, native pixels
     instances:str = "components" # how classes become objects: components | watershed | none
+    cells:bool|None = None     # three classes or more: True: each holds objects, False: each is one region; None: objects if instances is watershed
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -184,17 +185,17 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/4_training/4_inference.ipynb #9e01bda3
+# %% ../nbs/4_training/4_inference.ipynb #aed3bfaf
 @patch_to(Student)
 def instances(self,
     image,           # path, `Image`, or raw array
-    cells:bool=None, # three classes or more: True: cut them into objects, False: one region per class; None: cut if the recipe says watershed
+    cells:bool=None, # three classes or more: True: cut them into objects, False: one region per class; None: as the recipe says
     label:np.ndarray=None, # what `predict` gave for this image, if it is at hand
 )->np.ndarray: # int32 (H,W) or (D,H,W), native size: 0 background, 1..n objects
     "The objects in an image, by the recipe's `instances` and `min_size`."
     if isinstance(image, (str, Path)): image = read_image(image)
     r, found = self.recipe, self.predict(image) if label is None else label
-    return instances_of(found, r.classes, None, r.min_size, r.instances, cells, getattr(image, "spacing", None)).astype(np.int32)
+    return instances_of(found, r.classes, None, r.min_size, r.instances, r.cells if cells is None else cells, getattr(image, "spacing", None)).astype(np.int32)
 
 # %% ../nbs/4_training/4_inference.ipynb #3237c711
 def network_input(

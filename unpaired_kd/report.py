@@ -185,7 +185,7 @@ def results_table(
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
 
-# %% ../nbs/4_training/3_report.ipynb #fc693d77
+# %% ../nbs/4_training/3_report.ipynb #56afb5ee
 def rank_agreement(
     rows:list,      # rows of `evaluate`, with every published arm
     published:dict, # arm -> published mean
@@ -195,18 +195,19 @@ def rank_agreement(
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
     "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
     from scipy.stats import spearmanr
-    agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) else 0. # all equal: no order
+    agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0. # all equal: no order
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]
     groups, g = np.unique(paired.groups, return_inverse=True)
     seeds, s = np.unique(paired.seeds, return_inverse=True)
-    draws, positive = rng(seed, "rank agreement"), 0
+    draws, made, positive = rng(seed, "rank agreement"), 0, 0
     for _ in range(n):
         w = np.bincount(draws.integers(len(groups), size=len(groups)), minlength=len(groups))[g] * np.bincount(draws.integers(len(seeds), size=len(seeds)), minlength=len(seeds))[s]
-        if w.sum(): positive += agree(np.average(paired.values, axis=1, weights=w)) > 0
-    return agree(paired.values.mean(1)), positive / n
+        if not w.sum(): continue # no patient of this draw was tested by a seed of it
+        made, positive = made + 1, positive + (agree(np.average(paired.values, axis=1, weights=w)) > 0)
+    return agree(paired.values.mean(1)), positive / max(made, 1)
 
-# %% ../nbs/4_training/3_report.ipynb #62eaaebf
+# %% ../nbs/4_training/3_report.ipynb #e406c1cc
 def published_table(
     rows:list,       # rows of `evaluate`
     published:dict,  # arm -> {metric: published mean}, the reference first; units as printed (%, px, mm)
@@ -222,11 +223,11 @@ def published_table(
     for a in [*published, *[a for a in ours if a not in published]]:
         c, theirs = ours[a], published.get(a, {}).get(metric)
         gain = "" if a == reference else f"{k * c['difference']:+.1f} [{k * c['ci_low']:+.1f}, {k * c['ci_high']:+.1f}]"
-        lines.append([a, f"{k * c['mean']:.1f}", gain, "" if a == reference else p_text(c["p_t"]), "" if theirs is None else f"{theirs:.2f}",
+        lines.append([a, f"{k * c['mean']:.1f}", gain, "" if a == reference else p_text(c["p_t_holm"]), "" if theirs is None else f"{theirs:.2f}",
                       "" if theirs is None or a == reference else f"{theirs - published[reference][metric]:+.2f}"])
     rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
     head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p", "published", "gain"]
-    return markdown_table(head, lines) + f"\n\nRank correlation of the {len(published)} published rows: {rho:+.2f}, positive in {share:.0%} of the draws."
+    return markdown_table(head, lines) + f"\n\nRank correlation of the {len(published)} published rows: {rho:+.2f}, positive in {share:.0%} of the draws.\nMeans are over cases, differences over patients (equal weight for each); p: paired t over patients, Holm-corrected over {len(lines) - 1} arms."
 
 # %% ../nbs/4_training/3_report.ipynb #892a8b19
 OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6], "extra": PALETTE[3], "wrong class": PALETTE[7]}

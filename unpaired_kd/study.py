@@ -31,7 +31,7 @@ from .methods.ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
 
-# %% ../nbs/5_methods/3_study.ipynb #970e5c04
+# %% ../nbs/5_methods/3_study.ipynb #baef3569
 @dataclass(frozen=True)
 class StudyConfig:
     "A comparison as plain data: where the images are, what is trained, for how long."
@@ -58,7 +58,7 @@ class StudyConfig:
     schedule: str = "cosine"         # cosine | constant
     precision: str = "auto"          # auto | fp32 | bf16 | fp16
     augment: dict = field(default_factory=dict) # changes to `Augment`
-    pairing: str = "label_group"     # random | label_group | index
+    pairing: str = "label_group"     # random | label_group
     teachers: int = 1                # teachers trained; seed s uses number s modulo this
     teacher_weights: str = ""        # checkpoint (last.pt) of a network of the same shape that the teacher starts from
     preset: str = "recommended"      # LOTUS preset
@@ -67,10 +67,10 @@ class StudyConfig:
     init: str = "teacher"            # start of the placebo-taught and distilled students: scratch | teacher
     min_size: int = 0                # predicted objects with fewer px are removed
     instances: str = "components"    # how a predicted mask becomes objects: components | watershed | none
-    cells: bool = False              # with several classes: each holds many objects (cells), not one region (an organ)
+    cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
-# %% ../nbs/5_methods/3_study.ipynb #9f040ad3
+# %% ../nbs/5_methods/3_study.ipynb #0dd16f2b
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
     "fine-tuned": dict(method="single", init="teacher"),
@@ -89,6 +89,7 @@ def all_arms(
     for name, arm in {**ARMS, **config.arms}.items():
         if arm is None: continue # the study leaves this arm out
         if name == "teacher" or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
+        if not isinstance(arm, dict): raise InputError(f"arm {name!r}: {arm!r} is no arm. Give keys and values, e.g. {{method: single}}, or null to leave it out.")
         for k, v in arm.items():
             if k not in ARM_KEYS: raise InputError(f"arm {name!r}: {unknown('key', k, ARM_KEYS)}")
             if ARM_KEYS[k] and v not in ARM_KEYS[k]: raise InputError(f"arm {name!r}: {unknown(k, v, ARM_KEYS[k])}")
@@ -133,7 +134,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #bc5eedc7
+# %% ../nbs/5_methods/3_study.ipynb #7c702f11
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -151,7 +152,8 @@ def split_data(
         return split.parts
     teacher, student = parts(t, config.teacher_test, 0, "teacher"), parts(s, config.test, seed, "student")
     labelled = label_budget(s.subset(student["train"]), config.student_labels, config.label_unit, seed)
-    both = set(t.groups) & set(s.groups) if config.pairing != "index" else set()
+    if config.pairing == "index": raise InputError("pairing='index' pairs registered images of the same patients, and a study keeps those patients from the teacher. For registered images use `Unpaired(..., pairing='index')` with a method directly.")
+    both = set(t.groups) & set(s.groups)
     if config.score_on not in ("test", "validation"): raise InputError(unknown("score_on", config.score_on, ("test", "validation")))
     scored = student["test"]
     if config.score_on == "validation":
@@ -159,10 +161,10 @@ def split_data(
         scored = [i for i in student["train"] if s.groups[s.ids.index(i)] not in used]
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     taught = [i for i in teacher["train"] if t.groups[t.ids.index(i)] not in both]
-    if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients, or pairing='index' for registered images.")
+    if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients.")
     return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored))
 
-# %% ../nbs/5_methods/3_study.ipynb #38b825e5
+# %% ../nbs/5_methods/3_study.ipynb #d114b866
 def source(
     config:StudyConfig,  # the study
     collection:Collection, # labelled images
@@ -192,7 +194,7 @@ def recipe(
 )->Recipe: # how to go from an image file to a label map
     "Everything that inference needs besides the weights."
     return Recipe(channels=collection.channels, in_channels=net.config["in_channels"], classes=collection.classes, intensity=collection.intensity, zoom=collection.zoom,
-                  invert=collection.invert, dims=2, network="unet", network_config=net.config, min_size=config.min_size, instances=config.instances)
+                  invert=collection.invert, dims=2, network="unet", network_config=net.config, min_size=config.min_size, instances=config.instances, cells=config.cells)
 
 # %% ../nbs/5_methods/3_study.ipynb #500a61ec
 def settings(
@@ -214,7 +216,7 @@ def identity(
     "What must not change between the beginning of a training and its resumption: all but the list of arms."
     return [{k: v for k, v in asdict(config).items() if k != "arms"}, *more]
 
-# %% ../nbs/5_methods/3_study.ipynb #a50aff9f
+# %% ../nbs/5_methods/3_study.ipynb #3122c389
 def train_teacher(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -230,10 +232,10 @@ def train_teacher(
     learner = Learner(Single(net, source="teacher"), batches, place, seed=number, settings=settings(config, config.teacher_epochs, device), identity=identity(config, "teacher"), tell=tell)
     learner.fit()
     if not (place/"metrics.csv").exists():
-        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number, cells=config.cells))
+        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #4ddbd80c
+# %% ../nbs/5_methods/3_study.ipynb #a3ac9476
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -253,10 +255,10 @@ def train_arm(
                       weights=arm["weights"], identity=identity(config, name, arm, seed), tell=tell)
     learner.fit()
     result = Student(student, recipe(config, data.student_test, student))
-    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed, cells=config.cells))
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #5fddd826
+# %% ../nbs/5_methods/3_study.ipynb #4ec19183
 def frozen_teacher(folder, config, kind, seed, patches, channels, classes)->nn.Module:
     "The trained teacher of a seed, or its placebo. `InputError` when the teacher has not been trained."
     number = seed % config.teachers
@@ -270,11 +272,19 @@ METHOD_WEIGHTS = {"single": {"seg": 1.}, "lotus": WEIGHTS, "ummkd": UMMKD_WEIGHT
 
 def options_of(config, arm):
     "The method's options with the changes of the arm; `InputError` for an option that the method does not have."
-    base = {"lotus": replace(PRESETS[arm["preset"]], side=config.patch // arm["options"].get("stride", PRESETS[arm["preset"]].stride)), "ummkd": UmmkdOptions(), "single": None}[arm["method"]]
+    base = {"lotus": PRESETS[arm["preset"]], "ummkd": UmmkdOptions(), "single": None}[arm["method"]]
     known = {f.name for f in fields(base)} if base else {}
     for k in arm["options"]:
         if k not in known: raise InputError(unknown(f"option of {arm['method']}", k, known))
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in arm["options"].items()}) if base else None
+    if not base: return None
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in arm["options"].items()}
+    for k, v in given.items():
+        kind = type(getattr(base, k))
+        if type(v) is not kind and not (kind is float and type(v) is int): raise InputError(f"option {k}={v!r} of {arm['method']} must be a {kind.__name__}, like {getattr(base, k)!r}.")
+    options = replace(base, **given)
+    if arm["method"] != "lotus": return options
+    check_options(options)
+    return options if "side" in given else replace(options, side=config.patch // options.stride) # the width of the pooled features
 
 def method_of(config, arm, student, teacher, seed):
     "The method of an arm, ready for the learner."
@@ -348,18 +358,26 @@ def run_study(
     every = [("teacher", "teacher", n) for n in range(config.teachers)] + [("arm", a, s) for s in known_seeds for a in known_arms]
     return collect(folder, [t for t in every if finished(folder, t)])
 
-# %% ../nbs/5_methods/3_study.ipynb #46897044
+# %% ../nbs/5_methods/3_study.ipynb #b0c17b7d
 def check_study(config, seeds):
     "Raise `InputError` for anything that would fail later: options, weights, splits, network. Writes nothing."
     if not seeds: raise InputError("seeds is empty: give at least one, e.g. [0].")
-    for arm in all_arms(config).values():
-        options = options_of(config, arm)
-        if arm["method"] == "lotus": check_options(options)
-        weight_table(METHOD_WEIGHTS[arm["method"]], arm["weights"])
-    for seed in seeds: data = split_data(config, seed)
-    recipe(config, data.student_test, network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes)))
+    for name in ("epochs", "teacher_epochs", "steps", "batch", "teachers", "width"):
+        if getattr(config, name) < 1: raise InputError(f"{name}={getattr(config, name)}: give at least 1.")
+    if config.pairing not in ("random", "label_group", "index"): raise InputError(unknown("pairing", config.pairing, ("random", "label_group")))
+    try: Augment(**config.augment)
+    except TypeError as e: raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
     learning_rate(settings(config, config.epochs, "cpu"), 0)
     resolve_precision(config.precision)
+    if config.teacher_weights: load_checkpoint(config.teacher_weights)
+    arms = {name: (arm, options_of(config, arm)) for name, arm in all_arms(config).items()}
+    for seed in seeds: data = split_data(config, seed)
+    fresh = lambda stream: network(config, 0, stream, channels_of(data), len(data.teacher_train.classes))
+    recipe(config, data.student_test, fresh("teacher"))
+    for name, (arm, options) in arms.items():
+        weight_table(METHOD_WEIGHTS[arm["method"]], arm["weights"])
+        if arm["method"] == "lotus" and "seg_teacher" in arm["weights"] and not options.joint: raise InputError(f"arm {name!r}: the term 'seg_teacher' exists with the option joint=true only. Set it, or leave the weight out.")
+        method_of(config, arm, fresh("student"), fresh("teacher"), 0)
 
 # %% ../nbs/5_methods/3_study.ipynb #965bf77c
 def _here(kind, name, seed, folder, config, bar):

@@ -7,8 +7,8 @@ __all__ = ['SECTIONS', 'repeated', 'read_grid', 'check_sections', 'mapping', 'cl
            'folders', 'state', 'leave_with', 'claim_patiently', 'work', 'run_cell', 'local', 'cluster', 'run_cells',
            'varied', 'tidy', 'write_results', 'run_sweep', 'check_folder', 'cores', 'tell_failed']
 
-# %% ../nbs/6_command/2_sweep.ipynb #7f7ea6f0
-import contextlib, itertools, json, os, pickle, re, subprocess, sys, time
+# %% ../nbs/6_command/2_sweep.ipynb #41fabbd6
+import contextlib, itertools, json, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,10 +181,10 @@ def claim_patiently(folder, record, seconds=15):
                 time.sleep(.5)
         yield
 
-# %% ../nbs/6_command/2_sweep.ipynb #e4a4a8a8
+# %% ../nbs/6_command/2_sweep.ipynb #1ca5043e
 def work():
     "The life of a cell's process: read the job from standard input, claim the folder, run the notebook, mark it done."
-    job = pickle.load(sys.stdin.buffer)
+    job = json.load(sys.stdin)
     leave_with(job["parent"])
     folder, start, parent = Path(job["folder"]), time.time(), os.dup(2) # what is written to `parent` is told to the watcher
     try:
@@ -202,7 +202,7 @@ def work():
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
 
-# %% ../nbs/6_command/2_sweep.ipynb #d0914fd3
+# %% ../nbs/6_command/2_sweep.ipynb #af0875d6
 def run_cell(
     job:dict, # notebook, values, record, folder, stop (all paths absolute), directory: where the command was given
 )->dict: # state: done | failed | stopped; seconds; said: why, where there is something to say
@@ -212,7 +212,7 @@ def run_cell(
     if stop.exists(): return answer("stopped")
     child = subprocess.Popen([sys.executable, "-c", "from unpaired_kd.sweep import work; work()"], cwd=job["directory"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
-    message = pickle.dumps(job | {"parent": os.getpid()})
+    message = json.dumps(job | {"parent": os.getpid()}).encode()
     while True:
         try: said = child.communicate(message, timeout=.2)[1].decode(errors="replace").strip()
         except subprocess.TimeoutExpired:
@@ -242,7 +242,7 @@ def cluster(
     except (OSError, TimeoutError, ValueError, TypeError) as e: raise InputError(f"--scheduler {address}: no Dask scheduler answers there ({e}). Give the address that it printed, tcp://host:port.") from e
     with client, client.as_current(): yield lambda job: client.submit(run_cell, job, pure=False), distributed.as_completed
 
-# %% ../nbs/6_command/2_sweep.ipynb #10c8473d
+# %% ../nbs/6_command/2_sweep.ipynb #e86c6cd4
 def run_cells(
     jobs:dict, # key of a cell -> its job
     names:dict, # key of a cell -> its name
@@ -257,6 +257,7 @@ def run_cells(
         for f in finishing(list(futures)) if futures else ():
             try: a = f.result()
             except Exception as e: a = dict(state="failed", seconds=float("nan"), said=f"{type(e).__name__}: {e}") # a worker of the cluster was lost
+            if a["state"] == "done" and state(jobs[futures[f]]["folder"]) != "done": a |= dict(state="failed", said="the worker saw another file system: its results are not here. Workers of a cluster must see the same folders.")
             answers[futures[f]] = a
             print(f"[{len(answers)}/{len(jobs)}] {names[futures[f]]}: {a['state']}, {a['seconds']:.1f} s", flush=True)
     except BaseException:

@@ -71,7 +71,7 @@ PRESETS["released"] = LotusOptions(stride=1, projector="width", unit=True, featu
     kl_reduction="row", tau=10., ifv_on="logits", distill_from="denoised_then_raw", statistics="all", rule="improvements", patience=24, denoise_share=1., dice="hard")
 WEIGHTS = {"seg": 1., "seg_teacher": .3, "diff": 1., "way": 1., "kl": 1., "ifv": 1.}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #35a38231
+# %% ../../nbs/5_methods/2_lotus.ipynb #b54a8008
 CHOICES = dict(projector=("channel", "width", "none"), feature_norm=("channel", "none"), teacher_input=("own", "student"), correspondence=("class", "random", "positional"),
                kl_on=("student", "head", "features"), kl_direction=("forward", "reverse", "symmetric"), kl_reduction=("pixel", "row"), ifv_on=("features", "logits"),
                distill_from=("denoised", "raw", "denoised_then_raw"), statistics=("running", "batch", "all"), rule=("plateau", "no_better", "improvements"), dice=("soft", "hard"))
@@ -85,6 +85,7 @@ def check_options(
     if not o.taps: raise InputError("taps is empty: name at least one layer, e.g. ('conv9',).")
     if o.stride < 1 or o.quantiles < 1 or o.patience < 1: raise InputError("stride, quantiles and patience must be at least 1.")
     if not 0 < o.denoise_share <= 1: raise InputError(f"denoise_share={o.denoise_share}: give a share above 0, at most 1.")
+    if o.tau <= 0 or o.delta < 0 or not 0 <= o.eta <= 1: raise InputError(f"tau={o.tau}, delta={o.delta}, eta={o.eta}: tau must be above 0, delta at least 0, eta in 0 to 1.")
     if o.adabn and o.teacher_input == "own": raise InputError("adabn=True adapts the teacher to the student's images; set teacher_input='student' too.")
     if o.kl_reduction == "row" and o.correspondence == "class": raise InputError("kl_reduction='row' sums over positions, which correspondence='class' does not have. Use 'positional' or 'random'.")
     if o.ifv_on == "logits" and o.correspondence != "positional": raise InputError("ifv_on='logits' is the release's form and needs correspondence='positional'.")
@@ -192,7 +193,7 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #70157b95
+# %% ../../nbs/5_methods/2_lotus.ipynb #f3c2067c
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -209,6 +210,8 @@ class LOTUS(Method):
         c_s, c_t = tap_channels(student, options.taps), tap_channels(teacher, options.taps)
         self.classes = student.config["classes"]
         if teacher.config["classes"] != self.classes: raise InputError(f"the teacher scores {teacher.config['classes']} classes, the student {self.classes}. Both must be built for the same class list.")
+        odd = [k for k in options.ifv_classes if not 0 <= k < max(2, self.classes)]
+        if odd: raise InputError(f"ifv_classes holds {odd[0]}; the classes are 0 to {max(2, self.classes) - 1}.")
         dims = student.config["dims"]
         each = lambda make: nn.ModuleDict({n.replace(".", "_"): make(n) for n in options.taps}) # a part for each tap
         with seeded(seed, "lotus"):
@@ -220,6 +223,8 @@ class LOTUS(Method):
         self.frozen, self.weights, self.counts = {"teacher": self.teacher}, dict(WEIGHTS), {}
         self.head = dict(teacher.named_modules()).get(options.head)
         if self.head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
+        reads = getattr(self.head, "in_channels", c_t[options.taps[-1]])
+        if options.kl_on != "features" and reads != c_t[options.taps[-1]]: raise InputError(f"head {options.head!r} reads {reads} channels, but the last tap {options.taps[-1]!r} has {c_t[options.taps[-1]]}. Name as last tap the layer before the head.")
 
     def identity(self)->dict:
         "The options, the length and the teacher: all decide the result."

@@ -250,3 +250,29 @@ def test_a_checkpoint_belongs_to_its_teacher(tmp_path):
 @pytest.mark.parametrize("bad,words", [(dict(ifv_classes=(5,)), "0 to 1"), (dict(taps=("conv8",)), "reads 4 channels"), (dict(tau=0.), "tau"), (dict(eta=2.), "eta")])
 def test_options_that_do_not_fit_the_networks(bad, words):
     with pytest.raises(InputError, match=words): LOTUS(*nets(), LotusOptions(**bad))
+
+
+@pytest.mark.parametrize("options", [dict(correspondence="random"), dict(correspondence="positional", kl_on="features", kl_reduction="row"), dict(kl_on="head", correspondence="positional"),
+                                     dict(teacher_input="student", adabn=True, correspondence="positional"), dict(distill_from="raw"), dict(projector="width", side=8)])
+def test_every_way_of_comparing_in_three_dimensions(tmp_path, options):
+    student, teacher = nets(dims=3, classes=3)
+    r = run(tmp_path, LOTUS(student, teacher, LotusOptions(**options), epochs=2), Two(dims=3, classes=3))
+    assert [h["stage"] for h in r.history] == ["denoise", "distil"] and all(math.isfinite(v) for h in r.history for v in h.values() if isinstance(v, float))
+
+
+def test_the_released_reduction_is_width_over_channels_times_the_mean_over_pixels():
+    student, teacher = nets()
+    values = []
+    for reduction in ("pixel", "row"):
+        m = LOTUS(student, teacher, LotusOptions(stride=1, kl_on="features", correspondence="positional", kl_reduction=reduction, tau=10.))
+        x = Scene(m, Two().batch(0), lambda p: torch_rng(0, p), clean=False)
+        values.append(m.kl(x))
+    width, channels = 32, 4
+    assert torch.isclose(values[1] / values[0], torch.tensor(width / channels))
+
+
+def test_a_random_partner_is_of_the_same_class_and_another_draw_another_partner():
+    student, teacher = nets()
+    m = LOTUS(student, teacher, LotusOptions(correspondence="random"))
+    terms = [m.kl(Scene(m, Two().batch(0), lambda p, s=s: torch_rng(s, p))).item() for s in (0, 0, 1)]
+    assert terms[0] == terms[1] != terms[2]

@@ -9,7 +9,7 @@ import torch
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.data.unpaired import Batch
 from unpaired_kd.learner import Learner, NotSettled, Settings, load_checkpoint
-from unpaired_kd.methods.lotus import CHOICES, LOTUS, PRESETS, LotusOptions, Scene
+from unpaired_kd.methods.lotus import CHOICES, LOTUS, PRESETS, LotusOptions, Scene, weights_digest
 from unpaired_kd.methods.single import Single, calibrate, initialise, placebo
 from unpaired_kd.networks.unet import UNet
 
@@ -276,3 +276,14 @@ def test_a_random_partner_is_of_the_same_class_and_another_draw_another_partner(
     m = LOTUS(student, teacher, LotusOptions(correspondence="random"))
     terms = [m.kl(Scene(m, Two().batch(0), lambda p, s=s: torch_rng(s, p))).item() for s in (0, 0, 1)]
     assert terms[0] == terms[1] != terms[2]
+
+
+def test_the_fingerprint_of_a_teacher_knows_weights_only():
+    _, teacher = nets()
+    first, threads = weights_digest(teacher), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert weights_digest(copy.deepcopy(teacher).to(memory_format=torch.channels_last)) == first
+    finally: torch.set_num_threads(threads)
+    with torch.no_grad(): teacher.conv1[0].weight[0, 0, 0, 0] += 1e-6
+    assert weights_digest(teacher) != first

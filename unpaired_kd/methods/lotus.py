@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'WEIGHTS', 'CHOICES', 'RULES', 'TABLE_2', 'LotusOptions', 'check_options', 'ChannelScale', 'standardise',
-           'Scene', 'NormStatistics', 'LOTUS']
+           'Scene', 'NormStatistics', 'weights_digest', 'LOTUS']
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #6c7ade53
-import copy
+# %% ../../nbs/5_methods/2_lotus.ipynb #70994652
+import copy, hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -193,7 +193,15 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #f3c2067c
+# %% ../../nbs/5_methods/2_lotus.ipynb #8c9f189e
+def weights_digest(
+    net:nn.Module, # a network
+)->str: # the same for equal weights and statistics, whatever device, layout and number of threads
+    "A fingerprint of all weights and buffers."
+    whole = hashlib.sha256()
+    for name, v in net.state_dict().items(): whole.update(name.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -228,7 +236,7 @@ class LOTUS(Method):
 
     def identity(self)->dict:
         "The options, the length and the teacher: all decide the result."
-        return dict(options=asdict(self.options), epochs=self.epochs, teacher=[[k, float(v.double().sum()), float(v.double().abs().sum())] for k, v in self.teacher.state_dict().items()])
+        return dict(options=asdict(self.options), epochs=self.epochs, teacher=weights_digest(self.teacher))
 
     def adapted(self): return self.networks["adabn"].state() if self.options.adabn else None
     def part(self, name, tap): return self.networks[name][tap.replace(".", "_")]

@@ -193,13 +193,13 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #8c9f189e
+# %% ../../nbs/5_methods/2_lotus.ipynb #3a12b812
 def weights_digest(
     net:nn.Module, # a network
 )->str: # the same for equal weights and statistics, whatever device, layout and number of threads
     "A fingerprint of all weights and buffers."
     whole = hashlib.sha256()
-    for name, v in net.state_dict().items(): whole.update(name.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    for name, v in net.state_dict().items(): whole.update(name.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 class LOTUS(Method):

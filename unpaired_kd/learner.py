@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'NotSettled', 'NoBetter', 'Improvements', 'Settings', 'learning_rate',
-           'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes', 'validation_dice',
+           'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes', 'validate',
            'global_state', 'restore_global_state', 'load_checkpoint', 'Learner']
 
-# %% ../nbs/4_training/1_learner.ipynb #8f9e9ee8
+# %% ../nbs/4_training/1_learner.ipynb #c8b4e73d
 import math, os, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, torch_rng, unknown, write_csv
+from .losses import segmentation_loss
 from .networks.registry import load_weights
 from .networks.unet import best_layout
 
@@ -40,13 +41,14 @@ class Stage:
     until: object|None = None # rule that may end it earlier, e.g. `Plateau`
     sources: tuple|None = None   # names of the batches it draws; None: all
 
-# %% ../nbs/4_training/1_learner.ipynb #ece15efa
+# %% ../nbs/4_training/1_learner.ipynb #7685414e
 class Method:
     """Base of all methods. Subclasses set `networks` (trained, saved), `frozen` (used only), `weights` (default weight of every term),
     and define `stages()`. `monitor` may return numbers to record after each epoch."""
     networks: dict = {}
     frozen: dict = {}
     weights: dict = {}
+    adam: dict = {}   # network -> {"rate": factor on the learning rate, "betas": (b1, b2)}; what is not named: 1 and (0.9, 0.999)
     counts: dict = {} # what the losses counted in this epoch (e.g. classes that a batch did not show)
 
     @property
@@ -126,7 +128,7 @@ class Improvements:
         self.values.append(float(value))
         return sum(v > max([self.start, *self.values[:i]]) for i, v in enumerate(self.values)) >= self.count
 
-# %% ../nbs/4_training/1_learner.ipynb #7191189a
+# %% ../nbs/4_training/1_learner.ipynb #df707154
 @dataclass(frozen=True)
 class Settings:
     "Settings of a training run."
@@ -139,6 +141,7 @@ class Settings:
     precision: str = "auto"      # auto | fp32 | bf16 | fp16
     device: str = "auto"         # auto | cpu | cuda
     early_stop: int = 0          # epochs without a better validation score; 0: never
+    stop_on: str = "dice"        # what early stopping watches: dice | loss. The weights kept are always those of the best Dice
     save_every: int = 1          # epochs between checkpoints
     tensorboard: bool = False    # also write TensorBoard logs (needs the extra `log`)
     bars: bool = True            # show progress bars
@@ -173,7 +176,7 @@ def weighted(
     total = sum(weights[k] * v for k, v in values.items()) if values else None
     return total, {k: v.detach() for k, v in values.items()}
 
-# %% ../nbs/4_training/1_learner.ipynb #427d6fd3
+# %% ../nbs/4_training/1_learner.ipynb #55644798
 def average_gradients(
     parameters, # parameters with or without gradients
     accelerator, # accelerate.Accelerator
@@ -190,10 +193,10 @@ def average_buffers(
     networks:dict, # name -> network
     accelerator,   # accelerate.Accelerator
 ):
-    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes."
+    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not those of a module with `own_buffers` (a replay buffer's images)."
     if accelerator.num_processes == 1: return
-    for net in networks.values():
-        for b in net.buffers():
+    for m in (m for net in networks.values() for m in net.modules() if not getattr(m, "own_buffers", False)):
+        for b in m.buffers(recurse=False):
             if b.is_floating_point(): b.copy_(accelerator.reduce(b.clone(), "mean"))
 
 # %% ../nbs/4_training/1_learner.ipynb #08673fb0
@@ -213,17 +216,18 @@ def set_modes(
     for name, net in method.networks.items(): net.train(name in changing)
     for net in method.frozen.values(): net.eval().requires_grad_(False)
 
-# %% ../nbs/4_training/1_learner.ipynb #a1817299
+# %% ../nbs/4_training/1_learner.ipynb #d4b86e99
 @torch.no_grad()
-def validation_dice(
+def validate(
     net:nn.Module,    # network that gives logits
     batches:list,     # of `Batch` with labels
-)->float: # mean Dice in [0,1] over images and over the foreground classes present in label or prediction
-    "Dice of thresholded (1 class) or arg-max (more) predictions, per image, then the mean."
-    training, scores = net.training, []
+)->tuple: # (mean Dice in [0,1] over images and over the foreground classes present in label or prediction, mean `segmentation_loss`)
+    "Dice of thresholded (1 class) or arg-max (more) predictions, per image, then the mean; and the loss of the same scores."
+    training, scores, losses = net.training, [], []
     net.eval()
     for b in batches:
         logits = net(b.image)
+        losses.append(segmentation_loss(logits.float(), b.label).item())
         pred = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
         for k in range(1, max(2, logits.shape[1])):
             p, y = (pred == k).flatten(1), (b.label == k).flatten(1)
@@ -231,7 +235,7 @@ def validation_dice(
             scores.append((2 * (p & y).sum(1) / size)[size > 0])
     net.train(training)
     scores = torch.cat(scores)
-    return scores.mean().item() if len(scores) else 1.
+    return scores.mean().item() if len(scores) else 1., float(np.mean(losses))
 
 # %% ../nbs/4_training/1_learner.ipynb #f0ca0ca5
 def global_state()->dict:
@@ -295,16 +299,18 @@ class Learner:
         self.best, self.since_best, self.history = -math.inf, 0, []
         self._place()
 
-# %% ../nbs/4_training/1_learner.ipynb #8095a15b
+# %% ../nbs/4_training/1_learner.ipynb #9a05e8a7
 @patch
 def _place(self:Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
     learning_rate(self.settings, 0)
     for net in [*self.method.networks.values(), *self.method.frozen.values()]: net.to(self.device, memory_format=best_layout(net))
-    self.optimisers = {name: torch.optim.AdamW(net.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
+    if self.settings.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", self.settings.stop_on, ("dice", "loss")))
+    of = lambda name: {"rate": 1., "betas": (.9, .999), **self.method.adam.get(name, {})}
+    self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
                        for name, net in self.method.networks.items() if any(True for _ in net.parameters())}
 
-# %% ../nbs/4_training/1_learner.ipynb #eefc4164
+# %% ../nbs/4_training/1_learner.ipynb #cee9764e
 @patch
 def _update(self:Learner, update, batch, noise):
     "Run one update on one batch; returns {term: value as Tensor}."
@@ -322,7 +328,7 @@ def _update(self:Learner, update, batch, noise):
         for o in optimisers: self.scaler.unscale_(o)
         nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.settings.clip)
     for o in optimisers:
-        for group in o.param_groups: group["lr"] = learning_rate(self.settings, self.position["step"])
+        for group in o.param_groups: group["lr"] = group["rate"] * learning_rate(self.settings, self.position["step"])
         self.scaler.step(o)
     self.scaler.update()
     return values
@@ -353,7 +359,7 @@ def _epoch(self:Learner, stage, bar):
         bar.update()
     return {k: float(v) / self.settings.steps for k, v in {**sums, **self.method.counts}.items()}
 
-# %% ../nbs/4_training/1_learner.ipynb #54b4dca1
+# %% ../nbs/4_training/1_learner.ipynb #f5516b86
 @patch
 def _close_epoch(self:Learner, stage, means):
     "Record the epoch, score the student, and return whether the stage is over."
@@ -365,7 +371,7 @@ def _close_epoch(self:Learner, stage, means):
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
     row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=learning_rate(self.settings, self.position["step"] - 1), **means, **monitored)
-    if self.valid: row["val_dice"] = validation_dice(self.method.student, [b.to(self.device) for b in self.valid])
+    if self.valid: row["val_dice"], row["val_loss"] = validate(self.method.student, [b.to(self.device) for b in self.valid])
     self.history.append(row)
     self.position["epoch"] += 1
     self.position["total"] += 1
@@ -376,22 +382,24 @@ def _close_epoch(self:Learner, stage, means):
     if cap and not settled: warnings.warn(f"stage {stage.name!r} ended at its cap of {stage.epochs} epochs: {stage.until.measure} had not settled by the rule {stage.until}.", NotSettled)
     return settled or cap
 
-# %% ../nbs/4_training/1_learner.ipynb #dafbea6c
+# %% ../nbs/4_training/1_learner.ipynb #2cefb7ea
 @patch
 def _remember_best(self:Learner, row):
     "Keep the student's weights when validation is the best so far."
     if not self.valid: return
-    self.since_best += 1
+    watched = [r["val_dice"] if self.settings.stop_on == "dice" else -r["val_loss"] for r in self.history if r["stage"] == row["stage"]]
+    self.since_best = len(watched) - 1 - watched.index(max(watched))
     if row["val_dice"] > self.best:
-        self.best, self.since_best = row["val_dice"], 0
+        self.best = row["val_dice"]
         if self.accelerator.is_main_process:
             with atomic(self.folder/"best.pt") as t: torch.save(dict(student=self.method.student.state_dict(), val_dice=self.best, epoch=row["epoch"]), t)
 
-# %% ../nbs/4_training/1_learner.ipynb #e9bbffae
+# %% ../nbs/4_training/1_learner.ipynb #bce30ae5
 @patch
 def _over(self:Learner):
     "Whether the whole run is at its end."
-    stopped = self.settings.early_stop and self.valid and self.since_best >= self.settings.early_stop
+    last = self.position["stage"] >= len(self.stages) - 1 # an earlier stage may not even train the student
+    stopped = self.settings.early_stop and self.valid and last and self.since_best >= self.settings.early_stop
     return stopped or self.position["total"] >= self.settings.epochs or self.position["stage"] >= len(self.stages)
 
 @patch

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.data.augment import Augment, affine, blur, draw_grid, warp
+from unpaired_kd.data.augment import Augment, affine, blur, draw_grid, swap_sides, warp
 
 OFF = {f: 0 for f in Augment.__dataclass_fields__}
 MOVES = dict(flip=.5, rot90=True, rotate=30., scale=.2, shift=.1, elastic=2.)
@@ -153,3 +153,44 @@ def test_gradients_pass_through_the_image():
     (lambda: Augment()(torch.zeros(2, 1, 16, 16), torch.zeros(2, 16, 8).long()), "labels"), (lambda: Augment()(torch.zeros(2, 1, 16, 16), torch.zeros(2, 16, 16)), "whole numbers")])
 def test_bad_input_is_named(call, word):
     with pytest.raises(InputError, match=word): call()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swap_exchanges_pairs_in_mirror_images_and_nowhere_else(shape):
+    image, label = batch(shape, classes=5)
+    seen = set()
+    for seed in range(6):
+        plain = Augment(**{**OFF, "flip": .5})(image, label, torch_rng(seed))
+        swapped = Augment(**{**OFF, "flip": .5, "swap": ((2, 3),)})(image, label, torch_rng(seed))
+        assert torch.equal(plain[0], swapped[0])
+        for x, a, b, y in zip(plain[0], plain[1], swapped[1], label):
+            other = torch.where(a == 2, 3, torch.where(a == 3, 2, a))
+            axes = [d for d in range(y.ndim)]
+            odd = [[k for k in axes if m >> k & 1] for m in range(2 ** len(axes))]
+            hits = [len(f) % 2 for f in odd if torch.equal(y.flip(f), a)]
+            assert len(hits) == 1 # the picture tells which flips there were
+            assert torch.equal(b, other if hits[0] else a)
+            seen.add(hits[0])
+    assert seen == {0, 1}
+
+
+def test_swap_needs_mirrors_and_survives_quarter_turns_and_yaml():
+    image, label = batch(classes=5)
+    for off in ({"flip": 0}, {"flip": 0, "rot90": True, "rotate": 20}):
+        a, b = (Augment(**{**OFF, **off, "swap": s})(image, label, torch_rng(3))[1] for s in ((), [[2, 3]]))
+        assert torch.equal(a, b)
+    assert Augment(swap=[[2, 3], [1, 4]]).swap == ((2, 3), (1, 4)) and Augment(swap=0).swap == ()
+    assert Augment(flip=1., swap=[[2, 3]])(image, None, torch_rng(0))[1] is None
+    assert hash(Augment(swap=[[2, 3]])) == hash(Augment(swap=((2, 3),))) # plain, frozen data
+
+
+@pytest.mark.parametrize("wrong", [(2, 3), [(2, 2)], [(1, 2), (2, 3)], [(0, 1)], "ab", [(1, 2, 3)], 5, [("a", "b")]])
+def test_wrong_pairs_are_refused(wrong):
+    with pytest.raises(InputError, match="swap="): Augment(swap=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_swapping_twice_changes_nothing(dtype):
+    label = batch(classes=5)[1].to(dtype)
+    once = swap_sides(label, [(2, 3), (1, 4)])
+    assert once.dtype == dtype and not torch.equal(once, label) and torch.equal(swap_sides(once, [(2, 3), (1, 4)]), label)

@@ -51,12 +51,13 @@ def up_conv(
     "$U(i,o)$: 2x2 transposed convolution of stride 2, normalisation, ReLU."
     return nn.Sequential(layer("ConvTranspose", dims)(i, o, 2, stride=2), normalisation(norm, o, dims), nn.ReLU(inplace=True))
 
-# %% ../../nbs/2_networks/1_unet.ipynb #a24bde39
+# %% ../../nbs/2_networks/1_unet.ipynb #883fea43
 @NETWORKS.register()
 class UNet(nn.Module):
     """The U-Net of LOTUS (Poles et al., MICCAI 2024). Input (B,in_channels,*s) in [0,1], output logits (B,classes,*s); every side a multiple of 16.
     Raises `InputError` for another number of channels or axes, or for a side that is not a multiple of 16."""
     stride = 16
+    hint_layers = {"low": ("conv1.2", "conv1.5"), "mid": ("conv5",), "high": ("conv8", "conv9")}
 
     def __init__(self,
         in_channels:int=3,  # channels of the image; grey images are replicated to 3
@@ -90,7 +91,7 @@ class UNet(nn.Module):
             x = getattr(self, f"conv{n}")(torch.cat([getattr(self, f"up{n}")(x), skips.pop()], 1))
         return self.conv10(x)
 
-# %% ../../nbs/2_networks/1_unet.ipynb #69c48dac
+# %% ../../nbs/2_networks/1_unet.ipynb #5d07cf95
 def check_input(
     x:Tensor,     # images (B,C,*s)
     channels:int, # channels the network expects
@@ -100,7 +101,7 @@ def check_input(
     "Raise `InputError` if `x` does not fit the network."
     if x.ndim != dims + 2: raise InputError(f"the image batch has shape {tuple(x.shape)}; a {dims}-D network needs {dims + 2} axes: (batch, channels, {'depth, ' * (dims - 2)}height, width).")
     if x.shape[1] != channels: raise InputError(f"the image batch has {x.shape[1]} channels; the network was built for {channels}. Set in_channels={x.shape[1]}, or replicate grey images.")
-    if any(s % stride or not s for s in x.shape[2:]): raise InputError(f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it four times). Pad, crop or resize the images, or use `Student.predict`, which pads.")
+    if any(s % stride or not s for s in x.shape[2:]): raise InputError(f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, or use `Student.predict`, which pads.")
 
 # %% ../../nbs/2_networks/1_unet.ipynb #ecc5a7da
 def best_layout(

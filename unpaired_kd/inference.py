@@ -117,7 +117,7 @@ def probabilities(
     p = z.sigmoid()
     return torch.cat([1 - p, p], 1)
 
-# %% ../nbs/4_training/4_inference.ipynb #d59ac9a5
+# %% ../nbs/4_training/4_inference.ipynb #71117b11
 class Student:
     "A network and its recipe. `predict` and `probabilities` take paths or raw arrays (see `channels_first`) and answer in native size."
 
@@ -129,7 +129,9 @@ class Student:
         self.network, self.recipe, self.precision = network, check_fit(network, recipe), precision
 
     @property
-    def device(self): return next(self.network.parameters()).device
+    def device(self)->torch.device:
+        "Where the network's weights are."
+        return next(self.network.parameters()).device
 
     def prepare(self,
         image, # path, `Image`, or raw array

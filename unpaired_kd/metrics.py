@@ -150,7 +150,7 @@ def surface_dice(
     a, b = surface_distances(p, t, spacing)
     return float((np.count_nonzero(a <= tolerance) + np.count_nonzero(b <= tolerance)) / (len(a) + len(b)))
 
-# %% ../nbs/1_data/7_metrics.ipynb #5307af75
+# %% ../nbs/1_data/7_metrics.ipynb #550db83e
 class Overlaps(NamedTuple):
     "Which objects of two instance maps meet. Objects are indexed in order of first appearance."
     target_label:np.ndarray # (T,) label of each target object
@@ -162,9 +162,13 @@ class Overlaps(NamedTuple):
     inter:np.ndarray        # (n,) $I_{ij}$, pixels in common
 
     @property
-    def union(self): return self.target_area[self.target] + self.pred_area[self.pred] - self.inter
+    def union(self)->np.ndarray:
+        "(n,) pixels that each pair covers together."
+        return self.target_area[self.target] + self.pred_area[self.pred] - self.inter
     @property
-    def iou(self): return self.inter / self.union
+    def iou(self)->np.ndarray:
+        "(n,) intersection over union of each pair."
+        return self.inter / self.union
 
 def _objects(label, length):
     "Labels and areas in order of appearance, and the index of every run (-1: background)."

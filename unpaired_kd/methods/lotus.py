@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'WEIGHTS', 'CHOICES', 'RULES', 'TABLE_2', 'LotusOptions', 'check_options', 'ChannelScale', 'standardise',
-           'Scene', 'NormStatistics', 'weights_digest', 'LOTUS']
+           'Scene', 'NormStatistics', 'weights_digest', 'check_networks', 'LOTUS']
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #70994652
 import copy, hashlib
@@ -127,9 +127,9 @@ def standardise(
     var, mean = torch.var_mean(f, axes, keepdim=True)
     return (f - mean) * (var + 1e-5).rsqrt()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #1ab8cd56
-class Scene:
-    "Everything that the losses of one batch may need, each computed when first asked for."
+# %% ../../nbs/5_methods/2_lotus.ipynb #0995ca12
+class _StudentSide:
+    "The student's half of a `Scene`."
     def __init__(self, method, batch, noise, clean=True):
         self.method, self.noise, self.s, self.t, self.o = method, noise, batch["student"], batch["teacher"], method.options
         self.clean = clean                                                     # whether the lessons see denoised features
@@ -141,37 +141,63 @@ class Scene:
             return logits, {n: self._pool(f.float()) for n, f in taps.take().items()}
 
     def _pool(self, f): return getattr(F, f"avg_pool{f.ndim - 2}d")(f, self.o.stride) if self.o.stride > 1 else f
-    def _scaled(self, fs): return {n: self.method.scale(n)(f) if self.o.feature_norm == "channel" else f for n, f in fs.items()}
 
     @cached_property
-    def student(self): return self._run(self.method.student, self.s.image)        # (logits, {tap: features})
+    def student(self)->tuple:
+        "(logits (B,K,*s), {tap: pooled features (B,C,*s)}) of the student on its own images."
+        return self._run(self.method.student, self.s.image)
     @cached_property
-    def bare(self): return {n: standardise(f) if self.o.feature_norm == "channel" else f for n, f in self.student[1].items()}
+    def bare(self)->dict:
+        "{tap: the student's features, standardised if the options say so}."
+        return {n: standardise(f) if self.o.feature_norm == "channel" else f for n, f in self.student[1].items()}
     @cached_property
-    def projected(self): return {n: self.method.part("projector", n)(f).float() for n, f in self.bare.items()}
+    def projected(self)->dict:
+        "{tap: the same, projected into the teacher's space}."
+        return {n: self.method.part("projector", n)(f).float() for n, f in self.bare.items()}
     @cached_property
-    def denoised(self): # {tap: (features, gamma)}
+    def denoised(self)->dict:
+        "{tap: (the projected features after denoising, $\\gamma$)}."
         return {n: self.method.part("diffusion", n).denoise(z, self.noise(f"denoise {n}")) for n, z in self.projected.items()}
 
-    def detached(self): # the same scene with a student that gets no gradient from it
+    def detached(self):
+        "The same scene with a student that gets no gradient from it."
         other = copy.copy(self)
         other.__dict__["bare"] = {n: f.detach() for n, f in self.bare.items()}
         return other
 
+# %% ../../nbs/5_methods/2_lotus.ipynb #8b4fe974
+class Scene(_StudentSide):
+    "Everything that the losses of one batch may need, each computed when first asked for."
+    def _scaled(self, fs): return {n: self.method.scale(n)(f) if self.o.feature_norm == "channel" else f for n, f in fs.items()}
+
     @cached_property
-    def teacher(self): # (logits, {tap: features}) on its own images
+    def teacher(self)->tuple:
+        "(logits (B,K,*s), {tap: pooled features (B,C,*s)}) of the teacher on its own images, without gradient."
         with torch.no_grad(): return self._run(self.method.teacher, self.t.image)
     @cached_property
-    def lesson(self): # the same on the images that the lessons show it
+    def lesson(self)->tuple:
+        "The same on the images that the lessons show it."
         if self.shown is self.t: return self.teacher
         with torch.no_grad(): return self._run(self.method.teacher, self.s.image, self.method.adapted())
     @cached_property
-    def z_teacher(self): return self._scaled(self.teacher[1]) # {tap: what Phi learns}
+    def z_teacher(self)->dict:
+        "{tap: what $\\Phi$ learns}."
+        return self._scaled(self.teacher[1])
     @cached_property
-    def z_lesson(self): return self._scaled(self.lesson[1])   # {tap: what the student is compared with}
+    def z_lesson(self)->dict:
+        "{tap: what the student is compared with}."
+        return self._scaled(self.lesson[1])
 
-    def in_teacher_space(self, n): return self.denoised[n][0] if self.clean else self.projected[n]
-    def varying(self, n): return self.denoised[n][0] if self.clean else self.bare[n]
+    def in_teacher_space(self,
+        n:str, # tap
+    )->Tensor: # (B,C,*s)
+        "The student's features for the teacher's head: denoised, or projected only."
+        return self.denoised[n][0] if self.clean else self.projected[n]
+    def varying(self,
+        n:str, # tap
+    )->Tensor: # (B,C,*s)
+        "The student's features for the variation map: denoised, or bare."
+        return self.denoised[n][0] if self.clean else self.bare[n]
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #9ab24125
 class NormStatistics(nn.Module):
@@ -193,7 +219,7 @@ class NormStatistics(nn.Module):
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #3a12b812
+# %% ../../nbs/5_methods/2_lotus.ipynb #95bf55aa
 def weights_digest(
     net:nn.Module, # a network
 )->str: # the same for equal weights and statistics, whatever device, layout and number of threads
@@ -202,6 +228,24 @@ def weights_digest(
     for name, v in net.state_dict().items(): whole.update(name.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
+# %% ../../nbs/5_methods/2_lotus.ipynb #58fea979
+def check_networks(
+    student:nn.Module,    # network to train
+    teacher:nn.Module,    # trained network of the other modality
+    options:LotusOptions, # see `LotusOptions`
+)->tuple: # ({tap: channels of the student}, {tap: channels of the teacher}, the teacher's head)
+    "Raise `InputError` when the networks score different classes, or a class, tap or head of the options is not theirs."
+    c_s, c_t, classes = tap_channels(student, options.taps), tap_channels(teacher, options.taps), student.config["classes"]
+    if teacher.config["classes"] != classes: raise InputError(f"the teacher scores {teacher.config['classes']} classes, the student {classes}. Both must be built for the same class list.")
+    odd = [k for k in options.ifv_classes if not 0 <= k < max(2, classes)]
+    if odd: raise InputError(f"ifv_classes holds {odd[0]}; the classes are 0 to {max(2, classes) - 1}.")
+    head, last = dict(teacher.named_modules()).get(options.head), options.taps[-1]
+    if head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
+    reads = getattr(head, "in_channels", c_t[last])
+    if options.kl_on != "features" and reads != c_t[last]: raise InputError(f"head {options.head!r} reads {reads} channels, but the last tap {last!r} has {c_t[last]}. Name as last tap the layer before the head.")
+    return c_s, c_t, head
+
+# %% ../../nbs/5_methods/2_lotus.ipynb #e9557bd8
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -215,11 +259,8 @@ class LOTUS(Method):
     ):
         if epochs < 2 and options.denoise_share < 1: raise InputError(f"epochs={epochs}: LOTUS has two stages and needs at least one epoch for each.")
         self.options, self.epochs, self.teacher = check_options(options), epochs, teacher.eval().requires_grad_(False)
-        c_s, c_t = tap_channels(student, options.taps), tap_channels(teacher, options.taps)
+        c_s, c_t, self.head = check_networks(student, teacher, options)
         self.classes = student.config["classes"]
-        if teacher.config["classes"] != self.classes: raise InputError(f"the teacher scores {teacher.config['classes']} classes, the student {self.classes}. Both must be built for the same class list.")
-        odd = [k for k in options.ifv_classes if not 0 <= k < max(2, self.classes)]
-        if odd: raise InputError(f"ifv_classes holds {odd[0]}; the classes are 0 to {max(2, self.classes) - 1}.")
         dims = student.config["dims"]
         each = lambda make: nn.ModuleDict({n.replace(".", "_"): make(n) for n in options.taps}) # a part for each tap
         with seeded(seed, "lotus"):
@@ -229,18 +270,20 @@ class LOTUS(Method):
         if options.adabn: self.networks["adabn"] = NormStatistics(teacher)
         if options.joint: self.networks["norms"] = OtherNorms(student)
         self.frozen, self.weights, self.counts = {"teacher": self.teacher}, dict(WEIGHTS), {}
-        self.head = dict(teacher.named_modules()).get(options.head)
-        if self.head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
-        reads = getattr(self.head, "in_channels", c_t[options.taps[-1]])
-        if options.kl_on != "features" and reads != c_t[options.taps[-1]]: raise InputError(f"head {options.head!r} reads {reads} channels, but the last tap {options.taps[-1]!r} has {c_t[options.taps[-1]]}. Name as last tap the layer before the head.")
 
     def identity(self)->dict:
         "The options, the length and the teacher: all decide the result."
         return dict(options=asdict(self.options), epochs=self.epochs, teacher=weights_digest(self.teacher))
 
-    def adapted(self): return self.networks["adabn"].state() if self.options.adabn else None
-    def part(self, name, tap): return self.networks[name][tap.replace(".", "_")]
-    def scale(self, tap): return self.part("scale", tap)
+    def adapted(self)->dict|None:
+        "The teacher's norms on the student's images, with `adabn`; else None."
+        return self.networks["adabn"].state() if self.options.adabn else None
+    def part(self, name:str, tap:str)->nn.Module:
+        "The network `name` (projector, diffusion, scale) of one tap."
+        return self.networks[name][tap.replace(".", "_")]
+    def scale(self, tap:str)->ChannelScale:
+        "The teacher's channel scale of one tap."
+        return self.part("scale", tap)
 
 # %% ../../nbs/5_methods/2_lotus.ipynb #6d784fa7
 RULES = {"plateau": lambda o: Plateau("gamma", o.patience, o.delta), "no_better": lambda o: NoBetter("gamma", o.patience),

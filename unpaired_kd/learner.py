@@ -41,7 +41,7 @@ class Stage:
     until: object|None = None # rule that may end it earlier, e.g. `Plateau`
     sources: tuple|None = None   # names of the batches it draws; None: all
 
-# %% ../nbs/4_training/1_learner.ipynb #7685414e
+# %% ../nbs/4_training/1_learner.ipynb #e5791c5b
 class Method:
     """Base of all methods. Subclasses set `networks` (trained, saved), `frozen` (used only), `weights` (default weight of every term),
     and define `stages()`. `monitor` may return numbers to record after each epoch."""
@@ -63,6 +63,11 @@ class Method:
     def identity(self)->dict:
         "Plain data that decides the result (options): a checkpoint made with other options is refused."
         return {}
+
+    def check_weights(self,
+        weights:dict, # term -> weight, the defaults with the user's changes
+    ):
+        "Raise `InputError` for weights that contradict each other or the options."
 
     def monitor(self,
         batch:dict,     # a batch that is the same after every epoch
@@ -266,7 +271,7 @@ def load_checkpoint(
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). Delete it to train again from the start.") from e
 
-# %% ../nbs/4_training/1_learner.ipynb #f0e6fc7e
+# %% ../nbs/4_training/1_learner.ipynb #7a49fdc7
 class Learner:
     """Trains a `Method` on batches and leaves `last.pt`, `best.pt` and `history.csv` in `folder`. A finished run is not run again;
     an interrupted one goes on from its last checkpoint and ends with the same weights (bit for bit on the CPU)."""
@@ -290,6 +295,7 @@ class Learner:
         self.device = self.accelerator.device
         self.method, self.data, self.folder, self.seed, self.settings, self.tell = method, data, Path(folder), seed, settings, tell
         self.weights, self.valid, self.watch = weight_table(method.weights, weights), valid, watch
+        method.check_weights(self.weights)
         self.precision = resolve_precision(settings.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.identity = digest(dict(method=type(method).__name__, options=method.identity(), weights=self.weights, seed=seed, precision=self.precision, processes=self.accelerator.num_processes,

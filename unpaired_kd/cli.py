@@ -74,13 +74,13 @@ def read_parameters(
         found[target.id] = Parameter(target.id, kind, default, notes.get(node.end_lineno, ""))
     return found
 
-# %% ../nbs/6_command/1_cli.ipynb #3471815a
+# %% ../nbs/6_command/1_cli.ipynb #32bab603
 def read_yaml(
     text:str, # YAML
 ): # the value
     "YAML to a plain value; `1e-3` and `-.5` are numbers."
     import yaml
-    class Loader(yaml.SafeLoader): pass
+    class Loader(yaml.SafeLoader): "The safe loader, with numbers like `1e-3`."
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?)$"), list("-+.0123456789"))
     return yaml.load(text, Loader)
 
@@ -202,15 +202,17 @@ def hold(lock, folder):
     except BlockingIOError: raise refuse(f"--out: another `ukd run` is at work in {folder}. Wait for it, or choose another folder.") from None
     except OSError: pass # a file system without locks
 
-# %% ../nbs/6_command/1_cli.ipynb #e084b57c
+# %% ../nbs/6_command/1_cli.ipynb #e6700fc9
 def own_kernel(): # a class for nbclient
     "A kernel manager that starts the Python we are running in, whatever kernels are installed."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class OwnKernel(AsyncKernelManager):
+        "Starts `sys.executable`."
         @property
         def kernel_spec(self):
+            "The command that starts the kernel."
             return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="python3", language="python")
     return OwnKernel
 

@@ -68,11 +68,11 @@ class DenseUp(nn.Module):
 
     def forward(self, x, skip): return torch.cat([self.conv(x)[..., :skip.shape[-2], :skip.shape[-1]], skip], 1)
 
-# %% ../../nbs/2_networks/4_densefcn.ipynb #6d89d6b4
+# %% ../../nbs/2_networks/4_densefcn.ipynb #9f6c4805
 @NETWORKS.register("densefcn")
 class DenseFCN(nn.Module):
-    """The DenseFCN57 of CMEDL (Jiang et al. 2021; design of Jégou et al. 2017), 1,374,194 parameters for two scores. Input (B,in_channels,H,W) in [0,1],
-    output logits (B,classes,H,W); both sides a multiple of 32. Raises `InputError` for another input, for `dims` other than 2, or for a width that is not a multiple of 4."""
+    """The DenseFCN57 of CMEDL (Jiang et al. 2021; design of Jégou et al. 2017), 1,374,194 parameters for two scores. Input (B,in_channels,H,W) in [0,1], output logits (B,classes,H,W);
+    both sides a multiple of 32. Raises `InputError` for another input, for `dims` other than 2, or for a width that is not a multiple of 4."""
     stride = 32
     hint_layers = {"low": ("down1.layers.0.relu", "down1.layers.1.relu"), "mid": ("bottom",), "high": ("up2.before_last", "up1")}
 
@@ -88,15 +88,12 @@ class DenseFCN(nn.Module):
         if width < 4 or width % 4: raise InputError(f"width={width}: DenseFCN needs a positive multiple of 4 (each layer adds width/4 channels).")
         self.config = dict(in_channels=in_channels, classes=classes, width=width, dropout=dropout, dims=dims)
         block = lambda i, keep: DenseBlock(i, 4, width // 4, dropout, keep) # adds `width` channels
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.stem, self.head = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(4 * width, classes, 1)
         for n in range(1, 6):
-            self.add_module(f"down{n}", block(n * width, True))
-            self.add_module(f"pool{n}", dense_down((n + 1) * width, dropout))
+            for name, m in (("down", block(n * width, True)), ("pool", dense_down((n + 1) * width, dropout))): self.add_module(f"{name}{n}", m)
         self.bottom = block(6 * width, False)
         for n in range(5, 0, -1):
-            self.add_module(f"expand{n}", DenseUp(width))
-            self.add_module(f"up{n}", block((n + 2) * width, n == 1))
-        self.head = nn.Conv2d(4 * width, classes, 1)
+            for name, m in (("expand", DenseUp(width)), ("up", block((n + 2) * width, n == 1))): self.add_module(f"{name}{n}", m)
 
     def forward(self,
         x:Tensor, # images (B,in_channels,H,W), in [0,1]

@@ -192,6 +192,8 @@ def test_buffer_is_outside_the_graph_and_independent_of_its_input():
     before = pool.images.clone()
     out += 99
     assert torch.equal(pool.images, before)
+    half = pool.query(numbered(4, 6).bfloat16(), g)    # mixed precision: what goes in comes out, stored as float32
+    assert half.dtype == torch.bfloat16 and pool.images.dtype == torch.float32
     for bad in ((1, 2, 3), (2, 2, 2)):
         with pytest.raises(InputError, match=r"B,1,2,2"): pool.query(torch.zeros(1, *bad), g)
     with pytest.raises(InputError): ReplayBuffer((1, 2, 2), -1)
@@ -212,6 +214,7 @@ def test_alarm_inversion():
     assert contrast_sign(x, inverted) < -.999
     assert contrast_sign(x, inverted, mask=torch.ones(2, 64, 64, dtype=torch.bool)) > contrast_sign(x, inverted)  # air hides it
     assert contrast_sign(x, torch.zeros_like(x)) == 0 and contrast_sign(-torch.ones_like(x), x) == 0
+    with pytest.raises(InputError, match="mask"): contrast_sign(x, inverted, mask=torch.ones(64, 64, dtype=torch.bool))
     assert "inverted" in warn_if_odd(contrast_sign(x, inverted), change(x, inverted), high_frequency(inverted))
 
 
@@ -241,3 +244,26 @@ def test_no_alarm_for_a_good_translation_and_nan_is_named():
     assert warn_if_odd(contrast_sign(x, fake), change(x, fake), high_frequency(fake), high_frequency(x)) == ""
     assert "NaN" in warn_if_odd(float("nan"), .1, 0.)
     assert warn_if_odd(.9, .5, .22, .2) == ""          # noisy target images are no checkerboard
+
+
+def test_networks_run_in_bfloat16_and_losses_stay_float32():
+    x = signed(1, 1, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fake = small()(x)
+        loss = generator_gan_loss(PatchDiscriminator(width=4)(fake)) + cycle_loss(x, fake)
+        noisy = high_frequency(fake)
+    assert loss.dtype == torch.float32 and torch.isfinite(loss) and 0 <= noisy <= 1
+    loss.backward()
+
+
+def test_alternating_updates_keep_to_their_own_weights():
+    G, D, pool = small(), PatchDiscriminator(width=4), ReplayBuffer((1, 32, 32), 4)
+    x, real = signed(2, 1, 32, 32), signed(2, 1, 32, 32, seed=1)
+    D.requires_grad_(False)
+    fake = G(x)
+    generator_gan_loss(D(fake)).backward()
+    assert all(p.grad is None for p in D.parameters()) and all(p.grad is not None for p in G.parameters())
+    G.zero_grad()
+    D.requires_grad_(True)
+    discriminator_gan_loss(D(real), D(pool.query(fake, torch_rng(0, "pool")))).backward()
+    assert all(p.grad is None for p in G.parameters()) and all(p.grad is not None for p in D.parameters())

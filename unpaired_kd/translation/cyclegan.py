@@ -27,7 +27,7 @@ def to_unit(
     "From the range of translation networks back to the house's: $(x+1)/2$. Raises nothing; float in, float out."
     return (x + 1) / 2
 
-# %% ../../nbs/3_translation/1_cyclegan.ipynb #fdeca018
+# %% ../../nbs/3_translation/1_cyclegan.ipynb #1f416bc9
 def check_images(
     x:Tensor,     # images (B,C,H,W)
     channels:int, # the channels that the network takes
@@ -39,7 +39,7 @@ def check_images(
         raise InputError(f"images have shape {tuple(x.shape)}, but this network takes (B,{channels},H,W). Give channels={x.shape[1] if x.ndim == 4 else 'C'} to the network, or change the images.")
     if any(n % multiple or n < least for n in x.shape[2:]):
         raise InputError(f"images have sides {tuple(x.shape[2:])} px, but each must be a multiple of {multiple} and at least {least}. Crop or pad the images.")
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel(): return
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.numel(): return
     low, high = (v.item() for v in x.detach().aminmax())
     if low != low or high != high: raise InputError("images hold NaN: look for the step in which the loss became NaN, and lower the learning rate.")
     if low < -1.001 or high > 1.001:
@@ -219,13 +219,15 @@ def identity_loss(
     "Mean absolute change of images that need no translation (Zhu et al. 2017, section 5.2). `InputError` if the shapes differ."
     return cycle_loss(x, same)
 
-# %% ../../nbs/3_translation/1_cyclegan.ipynb #14ae0e3b
+# %% ../../nbs/3_translation/1_cyclegan.ipynb #a19e8369
 def contrast_sign(
     x:Tensor,         # images before translation, (B,C,H,W), in [-1,1]
     fake:Tensor,      # after translation, (B,C,H,W)
     mask:Tensor=None, # where to look, (B,1,H,W) or (B,H,W), bool (default: where x is above -0.95, the body)
 )->Tensor: # one number in [-1,1]; 0 if an image is flat
-    "Correlation of the grey values before and after translation inside the mask, the mean over images. Negative: the contrast is inverted."
+    "Correlation of the grey values before and after translation inside the mask, the mean over images. Negative: the contrast is inverted. `InputError` if the mask does not fit."
+    if mask is not None and (mask.numel() != x[:, 0].numel() or mask.shape[-2:] != x.shape[-2:]):
+        raise InputError(f"mask has shape {tuple(mask.shape)}, but images {tuple(x.shape)} need {(len(x), 1, *x.shape[2:])}.")
     a, b = (v.detach().float().mean(1).flatten(1) for v in (x, fake))
     m = (a > -.95 if mask is None else mask.reshape(len(a), -1)).float()
     def centred(v): return (v - (v * m).sum(1, keepdim=True) / m.sum(1, keepdim=True).clamp_min(1)) * m

@@ -13,7 +13,7 @@ from ..core import InputError, unknown
 from .registry import NETWORKS
 from .unet import check_input
 
-# %% ../../nbs/2_networks/5_mrrn.ipynb #20e3b054
+# %% ../../nbs/2_networks/5_mrrn.ipynb #3b73cfa6
 def conv_unit(
     i:int, # channels in
     o:int, # channels out
@@ -22,7 +22,7 @@ def conv_unit(
     return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
 class ResidualUnit(nn.Module):
-    "x + convolution unit of x, (B,w,H,W) -> (B,w,H,W)."
+    "A convolution unit and its input, added: (B,w,H,W) -> (B,w,H,W)."
 
     def __init__(self,
         width:int, # channels
@@ -47,11 +47,15 @@ class RCU(nn.Module):
         self.body, self.back = nn.Sequential(conv_unit(stream + i, o), conv_unit(o, o)), nn.Conv2d(o, stream, 1)
         self.up = nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=False)
 
-    def forward(self, p, r):
-        p = self.body(torch.cat([self.drop(self.pool(r)), p], 1))
-        return p, r + self.up(self.back(p))
+    def forward(self,
+        v:Tensor, # the pooled path $v$, (B,i,H/s,W/s)
+        r:Tensor, # the stream $R$, (B,stream,H,W)
+    )->tuple: # $v'$, (B,o,H/s,W/s), and $R'$, (B,stream,H,W)
+        "One visit."
+        v = self.body(torch.cat([self.drop(self.pool(r)), v], 1))
+        return v, r + self.up(self.back(v))
 
-# %% ../../nbs/2_networks/5_mrrn.ipynb #c87d107f
+# %% ../../nbs/2_networks/5_mrrn.ipynb #baf59f11
 VISITS = {"enc1": (0, 0, 0), "enc2": (0, 1, 0), "enc3": (0, 2, 1, 0), "enc4": (0, 3, 2, 1, 0), # stage -> streams it visits, in order
           "dec3": (0, 2, 1, 0), "dec2": (0, 1, 0), "dec1": (0, 0, 0)}                          # the digit of a stage: how many times it is halved
 LINKS = ("paper", "connected")
@@ -71,14 +75,14 @@ class Stage(nn.ModuleList):
         super().__init__([RCU(o if n else i, o, width * 2**s, 2**(level - s), dropout) for n, s in enumerate(VISITS[name])])
 
     def forward(self,
-        p:Tensor,     # the pooled path that comes in
+        v:Tensor,     # the pooled path that comes in
         streams:list, # the streams so far, finest first
     )->Tensor: # the pooled path that goes out
         "Run the units of the stage."
-        for unit, s in zip(self, self.visits): p, streams[s] = unit(p, streams[s])
-        return p
+        for unit, s in zip(self, self.visits): v, streams[s] = unit(v, streams[s])
+        return v
 
-# %% ../../nbs/2_networks/5_mrrn.ipynb #206266ef
+# %% ../../nbs/2_networks/5_mrrn.ipynb #ecd98697
 @NETWORKS.register("mrrn")
 class MRRN(nn.Module):
     """The multiple resolution residual network of CMEDL (Jiang et al. 2021), 38,916,418 parameters for two scores. Input (B,in_channels,H,W) in [0,1],
@@ -101,10 +105,9 @@ class MRRN(nn.Module):
         self.stem = nn.Sequential(conv_unit(in_channels, width), *[ResidualUnit(width) for _ in range(3)])
         self.start = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True))
         for stage in VISITS: self.add_module(stage, Stage(stage, width, link, dropout))
-        self.pool = nn.MaxPool2d(2)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(width, classes, 1)
         for n in (4, 3, 2, 1): self.add_module(f"up{n}", nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
         self.merge = nn.Sequential(conv_unit(3 * width, width), *[ResidualUnit(width) for _ in range(3)])
-        self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self,
         x:Tensor, # images (B,in_channels,H,W), in [0,1]
@@ -112,12 +115,11 @@ class MRRN(nn.Module):
         "Scores of every pixel."
         check_input(x, self.config["in_channels"], 2, self.stride)
         x = self.stem(x)
-        streams, p = [self.start(x)], self.pool(x)
+        streams, v = [self.start(x)], self.pool(x)
         for stage in (self.enc1, self.enc2, self.enc3):
-            streams.append(stage(p, streams))
-            p = self.pool(streams[-1])
-        p = self.up4(self.enc4(p, streams))
-        p = self.up3(self.dec3(p, streams))
-        p = self.up2(self.dec2(p, streams)) # with link="paper" only a tap hears this
-        p = self.up1(self.dec1(streams[1] if self.config["link"] == "paper" else p, streams))
-        return self.head(self.merge(torch.cat([streams[0], p], 1)))
+            streams.append(stage(v, streams))
+            v = self.pool(streams[-1])
+        v = self.up3(self.dec3(self.up4(self.enc4(v, streams)), streams))
+        v = self.up2(self.dec2(v, streams)) # with link="paper" only a tap hears this
+        v = self.up1(self.dec1(streams[1] if self.config["link"] == "paper" else v, streams))
+        return self.head(self.merge(torch.cat([streams[0], v], 1)))

@@ -86,7 +86,7 @@ def start_small(
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.normal_(m.weight, 0, .02); nn.init.zeros_(m.bias)
     return net
 
-# %% ../../nbs/3_translation/1_cyclegan.ipynb #f94eaf38
+# %% ../../nbs/3_translation/1_cyclegan.ipynb #ed01c6d7
 class Generator(nn.Module):
     "Image to image, $G$: down twice, residual blocks, up twice, tanh (Zhu et al. 2017; 11,365,633 weights by default). Images and output in [-1,1]; `InputError` for others, and for sides that are not multiples of 4."
     def __init__(self,
@@ -96,7 +96,7 @@ class Generator(nn.Module):
         upsample:str="transposed", # transposed | resize_conv, see `upsampler`
     ):
         super().__init__()
-        self.channels = channels
+        self.channels, self.config = channels, dict(channels=channels, width=width, blocks=blocks, upsample=upsample)
         w = width
         self.down = nn.Sequential(
             nn.ReflectionPad2d(3), nn.Conv2d(channels, w, 7), norm_relu(w),

@@ -48,7 +48,7 @@ def naive_contextual(
         losses.append({"target": target, "source": source, "symmetric": (target + source) / 2}[direction])
     return torch.stack(losses).mean()
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #a731259c
+# %% ../../nbs/3_translation/2_contextual.ipynb #c64f82cc
 def _directions(f, g, t):
     "Unit vectors (N,C) and (M,C) of features (C,N) and (C,M) about the mean of the second, and their lengths (N,1), (M,1)."
     mu = g.to(t).mean(1, keepdim=True)
@@ -59,6 +59,20 @@ def _directions(f, g, t):
 def _through_length(d, u, n):
     "The gradient before division by the length `n`, from the gradient `d` of the unit vectors `u`; zero where there is no direction."
     return torch.where(n > SHORT, (d - u * (d * u).sum(1, keepdim=True)) / n.clamp_min(SHORT), 0)
+
+def _row_gradient(c, m, z, h, r, j, of_best, of_row):
+    "Gradient for the cosines `c` (n,M) of a block: `of_best` at the entries (r,j) that won a column, `of_row` (n,1) at the nearest of each row."
+    s = 1 / (h * (1 - m + NEAR))
+    exact = c >= 1 if (m >= 1).any() else None
+    away = (c if exact is None else c.clamp_(max=1)).sub_(m)
+    nearest = away.argmax(1, keepdim=True)
+    p = (away * s).exp_().div_(z)
+    won, own = of_best * p[r, j], of_row * p.gather(1, nearest)
+    total = own.index_add(0, r, won[:, None])
+    by_scale = torch.zeros_like(m).index_add_(0, r, (won * away[r, j])[:, None]) - total * away.mul_(p).sum(1, keepdim=True)
+    p.mul_(-total).index_put_((r, j), won, accumulate=True)
+    p.scatter_add_(1, nearest, own).mul_(s).scatter_add_(1, nearest, h * s.square() * by_scale)
+    return p if exact is None else p.masked_fill_(exact, 0)
 
 # %% ../../nbs/3_translation/2_contextual.ipynb #0e242110
 class BestMatches(torch.autograd.Function):
@@ -107,21 +121,6 @@ class BestMatches(torch.autograd.Function):
                 dg = _through_length(dy, y, m).T
                 dg = dg - (dg.sum(1, keepdim=True) + df.sum(1, keepdim=True)) / len(y)     # the mean is the target's
         return df.to(f.dtype), None if dg is None else dg.to(g.dtype), None, None
-
-# %% ../../nbs/3_translation/2_contextual.ipynb #fc58cb5e
-def _row_gradient(c, m, z, h, r, j, of_best, of_row):
-    "Gradient for the cosines `c` (n,M) of a block: `of_best` at the entries (r,j) that won a column, `of_row` (n,1) at the nearest of each row."
-    s = 1 / (h * (1 - m + NEAR))
-    exact = c >= 1 if (m >= 1).any() else None
-    away = (c if exact is None else c.clamp_(max=1)).sub_(m)
-    nearest = away.argmax(1, keepdim=True)
-    p = (away * s).exp_().div_(z)
-    won, own = of_best * p[r, j], of_row * p.gather(1, nearest)
-    total = own.index_add(0, r, won[:, None])
-    by_scale = torch.zeros_like(m).index_add_(0, r, (won * away[r, j])[:, None]) - total * away.mul_(p).sum(1, keepdim=True)
-    p.mul_(-total).index_put_((r, j), won, accumulate=True)
-    p.scatter_add_(1, nearest, own).mul_(s).scatter_add_(1, nearest, h * s.square() * by_scale)
-    return p if exact is None else p.masked_fill_(exact, 0)
 
 # %% ../../nbs/3_translation/2_contextual.ipynb #7caf2f09
 def _positions(v, mask, b):

@@ -336,7 +336,7 @@ class Translation(_Passes):
         style = self.a_t.mu.detach().mean(0, keepdim=True).expand(len(self.x_s), -1)
         return self._generate(self.c_s, style, "t")
 
-# %% ../../nbs/3_translation/3_drit.ipynb #50c3f5be
+# %% ../../nbs/3_translation/3_drit.ipynb #ef573664
 def bce(
     logits,       # Tensor of any shape, or a list of them (scales)
     target:float, # probability in [0,1]: 1 real, 0 translated, 0.5 undecided
@@ -351,14 +351,13 @@ def content_discriminator(self:Translation)->Tensor:
     judge = self.networks["d_content"]
     return bce(judge(self.c_t.detach()), 1.) + bce(judge(self.c_s.detach()), 0.)
 
-# %% ../../nbs/3_translation/3_drit.ipynb #4742b198
 @patch
 def content_confusion(self:Translation)->Tensor:
     "Loss of the content encoders: $D_C$ should be undecided on both codes. At least 2 ln 2."
     judge = self.networks["d_content"]
     return bce(judge(self.c_s), .5) + bce(judge(self.c_t), .5)
 
-# %% ../../nbs/3_translation/3_drit.ipynb #6eabf2ca
+# %% ../../nbs/3_translation/3_drit.ipynb #4cab24e6
 def style_kl(
     mu:Tensor,     # mean, (B,size)
     logvar:Tensor, # $\log\sigma^2$, (B,size)
@@ -372,7 +371,6 @@ def kl(self:Translation)->Tensor:
     "`style_kl` of the styles of both domains, added."
     return sum(style_kl(a.mu, a.logvar) for a in (self.a_s, self.a_t))
 
-# %% ../../nbs/3_translation/3_drit.ipynb #33833dc0
 def l1(
     a:Tensor, # any shape
     b:Tensor, # the same shape
@@ -385,14 +383,13 @@ def self_reconstruction(self:Translation)->Tensor:
     "Own content with own style gives the image back: L1, both domains."
     return l1(self._generate(self.c_s, self.a_s.z, "s"), self.x_s) + l1(self._generate(self.c_t, self.a_t.z, "t"), self.x_t)
 
-# %% ../../nbs/3_translation/3_drit.ipynb #4f48ce1b
+# %% ../../nbs/3_translation/3_drit.ipynb #a8d0aa92
 @patch
 def cross_cycle(self:Translation)->Tensor:
     "Swap, then swap back: the originals return. L1, both domains."
     c_u, c_v = self._noisy(self.clean_u, "drit content u"), self._noisy(self.clean_v, "drit content v")
     return l1(self._generate(c_u, self.a_v.z, "s"), self.x_s) + l1(self._generate(c_v, self.a_u.z, "t"), self.x_t)
 
-# %% ../../nbs/3_translation/3_drit.ipynb #1d5619ee
 @patch
 def content_code(self:Translation)->Tensor:
     "A translation keeps the content code: L1 of clean codes, the originals detached."

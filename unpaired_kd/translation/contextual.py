@@ -48,7 +48,7 @@ def naive_contextual(
         losses.append({"target": target, "source": source, "symmetric": (target + source) / 2}[direction])
     return torch.stack(losses).mean()
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #c64f82cc
+# %% ../../nbs/3_translation/2_contextual.ipynb #7b989bc9
 def _directions(f, g, t):
     "Unit vectors (N,C) and (M,C) of features (C,N) and (C,M) about the mean of the second, and their lengths (N,1), (M,1)."
     mu = g.to(t).mean(1, keepdim=True)
@@ -58,7 +58,7 @@ def _directions(f, g, t):
 
 def _through_length(d, u, n):
     "The gradient before division by the length `n`, from the gradient `d` of the unit vectors `u`; zero where there is no direction."
-    return torch.where(n > SHORT, (d - u * (d * u).sum(1, keepdim=True)) / n.clamp_min(SHORT), 0)
+    return torch.where(n <= SHORT, 0, (d - u * (d * u).sum(1, keepdim=True)) / n)
 
 def _row_gradient(c, m, z, h, r, j, of_best, of_row):
     "Gradient for the cosines `c` (n,M) of a block: `of_best` at the entries (r,j) that won a column, `of_row` (n,1) at the nearest of each row."

@@ -74,28 +74,35 @@ def _row_gradient(c, m, z, h, r, j, of_best, of_row):
     p.scatter_add_(1, nearest, own).mul_(s).scatter_add_(1, nearest, h * s.square() * by_scale)
     return p if exact is None else p.masked_fill_(exact, 0)
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #0e242110
+# %% ../../nbs/3_translation/2_contextual.ipynb #3616e63f
+def _scan(x, y, h, rows):
+    """Of CX for unit vectors (N,C) and (M,C): column maxima (M,), the first row that has each (M,), row maxima of the cosine (N,1), row sums (N,1).
+    One pass over blocks of rows; a column remembers its best value and its row."""
+    N, M = len(x), len(y)
+    top, total, best = x.new_empty(N, 1), x.new_empty(N, 1), x.new_full((M,), -1)
+    winner, block = torch.zeros(M, dtype=torch.long, device=x.device), x.new_empty(min(rows, N), M)
+    for i in range(0, N, rows):
+        p = torch.mm(x[i:i + rows], y.T, out=block[:min(rows, N - i)])  # cosines
+        m = p.amax(1, keepdim=True)
+        if m.max() > 1: p.clamp_(max=1); m.clamp_(max=1)                # rounding; a distance is never below 0
+        z = p.sub_(m).div_(h * (1 - m + NEAR)).exp_().sum(1, keepdim=True)
+        b = p.div_(z).amax(0)
+        better = b > best
+        row, column = (p == b.where(better, 2)).nonzero(as_tuple=True)  # no entry is 2
+        winner.masked_fill_(better, N).scatter_reduce_(0, column, row + i, "amin")
+        torch.maximum(best, b, out=best)
+        top[i:i + rows], total[i:i + rows] = m, z
+    return best, winner, top, total
+
+# %% ../../nbs/3_translation/2_contextual.ipynb #db558a47
 class BestMatches(torch.autograd.Function):
     """Column maxima (M,) and row maxima (N,) of CX for features `f` (C,N), `g` (C,M), in blocks of `rows` rows; the matrix is never stored.
     Keeps `f`, `g` and two numbers per row, one per column. Cannot be differentiated twice."""
     @staticmethod
     def forward(ctx, f:Tensor, g:Tensor, h:float, rows:int)->tuple:
-        "One pass over the blocks. A column remembers its best value and the first row that has it."
+        "One pass; see `_scan`."
         x, y, _, _ = _directions(f, g, torch.promote_types(torch.promote_types(f.dtype, g.dtype), torch.float32))
-        N, M = len(x), len(y)
-        top, total, best = x.new_empty(N, 1), x.new_empty(N, 1), x.new_full((M,), -1)
-        winner, block = torch.zeros(M, dtype=torch.long, device=x.device), x.new_empty(min(rows, N), M)
-        for i in range(0, N, rows):
-            p = torch.mm(x[i:i + rows], y.T, out=block[:min(rows, N - i)])  # cosines
-            m = p.amax(1, keepdim=True)
-            if m.max() > 1: p.clamp_(max=1); m.clamp_(max=1)                # rounding; a distance is never below 0
-            z = p.sub_(m).div_(h * (1 - m + NEAR)).exp_().sum(1, keepdim=True)
-            b = p.div_(z).amax(0)
-            better = b > best
-            row, column = (p == b.where(better, 2)).nonzero(as_tuple=True)  # no entry is 2
-            winner.masked_fill_(better, N).scatter_reduce_(0, column, row + i, "amin")
-            torch.maximum(best, b, out=best)
-            top[i:i + rows], total[i:i + rows] = m, z
+        best, winner, top, total = _scan(x, y, h, rows)
         ctx.save_for_backward(f, g, top, total, winner)
         ctx.h, ctx.rows = h, rows
         return best, 1 / total[:, 0]
@@ -212,7 +219,7 @@ class Extractor(nn.Module):
         check_signed(x)
         return self.features_of(x)
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #3eb83f86
+# %% ../../nbs/3_translation/2_contextual.ipynb #978d8a74
 VGG19_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512) # convolution (each with a ReLU) or pooling
 VGG19_TAPS = (15, 17, 20)                   # after the ReLU of conv3_3, conv3_4, conv4_1
 IMAGENET = (.485, .456, .406), (.229, .224, .225) # mean and standard deviation of the colours
@@ -227,6 +234,7 @@ def vgg19_body()->nn.Sequential: # 21 layers, (B,3,H,W) -> (B,512,H/8,W/8)
             i = o
     return nn.Sequential(*layers)
 
+# %% ../../nbs/3_translation/2_contextual.ipynb #c9916f81
 class VGG19Features(Extractor):
     """Features of VGG19 after conv3_3, conv3_4 and conv4_1: (B,256,H/4,W/4) twice, (B,512,H/8,W/8). 3,505,728 weights, sides at least 8.
     Raises `InputError` without weights, unless `random=True` (which warns), and for weights that do not fit."""
@@ -323,7 +331,7 @@ class FilterBank(Extractor):
             maps.append(torch.cat([r.relu(), (-r).relu()], 1))
         return maps
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #aa0db872
+# %% ../../nbs/3_translation/2_contextual.ipynb #a78c6eaa
 @contextlib.contextmanager
 def _looking(net, statistics):
     "Within the block, `net` only looks: eval mode, no gradient for its weights, no change of its statistics. Afterwards everything is as before."
@@ -347,6 +355,7 @@ def encoder_layers(
         if all(n in known for n in names): return names
     raise InputError(f"{type(net).__name__} has none of the known encoder layers {ENCODER_LAYERS}. Give names=(layer, ...), as net.named_modules() gives them.")
 
+# %% ../../nbs/3_translation/2_contextual.ipynb #2e7f32f1
 class EncoderFeatures(Extractor):
     """Features of named layers of a network that is being trained at the same time, such as the teacher. The network is looked at, not owned: its weights are
     not in this module's `state_dict`, get no gradient from it, and its BatchNorm statistics do not move. Raises `InputError` for names that are not layers."""

@@ -1,0 +1,164 @@
+"Looking into networks: pixel lists, features at pixels, t-SNE, separation with cases held out; matched feature maps."
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from unpaired_kd.analysis.tsne import Pixels, crop_window, embed, explore, pixel_features, sample_pixels, separation, separation_difference
+from unpaired_kd.core import InputError, rng
+from unpaired_kd.networks.taps import Taps
+from unpaired_kd.networks.unet import UNet
+
+
+def blobs():
+    "Labels of three cases: a blob in the middle, one in a corner, and a volume with an empty slice."
+    a, b, c = np.zeros((64, 80), int), np.zeros((64, 80), int), np.zeros((3, 64, 80), int)
+    a[20:30, 30:44], b[:6, 74:], c[0, 40:50, 10:20], c[2, 60:, :9] = 1, 2, 1, 1
+    return [a, b, c]
+
+
+def net(seed=0, dims=2):
+    torch.manual_seed(seed)
+    return UNet(in_channels=1, width=2, dims=dims).eval()
+
+
+# ---------------------------------------------------------------- pixels
+def test_pixels_are_balanced_bounded_and_the_same_every_time():
+    labels = blobs()
+    p = sample_pixels(labels, most=300, crop=24, seed=3)
+    for c in range(3):
+        mine = p.case == c
+        assert 0 < p.label[mine].sum() * 2 == mine.sum() <= 100
+        assert np.array_equal(np.atleast_3d(labels[c].reshape(-1, 64, 80))[p.slice[mine], p.row[mine], p.column[mine]] > 0, p.label[mine])
+    assert all(np.array_equal(x, y) for x, y in zip(p, sample_pixels(labels, 300, 24, 3)))
+    assert not np.array_equal(p.row, sample_pixels(labels, 300, 24, 4).row)
+    assert len(np.unique(np.column_stack(p[:4]), axis=0)) == len(p.label)            # no pixel twice
+    assert len(sample_pixels([np.tile([0, 1], (400, 200))] * 2, 35_000).label) <= 35_000
+
+
+def test_background_comes_from_the_window_and_the_window_from_the_slice():
+    p = sample_pixels(blobs(), most=10**6, crop=24)
+    assert set(p.slice[p.case == 2].tolist()) == {0, 2}
+    corner = p.case == 1
+    assert p.row[corner].max() <= 23 and p.column[corner].min() >= 56
+    assert p.label[corner].sum() == 36                                               # all of the blob
+
+
+@pytest.mark.parametrize("at,goal", [((slice(20, 30), slice(30, 44)), ((13, 37), (25, 49))), ((slice(0, 3), slice(78, 80)), ((0, 24), (56, 80))),
+                                     ((slice(60, 64), slice(0, 4)), ((40, 64), (0, 24)))])
+def test_window_is_clamped_at_borders(at, goal):
+    y = np.zeros((64, 80), bool); y[at] = True
+    assert tuple((w.start, w.stop) for w in crop_window(y, 24)) == goal
+    assert tuple((w.start, w.stop) for w in crop_window(y, 70)) [0] == (0, 64)        # smaller than the crop: all of it
+
+
+def test_pixels_refuse_nothing_to_sample():
+    for labels, most in (([np.zeros((9, 9))], 100), ([np.ones((9, 9))], 100), (blobs(), 5), ([], 10), ([np.ones(9)], 10)):
+        with pytest.raises(InputError): sample_pixels(labels, most)
+
+
+# ---------------------------------------------------------------- features
+def test_features_equal_the_enlarged_maps_also_in_volumes_and_keep_the_mode():
+    labels, n = blobs(), net()
+    r = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, 64, 80, generator=r), torch.rand(1, 64, 80, generator=r), torch.rand(1, 3, 64, 80, generator=r)]
+    p, names = sample_pixels(labels, 120, 24), ("conv8", "conv9", "conv5")
+    n.train()
+    before = {k: v.clone() for k, v in n.state_dict().items()}
+    f = pixel_features(n, images, names, p)
+    assert n.training and all(torch.equal(v, before[k]) for k, v in n.state_dict().items()) and f.shape == (len(p.label), 4 + 2 + 32)
+    n.eval()
+    for i in (0, len(f) // 2, len(f) - 1):
+        x = images[p.case[i]]
+        with Taps(n, names) as taps, torch.no_grad():
+            n((x if x.ndim == 3 else x[:, p.slice[i]])[None])
+            full = torch.cat([F.interpolate(taps[k], (64, 80), mode="bilinear", align_corners=False) for k in names], 1)
+        assert np.allclose(f[i], full[0, :, p.row[i], p.column[i]], atol=1e-5)
+    assert not any(m._forward_hooks for m in n.modules())
+
+
+def test_features_refuse_pixels_that_are_not_in_the_images():
+    p = sample_pixels(blobs()[:2], 40, 24)
+    with pytest.raises(InputError, match="there are 1 images"): pixel_features(net(), [torch.rand(1, 64, 80)], ("conv9",), p)
+    with pytest.raises(InputError, match="outside"): pixel_features(net(), [torch.rand(1, 32, 32)] * 2, ("conv9",), p)
+    with pytest.raises(InputError, match="conv99"): pixel_features(net(), [], ("conv99",), p)
+
+
+# ---------------------------------------------------------------- t-SNE
+def clouds(n=600, channels=12, gap=3.):
+    r, y = rng(0, "clouds"), np.arange(n) % 2
+    return (r.standard_normal((n, channels)) + gap * y[:, None] * (np.arange(channels) < 4)).astype(np.float32), y
+
+
+def test_embedding_is_repeatable_names_its_engine_and_keeps_neighbours():
+    x, y = clouds()
+    x[:, 0] = 7.                                                                      # a constant channel does no harm
+    a = embed(x, "sklearn", perplexity=30, iterations=250, seed=1, threads=1)
+    assert a.engine == "sklearn" and np.isfinite(a.xy).all() and a.xy.shape == (600, 2)
+    few, again = (embed(x[:90], "sklearn", perplexity=10, iterations=250, seed=1, threads=1).xy for _ in range(2))
+    assert np.array_equal(few, again)
+    s = separation(x, y, np.arange(600) // 100, a.xy)
+    assert s.trustworthiness > .63 and separation(x, y, np.arange(600) // 100, rng(0, "no map").random((600, 2))).trustworthiness < .55
+    assert separation(a.xy, y, np.arange(600) // 100).knn > .95
+
+
+def test_scale_of_a_channel_does_not_matter():
+    x, _ = clouds(120)
+    scale = np.ones(12, np.float32); scale[5] = 1024.
+    a, b = (embed(v, "sklearn", perplexity=10, iterations=250).xy for v in (x, x * scale))
+    assert np.allclose(a, b, atol=1e-3 * np.abs(a).max())
+
+
+def test_embedding_refusals():
+    x, _ = clouds(100)
+    for kw, words in ((dict(), "too few"), (dict(engine="umap"), "unknown engine"), (dict(perplexity=5, iterations=100), "at least 250")):
+        with pytest.raises(InputError, match=words): embed(x, **kw)
+    with pytest.raises(InputError, match="NaN"): embed(x * np.nan, perplexity=5)
+    try: import openTSNE
+    except ImportError:
+        with pytest.raises(InputError, match="not installed"): embed(x, "opentsne", perplexity=5)
+
+
+# ---------------------------------------------------------------- separation
+def test_separation_holds_cases_out():
+    r = rng(0, "leak")
+    spot, mark = r.standard_normal((16, 8, 6)), np.stack([r.permutation([0, 1] * 4) for _ in range(16)])
+    case, cluster = np.repeat(np.arange(16), 80), np.tile(np.repeat(np.arange(8), 10), 16)
+    x, y = spot[case, cluster] + .05 * r.standard_normal((1280, 6)), mark[case, cluster]
+    assert separation(x, y, np.tile(np.arange(5), 256)).knn > .9                      # folds that leak
+    assert abs(separation(x, y, case).knn - .5) < .15
+
+
+def test_separation_at_both_ends_and_by_case():
+    x, y = clouds(400, gap=6.)
+    g = np.arange(400) // 50
+    s, none = separation(x, y, g), separation(rng(0, "noise").standard_normal(x.shape), y, g)
+    assert s.knn > .99 and s.auc > .99 and .2 < s.silhouette < 1 and np.isnan(s.trustworthiness)
+    assert abs(none.knn - .5) < .1 and abs(none.auc - .5) < .1 and abs(none.silhouette) < .05
+    assert s.knn == pytest.approx(s.knn_case.mean()) and len(s.auc_case) == len(s.cases) == 8
+    assert separation(x * 100, y, g).knn == s.knn
+
+
+def test_difference_is_paired_over_cases():
+    x, y = clouds(400, gap=1.)
+    g = np.arange(400) // 50
+    a, b = separation(rng(0, "noise").standard_normal(x.shape), y, g), separation(x, y, g)
+    d, low, high = separation_difference(a, b)["knn"]
+    assert d == pytest.approx(b.knn - a.knn) and 0 < low < d < high
+    assert separation_difference(b, b)["auc"] == (0, 0, 0)
+    with pytest.raises(InputError, match="other cases"): separation_difference(a, separation(x, y, g + 1))
+
+
+def test_separation_refusals():
+    x, y = clouds(60)
+    with pytest.raises(InputError, match="one group"): separation(x, y, np.zeros(60))
+    with pytest.raises(InputError, match="one class"): separation(x, y, y)
+
+
+def test_menu_changes_the_picture():
+    pytest.importorskip("ipywidgets")
+    import matplotlib; matplotlib.use("agg")
+    xy = rng(0, "xy").random((20, 2))
+    menu, picture = explore(xy, {"class": np.arange(20) % 2, "case": np.arange(20) // 5}).children
+    before, menu.value = picture.value, "case"
+    assert picture.value[:4] == before[:4] == b"\x89PNG" and picture.value != before

@@ -560,3 +560,33 @@ def test_real_scans(real_data):
     m = read_image(folder / "example_mr_sm.nii.gz").array[0]
     s = HistogramStandard.fit([m, 2.5 * m, .3 * m + 4])
     assert np.allclose(s.apply(m), s.apply(7. * m), atol=1e-5) and s.apply(m).std() > .05
+
+
+def test_scans_that_would_overwrite_each_other_are_refused(tmp_path):
+    scans = ct_scans(tmp_path)["ct"]
+    go = lambda s: prepare_clinical({"ct": s}, tmp_path / "out", {"ct": (-1000, 500)}, {"ct": ("background", "bone")})
+    with pytest.raises(InputError, match="two have one id"): go([*scans, scans[0]])
+    with pytest.raises(InputError, match="empty"): go([])
+    with pytest.raises(InputError, match="(?s)p1.nii.gz.*holds class -1"): go([scans[0], Scan("p1", "p1", scans[1].image, lambda image: -(image.array[0] > 300).astype(int))])
+    with pytest.raises(InputError, match="(?s)p1.nii.gz: the label has shape"): go([scans[0], Scan("p1", "p1", scans[1].image, lambda image: np.zeros((2, 2, 2), int))])
+
+
+def test_a_modality_without_labels_has_none(tmp_path):
+    scans = [Scan(s.id, s.group, s.image) for s in ct_scans(tmp_path)["ct"]]
+    out = prepare_clinical({"ct": scans}, tmp_path / "out", {"ct": (-1000, 500)}, {"ct": ("background", "bone")})
+    assert not open_collection(out, "ct").has_labels and not (out / "labels").exists()
+
+
+def test_filling_agrees_with_counting_crossings(tmp_path):
+    like, r = scan_image(tmp_path), np.random.default_rng(3)
+    z = CORNER[2] + STEP * 2
+    for _ in range(5):
+        polygons = [np.c_[r.uniform(-19.7, 25.3, 7), r.uniform(-29.6, 7.3, 7), np.full(7, z)] for _ in range(3)]
+        index = [(p[:, :2] - CORNER[:2]) / PX for p in polygons]
+        points = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).reshape(-1, 2)
+        odd = np.zeros(len(points), int)
+        for q in index:                                                  # crossings of a ray to the right, one polygon after the other
+            for (x0, y0), (x1, y1) in zip(q, np.roll(q, -1, 0)):
+                cross = (y0 > points[:, 1]) != (y1 > points[:, 1])
+                odd += cross & (points[:, 0] < x0 + (points[:, 1] - y0) * (x1 - x0) / (y1 - y0))
+        assert np.array_equal(fill_contours(polygons, like)[2].ravel(), odd % 2 == 1)

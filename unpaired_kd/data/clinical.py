@@ -8,7 +8,7 @@ __all__ = ['PERCENTILES', 'CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'LA
            'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order', 'match_slices', 'chaos_label',
            'chaos_scans', 'read_chaos', 'patient_folds', 'fill_contours', 'check_frame', 'rtstruct_mask', 'seg_mask',
            'seg_plane', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark', 'write_scan',
-           'prepare_clinical']
+           'preparation', 'check_shown', 'prepare_clinical']
 
 # %% ../../nbs/1_data/12_clinical.ipynb #795580e7
 import os
@@ -191,18 +191,17 @@ def load_scans(
         cases.append(Case(s.id, image.array, label, s.group, spacing=image.spacing))
     return Collection(cases, **dict(dict(name=name, label_kind="semantic"), **kw))
 
-# %% ../../nbs/1_data/12_clinical.ipynb #c1935ff9
+# %% ../../nbs/1_data/12_clinical.ipynb #5fa9738c
 def dicom_header(
     path, # DICOM file
 ): # pydicom data set without pixels
-    "Read everything but the pixels, sequences too. A file that is cut short or no DICOM is an `InputError` that names it."
+    "Read everything but the pixels. A file that is cut short or no DICOM is an `InputError` that names it."
     dicom = extra("pydicom", "dicom")
     try:
         with log_as_error("pydicom"):
             s = dicom.dcmread(path, stop_before_pixels=True)
             for raw in map(s.get_item, list(s.keys())):
                 if isinstance(getattr(raw, "value", None), bytes) and getattr(raw, "length", 0) not in (len(raw.value), 0xFFFFFFFF): raise EOFError(f"element {raw.tag} is cut short")
-            for _ in s.iterall(): pass
         return s
     except Exception as e: raise InputError(f"{path} cannot be read as DICOM ({type(e).__name__}: {e}). Copy it again from its source.") from e
 
@@ -389,7 +388,7 @@ def check_frame(
     "Raise `InputError` when a label names another frame of reference than its scan has."
     if stated and frame and stated != frame: raise InputError(f"{name} was drawn in another frame of reference ({stated}) than the scan has ({frame}). Use the series that it was drawn on.")
 
-# %% ../../nbs/1_data/12_clinical.ipynb #ef00185a
+# %% ../../nbs/1_data/12_clinical.ipynb #f1fbdc11
 def rtstruct_mask(
     path,             # RTSTRUCT file
     like:Image,       # the CT, from `read_image`
@@ -398,13 +397,13 @@ def rtstruct_mask(
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
     "The mask of a region on the grid of its CT. Raises `InputError` with the names that are there, and for everything that cannot be filled."
     s, name = dicom_header(path), f"{path}, ROI {roi!r}"
-    regions = {int(r.ROINumber): r for r in s.get("StructureSetROISequence", [])}
+    regions = {int(r.get("ROINumber", -1)): r for r in s.get("StructureSetROISequence", [])}
     names = {k: str(r.get("ROIName", "")).strip() for k, r in regions.items()}
     chosen = [k for k, n in names.items() if n.lower() == roi.strip().lower()]
     if not chosen: raise InputError(f"{path}: {unknown('ROI', roi, names.values())}")
     if len(chosen) > 1: raise InputError(f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave the patient out.")
     check_frame(str(regions[chosen[0]].get("ReferencedFrameOfReferenceUID", "")), frame, str(path))
-    found = [c for r in s.get("ROIContourSequence", []) if int(r.ReferencedROINumber) in chosen for c in r.get("ContourSequence", [])]
+    found = [c for r in s.get("ROIContourSequence", []) if int(r.get("ReferencedROINumber", -2)) in chosen for c in r.get("ContourSequence", [])]
     open_ones = {str(c.get("ContourGeometricType", "")) for c in found} - {"CLOSED_PLANAR", "POINT"}
     if open_ones: raise InputError(f"{name} has contours of type {', '.join(sorted(open_ones))}; only CLOSED_PLANAR can be filled. Close them in a contouring program.")
     try: contours = [np.array([float(v) for v in c.ContourData]).reshape(-1, 3) for c in found]
@@ -498,7 +497,7 @@ def read_nsclc(
     "NSCLC-Radiomics as a collection of CT volumes with the window of CMEDL."
     return load_scans(nsclc_scans(folder, labels, roi, skip), **dict(dict(name="ct", classes=("background", "tumour"), intensity=(-1000, 500)), **kw))
 
-# %% ../../nbs/1_data/12_clinical.ipynb #29b3785a
+# %% ../../nbs/1_data/12_clinical.ipynb #d4279753
 NOTE = "preparation.json"
 
 def stored_rule(
@@ -509,9 +508,6 @@ def stored_rule(
     "A rule as it is stored with the data."
     if isinstance(rule, str):
         if rule != "histogram": raise InputError(unknown("rule", rule, ("histogram",)) + " Or give a window (low, high) in HU, or a HistogramStandard.")
-        groups = {s.group for s in scans}
-        for g in fit_on or ():
-            if g not in groups: raise InputError("fit_on: " + unknown("group", g, groups))
         chosen = [s for s in scans if fit_on is None or s.group in set(fit_on)]
         rule = HistogramStandard.fit((read_image(s.image, 1).array for s in chosen), names=[str(s.image) for s in chosen])
     if isinstance(rule, HistogramStandard): return dict(kind="histogram", **rule.to_dict())
@@ -531,7 +527,7 @@ def standardise(
     if rule.get("kind") == "histogram": return HistogramStandard.from_dict(rest).apply(volume, name)
     raise InputError(unknown("kind of rule", rule.get("kind"), ("window_hu", "histogram")))
 
-# %% ../../nbs/1_data/12_clinical.ipynb #ec3af0d8
+# %% ../../nbs/1_data/12_clinical.ipynb #42cfabc7
 def source_mark(
     scan:Scan, # not read
 )->list: # number of files and bytes of its image
@@ -556,14 +552,46 @@ def write_scan(
     row = dict(modality=modality, id=scan.id, image=x, label="" if label is None else y, group=scan.group, seen=[])
     if label is not None:
         row["seen"] = np.unique(label).tolist()
-        if row["seen"][-1] >= len(classes): raise InputError(f"{scan.image}: the label holds class {row['seen'][-1]}, but {modality!r} has {len(classes)} classes {tuple(classes)}. Name them all.")
+        odd = [v for v in row["seen"] if v not in range(len(classes))]
+        if odd: raise InputError(f"{scan.image}: the label holds class {odd[-1]}, but {modality!r} has {len(classes)} classes {tuple(classes)}. Name them all.")
         write_label(folder/y, label, image)
     write_image(folder/x, replace(image, array=np.rint(unit * 65535).astype(np.uint16)))
     row.update(sha256_image=file_sha256(folder/x), sha256_label="" if label is None else file_sha256(folder/y))
     write_json(note, dict(source=mark, row=row))
     return row
 
-# %% ../../nbs/1_data/12_clinical.ipynb #37b1c1fb
+# %% ../../nbs/1_data/12_clinical.ipynb #de98d771
+def preparation(
+    scans:dict,   # modality -> list of `Scan`
+    rules:dict,   # modality -> rule
+    classes:dict, # modality -> class names
+    fit_on=None,  # groups, or None
+)->dict: # plain data that decides what is written
+    "Check a plan of `prepare_clinical` and write it as plain data. Raises `InputError` for what is missing, unknown or there twice."
+    for k, table in (("rules", rules), ("classes", classes)):
+        for m in scans:
+            if m not in table: raise InputError(f"{k}: {unknown('modality', m, table)} Give one for each modality of scans.")
+    groups = {s.group for items in scans.values() for s in items}
+    for g in fit_on or ():
+        if g not in groups: raise InputError("fit_on: " + unknown("group", g, groups))
+    for m, items in scans.items():
+        if not items: raise InputError(f"scans of {m!r}: the list is empty. Leave the modality out.")
+        if len({s.id for s in items}) < len(items): raise InputError(f"scans of {m!r}: two have one id. Ids must be unique.")
+    plain = {m: asdict(rules[m]) if isinstance(rules[m], HistogramStandard) else rules[m] for m in scans}
+    marks = {m: [[s.id, s.group, *(source_mark(s) if plain[m] == "histogram" else ())] for s in items] for m, items in scans.items()}
+    return dict(scans=marks, rules=plain, classes={m: list(classes[m]) for m in scans}, fit_on="all" if fit_on is None else sorted(fit_on))
+
+def check_shown(
+    rows:list,    # what `write_scan` returned
+    classes:dict, # modality -> class names
+):
+    "Raise `InputError` for a class that no label of its modality shows."
+    for m, names in classes.items():
+        seen = [r["seen"] for r in rows if r["modality"] == m and r["label"]]
+        absent = [c for k, c in enumerate(names) if k and seen and not any(k in s for s in seen)]
+        if absent: raise InputError(f"no label of {m!r} shows class {', '.join(map(repr, absent))}. Correct `classes`, or add the scans that show it.")
+
+# %% ../../nbs/1_data/12_clinical.ipynb #4ba1cc66
 def prepare_clinical(
     scans:dict,   # modality -> list of `Scan`
     target,       # folder to write; `open_collection` reads it
@@ -572,15 +600,9 @@ def prepare_clinical(
     fit_on=None,  # groups (patients) on which "histogram" is fitted; None: all
 )->Path: # `target`
     "Write scans as a prepared data set; resumes, and is whole or absent. Raises `InputError` for faults in a scan, a class that no label shows, and a target that holds something else."
-    target = Path(target)
-    for k, table in (("rules", rules), ("classes", classes)):
-        for m in scans:
-            if m not in table: raise InputError(f"{k}: {unknown('modality', m, table)} Give one for each modality of scans.")
-    plain = {m: asdict(r) if isinstance(r, HistogramStandard) else r for m, r in rules.items()}
-    names = {m: list(classes[m]) for m in scans}
-    marks = {m: [[s.id, s.group, *(source_mark(s) if plain[m] == "histogram" else ())] for s in items] for m, items in scans.items()}
-    plan = digest(dict(scans=marks, rules=plain, classes=names, fit_on=fit_on if fit_on is None else sorted(fit_on)))
-    made = lambda folder: (folder/NOTE).exists() and read_json(folder/NOTE).get("plan") == plan
+    target, plan = Path(target), preparation(scans, rules, classes, fit_on)
+    key, names = digest(plan), plan["classes"]
+    made = lambda folder: (folder/NOTE).exists() and read_json(folder/NOTE).get("plan") == key
     if target.exists():
         if made(target): return target
         raise InputError(f"{target} exists and was made from other scans or by other rules. Give a new folder, or remove it.")
@@ -588,14 +610,14 @@ def prepare_clinical(
     if part.exists() and not made(part): shutil.rmtree(part)
     if not made(part):
         stored = {m: stored_rule(rules[m], items, fit_on) for m, items in scans.items()}
-        write_json(part/NOTE, dict(version=1, plan=plan, classes=names, rules=stored, fit_on="all" if fit_on is None else sorted(fit_on)))
-    stored, rows = read_json(part/NOTE)["rules"], []
-    with progress(sum(map(len, scans.values())), "scans", enabled=sum(map(len, scans.values())) > 50) as bar:
+        write_json(part/NOTE, dict(version=1, plan=key, classes=names, rules=stored, fit_on=plan["fit_on"]))
+    stored, rows, n = read_json(part/NOTE)["rules"], [], sum(map(len, scans.values()))
+    with progress(n, "scans", enabled=n > 50) as bar:
         for m, items in scans.items():
-            for s in items: rows.append(write_scan(s, part, m, stored[m], names[m])); bar.update()
-    for m in scans:
-        absent = [c for k, c in enumerate(names[m]) if k and any(r["label"] for r in rows if r["modality"] == m) and not any(k in r["seen"] for r in rows if r["modality"] == m)]
-        if absent: raise InputError(f"{target}: no label of {m!r} shows class {', '.join(map(repr, absent))}. Correct `classes`, or add the scans that show it.")
+            for s in items:
+                rows.append(write_scan(s, part, m, stored[m], names[m]))
+                bar.update()
+    check_shown(rows, names)
     write_csv(part/"manifest.csv", [{k: v for k, v in r.items() if k != "seen"} for r in rows])
     shutil.rmtree(part/".rows", ignore_errors=True)
     os.replace(part, target)

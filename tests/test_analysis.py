@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unpaired_kd.analysis.tsne import Pixels, crop_window, embed, explore, pixel_features, sample_pixels, separation, separation_difference
+from unpaired_kd.analysis.feature_maps import channel_maps, correlations, feature_grid, linear_cka, match_channels, montage, similarity, tied_channels
+from unpaired_kd.analysis.tsne import crop_window, embed, explore, pixel_features, sample_pixels, separation, separation_difference
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.networks.unet import UNet
@@ -162,3 +163,70 @@ def test_menu_changes_the_picture():
     menu, picture = explore(xy, {"class": np.arange(20) % 2, "case": np.arange(20) // 5}).children
     before, menu.value = picture.value, "case"
     assert picture.value[:4] == before[:4] == b"\x89PNG" and picture.value != before
+
+
+# ---------------------------------------------------------------- feature maps
+def some_maps(n=6, seed=0): return rng(seed, "maps").standard_normal((n, 9, 7)).astype(np.float32)
+
+
+def test_channel_maps_are_the_tapped_ones_and_keep_the_mode():
+    n, x = net().train(), torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(0))
+    before = {k: v.clone() for k, v in n.state_dict().items()}
+    m = channel_maps(n, x, "conv8", 3)
+    assert n.training and all(torch.equal(v, before[k]) for k, v in n.state_dict().items()) and not n.conv8._forward_hooks
+    with Taps(n.eval(), ("conv8",)) as taps, torch.no_grad():
+        n(x[None])
+        assert np.array_equal(m, taps["conv8"][0, :3].numpy())
+    assert channel_maps(n, x, "conv8").shape == (4, 16, 24) and np.array_equal(channel_maps(n, x, "conv8", [2, 0]), m[[2, 0]])
+    for bad in (dict(channels=[4]), dict(channels=[-1]), dict(channels=0), dict(layer="conv99")):
+        with pytest.raises(InputError): channel_maps(n, x, **dict(dict(layer="conv8"), **bad))
+    with pytest.raises(InputError, match="one image"): channel_maps(n, x[None], "conv8")
+
+
+def test_matching_undoes_any_shuffle_scale_and_shift():
+    a, p = some_maps(), rng(0, "p").permutation(6)
+    order, r = match_channels(a, a[p] * np.arange(1, 7)[:, None, None] - 3)
+    assert p[order].tolist() == list(range(6)) and np.allclose(r, 1)
+    order, r = match_channels(a[:2], np.concatenate([some_maps(3, 1), a]))            # more channels to choose from
+    assert order.tolist() == [3, 4] and np.allclose(r, 1)
+    assert match_channels(a, -a)[1].max() < .9                                        # a negative is no match
+
+
+def test_matching_is_one_to_one_and_never_worse_than_as_it_stands():
+    a, b = some_maps(), some_maps(8, 1)
+    order, r = match_channels(a, b)
+    assert len(set(order.tolist())) == 6 and r.sum() >= tied_channels(a, b)[1].sum()
+    c = correlations(a, b)
+    assert c[1, 2] == pytest.approx(np.corrcoef(a[1].ravel(), b[2].ravel())[0, 1]) and np.array_equal(r, c[np.arange(6), order])
+
+
+def test_constant_maps_and_other_sizes():
+    a = some_maps(); a[2] = 5
+    assert (correlations(a, a)[2] == 0).all() and np.isfinite(match_channels(a, a)[1]).all()
+    smooth = F.interpolate(torch.from_numpy(some_maps(3, 2)[None]), (36, 28), mode="bilinear")[0].numpy()
+    assert correlations(smooth, F.avg_pool2d(torch.from_numpy(smooth), 2).numpy()).diagonal().min() > .97
+    with pytest.raises(InputError, match="fewer channels"): match_channels(a, a[:3])
+    with pytest.raises(InputError, match="channels, height"): correlations(a[0], a)
+
+
+def test_cka_is_blind_to_rotation_only():
+    a, b = some_maps(), some_maps(4, 1)
+    turn = np.linalg.qr(rng(0, "turn").standard_normal((6, 6)))[0]
+    assert linear_cka(a, 3 * np.einsum("ij,jhw->ihw", turn, a) + 2) == pytest.approx(1)
+    assert linear_cka(a, b) == pytest.approx(linear_cka(b, a)) and 0 < linear_cka(a, b) < .4
+    assert linear_cka(np.stack([a, 2 * a]), np.stack([a, 2 * a])) == pytest.approx(1)
+    assert np.isnan(linear_cka(a, a * 0))
+    with pytest.raises(InputError, match="other positions"): linear_cka(a, b[:, 1:])
+    s = similarity(a, a[::-1])
+    assert s["cka"] == pytest.approx(1) and s["matched"] == pytest.approx(1) and s["tied"] < .6
+
+
+def test_grid_shows_matched_channels_and_says_how_well():
+    import matplotlib; matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    a = some_maps()
+    shots = {m: [(ax.images[0].get_array(), ax.get_title()) for ax in feature_grid({"t": a, "s": a[::-1]}, match=m, columns=4).axes] for m in (True, False)}
+    plt.close("all")
+    assert np.array_equal(shots[True][0][0], shots[True][1][0]) and "1.00" in shots[True][1][1]
+    assert not np.array_equal(shots[False][0][0], shots[False][1][0]) and "1.00" not in shots[False][1][1]
+    assert montage(a, 4).shape == (2 * 10, 4 * 8) and montage(a, 4).min() == 0 and montage(a * 0, 4)[:9, :7].max() == 0

@@ -103,6 +103,13 @@ def test_embedding_is_repeatable_names_its_engine_and_keeps_neighbours():
     assert separation(a.xy, y, np.arange(600) // 100).knn > .95
 
 
+def test_the_fast_engine_agrees_about_neighbours():
+    pytest.importorskip("openTSNE")
+    x, y = clouds(300)
+    a = embed(x, perplexity=20, iterations=400, threads=1)
+    assert a.engine == "opentsne" and separation(a.xy, y, np.arange(300) // 50).knn > .95
+
+
 def test_scale_of_a_channel_does_not_matter():
     x, _ = clouds(120)
     scale = np.ones(12, np.float32); scale[5] = 1024.

@@ -17,7 +17,7 @@ from ..core import InputError, PALETTE, rng, unknown
 from ..evaluation import bootstrap_ci
 from ..networks.taps import Taps
 
-# %% ../../nbs/4_analysis/1_tsne.ipynb #ebffc9e5
+# %% ../../nbs/4_analysis/1_tsne.ipynb #2213f381
 class Pixels(NamedTuple):
     "A list of N pixels of several cases."
     case:np.ndarray   # (N,) number of the case
@@ -38,6 +38,7 @@ def crop_window(
         out.append(slice(int(start), int(min(start + crop, size))))
     return tuple(out)
 
+# %% ../../nbs/4_analysis/1_tsne.ipynb #45e4ee4a
 def sample_pixels(
     labels,          # list of label maps, one per case: (H,W) or (D,H,W); above 0 is foreground
     most:int=35_000, # pixels in all, at most; half of them foreground
@@ -95,7 +96,7 @@ def pixel_features(
     finally: net.train(training)
     return np.stack(out)
 
-# %% ../../nbs/4_analysis/1_tsne.ipynb #99341205
+# %% ../../nbs/4_analysis/1_tsne.ipynb #27c5c6b6
 ENGINES = ("auto", "opentsne", "sklearn")
 
 class Embedding(NamedTuple):
@@ -113,6 +114,7 @@ def standardised(
     sd = f.std(0)
     return (f - f.mean(0)) / np.where(sd > 1e-12 * np.abs(f).max(initial=1), sd, np.inf)
 
+# %% ../../nbs/4_analysis/1_tsne.ipynb #f390571c
 def embed(
     features,            # (N,C)
     engine:str="auto",   # auto: openTSNE if installed | opentsne | sklearn
@@ -179,7 +181,7 @@ def explore(
     menu.observe(lambda change: setattr(picture, "value", png(change["new"])), "value")
     return widgets.VBox([menu, picture])
 
-# %% ../../nbs/4_analysis/1_tsne.ipynb #fe054d22
+# %% ../../nbs/4_analysis/1_tsne.ipynb #6525da80
 class Separation(NamedTuple):
     "How well features tell the classes apart."
     knn:float            # accuracy of 15 nearest neighbours, mean over cases, cases held out
@@ -190,6 +192,7 @@ class Separation(NamedTuple):
     knn_case:np.ndarray  # (cases,) accuracy
     auc_case:np.ndarray  # (cases,) AUC
 
+# %% ../../nbs/4_analysis/1_tsne.ipynb #35df5912
 def separation(
     features,          # (N,C)
     labels,            # (N,) bool

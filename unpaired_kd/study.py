@@ -142,7 +142,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #863a851e
+# %% ../nbs/5_methods/3_study.ipynb #c9ae3c48
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -171,7 +171,9 @@ def split_data(
     if config.score_on not in ("test", "validation"): raise InputError(unknown("score_on", config.score_on, ("test", "validation")))
     scored = student["test"]
     if config.score_on == "validation":
-        scored, rest = rest, []
+        whose = list(dict.fromkeys(group_of[i] for i in rest))
+        shown = set(whose[::2]) if any((arm or {}).get("options", {}).get("unlabelled") for arm in config.arms.values()) else set() # an arm learns from them without labels: they are not scored
+        scored, rest = ([i for i in rest if (group_of[i] in shown) == kept] for kept in (False, True))
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     t_group = dict(zip(t.ids, t.groups))
     kept = sorted({t_group[i] for i in teacher["train"]} - both)

@@ -198,7 +198,7 @@ def body_mask(
         warnings.warn(f"{int(empty.sum())} of {len(x)} images have fewer than {need} of {size[0] * size[1]} positions brighter than {threshold}: all positions of these images are compared.", stacklevel=2)
     return mask | empty[:, None, None]
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #ff85fd59
+# %% ../../nbs/3_translation/2_contextual.ipynb #1bf8b0ae
 def check_signed(
     x:Tensor, # images (B,C,H,W), C 1 or 3, in [-1,1]
 ):
@@ -210,11 +210,15 @@ def check_signed(
 
 class Extractor(nn.Module):
     "Images (B,C,H,W) in [-1,1] -> list of feature maps. Frozen, always in eval mode; the gradient reaches the images."
-    def train(self, mode:bool=True): # the mode asked for; always eval
+    def train(self,
+        mode:bool=True, # asked for, and ignored
+    ): # this module, in eval mode
         "Stay in eval mode."
         return super().train(False)
 
-    def forward(self, x:Tensor)->list: # images (B,C,H,W) in [-1,1]; feature maps, finest first
+    def forward(self,
+        x:Tensor, # images (B,C,H,W) in [-1,1]
+    )->list: # feature maps (B,C',h,w), finest first
         "Check the images, then read the features."
         check_signed(x)
         return self.features_of(x)
@@ -234,7 +238,7 @@ def vgg19_body()->nn.Sequential: # 21 layers, (B,3,H,W) -> (B,512,H/8,W/8)
             i = o
     return nn.Sequential(*layers)
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #c9916f81
+# %% ../../nbs/3_translation/2_contextual.ipynb #1d49a1d1
 class VGG19Features(Extractor):
     """Features of VGG19 after conv3_3, conv3_4 and conv4_1: (B,256,H/4,W/4) twice, (B,512,H/8,W/8). 3,505,728 weights, sides at least 8.
     Raises `InputError` without weights, unless `random=True` (which warns), and for weights that do not fit."""
@@ -250,11 +254,15 @@ class VGG19Features(Extractor):
         for name, v in zip(("mean", "std"), IMAGENET): self.register_buffer(name, torch.tensor(v)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
-    def prepare(self, x:Tensor)->Tensor: # images in [-1,1]; three channels as VGG19 was trained on
+    def prepare(self,
+        x:Tensor, # images (B,1,H,W) or (B,3,H,W) in [-1,1]
+    )->Tensor: # (B,3,H,W), as VGG19 was trained on
         "From [-1,1] to [0,1], to three channels, less the mean colour of ImageNet, in units of its standard deviation."
         return ((x + 1) / 2 - self.mean) / self.std
 
-    def features_of(self, x:Tensor)->list: # images (B,C,H,W) in [-1,1]; three maps
+    def features_of(self,
+        x:Tensor, # images (B,C,H,W) in [-1,1]
+    )->list: # three maps
         "The three maps."
         if min(x.shape[2:]) < 8: raise InputError(f"images of {tuple(x.shape[2:])} are too small for VGG19: sides of at least 8 are needed.")
         x, taken = self.prepare(x), []
@@ -303,7 +311,7 @@ def _needed(found, path):
     if bad: raise InputError(f"{path} holds no {bad} of shape {tuple(shapes[bad])}: these are not the weights of VGG19 as torchvision names them. Fetch {VGG19_URL}.")
     return {k: found[k].float().clone() for k in shapes}
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #eaa690df
+# %% ../../nbs/3_translation/2_contextual.ipynb #4fc01e02
 class FilterBank(Extractor):
     """Fixed random filters at several scales: for scale s, a map (B,2*channels,H/s,W/s). For images of 64 to 256 pixels; nothing is learnt and nothing is read.
     Raises `InputError` for sizes that make no bank, and for images smaller than twice the largest scale."""
@@ -321,7 +329,9 @@ class FilterBank(Extractor):
             self.register_buffer(f"filters{s}", w - w.mean((2, 3), keepdim=True))
         self.eval()
 
-    def features_of(self, x:Tensor)->list: # images (B,C,H,W) in [-1,1]; one map per scale
+    def features_of(self,
+        x:Tensor, # images (B,C,H,W) in [-1,1]
+    )->list: # one map per scale
         "Grey, pooled to half the scale, filtered 5x5 with stride 2, split into positive and negative parts."
         if min(x.shape[2:]) < 2 * max(self.scales): raise InputError(f"images of {tuple(x.shape[2:])} are too small for scales {self.scales}: sides of at least {2 * max(self.scales)} are needed.")
         maps, grey = [], x.mean(1, keepdim=True)
@@ -355,7 +365,7 @@ def encoder_layers(
         if all(n in known for n in names): return names
     raise InputError(f"{type(net).__name__} has none of the known encoder layers {ENCODER_LAYERS}. Give names=(layer, ...), as net.named_modules() gives them.")
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #2e7f32f1
+# %% ../../nbs/3_translation/2_contextual.ipynb #323df834
 class EncoderFeatures(Extractor):
     """Features of named layers of a network that is being trained at the same time, such as the teacher. The network is looked at, not owned: its weights are
     not in this module's `state_dict`, get no gradient from it, and its BatchNorm statistics do not move. Raises `InputError` for names that are not layers."""
@@ -370,7 +380,9 @@ class EncoderFeatures(Extractor):
         Taps(net, names).close()
         self.net, self.names, self.statistics = (net,), tuple(names), statistics
 
-    def features_of(self, x:Tensor)->list: # images (B,C,H,W) in [-1,1]; one map per name
+    def features_of(self,
+        x:Tensor, # images (B,C,H,W) in [-1,1]
+    )->list: # one map per name
         "The maps; a grey image is repeated if the network wants three channels."
         net = self.net[0]
         if x.shape[1] == 1 and getattr(net, "config", {}).get("in_channels") == 3: x = x.expand(-1, 3, -1, -1)

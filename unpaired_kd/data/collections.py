@@ -146,7 +146,7 @@ class Store:
 
 def _bytes(*arrays): return sum(a.nbytes for a in arrays if a is not None)
 
-# %% ../../nbs/1_data/3_collections.ipynb #0bcca230
+# %% ../../nbs/1_data/3_collections.ipynb #40d4d665
 class Collection:
     """Images (and labels) of ONE modality, each decoded once and kept in memory up to `cache_gb`. `collection[i]` is a `Sample`.
     Raises `InputError` for an empty collection and for two cases with one id."""
@@ -178,14 +178,27 @@ class Collection:
 
     def __len__(self): return len(self.cases)
     def __repr__(self): return f"Collection({self.name!r}: {len(self)} images of {len(set(self.groups))} groups, {len(self.classes)} classes, {self.channels} channel{'s' * (self.channels > 1)}, {self.dims}-D)"
-    @property
-    def ids(self): return [c.id for c in self.cases]
-    @property
-    def groups(self): return [c.group for c in self.cases]
-    @property
-    def label_groups(self): return [c.label_group for c in self.cases]
-    @property
-    def has_labels(self): return bool(self.cases) and all(c.label is not None for c in self.cases)
+
+# %% ../../nbs/1_data/3_collections.ipynb #d12c9ac6
+@patch_to(Collection, as_prop=True)
+def ids(self)->list:
+    "Name of every image."
+    return [c.id for c in self.cases]
+
+@patch_to(Collection, as_prop=True)
+def groups(self)->list:
+    "Group (patient) of every image."
+    return [c.group for c in self.cases]
+
+@patch_to(Collection, as_prop=True)
+def label_groups(self)->list:
+    "Stratum of every image, e.g. a diagnosis; '' if there is none."
+    return [c.label_group for c in self.cases]
+
+@patch_to(Collection, as_prop=True)
+def has_labels(self)->bool:
+    "Whether every image has a label."
+    return bool(self.cases) and all(c.label is not None for c in self.cases)
 
 # %% ../../nbs/1_data/3_collections.ipynb #29fbcd58
 @patch_to(Collection)

@@ -181,13 +181,14 @@ def read_pillow(
         a = np.asarray(im)
     return arrange(a, "YXS"[:a.ndim]), None, None
 
-# %% ../../nbs/1_data/2_images.ipynb #92bc7b7e
+# %% ../../nbs/1_data/2_images.ipynb #33bf4db2
 @contextlib.contextmanager
 def log_as_error(
     name:str, # logger to listen to
 ): # the list of messages so far
     "Within the block, what the logger calls an error becomes an `InputError` at the end; it prints nothing."
     class Listen(logging.Handler):
+        "Keeps every message."
         def emit(self, record): heard.append(record.getMessage())
     heard, log, ear = [], logging.getLogger(name), Listen(logging.ERROR)
     propagate, log.propagate = log.propagate, False

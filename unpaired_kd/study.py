@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share', 'split_data', 'source', 'network',
-           'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'train_arm', 'frozen_teacher', 'method_of',
-           'cores', 'run_study', 'check_study', 'finished', 'collect', 'claim_folder', 'environment', 'export_student']
+           'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'needs_teacher', 'learner_of', 'train_arm',
+           'frozen_teacher', 'method_of', 'cores', 'run_study', 'check_study', 'finished', 'collect', 'claim_folder',
+           'environment', 'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #1a6cfe7d
 import json, os, re
@@ -254,7 +255,41 @@ def train_teacher(
         save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #de3163b0
+# %% ../nbs/5_methods/3_study.ipynb #b31672a8
+def needs_teacher(
+    arm:dict, # of `all_arms`
+)->bool: # whether a trained teacher must be there first
+    "Whether an arm starts from a trained teacher or learns from one that stays as it is."
+    return (arm["init"] == "teacher" and arm["start"] == "true") or (KINDS[arm["method"]].expert and arm["teacher"] != "placebo")
+
+def learner_of(
+    folder,             # run folder
+    config:StudyConfig, # the study
+    name:str,           # arm
+    seed:int,           # seed
+    device:str="auto",  # auto | cpu | cuda
+    tell:Callable=lambda row: None, # called after each epoch
+)->Learner: # not yet run; its `method` holds all networks
+    "The learner of an arm: data, networks, method."
+    arms, data = all_arms(config), split_data(config, seed, folder)
+    arm, trained, channels, k = arms[name], arms[name]["shares"] or name, channels_of(data), len(data.student_train.classes)
+    sources = {n: source(config, c, seed, n, channels) for n, c in [("student", data.student_train), ("teacher", data.teacher_train)]}
+    fresh, expert = lambda stream: network(config, seed, stream, channels, k), lambda kind: frozen_teacher(folder, config, kind, seed, sources["teacher"], channels, k)
+    start = (lambda net: initialise(net, expert(arm["start"]), "teacher")) if arm["init"] == "teacher" else (lambda net: net)
+    concurrent = KINDS[arm["method"]].concurrent and arm["teacher"] != "placebo"
+    student = start(fresh("student"))
+    teacher = start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
+    same = {**arm, "shares": "", "options": arms[trained]["options"]}
+    method = method_of(config, same, student, teacher, seed)
+    if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
+    if getattr(getattr(method, "options", None), "unlabelled", False): sources["unlabelled"] = source(config, data.student_rest, seed, "unlabelled", channels)
+    valid = source(config, data.student_valid, seed, "validation", channels).eval_batches() if config.validation else None
+    learner = Learner(method, Unpaired(sources, pairing=config.pairing), Path(folder)/"checkpoints"/f"{trained}-{seed}", seed=seed, settings=settings(config, config.epochs, device),
+                   weights=arm["weights"], valid=valid, identity=identity(config, trained, same, seed), tell=tell)
+    if arm["shares"]: method.options = replace(method.options, infer=arm["options"]["infer"])
+    return learner
+
+# %% ../nbs/5_methods/3_study.ipynb #6c864ca5
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -264,21 +299,9 @@ def train_arm(
     tell:Callable=lambda row: None, # called after each epoch
 )->Student: # the trained student
     "Train (or load) one arm with one seed, and score it on that seed's test images."
-    arm, data, place = all_arms(config)[name], split_data(config, seed, folder), Path(folder)/"checkpoints"/f"{name}-{seed}"
-    channels, k = channels_of(data), len(data.student_train.classes)
-    sources = {"student": source(config, data.student_train, seed, "student", channels), "teacher": source(config, data.teacher_train, seed, "teacher", channels)}
-    teachers = {kind: frozen_teacher(folder, config, kind, seed, sources["teacher"], channels, k) for kind in {arm["teacher"], arm["start"]}}
-    if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
-    fresh = lambda stream: network(config, seed, stream, channels, k)
-    student, teacher = initialise(fresh("student"), teachers[arm["start"]], arm["init"]), teachers[arm["teacher"]]
-    if KINDS[arm["method"]].concurrent and arm["teacher"] != "placebo": teacher = initialise(fresh("second"), teachers[arm["start"]], arm["init"]).requires_grad_(True)
-    method, trained = method_of(config, arm, student, teacher, seed), arm["shares"] or name
-    if getattr(getattr(method, "options", None), "unlabelled", False): sources["unlabelled"] = source(config, data.student_rest, seed, "unlabelled", channels)
-    valid = source(config, data.student_valid, seed, "validation", channels).eval_batches() if config.validation else None
-    learner = Learner(method, Unpaired(sources, pairing=config.pairing), place.with_name(f"{trained}-{seed}"), seed=seed, settings=settings(config, config.epochs, device),
-                      weights=arm["weights"], valid=valid, identity=identity(config, trained, {**arm, "shares": "", "options": all_arms(config)[trained]["options"]}, seed), tell=tell)
+    learner, data, place = learner_of(folder, config, name, seed, device, tell), split_data(config, seed, folder), Path(folder)/"checkpoints"/f"{name}-{seed}"
     learner.fit()
-    net = method.student if arm["shares"] else learner.best_student()
+    net = learner.method.student if all_arms(config)[name]["shares"] else learner.best_student()
     result = Student(net, recipe(config, data.student_test, net))
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
     return result
@@ -342,7 +365,7 @@ def _advance(bar, config, name, seed, row):
     bar.set_postfix_str(f"{name} {seed}: {row['stage']} {row['epoch'] + 1}, seg {row.get('seg', float('nan')):.3f}", refresh=False)
     bar.update(config.steps)
 
-# %% ../nbs/5_methods/3_study.ipynb #0744a8a9
+# %% ../nbs/5_methods/3_study.ipynb #1453d3f4
 def run_study(
     folder,             # run folder; made if missing
     config:StudyConfig, # what to run
@@ -352,7 +375,7 @@ def run_study(
     "Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused if it belongs to another study."
     check_study(config, seeds)
     folder, (known_seeds, known_arms) = Path(folder), claim_folder(folder, config, seeds)
-    teachers = [("teacher", "teacher", n) for n in sorted({s % config.teachers for s in seeds})]
+    teachers = [("teacher", "teacher", n) for n in sorted({s % config.teachers for s in seeds})] if any(map(needs_teacher, all_arms(config).values())) else []
     students, sharing = ([("arm", a, s) for s in seeds for a, arm in all_arms(config).items() if bool(arm["shares"]) == later] for later in (False, True))
     todo = [[t for t in tasks if not finished(folder, t)] for tasks in (teachers, students, sharing)]
     bar = progress(config.steps * (config.teacher_epochs * len(todo[0]) + config.epochs * len(todo[1])), "training", enabled=any(todo))
@@ -388,7 +411,7 @@ def check_study(config, seeds):
         method = method_of(config, arm, fresh("student"), fresh("teacher"), 0)
         method.check_weights(weight_table(method.weights, arm["weights"]))
 
-# %% ../nbs/5_methods/3_study.ipynb #965bf77c
+# %% ../nbs/5_methods/3_study.ipynb #86f18e1a
 def _here(kind, name, seed, folder, config, bar):
     "Run one task in this process (GPU)."
     tell = lambda row: _advance(bar, config, name, seed, row)
@@ -404,7 +427,7 @@ def collect(folder, tasks)->list:
     for _, name, seed in tasks:
         place = Path(folder)/"checkpoints"/f"{name}-{seed}"
         rows += load_rows(place/"metrics.csv")
-        history += [dict(arm=name, seed=seed, **r) for r in read_csv(place/"history.csv")]
+        if (place/"history.csv").exists(): history += [dict(arm=name, seed=seed, **r) for r in read_csv(place/"history.csv")] # an arm that shares a training has no history of its own
     save_rows(Path(folder)/"metrics.csv", rows)
     write_csv(Path(folder)/"history.csv", history)
     return rows

@@ -20,7 +20,7 @@ from .mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from .single import Single
 from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #779c04f0
+# %% ../../nbs/5_methods/8_kinds.ipynb #ba16d36d
 @dataclass(frozen=True)
 class Kind:
     "What a study must know about a method."
@@ -29,12 +29,13 @@ class Kind:
     weights: Callable = lambda options, preset: {} # -> term -> default weight
     fit: Callable = lambda options, patch: options # options for patches of `patch` px
     check: Callable = lambda options: options      # raises `InputError`
+    expert: bool = False             # a trained teacher gives the lessons and stays as it is
     concurrent: bool = False         # the teacher learns together with the student
 
 KINDS = {
     "single": Kind(lambda s, t, o, epochs, seed, learns: Single(s), {}, lambda o, preset: {"seg": 1.}),
     "lotus": Kind(lambda s, t, o, epochs, seed, learns: LOTUS(s, t, o, epochs, seed), PRESETS, lambda o, preset: WEIGHTS,
-                  lambda o, patch: replace(o, side=patch // o.stride), check_options),
+                  lambda o, patch: replace(o, side=patch // o.stride), check_options, expert=True),
     "ummkd": Kind(lambda s, t, o, epochs, seed, learns: UMMKD(s, o), {"recommended": UmmkdOptions()}, lambda o, preset: UMMKD_WEIGHTS),
     "cmedl": Kind(CMEDL, CMEDL_PRESETS, lambda o, preset: {**cmedl_weights(o), **{k: v for k, v in CMEDL_PRESET_WEIGHTS[preset].items() if k in cmedl_weights(o)}},
                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True),

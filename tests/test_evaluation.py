@@ -259,6 +259,22 @@ def test_distances_follow_the_spacing():
     assert (px["hd95_unit"], mm["hd95_unit"]) == ("px", "mm") and mm["hd95"] == pytest.approx(px["hd95"] / 2) and px["hd95"] > 0
 
 
+def test_the_tolerance_follows_the_spacing():
+    far = SimpleNamespace(predict=lambda image: np.roll(image[0].astype(int), 4, 1))
+    px, mm = (evaluate(far, toy(s), "far", 0)[0]["sdsc"] for s in (None, (.5, .5)))
+    assert px < 1 and mm == 1                                                   # 4 px, 2 mm; the default is 3 of either
+    assert evaluate(far, toy(), "far", 0, tolerance=4)[0]["sdsc"] == 1 and evaluate(far, toy((.5, .5)), "far", 0, tolerance=1.)[0]["sdsc"] < 1
+    with pytest.raises(InputError, match="tolerance"): evaluate(far, toy(), "far", 0, tolerance=-1)
+
+
+def test_missed_classes_are_counted_and_fewer_is_better():
+    names = ("background", "a", "b")
+    half = SimpleNamespace(predict=lambda image: (image[0] == 1).astype(int))
+    rows = evaluate(half, toy(classes=names), "half", 0) + evaluate(perfect(None), toy(classes=names), "whole", 0)
+    assert [r["missed"] for r in rows] == [1, 1, 1, 0, 0, 0]
+    assert compare(rows, "half", "missed", unit="case")[1]["seeds_won"] == 1
+
+
 def test_cells_are_components_and_organs_are_regions():
     label = toy().native(0)[1]
     assert instances_of(label, ("background", "cell")).max() == 2

@@ -306,3 +306,76 @@ def test_bad_places(folder, tmp_path):
 def test_output_names():
     from pathlib import Path
     for a, b in {"x.jpg": "x.png", "x.PNG": "x.PNG", "x.y.nii.gz": "x.y.nii.gz", "x.dcm": "x.nii.gz", "series": "series.nii.gz", "x.tif": "x.tif", "x.zarr": "x.zarr"}.items(): assert output_name(Path(a)) in (b, b.lower())
+
+
+# ---- the intensity standard of MR
+
+def mr(seed, gain=1.):
+    "A volume (4,32,48) float32 of one scanner."
+    r = np.random.default_rng(seed)
+    return (gain * (r.gamma(2., 60., (4, 32, 48)) + 200 * (np.indices((4, 32, 48))[2] > 20))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def common():
+    from unpaired_kd.data.clinical import HistogramStandard
+    return HistogramStandard.fit([mr(k, gain) for k, gain in enumerate((.7, 1., 1.6))])
+
+
+def test_the_standard_travels_with_the_student(tmp_path, common):
+    s = student(standard=common.to_dict())
+    again = Student.load(s.save(tmp_path / "mr"), device="cpu")
+    assert again.recipe == s.recipe and Recipe.load(json.loads(json.dumps(asdict(s.recipe)))) == s.recipe
+    v = mr(9)
+    assert np.array_equal(again.predict(v), s.predict(v)) and np.array_equal(s.prepare(v)[:, 0].numpy(), common.apply(v))
+    card = (tmp_path / "mr" / "README.md").read_text()
+    assert "12 landmarks fitted on 3 volumes" in card and "whole raw volume" in card
+
+
+def test_the_network_sees_the_same_under_another_gain(common):
+    s, v = student(standard=common.to_dict(), invert=True), mr(9)
+    assert (s.prepare(v) - s.prepare(2.5 * v)).abs().max() < 1e-4
+    assert np.allclose(s.prepare(v)[:, 0].numpy(), 1 - common.apply(v), atol=1e-6)
+    bare = student(intensity=(0, 800))
+    assert (bare.prepare(v) - bare.prepare(2.5 * v)).abs().max() > .1                 # the test can tell
+
+
+def test_the_entry_of_a_prepared_data_set_is_a_standard(tmp_path, common):
+    from unpaired_kd.data.clinical import Scan, prepare_clinical
+    from unpaired_kd.core import read_json
+    for k in range(3): write_image(tmp_path / "raw" / f"{k}.nii.gz", Image(mr(k)[None], (3., 1., 1.)))
+    scans = [Scan(f"p{k}", f"p{k}", tmp_path / "raw" / f"{k}.nii.gz") for k in range(3)]
+    made = prepare_clinical({"mr": scans}, tmp_path / "prepared", {"mr": common}, {"mr": ("background", "thing")})
+    raw, unit = (student(standard=rule).prepare(p) for rule, p in ((read_json(made / "preparation.json")["rules"]["mr"], scans[0].image), (None, made / "mr" / "p0.nii.gz")))
+    assert (raw - unit).abs().max() < 1e-5                                            # raw at use is prepared in training, but for 16 bits
+
+
+def test_without_a_standard_nothing_changes(tmp_path):
+    s = student()
+    config = s.save(tmp_path / "old") / "config.json"
+    saved, x = json.loads(config.read_text()), noise(4, 32, 48)
+    assert saved["recipe"].pop("standard") is None and "standard" not in (tmp_path / "old" / "README.md").read_text()
+    config.write_text(json.dumps(saved))                                              # as it was saved before there was such an entry
+    old = Student.load(tmp_path / "old", device="cpu")
+    assert old.recipe == s.recipe and old.recipe.standard is None and np.array_equal(old.prepare(x)[:, 0].numpy(), x / np.float32(255))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(intensity="percentile"), "intensity='dtype'"), (dict(intensity=(0, 1)), "intensity='dtype'"), (dict(channels=3), "grey"),
+    (dict(standard="histogram"), "to_dict"), (dict(standard={}), "standard"), (dict(standard=dict(kind="z")), "kind"),
+    (dict(standard=dict(kind="window_hu", low=-1000., high=500.)), r"intensity=\(-1000.0, 500.0\)"),
+    (dict(standard=dict(landmarks=[3, 2, 1], clip=1., percentiles=[1, 99])), "recipe: histogram standard"),
+    (dict(standard=dict(landmarks=[1, 2, 3], clip=1., percentiles=[1, 99], volume=3)), "volume")])
+def test_a_standard_is_checked(common, change, message):
+    with pytest.raises(InputError, match=message): Recipe(**{"standard": common.to_dict(), **change})
+
+
+@pytest.mark.parametrize("image, message", [
+    (mr(0)[0], "single slice"), (mr(0)[:1][None], "single slice"), (np.zeros((4, 32, 48), np.float32), "constant"), (np.where(mr(0) > 300, np.nan, mr(0)), "NaN")])
+def test_a_standard_needs_whole_sound_volumes(common, image, message):
+    with pytest.raises(InputError, match=message): student(standard=common.to_dict()).predict(image)
+
+
+def test_a_scan_that_cannot_be_standardised_is_named(tmp_path, common):
+    write_image(tmp_path / "flat.nii.gz", Image(np.full((1, 4, 32, 48), 7, np.float32), (3., 1., 1.)))
+    with pytest.raises(InputError, match="flat.nii.gz"): student(standard=common.to_dict()).predict(tmp_path / "flat.nii.gz")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from unpaired_kd import metrics
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.metrics import (aji, aji_plus, case_metrics, components, dice, hausdorff, instance_scores, iou, loop_instance_scores, overlaps,
     panoptic_quality, released_aji, released_dice, released_hd, released_metrics, released_pq, surface, surface_dice, surface_distances, toy_nuclei)
@@ -250,10 +251,10 @@ def test_components():
 def test_case_of_one_class():
     pred, target = two_cells()
     r = case_metrics(pred > 0, target > 0, pred, target)
-    assert list(r) == ["dsc", "hd95", "aji", "pq"]
+    assert list(r) == ["dsc", "hd95", "aji", "pq", "sdsc", "missed"]
     assert r["dsc"] == dice(pred, target) and r["hd95"] == hausdorff(pred, target, 95) and r["aji"] == aji(pred, target) and r["pq"] == 0
     none = target * 0
-    assert case_metrics(none, none, none, none) == {"dsc": 1, "hd95": 0, "aji": 1, "pq": 1}
+    assert case_metrics(none, none, none, none) == {"dsc": 1, "hd95": 0, "aji": 1, "pq": 1, "sdsc": 1, "missed": 0}
 
 
 def test_case_of_several_classes():
@@ -266,8 +267,41 @@ def test_case_of_several_classes():
     assert r["dsc"] == pytest.approx(7 / 24)
     assert r["hd95"] == pytest.approx((1 + 2 * np.hypot(38, 19)) / 3)
     assert np.isnan(r["aji"]) and np.isnan(r["pq"])
+    assert r["missed"] == 1 and r["sdsc"] == pytest.approx(1 / 3)          # an invented class is not a missed one
     absent = case_metrics(t, t, classes=names)
-    assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"])
+    assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"]) and absent["missed"] == 0
+
+
+@pytest.mark.parametrize("spacing", [None, (3., .7)])
+@pytest.mark.parametrize("tolerance", [0, 1.5, 3, 50])
+def test_surface_scores_of_a_case_are_those_of_their_functions(spacing, tolerance):
+    p, t = (b.astype(int) for b in blobs(4, (48, 48)))
+    r = case_metrics(p, t, spacing=spacing, tolerance=tolerance)
+    assert r["sdsc"] == surface_dice(p, t, tolerance, spacing) and r["hd95"] == hausdorff(p, t, 95, spacing)
+    assert case_metrics(p, t, spacing=spacing)["sdsc"] == surface_dice(p, t, 3., spacing)
+
+
+def test_a_case_searches_its_surfaces_once_per_class(monkeypatch):
+    calls = []
+    monkeypatch.setattr(metrics, "surface_distances", lambda *a, **k: calls.append(1) or surface_distances(*a, **k))
+    t = np.zeros((20, 20), int); t[:8, :8], t[12:, 12:] = 1, 2
+    case_metrics(np.roll(t, 1, 1), t, classes=("background", "a", "b"))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("empty, hd", [("diagonal", np.hypot(19, 19)), ("zero", 0), ("nan", np.nan)])
+def test_a_missed_class_keeps_the_policy_of_its_distance(empty, hd):
+    t = np.zeros((20, 20), int); t[4:9, 4:9] = 1
+    r = case_metrics(t * 0, t, empty=empty)
+    assert r["hd95"] == pytest.approx(hd, nan_ok=True) and (r["sdsc"], r["missed"]) == (0, 1)
+    assert case_metrics(t, t * 0, empty=empty)["missed"] == 0
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan")])
+def test_a_case_refuses_a_tolerance(tolerance):
+    some = np.zeros((8, 8), int); some[2:5, 2:5] = 1
+    for pred in (some, some * 0):
+        with pytest.raises(InputError, match="tolerance"): case_metrics(pred, some, tolerance=tolerance)
 
 
 # ---------------------------------------------------------------- released definitions

@@ -1,6 +1,7 @@
 "Rows in files, the results table and the figures of report.py."
 import math
 import re
+from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")
@@ -113,6 +114,34 @@ def test_one_seed_and_one_patient_still_print():
 def test_undefined_values_are_left_out_and_counted():
     rows = [dict(r, hd95=float("nan")) if r["arm"] == "placebo" and r["case"] == "10" else r for r in table()]
     assert "Up to 1 cases" in " ".join(results_table(rows).split()) and summarise([r for r in rows if r["arm"] == "placebo"], "hd95")[2] == 7
+
+
+def test_missed_structures_stand_beside_hd95(tmp_path):
+    rows = [dict(r, missed=2, hd95=500.) if (r["arm"], r["case"]) == ("alone", "00") else dict(r, missed=0) for r in table()]
+    save_rows(tmp_path / "m.csv", rows)
+    text = results_table(load_rows(tmp_path / "m.csv"), metrics=("dsc", "hd95", "pq"))
+    head, alone, placebo = (lines(text, k)[0] for k in ("arm", "alone", "placebo"))
+    assert head[4:8] == ["HD95, mm", "found only", "missed", "PQ, %"] and len(alone) == len(head)
+    found, _, n = summarise([r for r in rows if r["arm"] == "alone" and r["case"] != "00"], "hd95")
+    assert alone[5].startswith(f"{found:.1f} ±") and n == 7 and alone[6] == "4" and float(alone[4].split()[0]) > 50  # two seeds, two structures
+    assert placebo[4] == placebo[5] and placebo[6] == "0" and "diagonal" in text
+    assert "found only" not in results_table(rows, metrics=("dsc",))
+
+
+def test_rows_without_the_new_columns_are_reported_as_before():
+    old = results_table(table())
+    assert "missed" not in old.lower() and results_table([dict(r, missed=0, sdsc=.9) for r in table()]) == old
+    mixed = [dict(r, missed=1) if r["arm"] == "placebo" else r for r in table()] # new runs beside old ones
+    assert lines(results_table(mixed), "alone")[0][5:7] == ["– ± –", "–"] and lines(results_table(mixed), "placebo")[0][5:7] == ["– ± –", "16"]
+    assert name_of("missed") == ("missed", "", 1) and name_of("sdsc") == ("SDSC", "%", 100)
+    with pytest.raises(InputError, match="has no 'sdsc'"): results_table(table(), metrics=("sdsc",))
+
+
+def test_published_results_still_load():
+    folders = sorted((Path(__file__).parents[1] / "nbs/7_results/lotus").glob("*/metrics.csv"))
+    rows = load_rows(folders[0])
+    assert folders and rows and "missed" not in rows[0]
+    assert "HD95" in results_table(rows) and "found only" not in results_table(rows)
 
 
 def test_evidence_corrects_the_two_way_p_as_well():

@@ -15,14 +15,15 @@ from .core import InputError, rng, unknown
 from .data.instances import instances_of
 from .metrics import case_metrics
 
-# %% ../nbs/4_training/2_evaluation.ipynb #e12f8d3a
+# %% ../nbs/4_training/2_evaluation.ipynb #794aa1d4
 def evaluate(
     student,    # has `.predict(image)`: native array (C,*spatial) or (*spatial) to class map (*spatial)
     collection, # labelled `Collection` to score on
     arm:str,    # name of this way of training
     seed:int,   # seed of this training
     cells:bool=None, # three classes or more: True: classes consist of objects, False: each is one region; None: as the recipe says, else objects if drawn or if the recipe says watershed
-)->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, dsc_<class>
+    tolerance:float=3., # of the surface Dice: mm, or pixels where the spacing is not known
+)->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, sdsc, missed, dsc_<class>
     "Score `student` on the native image of every case."
     if not len(collection): raise InputError(f"collection {collection.name!r} is empty: there is nothing to evaluate.")
     recipe, rows = getattr(student, "recipe", None), []
@@ -39,7 +40,7 @@ def evaluate(
         objects = instances_of(found, names, None, getattr(recipe, "min_size", 0), method, cut, spacing)
         whole = method == "none" or (len(names) > 2 and not cut) # both sides are cut, or neither is
         truth = instances_of(label, names, None if whole else drawn, method="none" if whole else "components", cells=cut)
-        scores = case_metrics(found, label, objects, truth, spacing, names)
+        scores = case_metrics(found, label, objects, truth, spacing, names, tolerance=tolerance)
         rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id, group=case.group, label_group=case.label_group,
                          hd95_unit="px" if spacing is None else "mm", **scores))
     return rows
@@ -192,12 +193,12 @@ def pair_rows(
     if not keys: raise InputError(f"no case has a finite {metric} in every arm.")
     return Paired(arms, values[:, good], np.array([k[0] for k in keys]), np.array([k[1] for k in keys]), np.array([str(base[k]["group"]) for k in keys]))
 
-# %% ../nbs/4_training/2_evaluation.ipynb #922411a9
+# %% ../nbs/4_training/2_evaluation.ipynb #6f3f096a
 def sign_of(
     metric:str, # column name
-)->int: # +1: larger is better; -1: smaller is better (distances)
+)->int: # +1: larger is better; -1: smaller is better (distances, `missed`)
     "Which way a metric is better."
-    return -1 if metric.startswith(("hd", "assd", "betti")) else 1
+    return -1 if metric.startswith(("hd", "assd", "betti", "missed")) else 1
 
 # %% ../nbs/4_training/2_evaluation.ipynb #36f2002f
 def _difference(d, unit, n_boot, seed):

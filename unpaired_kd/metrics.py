@@ -114,7 +114,7 @@ def surface_distances(
     tree = lambda x: cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
     return tree(b).query(a)[0], tree(a).query(b)[0]
 
-# %% ../nbs/1_data/7_metrics.ipynb #59ca2da5
+# %% ../nbs/1_data/7_metrics.ipynb #66d4d1ad
 def _no_surface(p, t, spacing, empty):
     "The distance when a mask is empty, under a policy."
     known = ("diagonal", "nan", "zero")
@@ -134,7 +134,16 @@ def hausdorff(
     p, t = _pair(pred, target)
     if not 0 < percentile <= 100: raise InputError(f"percentile is {percentile}; give a number above 0 and up to 100.")
     if not (p.any() and t.any()): return _no_surface(p, t, spacing, empty)
-    return float(max(np.percentile(d, percentile) for d in surface_distances(p, t, spacing)))
+    return _far(surface_distances(p, t, spacing), percentile)
+
+def _far(distances, percentile):
+    "The larger of the two directed percentiles."
+    return float(max(np.percentile(d, percentile) for d in distances))
+
+def _near(distances, tolerance):
+    "Share of the surface pixels, of both sides together, within the tolerance."
+    if not tolerance >= 0: raise InputError(f"tolerance is {tolerance}; give a distance of 0 or more.")
+    return float(sum(np.count_nonzero(d <= tolerance) for d in distances) / max(sum(map(len, distances)), 1))
 
 def surface_dice(
     pred,            # mask (*spatial)
@@ -145,10 +154,9 @@ def surface_dice(
 )->float: # in [0,1], 1 is best
     "Share of both surfaces that lies within `tolerance` of the other one (normalised surface Dice, counted in surface pixels)."
     p, t = _pair(pred, target)
-    if tolerance < 0: raise InputError(f"tolerance is {tolerance}; give a distance of 0 or more.")
-    if not (p.any() and t.any()): return 0.0 if p.any() or t.any() else _both_empty(empty)
-    a, b = surface_distances(p, t, spacing)
-    return float((np.count_nonzero(a <= tolerance) + np.count_nonzero(b <= tolerance)) / (len(a) + len(b)))
+    none = _near((), tolerance) # also checks the tolerance
+    if not (p.any() and t.any()): return none if p.any() or t.any() else _both_empty(empty)
+    return _near(surface_distances(p, t, spacing), tolerance)
 
 # %% ../nbs/1_data/7_metrics.ipynb #550db83e
 class Overlaps(NamedTuple):
@@ -368,7 +376,7 @@ def components(
         out = (np.cumsum(keep) * keep)[out]
     return out.astype(np.int32, copy=False)
 
-# %% ../nbs/1_data/7_metrics.ipynb #1b60a7ba
+# %% ../nbs/1_data/7_metrics.ipynb #9e962325
 def case_metrics(
     pred,                  # class map (*spatial), 0 is background
     target,                # the same shape
@@ -377,8 +385,9 @@ def case_metrics(
     spacing=None,          # mm per pixel along each axis; None: pixels
     classes:tuple=("background", "foreground"), # name of each label value, background first
     empty:str="diagonal",  # policy of `hausdorff` for a missed or invented class
-)->dict: # dsc, hd95, aji, pq; with several foreground classes also dsc_<class> (nan if absent from both)
-    "The four scores of one case."
+    tolerance:float=3.,    # of the surface Dice, mm (pixels without spacing)
+)->dict: # dsc, hd95, aji, pq, sdsc, missed; with several foreground classes also dsc_<class> (nan if absent from both)
+    "The four scores of one case, the surface Dice, and the number of foreground classes that are in the target and not in the prediction."
     p, t = _pair(pred, target, _labels)
     top = max(int(p.max(initial=0)), int(t.max(initial=0)))
     if top >= len(classes): raise InputError(f"label {top} has no name: classes has {len(classes)} entries, {classes}.")
@@ -386,10 +395,18 @@ def case_metrics(
     each = {name: (p == k, t == k) for k, name in enumerate(classes) if k}
     each = {name: (a, b) if a.any() or b.any() else None for name, (a, b) in each.items()}
     dsc = {name: dice(*ab) if ab else float("nan") for name, ab in each.items()}
-    hd = [hausdorff(*ab, 95, spacing, empty) for ab in each.values() if ab]
+    hd, sd = zip(*[_outline(*ab, spacing, empty, tolerance) for ab in each.values() if ab]) if any(each.values()) else ((), ())
+    missed = sum(bool(ab[1].any() and not ab[0].any()) for ab in each.values() if ab)
     objects = {"aji": float("nan"), "pq": float("nan")} if pred_instances is None else instance_scores(pred_instances, target_instances)
-    out = {"dsc": float(np.nanmean(list(dsc.values()))) if hd else 1.0, "hd95": float(np.mean(hd)) if hd else 0.0, "aji": objects["aji"], "pq": objects["pq"]}
+    out = {"dsc": float(np.nanmean(list(dsc.values()))) if hd else 1.0, "hd95": float(np.mean(hd)) if hd else 0.0, "aji": objects["aji"], "pq": objects["pq"],
+           "sdsc": float(np.mean(sd)) if sd else 1.0, "missed": missed}
     return out | ({f"dsc_{name}": v for name, v in dsc.items()} if len(dsc) > 1 else {})
+
+def _outline(p, t, spacing, empty, tolerance):
+    "HD95 and surface Dice of two masks, not both empty, from one search."
+    if not (p.any() and t.any()): return _no_surface(p, t, spacing, empty), _near((), tolerance)
+    d = surface_distances(p, t, spacing)
+    return _far(d, 95), _near(d, tolerance)
 
 # %% ../nbs/1_data/7_metrics.ipynb #3efee4d4
 def _released_pred(pred, min_size):

@@ -112,12 +112,13 @@ def evidence(
             out.append(c | dict(p_both=b["p_t"], p_both_holm=b["p_t_holm"]))
     return out
 
-# %% ../nbs/4_training/3_report.ipynb #46bd1297
+# %% ../nbs/4_training/3_report.ipynb #44a7ca81
 def name_of(
     metric:str,   # column: dsc, hd95, aji, pq, dsc_<class> ...
     rows:list=(), # rows, for the unit of distances
 )->tuple: # (name, unit, factor from stored to printed)
     "How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of their rows, and mm become µm when all are below 1 mm."
+    if metric == "missed": return metric, "", 1
     head, _, tail = metric.partition("_")
     name = f"{head.upper()} {tail.replace('_', ' ')}".strip()
     if sign_of(metric) > 0: return name, "%", 100
@@ -142,16 +143,26 @@ def markdown_table(
     rule = "|" + "|".join(":" + "-" * (w + 1) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, lines)])
 
-# %% ../nbs/4_training/3_report.ipynb #c64af65c
+# %% ../nbs/4_training/3_report.ipynb #e563c083
 def _means(rows, metrics, arms, away):
-    "First table: mean and standard deviation over cases."
-    lines = []
+    "First table: mean and standard deviation over cases. Where structures were missed: HD95 without those images, and their number."
+    lines, lost = [], _lost(rows, metrics)
+    head = [h for m in metrics for h in ["{}, {}".format(*name_of(m, rows)).rstrip(", "), *(["found only", "missed"] if lost and m == "hd95" else [])]]
+    def cell(some, m):
+        mean, sd, _ = summarise(some, m)
+        k = name_of(m, rows)[2]
+        return f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–")
     for arm in arms:
-        mine = [r for r in rows if r["arm"] == arm]
-        cells = [(summarise(mine, m), name_of(m, rows)[2]) for m in metrics]
-        lines.append([f"{arm} (on {away[arm]})" if arm in away else arm, len({r["case"] for r in mine}), len({r["seed"] for r in mine}),
-                      *[f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–") for (mean, sd, _), k in cells]])
-    return markdown_table(["arm", "cases", "seeds", *["{}, {}".format(*name_of(m, rows)).rstrip(", ") for m in metrics]], lines)
+        mine, cells = [r for r in rows if r["arm"] == arm], []
+        for m in metrics:
+            cells.append(cell(mine, m))
+            if lost and m == "hd95": cells += [cell([r for r in mine if r.get("missed") == 0], m), f"{sum(r.get('missed', np.nan) for r in mine):.0f}".replace("nan", "–")]
+        lines.append([f"{arm} (on {away[arm]})" if arm in away else arm, len({r["case"] for r in mine}), len({r["seed"] for r in mine}), *cells])
+    return markdown_table(["arm", "cases", "seeds", *head], lines)
+
+def _lost(rows, metrics):
+    "Is HD95 shown, and was a structure missed in any image?"
+    return "hd95" in metrics and any(r.get("missed", 0) > 0 for r in rows)
 
 def _differences(found, arms, reference, rows):
     "Second table: the evidence for each arm and metric."
@@ -162,7 +173,7 @@ def _differences(found, arms, reference, rows):
             *[p_text(c[p + "_holm"]) for p in ("p_t", "p_wilcoxon", "p_both")], f"{c['seeds_won']}/{c['n_seeds']}"])
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
 
-# %% ../nbs/4_training/3_report.ipynb #eb76bdc1
+# %% ../nbs/4_training/3_report.ipynb #3fbb2e76
 def results_table(
     rows:list,                            # rows of `evaluate`: all arms, seeds and cases
     reference:str="alone",                # the arm the others are compared with
@@ -182,6 +193,7 @@ def results_table(
                  "t and Wilcoxon over patients, speaking of these trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
         if dropped: note += f"Up to {dropped} cases without a finite value are left out of a difference. "
     elif n["group"] < 2: note += "One patient only: no interval and no p-value. "
+    if _lost(rows, metrics): note += "Missed: structures of the labels that the predictions lack, over all cases and seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 over the images without one. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
 

@@ -12,16 +12,17 @@ from torch import nn
 
 from ..core import InputError, Registry
 
-# %% ../../nbs/2_networks/0_registry.ipynb #00e510e1
+# %% ../../nbs/2_networks/0_registry.ipynb #02544726
 NETWORKS = Registry("network")
-MODULES = ["unpaired_kd.networks.unet", "unpaired_kd.networks.unet_bilinear", "unpaired_kd.networks.densefcn", "unpaired_kd.networks.mrrn", "unpaired_kd.translation.translated"] # imported on demand; each enters its networks into the table
+MODULES = ["unpaired_kd.networks.unet", "unpaired_kd.networks.unet_bilinear", "unpaired_kd.networks.densefcn", "unpaired_kd.networks.mrrn", "unpaired_kd.translation.translated"] # imported on demand, in this order; each enters its networks into the table
 
 def build(
     name:str,     # registered name, e.g. "unet"
     config:dict,  # its arguments
 )->nn.Module: # the network, freshly initialised from the global torch generator
     "Build a network by name. `InputError` if the name or an argument is not known."
-    for m in MODULES: import_module(m)
+    for m in MODULES: # only until the name is there: a plain student needs no translation
+        if name not in NETWORKS: import_module(m)
     cls = NETWORKS[name]
     try: return cls(**config)
     except TypeError as e: raise InputError(f"network {name!r} does not take these arguments: {config} ({e}).") from e

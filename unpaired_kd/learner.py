@@ -7,10 +7,10 @@ __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'NotSettled', 'NoBetter', 'Im
            'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes', 'validate',
            'global_state', 'restore_global_state', 'load_checkpoint', 'Learner']
 
-# %% ../nbs/4_training/1_learner.ipynb #c8b4e73d
+# %% ../nbs/4_training/1_learner.ipynb #d9e4d8f1
 import math, os, warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ class Update:
     changes: tuple            # names of the networks whose parameters it may change; all others get no gradient
     losses: Callable          # (batch, noise) -> {term name: function without arguments -> scalar Tensor}
 
-# %% ../nbs/4_training/1_learner.ipynb #ad38530b
+# %% ../nbs/4_training/1_learner.ipynb #41e7b7a9
 @dataclass
 class Stage:
     "Updates that run on each batch, in order, until the stage ends."
@@ -40,6 +40,7 @@ class Stage:
     epochs: int|None = None   # longest duration; None: what is left of the budget
     until: object|None = None # rule that may end it earlier, e.g. `Plateau`
     sources: tuple|None = None   # names of the batches it draws; None: all
+    anew: bool = False        # the learning rate's schedule starts again with this stage, and ends with it
 
 # %% ../nbs/4_training/1_learner.ipynb #e5791c5b
 class Method:
@@ -316,7 +317,16 @@ def _place(self:Learner):
     self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
                        for name, net in self.method.networks.items() if any(True for _ in net.parameters())}
 
-# %% ../nbs/4_training/1_learner.ipynb #cee9764e
+# %% ../nbs/4_training/1_learner.ipynb #1d867f60
+@patch
+def _rate(self:Learner, step):
+    "The learning rate of a batch of the present stage: by the schedule of the run, or of the stage."
+    stage, s, p = self.stages[self.position["stage"]], self.settings, self.position
+    if not stage.anew: return learning_rate(s, step)
+    first = (p["total"] - p["epoch"]) * s.steps # the stage's first batch
+    return learning_rate(replace(s, epochs=stage.epochs or s.epochs - (p["total"] - p["epoch"])), step - first)
+
+# %% ../nbs/4_training/1_learner.ipynb #12c65494
 @patch
 def _update(self:Learner, update, batch, noise):
     "Run one update on one batch; returns {term: value as Tensor}."
@@ -334,7 +344,7 @@ def _update(self:Learner, update, batch, noise):
         for o in optimisers: self.scaler.unscale_(o)
         nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.settings.clip)
     for o in optimisers:
-        for group in o.param_groups: group["lr"] = group["rate"] * learning_rate(self.settings, self.position["step"])
+        for group in o.param_groups: group["lr"] = group["rate"] * self._rate(self.position["step"])
         self.scaler.step(o)
     self.scaler.update()
     return values
@@ -365,7 +375,7 @@ def _epoch(self:Learner, stage, bar):
         bar.update()
     return {k: float(v) / self.settings.steps for k, v in {**sums, **self.method.counts}.items()}
 
-# %% ../nbs/4_training/1_learner.ipynb #f5516b86
+# %% ../nbs/4_training/1_learner.ipynb #dc0761a6
 @patch
 def _close_epoch(self:Learner, stage, means):
     "Record the epoch, score the student, and return whether the stage is over."
@@ -376,7 +386,7 @@ def _close_epoch(self:Learner, stage, means):
     monitored = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
     if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
-    row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=learning_rate(self.settings, self.position["step"] - 1), **means, **monitored)
+    row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=self._rate(self.position["step"] - 1), **means, **monitored)
     if self.valid: row["val_dice"], row["val_loss"] = validate(self.method.student, [b.to(self.device) for b in self.valid])
     self.history.append(row)
     self.position["epoch"] += 1
@@ -388,17 +398,17 @@ def _close_epoch(self:Learner, stage, means):
     if cap and not settled: warnings.warn(f"stage {stage.name!r} ended at its cap of {stage.epochs} epochs: {stage.until.measure} had not settled by the rule {stage.until}.", NotSettled)
     return settled or cap
 
-# %% ../nbs/4_training/1_learner.ipynb #2cefb7ea
+# %% ../nbs/4_training/1_learner.ipynb #b3576786
 @patch
 def _remember_best(self:Learner, row):
-    "Keep the student's weights when validation is the best so far."
+    "Keep the weights when the student's validation is the best so far."
     if not self.valid: return
     watched = [r["val_dice"] if self.settings.stop_on == "dice" else -r["val_loss"] for r in self.history if r["stage"] == row["stage"]]
     self.since_best = len(watched) - 1 - watched.index(max(watched))
     if row["val_dice"] > self.best:
         self.best = row["val_dice"]
         if self.accelerator.is_main_process:
-            with atomic(self.folder/"best.pt") as t: torch.save(dict(student=self.method.student.state_dict(), val_dice=self.best, epoch=row["epoch"]), t)
+            with atomic(self.folder/"best.pt") as t: torch.save(dict(networks={k: n.state_dict() for k, n in self.method.networks.items()}, val_dice=self.best, epoch=row["epoch"]), t)
 
 # %% ../nbs/4_training/1_learner.ipynb #bce30ae5
 @patch
@@ -455,7 +465,7 @@ def _resume(self:Learner):
     restore_global_state(state["random"])
     self.position, self.best, self.since_best, self.history = state["position"], state["best"], state["since_best"], state["history"]
 
-# %% ../nbs/4_training/1_learner.ipynb #ca4ded59
+# %% ../nbs/4_training/1_learner.ipynb #d04bfda4
 @patch
 def _tensorboard(self:Learner):
     "Write the newest rows of the history as TensorBoard scalars."
@@ -468,7 +478,8 @@ def _tensorboard(self:Learner):
 
 @patch
 def best_student(self:Learner):
-    "Give the student its best weights if validation chose any, else leave the last ones."
+    "The student, with the weights of the epoch that validation chose (as all networks), if it chose any, else the last ones."
     path = self.folder/"best.pt"
-    if self.valid and path.exists(): load_weights(self.method.student, load_checkpoint(path)["student"], path)
+    if self.valid and path.exists():
+        for k, state in load_checkpoint(path)["networks"].items(): load_weights(self.method.networks[k], state, path)
     return self.method.student

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CMEDL_WEIGHTS', 'DRIT_TERMS', 'CMEDL_CHOICES', 'CMEDL_PRESETS', 'CMEDL_PRESET_WEIGHTS', 'TRANSLATIONS', 'CMEDL_ROWS',
-           'CmedlOptions', 'cmedl_weights', 'check_cmedl', 'CycleTranslation', 'DritTranslation', 'Cross',
-           'held_statistics', 'release', 'Iteration', 'Translating', 'CMEDL', 'cmedl_arm']
+           'CmedlOptions', 'cmedl_weights', 'check_cmedl', 'CycleTranslation', 'DritTranslation', 'Cross', 'Held',
+           'Iteration', 'Translating', 'CMEDL', 'cmedl_arm']
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #f690cd7f
+# %% ../../nbs/5_methods/5_cmedl.ipynb #11738aab
 import contextlib, copy, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from ..core import InputError, seeded, unknown
 from ..learner import Method, Stage, Update
 from ..lessons.hints import feature_rms, hint_layers, hint_loss
 from ..lessons.soft_labels import soft_label_kl
-from ..losses import cross_entropy_loss, soft_dice_loss
+from ..losses import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from .lotus import weights_digest
 from ..networks.taps import Taps
 from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
@@ -30,7 +30,7 @@ from ..translation.cyclegan import (Generator, PatchDiscriminator, ReplayBuffer,
 from ..translation.drit import Translation, drit_networks
 from ..translation.translated import pack, translator_of
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #63f45436
+# %% ../../nbs/5_methods/5_cmedl.ipynb #e602287a
 @dataclass(frozen=True)
 class CmedlOptions:
     "The choices of CMEDL that are not weights. Defaults are the preset `paper`."
@@ -40,7 +40,7 @@ class CmedlOptions:
     hint_to: str = "both"         # who moves for the hint besides the generator: both | student
     hint_reduction: str = "mean"  # mean | sum (as printed)
     kd_tau: float = .5            # temperature of the soft labels
-    seg: str = "dice"             # segmentation loss: dice | ce | dice_ce
+    seg: str = "dice"             # segmentation loss: dice (per image) | ce | dice_ce | house: that of the student alone (`segmentation_loss`)
     unlabelled: bool = False      # also translate, and hint on, student images without labels
     infer: str = "student"        # what segments after training: student | teacher_on_fake
     refresh_fake: bool = False    # translate again for the segmentors, after the generators' step
@@ -61,19 +61,20 @@ class CmedlOptions:
     cx_mask: str = "body"         # body: positions inside the body only | none
     cx_sample: int = 0            # positions drawn; 0: all, exact
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #14f4ec12
+# %% ../../nbs/5_methods/5_cmedl.ipynb #702962f0
 CMEDL_WEIGHTS = {"adv": 1., "cyc": 10., "idt": 0., "cx": 1., "hint_g": 1., "seg_g": 5., "critic": 1.,
                  "hint": 1., "kd": 0., "seg": 5., "seg_teacher": 5., "seg_pseudo": 5., "seg_fake": 0.}
 DRIT_TERMS = {"adv": 1., "content": 1., "style_kl": .01, "self": 10., "cross": 10., "code": 0., "latent": 10., "critic": 1., "content_critic": 1.}
-CMEDL_CHOICES = dict(i2i=("cyclegan", "drit"), hint_to=("both", "student"), seg=("dice", "ce", "dice_ce"), infer=("student", "teacher_on_fake"), cx_mask=("body", "none"))
+CMEDL_CHOICES = dict(i2i=("cyclegan", "drit"), hint_to=("both", "student"), seg=("dice", "ce", "dice_ce", "house"), infer=("student", "teacher_on_fake"), cx_mask=("body", "none"))
 
 def cmedl_weights(
     options:CmedlOptions, # the choices
 )->dict: # term -> weight, of all terms that these choices have
     "The default weights. Those of translation belong to the translator: DRIT has no cycle, and by default no contextual loss."
-    if options.i2i == "cyclegan": return dict(CMEDL_WEIGHTS)
-    shared = {k: v for k, v in CMEDL_WEIGHTS.items() if k not in ("cyc", "idt", "adv", "critic")}
-    return {**DRIT_TERMS, **shared, "cx": 0.}
+    late = ("hint_g", "seg_g") if options.translate_first else () # a translation that is trained alone hears no segmentor
+    shared = {k: v for k, v in CMEDL_WEIGHTS.items() if k not in late}
+    if options.i2i == "cyclegan": return shared
+    return {**DRIT_TERMS, **{k: v for k, v in shared.items() if k not in ("cyc", "idt", "adv", "critic")}, "cx": 0.}
 
 def check_cmedl(
     o:CmedlOptions, # the options
@@ -86,9 +87,9 @@ def check_cmedl(
     if o.i2i == "drit" and o.unlabelled: raise InputError("unlabelled=True shows the translator more images of the student than of the teacher, and DRIT swaps styles one to one. Use i2i='cyclegan'.")
     return o
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #c3500687
+# %% ../../nbs/5_methods/5_cmedl.ipynb #8c10b14a
 CMEDL_PRESETS = {"paper": CmedlOptions(), "released": CmedlOptions(seg="ce", refresh_fake=True),
-                 "recommended": CmedlOptions(seg="dice_ce", hint_to="student")}
+                 "recommended": CmedlOptions(seg="house", hint_to="student")}
 CMEDL_PRESET_WEIGHTS = {"paper": {}, "released": {"idt": 5.}, "recommended": {}} # changes to `CMEDL_WEIGHTS`
 
 # %% ../../nbs/5_methods/5_cmedl.ipynb #d537db53
@@ -179,28 +180,32 @@ class Cross(torch.autograd.Function):
         outputs, grads = zip(*used)
         return torch.autograd.grad(outputs, ctx.leaf, grads, retain_graph=True)[0], None, None
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #d8964f8a
-@contextlib.contextmanager
-def held_statistics(
-    net:nn.Module, # network that runs within the block
-): # yields a list; when the block has ended, `release(list)` lets the statistics move
-    "BatchNorm layers work as always, but their running statistics are put back at the end of the block."
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    before, held = [[b.clone() for b in m.buffers()] for m in norms], []
-    yield held
-    for m, old in zip(norms, before):
-        for b, v in zip(m.buffers(), old):
-            held.append((b, b.clone()))
-            b.data.copy_(v) # `.data`: the graph of this pass does not use them, and must not be told off for the change
+# %% ../../nbs/5_methods/5_cmedl.ipynb #c929a1e5
+class Held:
+    "BatchNorm statistics that move later."
+    def __init__(self): self.pending = {} # id of a buffer -> (buffer, its later value)
 
-def release(
-    held:list, # from `held_statistics`; empty afterwards
-):
-    "Let held statistics move."
-    for b, v in held: b.data.copy_(v)
-    held.clear()
+    @contextlib.contextmanager
+    def passing(self,
+        net:nn.Module,   # network that runs within the block
+        count:bool=True, # whether this pass is to move the statistics at all
+    ):
+        "BatchNorm layers work as always; after the block their running statistics are as before, and what they would be is kept. Passes add up."
+        buffers = [b for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for b in m.buffers()]
+        before = [b.clone() for b in buffers]
+        for b in buffers: b.data.copy_(self.pending.get(id(b), (b, b))[1]) # `.data`: no graph uses these values, and none must be told off for the change
+        try: yield
+        finally:
+            for b, v in zip(buffers, before):
+                if count: self.pending[id(b)] = (b, b.clone())
+                b.data.copy_(v)
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #65a49a3a
+    def release(self):
+        "Let the statistics move."
+        for b, v in self.pending.values(): b.data.copy_(v)
+        self.pending.clear()
+
+# %% ../../nbs/5_methods/5_cmedl.ipynb #ce8a33ec
 class Iteration:
     "Everything of one batch that its updates share, computed once."
     def __init__(self,
@@ -212,22 +217,22 @@ class Iteration:
         self.m, self.batch, self.noise, self.y_s, self.y_t, self.n = method, batch, noise, s.label, t.label, len(s)
         self.x_s, self.x_t = to_signed(torch.cat([s.image, more.image]) if more else s.image), to_signed(t.image)
         self.tr = TRANSLATIONS[method.options.i2i](method.networks, self.x_s, self.x_t, noise, method.options)
-        self.holding, self.held = True, []
+        self.holding, self.held = True, Held()
 
-    def run(self, name:str, x:Tensor)->tuple:
-        "(logits, {layer: features}) of a segmentor on signed images, with a graph for its own weights."
+    def run(self, name:str, x:Tensor, count:bool=True)->tuple:
+        "(logits, {layer: features}) of a segmentor on signed images, with a graph for its own weights if this stage trains it."
         net, layers = self.m.part(name), self.m.layers
         wanted = next(net.parameters()).requires_grad
-        net.requires_grad_(name in self.m.learning)
-        with held_statistics(net) if self.holding else contextlib.nullcontext([]) as held, Taps(net, layers) as taps: out = net(to_unit(x)), taps.take()
+        net.requires_grad_(net.training and name in self.m.learning)
+        later = self.held.passing(net, count) if self.holding or not count else contextlib.nullcontext()
+        with later, Taps(net, layers) as taps: out = net(to_unit(x)), taps.take()
         net.requires_grad_(wanted)
-        self.held += held
         return out
 
     def let_go(self):
         "From here on the segmentors may change: their statistics move, those of passes already made at once."
         self.holding = False
-        release(self.held)
+        self.held.release()
 
     @cached_property
     def student(self): return self.run("student", self.x_s)      # on its own images
@@ -236,7 +241,8 @@ class Iteration:
     @cached_property
     def leaf(self): return self.tr.fake.detach().requires_grad_()
     @cached_property
-    def pseudo(self): return self.run("teacher", self.leaf)      # on translated images
+    def pseudo(self): # on translated images; if they are made again, the first ones do not count
+        return self.run("teacher", self.leaf, count=not (self.holding and self.m.options.refresh_fake))
     @cached_property
     def crossed(self): # the same, as the generators see it
         logits, features = self.pseudo
@@ -245,12 +251,12 @@ class Iteration:
 
     def again(self):
         "The same iteration with new fakes; what does not depend on them is kept."
+        for k in ("leaf", "pseudo", "crossed"): self.__dict__.pop(k, None) # and their graphs are freed
         new = copy.copy(self)
-        for k in ("leaf", "pseudo", "crossed"): new.__dict__.pop(k, None)
         new.tr = TRANSLATIONS[self.m.options.i2i](self.m.networks, self.x_s, self.x_t, self.noise, self.m.options)
         return new
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #484427e0
+# %% ../../nbs/5_methods/5_cmedl.ipynb #1fcb5cab
 class Translating(Method):
     """Base of the methods with a translator. Batches need the sources "student" and "teacher", both labelled, in [0,1].
     Subclasses give `segmentors`: the updates after the translation's."""
@@ -273,14 +279,15 @@ class Translating(Method):
     def adam(self)->dict:
         "Rates and moments: the segmentors learn faster than the translation."
         o, segmentors = self.options, {"student", "teacher", "assistant", "alpha"}
-        return {n: dict(rate=1. if n in segmentors else o.rate, betas=(o.beta1, .999)) for n in self.networks}
+        return {n: dict(rate=1. if n in segmentors else o.rate / 2.5 if n == "d_content" else o.rate, betas=(o.beta1, .999)) for n in self.networks}
 
     def part(self, name:str)->nn.Module: return self.networks[name] if name in self.networks else self.frozen[name]
     def identity(self)->dict: return dict(options=asdict(self.options), epochs=self.epochs)
 
     def segmentation(self, logits:Tensor, label:Tensor)->Tensor:
-        "$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), or both."
+        "$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), both, or the loss of the house's other methods."
         logits, kind = logits.float(), self.options.seg
+        if kind == "house": return segmentation_loss(logits, label)
         dice = soft_dice_loss(logits, label, per_image=True) if kind != "ce" else 0.
         return dice + (cross_entropy_loss(logits, label) if kind != "dice" else 0.)
 
@@ -298,7 +305,7 @@ class Translating(Method):
         sources = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
         translation = TRANSLATIONS[self.options.i2i].updates(self.translation_terms)
         if not self.options.translate_first: return [Stage("together", translation + self.segmentors(), sources=sources)]
-        return [Stage("translate", translation, epochs=self.epochs // 2, sources=sources), Stage("segment", self.segmentors(), sources=sources)]
+        return [Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True), Stage("segment", self.segmentors(), sources=sources, anew=True)]
 
 # %% ../../nbs/5_methods/5_cmedl.ipynb #1dbbb72f
 @patch
@@ -311,7 +318,7 @@ def begin(self:Translating, stage:Stage, batches:Callable):
         if max(b.image.shape[2:]) != self.options.side and self.options.pool: raise InputError(f"{name}: the patches have {b.image.shape[2]} x {b.image.shape[3]} px, but side={self.options.side}. Set side to the patch size.")
         if b.label is None and name != "unlabelled": raise InputError(f"{name}: the images have no labels, and this method learns from the labels of both modalities.")
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #3bfd967d
+# %% ../../nbs/5_methods/5_cmedl.ipynb #b5961975
 class CMEDL(Translating):
     """CMEDL (Jiang et al. 2021): translator, teacher and student trained together, hints on tapped layers of both segmentors.
     With `teacher_learns=False` the teacher is frozen (a placebo). Raises `InputError` for unknown options, or networks that hints cannot compare."""
@@ -335,7 +342,6 @@ class CMEDL(Translating):
         "The frozen network whose features the contextual loss compares, or None when they are the teacher's own."
         o, self.cx_layers = self.options, ()
         if o.cx_on == "teacher" or (o.cx_on == "auto" and not o.vgg):
-            if o.cx_on == "auto": warnings.warn("no weights of VGG19 were given: the contextual loss uses features of the teacher.", stacklevel=3)
             self.cx_layers = o.cx_layers or encoder_layers(teacher)
             return None
         self.frozen["extractor"] = feature_extractor(o.cx_on, weights=o.vgg)
@@ -399,7 +405,7 @@ def segmentor_losses(self:CMEDL, batch:dict, noise:Callable)->dict:
     if "teacher" not in self.learning: return terms
     return terms | {"seg_teacher": lambda: self.segmentation(x.teacher[0], x.y_t), "seg_pseudo": lambda: self.segmentation(x.pseudo[0][:x.n], x.y_s)}
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #46adbf9f
+# %% ../../nbs/5_methods/5_cmedl.ipynb #97ebf6e8
 @patch
 def monitor(self:CMEDL, batch:dict, noise:Callable)->dict:
     "contrast, change, fine, fine_real (see the chapter on CycleGAN), dice_fake (the teacher on translations), rms_student, rms_teacher, critic_right."
@@ -409,18 +415,27 @@ def monitor(self:CMEDL, batch:dict, noise:Callable)->dict:
     found = [(2. * ((pred == k) & (x.y_s == k)).sum() + 1) / ((pred == k).sum() + (x.y_s == k).sum() + 1) for k in range(1, max(2, self.classes))]
     numbers = dict(contrast=contrast_sign(x.x_s, fake), change=change(x.x_s, fake), fine=high_frequency(fake), fine_real=high_frequency(x.x_t), dice_fake=torch.stack(found).mean(),
                    rms_student=feature_rms([x.student[1][n] for n in self.hints]), rms_teacher=feature_rms([x.pseudo[1][n] for n in self.hints]))
-    if "d_t" in self.networks: numbers["critic_right"] = torch.cat([(self.networks["d_t"](x.x_t) > .5).flatten(), (self.networks["d_t"](fake) < .5).flatten()]).float().mean()
+    cut = .5 if self.options.gan == "lsgan" else 0.
+    if "d_t" in self.networks: numbers["critic_right"] = torch.cat([(self.networks["d_t"](x.x_t) > cut).flatten(), (self.networks["d_t"](fake) < cut).flatten()]).float().mean()
     return {k: float(v) for k, v in numbers.items()}
+
+# %% ../../nbs/5_methods/5_cmedl.ipynb #e6095f1f
+@patch
+def check_weights(self:Translating, weights:dict):
+    "`InputError` for lessons that need translated images when nothing trains the translation, and for a generator without its critic."
+    needs = [k for k in ("hint", "hint_g", "kd", "seg_g", "seg_pseudo", "seg_fake", "seg_assistant", "kl", "kl_assistant") if weights.get(k)]
+    if needs and not weights["adv"]: raise InputError(f"weights: {', '.join(needs)} need translated images, but adv=0 leaves the translation untrained. Give adv a weight, or set these to 0.")
+    if weights["adv"] and not weights["critic"]: raise InputError("weights: adv without critic lets the generators learn from critics that never learn. Give critic a weight, or set adv to 0.")
 
 @patch
 def check_weights(self:CMEDL, weights:dict):
-    "`InputError` for a lesson that needs translated images when nothing trains the translation."
-    needs = [k for k in ("hint", "hint_g", "kd", "seg_g", "seg_pseudo", "seg_fake") if weights[k]]
-    if needs and not weights["adv"]: raise InputError(f"weights: {', '.join(needs)} need translated images, but adv=0 leaves the translation untrained. Give adv a weight, or set these to 0.")
+    "As for every method that translates; and one line about the features of the contextual loss."
+    Translating.check_weights(self, weights)
+    if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg: warnings.warn("no weights of VGG19 were given: the contextual loss uses features of the teacher.", stacklevel=3)
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #b29630f5
+# %% ../../nbs/5_methods/5_cmedl.ipynb #1ae41c40
 _single, _cmedl, _off = dict(method="single", init="scratch"), lambda **kw: dict(method="cmedl", init="scratch", **kw), lambda *terms: {t: 0. for t in terms}
-_no_hint, _plain = _off("hint", "hint_g"), _off("cx", "hint", "hint_g", "seg_g")
+_no_hint, _plain = _off("hint", "hint_g"), _off("cx", "hint")
 CMEDL_ROWS = { # row: (what, arm, changes to the study, the paper's Dice)
     "R00": ("CMEDL", _cmedl(), {}, .75),
     "R01": ("student alone", _single, {}, .69),
@@ -442,7 +457,7 @@ CMEDL_ROWS = { # row: (what, arm, changes to the study, the paper's Dice)
     "R17": ("no hint at all", _cmedl(weights=_no_hint), {}, None),
 }
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #16e9e54d
+# %% ../../nbs/5_methods/5_cmedl.ipynb #14ff1fd0
 _mr = dict(student="mr", teacher="ct", network="mrrn")
 CMEDL_ROWS |= {
     "R18": ("the hint moves the student only", _cmedl(options={"hint_to": "student"}), {}, None),
@@ -468,11 +483,12 @@ def cmedl_arm(
     row:str,        # e.g. "R00"
     sizes:dict,     # options of the translator that all rows share, e.g. {"width": 8, "blocks": 2}
     weights:dict={}, # changes to the weights of all rows, e.g. {"hint": .3}
+    preset:str="paper", # of the CMEDL rows
 )->dict: # an arm of a study
     "A row of `CMEDL_ROWS` as an arm, with the sizes of the experiment. `InputError` for an unknown row."
     if row not in CMEDL_ROWS: raise InputError(unknown("row", row, CMEDL_ROWS))
     arm = CMEDL_ROWS[row][1]
     if "shares" in arm or arm["method"] in ("single", "ummkd"): return dict(arm)
     fits = {k: v for k, v in sizes.items() if arm["method"] == "cmedl" or not k.startswith("cx_")}
-    known = cmedl_weights(CmedlOptions(**{k: v for k, v in arm.get("options", {}).items() if k == "i2i"})) if arm["method"] == "cmedl" else {}
-    return {**arm, "options": {**fits, **arm.get("options", {})}, "weights": {**{k: v for k, v in weights.items() if k in known}, **arm.get("weights", {})}}
+    known = cmedl_weights(CmedlOptions(**arm.get("options", {}))) if arm["method"] == "cmedl" else {}
+    return {**arm, "preset": preset, "options": {**fits, **arm.get("options", {})}, "weights": {**{k: v for k, v in weights.items() if k in known}, **arm.get("weights", {})}}

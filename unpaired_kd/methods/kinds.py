@@ -20,7 +20,7 @@ from .mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from .single import Single
 from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #ba16d36d
+# %% ../../nbs/5_methods/8_kinds.ipynb #eaca7e0d
 @dataclass(frozen=True)
 class Kind:
     "What a study must know about a method."
@@ -31,6 +31,8 @@ class Kind:
     check: Callable = lambda options: options      # raises `InputError`
     expert: bool = False             # a trained teacher gives the lessons and stays as it is
     concurrent: bool = False         # the teacher learns together with the student
+    teachers: tuple = ("true", "placebo", "shuffled") # teachers that make sense
+    inits: tuple = ("scratch", "teacher") # starts that make sense
 
 KINDS = {
     "single": Kind(lambda s, t, o, epochs, seed, learns: Single(s), {}, lambda o, preset: {"seg": 1.}),
@@ -40,12 +42,12 @@ KINDS = {
     "cmedl": Kind(CMEDL, CMEDL_PRESETS, lambda o, preset: {**cmedl_weights(o), **{k: v for k, v in CMEDL_PRESET_WEIGHTS[preset].items() if k in cmedl_weights(o)}},
                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True),
     "mutual": Kind(lambda s, t, o, epochs, seed, learns: Mutual(s, t, o, epochs, seed), {"recommended": MUTUAL_OPTIONS}, lambda o, preset: MUTUAL_WEIGHTS,
-                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True),
+                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true", "shuffled")),
     "fusion": Kind(lambda s, t, o, epochs, seed, learns: Fusion(s, o, epochs, seed), {"recommended": FusionOptions()}, lambda o, preset: FUSION_WEIGHTS,
-                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True),
+                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true",), inits=("scratch",)),
 }
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #974b98e4
+# %% ../../nbs/5_methods/8_kinds.ipynb #80d225bc
 def method_options(
     method:str,   # a key of `KINDS`
     preset:str,   # recommended | paper | released; a method without presets has one set of options
@@ -78,5 +80,5 @@ def make_method(
 )->Method: # ready for the learner
     "A method with the default weights of its preset."
     m = KINDS[method].make(student, teacher, options, epochs, seed, teacher_learns)
-    m.weights = dict(KINDS[method].weights(options, preset))
+    m.weights = {k: v for k, v in KINDS[method].weights(options, preset).items() if teacher_learns or k not in ("seg_teacher", "seg_pseudo") or method != "cmedl"}
     return m

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MUTUAL_OPTIONS', 'MUTUAL_WEIGHTS', 'Mutual']
 
-# %% ../../nbs/5_methods/6_mutual.ipynb #ef704bb1
+# %% ../../nbs/5_methods/6_mutual.ipynb #fbda1dbe
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from ..lessons.soft_labels import soft_label_kl
 from .cmedl import CmedlOptions, Translating
 from ..translation.translated import unite
 
-# %% ../../nbs/5_methods/6_mutual.ipynb #2fae5e4c
+# %% ../../nbs/5_methods/6_mutual.ipynb #06bcda69
 MUTUAL_OPTIONS = CmedlOptions(translate_first=True, kd_tau=2.)
 MUTUAL_WEIGHTS = {"adv": 1., "cyc": 10., "idt": 0., "critic": 1., "seg": 1., "seg_assistant": 1., "kl": .5, "kl_assistant": .5}
 
@@ -52,8 +53,11 @@ class Mutual(Translating):
         "Labels of its own modality for each, soft labels of the other."
         x = self.now(batch, noise)
         x.let_go()
-        fake = x.tr.fake_s.detach()
-        of = {(who, what): x.run(who, images)[0] for who in self.learning for what, images in (("real", x.x_s), ("fake", fake))}
-        guided = lambda who, guide, what: soft_label_kl(of[who, what], of[guide, what].detach(), self.options.kd_tau)
-        return {"seg": lambda: self.segmentation(of["student", "real"], x.y_s), "seg_assistant": lambda: self.segmentation(of["assistant", "fake"], x.y_t),
-                "kl": lambda: guided("student", "assistant", "real"), "kl_assistant": lambda: guided("assistant", "student", "fake")}
+        fake = cache(lambda: x.tr.fake_s.detach())
+        images = {"real": lambda: x.x_s, "fake": fake}
+        says = cache(lambda who, what: x.run(who, images[what]())[0])
+        @torch.no_grad()
+        def guide(who, what): return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[0] # at test both see real images
+        return {"seg": lambda: self.segmentation(says("student", "real"), x.y_s), "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
+                "kl": lambda: soft_label_kl(says("student", "real"), guide("assistant", "real"), self.options.kd_tau),
+                "kl_assistant": lambda: soft_label_kl(says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau)}

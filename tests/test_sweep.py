@@ -165,3 +165,53 @@ def test_a_cluster_without_dask(place, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "distributed" else name)
     with pytest.raises(InputError, match=r"pip install \"unpaired_kd\[scale\]\""): sweep.run_sweep(grid(place, "grid: {seed: [1]}"), scheduler="tcp://127.0.0.1:9")
     assert not (place / "runs").exists()
+
+
+CELLS = "cells: {R01 alone: {}, R02 kl: {lr: .1}, R12 kl too: {lr: .2}, R02: {lr: .3}}\ngrid: {seed: [0, 1]}"
+
+
+@pytest.mark.parametrize("patterns, names", [
+    (["R01*"], ["R01 alone seed=0", "R01 alone seed=1"]), (["R01 alone"], ["R01 alone seed=0", "R01 alone seed=1"]), (["* seed=1", "R01 alone seed=1"], ["R01 alone seed=1", "R02 kl seed=1", "R12 kl too seed=1", "R02 seed=1"]),
+    (["R12", "R01"], ["R01 alone seed=0", "R01 alone seed=1", "R12 kl too seed=0", "R12 kl too seed=1"]), (["R02"], ["R02 seed=0", "R02 seed=1"]), (["R[01][12] kl"], ["R02 kl seed=0", "R02 kl seed=1"]), (["R?2 kl too seed=[!1]"], ["R12 kl too seed=0"])])
+def test_patterns_choose_cells_in_the_order_of_the_grid(place, patterns, names):
+    "Whole names of cells and rows first, then their first words; a row R02 is not hidden by the row R02 kl."
+    path = grid(place, CELLS)
+    assert [c.name for c in sweep.choose(path, sweep.expand(path)[1], patterns)] == names
+
+
+def test_a_name_with_brackets_names_itself(place):
+    (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "seeds: list = [0]"))
+    path = grid(place, "grid: {seeds: [[0], [1]], seed: [3, 4]}")
+    chosen = lambda *patterns: [c.name for c in sweep.choose(path, sweep.expand(path)[1], patterns)]
+    assert chosen("seeds=[0] seed=3") == ["seeds=[0] seed=3"] and chosen("seeds=[1]") == ["seeds=[1] seed=3", "seeds=[1] seed=4"]
+
+
+@pytest.mark.parametrize("pattern, said", [("R11", "Near names: .*'R01 alone'"), ("R03*", "Near names: .*'R02"), ("r01 alone", "Near names: 'R01 alone'"), ("R01 alone seed=2", "'R01 alone seed=0'"), ("R1", "Near names"), ("alone", "names: "), ("#", "The first names: 'R01 alone', 'R02 kl'"), ("", "The first names")])
+def test_a_pattern_that_fits_nothing_is_refused_with_near_names(place, pattern, said, capsys):
+    "Also beside one that fits, and in a dry run; nothing is written."
+    path = grid(place, CELLS)
+    with pytest.raises(InputError, match=f"--cells: .*fits no cell of .*g.yaml. .*{said}"): sweep.run_sweep(path, only=["R02*", pattern])
+    assert cli.main(["sweep", path, "--dry-run", "--cells", pattern]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not (place / "runs").exists()
+
+
+def test_the_whole_grid_is_checked_though_a_part_is_chosen(place):
+    path = grid(place, "cells: {good: {}, bad: {sed: 1}}")
+    with pytest.raises(InputError, match="cell 'bad'.*Did you mean 'seed'"): sweep.run_sweep(path, only=["good"])
+    assert not (place / "runs").exists()
+
+
+def test_several_calls_fill_one_folder(place, capsys):
+    "Only the chosen cells run; the table has every finished cell of the grid, with all parameters that vary in it."
+    path = grid(place, "cells: {first: {}, second: {lr: .25}, fails: {do: fail}}")
+    cells = lambda: sorted(p.name.rpartition("-")[0] for p in place.glob("runs/g/cells/*"))
+    assert cli.main(["sweep", path, "--dry-run", "--cells", "se*", "--cells", "first"]) == 0 and not (place / "runs").exists()
+    out = capsys.readouterr().out
+    assert out.count("to do  ") == 2 and "fails" not in out and "3 cells of" in out and "2 chosen, of these 0 done, 2 to do" in out
+    assert cli.main(["sweep", path, "--cells", "second"]) == 0
+    assert cells() == ["second"] and [r["cell"] for r in read_csv("runs/g/results.csv")] == ["second"] * 2
+    assert cli.main(["sweep", path, "--cells", "f[!a]*"]) == 0
+    assert cells() == ["first", "second"] and (of(place, "second-*") / "times").read_text() == "x"
+    assert [(r["cell"], r["lr"], r["do"]) for r in read_csv("runs/g/results.csv")] == [("first", .5, "score")] * 2 + [("second", .25, "score")] * 2
+    assert cli.main(["sweep", path, "--cells", "second"]) == 0 and "1 chosen, of these 1 done, 0 to do" in capsys.readouterr().out
+    assert [r["cell"] for r in read_csv("runs/g/results.csv")] == ["first"] * 2 + ["second"] * 2

@@ -273,7 +273,7 @@ def need(*modules):
     from importlib.util import find_spec
     if missing := [m for m in modules if find_spec(m) is None]: raise refuse(f"this command needs {', '.join(missing)}: pip install \"unpaired_kd[dev]\".")
 
-# %% ../nbs/6_command/1_cli.ipynb #8560aa6c
+# %% ../nbs/6_command/1_cli.ipynb #efe82201
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."
     top = argparse.ArgumentParser("ukd", description="Unpaired knowledge distillation: run experiments, use students, print tables.")
@@ -291,6 +291,7 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
     sweep.add_argument("--out", help="sweep folder (default: runs/<name of the grid file>)")
     sweep.add_argument("--workers", type=int, help="runs at a time (default: one a core)")
     sweep.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="give the runs to this Dask cluster")
+    sweep.add_argument("--cells", nargs="+", action="extend", metavar="NAME", help="only the cells whose name or row, or its first words, fit one of these patterns, e.g. R00 \"R1[0-7]*\" (default: all)")
     sweep.add_argument("--dry-run", action="store_true", help="list the cells and what is done, and stop")
     predict = sub.add_parser("predict", help="segment an image, a folder or a volume with a trained student")
     predict.add_argument("student", help="folder of a student (runs/x/student)")
@@ -319,7 +320,7 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #0f87140c
+# %% ../nbs/6_command/1_cli.ipynb #68bb3084
 def run(args)->int:
     "`ukd run`"
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
@@ -330,7 +331,7 @@ def run(args)->int:
 def sweep(args)->int:
     "`ukd sweep`"
     from unpaired_kd.sweep import run_sweep
-    return run_sweep(args.grid, args.given, args.scale, args.out, args.workers, args.scheduler, args.dry_run)
+    return run_sweep(args.grid, args.given, args.scale, args.out, args.workers, args.scheduler, args.dry_run, args.cells)
 
 def predict(args)->int:
     "`ukd predict`"

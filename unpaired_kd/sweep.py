@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'repeated', 'read_grid', 'check_sections', 'mapping', 'clash', 'Cell', 'as_text', 'check_values', 'expand',
-           'folders', 'state', 'leave_with', 'claim_patiently', 'work', 'run_cell', 'local', 'cluster', 'run_cells',
-           'varied', 'tidy', 'write_results', 'run_sweep', 'check_folder', 'cores', 'tell_failed']
+           'choose', 'near_names', 'folders', 'state', 'leave_with', 'claim_patiently', 'work', 'run_cell', 'local',
+           'cluster', 'run_cells', 'varied', 'tidy', 'write_results', 'run_sweep', 'check_folder', 'cores',
+           'tell_failed']
 
-# %% ../nbs/6_command/2_sweep.ipynb #41fabbd6
-import contextlib, itertools, json, os, re, subprocess, sys, time
+# %% ../nbs/6_command/2_sweep.ipynb #7ae7b546
+import contextlib, difflib, itertools, json, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .cli import claim, execute, find_notebook, need, read_parameters, read_yaml, resolve
@@ -76,7 +78,7 @@ def clash(key, others)->str:
     "The one of `others` that sets the same parameter as `key`, wholly or in part."
     return next((o for o in others if o == key or o.startswith(f"{key}.") or key.startswith(f"{o}.")), None)
 
-# %% ../nbs/6_command/2_sweep.ipynb #f44ba624
+# %% ../nbs/6_command/2_sweep.ipynb #3c7fbe72
 @dataclass(frozen=True)
 class Cell:
     "One run of a grid."
@@ -84,6 +86,7 @@ class Cell:
     given:dict  # what the row and the point set
     values:dict # all parameters of the notebook, without the run folder
     key:str     # fingerprint of the notebook's name and all values
+    row:str=""  # row of `cells`, where there is one
 
 def as_text(
     value, # plain data
@@ -117,7 +120,7 @@ def check_values(
     del values["run_folder"]
     return values
 
-# %% ../nbs/6_command/2_sweep.ipynb #ed57cd21
+# %% ../nbs/6_command/2_sweep.ipynb #85ea998b
 def expand(
     path,           # the grid file
     given:list=(),  # pairs (name, text) of the command line, for every cell
@@ -138,10 +141,40 @@ def expand(
         own = point | grid["cells"].get(row, {})
         name = " ".join([row, *(f"{k}={as_text(v)}" for k, v in point.items())]).strip()
         values = check_values(f"{path}, cell {name!r}", notebook, parameters, grid["base"] | grid["scales"].get(scale, {}), list(given), own)
-        cell = Cell(name, own, values, digest({"notebook": notebook.stem, **values}))
+        cell = Cell(name, own, values, digest({"notebook": notebook.stem, **values}), row)
         if cell.key in cells: raise InputError(f"{path}: cells {cells[cell.key].name!r} and {name!r} have the same parameters. Remove one of them.")
         cells[cell.key] = cell
     return notebook, list(cells.values())
+
+# %% ../nbs/6_command/2_sweep.ipynb #5cb437f4
+def choose(
+    path,          # the grid file, for messages
+    cells:list,    # of `Cell`
+    patterns:list, # of text, e.g. ["R00", "R1[0-7]*"]
+)->list: # of `Cell`, in the order of the grid
+    "The cells that a pattern names, each once: by the name of the cell or its row, else by the first words of one. Raises `InputError` for a pattern that names none."
+    names, chosen = {c.key: [n for n in (c.name, c.row) if n] for c in cells}, set()
+    for p in patterns:
+        whole = lambda n: n == p or fnmatchcase(n, p) # `==`: the name `seeds=[0]` does not fit itself as a pattern
+        first = lambda n: n.startswith(f"{p} ") or fnmatchcase(n, f"{p} *")
+        fitting = lambda test: {k for k, ns in names.items() if any(map(test, ns))}
+        found = fitting(whole) or fitting(first)
+        if not found: raise InputError(f"--cells: {p!r} fits no cell of {path}. {near_names(p, cells)} Put patterns in quotes; --dry-run without --cells lists all cells.")
+        chosen |= found
+    return [c for c in cells if c.key in chosen]
+
+def near_names(
+    pattern:str, # that fits no cell
+    cells:list,  # of `Cell`
+    most:int=5,  # names
+)->str: # a sentence
+    "The names like a pattern; where none is like it, the first of all."
+    label, rows = {}, [c.row or c.name for c in cells]
+    for name in [*(c.name for c in cells), *rows]: label[name] = name
+    for name in rows: label.setdefault(name.split()[0], name)
+    near = difflib.get_close_matches(re.sub("[*?]", "", pattern), label, n=most)
+    shown = list(dict.fromkeys(label[n] for n in near) or dict.fromkeys(rows))[:most]
+    return f"{'Near names' if near else 'The first names'}: {', '.join(map(repr, shown))}."
 
 # %% ../nbs/6_command/2_sweep.ipynb #e2847867
 def folders(
@@ -296,7 +329,7 @@ def write_results(
     if rows: write_csv(Path(out)/"results.csv", rows)
     return rows
 
-# %% ../nbs/6_command/2_sweep.ipynb #891f7833
+# %% ../nbs/6_command/2_sweep.ipynb #a9e1e46b
 def run_sweep(
     path,            # grid file
     given:list=(),   # pairs (name, text) of parameters for every cell
@@ -305,16 +338,18 @@ def run_sweep(
     workers:int=None, # cells at a time (default: one a core)
     scheduler:str=None, # address of a Dask scheduler, instead of workers here
     dry_run:bool=False, # only list the cells
+    only:list=None, # patterns for names of cells or rows (`choose`; default: all cells)
 )->int: # 0: all done; 1: a cell failed
-    "Check, then run what is not done. The same call again continues."
+    "Check all cells, then run what is not done. The same call again continues. Raises `InputError` before anything has been written."
     if workers is not None and (workers < 1 or scheduler): raise InputError("--workers: with --scheduler the cluster decides; leave it out." if scheduler else f"--workers {workers}: give 1 or more.")
     notebook, cells = expand(path, given, scale)
+    chosen = cells if only is None else choose(path, cells, only)
     out = Path(out or f"runs/{Path(path).stem}")
     check_folder(out)
     places = folders(out, cells)
-    todo = [c for c in cells if state(places[c.key]) != "done"]
-    if dry_run: print("\n".join(f"{state(places[c.key]):<6} {c.name}  {places[c.key]}" for c in cells))
-    print(f"{len(cells)} cells of {notebook}: {len(cells) - len(todo)} done, {len(todo)} to do")
+    todo = [c for c in chosen if state(places[c.key]) != "done"]
+    if dry_run: print("\n".join(f"{state(places[c.key]):<6} {c.name}  {places[c.key]}" for c in chosen))
+    print(f"{len(cells)} cells of {notebook}: {'' if only is None else f'{len(chosen)} chosen, of these '}{len(chosen) - len(todo)} done, {len(todo)} to do")
     if dry_run: return 0
     need("papermill", "ipykernel")
     stop = out.resolve()/".stop"

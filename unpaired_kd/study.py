@@ -402,7 +402,7 @@ def run_study(
     every = [("teacher", "teacher", n) for n in range(config.teachers)] + [("arm", a, s) for s in known_seeds for a in known_arms]
     return collect(folder, [t for t in every if finished(folder, t)])
 
-# %% ../nbs/5_methods/3_study.ipynb #0b2e7884
+# %% ../nbs/5_methods/3_study.ipynb #16559165
 def check_study(config, seeds):
     "Raise `InputError` for anything that would fail later: options, weights, splits, network. Writes nothing."
     if not seeds: raise InputError("seeds is empty: give at least one, e.g. [0].")
@@ -415,6 +415,7 @@ def check_study(config, seeds):
     resolve_precision(config.precision)
     if config.teacher_weights: load_checkpoint(config.teacher_weights)
     if not 0 < config.teacher_share <= 1: raise InputError(f"teacher_share={config.teacher_share}: give a share above 0, at most 1.")
+    if config.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", config.stop_on, ("dice", "loss")))
     if config.early_stop and not config.validation: raise InputError("early_stop needs validation: give a number of labelled units to choose the best epoch by.")
     arms = {name: (arm, method_options(arm["method"], arm["preset"], arm["options"], config.patch)) for name, arm in all_arms(config).items()}
     for seed in seeds: data = split_data(config, seed)

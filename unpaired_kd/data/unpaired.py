@@ -178,12 +178,12 @@ def padded(
     label = None if decoded.label is None else np.pad(decoded.label, width, mode="reflect")
     return replace(decoded, pixels=np.pad(decoded.pixels, [(0, 0), *width], mode="reflect"), label=label, instances=None)
 
-# %% ../../nbs/1_data/4_unpaired.ipynb #0f0ed60c
+# %% ../../nbs/1_data/4_unpaired.ipynb #be28db60
 @patch_to(Patches)
 def _same_group(self, wanted, index, u):
     "For each lead image a case of its label group; where there is none, the random case, and one warning."
     missing = sorted({g for g in wanted} - set(self._members))
-    if missing and not self._warned:
+    if missing and not self._warned and set(self._members) != {""}: # without any group there is nothing to pair by
         self._warned = True
         warnings.warn(f"{self.collection.name!r} has no image of label group {', '.join(map(repr, missing))}: these are paired at random. It has {', '.join(map(repr, sorted(self._members)))}.")
     return np.array([self._members[g][int(x * len(self._members[g]))] if g in self._members else i for g, i, x in zip(wanted, index, u)])

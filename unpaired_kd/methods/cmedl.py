@@ -7,7 +7,7 @@ __all__ = ['CMEDL_WEIGHTS', 'DRIT_TERMS', 'CMEDL_CHOICES', 'CMEDL_PRESETS', 'CME
            'CmedlOptions', 'cmedl_weights', 'check_cmedl', 'CycleTranslation', 'DritTranslation', 'Cross', 'Held',
            'Iteration', 'Translating', 'CMEDL', 'cmedl_arm']
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #11738aab
+# %% ../../nbs/5_methods/5_cmedl.ipynb #dd96e945
 import contextlib, copy, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from ..core import InputError, seeded, unknown
 from ..learner import Method, Stage, Update
-from ..lessons.hints import feature_rms, hint_layers, hint_loss
+from ..lessons.hints import REDUCTIONS, feature_rms, hint_layers, hint_loss
 from ..lessons.soft_labels import soft_label_kl
 from ..losses import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from .lotus import weights_digest
 from ..networks.taps import Taps
 from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
-from ..translation.cyclegan import (Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,
+from ..translation.cyclegan import (GAN_KINDS, UPSAMPLE, Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,
     discriminator_gan_loss, generator_gan_loss, high_frequency, identity_loss, to_signed, to_unit)
 from ..translation.drit import Translation, drit_networks
 from ..translation.translated import pack, translator_of
@@ -61,11 +61,12 @@ class CmedlOptions:
     cx_mask: str = "body"         # body: positions inside the body only | none
     cx_sample: int = 0            # positions drawn; 0: all, exact
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #702962f0
+# %% ../../nbs/5_methods/5_cmedl.ipynb #34885675
 CMEDL_WEIGHTS = {"adv": 1., "cyc": 10., "idt": 0., "cx": 1., "hint_g": 1., "seg_g": 5., "critic": 1.,
                  "hint": 1., "kd": 0., "seg": 5., "seg_teacher": 5., "seg_pseudo": 5., "seg_fake": 0.}
 DRIT_TERMS = {"adv": 1., "content": 1., "style_kl": .01, "self": 10., "cross": 10., "code": 0., "latent": 10., "critic": 1., "content_critic": 1.}
-CMEDL_CHOICES = dict(i2i=("cyclegan", "drit"), hint_to=("both", "student"), seg=("dice", "ce", "dice_ce", "house"), infer=("student", "teacher_on_fake"), cx_mask=("body", "none"))
+CMEDL_CHOICES = dict(i2i=("cyclegan", "drit"), hint_reduction=REDUCTIONS, gan=GAN_KINDS, upsample=UPSAMPLE, cx_direction=("target", "source", "symmetric"),
+                     hint_to=("both", "student"), seg=("dice", "ce", "dice_ce", "house"), infer=("student", "teacher_on_fake"), cx_mask=("body", "none"))
 
 def cmedl_weights(
     options:CmedlOptions, # the choices

@@ -88,10 +88,10 @@ def check_cmedl(
     if o.i2i == "drit" and o.unlabelled: raise InputError("unlabelled=True shows the translator more images of the student than of the teacher, and DRIT swaps styles one to one. Use i2i='cyclegan'.")
     return o
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #8c10b14a
+# %% ../../nbs/5_methods/5_cmedl.ipynb #1de2e14a
 CMEDL_PRESETS = {"paper": CmedlOptions(), "released": CmedlOptions(seg="ce", refresh_fake=True),
-                 "recommended": CmedlOptions(seg="house", hint_to="student")}
-CMEDL_PRESET_WEIGHTS = {"paper": {}, "released": {"idt": 5.}, "recommended": {}} # changes to `CMEDL_WEIGHTS`
+                 "recommended": CmedlOptions(seg="house", hint_to="student", beta1=.9)}
+CMEDL_PRESET_WEIGHTS = {"paper": {}, "released": {"idt": 5.}, "recommended": {"hint": .1, "hint_g": .1}} # changes to `CMEDL_WEIGHTS`
 
 # %% ../../nbs/5_methods/5_cmedl.ipynb #d537db53
 class CycleTranslation:

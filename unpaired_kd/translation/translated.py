@@ -46,9 +46,9 @@ def translator_of(
     out.content, out.generator = networks["content"], g
     return out
 
-# %% ../../nbs/3_translation/4_translated.ipynb #6c421fac
+# %% ../../nbs/3_translation/4_translated.ipynb #b8b6c442
 class AlphaNet(nn.Module):
-    """$\\alpha$ of CMEDL's equation 14: ResNet18 with a two-image stem and a head of 512, 128 and 1. Starts at 0.5 for every image."""
+    """$\\alpha$ of CMEDL's equation 14: ResNet18 with a two-image stem; its 512 features go to 128 and to 1. Starts at 0.5 for every image."""
     def __init__(self,
         channels:int=2, # channels of image and translation together
         width:int=64,   # channels of the first stage; the last has eight times as many
@@ -56,8 +56,8 @@ class AlphaNet(nn.Module):
         super().__init__()
         from monai.networks.nets import ResNet
         self.config = dict(channels=channels, width=width)
-        self.body = ResNet("basic", [2, 2, 2, 2], [width * 2**k for k in range(4)], spatial_dims=2, n_input_channels=channels, conv1_t_stride=2, num_classes=512)
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
+        self.body = ResNet("basic", [2, 2, 2, 2], [width * 2**k for k in range(4)], spatial_dims=2, n_input_channels=channels, conv1_t_stride=2, feed_forward=False)
+        self.head = nn.Sequential(nn.Linear(8 * width, 128), nn.ReLU(), nn.Linear(128, 1))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 

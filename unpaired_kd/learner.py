@@ -42,7 +42,7 @@ class Stage:
     sources: tuple|None = None   # names of the batches it draws; None: all
     anew: bool = False        # the learning rate's schedule starts again with this stage, and ends with it
 
-# %% ../nbs/4_training/1_learner.ipynb #e5791c5b
+# %% ../nbs/4_training/1_learner.ipynb #95536daf
 class Method:
     """Base of all methods. Subclasses set `networks` (trained, saved), `frozen` (used only), `weights` (default weight of every term),
     and define `stages()`. `monitor` may return numbers to record after each epoch."""
@@ -76,6 +76,11 @@ class Method:
     )->dict: # name -> number
         "Numbers to record after each epoch (e.g. gamma); a plateau rule can watch them."
         return {}
+
+    def finish(self,
+        batches:Callable, # i -> the i-th batch of a fixed list, for statistics
+    ):
+        "Called after training, before the student is used."
 
     def begin(self,
         stage:Stage,    # the stage that begins

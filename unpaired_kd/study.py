@@ -74,7 +74,7 @@ class StudyConfig:
     cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
-# %% ../nbs/5_methods/3_study.ipynb #f44dc624
+# %% ../nbs/5_methods/3_study.ipynb #07522a93
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
     "fine-tuned": dict(method="single", init="teacher"),
@@ -88,7 +88,7 @@ def all_arms(
     config:StudyConfig, # the study
 )->dict: # arm -> {"method", "init", "teacher", "start", "preset", "shares", "options", "weights"}
     """The arms of a study, complete: what an arm does not say, the study says. `teacher` gives the lessons (shuffled: the true one, but the labels of its
-    images are mixed up); `start` is whose weights `init="teacher"` copies; `shares` names an arm whose training is used, with another `infer`. `InputError` for unknown keys, values and unusable names."""
+    images are mixed up); `start` is whose weights `init="teacher"` copies; `shares` names an arm whose training is used, with other `infer` and `calibrate`. `InputError` for unknown keys, values and unusable names."""
     out = {}
     for name, arm in {**ARMS, **config.arms}.items():
         if arm is None: continue # the study leaves this arm out
@@ -101,8 +101,8 @@ def all_arms(
         if teacher not in KINDS[method].teachers: raise InputError(f"arm {name!r}: teacher={teacher!r} means nothing to the method {method!r}. Give one of {', '.join(KINDS[method].teachers)}.")
         if (init := arm.get("init", config.init)) not in KINDS[method].inits: raise InputError(f"arm {name!r}: the method {method!r} cannot start from init={init!r}. Write init: {KINDS[method].inits[0]}.")
         common = {"options": config.options, "weights": config.weights} if method == "lotus" else {"options": {}, "weights": {}}
-        if (source := arm.get("shares", "")) and (source not in out or out[source]["shares"] or out[source]["method"] != "cmedl" or set(arm) != {"shares", "options"} or set(arm["options"]) != {"infer"}):
-            raise InputError(f"arm {name!r}: write {{shares: ARM, options: {{infer: ...}}}} with a CMEDL arm above it that is trained itself; above are {', '.join(out) or 'none'}.")
+        if (source := arm.get("shares", "")) and (source not in out or out[source]["shares"] or out[source]["method"] != "cmedl" or set(arm) != {"shares", "options"} or not set(arm["options"]) <= {"infer", "calibrate"}):
+            raise InputError(f"arm {name!r}: write {{shares: ARM, options: {{infer: ..., calibrate: ...}}}} with a CMEDL arm above it that is trained itself; above are {', '.join(out) or 'none'}.")
         if source: out[name] = {**out[source], "shares": source, "options": {**out[source]["options"], **arm["options"]}}; continue
         out[name] = dict(method=method, shares="", init=arm.get("init", config.init), teacher=teacher, start=arm.get("start", "placebo" if teacher == "placebo" else "true"), preset=arm.get("preset", config.preset),
                          options={**common["options"], **arm.get("options", {})}, weights={**common["weights"], **arm.get("weights", {})})
@@ -295,7 +295,7 @@ def learner_of(
     return Learner(method, Unpaired(sources, pairing=config.pairing), Path(folder)/"checkpoints"/f"{trained}-{seed}", seed=seed, settings=settings(config, epochs_of(config, arm), device),
                    weights=arm["weights"], valid=valid, identity=identity(config, trained, same, seed), tell=tell)
 
-# %% ../nbs/5_methods/3_study.ipynb #72202722
+# %% ../nbs/5_methods/3_study.ipynb #6e769959
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -309,7 +309,8 @@ def train_arm(
     learner = learner_of(folder, config, name, seed, device, tell)
     learner.fit()
     learner.best_student()
-    if arm["shares"]: learner.method.options = replace(learner.method.options, infer=arm["options"]["infer"])
+    if arm["shares"]: learner.method.options = replace(learner.method.options, **{k: v for k, v in arm["options"].items() if k in ("infer", "calibrate")})
+    learner.method.finish(learner._fixed)
     net = learner.method.student
     result = Student(net, recipe(config, data.student_test, net))
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))

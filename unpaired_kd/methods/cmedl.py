@@ -7,7 +7,7 @@ __all__ = ['CMEDL_WEIGHTS', 'CMEDL_CHOICES', 'CMEDL_PRESETS', 'CMEDL_PRESET_WEIG
            'CmedlOptions', 'cmedl_weights', 'check_cmedl', 'CycleTranslation', 'DritTranslation', 'Cross', 'Held',
            'Iteration', 'Translating', 'CMEDL', 'cmedl_arm']
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #075926e7
+# %% ../../nbs/5_methods/5_cmedl.ipynb #28536a8d
 import contextlib, copy, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +23,7 @@ from ..lessons.hints import REDUCTIONS, feature_rms, hint_layers, hint_loss
 from ..lessons.soft_labels import soft_label_kl
 from ..losses import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from .lotus import weights_digest
+from .single import calibrate
 from ..networks.taps import Taps
 from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
 from ..translation.cyclegan import (GAN_KINDS, UPSAMPLE, Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,
@@ -30,7 +31,7 @@ from ..translation.cyclegan import (GAN_KINDS, UPSAMPLE, Generator, PatchDiscrim
 from ..translation.drit import DRIT_UPDATES, DRIT_WEIGHTS, Translation, drit_networks
 from ..translation.translated import pack, translator_of
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #24b7754f
+# %% ../../nbs/5_methods/5_cmedl.ipynb #3515e4fb
 @dataclass(frozen=True)
 class CmedlOptions:
     "The choices of CMEDL that are not weights. Defaults are the preset `paper`."
@@ -44,6 +45,7 @@ class CmedlOptions:
     seg: str = "dice"             # segmentation loss: dice (per image) | ce | dice_ce | house: that of the student alone (`segmentation_loss`)
     unlabelled: bool = False      # also translate, and hint on, student images without labels
     infer: str = "student"        # what segments after training: student | teacher_on_fake
+    calibrate: bool = False       # infer="teacher_on_fake": the teacher's BatchNorm statistics from translated images alone
     refresh_fake: bool = False    # translate again for the segmentors, after the generators' step
     gan: str = "lsgan"            # lsgan | bce
     smooth: float = 1.            # the number that stands for real: 0.9 is one-sided smoothing
@@ -321,7 +323,7 @@ def begin(self:Translating, stage:Stage, batches:Callable):
         if max(b.image.shape[2:]) != self.options.side and self.options.pool: raise InputError(f"{name}: the patches have {b.image.shape[2]} x {b.image.shape[3]} px, but side={self.options.side}. Set side to the patch size.")
         if b.label is None and name != "unlabelled": raise InputError(f"{name}: the images have no labels, and this method learns from the labels of both modalities.")
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #b5961975
+# %% ../../nbs/5_methods/5_cmedl.ipynb #63dd354e
 class CMEDL(Translating):
     """CMEDL (Jiang et al. 2021): translator, teacher and student trained together, hints on tapped layers of both segmentors.
     With `teacher_learns=False` the teacher is frozen (a placebo). Raises `InputError` for unknown options, or networks that hints cannot compare."""
@@ -355,6 +357,13 @@ class CMEDL(Translating):
         "What leaves the house: the student; or generator and teacher, if the teacher is to segment translations."
         if self.options.infer == "student": return self.networks["student"]
         return pack(self.part("teacher"), translator_of(self.networks))
+
+    def finish(self, batches:Callable):
+        "After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of translations; in training they are a blend of real and translated images."
+        if self.options.infer == "student" or not self.options.calibrate: return
+        translate = translator_of(self.networks).eval()
+        with torch.no_grad(): images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
+        calibrate(self.part("teacher"), images)
 
     def identity(self)->dict:
         "Options, length, and a frozen teacher's fingerprint."

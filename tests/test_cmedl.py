@@ -637,3 +637,17 @@ def test_the_segmentors_learn_faster_and_all_have_the_same_moments():
     for options in (SMALL, DRIT):
         adam = CMEDL(*nets(), options, 1).adam
         assert {n for n, a in adam.items() if a["rate"] == 1.} == {"student", "teacher"} and max(a["rate"] for n, a in adam.items() if n not in BOTH) == .5 and {a["betas"] for a in adam.values()} == {(.5, .999)}
+
+
+def test_only_a_teacher_that_segments_translations_is_calibrated(tmp_path):
+    r = learner(tmp_path, steps=2)
+    r.fit()
+    m = r.method
+    state = lambda: copy.deepcopy({k: n.state_dict() for k, n in m.networks.items()})
+    before = state()
+    m.finish(r._fixed)
+    assert all(torch.equal(v, before[k][n]) for k, net in m.networks.items() for n, v in net.state_dict().items())
+    m.options = replace(m.options, infer="teacher_on_fake", calibrate=True)
+    m.finish(r._fixed)
+    changed = {(k, n.rsplit(".", 1)[1]) for k, net in m.networks.items() for n, v in net.state_dict().items() if not torch.equal(v, before[k][n])}
+    assert {("teacher", "running_mean"), ("teacher", "running_var")} <= changed <= {("teacher", n) for n in ("running_mean", "running_var", "num_batches_tracked")}

@@ -74,7 +74,7 @@ class StudyConfig:
     cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
-# %% ../nbs/5_methods/3_study.ipynb #07522a93
+# %% ../nbs/5_methods/3_study.ipynb #3b80be6d
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
     "fine-tuned": dict(method="single", init="teacher"),
@@ -101,7 +101,7 @@ def all_arms(
         if teacher not in KINDS[method].teachers: raise InputError(f"arm {name!r}: teacher={teacher!r} means nothing to the method {method!r}. Give one of {', '.join(KINDS[method].teachers)}.")
         if (init := arm.get("init", config.init)) not in KINDS[method].inits: raise InputError(f"arm {name!r}: the method {method!r} cannot start from init={init!r}. Write init: {KINDS[method].inits[0]}.")
         common = {"options": config.options, "weights": config.weights} if method == "lotus" else {"options": {}, "weights": {}}
-        if (source := arm.get("shares", "")) and (source not in out or out[source]["shares"] or out[source]["method"] != "cmedl" or set(arm) != {"shares", "options"} or not set(arm["options"]) <= {"infer", "calibrate"}):
+        if (source := arm.get("shares", "")) and (source not in out or out[source]["shares"] or out[source]["method"] != "cmedl" or set(arm) != {"shares", "options"} or not arm["options"] or set(arm["options"]) - {"infer", "calibrate"}):
             raise InputError(f"arm {name!r}: write {{shares: ARM, options: {{infer: ..., calibrate: ...}}}} with a CMEDL arm above it that is trained itself; above are {', '.join(out) or 'none'}.")
         if source: out[name] = {**out[source], "shares": source, "options": {**out[source]["options"], **arm["options"]}}; continue
         out[name] = dict(method=method, shares="", init=arm.get("init", config.init), teacher=teacher, start=arm.get("start", "placebo" if teacher == "placebo" else "true"), preset=arm.get("preset", config.preset),

@@ -101,7 +101,7 @@ def test_early_stopping_and_best_weights(tmp_path):
     assert len(history) == history[-1]["epoch"] + 1 < 50
     assert load_checkpoint(tmp_path / "best.pt")["val_dice"] == max(r["val_dice"] for r in history)
     assert len(history) - 1 - max(range(len(history)), key=lambda i: (history[i]["val_dice"], -i)) >= 3
-    kept = load_checkpoint(tmp_path / "best.pt")["student"]
+    kept = load_checkpoint(tmp_path / "best.pt")["networks"]["student"]
     assert same(kept, run.best_student().state_dict())
 
 

@@ -131,7 +131,7 @@ def test_stopped_and_continued(place, how, status, monkeypatch):
     folder, = place.glob("runs/g/cells/*")
     with pytest.raises(InputError, match="at work"): sweep.run_sweep(path)
     first.send_signal(how)
-    assert first.wait(timeout=20) == status
+    assert first.wait(timeout=60) == status
     kernel = int((folder / "kernel").read_text())
     wait_for(lambda: gone(kernel), 10)
     assert len(list(place.glob("runs/g/cells/*"))) == 1 and not (folder / "done.json").exists()

@@ -50,6 +50,8 @@ def test_truncated_tiff_never_gives_a_part(tmp_path):
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
 def test_truncated_nifti(tmp_path, name):
     write_image(tmp_path / name, Image(STACK[None], (5., 1., 1.)))
+    whole = read_image(tmp_path / name)
+    assert np.array_equal(whole.array, STACK[None]) and np.allclose(whole.spacing, (5., 1., 1.)) # what the cuts are held against is right
     cuts(tmp_path / name, read_image)
 
 

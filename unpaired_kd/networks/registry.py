@@ -12,9 +12,9 @@ from torch import nn
 
 from ..core import InputError, Registry
 
-# %% ../../nbs/2_networks/0_registry.ipynb #02544726
+# %% ../../nbs/2_networks/0_registry.ipynb #6b817b4e
 NETWORKS = Registry("network")
-MODULES = ["unpaired_kd.networks.unet", "unpaired_kd.networks.unet_bilinear", "unpaired_kd.networks.densefcn", "unpaired_kd.networks.mrrn", "unpaired_kd.translation.translated"] # imported on demand, in this order; each enters its networks into the table
+MODULES = ["unpaired_kd.networks.unet", "unpaired_kd.networks.unet_bilinear", "unpaired_kd.networks.densefcn", "unpaired_kd.networks.mrrn", "unpaired_kd.networks.volumes_networks", "unpaired_kd.translation.translated"] # imported on demand, in this order; each enters its networks into the table
 
 def build(
     name:str,     # registered name, e.g. "unet"

@@ -91,17 +91,20 @@ class UNet(nn.Module):
             x = getattr(self, f"conv{n}")(torch.cat([getattr(self, f"up{n}")(x), skips.pop()], 1))
         return self.conv10(x)
 
-# %% ../../nbs/2_networks/1_unet.ipynb #5d07cf95
+# %% ../../nbs/2_networks/1_unet.ipynb #dfb329ed
 def check_input(
     x:Tensor,     # images (B,C,*s)
     channels:int, # channels the network expects
     dims:int,     # spatial axes the network expects
-    stride:int,   # every side must be a multiple of this
+    stride,       # every side must be a multiple of this whole number; a tuple: one number an axis
 ):
     "Raise `InputError` if `x` does not fit the network."
     if x.ndim != dims + 2: raise InputError(f"the image batch has shape {tuple(x.shape)}; a {dims}-D network needs {dims + 2} axes: (batch, channels, {'depth, ' * (dims - 2)}height, width).")
     if x.shape[1] != channels: raise InputError(f"the image batch has {x.shape[1]} channels; the network was built for {channels}. Set in_channels={x.shape[1]}, or replicate grey images.")
-    if any(s % stride or not s for s in x.shape[2:]): raise InputError(f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, or use `Student.predict`, which pads.")
+    if isinstance(stride, tuple):
+        for name, side, s in zip(("depth", "height", "width")[-dims:], x.shape[2:], stride):
+            if side % s or not side: raise InputError(f"image size {tuple(x.shape[2:])}: {name} {side} is not a multiple of {s}. Pad, crop or resize the images, or use `Student.predict`, which pads.")
+    elif any(s % stride or not s for s in x.shape[2:]): raise InputError(f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, or use `Student.predict`, which pads.")
 
 # %% ../../nbs/2_networks/1_unet.ipynb #ecc5a7da
 def best_layout(

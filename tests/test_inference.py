@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.images import Image, read_image, read_label, write_image
-from unpaired_kd.inference import FILES, Recipe, Student, channels_first, logits, output_name, predict_path, probabilities
+from unpaired_kd.inference import FILES, Recipe, Student, channels_first, check_fit, logits, output_name, pad_to, predict_path, probabilities
 from unpaired_kd.networks.registry import build
 
 R = np.random.default_rng(0)
@@ -51,6 +51,20 @@ def test_recipe_must_fit_the_network(change):
 
 
 # ---- predict
+
+def test_strides_may_differ_by_axis():
+    "Each side is padded for its own stride, and cut back."
+    class Net(torch.nn.Module):
+        strides, stride = (2, 8, 4), 8
+        def forward(self, x):
+            assert all(n % k == 0 for n, k in zip(x.shape[2:], self.strides))
+            self.seen = tuple(x.shape[2:])
+            return x
+    net, x = Net(), torch.rand(1, 1, 5, 9, 3)
+    assert torch.equal(logits(net, x, 64), x) and net.seen == (6, 16, 4)
+    assert torch.equal(pad_to(x, (2, 8, 4)), pad_to(pad_to(x, (2, 8, 4)), (2, 8, 4)))
+    with pytest.raises(InputError, match="multiple of 8"): check_fit(net, Recipe(dims=3, patch=12))
+
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (64, 64), (65, 90), (100, 130)])
 @pytest.mark.parametrize("zoom", [1., .5, 1.7])
@@ -105,7 +119,10 @@ def test_3d_network():
     y = s.predict(v)
     assert y.shape == v.shape and np.array_equal(y, s.probabilities(v).argmax(0)) and s.prepare(v).shape == (1, 1, 20, 40, 48)
     with pytest.raises(InputError, match="2-D"): s.predict(v[0])
-    with pytest.raises(InputError, match="at least 16"): s.predict(v[:10])
+    thin = v[:10]
+    far = np.concatenate([thin, thin[8:2:-1]])                      # 16 slices, mirrored
+    assert (s.predict(thin) == s.predict(far)[:10]).all()
+    assert s.predict(v[:1]).shape == (1, *v.shape[1:])              # one slice: repeated
 
 
 def test_too_small_names_file_and_size(tmp_path):

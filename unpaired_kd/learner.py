@@ -23,13 +23,14 @@ from .losses import segmentation_loss
 from .networks.registry import load_weights
 from .networks.unet import best_layout
 
-# %% ../nbs/4_training/1_learner.ipynb #6349c167
+# %% ../nbs/4_training/1_learner.ipynb #72073401
 @dataclass
 class Update:
     "One optimisation step within a batch: who may change, on which losses."
     name: str                 # e.g. "generators"
     changes: tuple            # names of the networks whose parameters it may change; all others get no gradient
     losses: Callable          # (batch, noise) -> {term name: function without arguments -> scalar Tensor}
+    rates: dict = field(default_factory=dict) # network -> factor on the learning rate in this update, instead of the one in `Method.adam`
 
 # %% ../nbs/4_training/1_learner.ipynb #41e7b7a9
 @dataclass
@@ -42,7 +43,7 @@ class Stage:
     sources: tuple|None = None   # names of the batches it draws; None: all
     anew: bool = False        # the learning rate's schedule starts again with this stage, and ends with it
 
-# %% ../nbs/4_training/1_learner.ipynb #95536daf
+# %% ../nbs/4_training/1_learner.ipynb #9c9409f5
 class Method:
     """Base of all methods. Subclasses set `networks` (trained, saved), `frozen` (used only), `weights` (default weight of every term),
     and define `stages()`. `monitor` may return numbers to record after each epoch."""
@@ -51,6 +52,7 @@ class Method:
     weights: dict = {}
     adam: dict = {}   # network -> {"rate": factor on the learning rate, "betas": (b1, b2)}; what is not named: 1 and (0.9, 0.999)
     counts: dict = {} # what the losses counted in this epoch (e.g. classes that a batch did not show)
+    done: float = 0.  # share of the present stage that is over (of its longest duration); the learner keeps it
 
     @property
     def student(self)->nn.Module:
@@ -322,16 +324,20 @@ def _place(self:Learner):
     self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
                        for name, net in self.method.networks.items() if any(True for _ in net.parameters())}
 
-# %% ../nbs/4_training/1_learner.ipynb #1d867f60
+# %% ../nbs/4_training/1_learner.ipynb #b9ea1821
 @patch
 def _rate(self:Learner, step):
     "The learning rate of a batch of the present stage: by the schedule of the run, or of the stage."
     stage, s, p = self.stages[self.position["stage"]], self.settings, self.position
     if not stage.anew: return learning_rate(s, step)
-    first = (p["total"] - p["epoch"]) * s.steps # the stage's first batch
-    return learning_rate(replace(s, epochs=stage.epochs or s.epochs - (p["total"] - p["epoch"])), step - first)
+    return learning_rate(replace(s, epochs=self._length(stage)), step - (p["total"] - p["epoch"]) * s.steps) # less the stage's first batch
 
-# %% ../nbs/4_training/1_learner.ipynb #12c65494
+@patch
+def _length(self:Learner, stage):
+    "The longest duration of the present stage, epochs."
+    return stage.epochs or self.settings.epochs - (self.position["total"] - self.position["epoch"])
+
+# %% ../nbs/4_training/1_learner.ipynb #e8e9de5a
 @patch
 def _update(self:Learner, update, batch, noise):
     "Run one update on one batch; returns {term: value as Tensor}."
@@ -339,22 +345,22 @@ def _update(self:Learner, update, batch, noise):
     with torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision), enabled=self.precision != "fp32"):
         loss, values = weighted(update.losses(batch, noise), self.weights)
     if loss is None or not loss.requires_grad: return values
-    optimisers = [self.optimisers[n] for n in update.changes if n in self.optimisers]
+    named = {n: self.optimisers[n] for n in update.changes if n in self.optimisers}
     parameters = [p for n in update.changes for p in self.method.networks[n].parameters()]
-    for o in optimisers: o.zero_grad(set_to_none=True)
+    for o in named.values(): o.zero_grad(set_to_none=True)
     self.scaler.scale(loss).backward()
     average_gradients(parameters, self.accelerator)
-    optimisers = [o for o in optimisers if any(p.grad is not None for g in o.param_groups for p in g["params"])]
+    named = {n: o for n, o in named.items() if any(p.grad is not None for g in o.param_groups for p in g["params"])}
     if self.settings.clip:
-        for o in optimisers: self.scaler.unscale_(o)
+        for o in named.values(): self.scaler.unscale_(o)
         nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.settings.clip)
-    for o in optimisers:
-        for group in o.param_groups: group["lr"] = group["rate"] * self._rate(self.position["step"])
+    for n, o in named.items():
+        for group in o.param_groups: group["lr"] = update.rates.get(n, group["rate"]) * self._rate(self.position["step"])
         self.scaler.step(o)
     self.scaler.update()
     return values
 
-# %% ../nbs/4_training/1_learner.ipynb #d0b9adfd
+# %% ../nbs/4_training/1_learner.ipynb #88807691
 @patch
 def _noise(self:Learner, *address):
     "A function that gives the generator for a purpose at this address."
@@ -373,6 +379,7 @@ def _epoch(self:Learner, stage, bar):
     sums, self.method.counts = {}, {}
     for _ in range(self.settings.steps):
         step = self.position["step"]
+        self.method.done = self.position["epoch"] / self._length(stage)
         batch = {k: b.to(self.device) for k, b in self.data.batch(step, stage.sources, self.accelerator.process_index).items()}
         for update in stage.updates:
             for k, v in self._update(update, batch, self._noise(step)).items(): sums[k] = sums.get(k, 0) + v

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Kind', 'method_options', 'make_method']
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #4b291330
+# %% ../../nbs/5_methods/8_kinds.ipynb #4dc535f9
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
@@ -19,8 +19,9 @@ from .lotus import LOTUS, PRESETS, WEIGHTS, check_options
 from .mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from .single import Single
 from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
+from .vpbsd import PAINT_WEIGHTS, Painted, PaintOptions, VPBSD, VPBSD_PRESETS, VPBSD_WEIGHTS, check_vpbsd, pattern_learning, teacher_options
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #eaca7e0d
+# %% ../../nbs/5_methods/8_kinds.ipynb #5677d1b7
 @dataclass(frozen=True)
 class Kind:
     "What a study must know about a method."
@@ -33,6 +34,9 @@ class Kind:
     concurrent: bool = False         # the teacher learns together with the student
     teachers: tuple = ("true", "placebo", "shuffled") # teachers that make sense
     inits: tuple = ("scratch", "teacher") # starts that make sense
+    first: Callable|None = None      # (student, options, epochs, seed) -> Method that is trained before the arm on the student's own images; its `student` is the arm's teacher
+    first_options: Callable = lambda options: {} # those that decide it: arms with equal ones share it
+    weak: bool = False               # patches without labels are moved, not recoloured: the method recolours the student's copy
 
 KINDS = {
     "single": Kind(lambda s, t, o, epochs, seed, learns: Single(s), {}, lambda o, preset: {"seg": 1.}),
@@ -45,6 +49,9 @@ KINDS = {
                    lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true", "shuffled")),
     "fusion": Kind(lambda s, t, o, epochs, seed, learns: Fusion(s, o, epochs, seed), {"recommended": FusionOptions()}, lambda o, preset: FUSION_WEIGHTS,
                    lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true",), inits=("scratch",)),
+    "vpbsd": Kind(lambda s, t, o, epochs, seed, learns: VPBSD(s, t, o, epochs, seed), VPBSD_PRESETS, lambda o, preset: VPBSD_WEIGHTS, check=check_vpbsd,
+                  teachers=("true", "placebo"), first=pattern_learning, first_options=teacher_options, weak=True),
+    "painted": Kind(lambda s, t, o, epochs, seed, learns: Painted(s, o, epochs, seed), {"recommended": PaintOptions()}, lambda o, preset: PAINT_WEIGHTS, teachers=("true",), inits=("scratch",), weak=True),
 }
 
 # %% ../../nbs/5_methods/8_kinds.ipynb #80d225bc

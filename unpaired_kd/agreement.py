@@ -71,7 +71,7 @@ def agreement_rows(
             rows += [dict(case=i, reference=j + 1, other="model", **pair_scores(pred[i], r, s, tolerance)) for j, r in enumerate(m)]
     return rows
 
-# %% ../nbs/4_training/5_agreement.ipynb #ec114571
+# %% ../nbs/4_training/5_agreement.ipynb #a5adffa0
 SCORES = ("dsc", "sdsc", "hd95", "hd95_worst")
 
 def case_means(
@@ -81,6 +81,7 @@ def case_means(
     cases = {}
     for r in rows: cases.setdefault(r["case"], []).append(r)
     def mean(v):
+        "Mean of the numbers that are there."
         v = [x for x in v if not np.isnan(x)]
         return float(np.mean(v)) if v else float("nan")
     return {c: {k: mean([r[k] for r in rs]) for k in SCORES} for c, rs in cases.items()}

@@ -50,7 +50,7 @@ def read_grid(
     check_sections(path, grid)
     return grid
 
-# %% ../nbs/6_command/2_sweep.ipynb #251a90c7
+# %% ../nbs/6_command/2_sweep.ipynb #c6bfc877
 def check_sections(
     path,      # the grid file, for messages
     grid:dict, # its sections
@@ -67,14 +67,20 @@ def check_sections(
         for key in row:
             if both := clash(key, grid["grid"]): raise InputError(f"{path}: cell {name!r} sets {key!r}, and `grid` sets {both!r} too. Keep one of them.")
 
-def mapping(where, value)->dict:
+def mapping(
+    where, # which part of which file, for the message
+    value, # what was found there
+)->dict: # the value
     "The value, if it is a dict with text keys."
     if not isinstance(value, dict): raise InputError(f"{where} must be a mapping, `{{name: value}}`, not {value!r}.")
     for key in value:
         if not isinstance(key, str): raise InputError(f"{where}: the key {key!r} is not text. Write it in quotes.")
     return value
 
-def clash(key, others)->str:
+def clash(
+    key,    # parameter, e.g. `weights.kl`
+    others, # parameters that are set elsewhere
+)->str: # the first that clashes, or None
     "The one of `others` that sets the same parameter as `key`, wholly or in part."
     return next((o for o in others if o == key or o.startswith(f"{key}.") or key.startswith(f"{o}.")), None)
 
@@ -191,7 +197,7 @@ def state(
     "How far a cell is."
     return "done" if (Path(folder)/"done.json").exists() else "begun" if (Path(folder)/"parameters.json").exists() else "to do"
 
-# %% ../nbs/6_command/2_sweep.ipynb #65f26c72
+# %% ../nbs/6_command/2_sweep.ipynb #c482e43d
 def leave_with(
     parent:int, # process id
 ):
@@ -203,7 +209,11 @@ def leave_with(
     threading.Thread(target=watch, daemon=True).start()
 
 @contextlib.contextmanager
-def claim_patiently(folder, record, seconds=15):
+def claim_patiently(
+    folder,     # folder to claim
+    record,     # what to write there, see `claim`
+    seconds=15, # longest wait, s
+):
     "`claim`, but wait a little for the last writer: a killed sweep's processes need a moment to notice."
     until = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
@@ -256,9 +266,11 @@ def run_cell(
     if stop.exists(): return answer("stopped")
     return answer("failed", f"killed by signal {-child.returncode}" if child.returncode < 0 else said)
 
-# %% ../nbs/6_command/2_sweep.ipynb #ed52b5e0
+# %% ../nbs/6_command/2_sweep.ipynb #2891d971
 @contextlib.contextmanager
-def local(workers):
+def local(
+    workers, # cells at a time
+):
     "Yields a function that submits a job to a thread of this process, and one that gives results as they come."
     with ThreadPoolExecutor(workers) as pool: yield lambda job: pool.submit(run_cell, job), as_completed
 
@@ -360,8 +372,10 @@ def run_sweep(
     if rows: print(f"results: {out}/results.csv, {len(rows)} rows")
     return tell_failed({c.name: (places[c.key], answers[c.key]) for c in todo if answers[c.key]["state"] != "done"})
 
-# %% ../nbs/6_command/2_sweep.ipynb #3ebe72f8
-def check_folder(out):
+# %% ../nbs/6_command/2_sweep.ipynb #c70ce305
+def check_folder(
+    out, # folder of the sweep
+):
     "Raise `InputError` for the folder of something else; `claim` does the rest."
     record = Path(out)/"parameters.json"
     if (Path(out)/"config.json").exists() or record.exists() and "sweep" not in read_json(record): raise InputError(f"--out: {out} is the folder of a run, not of a sweep. Choose another folder.")

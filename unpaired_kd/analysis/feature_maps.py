@@ -63,7 +63,7 @@ def feature_grid(
         ax.imshow(p, vmin=0, vmax=1, aspect="equal"); ax.axis("off"); ax.set_title(titles[k], fontsize=9)
     return fig
 
-# %% ../../nbs/4_analysis/2_feature_maps.ipynb #36a9d1ae
+# %% ../../nbs/4_analysis/2_feature_maps.ipynb #7eaa0e3a
 def correlations(
     a, # maps (n,h,w)
     b, # maps (m,h',w'); enlarged or shrunk to (h,w) where the sizes differ
@@ -73,6 +73,7 @@ def correlations(
     if a.ndim != 3 or b.ndim != 3: raise InputError(f"maps have shapes {a.shape} and {b.shape}; give (channels, height, width).")
     if a.shape[1:] != b.shape[1:]: b = F.interpolate(torch.from_numpy(b)[None], a.shape[1:], mode="bilinear", align_corners=False)[0].numpy()
     def unit(m):
+        "Maps (C,N), each centred and of length 1; a constant map becomes 0."
         m = m.reshape(len(m), -1)
         centred = m - m.mean(1, keepdims=True)
         length = np.linalg.norm(centred, axis=1, keepdims=True)
@@ -99,13 +100,14 @@ def match_channels(
     rows, order = linear_sum_assignment(c, maximize=True)
     return order, c[rows, order]
 
-# %% ../../nbs/4_analysis/2_feature_maps.ipynb #3fd97292
+# %% ../../nbs/4_analysis/2_feature_maps.ipynb #da3e75cc
 def linear_cka(
     a, # maps (n,h,w), or (B,n,h,w) of several images
     b, # maps of the same images and the same size (m,h,w) or (B,m,h,w)
 )->float: # in [0,1]; NaN if one side is constant
     "Linear centred kernel alignment of two sets of channels over positions (Kornblith et al. 2019). Raises `InputError` for maps of different positions."
     def rows(m):
+        "Pixels x channels, each channel centred; and the shape without channels."
         m = np.asarray(m, np.float64)
         m = m[None] if m.ndim == 3 else m
         if m.ndim != 4: raise InputError(f"maps have shape {m.shape}; give (channels, height, width) or (images, channels, height, width).")

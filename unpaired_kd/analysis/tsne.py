@@ -162,7 +162,7 @@ def plot_embedding(
     ax.legend(fontsize=6, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../../nbs/4_analysis/1_tsne.ipynb #db25fdfa
+# %% ../../nbs/4_analysis/1_tsne.ipynb #a495f902
 def explore(
     xy,           # (N,2)
     colours:dict, # name -> values (N,), e.g. {"class": ..., "case": ..., "network": ...}
@@ -173,6 +173,7 @@ def explore(
     try: import ipywidgets as widgets
     except ImportError: raise InputError("explore needs ipywidgets: pip install ipywidgets, or use plot_embedding.") from None
     def png(name):
+        "The picture coloured by `name`, as bytes."
         ax, buffer = plot_embedding(xy, colours[name], f"by {name}"), io.BytesIO()
         ax.figure.savefig(buffer, format="png"); plt.close(ax.figure)
         return buffer.getvalue()

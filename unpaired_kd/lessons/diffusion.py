@@ -60,7 +60,7 @@ def noise_like(
     device = generator.device if generator is not None else z.device
     return torch.randn(z.shape, generator=generator, device=device).to(z.device)
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #0de70000
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #f560e69f
 def norm_layer(
     kind:str, # batch | group
     c:int,    # channels
@@ -84,8 +84,10 @@ class Bottleneck(nn.Module):
                                   conv(r, r, 3, padding=1), norm_layer(norm, r, dims), nn.ReLU(),
                                   conv(r, c, 1), norm_layer(norm, c, dims))
 
-    def forward(self, x:Tensor)->Tensor:
-        "(B,c,*s) -> (B,c,*s)"
+    def forward(self,
+        x:Tensor, # features (B,c,*s)
+    )->Tensor: # (B,c,*s)
+        "What the convolutions add to `x`, and `x`."
         return x + self.body(x)
 
 # %% ../../nbs/3_lessons/1_diffusion.ipynb #18e9aeea
@@ -203,7 +205,7 @@ def no_projector(
     if c_in != c_out: raise InputError(f"projector='none' cannot map {c_in} channels to {c_out}. Use projector='channel'.")
     return nn.Identity()
 
-# %% ../../nbs/3_lessons/1_diffusion.ipynb #a2b5ca14
+# %% ../../nbs/3_lessons/1_diffusion.ipynb #157aec19
 @PROJECTORS.register("width")
 class WidthMLP(nn.Module):
     "A two-layer perceptron along the image's width, the same for every row and channel: the projector of LOTUS's released code."
@@ -217,8 +219,10 @@ class WidthMLP(nn.Module):
         if c_in != c_out: raise InputError(f"projector='width' keeps the channels and cannot map {c_in} to {c_out}. Use projector='channel'.")
         self.side, self.body = side, nn.Sequential(nn.Linear(side, 2 * side), nn.ReLU(), nn.Linear(2 * side, side))
 
-    def forward(self, z:Tensor)->Tensor:
-        "(B,C,*s,side) -> the same shape"
+    def forward(self,
+        z:Tensor, # features (B,C,*s,side)
+    )->Tensor: # the same shape
+        "Mix the columns of every row. `InputError` if the features are not `side` px wide."
         if z.shape[-1] != self.side: raise InputError(f"projector='width' was built for features {self.side} px wide and got {z.shape[-1]}. Set `side` to the patch width divided by the stride, or use projector='channel', which takes any width.")
         return self.body(z)
 
@@ -235,8 +239,10 @@ class Projector(nn.Module):
         super().__init__()
         self.unit, self.body = unit, PROJECTORS[kind](channels, out or channels, dims, side)
 
-    def forward(self, z:Tensor)->Tensor:
-        "(B,channels,*s) -> (B,out,*s)"
+    def forward(self,
+        z:Tensor, # features (B,channels,*s)
+    )->Tensor: # (B,out,*s)
+        "Project; with `unit`, scale every pixel's vector to length 1."
         z = self.body(z)
         return z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt() if self.unit else z
 

@@ -85,11 +85,15 @@ def _members(label, classes):
     k = torch.arange(classes, device=label.device, dtype=label.dtype)[:, None]
     return lambda b, i: torch.eq(label[b, None, i], k, out=label.new_empty(0))
 
-# %% ../../nbs/3_lessons/2_variation.ipynb #13e07aad
+# %% ../../nbs/3_lessons/2_variation.ipynb #9dd7464e
 class Variation(torch.autograd.Function):
     "$M$ (B,N) of features `x` (B,D,N) with labels (B,N). Keeps `x`, four numbers a pixel, and the prototypes. Cannot be differentiated twice."
     @staticmethod
-    def forward(ctx, x:Tensor, label:Tensor, classes:int)->Tensor:
+    def forward(ctx,
+        x:Tensor,     # features (B,D,N)
+        label:Tensor, # integer labels (B,N)
+        classes:int,  # number of classes
+    )->Tensor: # $M$ (B,N)
         "Prototypes in one pass over the blocks, the map in a second."
         (B, D, N), t, parts = x.shape, _working(x.dtype), _blocks(x)
         new, label = lambda *s: torch.zeros(s, device=x.device, dtype=t), label.to(t)
@@ -106,7 +110,7 @@ class Variation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g:Tensor)->tuple:
+    def backward(ctx, g:Tensor)->tuple: # `g` (B,N): gradient at $M$; gives that at `x` (B,D,N), and None twice
         "The sums $a_k$ in one pass over the blocks, the derivative in a second."
         x, label, q, m, mu, n = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):

@@ -91,7 +91,7 @@ def check_options(
     if o.ifv_on == "logits" and o.correspondence != "positional": raise InputError("ifv_on='logits' is the release's form and needs correspondence='positional'.")
     return o
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #d0afd075
+# %% ../../nbs/5_methods/2_lotus.ipynb #589d2ece
 class ChannelScale(nn.Module):
     "Mean and standard deviation of every channel of the frozen teacher's features, measured once."
     def __init__(self,
@@ -110,11 +110,15 @@ class ChannelScale(nn.Module):
         self.std.copy_(flat.std(1).clamp_min(1e-3)) # a silent channel stays silent
 
     def _shaped(self, f): return [v.view(1, -1, *[1] * (f.ndim - 2)) for v in (self.mean, self.std)]
-    def forward(self, f:Tensor)->Tensor:
-        "(B,C,*s) -> the same with mean 0 and deviation 1 in every channel"
+    def forward(self,
+        f:Tensor, # features (B,C,*s)
+    )->Tensor: # the same with mean 0 and deviation 1 in every channel
+        "Take the teacher's scale off."
         m, s = self._shaped(f)
         return (f - m) / s
-    def back(self, f:Tensor)->Tensor:
+    def back(self,
+        f:Tensor, # standardised features (B,C,*s)
+    )->Tensor: # features on the teacher's scale
         "The inverse of `forward`."
         m, s = self._shaped(f)
         return f * s + m
@@ -245,7 +249,7 @@ def check_networks(
     if options.kl_on != "features" and reads != c_t[last]: raise InputError(f"head {options.head!r} reads {reads} channels, but the last tap {last!r} has {c_t[last]}. Name as last tap the layer before the head.")
     return c_s, c_t, head
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #e9557bd8
+# %% ../../nbs/5_methods/2_lotus.ipynb #9a161ffc
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of the teacher's, distil class scores and class variation.
     Batches need the sources "student" and "teacher", both labelled. Raises `InputError` for unknown options or layers, or when the two networks score different classes."""
@@ -278,14 +282,24 @@ class LOTUS(Method):
     def adapted(self)->dict|None:
         "The teacher's norms on the student's images, with `adabn`; else None."
         return self.networks["adabn"].state() if self.options.adabn else None
-    def part(self, name:str, tap:str)->nn.Module:
-        "The network `name` (projector, diffusion, scale) of one tap."
-        return self.networks[name][tap.replace(".", "_")]
-    def scale(self, tap:str)->ChannelScale:
-        "The teacher's channel scale of one tap."
-        return self.part("scale", tap)
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #6d784fa7
+# %% ../../nbs/5_methods/2_lotus.ipynb #1cc9c60f
+@patch
+def part(self:LOTUS,
+    name:str, # projector | diffusion | scale
+    tap:str,  # name of the layer
+)->nn.Module: # the network
+    "The network `name` (projector, diffusion, scale) of one tap."
+    return self.networks[name][tap.replace(".", "_")]
+
+@patch
+def scale(self:LOTUS,
+    tap:str, # name of the layer
+)->ChannelScale:
+    "The teacher's channel scale of one tap."
+    return self.part("scale", tap)
+
+# %% ../../nbs/5_methods/2_lotus.ipynb #31109077
 RULES = {"plateau": lambda o: Plateau("gamma", o.patience, o.delta), "no_better": lambda o: NoBetter("gamma", o.patience),
          "improvements": lambda o: Improvements("gamma", o.patience)}
 
@@ -299,45 +313,64 @@ def stages(self:LOTUS)->list:
             Stage("distil", [Update("student", learns, self.distil_losses)])]
 
 @patch
-def denoise_losses(self:LOTUS, batch:dict, noise:Callable)->dict:
+def denoise_losses(self:LOTUS,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # term -> function that computes it
     "$L_{seg} + \\lambda_1 L_{diff} + \\lambda_2 L_{kl}$, and `way`, from which adapter, projector and transformation (not the student) learn when `kl` is on the student's scores."
     x = Scene(self, batch, noise, clean=self.options.distill_from != "raw")
     way = {"way": lambda: self.kl_head(x.detached())} if self.options.kl_on == "student" and x.clean else {}
     return {"seg": lambda: self.seg(x), **self.company(x), "diff": lambda: self.diff(x), "kl": lambda: self.kl(x), **way}
 
 @patch
-def distil_losses(self:LOTUS, batch:dict, noise:Callable)->dict:
+def distil_losses(self:LOTUS,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # term -> function that computes it
     "$L_{seg} + \\lambda_2 L_{kl} + \\lambda_3 L_{ifv}$, with the diffusion block frozen."
     x = Scene(self, batch, noise, clean=self.options.distill_from == "denoised")
     return {"seg": lambda: self.seg(x), **self.company(x), "kl": lambda: self.kl(x), "ifv": lambda: self.ifv(x)}
 
 @patch
-def company(self:LOTUS, x:Scene)->dict:
+def company(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->dict: # term -> function, perhaps empty
     "With `joint`, the term `seg_teacher`: the student's kernels, the teacher's norms, images and labels."
     if not self.options.joint: return {}
     return {"seg_teacher": lambda: segmentation_loss(self.networks["norms"](self.student, x.t.image).float(), x.t.label, bce=self.options.bce)}
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #e616aed9
+# %% ../../nbs/5_methods/2_lotus.ipynb #7fda108c
 @patch
-def seg(self:LOTUS, x:Scene)->Tensor:
+def seg(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "Dice and cross-entropy on the student's labels."
     loss = segmentation_loss if self.options.dice == "soft" else released_segmentation_loss
     return loss(x.student[0], x.s.label, bce=self.options.bce)
 
 @patch
-def diff(self:LOTUS, x:Scene)->Tensor:
+def diff(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "$L_{diff}$ (equation 2), mean over the taps."
     return torch.stack([self.part("diffusion", n).loss(z.detach(), x.noise(f"diff {n}")) for n, z in x.z_teacher.items()]).mean()
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #61fec137
+# %% ../../nbs/5_methods/2_lotus.ipynb #43a4b4eb
 @patch
-def count_skipped(self:LOTUS, y_s:Tensor, y_t:Tensor):
+def count_skipped(self:LOTUS,
+    y_s:Tensor, # labels of the student's side
+    y_t:Tensor, # labels of the teacher's side
+):
     "Count the class-wise comparisons that cannot be made because only one side of this batch shows the class. The history has their mean per batch as `skipped`."
     shown = lambda y: torch.stack([(y == k).any() for k in range(max(2, self.classes))])
     self.counts["skipped"] = self.counts.get("skipped", 0) + (shown(y_s) != shown(y_t)).sum()
 
 @patch
-def compare_scores(self:LOTUS, x:Scene, scores:Tensor, of_teacher:Tensor)->Tensor:
+def compare_scores(self:LOTUS,
+    x:Scene,           # the scene of the batch
+    scores:Tensor,     # of the student's side (B,K,*s)
+    of_teacher:Tensor, # of the teacher's side (B,K,*s)
+)->Tensor: # one number
     "KL between two maps of scores: class by class, with a random member of the class, or position by position."
     o, classes = self.options, max(2, self.classes)
     y_s, y_t = label_to(scores, x.s.label), label_to(of_teacher, x.shown.label)
@@ -349,9 +382,11 @@ def compare_scores(self:LOTUS, x:Scene, scores:Tensor, of_teacher:Tensor)->Tenso
     mean = (d * found).sum() / found.sum().clamp_min(1)
     return mean * scores.shape[-1] / scores.shape[1] if o.kl_reduction == "row" else mean
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #0a401496
+# %% ../../nbs/5_methods/2_lotus.ipynb #aa1d4b96
 @patch
-def kl_head(self:LOTUS, x:Scene)->Tensor:
+def kl_head(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "KL on what the teacher's frozen head says about the student's features."
     n = self.options.taps[-1]
     z = x.in_teacher_space(n)
@@ -359,19 +394,27 @@ def kl_head(self:LOTUS, x:Scene)->Tensor:
     return self.compare_scores(x, self.head(z).float(), self.head(x.lesson[1][n]).float())
 
 @patch
-def kl_features(self:LOTUS, x:Scene)->Tensor:
+def kl_features(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "KL with the channels of the features as if they were classes: the release's form, mean over the taps."
     return torch.stack([self.compare_scores(x, x.in_teacher_space(n), x.z_lesson[n]) for n in self.options.taps]).mean()
 
 @patch
-def kl(self:LOTUS, x:Scene)->Tensor:
+def kl(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "$L_{kl}$ (equation 4) on what `kl_on` names."
     if self.options.kl_on == "student": return self.compare_scores(x, x.student[0], x.lesson[0])
     return self.kl_head(x) if self.options.kl_on == "head" else self.kl_features(x)
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #531c5633
+# %% ../../nbs/5_methods/2_lotus.ipynb #df3526ac
 @patch
-def compare_variation(self:LOTUS, x:Scene, f_s:Tensor, f_t:Tensor)->Tensor:
+def compare_variation(self:LOTUS,
+    x:Scene,    # the scene of the batch
+    f_s:Tensor, # features of the student's side (B,C,*s)
+    f_t:Tensor, # features of the teacher's side (B,C,*s)
+)->Tensor: # one number
     "Variation maps of two sides, compared as `correspondence` says."
     o, classes = self.options, max(2, self.classes)
     y_s, y_t = label_to(f_s, x.s.label), label_to(f_t, x.shown.label)
@@ -385,15 +428,20 @@ def compare_variation(self:LOTUS, x:Scene, f_s:Tensor, f_t:Tensor)->Tensor:
     return positional_ifv(m_s, m_t, found)
 
 @patch
-def ifv(self:LOTUS, x:Scene)->Tensor:
+def ifv(self:LOTUS,
+    x:Scene, # the scene of the batch
+)->Tensor: # one number
     "$L_{ifv}$ (equations 5 and 6), mean over the taps; or on the logits, as released."
     o = self.options
     if o.ifv_on == "features": return torch.stack([self.compare_variation(x, x.varying(n), x.z_lesson[n]) for n in o.taps]).mean()
     return released_ifv(x.student[0], x.s.label, x.lesson[0], x.shown.label, o.ifv_classes or tuple(range(1, max(2, self.classes))))
 
-# %% ../../nbs/5_methods/2_lotus.ipynb #aa248ec5
+# %% ../../nbs/5_methods/2_lotus.ipynb #00c3ec36
 @patch
-def begin(self:LOTUS, stage:Stage, batches:Callable):
+def begin(self:LOTUS,
+    stage:Stage,      # the stage that begins
+    batches:Callable, # number -> fixed batch
+):
     "Measure the scale of the teacher's features (and its statistics on the student's images) on eight fixed batches, once."
     if stage.name != "denoise": return
     fixed = [batches(i) for i in range(8)]
@@ -403,13 +451,19 @@ def begin(self:LOTUS, stage:Stage, batches:Callable):
     for n in self.options.taps: self.scale(n).measure([s[n] for s in seen])
 
 @patch
-def monitor(self:LOTUS, batch:dict, noise:Callable)->dict:
+def monitor(self:LOTUS,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict:
     "gamma, the share of the student's own features in the mixture, mean over images and taps."
     x = Scene(self, batch, noise)
     return {"gamma": torch.stack([self.gamma(n, z).mean() for n, z in x.projected.items()]).mean().item()}
 
 @patch
-def gamma(self:LOTUS, tap:str, z:Tensor)->Tensor:
+def gamma(self:LOTUS,
+    tap:str,  # name of the layer
+    z:Tensor, # projected student features (B,C,*s)
+)->Tensor: # $\gamma$ (B,)
     "The adapter's gamma (B,) for projected student features."
     block = self.part("diffusion", tap)
     return block.adapter(block.trans(z))

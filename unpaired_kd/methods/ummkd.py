@@ -62,7 +62,7 @@ class UmmkdOptions:
 
 UMMKD_WEIGHTS = {"seg": 1., "seg_teacher": 1., "kl": .5}
 
-# %% ../../nbs/5_methods/4_ummkd.ipynb #c0c3e51c
+# %% ../../nbs/5_methods/4_ummkd.ipynb #43a55c77
 class UMMKD(Method):
     """Unpaired multi-modal learning with knowledge distillation (Dou et al. 2020): shared kernels, one BatchNorm set per modality, both trained together.
     Batches need the sources "student" and "teacher", both labelled, with as many channels as the student reads. There is no frozen teacher."""
@@ -84,7 +84,10 @@ class UMMKD(Method):
         "One stage: both modalities, every batch."
         return [Stage("joint", [Update("both", ("student", "norms"), self.losses)])]
 
-    def segmentation(self, logits, label):
+    def segmentation(self,
+        logits, # (B,K,*s)
+        label,  # (B,*s)
+    ): # one number
         "Soft Dice and cross-entropy."
         o = self.options
         ce = rarity_weighted_cross_entropy if o.ce == "rarity" else cross_entropy_loss

@@ -13,7 +13,7 @@ from ..core import InputError
 from .registry import NETWORKS
 from .unet import check_input
 
-# %% ../../nbs/2_networks/4_densefcn.ipynb #428b1664
+# %% ../../nbs/2_networks/4_densefcn.ipynb #b9f89b81
 class DenseLayer(nn.Module):
     "Batch normalisation, ReLU, 3x3 convolution, dropout: (B,i,H,W) -> (B,growth,H,W), the new channels only."
 
@@ -26,8 +26,13 @@ class DenseLayer(nn.Module):
         self.norm, self.relu = nn.BatchNorm2d(i), nn.ReLU(inplace=True)
         self.conv, self.drop = nn.Conv2d(i, growth, 3, padding=1), nn.Dropout(dropout)
 
-    def forward(self, x): return self.drop(self.conv(self.relu(self.norm(x))))
+    def forward(self,
+        x:Tensor, # (B,i,H,W)
+    )->Tensor: # (B,growth,H,W)
+        "The new channels."
+        return self.drop(self.conv(self.relu(self.norm(x))))
 
+# %% ../../nbs/2_networks/4_densefcn.ipynb #5486efae
 class DenseBlock(nn.Module):
     """Dense layers one after the other: (B,i,H,W) -> (B,layers*growth,H,W), or (B,i+layers*growth,H,W) if `keep`.
     Layer `before_last` only passes on what the last layer reads, so that a tap can hear it."""
@@ -44,12 +49,15 @@ class DenseBlock(nn.Module):
         self.layers = nn.ModuleList([DenseLayer(i + n * growth, growth, dropout) for n in range(layers)])
         self.before_last = nn.Identity()
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (B,i,H,W)
+    )->Tensor: # (B,layers*growth,H,W), or (B,i+layers*growth,H,W) if `keep`
+        "The channels of all layers, behind those that came in if they are kept."
         for layer in self.layers[:-1]: x = torch.cat([x, layer(x)], 1)
         x = self.before_last(x)
         return torch.cat([x, self.layers[-1](x)], 1)[:, self.skip:]
 
-# %% ../../nbs/2_networks/4_densefcn.ipynb #215eb10c
+# %% ../../nbs/2_networks/4_densefcn.ipynb #76518c4d
 def dense_down(
     i:int,         # channels in and out
     dropout:float, # share of numbers set to 0 in training
@@ -66,7 +74,12 @@ class DenseUp(nn.Module):
         super().__init__()
         self.conv = nn.ConvTranspose2d(i, i, 3, stride=2)
 
-    def forward(self, x, skip): return torch.cat([self.conv(x)[..., :skip.shape[-2], :skip.shape[-1]], skip], 1)
+    def forward(self,
+        x:Tensor,    # (B,i,h,w), half the skip's size, rounded down
+        skip:Tensor, # (B,k,H,W)
+    )->Tensor: # (B,i+k,H,W)
+        "Twice as fine, with the skip."
+        return torch.cat([self.conv(x)[..., :skip.shape[-2], :skip.shape[-1]], skip], 1)
 
 # %% ../../nbs/2_networks/4_densefcn.ipynb #9f6c4805
 @NETWORKS.register("densefcn")

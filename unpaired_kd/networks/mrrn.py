@@ -13,7 +13,7 @@ from ..core import InputError, unknown
 from .registry import NETWORKS
 from .unet import check_input
 
-# %% ../../nbs/2_networks/5_mrrn.ipynb #3b73cfa6
+# %% ../../nbs/2_networks/5_mrrn.ipynb #7dc67639
 def conv_unit(
     i:int, # channels in
     o:int, # channels out
@@ -30,8 +30,13 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.body = conv_unit(width, width)
 
-    def forward(self, x): return x + self.body(x)
+    def forward(self,
+        x:Tensor, # (B,w,H,W)
+    )->Tensor: # (B,w,H,W)
+        "The input and what the unit makes of it."
+        return x + self.body(x)
 
+# %% ../../nbs/2_networks/5_mrrn.ipynb #a837f0da
 class RCU(nn.Module):
     "Residual connection unit: read a stream, renew the pooled path, add to the stream. Returns both; changes no tensor in place."
 

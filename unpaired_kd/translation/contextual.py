@@ -94,12 +94,17 @@ def _scan(x, y, h, rows):
         top[i:i + rows], total[i:i + rows] = m, z
     return best, winner, top, total
 
-# %% ../../nbs/3_translation/2_contextual.ipynb #db558a47
+# %% ../../nbs/3_translation/2_contextual.ipynb #2d8f9160
 class BestMatches(torch.autograd.Function):
     """Column maxima (M,) and row maxima (N,) of CX for features `f` (C,N), `g` (C,M), in blocks of `rows` rows; the matrix is never stored.
     Keeps `f`, `g` and two numbers per row, one per column. Cannot be differentiated twice."""
     @staticmethod
-    def forward(ctx, f:Tensor, g:Tensor, h:float, rows:int)->tuple:
+    def forward(ctx,
+        f:Tensor, # features (C,N)
+        g:Tensor, # features (C,M)
+        h:float,  # bandwidth
+        rows:int, # rows of a block
+    )->tuple: # column maxima (M,), row maxima (N,)
         "One pass; see `_scan`."
         x, y, _, _ = _directions(f, g, torch.promote_types(torch.promote_types(f.dtype, g.dtype), torch.float32))
         best, winner, top, total = _scan(x, y, h, rows)
@@ -109,7 +114,7 @@ class BestMatches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_best:Tensor, of_row:Tensor)->tuple:
+    def backward(ctx, of_best:Tensor, of_row:Tensor)->tuple: # gradients at the column maxima (M,) and row maxima (N,); gives those at `f` and `g`, and None twice
         "Only rows that won a column are computed again (all rows, if the row maxima have a gradient)."
         f, g, top, total, winner = ctx.saved_tensors
         with torch.autocast(f.device.type, enabled=False):

@@ -275,6 +275,15 @@ def test_missed_classes_are_counted_and_fewer_is_better():
     assert compare(rows, "half", "missed", unit="case")[1]["seeds_won"] == 1
 
 
+def test_topology_is_an_option_and_its_columns_know_what_is_better():
+    half = SimpleNamespace(predict=lambda image: image[0].astype(int) * (np.arange(32) < 14))
+    plain, rows = (evaluate(half, toy(), "half", 0, topology=t) for t in (False, True))
+    assert not {"cldice", "betti0"} & set(plain[0]) and {k: rows[0][k] for k in plain[0]} == plain[0]
+    assert all(0 < r["cldice"] < 1 and r["betti0"] == 1 for r in rows)
+    rows += evaluate(perfect(None), toy(), "whole", 0, topology=True)
+    for metric in ("cldice", "tsens", "betti0"): assert compare(rows, "half", metric, unit="case")[1]["seeds_won"] == 1
+
+
 def test_cells_are_components_and_organs_are_regions():
     label = toy().native(0)[1]
     assert instances_of(label, ("background", "cell")).max() == 2

@@ -272,6 +272,21 @@ def test_case_of_several_classes():
     assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"]) and absent["missed"] == 0
 
 
+def test_topology_adds_columns_and_changes_none():
+    names = ("background", "artery", "vein")
+    p, t = np.zeros((2, 6, 12, 20), int)
+    t[2:4, 5:8], t[2:4, 5:8, 10:] = 1, 2               # one vessel, two classes: a single foreground
+    p[2:4, 5:8, :9], p[2:4, 5:8, 11:] = 1, 2           # cut in two
+    plain, more = case_metrics(p, t, classes=names), case_metrics(p, t, classes=names, topology=True)
+    assert list(more) == [*plain, "cldice", "tprec", "tsens", "betti0", "betti1", "betti2"]
+    assert repr({k: more[k] for k in plain}) == repr(plain)
+    assert (more["betti0"], more["tprec"]) == (1, 1) and .8 < more["tsens"] < 1
+    assert {k: more[k] for k in more if k not in plain} == metrics.topology_scores(p > 0, t > 0)
+    assert metrics.cl_dice(p, t) == more["cldice"] and metrics.betti_errors(p, t)["b0"] == 1
+    empty = case_metrics(t * 0, t * 0, topology=True)
+    assert (empty["cldice"], empty["betti0"]) == (1, 0)
+
+
 @pytest.mark.parametrize("spacing", [None, (3., .7)])
 @pytest.mark.parametrize("tolerance", [0, 1.5, 3, 50])
 def test_surface_scores_of_a_case_are_those_of_their_functions(spacing, tolerance):

@@ -15,7 +15,7 @@ from .core import InputError, rng, unknown
 from .data.instances import instances_of
 from .metrics import case_metrics
 
-# %% ../nbs/4_training/2_evaluation.ipynb #794aa1d4
+# %% ../nbs/4_training/2_evaluation.ipynb #dfb36709
 def evaluate(
     student,    # has `.predict(image)`: native array (C,*spatial) or (*spatial) to class map (*spatial)
     collection, # labelled `Collection` to score on
@@ -23,7 +23,8 @@ def evaluate(
     seed:int,   # seed of this training
     cells:bool=None, # three classes or more: True: classes consist of objects, False: each is one region; None: as the recipe says, else objects if drawn or if the recipe says watershed
     tolerance:float=3., # of the surface Dice: mm, or pixels where the spacing is not known
-)->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, sdsc, missed, dsc_<class>
+    topology:bool=False, # add clDice, its precision and recall, and the Betti errors of the foreground (every class above 0)
+)->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, sdsc, missed, dsc_<class>; with topology: cldice, tprec, tsens, betti0, betti1, betti2
     "Score `student` on the native image of every case."
     if not len(collection): raise InputError(f"collection {collection.name!r} is empty: there is nothing to evaluate.")
     recipe, rows = getattr(student, "recipe", None), []
@@ -40,7 +41,7 @@ def evaluate(
         objects = instances_of(found, names, None, getattr(recipe, "min_size", 0), method, cut, spacing)
         whole = method == "none" or (len(names) > 2 and not cut) # both sides are cut, or neither is
         truth = instances_of(label, names, None if whole else drawn, method="none" if whole else "components", cells=cut)
-        scores = case_metrics(found, label, objects, truth, spacing, names, tolerance=tolerance)
+        scores = case_metrics(found, label, objects, truth, spacing, names, tolerance=tolerance, topology=topology)
         rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id, group=case.group, label_group=case.label_group,
                          hd95_unit="px" if spacing is None else "mm", **scores))
     return rows

@@ -5,15 +5,20 @@
 # %% auto #0
 __all__ = ['dice', 'iou', 'surface', 'surface_distances', 'hausdorff', 'surface_dice', 'Overlaps', 'overlaps', 'PQ',
            'instance_scores', 'aji', 'aji_plus', 'panoptic_quality', 'loop_instance_scores', 'toy_nuclei', 'components',
-           'case_metrics', 'released_dice', 'released_hd', 'released_aji', 'released_pq', 'released_metrics']
+           'case_metrics', 'released_dice', 'released_hd', 'released_aji', 'released_pq', 'released_metrics',
+           'betti_errors', 'betti_numbers', 'cl_dice', 'topology_precision', 'topology_scores', 'topology_sensitivity']
 
-# %% ../nbs/1_data/7_metrics.ipynb #efbd9c14
+# %% ../nbs/1_data/7_metrics.ipynb #258b6629
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .core import InputError, rng, unknown
+from .topology import betti_errors, betti_numbers, cl_dice, topology_precision, topology_scores, topology_sensitivity
+
+# %% ../nbs/1_data/7_metrics.ipynb #9811155c
+_all_ = ["betti_errors", "betti_numbers", "cl_dice", "topology_precision", "topology_scores", "topology_sensitivity"]
 
 # %% ../nbs/1_data/7_metrics.ipynb #6bc9c3cb
 def _array(x):
@@ -376,7 +381,7 @@ def components(
         out = (np.cumsum(keep) * keep)[out]
     return out.astype(np.int32, copy=False)
 
-# %% ../nbs/1_data/7_metrics.ipynb #9e962325
+# %% ../nbs/1_data/7_metrics.ipynb #b66a0978
 def case_metrics(
     pred,                  # class map (*spatial), 0 is background
     target,                # the same shape
@@ -386,7 +391,8 @@ def case_metrics(
     classes:tuple=("background", "foreground"), # name of each label value, background first
     empty:str="diagonal",  # policy of `hausdorff` for a missed or invented class
     tolerance:float=3.,    # of the surface Dice, mm (pixels without spacing)
-)->dict: # dsc, hd95, aji, pq, sdsc, missed; with several foreground classes also dsc_<class> (nan if absent from both)
+    topology:bool=False,   # add the columns of `topology_scores`, for the foreground: every class above 0
+)->dict: # dsc, hd95, aji, pq, sdsc, missed; with several foreground classes also dsc_<class> (nan if absent from both); with topology also cldice, tprec, tsens, betti0, betti1, betti2
     "The four scores of one case, the surface Dice, and the number of foreground classes that are in the target and not in the prediction."
     p, t = _pair(pred, target, _labels)
     top = max(int(p.max(initial=0)), int(t.max(initial=0)))
@@ -400,7 +406,8 @@ def case_metrics(
     objects = {"aji": float("nan"), "pq": float("nan")} if pred_instances is None else instance_scores(pred_instances, target_instances)
     out = {"dsc": float(np.nanmean(list(dsc.values()))) if hd else 1.0, "hd95": float(np.mean(hd)) if hd else 0.0, "aji": objects["aji"], "pq": objects["pq"],
            "sdsc": float(np.mean(sd)) if sd else 1.0, "missed": missed}
-    return out | ({f"dsc_{name}": v for name, v in dsc.items()} if len(dsc) > 1 else {})
+    if len(dsc) > 1: out |= {f"dsc_{name}": v for name, v in dsc.items()}
+    return out | (topology_scores(p, t) if topology else {})
 
 def _outline(p, t, spacing, empty, tolerance):
     "HD95 and surface Dice of two masks, not both empty, from one search."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'InputError', 'Registry', 'unknown', 'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images',
-           'outlined', 'atomic', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256',
-           'bf16_supported', 'resolve_precision', 'progress']
+           'outlined', 'box', 'arrow', 'atomic', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest',
+           'file_sha256', 'bf16_supported', 'resolve_precision', 'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
 import contextlib, csv, difflib, hashlib, io, json, os, random, tempfile
@@ -86,7 +86,7 @@ def seeded(
         finally:
             random.setstate(old[0]); np.random.set_state(old[1])
 
-# %% ../nbs/0_core/1_core.ipynb #c7344dac
+# %% ../nbs/0_core/1_core.ipynb #171ce953
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"] # Okabe-Ito: safe for colour-blind readers
 
 def set_up(
@@ -97,7 +97,7 @@ def set_up(
     torch.set_default_dtype(torch.float32)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import matplotlib as mpl
-    mpl.rcParams.update(mpl.rcParamsDefault)
+    mpl.rcParams.update({**mpl.rcParamsDefault, "interactive": mpl.is_interactive()}) # notebooks show pictures only when interactive
     mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=PALETTE), "figure.dpi": 80, "savefig.dpi": 80, "font.size": 9,
         "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "gray", "image.interpolation": "nearest", "figure.constrained_layout.use": True})
 
@@ -145,6 +145,33 @@ def outlined(
         a, b = np.moveaxis(label, axis, 0)[:-1], np.moveaxis(label, axis, 0)[1:]
         np.moveaxis(inside, axis, 0)[:-1][(a != b) & (a > 0) & (b > 0)] = 0
     return inside
+
+# %% ../nbs/0_core/1_core.ipynb #06196aeb
+def box(
+    ax,         # matplotlib Axes
+    x:float,    # centre, data units
+    y:float,    # centre, data units
+    text:str,   # what it says
+    color:str="white", # of the inside
+    round:bool=False,  # round corners: by custom images are round, networks square
+): # the box (a matplotlib Text), for `arrow`
+    "Draw a labelled box."
+    frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=.8)
+    return ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=frame)
+
+def arrow(
+    ax,            # matplotlib Axes
+    a,             # box where it begins
+    b,             # box where it ends
+    text:str="",   # what stands at its middle
+    style:str="->", # arrow style of matplotlib, e.g. "<->"
+    dy:float=.22,  # how far above the middle the text stands, data units
+    **line,        # properties of the line, e.g. linestyle="--", color, connectionstyle
+):
+    "Draw an arrow from the edge of one box to the edge of another."
+    (x, y), (u, v) = a.get_position(), b.get_position()
+    ax.annotate("", (u, v), (x, y), arrowprops=dict(arrowstyle=style, patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2, **dict(lw=1) | line))
+    if text: ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=7.5)
 
 # %% ../nbs/0_core/1_core.ipynb #6c7b9b7b
 @contextlib.contextmanager

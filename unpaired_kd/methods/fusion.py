@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FUSION_WEIGHTS', 'FusionOptions', 'Fusion']
 
-# %% ../../nbs/5_methods/7_fusion.ipynb #619b47f4
+# %% ../../nbs/5_methods/7_fusion.ipynb #5dcbebf7
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError, seeded, unknown
@@ -17,7 +18,7 @@ from .cmedl import CmedlOptions, Translating
 from ..translation.cyclegan import to_unit
 from ..translation.translated import AlphaNet, fused, pack
 
-# %% ../../nbs/5_methods/7_fusion.ipynb #4c0a1e67
+# %% ../../nbs/5_methods/7_fusion.ipynb #a995c892
 @dataclass(frozen=True)
 class FusionOptions(CmedlOptions):
     "The choices of fusion: those of the translator and of the loss (`CmedlOptions`), and how the two images meet."
@@ -48,15 +49,18 @@ class Fusion(Translating):
         "Translator, balance and segmentor in one."
         return pack(self.networks["student"], self.networks["g_st"], self.options.fuse, self.networks.get("alpha"))
 
-    def segmentors(self)->list:
-        "One update for the segmentor and its balance."
-        return [Update("segmentor", self.learning, self.losses)]
+# %% ../../nbs/5_methods/7_fusion.ipynb #24be19af
+@patch
+def segmentors(self:Fusion)->list:
+    "One update for the segmentor and its balance."
+    return [Update("segmentor", self.learning, self.losses)]
 
-    def losses(self,
-        batch:dict,     # {"student": Batch, "teacher": Batch}
-        noise:Callable, # generator for a purpose
-    )->dict: # {"seg"}
-        "The student's labels, on what the fused network reads."
-        x = self.now(batch, noise)
-        both = lambda: fused(to_unit(x.x_s), to_unit(x.tr.fake.detach()), self.options.fuse, self.networks.get("alpha"))
-        return {"seg": lambda: self.segmentation(self.networks["student"](both()), x.y_s)}
+@patch
+def losses(self:Fusion,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # {"seg"}
+    "The student's labels, on what the fused network reads."
+    x = self.now(batch, noise)
+    both = lambda: fused(to_unit(x.x_s), to_unit(x.tr.fake.detach()), self.options.fuse, self.networks.get("alpha"))
+    return {"seg": lambda: self.segmentation(self.networks["student"](both()), x.y_s)}

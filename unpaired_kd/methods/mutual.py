@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MUTUAL_OPTIONS', 'MUTUAL_WEIGHTS', 'Mutual']
 
-# %% ../../nbs/5_methods/6_mutual.ipynb #fbda1dbe
+# %% ../../nbs/5_methods/6_mutual.ipynb #46c411f0
 from collections.abc import Callable
 from functools import cache
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError
@@ -18,7 +19,7 @@ from ..lessons.soft_labels import soft_label_kl
 from .cmedl import CmedlOptions, Translating
 from ..translation.translated import unite
 
-# %% ../../nbs/5_methods/6_mutual.ipynb #06bcda69
+# %% ../../nbs/5_methods/6_mutual.ipynb #05279950
 MUTUAL_OPTIONS = CmedlOptions(translate_first=True, kd_tau=2.)
 MUTUAL_WEIGHTS = {"adv": 1., "cyc": 10., "idt": 0., "critic": 1., "seg": 1., "seg_assistant": 1., "kl": .5, "kl_assistant": .5}
 
@@ -42,22 +43,25 @@ class Mutual(Translating):
         "Both segmentors, averaged."
         return unite(self.networks["student"], self.networks["assistant"])
 
-    def segmentors(self)->list:
-        "One update for both."
-        return [Update("segmentors", self.learning, self.losses)]
+# %% ../../nbs/5_methods/6_mutual.ipynb #9775e77c
+@patch
+def segmentors(self:Mutual)->list:
+    "One update for both."
+    return [Update("segmentors", self.learning, self.losses)]
 
-    def losses(self,
-        batch:dict,     # {"student": Batch, "teacher": Batch}
-        noise:Callable, # generator for a purpose
-    )->dict: # {"seg", "seg_assistant", "kl", "kl_assistant"}
-        "Labels of its own modality for each, soft labels of the other."
-        x = self.now(batch, noise)
-        x.let_go()
-        fake = cache(lambda: x.tr.fake_s.detach())
-        images = {"real": lambda: x.x_s, "fake": fake}
-        says = cache(lambda who, what: x.run(who, images[what]())[0])
-        @torch.no_grad()
-        def guide(who, what): return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[0] # at test both see real images
-        return {"seg": lambda: self.segmentation(says("student", "real"), x.y_s), "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
-                "kl": lambda: soft_label_kl(says("student", "real"), guide("assistant", "real"), self.options.kd_tau),
-                "kl_assistant": lambda: soft_label_kl(says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau)}
+@patch
+def losses(self:Mutual,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # {"seg", "seg_assistant", "kl", "kl_assistant"}
+    "Labels of its own modality for each, soft labels of the other."
+    x = self.now(batch, noise)
+    x.let_go()
+    fake = cache(lambda: x.tr.fake_s.detach())
+    images = {"real": lambda: x.x_s, "fake": fake}
+    says = cache(lambda who, what: x.run(who, images[what]())[0])
+    @torch.no_grad()
+    def guide(who, what): return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[0] # at test both see real images
+    return {"seg": lambda: self.segmentation(says("student", "real"), x.y_s), "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
+            "kl": lambda: soft_label_kl(says("student", "real"), guide("assistant", "real"), self.options.kd_tau),
+            "kl_assistant": lambda: soft_label_kl(says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau)}

@@ -67,7 +67,7 @@ class AlphaNet(nn.Module):
         "The share of the translation."
         return self.head(self.body(both)).sigmoid()[..., None, None]
 
-# %% ../../nbs/3_translation/4_translated.ipynb #b42ef19f
+# %% ../../nbs/3_translation/4_translated.ipynb #03d7ff38
 FUSIONS = {"replace": 1, "concat": 2, "weighted": 2} # how image and translation meet -> images that the segmentor reads
 
 def fused(
@@ -84,6 +84,7 @@ def fused(
     a = alpha(both)
     return torch.cat([(1 - a) * x, a * fake], 1)
 
+# %% ../../nbs/3_translation/4_translated.ipynb #57167a83
 @NETWORKS.register("translated")
 class Translated(nn.Module):
     """A generator and a segmentor as one network: (B,C,H,W) in [0,1] to logits (B,K,H,W). With `fuse="replace"` the segmentor sees the

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['affine', 'warp', 'blur', 'class_pairs', 'swap_sides', 'mirrored', 'Augment', 'draw_grid', 'recolour', 'check_batch']
 
-# %% ../../nbs/1_data/5_augment.ipynb #097dabee
+# %% ../../nbs/1_data/5_augment.ipynb #17660c85
 import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError
@@ -94,7 +95,7 @@ def mirrored(
     "Which images of the batch come out as mirror images: those with an odd number of flipped axes."
     return (u[:, :d] < a.flip).sum(1) % 2 == 1
 
-# %% ../../nbs/1_data/5_augment.ipynb #62a68828
+# %% ../../nbs/1_data/5_augment.ipynb #9ebe4b1b
 @dataclass(frozen=True)
 class Augment:
     """Random changes of a batch of images (B,C,*s) in [0,1] and of its label maps (B,*s), 2-D or 3-D. Call it with a CPU generator."""
@@ -130,25 +131,27 @@ class Augment:
         "Whether any change of intensity is on."
         return any((self.brightness, self.contrast, self.gamma, self.noise, self.blur, self.hue))
 
-    def __call__(self,
-        image:Tensor,              # (B,C,*s) float, in [0,1]
-        label:Tensor=None,         # (B,*s) whole numbers, or None
-        generator:torch.Generator=None, # CPU generator, see `core.torch_rng`
-    )->tuple: # (image, label), same shapes and types, on the same device
-        "A changed copy of a batch. Raises `InputError` when image and label do not fit."
-        check_batch(image, label)
-        u = torch.rand(len(image), 19, generator=generator)
-        bends = torch.rand(len(image), image.ndim - 2, *[5] * (image.ndim - 2), generator=generator)
-        seed = int(torch.randint(2 ** 31, (), generator=generator))
-        if self.moves:
-            grid = draw_grid(self, image.shape, u, bends, image.device)
-            image = warp(image, grid)
-            label = None if label is None else warp(label, grid)
-        if self.swap and label is not None: label = swap_sides(label, self.swap, mirrored(self, u, image.ndim - 2))
-        if self.recolours: image = recolour(self, image, u, seed)
-        return image, label
+# %% ../../nbs/1_data/5_augment.ipynb #0d479e10
+@patch
+def __call__(self:Augment,
+    image:Tensor,              # (B,C,*s) float, in [0,1]
+    label:Tensor=None,         # (B,*s) whole numbers, or None
+    generator:torch.Generator=None, # CPU generator, see `core.torch_rng`
+)->tuple: # (image, label), same shapes and types, on the same device
+    "A changed copy of a batch. Raises `InputError` when image and label do not fit."
+    check_batch(image, label)
+    u = torch.rand(len(image), 19, generator=generator)
+    bends = torch.rand(len(image), image.ndim - 2, *[5] * (image.ndim - 2), generator=generator)
+    seed = int(torch.randint(2 ** 31, (), generator=generator))
+    if self.moves:
+        grid = draw_grid(self, image.shape, u, bends, image.device)
+        image = warp(image, grid)
+        label = None if label is None else warp(label, grid)
+    if self.swap and label is not None: label = swap_sides(label, self.swap, mirrored(self, u, image.ndim - 2))
+    if self.recolours: image = recolour(self, image, u, seed)
+    return image, label
 
-# %% ../../nbs/1_data/5_augment.ipynb #dd720bb5
+# %% ../../nbs/1_data/5_augment.ipynb #eb7828a3
 def draw_grid(
     a,            # an `Augment`
     shape,        # of the images (B,C,*s)
@@ -170,6 +173,7 @@ def draw_grid(
         out = out + F.interpolate(field, size=s, mode="bilinear" if d == 2 else "trilinear", align_corners=True).movedim(1, -1)
     return out
 
+# %% ../../nbs/1_data/5_augment.ipynb #6e6b1015
 def recolour(
     a,        # an `Augment`
     x:Tensor, # images (B,C,*s), in [0,1]

@@ -64,7 +64,7 @@ class CmedlOptions:
     cx_mask: str = "body"         # body: positions inside the body only | none
     cx_sample: int = 0            # positions drawn; 0: all, exact
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #eea24a28
+# %% ../../nbs/5_methods/5_cmedl.ipynb #f6442f1f
 CMEDL_WEIGHTS = {"adv": 1., "cyc": 10., "idt": 0., "cx": 1., "hint_g": 1., "seg_g": 5., "critic": 1.,
                  "hint": 1., "kd": 0., "seg": 5., "seg_teacher": 5., "seg_pseudo": 5., "seg_fake": 0.}
 CMEDL_CHOICES = dict(i2i=("cyclegan", "drit"), drit_weights=tuple(DRIT_WEIGHTS), hint_reduction=REDUCTIONS, gan=GAN_KINDS, upsample=UPSAMPLE, cx_direction=("target", "source", "symmetric"),
@@ -92,12 +92,11 @@ def check_cmedl(
     if o.i2i == "drit" and o.unlabelled: raise InputError("unlabelled=True shows the translator more images of the student than of the teacher, and DRIT swaps styles one to one. Use i2i='cyclegan'.")
     return o
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #1de2e14a
 CMEDL_PRESETS = {"paper": CmedlOptions(), "released": CmedlOptions(seg="ce", refresh_fake=True),
                  "recommended": CmedlOptions(seg="house", hint_to="student", beta1=.9)}
 CMEDL_PRESET_WEIGHTS = {"paper": {}, "released": {"idt": 5.}, "recommended": {"hint": .1, "hint_g": .1}} # changes to `CMEDL_WEIGHTS`
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #d537db53
+# %% ../../nbs/5_methods/5_cmedl.ipynb #767c48c4
 class CycleTranslation:
     "One batch through two generators and two critics."
     @staticmethod
@@ -110,76 +109,121 @@ class CycleTranslation:
         return {"g_st": generator(), "g_ts": generator(), "d_t": PatchDiscriminator(channels, o.width), "d_s": PatchDiscriminator(channels, o.width), "pool_t": pool(), "pool_s": pool()}
 
     @staticmethod
-    def updates(terms:Callable)->list:
-        "Generators, then critics; `terms(name)` gives the losses of an update."
+    def updates(
+        terms:Callable, # name of an update -> its losses
+    )->list: # of `Update`s
+        "Generators, then critics."
         return [Update("generators", ("g_st", "g_ts"), terms("generators")), Update("critics", ("d_t", "d_s"), terms("critics"))]
 
-    def __init__(self, networks:dict, x_s:Tensor, x_t:Tensor, noise:Callable, o:CmedlOptions):
+    def __init__(self,
+        networks:dict,   # name -> network
+        x_s:Tensor,      # images of the student's modality (B,C,H,W), in [-1,1]
+        x_t:Tensor,      # images of the teacher's modality (B,C,H,W), in [-1,1]
+        noise:Callable,  # generator for a purpose
+        o:CmedlOptions,  # the choices
+    ):
         self.n, self.x_s, self.x_t, self.noise, self.o = networks, x_s, x_t, noise, o
 
     @cached_property
-    def fake(self): return self.n["g_st"](self.x_s)    # the student's images for the teacher
+    def fake(self)->Tensor:
+        "The student's images for the teacher."
+        return self.n["g_st"](self.x_s)
     @cached_property
-    def fake_s(self): return self.n["g_ts"](self.x_t)  # the teacher's for the student
+    def fake_s(self)->Tensor:
+        "The teacher's images for the student."
+        return self.n["g_ts"](self.x_t)
 
-    def generators(self)->dict:
-        "adv, cyc, idt: both directions of each."
-        n, of = self.n, lambda d, fake: generator_gan_loss(n[d](fake), self.o.gan)
-        return {"adv": lambda: of("d_t", self.fake) + of("d_s", self.fake_s),
-                "cyc": lambda: cycle_loss(self.x_s, n["g_ts"](self.fake)) + cycle_loss(self.x_t, n["g_st"](self.fake_s)),
-                "idt": lambda: identity_loss(self.x_t, n["g_st"](self.x_t)) + identity_loss(self.x_s, n["g_ts"](self.x_s))}
-
-    def critics(self)->dict:
-        "Each critic on real images and on fakes from its memory."
-        def one(d, pool, real, fake):
-            old = self.n[pool].query(fake.detach(), self.noise(pool))
-            return discriminator_gan_loss(self.n[d](real), self.n[d](old), self.o.gan, self.o.smooth)
-        return {"critic": lambda: one("d_t", "pool_t", self.x_t, self.fake) + one("d_s", "pool_s", self.x_s, self.fake_s)}
-
-# %% ../../nbs/5_methods/5_cmedl.ipynb #63ac9c0a
+# %% ../../nbs/5_methods/5_cmedl.ipynb #0803f15a
 class DritTranslation(Translation):
     "One batch through DRIT: the same interface. The teacher sees the translation with the mean style of its own batch."
     @staticmethod
-    def make(o:CmedlOptions, channels:int)->dict:
+    def make(
+        o:CmedlOptions, # sizes
+        channels:int,   # of the images
+    )->dict: # name -> network
         "Encoders, generator and critics."
         return dict(drit_networks(channels, o.width))
 
     @staticmethod
-    def updates(terms:Callable)->list:
+    def updates(
+        terms:Callable, # name of an update -> its losses
+    )->list: # of `Update`s
         "Encoders and generators; again without the style encoder, on random styles; image critics; content critic."
         return [Update("generators", ("content", "style", "drit_generator"), terms("generators")), Update("random style", ("content", "drit_generator"), terms("random_style")),
                 Update("critics", ("d_image",), terms("critics")), Update("content critic", ("d_content",), terms("content_critics"))]
 
-    def __init__(self, networks:dict, x_s:Tensor, x_t:Tensor, noise:Callable, o:CmedlOptions): super().__init__(networks, x_s, x_t, noise)
+    def __init__(self,
+        networks:dict,   # name -> network
+        x_s:Tensor,      # images of the student's modality (B,C,H,W), in [-1,1]
+        x_t:Tensor,      # images of the teacher's modality (B,C,H,W), in [-1,1]
+        noise:Callable,  # generator for a purpose
+        o:CmedlOptions,  # not used
+    ): super().__init__(networks, x_s, x_t, noise)
 
     @property
-    def fake(self): return self.hint_image
+    def fake(self)->Tensor:
+        "The student's images for the teacher."
+        return self.hint_image
     @property
-    def fake_s(self): return self.v
+    def fake_s(self)->Tensor:
+        "The teacher's images for the student."
+        return self.v
 
-    def generators(self)->dict:
-        "All but the terms on random styles."
-        return {"style_kl" if k == "kl" else k: self.terms[k] for k in DRIT_UPDATES["translation"][1]}
-    def random_style(self)->dict: # the weights have just moved: a new pass
-        "The term on random styles alone."
-        return {"latent": DritTranslation(self.networks, self.x_s, self.x_t, self.noise, None).latent}
-    def critics(self)->dict: return {"critic": self.image_discriminator}
-    def content_critics(self)->dict: return {"content_critic": self.content_discriminator}
+# %% ../../nbs/5_methods/5_cmedl.ipynb #b032b71c
+@patch
+def generators(self:CycleTranslation)->dict:
+    "adv, cyc, idt: both directions of each."
+    n, of = self.n, lambda d, fake: generator_gan_loss(n[d](fake), self.o.gan)
+    return {"adv": lambda: of("d_t", self.fake) + of("d_s", self.fake_s),
+            "cyc": lambda: cycle_loss(self.x_s, n["g_ts"](self.fake)) + cycle_loss(self.x_t, n["g_st"](self.fake_s)),
+            "idt": lambda: identity_loss(self.x_t, n["g_st"](self.x_t)) + identity_loss(self.x_s, n["g_ts"](self.x_s))}
+
+@patch
+def critics(self:CycleTranslation)->dict:
+    "Each critic on real images and on fakes from its memory."
+    def one(d, pool, real, fake):
+        old = self.n[pool].query(fake.detach(), self.noise(pool))
+        return discriminator_gan_loss(self.n[d](real), self.n[d](old), self.o.gan, self.o.smooth)
+    return {"critic": lambda: one("d_t", "pool_t", self.x_t, self.fake) + one("d_s", "pool_s", self.x_s, self.fake_s)}
+
+@patch
+def generators(self:DritTranslation)->dict:
+    "All but the terms on random styles."
+    return {"style_kl" if k == "kl" else k: self.terms[k] for k in DRIT_UPDATES["translation"][1]}
+
+@patch
+def random_style(self:DritTranslation)->dict: # the weights have just moved: a new pass
+    "The term on random styles alone."
+    return {"latent": DritTranslation(self.networks, self.x_s, self.x_t, self.noise, None).latent}
+
+@patch
+def critics(self:DritTranslation)->dict:
+    "The critics of images."
+    return {"critic": self.image_discriminator}
+
+@patch
+def content_critics(self:DritTranslation)->dict:
+    "The critic of contents."
+    return {"content_critic": self.content_discriminator}
 
 TRANSLATIONS = {"cyclegan": CycleTranslation, "drit": DritTranslation}
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #52c71508
+# %% ../../nbs/5_methods/5_cmedl.ipynb #da32904a
 class Cross(torch.autograd.Function):
     "Outputs that were computed from a copy of `fake`, as outputs of `fake`. Their weights get no gradient."
     @staticmethod
-    def forward(ctx, fake, leaf, outputs):
+    def forward(ctx,
+        fake:Tensor,  # translated images, with their graph
+        leaf:Tensor,  # the copy that the outputs were computed from
+        outputs:list, # of tensors
+    )->tuple: # the same outputs
         "Pass the outputs on."
         ctx.leaf, ctx.outputs = leaf, outputs
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outputs)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *grads)->tuple: # `grads`: at the outputs, None where nobody asked
         "The gradient at the copy; the graph behind it stays for its owner."
         used = [(o, g) for o, g in zip(ctx.outputs, grads) if g is not None]
         outputs, grads = zip(*used)
@@ -210,9 +254,9 @@ class Held:
         for b, v in self.pending.values(): b.data.copy_(v)
         self.pending.clear()
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #ce8a33ec
-class Iteration:
-    "Everything of one batch that its updates share, computed once."
+# %% ../../nbs/5_methods/5_cmedl.ipynb #36ff5779
+class _Passes:
+    "The images of one batch, its translator, and how a segmentor looks at images."
     def __init__(self,
         method,         # a `Translating` method
         batch:dict,     # {"student": Batch, "teacher": Batch, "unlabelled": Batch or absent}
@@ -224,7 +268,11 @@ class Iteration:
         self.tr = TRANSLATIONS[method.options.i2i](method.networks, self.x_s, self.x_t, noise, method.options)
         self.holding, self.held = True, Held()
 
-    def run(self, name:str, x:Tensor, count:bool=True)->tuple:
+    def run(self,
+        name:str,        # student | teacher
+        x:Tensor,        # images (B,C,H,W), in [-1,1]
+        count:bool=True, # whether the pass moves running statistics
+    )->tuple: # (logits, {layer: features})
         "(logits, {layer: features}) of a segmentor on signed images, with a graph for its own weights if this stage trains it."
         net, layers = self.m.part(name), self.m.layers
         wanted = next(net.parameters()).requires_grad
@@ -239,17 +287,28 @@ class Iteration:
         self.holding = False
         self.held.release()
 
+# %% ../../nbs/5_methods/5_cmedl.ipynb #7e675da7
+class Iteration(_Passes):
+    "Everything of one batch that its updates share, computed once."
     @cached_property
-    def student(self): return self.run("student", self.x_s)      # on its own images
+    def student(self)->tuple:
+        "The student on its own images."
+        return self.run("student", self.x_s)
     @cached_property
-    def teacher(self): return self.run("teacher", self.x_t)      # on real images of its modality
+    def teacher(self)->tuple:
+        "The teacher on real images of its modality."
+        return self.run("teacher", self.x_t)
     @cached_property
-    def leaf(self): return self.tr.fake.detach().requires_grad_()
+    def leaf(self)->Tensor:
+        "The fakes, cut from their generator."
+        return self.tr.fake.detach().requires_grad_()
     @cached_property
-    def pseudo(self): # on translated images; if they are made again, the first ones do not count
+    def pseudo(self)->tuple:
+        "The teacher on translated images; if they are made again, the first ones do not count."
         return self.run("teacher", self.leaf, count=not (self.holding and self.m.options.refresh_fake))
     @cached_property
-    def crossed(self): # the same, as the generators see it
+    def crossed(self)->tuple:
+        "The same, as the generators see it."
         logits, features = self.pseudo
         out = Cross.apply(self.tr.fake, self.leaf, [logits, *features.values()])
         return out[0], dict(zip(features, out[1:]))
@@ -261,7 +320,7 @@ class Iteration:
         new.tr = TRANSLATIONS[self.m.options.i2i](self.m.networks, self.x_s, self.x_t, self.noise, self.m.options)
         return new
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #1fcb5cab
+# %% ../../nbs/5_methods/5_cmedl.ipynb #83c9b9cb
 class Translating(Method):
     """Base of the methods with a translator. Batches need the sources "student" and "teacher", both labelled, in [0,1].
     Subclasses give `segmentors`: the updates after the translation's."""
@@ -286,35 +345,57 @@ class Translating(Method):
         o, segmentors = self.options, {"student", "teacher", "assistant", "alpha"}
         return {n: dict(rate=1. if n in segmentors else o.rate / 2.5 if n == "d_content" else o.rate, betas=(o.beta1, .999)) for n in self.networks}
 
-    def part(self, name:str)->nn.Module: return self.networks[name] if name in self.networks else self.frozen[name]
-    def identity(self)->dict: return dict(options=asdict(self.options), epochs=self.epochs)
+    def part(self,
+        name:str, # e.g. "teacher"
+    )->nn.Module: # the network, trained or frozen
+        "A network by its name."
+        return self.networks[name] if name in self.networks else self.frozen[name]
+    def identity(self)->dict:
+        "Options and length: both decide the result."
+        return dict(options=asdict(self.options), epochs=self.epochs)
 
-    def segmentation(self, logits:Tensor, label:Tensor)->Tensor:
-        "$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), both, or the loss of the house's other methods."
-        logits, kind = logits.float(), self.options.seg
-        if kind == "house": return segmentation_loss(logits, label)
-        dice = soft_dice_loss(logits, label, per_image=True) if kind != "ce" else 0.
-        return dice + (cross_entropy_loss(logits, label) if kind != "dice" else 0.)
-
-    def now(self, batch:dict, noise:Callable)->Iteration:
-        "The iteration of this batch: the first update makes it, the others find it."
-        if self._now is None or self._now.batch is not batch: self._now = Iteration(self, batch, noise)
-        return self._now
-
-    def translation_terms(self, name:str)->Callable:
-        "The losses of a translation update."
-        return lambda batch, noise: getattr(self.now(batch, noise).tr, name)()
-
-    def stages(self)->list:
-        "One stage with everything, or translation first."
-        sources = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
-        translation = TRANSLATIONS[self.options.i2i].updates(self.translation_terms)
-        if not self.options.translate_first: return [Stage("together", translation + self.segmentors(), sources=sources)]
-        return [Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True), Stage("segment", self.segmentors(), sources=sources, anew=True)]
-
-# %% ../../nbs/5_methods/5_cmedl.ipynb #1dbbb72f
+# %% ../../nbs/5_methods/5_cmedl.ipynb #01d2fa03
 @patch
-def begin(self:Translating, stage:Stage, batches:Callable):
+def segmentation(self:Translating,
+    logits:Tensor, # (B,K,H,W)
+    label:Tensor,  # (B,H,W)
+)->Tensor: # one number
+    "$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), both, or the loss of the house's other methods."
+    logits, kind = logits.float(), self.options.seg
+    if kind == "house": return segmentation_loss(logits, label)
+    dice = soft_dice_loss(logits, label, per_image=True) if kind != "ce" else 0.
+    return dice + (cross_entropy_loss(logits, label) if kind != "dice" else 0.)
+
+@patch
+def now(self:Translating,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->Iteration:
+    "The iteration of this batch: the first update makes it, the others find it."
+    if self._now is None or self._now.batch is not batch: self._now = Iteration(self, batch, noise)
+    return self._now
+
+@patch
+def translation_terms(self:Translating,
+    name:str, # of an update of the translation
+)->Callable: # batch, noise -> terms
+    "The losses of a translation update."
+    return lambda batch, noise: getattr(self.now(batch, noise).tr, name)()
+
+@patch
+def stages(self:Translating)->list:
+    "One stage with everything, or translation first."
+    sources = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
+    translation = TRANSLATIONS[self.options.i2i].updates(self.translation_terms)
+    if not self.options.translate_first: return [Stage("together", translation + self.segmentors(), sources=sources)]
+    return [Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True), Stage("segment", self.segmentors(), sources=sources, anew=True)]
+
+# %% ../../nbs/5_methods/5_cmedl.ipynb #5ce46602
+@patch
+def begin(self:Translating,
+    stage:Stage,      # the stage that begins
+    batches:Callable, # number -> fixed batch
+):
     "Look at two fixed batches: both sides labelled, in [0,1], with as many channels as the networks read. `InputError` otherwise."
     for name, b in ((n, b) for i in range(2) for n, b in batches(i).items()):
         if b.image.shape[1] != self.channels: raise InputError(f"{name}: the images have {b.image.shape[1]} channels, the networks read {self.channels}. Build them with in_channels={b.image.shape[1]}.")
@@ -323,7 +404,7 @@ def begin(self:Translating, stage:Stage, batches:Callable):
         if max(b.image.shape[2:]) != self.options.side and self.options.pool: raise InputError(f"{name}: the patches have {b.image.shape[2]} x {b.image.shape[3]} px, but side={self.options.side}. Set side to the patch size.")
         if b.label is None and name != "unlabelled": raise InputError(f"{name}: the images have no labels, and this method learns from the labels of both modalities.")
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #63dd354e
+# %% ../../nbs/5_methods/5_cmedl.ipynb #8f752dea
 class CMEDL(Translating):
     """CMEDL (Jiang et al. 2021): translator, teacher and student trained together, hints on tapped layers of both segmentors.
     With `teacher_learns=False` the teacher is frozen (a placebo). Raises `InputError` for unknown options, or networks that hints cannot compare."""
@@ -343,7 +424,9 @@ class CMEDL(Translating):
         self.extractor = self.make_extractor(teacher)
         self.layers = tuple(dict.fromkeys([*self.hints, *self.cx_layers]))
 
-    def make_extractor(self, teacher):
+    def make_extractor(self,
+        teacher, # segmentor of the teacher's modality
+    ):
         "The frozen network whose features the contextual loss compares, or None when they are the teacher's own."
         o, self.cx_layers = self.options, ()
         if o.cx_on == "teacher" or (o.cx_on == "auto" and not o.vgg):
@@ -358,24 +441,11 @@ class CMEDL(Translating):
         if self.options.infer == "student": return self.networks["student"]
         return pack(self.part("teacher"), translator_of(self.networks))
 
-    def finish(self, batches:Callable):
-        "After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of translations; in training they are a blend of real and translated images."
-        if self.options.infer == "student" or not self.options.calibrate: return
-        translate = translator_of(self.networks).eval()
-        with torch.no_grad(): images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
-        calibrate(self.part("teacher"), images)
-
-    def identity(self)->dict:
-        "Options, length, and a frozen teacher's fingerprint."
-        return {**super().identity(), "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else ""}
-
-    def segmentors(self)->list:
-        "The last update: student and teacher."
-        return [Update("segmentors", self.learning, self.segmentor_losses)]
-
-# %% ../../nbs/5_methods/5_cmedl.ipynb #7e986b28
+# %% ../../nbs/5_methods/5_cmedl.ipynb #9b50a6fd
 @patch
-def translation_terms(self:CMEDL, name:str)->Callable:
+def translation_terms(self:CMEDL,
+    name:str, # of an update of the translation
+)->Callable: # batch, noise -> terms
     "The terms of a translation update; for the generators also `cx`, `hint_g`, `seg_g`, unless the translation is trained alone."
     own = Translating.translation_terms(self, name)
     if name != "generators": return own
@@ -388,7 +458,9 @@ def translation_terms(self:CMEDL, name:str)->Callable:
     return losses
 
 @patch
-def contextual(self:CMEDL, x:Iteration)->Tensor:
+def contextual(self:CMEDL,
+    x:Iteration, # the iteration
+)->Tensor: # one number
     "Contextual loss of the fakes against real images of the modality, summed over the layers of the extractor."
     o = self.options
     if self.extractor is None: f, g = [x.crossed[1][n] for n in self.cx_layers], [x.teacher[1][n].detach() for n in self.cx_layers]
@@ -401,9 +473,17 @@ def contextual(self:CMEDL, x:Iteration)->Tensor:
         total = total + contextual_loss(a[:n], b[:n], o.cx_h, o.cx_direction, *inside, sample=o.cx_sample, generator=x.noise(f"positions {k}"))
     return total
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #db6503ec
+# %% ../../nbs/5_methods/5_cmedl.ipynb #fe421311
 @patch
-def segmentor_losses(self:CMEDL, batch:dict, noise:Callable)->dict:
+def segmentors(self:CMEDL)->list:
+    "The last update: student and teacher."
+    return [Update("segmentors", self.learning, self.segmentor_losses)]
+
+@patch
+def segmentor_losses(self:CMEDL,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # term -> function that computes it
     "hint, kd, seg, seg_teacher, seg_pseudo, seg_fake, on the forward passes that the generators' update has made."
     x, o = self.now(batch, noise), self.options
     x.let_go()
@@ -417,9 +497,12 @@ def segmentor_losses(self:CMEDL, batch:dict, noise:Callable)->dict:
     if "teacher" not in self.learning: return terms
     return terms | {"seg_teacher": lambda: self.segmentation(x.teacher[0], x.y_t), "seg_pseudo": lambda: self.segmentation(x.pseudo[0][:x.n], x.y_s)}
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #97ebf6e8
+# %% ../../nbs/5_methods/5_cmedl.ipynb #01fd3e15
 @patch
-def monitor(self:CMEDL, batch:dict, noise:Callable)->dict:
+def monitor(self:CMEDL,
+    batch:dict,     # {"student": Batch, "teacher": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # name -> number
     "contrast, change, fine, fine_real (see the chapter on CycleGAN), dice_fake (the teacher on translations), rms_student, rms_teacher, critic_right."
     x = Iteration(self, batch, noise)
     fake, scores = x.tr.fake, x.pseudo[0][:x.n]
@@ -431,16 +514,35 @@ def monitor(self:CMEDL, batch:dict, noise:Callable)->dict:
     if "d_t" in self.networks: numbers["critic_right"] = torch.cat([(self.networks["d_t"](x.x_t) > cut).flatten(), (self.networks["d_t"](fake) < cut).flatten()]).float().mean()
     return {k: float(v) for k, v in numbers.items()}
 
-# %% ../../nbs/5_methods/5_cmedl.ipynb #e6095f1f
+# %% ../../nbs/5_methods/5_cmedl.ipynb #715ccf50
 @patch
-def check_weights(self:Translating, weights:dict):
+def finish(self:CMEDL,
+    batches:Callable, # number -> fixed batch
+):
+    "After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of translations; in training they are a blend of real and translated images."
+    if self.options.infer == "student" or not self.options.calibrate: return
+    translate = translator_of(self.networks).eval()
+    with torch.no_grad(): images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
+    calibrate(self.part("teacher"), images)
+
+@patch
+def identity(self:CMEDL)->dict:
+    "Options, length, and a frozen teacher's fingerprint."
+    return {**Translating.identity(self), "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else ""}
+
+@patch
+def check_weights(self:Translating,
+    weights:dict, # term -> weight
+):
     "`InputError` for lessons that need translated images when nothing trains the translation, and for a generator without its critic."
     needs = [k for k in ("hint", "hint_g", "kd", "seg_g", "seg_pseudo", "seg_fake", "seg_assistant", "kl", "kl_assistant") if weights.get(k)]
     if needs and not weights["adv"]: raise InputError(f"weights: {', '.join(needs)} need translated images, but adv=0 leaves the translation untrained. Give adv a weight, or set these to 0.")
     if weights["adv"] and not weights["critic"]: raise InputError("weights: adv without critic lets the generators learn from critics that never learn. Give critic a weight, or set adv to 0.")
 
 @patch
-def check_weights(self:CMEDL, weights:dict):
+def check_weights(self:CMEDL,
+    weights:dict, # term -> weight
+):
     "As for every method that translates; and one line about the features of the contextual loss."
     Translating.check_weights(self, weights)
     if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg: warnings.warn("no weights of VGG19 were given: the contextual loss uses features of the teacher.", stacklevel=3)

@@ -109,6 +109,15 @@ def test_thin_volumes_can_be_drawn():
     assert w / d == pytest.approx(4) and h / d == pytest.approx(2)
 
 
+def test_a_thin_stack_keeps_its_legend_apart():
+    for shape, image in (((10, 200, 200), True), ((2, 60, 60), False), ((64, 64, 64), True)):
+        v = np.ones(shape, np.uint8)
+        fig = show_errors(v if image else None, v, v)
+        fig.draw_without_rendering()
+        box = (fig.legends[0] if fig.legends else fig.axes[-1].get_legend()).get_window_extent()
+        assert not any(a.images and box.overlaps(a.get_tightbbox()) for a in fig.axes) and box.y0 >= 0 and box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 8
+
+
 def test_orthogonal_slices(volume):
     fig = orthogonal(volume, (4, 0, 8), volume > 100)
     for shown, m in zip(images(fig), (volume[4], volume[:, 0], volume[:, :, 8].T)): assert np.array_equal(shown, m)
@@ -150,8 +159,10 @@ def test_error_projections_show_the_most_frequent_kind():
 def test_show_errors(volume):
     p, t = masks(volume.shape)
     assert len(images(show_errors(volume, p, t, (5, 1, 1)))) == 6 and len(images(show_errors(None, p, t))) == 3
-    text = [x.get_text() for ax in show_errors(volume, p, t).axes if ax.get_legend() for x in ax.get_legend().get_texts()]
-    assert text == [f"correct: {(p & t).sum():,} voxels", f"missed: {(~p & t).sum():,} voxels", f"extra: {(p & ~t).sum():,} voxels"]
+    for fig in (show_errors(volume, p, t), show_errors(None, p, t, width=8)):
+        legend, = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
+        text = [x.get_text() for x in legend.get_texts()]
+        assert text == [f"correct: {(p & t).sum():,} voxels", f"missed: {(~p & t).sum():,} voxels", f"extra: {(p & ~t).sum():,} voxels"]
     flat = show_errors(volume[0], p[0], t[0])
     assert np.array_equal(images(flat)[1], error_overlay(p[0], t[0])) and len(images(show_errors(None, torch.from_numpy(p[0]), t[0]))) == 1
     flat.canvas.draw()

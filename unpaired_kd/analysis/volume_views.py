@@ -6,13 +6,13 @@
 __all__ = ['PLACES', 'LEFT', 'BOTTOM', 'TOP', 'GAP', 'ERRORS', 'projections', 'show_projections', 'orthogonal', 'browse',
            'error_classes', 'error_overlay', 'error_projections', 'show_errors']
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #5a0d7d7e
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #4ca230ee
 import numpy as np
 import torch
 
-from ..core import InputError, PALETTE, outlined, unknown
+from ..core import InputError, PALETTE, outlined
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #da818168
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #6c984647
 class _Volume:
     "Anything with a shape that can be sliced, as (D,H,W): read a slab of slices or one plane at a time."
 
@@ -48,13 +48,13 @@ def _fold(shape, step, read):
         y.append(part.max(1)); x.append(part.max(2))
     return {"z": top, "y": np.concatenate(y), "x": np.concatenate(x)}
 
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #2d3f6041
 def _spacing(spacing):
     "Three numbers above 0 (default: ones)."
     s = tuple(float(v) for v in ((1, 1, 1) if spacing is None else spacing))
     if len(s) != 3 or not all(0 < v < np.inf for v in s): raise InputError(f"spacing={spacing}: give the size of a voxel along z, y and x, three numbers above 0.")
     return s
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #b6a9076a
 def projections(
     volume,       # (D,H,W) or (1,D,H,W): array, tensor, or anything that can be sliced (Zarr)
     spacing=None, # size of a voxel along z, y, x; then the maps are enlarged (rows and columns repeated) to square pixels of the smallest size
@@ -72,7 +72,7 @@ def projections(
     at = [nearest(axis).astype(int) for axis in range(3)]
     return {"z": maps["z"][np.ix_(at[1], at[2])], "y": maps["y"][np.ix_(at[0], at[2])], "x": maps["x"][np.ix_(at[0], at[1])]}
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #64d19165
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #4ea94a85
 PLACES = {"z": (0, 0, 1, 2), "y": (1, 0, 0, 2), "x": (0, 1, 1, 0)} # row and column in the drawing; axis downwards, axis to the right
 LEFT, BOTTOM, TOP, GAP = .62, .5, .28, .32                          # margins of a drawing and the room between its pictures, inches
 
@@ -82,17 +82,17 @@ def _plan(shape, spacing, width):
     scale = min((width - LEFT - GAP - .1) / (w + d), 1.6 * width / (h + d))
     return (w * scale, d * scale), (h * scale, d * scale)
 
-def _figure(shape, spacing, width, drawings=1):
-    "An empty figure for one or more drawings side by side."
+def _figure(shape, spacing, width, drawings=1, strip=0.):
+    "An empty figure for one or more drawings side by side, with a strip below, inches."
     import matplotlib.pyplot as plt
     columns, rows = _plan(shape, spacing, width)
-    return plt.figure(figsize=((LEFT + sum(columns) + GAP + .1) * drawings, BOTTOM + sum(rows) + GAP + TOP), layout="none")
+    return plt.figure(figsize=((LEFT + sum(columns) + GAP + .1) * drawings, BOTTOM + strip + sum(rows) + GAP + TOP), layout="none")
 
-def _draw(fig, number, maps, shape, spacing, width, outlines=None, lines=None, known=True, **how):
+def _draw(fig, number, maps, shape, spacing, width, strip=0., outlines=None, lines=None, known=True, **how):
     "Drawing `number` of `fig`: three pictures of one volume; returns their axes, and the empty corner."
     (columns, rows), (wide, high), unit = _plan(shape, spacing, width), fig.get_size_inches(), "mm" if known else "voxels"
     start, axes = LEFT + number * (LEFT + sum(columns) + GAP + .1), {}
-    def box(row, column): return fig.add_axes([(start + column * (columns[0] + GAP)) / wide, (BOTTOM + (1 - row) * (rows[1] + GAP)) / high, columns[column] / wide, rows[row] / high])
+    def box(row, column): return fig.add_axes([(start + column * (columns[0] + GAP)) / wide, (BOTTOM + strip + (1 - row) * (rows[1] + GAP)) / high, columns[column] / wide, rows[row] / high])
     for k, (row, column, down, right) in PLACES.items():
         ax = axes[k] = box(row, column)
         extent, turn = (0, shape[right] * spacing[right], shape[down] * spacing[down], 0), (lambda m: m.swapaxes(0, 1)) if k == "x" else (lambda m: m)
@@ -100,11 +100,9 @@ def _draw(fig, number, maps, shape, spacing, width, outlines=None, lines=None, k
         if outlines is not None and outlines[k].any() and min(outlines[k].shape) > 1: ax.contour(outlined(turn(outlines[k])), levels=[.5], colors=PALETTE[1], linewidths=.8, extent=extent, origin="upper")
         if lines is not None: [f(v, color=PALETTE[5], lw=.8, ls=(0, (4, 3))) for f, v in ((ax.axhline, lines[down]), (ax.axvline, lines[right]))]
         ax.set_title(f"along {k}", fontsize=9, pad=3)
-        ax.locator_params(nbins=4)
-        if k == "z": ax.tick_params(labelbottom=False)
-        else: ax.set_xlabel(f"{'zyx'[right]}, {unit}")
-        if k == "x": ax.tick_params(labelleft=False)
-        else: ax.set_ylabel(f"{'zyx'[down]}, {unit}")
+        for side, inches, on, words in ((ax.xaxis, columns[column], k != "z", f"{'zyx'[right]}, {unit}"), (ax.yaxis, rows[row], k != "x", f"{'zyx'[down]}, {unit}")):
+            if inches < .3: side.set_ticks([])                     # a few slices: no room for numbers
+            else: side.get_major_locator().set_params(nbins=int(np.clip(inches / .28, 1, 4))); side.set_label_text(words if on else ""); side.set_tick_params(labelbottom=on, labelleft=on)
     corner = box(1, 1); corner.axis("off")
     return axes, corner
 
@@ -113,7 +111,7 @@ def _window(maps, window):
     low, high = window if window is not None else (min(m.min() for m in maps), max(m.max() for m in maps))
     return dict(vmin=low, vmax=high if high > low else low + 1, cmap="gray", interpolation="nearest")
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #9b4deee1
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #5229c584
 def _same_shape(v, other, name):
     "`other` as a volume of the shape of `v`, or None."
     if other is None: return None
@@ -134,10 +132,10 @@ def show_projections(
     maps = projections(volume)
     outlines = None if y is None else _fold(v.shape, y.step, lambda a, b: y.read(slice(a, b)) != 0)
     fig = _figure(v.shape, s, width)
-    _draw(fig, 0, maps, v.shape, s, width, outlines, known=spacing is not None, **_window(maps.values(), window))
+    _draw(fig, 0, maps, v.shape, s, width, 0., outlines, known=spacing is not None, **_window(maps.values(), window))
     return fig
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #24be132a
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #91b97da4
 def orthogonal(
     volume,         # (D,H,W) or (1,D,H,W): array, tensor or Zarr
     at=None,        # the point (z,y,x) in voxels (default: the middle)
@@ -154,7 +152,7 @@ def orthogonal(
     maps = {k: v.plane(axis, at[axis]) for axis, k in enumerate("zyx")}
     outlines = None if y is None else {k: y.plane(axis, at[axis]) != 0 for axis, k in enumerate("zyx")}
     fig = _figure(v.shape, s, width)
-    axes, _ = _draw(fig, 0, maps, v.shape, s, width, outlines, [(i + .5) * d for i, d in zip(at, s)], spacing is not None, **_window(maps.values(), window))
+    axes, _ = _draw(fig, 0, maps, v.shape, s, width, 0., outlines, [(i + .5) * d for i, d in zip(at, s)], spacing is not None, **_window(maps.values(), window))
     for axis, k in enumerate("zyx"): axes[k].set_title(f"slice {k} = {at[axis]}", fontsize=9, pad=3)
     return fig
 
@@ -220,7 +218,7 @@ def error_overlay(
     "Colours of correct, missed and extra voxels. Raises `InputError` as `error_classes` does."
     return _COLOURS[error_classes(pred, target)]
 
-# %% ../../nbs/4_analysis/3_volume_views.ipynb #0a855001
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #5639d579
 def error_projections(
     pred,   # predicted mask, (D,H,W) or (1,D,H,W): array, tensor or Zarr, not 0 in the foreground
     target, # the label, same shape
@@ -238,11 +236,26 @@ def error_projections(
     counts = z.sum((1, 2))[::-1].tolist()
     return {k: np.where(n.any(0), 3 - n.argmax(0), 0).astype(np.uint8) for k, n in lines.items()}, {"background": D * H * W - sum(counts), **dict(zip(ERRORS, counts))}
 
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #28993f5a
 def _legend(ax, counts, unit, **how):
     "Which colour is what, with counts."
     from matplotlib.patches import Patch
     ax.legend(handles=[Patch(fc=ERRORS[k], ec="0.3", label=f"{k}: {counts[k]:,} {unit}") for k in ("correct", "missed", "extra")], frameon=False, fontsize=8, **how)
 
+def _flat_errors(image, c, window, width):
+    "Image and error classes `c` of a 2-D segmentation."
+    import matplotlib.pyplot as plt
+    a = None if image is None else np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
+    if a is not None and a.shape != c.shape: raise InputError(f"image has shape {a.shape}, pred {c.shape}: both must agree.")
+    if a is not None and not np.isfinite(a).all(): raise InputError("image holds NaN or infinite values.")
+    fig, axes = plt.subplots(1, 1 if a is None else 2, figsize=(width * (1 if a is None else 2), width + .5), squeeze=False)
+    if a is not None: axes[0, 0].imshow(a, **_window([a], window))
+    axes[0, -1].imshow(_COLOURS[c], interpolation="nearest")
+    for ax in axes.flat: ax.axis("off")
+    _legend(axes[0, -1], dict(zip(("background", *ERRORS), np.bincount(c.ravel(), minlength=4).tolist())), "px", loc="upper center", bbox_to_anchor=(.5, 0), ncols=1)
+    return fig
+
+# %% ../../nbs/4_analysis/3_volume_views.ipynb #cc2bf0cf
 def show_errors(
     image,          # (D,H,W), (1,D,H,W) or (H,W): what was segmented; None: errors only
     pred,           # predicted mask, same shape
@@ -252,25 +265,18 @@ def show_errors(
     width:float=3.6, # of one half of the figure, inches
 ): # matplotlib Figure: the image, and its errors
     "An image beside the errors of its segmentation; volumes as projections, read slab by slab. Raises `InputError` as `error_classes` and `projections` do."
-    import matplotlib.pyplot as plt
     if np.ndim(pred) == 2:
-        c = error_classes(pred, target)
-        a = None if image is None else np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
-        if a is not None and a.shape != c.shape: raise InputError(f"image has shape {a.shape}, pred {c.shape}: both must agree.")
-        if a is not None and not np.isfinite(a).all(): raise InputError("image holds NaN or infinite values.")
-        fig, axes = plt.subplots(1, 1 if a is None else 2, figsize=(width * (1 if a is None else 2), width + .5), squeeze=False)
-        if a is not None: axes[0, 0].imshow(a, **_window([a], window))
-        axes[0, -1].imshow(_COLOURS[c], interpolation="nearest")
-        for ax in axes.flat: ax.axis("off")
-        _legend(axes[0, -1], dict(zip(("background", *ERRORS), np.bincount(c.ravel(), minlength=4).tolist())), "px", loc="upper center", bbox_to_anchor=(.5, 0), ncols=1)
-        return fig
+        return _flat_errors(image, error_classes(pred, target), window, width)
     t, s = _Volume(target, "target"), _spacing(spacing)
     p, v = _same_shape(t, pred, "pred"), _same_shape(t, image, "image")
     maps, counts = error_projections(pred, target)
-    fig = _figure(t.shape, s, width, 1 if v is None else 2)
+    (columns, rows), n = _plan(t.shape, s, width), 1 if v is None else 2
+    inside = columns[1] > 1.4 and rows[1] > .7                                                # room for the legend in the corner
+    strip = 0. if inside else .3 if n == 2 and sum(columns) > 2.4 else .7
+    fig = _figure(t.shape, s, width, n, strip)
     if v is not None:
         shown = _fold(v.shape, v.step, lambda a, b: v.read(slice(a, b)))
-        _draw(fig, 0, shown, v.shape, s, width, known=spacing is not None, **_window(shown.values(), window))
-    _, corner = _draw(fig, int(v is not None), {k: _COLOURS[m] for k, m in maps.items()}, t.shape, s, width, known=spacing is not None, interpolation="nearest")
-    _legend(corner, counts, "voxels", loc="center")
+        _draw(fig, 0, shown, v.shape, s, width, strip, known=spacing is not None, **_window(shown.values(), window))
+    _, corner = _draw(fig, n - 1, {k: _COLOURS[m] for k, m in maps.items()}, t.shape, s, width, strip, known=spacing is not None, interpolation="nearest")
+    _legend(corner if inside else fig, counts, "voxels", loc="center" if inside else "lower center", ncols=3 if strip == .3 else 1)
     return fig

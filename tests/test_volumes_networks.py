@@ -86,16 +86,15 @@ def positive(net):
 
 
 def seen_from(net, first, last, axis, dims=3, size=208):
-    x = torch.rand([1, 1] + [size if a == axis else 16 for a in range(dims)], requires_grad=True)
+    x = torch.rand([1, 1] + [size if a == axis else 8 for a in range(dims)], requires_grad=True)
     net(x).movedim(2 + axis, 0)[first:last + 1].sum().backward()
     hit = x.grad[0, 0].movedim(axis, 0).flatten(1).abs().sum(1).nonzero().flatten()
     return first - int(hit[0]), int(hit[-1]) - last
 
 
-@pytest.mark.parametrize("config, reach", [(dict(), (46, 46, 46)), (dict(flat=1), (22, 46, 46)), (dict(flat=2), (8, 46, 46)), (dict(flat=3), (0, 46, 46)), (dict(levels=2), (6, 6, 6)), (dict(dims=2), (46, 46))])
+@pytest.mark.parametrize("config, reach", [(dict(), (46, 46, 46)), (dict(flat=1), (22, 46, 46)), (dict(flat=2), (8, 46, 46)), (dict(flat=3), (2, 46, 46)), (dict(levels=2), (8, 8, 8)), (dict(dims=2), (46, 46))])
 def test_reach_is_what_a_gradient_sees(config, reach):
     net = LightUNet(width=1, **config)
-    if config.get("flat") == 3: reach = (2, 46, 46)              # the bottom still looks along the depth
     assert net.reach == reach
     for axis, r in enumerate(reach): assert seen_from(positive(net), 96, 103, axis, len(reach)) == (r, r)
 
@@ -104,14 +103,14 @@ def test_receptive_field_of_one_voxel():
     net = positive(LightUNet(width=1))
     left, right = seen_from(net, 96, 96, 0)
     assert left + 1 + right == 92
-    assert max(max(seen_from(net, 96 + i, 96 + i, 0)) for i in range(8)) == 51
+    assert [seen_from(net, 96 + i, 96 + i, 0)[0] for i in (5, 6)] == [51, 44]
 
 
 @pytest.fixture(scope="module")
 def settled():
     "A student whose running statistics are those of its volume."
     g = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 1, 176, 24, 24, generator=g)
+    x = torch.rand(1, 1, 176, 16, 16, generator=g)
     torch.manual_seed(0)
     net = LightUNet(width=4)
     for m in net.modules():
@@ -120,26 +119,28 @@ def settled():
     return net.eval(), x
 
 
-def seam(net, x, halo, first=72, core=32):
-    with torch.no_grad():
-        whole, tile = net(x), net(x[:, :, first - halo:first + core + halo])
+def seam(net, x, whole, halo, first=72, core=32):
+    with torch.no_grad(): tile = net(x[:, :, first - halo:first + core + halo])
     return float((tile[:, :, halo:halo + core] - whole[:, :, first:first + core]).abs().max() / whole.std())
 
 
 def test_tiles_join_from_the_reach_on(settled):
     net, x = settled
-    assert seam(net, x, 48) < 1e-5 and seam(net, x, 64) < 1e-5
-    assert seam(net, x, 40) > 1e-4 and seam(net, x, 16) > 1e-2
-    assert seam(net, x, 52) > 1e-2                               # a corner off the grid
+    with torch.no_grad(): whole = net(x)
+    assert seam(net, x, whole, 48) < 1e-5 and seam(net, x, whole, 64) < 1e-5
+    assert seam(net, x, whole, 40) > 1e-4 and seam(net, x, whole, 16) > 1e-2
+    assert seam(net, x, whole, 52) > 1e-2                               # a corner off the grid
 
 
 def test_one_voxel_changes_nothing_beyond_the_reach(settled):
     net, x = settled
     y = x.clone()
     y[:, :, :72 - 46] += 1
-    with torch.no_grad(): assert torch.equal(net(x)[:, :, 72:], net(y)[:, :, 72:])
-    y[:, :, 72 - 46] += 1
-    with torch.no_grad(): assert not torch.equal(net(x)[:, :, 72:], net(y)[:, :, 72:])
+    with torch.no_grad():
+        before = net(x)[:, :, 72:]
+        assert torch.equal(before, net(y)[:, :, 72:])
+        y[:, :, 72 - 46] += 1
+        assert not torch.equal(before, net(y)[:, :, 72:])
 
 
 # ---- the student ----
@@ -211,7 +212,7 @@ def test_check_input_keeps_its_old_words_for_one_stride():
 
 # ---- the slow path ----
 
-@pytest.mark.parametrize("config, shape", [(dict(), (1, 1, 32, 32, 32)), (dict(), (1, 1, 72, 16, 8)), (dict(flat=2), (1, 1, 10, 32, 32)), (dict(dims=2), (1, 1, 64, 40))])
+@pytest.mark.parametrize("config, shape", [(dict(), (1, 1, 40, 24, 16)), (dict(flat=2), (1, 1, 10, 24, 24)), (dict(dims=2), (1, 1, 64, 40))])
 def test_student_never_takes_the_slow_path(config, shape):
     net, x = LightUNet(**config), torch.rand(shape)
     twin = torchs(net)
@@ -255,7 +256,7 @@ def test_halves_leave_other_cases_to_torch(monkeypatch):
 def test_half_precision_and_autocast_keep_their_dtype():
     net = LightUNet(width=2).eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16): y = net(torch.rand(1, 1, 16, 16, 16))
-    assert y.shape == (1, 1, 16, 16, 16) and y.isfinite().all()
+    assert y.shape == (1, 1, 16, 16, 16) and y.dtype == torch.bfloat16 and y.isfinite().all()
     with torch.no_grad(): assert net.bfloat16()(torch.rand(1, 1, 16, 16, 16).bfloat16()).dtype == torch.bfloat16
 
 

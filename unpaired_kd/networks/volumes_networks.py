@@ -20,20 +20,21 @@ from ..core import InputError, Registry
 from .registry import NETWORKS
 from .unet import check_input, layer
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #d9bcc888
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #5df803a1
 SLOW = 20480 # B C D H (in 2-D B C H W) up to which torch takes its slow kernel for one float32 sample on the CPU
+
+def _on_cpu(x): return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 def slow_sized(
     x:Tensor, # (B,C,*s)
 )->bool: # True where torch would take the slow kernel
     "Whether a convolution of `x` would run without oneDNN: one float32 sample on the CPU, and a small one."
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and x.shape[0] == 1 and math.prod(x.shape[:4]) <= SLOW
+    return _on_cpu(x) and x.shape[0] == 1 and math.prod(x.shape[:4]) <= SLOW
 
 class _Halves:
     "A convolution that cuts one small sample into two overlapping halves along its first axis: a batch of two, the same sums."
     def forward(self, x):
-        if set(self.kernel_size) == {1} and x.device.type == "cpu" and x.dtype == torch.float32: return self._point(x)
+        if set(self.kernel_size) == {1} and _on_cpu(x): return self._point(x)
         if not slow_sized(x): return super().forward(x)
         k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
         n = (x.shape[2] + 2 * p - k) // s + 1                        # slices out
@@ -310,7 +311,7 @@ class SwinEncoder(nn.Module):
         x2, x4, x8 = (self.swin.proj_out(h, True) for h in (x2, x4, x8))
         return x8, {2: x2, 4: x4}
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #b4f14125
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #d14ff2d9
 @ENCODERS.register("unetr")
 class UnetrEncoder(nn.Module):
     """The encoder of MONAI's UNETR (Hatamizadeh et al. 2022): a vision transformer on patches of 16. Input (B,in_channels,*s), sides multiples of 16; returns
@@ -333,6 +334,7 @@ class UnetrEncoder(nn.Module):
         self.channels, self.skips, self.stride, self.strides = hidden, {s: s * feature_size for s in (2, 4, 8)}, 16, (16,) * dims
         net = UNETR(in_channels, 1, (size,) * dims, feature_size, hidden, 4 * hidden, heads, spatial_dims=dims)
         self.vit, self.encoder2, self.encoder3, self.encoder4 = net.vit, net.encoder2, net.encoder3, net.encoder4
+        for block in self.vit.blocks: block.norm_cross_attn = None # MONAI makes it and never calls it
 
     def forward(self,
         x:Tensor, # volumes (B,in_channels,*s), in [0,1]

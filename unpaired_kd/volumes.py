@@ -7,7 +7,7 @@ __all__ = ['OPENERS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_logits',
            'Volume', 'zarr_volume', 'tiff_volume', 'nifti_volume', 'open_volume', 'block_input', 'as_bytes',
            'create_output', 'write_block', 'held', 'resume', 'log_block', 'pipeline', 'Job', 'compute_block',
            'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'weights_mark', 'prepared',
-           'place_of', 'told', 'predict_volume', 'run_blocks']
+           'place_of', 'told', 'predict_volume', 'run_blocks', 'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #dba9e7a4
 import contextlib, copy, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
@@ -440,7 +440,7 @@ def compute_block(
         p = probabilities(z)[0]
         return (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1])).cpu().numpy()
 
-# %% ../nbs/4_training/6_volumes.ipynb #b9d05542
+# %% ../nbs/4_training/6_volumes.ipynb #f627fc76
 @functools.lru_cache(1)
 def _student(folder, device, precision):
     "Each process of a cluster loads the student once."
@@ -478,7 +478,7 @@ def on_cluster(
     try: client = distributed.Client(address, timeout=10, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as e: raise InputError(f"--scheduler {address}: no Dask scheduler answers there ({e}). Give the address that it printed, tcp://host:port.") from e
     spent = dict(read=0., compute=0., write=0.)
-    with client:
+    with client, client.as_current():
         futures = {client.submit(remote_block, folder, device, job, b, pure=False, retries=2): b for b in blocks}
         for f in distributed.as_completed(list(futures)):
             b, answer = futures.pop(f), f.result()
@@ -487,7 +487,7 @@ def on_cluster(
             done(b, answer["skipped"])
     return spent
 
-# %% ../nbs/4_training/6_volumes.ipynb #68bacdb3
+# %% ../nbs/4_training/6_volumes.ipynb #5dc1dee1
 def voxel_limit(
     memory,     # "1.5GB", a number of bytes, or None: 1.5 GB; on a GPU half of what is free there
     net,        # network
@@ -515,7 +515,7 @@ def triple(
         parts = [kind(v) for v in (value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist())]
         t = tuple(parts * 3 if len(parts) == 1 else parts)
         if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)): raise ValueError
-    except (ValueError, TypeError, AttributeError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None
+    except (ValueError, TypeError, AttributeError, OverflowError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None
     if strides and any(v % s for v, s in zip(t, strides)): raise InputError(f"{name}={value}: give multiples of the network's stride, {', '.join(map(str, strides))} along z, y, x. Blocks off the stride have other scores.")
     return t
 
@@ -584,7 +584,7 @@ def told(
             f"{t['computed']} computed, {t['skipped']} empty, {t['resumed']} from before. "
             f"Read {t['read']:.1f} s, compute {t['compute']:.1f} s, write {t['write']:.1f} s, in all {t['seconds']:.1f} s: {t['voxels_per_second']:.3g} voxels a second.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #3188ae63
+# %% ../nbs/4_training/6_volumes.ipynb #7cc207af
 def predict_volume(
     student,           # folder of a saved 3-D student, or a `Student`
     input,             # .zarr, .tif or .nii volume, read box by box
@@ -594,7 +594,7 @@ def predict_volume(
     empty:float=None,  # blocks without a raw value above this are background and not computed; None: compute all
     scheduler:str=None, # Dask scheduler to give the blocks to, tcp://host:port (output .zarr)
     workers:int=0,     # or: this many processes on this machine
-    memory="1.5GB",    # for the choice of the tile; None on a GPU: half of what is free
+    memory=None,       # for the choice of the tile: "1.5GB" or bytes; None: 1.5 GB, on a GPU half of what is free
     labels:bool=False, # write classes; else probabilities in one byte (`as_bytes`)
     spacing=None,      # mm along D, H, W for the output; None: the input's
     absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
@@ -629,7 +629,7 @@ def predict_volume(
     print(told(volume, t))
     return t
 
-# %% ../nbs/4_training/6_volumes.ipynb #c9253bf1
+# %% ../nbs/4_training/6_volumes.ipynb #8183a88f
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -658,3 +658,22 @@ def run_blocks(
             write_block(Path(job.data), block, values)
             done(block, block in empty)
         return pipeline(todo, lambda b: match_channels(block_input(volume, b, job.strides), channels, str(volume.path)), compute, write), len(skipped)
+
+def goes_in_blocks(
+    student, # folder of a saved student
+    input,   # what to segment
+    output,  # where to
+    memory:float=1.5e9, # bytes a volume may have as float32 before it is cut
+)->bool: # True: `predict_volume`; False: `predict_path`
+    "Whether `ukd predict` works in blocks without being told: a student that can, one volume, and a Zarr on either side or a volume larger than memory."
+    input, output = Path(input), Path(output)
+    ends = suffix_of(input), suffix_of(output)
+    if not input.exists() or ends[0] not in OPENERS or ends[1] not in (".zarr", ".tif", ".tiff"): return False
+    student = Student.load(student, "cpu")
+    if student.recipe.dims != 3: return False
+    try:
+        volume = open_volume(input, "empty")
+        check_blocks(student, volume)
+        looks(student.network, student.recipe.in_channels)
+    except InputError: return False
+    return ".zarr" in ends or 4 * math.prod(volume.shape) > memory

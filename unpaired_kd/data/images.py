@@ -218,7 +218,7 @@ def tiff_spacing(
     if unit is None or not all(p > 0 for p in per_unit) or (dims == 3 and "spacing" not in meta): return None
     return ((float(meta["spacing"]) * unit,) if dims == 3 else ()) + tuple(unit / p for p in per_unit)
 
-# %% ../../nbs/1_data/2_images.ipynb #70beb88b
+# %% ../../nbs/1_data/2_images.ipynb #cc44ab6c
 def read_tiff(
     path:Path,        # TIFF file, one or many pages
     label:bool=False, # label maps keep palette indices
@@ -227,12 +227,14 @@ def read_tiff(
     import tifffile
     with log_as_error("tifffile") as heard, tifffile.TiffFile(path) as t:
         pages, many = t.series[0], t.series
-        if len(many) > 1: raise InputError(f"it holds {len(many)} images of different size or type: {', '.join(str(s.shape) for s in many[:4])}. Save the one to use as its own file.")
+        alone = len(many) > 1 and not t.is_ome and {(len(s.pages), s.shape, s.dtype, s.axes) for s in many} == {(1, pages.shape, pages.dtype, pages.axes)} # slices, written one by one
+        if len(many) > 1 and not alone: raise InputError(f"it holds {len(many)} images of different size or type: {', '.join(str(s.shape) for s in many[:4])}. Save the one to use as its own file.")
         first, axes = pages.keyframe, pages.axes
-        try: a = pages.asarray()
+        try: a = np.stack([s.asarray() for s in many]) if alone else pages.asarray()
         except (ValueError, KeyError) as e:
             if heard or "imagecodecs" not in str(e): raise
-            a = tiff_by_pillow(path, pages)
+            a = tiff_by_pillow(path, pages.dtype, (len(many),) * alone + pages.shape)
+        if alone: axes = "Z" + axes
         kind = first.photometric.name
         if kind == "PALETTE" and not label: a, axes = (first.colormap.T[a] >> 8).astype(np.uint8), axes + "S"
         if kind == "MINISWHITE": a = ~a if a.dtype.kind in "bu" else a.max() - a
@@ -241,14 +243,15 @@ def read_tiff(
         return a[:colours], tiff_spacing(t, a.ndim - 1), None
 
 def tiff_by_pillow(
-    path:Path, # TIFF file
-    series,    # its tifffile series: the shape and type to expect
-)->np.ndarray: # array in the shape of the series
+    path:Path,   # TIFF file
+    dtype,       # the type to expect
+    shape:tuple, # the shape to expect
+)->np.ndarray: # array of this shape
     "Decode every page with Pillow; `InputError` if shape or type come out different."
     from PIL import Image as Pillow, ImageSequence
     with Pillow.open(path) as im: a = np.stack([np.array(p) for p in ImageSequence.Iterator(im)])
-    if a.dtype != series.dtype or a.size != np.prod(series.shape): raise InputError("its compression needs a further package: pip install imagecodecs, or save it uncompressed.")
-    return a.reshape(series.shape)
+    if a.dtype != dtype or a.size != np.prod(shape): raise InputError("its compression needs a further package: pip install imagecodecs, or save it uncompressed.")
+    return a.reshape(shape)
 
 # %% ../../nbs/1_data/2_images.ipynb #789dfb28
 def read_nifti(

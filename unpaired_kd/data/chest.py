@@ -113,7 +113,7 @@ def cloud(
     x = gaussian_filter(x, [scale / s for s in k.spacing], mode="reflect", truncate=3)
     return (x - x.mean()) / (x.std() + 1e-6)
 
-# %% ../../nbs/1_data/11_chest.ipynb #77fcbba6
+# %% ../../nbs/1_data/11_chest.ipynb #ef929e44
 class Person(Patient):
     "What distinguishes one patient: factors within exp(+-spread), and sources of randomness; a function of seed, modality (ct | mr), patient and the name of the property."
     reach = 1.
@@ -126,7 +126,6 @@ class Person(Patient):
         "What all random numbers of this patient are a function of."
         return seed, "chest", modality, number
 
-# %% ../../nbs/1_data/11_chest.ipynb #7737ae7b
 def trunk(
     who:Person,   # whose chest
     k:ChestKnobs, # the knobs

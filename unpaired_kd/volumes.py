@@ -267,7 +267,7 @@ def block_input(
         if len(i) != raw.shape[a] or (np.diff(i) != 1).any(): raw = raw.take(i - i.min(), a)
     return raw
 
-# %% ../nbs/4_training/6_volumes.ipynb #73311894
+# %% ../nbs/4_training/6_volumes.ipynb #606c0294
 def as_bytes(
     p:Tensor, # probabilities in [0,1]
 )->Tensor: # uint8: nearest of p * 255, down at the half
@@ -302,6 +302,7 @@ def write_block(
     path:Path,         # what `create_output` made
     block:Block,       # where
     values:np.ndarray, # uint8 (d,h,w) or (C,d,h,w)
+    shape:tuple,       # of the whole output, (D,H,W) or (C,D,H,W)
 ):
     "Write a core and wait until it is on the disk."
     box = (..., *(slice(*c) for c in block.core))
@@ -315,7 +316,7 @@ def write_block(
     else:
         import tifffile
         m = tifffile.memmap(path, mode="r+")
-        m.reshape(m.shape if values.ndim == m.ndim else (*values.shape[:-3], *m.shape[-3:]))[box] = values
+        m.reshape(shape)[box] = values # a TIFF drops axes of length 1
         m.flush()
 
 # %% ../nbs/4_training/6_volumes.ipynb #dd71996c
@@ -403,12 +404,13 @@ def pipeline(
     if failed: raise failed[0]
     return spent
 
-# %% ../nbs/4_training/6_volumes.ipynb #632e9f36
+# %% ../nbs/4_training/6_volumes.ipynb #bedb1c46
 @dataclass(frozen=True)
 class Job:
     "All that a block's answer depends on, in plain data."
     input:str        # path of the volume
     data:str         # path of the output so far
+    shape:tuple      # of the output, (D,H,W) or (classes,D,H,W)
     strides:tuple    # of the network
     rim:tuple|None   # how far its decoder looks; None: it is not run apart
     rule:object      # intensity: "dtype", or the window (low, high) of the whole volume
@@ -440,7 +442,7 @@ def compute_block(
         p = probabilities(z)[0]
         return (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1])).cpu().numpy()
 
-# %% ../nbs/4_training/6_volumes.ipynb #f627fc76
+# %% ../nbs/4_training/6_volumes.ipynb #2b72d1d4
 @functools.lru_cache(1)
 def _student(folder, device, precision):
     "Each process of a cluster loads the student once."
@@ -462,7 +464,7 @@ def remote_block(
     volume = _volume(job.input, "empty") # the missing chunks were looked for before
     raw = match_channels(block_input(volume, block, job.strides), student.recipe.channels, job.input); marks.append(time.perf_counter())
     values = compute_block(student, job, block, raw); marks.append(time.perf_counter())
-    write_block(Path(job.data), block, values); marks.append(time.perf_counter())
+    write_block(Path(job.data), block, values, job.shape); marks.append(time.perf_counter())
     return dict(zip(("read", "compute", "write"), np.diff(marks).tolist()), skipped=job.empty is not None and bool(raw.max() <= job.empty))
 
 def on_cluster(
@@ -530,7 +532,7 @@ def check_blocks(
     if r.intensity == "dtype" and volume.dtype.kind == "i": raise InputError(f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe.")
     if len(r.classes) > 256: raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #bf2c227d
+# %% ../nbs/4_training/6_volumes.ipynb #6023bfb7
 def weights_mark(
     student, # folder of a saved student, or a `Student`
 )->str: # SHA-256 of its weights
@@ -559,7 +561,8 @@ def prepared(
     tile = triple(tile, "tile", strides) or choose_tile(volume.shape[1:], halo, strides, voxel_limit(memory, net, r.in_channels, rim))
     rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
-    return Job(str(volume.path.resolve()), str(data), strides, rim, rule, None if empty is None else float(empty), bool(labels), precision), tile, halo
+    shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])
+    return Job(str(volume.path.resolve()), str(data), shape, strides, rim, rule, None if empty is None else float(empty), bool(labels), precision), tile, halo
 
 # %% ../nbs/4_training/6_volumes.ipynb #62cb3e58
 def place_of(
@@ -584,7 +587,7 @@ def told(
             f"{t['computed']} computed, {t['skipped']} empty, {t['resumed']} from before. "
             f"Read {t['read']:.1f} s, compute {t['compute']:.1f} s, write {t['write']:.1f} s, in all {t['seconds']:.1f} s: {t['voxels_per_second']:.3g} voxels a second.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #7cc207af
+# %% ../nbs/4_training/6_volumes.ipynb #c3e42541
 def predict_volume(
     student,           # folder of a saved 3-D student, or a `Student`
     input,             # .zarr, .tif or .nii volume, read box by box
@@ -615,11 +618,10 @@ def predict_volume(
     if spacing is None: print(f"{volume.path.name} does not say how large a voxel is: that of the training is assumed. Give it with --spacing z,y,x (mm).")
     record = {"format": 1, "input": volume.mark, "shape": volume.shape, "dtype": str(volume.dtype), "weights": mark, "recipe": asdict(student.recipe), "tile": tile, "halo": halo, "spacing": spacing,
               "job": {k: v for k, v in asdict(job).items() if k not in ("input", "data")}}
-    layers = (len(student.recipe.classes),) if not labels and len(student.recipe.classes) > 2 else ()
     blocks = blocks_of(volume.shape[1:], tile, halo, job.strides)
     with held(work):
         if output.exists(): raise InputError(f"output {output} was just written by another process.")
-        ready = resume(work, data, record, lambda: create_output(data, (*layers, *volume.shape[1:]), tile, spacing, affine, digest(record)))
+        ready = resume(work, data, record, lambda: create_output(data, job.shape, tile, spacing, affine, digest(record)))
         todo = [b for b in blocks if b.at not in ready]
         spent, skipped = run_blocks(student, volume, job, todo, work, folder, device, scheduler, workers, bars)
         os.replace(data, output)
@@ -629,7 +631,7 @@ def predict_volume(
     print(told(volume, t))
     return t
 
-# %% ../nbs/4_training/6_volumes.ipynb #8183a88f
+# %% ../nbs/4_training/6_volumes.ipynb #df1cda6f
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -655,7 +657,7 @@ def run_blocks(
             if job.empty is not None and raw.max() <= job.empty: empty.add(block)
             return compute_block(student, job, block, raw)
         def write(block, values):
-            write_block(Path(job.data), block, values)
+            write_block(Path(job.data), block, values, job.shape)
             done(block, block in empty)
         return pipeline(todo, lambda b: match_channels(block_input(volume, b, job.strides), channels, str(volume.path)), compute, write), len(skipped)
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share', 'split_data', 'nameless', 'source',
-           'network', 'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'needs_teacher', 'learner_of',
-           'train_arm', 'frozen_teacher', 'method_of', 'epochs_of', 'cores', 'run_study', 'check_study', 'finished',
-           'collect', 'claim_folder', 'environment', 'export_student']
+           'network', 'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'scored', 'needs_teacher',
+           'learner_of', 'train_arm', 'first_name', 'first_of', 'train_first', 'first_teacher', 'frozen_teacher',
+           'method_of', 'epochs_of', 'cores', 'run_study', 'firsts', 'check_study', 'finished', 'collect',
+           'claim_folder', 'environment', 'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #1a6cfe7d
 import json, os, re
@@ -30,18 +31,19 @@ from .methods.single import ShuffledLabels, Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
 
-# %% ../nbs/5_methods/3_study.ipynb #fe6eb5fe
+# %% ../nbs/5_methods/3_study.ipynb #3257f69e
 @dataclass(frozen=True)
 class StudyConfig:
     "A comparison as plain data: where the images are, what is trained, for how long."
     data: str = "phantom:bone"       # folder of a data set, or a built-in phantom
     teacher: str = "histology"       # the teacher's modality
     student: str = "microct"         # the student's modality
+    data_options: dict = field(default_factory=dict) # more arguments of the phantom or the collection, e.g. {volumes: 12, size: 32}
     classes: list = field(default_factory=list) # names, "background" first; empty: those of the data
     student_labels: int = 4          # labelled training units of the student
     label_unit: str = "images"       # images | groups (patients)
     test: float = .5                 # share of the student's groups (1 or more: their number) that is only tested on
-    teacher_test: float = .2         # the same for the teacher
+    teacher_test: float = .2         # the same for the teacher; 0: none is tested on
     validation: int = 0              # more labelled units of the student, from which the best epoch is chosen; 0: the last epoch is the result
     early_stop: int = 0              # stop after so many epochs without a better validation; 0: never
     stop_on: str = "dice"            # what early stopping watches: dice | loss
@@ -71,6 +73,12 @@ class StudyConfig:
     init: str = "teacher"            # start of the placebo-taught and distilled students: scratch | teacher
     min_size: int = 0                # predicted objects with fewer px are removed
     instances: str = "components"    # how a predicted mask becomes objects: components | watershed | none
+    dims: int = 2                    # axes of the networks: 2: volumes are cut into slices | 3: volumes
+    depth: int = 0                   # dims=3: depth of a patch, px; 0: as `patch`
+    network_options: dict = field(default_factory=dict) # more arguments of the network, e.g. {flat: 2} for thin stacks
+    unlabelled: int = 0              # training groups that are used without labels; 0: all that are left
+    rich: float = 0.                 # probability that a patch without labels is placed where it is bright
+    topology: bool = False           # also score clDice, skeleton recall and Betti errors
     cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
@@ -108,7 +116,7 @@ def all_arms(
                          options={**common["options"], **arm.get("options", {})}, weights={**common["weights"], **arm.get("weights", {})})
     return out
 
-# %% ../nbs/5_methods/3_study.ipynb #65f145c7
+# %% ../nbs/5_methods/3_study.ipynb #c711c039
 @dataclass
 class Data:
     "The parts of the two collections for one seed."
@@ -123,12 +131,12 @@ def open_both(
     config:StudyConfig, # the study
 )->tuple: # (teacher Collection, student Collection)
     "Open both modalities, once a process. `InputError` when their classes or dimensions differ."
-    return _open(json.dumps({k: getattr(config, k) for k in ("data", "teacher", "student", "classes", "zoom", "intensity", "invert_student")}))
+    return _open(json.dumps({k: getattr(config, k) for k in ("data", "data_options", "teacher", "student", "classes", "zoom", "intensity", "invert_student")}))
 
 @lru_cache(maxsize=4)
 def _open(key):
     config = StudyConfig(**json.loads(key))
-    options = dict(zoom=config.zoom, intensity=config.intensity)
+    options = dict(zoom=config.zoom, intensity=config.intensity, **config.data_options)
     if config.classes: options["classes"] = tuple(config.classes)
     t, s = open_collection(config.data, config.teacher, **options), open_collection(config.data, config.student, invert=config.invert_student, **options)
     if t.classes != s.classes: raise InputError(f"{config.data}: the teacher's classes {t.classes} are not the student's {s.classes}. Name them with `classes`.")
@@ -145,7 +153,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #a45e0d8e
+# %% ../nbs/5_methods/3_study.ipynb #79d1f300
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -155,6 +163,7 @@ def split_data(
     t, s = open_both(config)
     def parts(c, test, seed, side):
         groups = len(set(c.groups))
+        if side == "teacher" and not test: return {"train": c.ids, "test": []}
         n = share(test, groups, "test" if side == "student" else "teacher_test")
         path = folder and Path(folder)/"splits"/f"{side}-{seed}.json"
         if path and path.exists(): return Split.load(path, c).parts
@@ -169,6 +178,7 @@ def split_data(
     valid = label_budget(s.subset(rest), config.validation, config.label_unit, seed) if config.validation else []
     used |= {group_of[i] for i in valid}
     rest = [i for i in rest if group_of[i] not in used]
+    if config.unlabelled < 0: raise InputError(f"unlabelled={config.unlabelled}: give a number of groups, or 0 for all.")
     if config.pairing == "index": raise InputError("pairing='index' pairs registered images of the same patients, and a study keeps those patients from the teacher. For registered images use `Unpaired(..., pairing='index')` with a method directly.")
     both = set(t.groups) & set(s.groups)
     if config.score_on not in ("test", "validation"): raise InputError(unknown("score_on", config.score_on, ("test", "validation")))
@@ -178,6 +188,9 @@ def split_data(
         shown = set(whose[::2]) if any((arm or {}).get("options", {}).get("unlabelled") for arm in config.arms.values()) else set() # an arm learns from them without labels: they are not scored
         scored, rest = ([i for i in rest if (group_of[i] in shown) == kept] for kept in (False, True))
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
+    if config.unlabelled:
+        few = set(list(dict.fromkeys(group_of[i] for i in rest))[:config.unlabelled])
+        rest = [i for i in rest if group_of[i] in few]
     t_group = dict(zip(t.ids, t.groups))
     kept = sorted({t_group[i] for i in teacher["train"]} - both)
     kept = set(kept[:max(1, round(config.teacher_share * len(kept)))])
@@ -191,17 +204,21 @@ def nameless(
     "Forget the label groups (a disease, say): they too are labels."
     return c._with([replace(case, label_group="") for case in c.cases])
 
-# %% ../nbs/5_methods/3_study.ipynb #19dd9885
+# %% ../nbs/5_methods/3_study.ipynb #828341bd
 def source(
     config:StudyConfig,  # the study
     collection:Collection, # its images
     seed:int,            # seed of the draws
     stream:str,          # "student", "teacher" or "unlabelled"
     channels:int,        # channels of the network
+    weak:bool=False,     # only move them: brightness and noise stay
 )->Patches: # augmented patches
     "Training patches of one modality."
-    flat = collection.slices(keep="all") if collection.dims == 3 else collection
-    return Patches(flat, size=config.patch, batch_size=config.batch, seed=seed, stream=stream, foreground=config.foreground, augment=Augment(**config.augment), channels=channels)
+    if config.dims == 3 and collection.dims != 3: raise InputError(f"dims=3, but {collection.name!r} has {collection.dims}-D images. Give volumes, or dims=2.")
+    flat = collection.slices(keep="all") if collection.dims == 3 and config.dims == 2 else collection
+    size = config.patch if config.dims == 2 else (config.depth or config.patch, config.patch, config.patch)
+    still = dict.fromkeys(("brightness", "contrast", "gamma", "noise", "blur", "hue"), 0.) if weak else {}
+    return Patches(flat, size=size, batch_size=config.batch, seed=seed, stream=stream, foreground=config.foreground, augment=Augment(**{**config.augment, **still}), channels=channels, rich=config.rich)
 
 def network(
     config:StudyConfig, # the study
@@ -211,8 +228,12 @@ def network(
     classes:int,        # classes, background included
 )->nn.Module: # a fresh network
     "The network of teacher and student; its initial weights are a function of (seed, stream)."
-    with seeded(seed, stream): net = build(config.network, dict(in_channels=channels, classes=1 if classes == 2 else classes, width=config.width))
+    volume = {"dims": 3} if config.dims == 3 else {}
+    with seeded(seed, stream): net = build(config.network, dict(in_channels=channels, classes=1 if classes == 2 else classes, width=config.width, **volume, **config.network_options))
+    if net.config.get("dims", 2) != config.dims: raise InputError(f"network {config.network!r} is {net.config.get('dims', 2)}-D and the study has dims={config.dims}. Set network_options: {{dims: {config.dims}}}, or take another network.")
     if config.patch % net.stride: raise InputError(f"patch={config.patch}: give a multiple of {net.stride}, the network {config.network!r} halves it {net.stride.bit_length() - 1} times.")
+    deep = getattr(net, "strides", (net.stride,))[0]
+    if config.dims == 3 and (config.depth or config.patch) % deep: raise InputError(f"depth={config.depth}: give a multiple of {deep}, the network {config.network!r} halves it {deep.bit_length() - 1} times.")
     return net
 
 def recipe(
@@ -222,7 +243,7 @@ def recipe(
 )->Recipe: # how to go from an image file to a label map
     "Everything that inference needs besides the weights."
     return Recipe(channels=collection.channels, in_channels=net.config["in_channels"], classes=collection.classes, intensity=collection.intensity, zoom=collection.zoom,
-                  invert=collection.invert, dims=2, network_config=net.config, min_size=config.min_size, instances=config.instances, cells=config.cells)
+                  invert=collection.invert, dims=config.dims, network_config=net.config, min_size=config.min_size, instances=config.instances, cells=config.cells)
 
 # %% ../nbs/5_methods/3_study.ipynb #ae68f27b
 def settings(
@@ -244,7 +265,7 @@ def identity(
     "What must not change between the beginning of a training and its resumption: all but the list of arms."
     return [{k: v for k, v in asdict(config).items() if k != "arms"}, *more]
 
-# %% ../nbs/5_methods/3_study.ipynb #3122c389
+# %% ../nbs/5_methods/3_study.ipynb #e3330dc4
 def train_teacher(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -260,10 +281,20 @@ def train_teacher(
     learner = Learner(Single(net, source="teacher"), batches, place, seed=number, settings=settings(config, config.teacher_epochs, device), identity=identity(config, "teacher"), tell=tell)
     learner.fit()
     if not (place/"metrics.csv").exists():
-        save_rows(place/"metrics.csv", evaluate(Student(net, recipe(config, data.teacher_test, net)), data.teacher_test, arm="teacher", seed=number))
+        save_rows(place/"metrics.csv", scored(config, Student(net, recipe(config, data.teacher_train, net)), data.teacher_test, "teacher", number))
     return net.eval()
 
-# %% ../nbs/5_methods/3_study.ipynb #9f56d088
+def scored(
+    config:StudyConfig,    # the study
+    student,               # has `.predict`
+    collection:Collection, # what it is scored on; empty: no rows
+    arm:str,               # name of the rows
+    seed:int,              # seed of the rows
+)->list: # rows of `evaluate`
+    "The scores that a study keeps."
+    return evaluate(student, collection, arm=arm, seed=seed, topology=config.topology) if len(collection) else []
+
+# %% ../nbs/5_methods/3_study.ipynb #984c15f9
 def needs_teacher(
     arm:dict, # of `all_arms`
 )->bool: # whether a trained teacher must be there first
@@ -286,16 +317,17 @@ def learner_of(
     start = (lambda net: initialise(net, expert(arm["start"]), "teacher")) if arm["init"] == "teacher" else (lambda net: net)
     concurrent = KINDS[arm["method"]].concurrent and arm["teacher"] != "placebo"
     student = start(fresh("student"))
-    teacher = start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
+    taught = KINDS[arm["method"]].first
+    teacher = first_teacher(folder, config, arm, seed, student) if taught else start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
     same = {**arm, "shares": "", "options": arms[trained]["options"]}
     method = method_of(config, same, student, teacher, seed)
     if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
-    if getattr(getattr(method, "options", None), "unlabelled", False): sources["unlabelled"] = source(config, data.student_rest, seed, "unlabelled", channels)
+    if getattr(getattr(method, "options", None), "unlabelled", False): sources["unlabelled"] = source(config, data.student_rest, seed, "unlabelled", channels, KINDS[arm["method"]].weak)
     valid = source(config, data.student_valid, seed, "validation", channels).eval_batches() if config.validation else None
     return Learner(method, Unpaired(sources, pairing=config.pairing), Path(folder)/"checkpoints"/f"{trained}-{seed}", seed=seed, settings=settings(config, epochs_of(config, arm), device),
                    weights=arm["weights"], valid=valid, identity=identity(config, trained, same, seed), tell=tell)
 
-# %% ../nbs/5_methods/3_study.ipynb #6e769959
+# %% ../nbs/5_methods/3_study.ipynb #889fb1e7
 def train_arm(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -313,8 +345,51 @@ def train_arm(
     learner.method.finish(learner._fixed)
     net = learner.method.student
     result = Student(net, recipe(config, data.student_test, net))
-    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", evaluate(result, data.student_test, arm=name, seed=seed))
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, result, data.student_test, name, seed))
     return result
+
+# %% ../nbs/5_methods/3_study.ipynb #0c428b01
+def first_name(
+    arm:dict,           # of `all_arms`
+    config:StudyConfig, # the study
+)->str: # name of the training that must be done before the arm; "" if there is none
+    "Arms with the same teacher get the same name."
+    kind = KINDS[arm["method"]]
+    if not kind.first or arm["teacher"] == "placebo": return ""
+    return f"{arm['method']} teacher {digest(kind.first_options(method_options(arm['method'], arm['preset'], arm['options'], config.patch)), 6)}"
+
+def first_of(config, arm, seed, student):
+    "The fresh method that is trained before an arm."
+    options = method_options(arm["method"], arm["preset"], arm["options"], config.patch)
+    return KINDS[arm["method"]].first(student, options, config.teacher_epochs, seed)
+
+def train_first(
+    folder,             # run folder
+    config:StudyConfig, # the study
+    name:str,           # of `first_name`
+    seed:int,           # seed
+    device:str="auto",  # auto | cpu | cuda
+    tell:Callable=lambda row: None, # called after each epoch
+)->Learner: # trained; `.method.student` is the teacher
+    "Train (or load) the teacher of some arms on the student's images, and score it on that seed's test images."
+    arm = next(a for a in all_arms(config).values() if first_name(a, config) == name)
+    data, place, weak = split_data(config, seed, folder), Path(folder)/"checkpoints"/f"{name}-{seed}", KINDS[arm["method"]].weak
+    channels, k = channels_of(data), len(data.student_train.classes)
+    student = network(config, seed, "student", channels, k)
+    sources = Unpaired({"student": source(config, data.student_train, seed, "student", channels), "unlabelled": source(config, data.student_rest, seed, "unlabelled", channels, weak)})
+    learner = Learner(first_of(config, arm, seed, student), sources, place, seed=seed, settings=settings(config, config.teacher_epochs, device), identity=identity(config, name, seed), tell=tell)
+    learner.fit()
+    teacher = learner.method.student.eval()
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, Student(teacher, recipe(config, data.student_test, student)), data.student_test, name, seed))
+    return learner
+
+def first_teacher(folder, config, arm, seed, student)->nn.Module:
+    "The trained teacher of an arm; for a placebo a fresh one. `InputError` when it has not been trained."
+    method, name = first_of(config, arm, seed, student), first_name(arm, config)
+    path = Path(folder)/"checkpoints"/f"{name}-{seed}"/"last.pt"
+    if name and not path.exists(): raise InputError(f"{path} does not exist: train the arm's teacher first (`train_first`).")
+    for k, state in (load_checkpoint(path)["networks"] if name else {}).items(): load_weights(method.networks[k], state, path)
+    return method.student.eval().requires_grad_(False)
 
 # %% ../nbs/5_methods/3_study.ipynb #e09e1313
 def frozen_teacher(folder, config, kind, seed, patches, channels, classes)->nn.Module:
@@ -336,7 +411,7 @@ def epochs_of(config, arm)->int:
     first = getattr(method_options(arm["method"], arm["preset"], arm["options"], config.patch), "translate_first", False)
     return config.epochs * (2 if first else 1)
 
-# %% ../nbs/5_methods/3_study.ipynb #1fd83873
+# %% ../nbs/5_methods/3_study.ipynb #f49aaf68
 def _task(kind, folder, config, name, seed, device, queue):
     "One training in a worker process. Reports each epoch through the queue."
     import warnings
@@ -344,6 +419,7 @@ def _task(kind, folder, config, name, seed, device, queue):
     warnings.simplefilter("ignore", NotSettled) # the history says it
     tell = lambda row: queue.put((name, seed, row))
     if kind == "teacher": train_teacher(folder, config, seed, device, tell)
+    elif kind == "first": train_first(folder, config, name, seed, device, tell)
     else: train_arm(folder, config, name, seed, device, tell)
 
 def _leave_with_parent():
@@ -380,7 +456,7 @@ def _advance(bar, config, name, seed, row):
     bar.set_postfix_str(f"{name} {seed}: {row['stage']} {row['epoch'] + 1}, seg {row.get('seg', float('nan')):.3f}", refresh=False)
     bar.update(config.steps)
 
-# %% ../nbs/5_methods/3_study.ipynb #bf9ea914
+# %% ../nbs/5_methods/3_study.ipynb #bd0d1cce
 def run_study(
     folder,             # run folder; made if missing
     config:StudyConfig, # what to run
@@ -391,6 +467,7 @@ def run_study(
     check_study(config, seeds)
     folder, (known_seeds, known_arms) = Path(folder), claim_folder(folder, config, seeds)
     teachers = [("teacher", "teacher", n) for n in sorted({s % config.teachers for s in seeds})] if any(map(needs_teacher, all_arms(config).values())) else []
+    teachers += firsts(config, seeds)
     students, sharing = ([("arm", a, s) for s in seeds for a, arm in all_arms(config).items() if bool(arm["shares"]) == later] for later in (False, True))
     todo = [[t for t in tasks if not finished(folder, t)] for tasks in (teachers, students, sharing)]
     arms = all_arms(config)
@@ -400,10 +477,15 @@ def run_study(
             for kind, name, seed in tasks: _here(kind, name, seed, folder, config, bar)
         elif tasks: _in_processes(tasks, folder, config, min(workers or cores(), len(tasks)), bar)
     bar.close()
-    every = [("teacher", "teacher", n) for n in range(config.teachers)] + [("arm", a, s) for s in known_seeds for a in known_arms]
+    every = [("teacher", "teacher", n) for n in range(config.teachers)] + firsts(config, known_seeds) + [("arm", a, s) for s in known_seeds for a in known_arms]
     return collect(folder, [t for t in every if finished(folder, t)])
 
-# %% ../nbs/5_methods/3_study.ipynb #16559165
+# %% ../nbs/5_methods/3_study.ipynb #62894311
+def firsts(config, seeds)->list:
+    "The trainings (kind, name, seed) that must be done before the arms that need them."
+    names = dict.fromkeys(first_name(a, config) for a in all_arms(config).values() if not a["shares"])
+    return [("first", n, s) for s in seeds for n in names if n]
+
 def check_study(config, seeds):
     "Raise `InputError` for anything that would fail later: options, weights, splits, network. Writes nothing."
     if not seeds: raise InputError("seeds is empty: give at least one, e.g. [0].")
@@ -425,14 +507,17 @@ def check_study(config, seeds):
     for name, (arm, options) in arms.items():
         if arm["method"] == "lotus" and "seg_teacher" in arm["weights"] and not options.joint: raise InputError(f"arm {name!r}: the term 'seg_teacher' exists with the option joint=true only. Set it, or leave the weight out.")
         if getattr(options, "unlabelled", False) and not len(data.student_rest): raise InputError(f"arm {name!r}: unlabelled=true needs training groups of the student without labels, and none is left. Label fewer, or leave it out.")
-        method = method_of(config, arm, fresh("student"), fresh("teacher"), 0)
+        student, first = fresh("student"), KINDS[arm["method"]].first
+        method = method_of(config, arm, student, first_of(config, arm, 0, student).student if first else fresh("teacher"), 0)
         method.check_weights(weight_table(method.weights, arm["weights"]))
 
-# %% ../nbs/5_methods/3_study.ipynb #86f18e1a
+# %% ../nbs/5_methods/3_study.ipynb #72780781
 def _here(kind, name, seed, folder, config, bar):
     "Run one task in this process (GPU)."
     tell = lambda row: _advance(bar, config, name, seed, row)
-    train_teacher(folder, config, seed, tell=tell) if kind == "teacher" else train_arm(folder, config, name, seed, tell=tell)
+    if kind == "teacher": train_teacher(folder, config, seed, tell=tell)
+    elif kind == "first": train_first(folder, config, name, seed, tell=tell)
+    else: train_arm(folder, config, name, seed, tell=tell)
 
 def finished(folder, task)->bool:
     "Whether a task has its scores: they are written last."

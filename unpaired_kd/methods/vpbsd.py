@@ -82,23 +82,33 @@ def check_vpbsd(
     if odd := [k for k in o.strong if k not in ("brightness", "contrast", "gamma", "noise", "blur", "hue")]: raise InputError(f"strong: {unknown('change of intensity', odd[0], ('brightness', 'contrast', 'gamma', 'noise', 'blur', 'hue'))}")
     return o
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #ee7a57a5
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #345c42f6
 class Tokens(nn.Module):
     "$\\pi_{in}(E_T(X))$: the encoder and its way into the codebook's space."
     def __init__(self,
         net:nn.Module, # encoder: gives (features, {stride: skip})
         dim:int,       # D
+        channels:int=1, # of the image
         dims:int=3,    # spatial axes
     ):
         super().__init__()
         self.encoder, self.pi_in = net, layer("Conv", dims)(net.channels, dim, 1)
         self.stride, self.strides = net.stride, net.strides
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def standard(self,
+        x:Tensor, # patches (B,C,*s), in [0,1]
+    )->Tensor: # the same with mean 0 and variance 1 over the training images
+        "What the encoder sees and the painter paints."
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
 
     def forward(self,
         x:Tensor, # patches (B,C,*s), in [0,1]
     )->tuple: # (tokens z (B,D,*g), skips {stride: features})
         "What the teacher says at every place of the grid."
-        f, skips = self.encoder(x)
+        f, skips = self.encoder(self.standard(x))
         return self.pi_in(f), skips
 
 class Painter(nn.Module):
@@ -123,7 +133,7 @@ class Painter(nn.Module):
         "Paint."
         return self.decoder(self.pi_out(z), skips if self.skips else None)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #743c34ab
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #99da2922
 class PatternTeacher(nn.Module):
     "The whole teacher. Called, it gives logits; `say` also gives the codes. It has the student's classes, channels and axes."
     def __init__(self,
@@ -140,7 +150,7 @@ class PatternTeacher(nn.Module):
         net = encoder(o.encoder, {"in_channels": channels, **own, **o.encoder_config})
         self.codebook = FSQ() if o.codebook == "fsq" else Codebook(o.codes, o.code_dim, o.codebook == "cosine", "ema", o.decay, beta=o.beta, restart=o.restart, gradient=o.gradient, seed=seed)
         dim = self.codebook.dim
-        self.tokens, self.segment = Tokens(net, dim, dims), Painter(dim, net, classes, o, True, dims, flat)
+        self.tokens, self.segment = Tokens(net, dim, channels, dims), Painter(dim, net, classes, o, True, dims, flat)
         self.stride, self.strides = net.stride, net.strides
 
     def say(self,
@@ -210,7 +220,7 @@ def pattern_learning(
     with seeded(seed, "pattern teacher"): teacher = PatternTeacher(c["in_channels"], c["classes"], options, c["dims"], flat, seed)
     return PatternLearning(teacher, c["in_channels"], epochs, seed, c["dims"], flat)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #5d5c48a8
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #d01e79f2
 @torch.no_grad()
 def gather_tokens(
     tokens:nn.Module, # `Tokens`
@@ -228,18 +238,23 @@ def hidden(
     x:Tensor,    # patches (B,C,*s)
     strides,     # of the grid
     share:float, # of its blocks that are hidden
+    fill:float,  # what they become
     generator:torch.Generator, # on the CPU
 )->Tensor: # (B,C,*s)
-    "Set a share of the blocks to 0."
+    "Hide a share of the blocks."
     keep = (torch.rand(len(x), 1, *[n // s for n, s in zip(x.shape[2:], strides)], generator=generator) >= share).to(x)
-    return x * F.interpolate(keep, size=x.shape[2:], mode="nearest")
+    keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
+    return x * keep + fill * (1 - keep)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #5794d262
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #4b69d365
 @patch_to(PatternLearning)
 def begin(self, stage, batches):
-    "k-means before the first step; a frozen codebook before stage 2."
-    if stage.name == "pretrain" and self.options.codebook != "fsq":
-        self.codebook.start(gather_tokens(self.teacher.tokens, lambda i: batches(i)["unlabelled"].image, 10 * self.options.codes), self.seed)
+    "Before stage 1: the images' mean and deviation, then k-means."
+    if stage.name != "pretrain": return
+    t, image = self.teacher.tokens, cache(lambda i: batches(i)["unlabelled"].image)
+    seen = torch.cat([image(i).float().transpose(0, 1).flatten(1) for i in range(8)], 1)
+    t.mean.copy_(seen.mean(1)); t.std.copy_(seen.std(1).clamp_min(1e-3))
+    if self.options.codebook != "fsq": self.codebook.start(gather_tokens(t, image, 10 * self.options.codes), self.seed)
 
 @patch_to(PatternLearning, as_prop=True)
 def codebook(self):
@@ -249,11 +264,11 @@ def codebook(self):
 @patch_to(PatternLearning)
 def pretrain_losses(self, batch:dict, noise:Callable)->dict:
     "$L_{rec}$ and $L_{cb}$ on unlabelled patches."
-    x, book = batch["unlabelled"].image, self.codebook
+    x, t, book = batch["unlabelled"].image, self.teacher.tokens, self.codebook
     book.restarting = self.done < .9
-    seen = hidden(x, self.teacher.strides, self.options.mask, noise("mask")) if self.options.mask else x
-    q = cache(lambda: book(self.teacher.tokens(seen)[0]))
-    paint = lambda: F.mse_loss(self.networks["reconstruct"](q().values.to(x.dtype)).float(), x)
+    seen = hidden(x, t.strides, self.options.mask, x.mean(), noise("mask")) if self.options.mask else x
+    q = cache(lambda: book(t(seen)[0]))
+    paint = lambda: F.mse_loss(self.networks["reconstruct"](q().values.to(x.dtype)).float(), t.standard(x))
     return {"rec": paint, "cb": lambda: q().loss}
 
 @patch_to(PatternLearning)
@@ -266,9 +281,9 @@ def finetune_losses(self, batch:dict, noise:Callable)->dict:
 @patch_to(PatternLearning)
 def monitor(self, batch:dict, noise:Callable)->dict:
     "How many codes a fixed batch uses, how evenly, how well it is painted (error / variance); and how many codes have been restarted in all."
-    x = batch["unlabelled"].image
-    q = self.codebook(self.teacher.tokens(x)[0])
-    error = F.mse_loss(self.networks["reconstruct"](q.values.to(x.dtype)).float(), x) / x.var()
+    x, t = batch["unlabelled"].image, self.teacher.tokens
+    q, seen = self.codebook(t(x)[0]), t.standard(x)
+    error = F.mse_loss(self.networks["reconstruct"](q.values.to(x.dtype)).float(), seen) / seen.var()
     use = code_use(q.index, self.codebook.codes)
     return dict(perplexity=use["perplexity"], active=use["active"], rec_over_var=float(error), restarted=float(getattr(self.codebook, "restarted", 0)))
 

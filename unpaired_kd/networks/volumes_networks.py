@@ -7,13 +7,12 @@ __all__ = ['SLOW', 'ENCODERS', 'slow_sized', 'SplitConv2d', 'SplitConv3d', 'Spli
            'double_up', 'check_axes', 'at_grid', 'block_reach', 'LightUNet', 'encoder', 'Block', 'HybridEncoder',
            'SwinEncoder', 'UnetrEncoder', 'GridDecoder', 'network_cost']
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #3924cd2a
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #faf271a4
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import InputError, Registry
@@ -392,17 +391,17 @@ class GridDecoder(nn.Module):
             z = join(z)
         return self.head(z)
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #f2617568
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #bd97c070
 def network_cost(
     net:nn.Module, # a network of one input; its weights are not touched
     shape:tuple,   # of the input, (B,C,*s)
 )->dict: # parameters: weights that training changes; flop: operations of one forward pass, 2 a multiply-add
-    "What a network costs, counted by torch's own counter without computing anything (device `meta`)."
+    "What a network costs, counted by torch's own counter without computing anything (device `meta`, where attention is not fused)."
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     modes, counter = {m: m.training for m in net.modules()}, FlopCounterMode(display=False)
     net.eval()
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter: # the CPU's fused attention is not in the counter's table
+        with torch.no_grad(), counter:
             torch.func.functional_call(net, {k: v.detach().to("meta") for k, v in tensors.items()}, torch.empty(shape, device="meta"))
     finally:
         for m, mode in modes.items(): m.training = mode

@@ -52,7 +52,7 @@ class VesselKnobs:
         for name, high in (("taper", 1), ("hollow", 1), ("share", .3), ("animal", 2), ("radius", self.size / 6)):
             if np.max(getattr(self, name)) > high: raise InputError(f"knob {name}={getattr(self, name)}: give at most {high:g}.")
 
-# %% ../../nbs/1_data/14_vessels.ipynb #966c6b77
+# %% ../../nbs/1_data/14_vessels.ipynb #a638bde5
 MICROSCOPES = {"lightsheet": (.003, .003, .003), "twophoton": (.001, .001, .001)} # side of a voxel of the plane along z, y, x, mm
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def animal(
     two = modality == "twophoton"
     def f(spread): return float(np.exp(k.animal * spread * r.uniform(-1, 1)))
     share = np.mean(k.share) + min(1, k.animal) * (k.share[1] - k.share[0]) / 2 * r.uniform(-1, 1)
-    return Animal(tilt=f(.8), share=share * (.85 if two else 1), contrast=k.contrast * (1.7 if two else 1) * f(.5), level=(19. if two else 24.) * f(.45),
+    return Animal(tilt=f(.8), share=share * (.85 if two else 1), contrast=k.contrast * (1.4 if two else 1) * f(.5), level=(19. if two else 24.) * f(.45),
         noise=k.noise * (1.5 if two else 1) * f(.6), blur=f(.3), drift=k.background * (.7 if two else 1) * f(.5), decay=(.7 if two else .25) * f(.5),
         cells=k.cells * f(.6), haze=k.haze * f(.6), hollow=0. if two else k.hollow * min(1, f(.4)))
 
@@ -177,7 +177,7 @@ def shine(
     own = k.spread * r.standard_normal(which.max() + 1)[which]
     return np.exp(own + k.fading * waves(r, (len(which), 1, 1), 24.)[:, 0, 0])
 
-# %% ../../nbs/1_data/14_vessels.ipynb #c62f033b
+# %% ../../nbs/1_data/14_vessels.ipynb #930e79b3
 def lookalikes(
     r:np.random.Generator, # source of randomness
     shape:tuple,           # (D,H,W)
@@ -186,24 +186,28 @@ def lookalikes(
     fine:tuple=(1., 1., 1.), # size of a voxel along z, y, x, in voxels of the plane
 )->tuple: # cells and sheets (D,H,W), haze (D,H,W): float32, in units of a vessel's brightness
     "Everything bright that is no vessel."
-    box, part = np.array(shape) * fine, np.prod(shape) * np.prod(fine) / 64 ** 3
-    z, y, x = np.ogrid[tuple(slice(.5, n) for n in shape)]
-    at = [(p * f).astype(np.float32) for p, f in zip((z, y, x), fine)]
-    bright, haze = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    box, part, bright, haze = np.array(shape) * fine, np.prod(shape) * np.prod(fine) / 64 ** 3, np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    def around(centre, reach): # the part of the volume near a centre, and its coordinates from there
+        cut = tuple(slice(max(0, int((c - e) / f)), int((c + e) / f) + 1) for c, e, f in zip(centre, np.broadcast_to(reach, 3), fine))
+        at = np.ogrid[tuple(slice(a.start, min(a.stop, n)) for a, n in zip(cut, shape))]
+        return cut, [((p + .5) * f - c).astype(np.float32) for p, f, c in zip(at, fine, centre)]
     for _ in range(r.poisson(a.cells * part)):
-        centre, radius, value = r.random(3) * box, r.uniform(1.6, 3.6), 1.2 * np.exp(k.spread * r.standard_normal())
-        d = np.sqrt(sum((p - c) ** 2 for p, c in zip(at, centre.astype(np.float32)))) - np.float32(radius)
-        np.maximum(bright, np.clip(.5 - d, 0, 1) * np.float32(value), out=bright)
+        radius, value = r.uniform(1.6, 3.6), 1.2 * np.exp(k.spread * r.standard_normal())
+        cut, q = around(r.random(3) * box, radius + 1)
+        share = np.clip(.5 + np.float32(radius) - np.sqrt(sum(p ** 2 for p in q)), 0, 1)
+        bright[cut] = np.maximum(bright[cut], share * np.float32(value))
     for _ in range(r.poisson(k.sheets * part)):
-        way, centre, extent, width = r.standard_normal(3), r.random(3) * box, r.uniform(9, 18), r.uniform(.6, 1.1)
-        q = [p - np.float32(c) for p, c in zip(at, centre)]
-        across = sum(p * np.float32(w) for p, w in zip(q, way / np.linalg.norm(way))) + 3 * waves(r, shape, 16.)
-        fade = np.exp(-.5 * (across / np.float32(width)) ** 2 - sum((p / np.float32(extent)) ** 2 for p in q) / 2)
-        np.maximum(bright, fade * np.float32(r.uniform(.7, 1.3)), out=bright)
+        way, extent, width = r.standard_normal(3), r.uniform(9, 18), r.uniform(.6, 1.1)
+        cut, q = around(r.random(3) * box, 2.5 * extent)
+        across = sum(p * np.float32(w) for p, w in zip(q, way / np.linalg.norm(way)))
+        across = (across + 3 * waves(r, across.shape, 16.)) / np.float32(width)
+        fade = np.exp(-.5 * (across ** 2 + sum((p / np.float32(extent)) ** 2 for p in q)))
+        bright[cut] = np.maximum(bright[cut], fade * np.float32(r.uniform(.7, 1.3)))
     for _ in range(r.poisson(a.haze * part)):
-        centre, extent = r.random(3) * box, r.uniform(4, 10, 3)
-        bell = [np.exp(-.5 * ((p - c) / e) ** 2).astype(np.float32) for p, c, e in zip(at, centre, extent)]
-        haze += np.float32(r.uniform(.3, .9)) * bell[0] * bell[1] * bell[2]
+        extent = r.uniform(4, 10, 3)
+        cut, q = around(r.random(3) * box, 3.5 * extent)
+        z, y, x = (np.exp(-.5 * (p / np.float32(e)) ** 2) for p, e in zip(q, extent))
+        haze[cut] += np.float32(r.uniform(.3, .9)) * z * y * x
     return bright, haze
 
 # %% ../../nbs/1_data/14_vessels.ipynb #5904cfa8

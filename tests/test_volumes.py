@@ -303,7 +303,7 @@ def test_work_of_another_job_is_refused(tmp_path):
     for kw, said in (dict(student=other), "weights"), (dict(tile=16), "tile"), (dict(labels=True), "labels"), (dict(empty=3), "empty"), (dict(spacing=2), "spacing"):
         with pytest.raises(InputError, match=f"(?s)unfinished work of another job.*{said}"): predict_volume(**{"student": s, "input": v, "output": tmp_path / "p.zarr", "tile": 32} | kw)
     array = zarr.open_array(str(v), mode="r+"); array[0, 0, 0] = 255 - raw[0, 0, 0]
-    with pytest.raises(InputError, match="(?s)another job.*input"): predict_volume(s, v, tmp_path / "p.zarr", tile=32)
+    with pytest.raises(InputError, match="(?s)another job.*mark"): predict_volume(s, v, tmp_path / "p.zarr", tile=32)
 
 
 def test_outputs_that_cannot_be(tmp_path):
@@ -408,4 +408,8 @@ def test_cluster(tmp_path):
         t = predict_volume(tmp_path / "student", tmp_path / "v.zarr", tmp_path / "there.zarr", tile=16, scheduler=there.scheduler_address)
         with pytest.raises(InputError, match=".zarr"): predict_volume(tmp_path / "student", tmp_path / "v.zarr", tmp_path / "there.tif", scheduler=there.scheduler_address)
         with pytest.raises(InputError, match="folder of a saved student"): predict_volume(s, tmp_path / "v.zarr", tmp_path / "x.zarr", scheduler=there.scheduler_address)
+        with torch.no_grad(): s.network.head.bias += 1
+        s.save(tmp_path / "student")                               # other weights in the same folder: the workers must see it
+        predict_volume(tmp_path / "student", tmp_path / "v.zarr", tmp_path / "other.zarr", tile=16, scheduler=there.scheduler_address)
+    assert read_image(tmp_path / "other.zarr").array.mean() > read_image(tmp_path / "there.zarr").array.mean() + 5
     assert t["computed"] == t["blocks"] == 12 and t["compute"] > 0 and tree(tmp_path / "here.zarr") == tree(tmp_path / "there.zarr")

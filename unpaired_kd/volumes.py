@@ -108,7 +108,7 @@ def has_halves(net)->bool:
     "Whether the network has `encode` and `decode` as `LightUNet` has them."
     return all(hasattr(net, k) for k in ("encode", "decode", "strides"))
 
-# %% ../nbs/4_training/6_volumes.ipynb #20d656d0
+# %% ../nbs/4_training/6_volumes.ipynb #a8af8ccc
 class _Alive(TorchDispatchMode):
     "Counts the bytes of the tensors that are alive at the same time."
     def __init__(self): super().__init__(); self.seen, self.most = [], 0
@@ -135,6 +135,7 @@ def bytes_per_voxel(
     with _Alive() as alive: block_logits(copied, torch.empty(1, channels, *size, device="meta"), core, rim)
     return 1.25 * alive.most / math.prod(size)
 
+# %% ../nbs/4_training/6_volumes.ipynb #8fd37f97
 def choose_tile(
     size:tuple,    # (D,H,W)
     halo:tuple,    # one number an axis
@@ -207,7 +208,7 @@ def zarr_volume(
     box, shape, kind = _boxed(z, axes)
     return Volume(path, shape, kind, spacing, affine, _files_mark(path, (os.path.join(at, f) for at, _, files in os.walk(path) for f in files)), box)
 
-# %% ../nbs/4_training/6_volumes.ipynb #e28266ac
+# %% ../nbs/4_training/6_volumes.ipynb #775b4ce2
 def tiff_volume(
     path:Path, # TIFF stack
 )->Volume: # opened
@@ -226,6 +227,7 @@ def tiff_volume(
     box, shape, kind = _boxed(array, series.axes)
     return Volume(path, shape, kind, tiff_spacing(tif, 3), None, _files_mark(path, [path]), box)
 
+# %% ../nbs/4_training/6_volumes.ipynb #9372bfce
 def nifti_volume(
     path:Path, # .nii or .nii.gz
 )->Volume: # opened
@@ -267,7 +269,7 @@ def block_input(
         if len(i) != raw.shape[a] or (np.diff(i) != 1).any(): raw = raw.take(i - i.min(), a)
     return raw
 
-# %% ../nbs/4_training/6_volumes.ipynb #606c0294
+# %% ../nbs/4_training/6_volumes.ipynb #d1d0414f
 def as_bytes(
     p:Tensor, # probabilities in [0,1]
 )->Tensor: # uint8: nearest of p * 255, down at the half
@@ -298,6 +300,7 @@ def create_output(
     for letter, s in zip("ZYX", spacing or ()): note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
     tifffile.memmap(path, shape=shape, dtype=np.uint8, bigtiff=True, ome=True, photometric="minisblack", metadata=note).flush()
 
+# %% ../nbs/4_training/6_volumes.ipynb #3b33d250
 def write_block(
     path:Path,         # what `create_output` made
     block:Block,       # where
@@ -319,7 +322,7 @@ def write_block(
         m.reshape(shape)[box] = values # a TIFF drops axes of length 1
         m.flush()
 
-# %% ../nbs/4_training/6_volumes.ipynb #dd71996c
+# %% ../nbs/4_training/6_volumes.ipynb #8d99b1c7
 @contextlib.contextmanager
 def held(
     folder:Path, # the work folder; made if it is not there
@@ -337,6 +340,7 @@ def held(
             except OSError: pass # a file system without locks
         yield
 
+# %% ../nbs/4_training/6_volumes.ipynb #b2abb02d
 def resume(
     work:Path,   # the work folder
     data:Path,   # the output in it
@@ -404,11 +408,13 @@ def pipeline(
     if failed: raise failed[0]
     return spent
 
-# %% ../nbs/4_training/6_volumes.ipynb #bedb1c46
+# %% ../nbs/4_training/6_volumes.ipynb #da3e3b9d
 @dataclass(frozen=True)
 class Job:
     "All that a block's answer depends on, in plain data."
     input:str        # path of the volume
+    mark:str         # its fingerprint
+    weights:str      # SHA-256 of the student's weights
     data:str         # path of the output so far
     shape:tuple      # of the output, (D,H,W) or (classes,D,H,W)
     strides:tuple    # of the network
@@ -442,16 +448,17 @@ def compute_block(
         p = probabilities(z)[0]
         return (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1])).cpu().numpy()
 
-# %% ../nbs/4_training/6_volumes.ipynb #2b72d1d4
+# %% ../nbs/4_training/6_volumes.ipynb #400d1658
 @functools.lru_cache(1)
-def _student(folder, device, precision):
-    "Each process of a cluster loads the student once."
+def _student(folder, device, precision, weights):
+    "Each process of a cluster loads the student once, and again when its weights are others."
     s = Student.load(folder, device, precision)
+    if file_sha256(Path(folder) / FILES[0]) != weights: raise InputError(f"{folder} holds other weights than when the job began. Give the job its student again.")
     s.network.to(memory_format=torch.channels_last_3d)
     return s
 
 @functools.lru_cache(1)
-def _volume(path, absent): return open_volume(path, absent)
+def _volume(path, mark): return open_volume(path, "empty") # missing chunks were looked for when the job began
 
 def remote_block(
     folder:str,  # folder of the student
@@ -460,13 +467,14 @@ def remote_block(
     block:Block, # which block
 )->dict: # seconds: read, compute, write; skipped: whether it was empty
     "Read, compute and write one block: the task of a cluster's worker."
-    student, marks = _student(folder, device, job.precision), [time.perf_counter()]
-    volume = _volume(job.input, "empty") # the missing chunks were looked for before
+    student, marks = _student(folder, device, job.precision, job.weights), [time.perf_counter()]
+    volume = _volume(job.input, job.mark)
     raw = match_channels(block_input(volume, block, job.strides), student.recipe.channels, job.input); marks.append(time.perf_counter())
     values = compute_block(student, job, block, raw); marks.append(time.perf_counter())
     write_block(Path(job.data), block, values, job.shape); marks.append(time.perf_counter())
     return dict(zip(("read", "compute", "write"), np.diff(marks).tolist()), skipped=job.empty is not None and bool(raw.max() <= job.empty))
 
+# %% ../nbs/4_training/6_volumes.ipynb #7ebcecad
 def on_cluster(
     address:str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
     folder:str,   # folder of the student, seen by all workers
@@ -489,7 +497,7 @@ def on_cluster(
             done(b, answer["skipped"])
     return spent
 
-# %% ../nbs/4_training/6_volumes.ipynb #5dc1dee1
+# %% ../nbs/4_training/6_volumes.ipynb #32ba8e8c
 def voxel_limit(
     memory,     # "1.5GB", a number of bytes, or None: 1.5 GB; on a GPU half of what is free there
     net,        # network
@@ -514,8 +522,8 @@ def triple(
     "Three numbers along D, H, W. Raises `InputError` if they are not positive, or off the stride."
     if value is None: return None
     try:
-        parts = [kind(v) for v in (value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist())]
-        t = tuple(parts * 3 if len(parts) == 1 else parts)
+        t = tuple(kind(v) for v in (value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()))
+        if len(t) == 1: t *= 3
         if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)): raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None
     if strides and any(v % s for v, s in zip(t, strides)): raise InputError(f"{name}={value}: give multiples of the network's stride, {', '.join(map(str, strides))} along z, y, x. Blocks off the stride have other scores.")
@@ -532,12 +540,12 @@ def check_blocks(
     if r.intensity == "dtype" and volume.dtype.kind == "i": raise InputError(f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe.")
     if len(r.classes) > 256: raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #6023bfb7
+# %% ../nbs/4_training/6_volumes.ipynb #e3ac07ab
 def weights_mark(
     student, # folder of a saved student, or a `Student`
 )->str: # SHA-256 of its weights
     "What tells one student's weights from another's."
-    if not isinstance(student, Student): return file_sha256(Path(student) / FILES[0])
+    if not isinstance(student, Student): return file_sha256(weights) if (weights := Path(student) / FILES[0]).is_file() else "" # `Student.load` will say so
     import hashlib
     h = hashlib.sha256()
     for k, v in sorted(student.network.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
@@ -546,6 +554,7 @@ def weights_mark(
 def prepared(
     student,       # `Student`
     volume:Volume, # its input
+    weights:str,   # SHA-256 of the student's weights
     data:Path,     # where the blocks go
     tile, halo, memory, empty, labels, # as in `predict_volume`
 )->tuple: # the job, and the sides of tile and halo
@@ -562,7 +571,7 @@ def prepared(
     rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
     shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])
-    return Job(str(volume.path.resolve()), str(data), shape, strides, rim, rule, None if empty is None else float(empty), bool(labels), precision), tile, halo
+    return Job(str(volume.path.resolve()), volume.mark, weights, str(data), shape, strides, rim, rule, None if empty is None else float(empty), bool(labels), precision), tile, halo
 
 # %% ../nbs/4_training/6_volumes.ipynb #62cb3e58
 def place_of(
@@ -587,7 +596,7 @@ def told(
             f"{t['computed']} computed, {t['skipped']} empty, {t['resumed']} from before. "
             f"Read {t['read']:.1f} s, compute {t['compute']:.1f} s, write {t['write']:.1f} s, in all {t['seconds']:.1f} s: {t['voxels_per_second']:.3g} voxels a second.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #c3e42541
+# %% ../nbs/4_training/6_volumes.ipynb #f0c5a32a
 def predict_volume(
     student,           # folder of a saved 3-D student, or a `Student`
     input,             # .zarr, .tif or .nii volume, read box by box
@@ -608,16 +617,15 @@ def predict_volume(
     "Segment a volume of any size. The same call continues a job that was killed. Raises `InputError`, also for work of another job."
     start, folder = time.perf_counter(), None if isinstance(student, Student) else str(Path(student).resolve())
     output, work, data = place_of(input, output)
-    if scheduler or workers:
-        if folder is None: raise InputError("a cluster needs the folder of a saved student, not a Student in memory.")
-        if data.suffix != ".zarr": raise InputError(f"output {output}: several processes can only write a .zarr. Choose that ending.")
-    mark, volume = weights_mark(student) if folder is None else None, open_volume(input, absent)
-    if folder: student = Student.load(folder, device, precision); mark = weights_mark(folder)
-    job, tile, halo = prepared(student, volume, data, tile, halo, memory, empty, labels)
+    if (scheduler or workers) and folder is None: raise InputError("a cluster needs the folder of a saved student, not a Student in memory.")
+    if (scheduler or workers) and data.suffix != ".zarr": raise InputError(f"output {output}: several processes can only write a .zarr. Choose that ending.")
+    volume, mark = open_volume(input, absent), weights_mark(student)
+    if folder: student = Student.load(folder, device, precision)
+    job, tile, halo = prepared(student, volume, mark, data, tile, halo, memory, empty, labels)
     spacing, affine = triple(spacing, "spacing", kind=float) or volume.spacing, None if spacing is not None else volume.affine
     if spacing is None: print(f"{volume.path.name} does not say how large a voxel is: that of the training is assumed. Give it with --spacing z,y,x (mm).")
-    record = {"format": 1, "input": volume.mark, "shape": volume.shape, "dtype": str(volume.dtype), "weights": mark, "recipe": asdict(student.recipe), "tile": tile, "halo": halo, "spacing": spacing,
-              "job": {k: v for k, v in asdict(job).items() if k not in ("input", "data")}}
+    record = {"format": 1, "shape": volume.shape, "dtype": str(volume.dtype), "recipe": asdict(student.recipe), "tile": tile, "halo": halo, "spacing": spacing,
+              **{k: v for k, v in asdict(job).items() if k not in ("input", "data", "shape")}}
     blocks = blocks_of(volume.shape[1:], tile, halo, job.strides)
     with held(work):
         if output.exists(): raise InputError(f"output {output} was just written by another process.")
@@ -631,7 +639,7 @@ def predict_volume(
     print(told(volume, t))
     return t
 
-# %% ../nbs/4_training/6_volumes.ipynb #df1cda6f
+# %% ../nbs/4_training/6_volumes.ipynb #7ec53443
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -661,6 +669,7 @@ def run_blocks(
             done(block, block in empty)
         return pipeline(todo, lambda b: match_channels(block_input(volume, b, job.strides), channels, str(volume.path)), compute, write), len(skipped)
 
+# %% ../nbs/4_training/6_volumes.ipynb #3eed5599
 def goes_in_blocks(
     student, # folder of a saved student
     input,   # what to segment

@@ -238,11 +238,11 @@ class Block(nn.Module):
         t = t + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return t + self.mlp(self.norm2(t))
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #5dcc2eae
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #9954be77
 @ENCODERS.register("hybrid")
 class HybridEncoder(nn.Module):
-    """The teacher's encoder: a stem to stride 8, then full attention over the grid. Input (B,in_channels,*s) in [0,1], sides multiples of `strides`; returns
-    features (B,dim,*s/strides) and the skips {2: (B,width,..), 4: (B,2 width,..)}. Raises `InputError` for another input. Our choice of backbone."""
+    """The teacher's encoder: a stem to stride 8 (2^levels), then full attention over the grid. Input (B,in_channels,*s) in [0,1], sides multiples of `strides`;
+    returns features (B,dim,*s/strides) and the skips {2: (B,width,..), 4: (B,2 width,..)}. Raises `InputError` for another input. Our choice of backbone."""
 
     def __init__(self,
         in_channels:int=1, # channels of the volume
@@ -253,16 +253,19 @@ class HybridEncoder(nn.Module):
         tokens:int=12,     # side of the grid for which the position table is made
         dims:int=3,        # 2 or 3
         flat:int=0,        # first halvings that leave the depth alone
+        levels:int=3,      # halvings of the stem: the grid has stride 2^levels
     ):
         super().__init__()
-        check_axes(dims, flat, 3)
+        check_axes(dims, flat, levels)
+        if not 1 <= levels <= 4: raise InputError(f"levels={levels}: the stem halves 1 to 4 times.")
         if dim % heads: raise InputError(f"dim={dim} is not a multiple of heads={heads}.")
-        self.config = dict(in_channels=in_channels, width=width, dim=dim, depth=depth, heads=heads, tokens=tokens, dims=dims, flat=flat)
-        self.channels, self.skips, self.strides, self.stride = dim, {2: width, 4: 2 * width}, _strides(dims, flat, 3), 8
-        w = [in_channels, width, 2 * width, 4 * width]
+        self.config = dict(in_channels=in_channels, width=width, dim=dim, depth=depth, heads=heads, tokens=tokens, dims=dims, flat=flat, levels=levels)
+        w = [in_channels, *(width * 2**k for k in range(levels))]
+        self.channels, self.strides, self.stride = dim, _strides(dims, flat, levels), 2**levels
+        self.skips = {2**k: w[k] for k in range(1, levels)}
         self.stem = nn.ModuleList(nn.Sequential(*_unit(w[k], w[k + 1], dims, k < flat, axes_of(2, dims, k < flat)),
-                                                *_unit(w[k + 1], w[k + 1], dims, k + 1 < flat)) for k in range(3))
-        self.embed = same_conv(w[3], dim, dims, kernel=1)
+                                                *_unit(w[k + 1], w[k + 1], dims, k + 1 < flat)) for k in range(levels))
+        self.embed = same_conv(w[-1], dim, dims, kernel=1)
         self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim, *[tokens] * dims), std=.02))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -274,7 +277,7 @@ class HybridEncoder(nn.Module):
         check_input(x, self.config["in_channels"], self.config["dims"], self.strides)
         skips = {}
         for k, level in enumerate(self.stem, 1): x = skips[2**k] = level(x)
-        x = self.embed(skips.pop(8))
+        x = self.embed(skips.pop(self.stride))
         t = (x + at_grid(self.position, x.shape[2:])).flatten(2).transpose(1, 2)
         for block in self.blocks: t = block(t)
         return self.norm(t).transpose(1, 2).unflatten(2, x.shape[2:]), skips

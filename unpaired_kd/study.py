@@ -153,7 +153,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #79d1f300
+# %% ../nbs/5_methods/3_study.ipynb #cfa02e30
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -185,7 +185,7 @@ def split_data(
     scored = student["test"]
     if config.score_on == "validation":
         whose = list(dict.fromkeys(group_of[i] for i in rest))
-        shown = set(whose[::2]) if any((arm or {}).get("options", {}).get("unlabelled") for arm in config.arms.values()) else set() # an arm learns from them without labels: they are not scored
+        shown = set(whose[::2]) if any(getattr(method_options(a["method"], a["preset"], a["options"], config.patch), "unlabelled", False) for a in all_arms(config).values()) else set() # an arm learns from them without labels: they are not scored
         scored, rest = ([i for i in rest if (group_of[i] in shown) == kept] for kept in (False, True))
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     if config.unlabelled:

@@ -175,7 +175,7 @@ def test_with_labels_rich_says_nothing():
 
 
 def test_rich_patches_show_what_is_bright_also_in_a_dim_volume():
-    x, at = lamps(6, dim=.3)
+    x, at = lamps(6, dim=.06) # the lamp of the first is darker than the dark of the others
     c = Collection.from_arrays([np.pad(a, 0) for a in x], dims=3)
     share = {}
     for f in (0., 1.):
@@ -444,6 +444,11 @@ def test_any_shape(shape, budget):
     x = rng(0, "x").random(shape, dtype=np.float32)
     low, high = volume_window(x, 5, 95, budget)
     assert abs(low - .05) < .08 and abs(high - .95) < .08
+
+
+def test_all_rows_of_a_plane_are_looked_at():
+    x = np.broadcast_to(np.arange(1000, dtype=np.float32)[:, None], (6, 1000, 100)) # a plane is larger than the budget
+    assert volume_window(x, 5, 95, budget=5000) == pytest.approx((50, 950), abs=40)
 
 
 def test_windows_of_odd_volumes():

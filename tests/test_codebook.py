@@ -17,6 +17,9 @@ from unpaired_kd.lessons.codebook import (FSQ, Codebook, averaged, code_statisti
 def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch_rng(seed, "test"), dtype=dtype)
 
 
+def normal_of(name, seed, *shape): return torch.randn(*shape, generator=torch_rng(seed, name))
+
+
 # ---- identities
 
 def test_straight_through_is_exact_and_the_rotation_trick_is_not(): # A1
@@ -64,6 +67,7 @@ def test_nearest_is_brute_force(m, k, d, chunk): # A4
     index = nearest_code(z, table, chunk)
     assert torch.equal(index, torch.cdist(z.double(), table.double()).argmin(1)) and index.dtype == torch.int64
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(nearest_code(z, table, chunk), index)
+    assert torch.equal(nearest_code(z.bfloat16(), table, chunk), nearest_code(z.bfloat16().float(), table, chunk))
     assert nearest_code(z.requires_grad_(), table).requires_grad is False
     assert nearest_code(z[:0].detach(), table).shape == (0,)
 
@@ -137,6 +141,12 @@ def test_kmeans_rows_are_distinct_and_means():
     assert not torch.equal(kmeans(tokens, 10, seed=4)[0], kmeans(tokens, 10, seed=5)[0])
 
 
+def test_kmeans_leaves_no_code_empty(): # in one of these 30 draws, averaging alone loses a code
+    for seed in range(30):
+        table, size = kmeans(normal_of("x", seed, 60, 2), 40, seed=seed)
+        assert size.min() >= 1 and len(table.unique(dim=0)) == 40
+
+
 def test_start_needs_tokens():
     book = Codebook(64, 16)
     with pytest.raises(InputError, match="640 tokens.*there are 639"): book.start(normal(639, 16))
@@ -157,6 +167,10 @@ def test_restarts_take_tokens_of_the_batch_and_can_be_switched_off():
     fresh = book.table[1:]
     assert book.restarted == 15 and len(fresh.unique(dim=0)) == 15
     assert torch.cdist(fresh, z[0].T).amin(1).max() < 1e-3
+    drawn = []
+    for step in range(2):                                # the same batch, the next step: other tokens
+        book.table.fill_(100.); book.counts.zero_(); book(z); drawn.append(book.table[1:].clone())
+    assert not torch.equal(*drawn)
     few = Codebook(16, 4, restart=50.)
     few(normal(1, 4, 3))                                 # fewer tokens than dead codes: no token twice
     assert few.restarted == 3
@@ -185,7 +199,7 @@ def test_frozen_is_immovable(update):
     book = Codebook(32, 8, update=update, restart=4.)
     steps_of(book, 0, 2)
     optimiser = torch.optim.AdamW(nn.ModuleList([book]).parameters(), 1., weight_decay=.5) if update == "gradient" else None
-    book.freeze()
+    assert book.freeze() is book and not any(p.requires_grad or p.grad is not None for p in book.parameters())
     before = {k: v.clone() for k, v in book.state_dict().items()}
     holder = nn.ModuleDict(dict(book=book, other=nn.Linear(2, 2)))
     holder.train().requires_grad_(True)                  # a careless trainer

@@ -6,11 +6,11 @@
 __all__ = ['OPENERS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_logits', 'has_halves', 'bytes_per_voxel', 'choose_tile',
            'Volume', 'zarr_volume', 'tiff_volume', 'nifti_volume', 'open_volume', 'block_input', 'as_bytes',
            'create_output', 'write_block', 'held', 'resume', 'log_block', 'pipeline', 'Job', 'compute_block',
-           'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'weights_mark', 'prepared',
-           'place_of', 'told', 'predict_volume', 'run_blocks', 'goes_in_blocks']
+           'tidy_memory', 'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'weights_mark',
+           'prepared', 'place_of', 'told', 'predict_volume', 'run_blocks', 'goes_in_blocks']
 
-# %% ../nbs/4_training/6_volumes.ipynb #dba9e7a4
-import contextlib, copy, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
+# %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
+import contextlib, copy, ctypes, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,24 +135,28 @@ def bytes_per_voxel(
     with _Alive() as alive: block_logits(copied, torch.empty(1, channels, *size, device="meta"), core, rim)
     return 1.25 * alive.most / math.prod(size)
 
-# %% ../nbs/4_training/6_volumes.ipynb #8fd37f97
+# %% ../nbs/4_training/6_volumes.ipynb #a2030e7f
 def choose_tile(
     size:tuple,    # (D,H,W)
     halo:tuple,    # one number an axis
     strides:tuple, # of the network
     voxels:float,  # the most a block may have, core and halo
+    rim:tuple=None, # how far the decoder looks; None: as the halo
+    joined:float=math.inf, # the most voxels a core and its rim may have
 )->tuple: # side of a core along each axis
     "The cores with the least work in all, among multiples of 64 voxels (of 32, 16 or the stride if memory is short). Raises `InputError` if none fits."
     for unit in (64, 32, 16, 1):
-        sides, most, work = [], [], []
-        for n, h, s in zip(size, halo, strides):
+        sides, reads, boxes = [], [], []
+        for n, h, r, s in zip(size, halo, rim or halo, strides):
             u, end = math.lcm(unit, s), -(-n // s) * s
-            t = np.arange(u, min(-(-n // u) * u, 1024 // u * u + u) + 1, u)
-            reads = [[min(end, a + k + h) - max(0, a - h) for a in range(0, n, k)] for k in t]
-            sides.append(t); most.append(np.array([max(r) for r in reads], float)); work.append(np.array([sum(r) for r in reads], float))
-        fits = np.einsum("i,j,k", *most) <= voxels
+            sides.append(np.arange(u, min(-(-n // u) * u, 1024 // u * u + u) + 1, u))
+            for out, w in ((reads, h), (boxes, r)): # largest and summed length of the blocks, for each side
+                lengths = [[min(end, a + t + w) - max(0, a - w) for a in range(0, n, t)] for t in sides[-1]]
+                out.append((np.array([max(l) for l in lengths], float), np.array([sum(l) for l in lengths], float)))
+        all_of = lambda parts, i: np.einsum("i,j,k", *(p[i] for p in parts))
+        fits = (all_of(reads, 0) <= voxels) & (all_of(boxes, 0) <= joined)
         if fits.any():
-            best = np.unravel_index(np.where(fits, np.einsum("i,j,k", *work), np.inf).argmin(), fits.shape)
+            best = np.unravel_index(np.where(fits, all_of(reads, 1) + all_of(boxes, 1), np.inf).argmin(), fits.shape)
             return tuple(int(t[i]) for t, i in zip(sides, best))
     raise InputError(f"the smallest block, with its halo of {' x '.join(map(str, halo))} voxels, does not fit into the memory given. Give more, for example --memory 4GB.")
 
@@ -448,7 +452,7 @@ def compute_block(
         p = probabilities(z)[0]
         return (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1])).cpu().numpy()
 
-# %% ../nbs/4_training/6_volumes.ipynb #400d1658
+# %% ../nbs/4_training/6_volumes.ipynb #dec53717
 @functools.lru_cache(1)
 def _student(folder, device, precision, weights):
     "Each process of a cluster loads the student once, and again when its weights are others."
@@ -460,6 +464,10 @@ def _student(folder, device, precision, weights):
 @functools.lru_cache(1)
 def _volume(path, mark): return open_volume(path, "empty") # missing chunks were looked for when the job began
 
+def tidy_memory():
+    "Give freed memory back to the system: blocks of many sizes leave gaps that the next one cannot use. Where the C library cannot, nothing happens."
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
+
 def remote_block(
     folder:str,  # folder of the student
     device,      # torch device, or None
@@ -470,7 +478,7 @@ def remote_block(
     student, marks = _student(folder, device, job.precision, job.weights), [time.perf_counter()]
     volume = _volume(job.input, job.mark)
     raw = match_channels(block_input(volume, block, job.strides), student.recipe.channels, job.input); marks.append(time.perf_counter())
-    values = compute_block(student, job, block, raw); marks.append(time.perf_counter())
+    values = compute_block(student, job, block, raw); tidy_memory(); marks.append(time.perf_counter())
     write_block(Path(job.data), block, values, job.shape); marks.append(time.perf_counter())
     return dict(zip(("read", "compute", "write"), np.diff(marks).tolist()), skipped=job.empty is not None and bool(raw.max() <= job.empty))
 
@@ -497,13 +505,13 @@ def on_cluster(
             done(b, answer["skipped"])
     return spent
 
-# %% ../nbs/4_training/6_volumes.ipynb #32ba8e8c
+# %% ../nbs/4_training/6_volumes.ipynb #05a29eb8
 def voxel_limit(
     memory,     # "1.5GB", a number of bytes, or None: 1.5 GB; on a GPU half of what is free there
     net,        # network
     channels:int, # channels it takes
     rim,        # as in `block_logits`
-)->float: # voxels a block may have, halo included
+)->tuple: # voxels a block may have, halo included; voxels that its core and rim may have
     "How large a block may be. On the CPU 0.5 GB of `memory` is left to Python, torch and the blocks on their way. Raises `InputError` for other text."
     device = next(net.parameters(), torch.empty(0)).device
     if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 1.5e9
@@ -511,7 +519,8 @@ def voxel_limit(
         found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", memory.strip())
         try: memory = float(found[1]) * 1000.**" kMGT".index(found[2] or " ")
         except (TypeError, ValueError): raise InputError(f"memory={memory!r}: give a size such as 1.5GB or 800MB.") from None
-    return max(0, memory - (.5e9 if device.type == "cpu" else 0)) / bytes_per_voxel(net, channels, 3, rim)
+    left = max(0, memory - (.5e9 if device.type == "cpu" else 0))
+    return left / bytes_per_voxel(net, channels, 3, rim), left / bytes_per_voxel(net, channels, 3)
 
 def triple(
     value,     # None, one whole number, three, or text such as "128" or "64,128,128"
@@ -540,7 +549,7 @@ def check_blocks(
     if r.intensity == "dtype" and volume.dtype.kind == "i": raise InputError(f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe.")
     if len(r.classes) > 256: raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #e3ac07ab
+# %% ../nbs/4_training/6_volumes.ipynb #56e090b6
 def weights_mark(
     student, # folder of a saved student, or a `Student`
 )->str: # SHA-256 of its weights
@@ -567,7 +576,8 @@ def prepared(
     halo = triple(halo, "halo", strides) or far
     if any(h < f for h, f in zip(halo, far)): print(f"halo {halo} is narrower than the network looks, {far}: the blocks will not join exactly.")
     rim = looks(net, r.in_channels, decoder=True) if has_halves(net) else None
-    tile = triple(tile, "tile", strides) or choose_tile(volume.shape[1:], halo, strides, voxel_limit(memory, net, r.in_channels, rim))
+    limit = voxel_limit(memory, net, r.in_channels, rim)
+    tile = triple(tile, "tile", strides) or choose_tile(volume.shape[1:], halo, strides, limit[0], rim, limit[1])
     rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
     shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])
@@ -639,7 +649,7 @@ def predict_volume(
     print(told(volume, t))
     return t
 
-# %% ../nbs/4_training/6_volumes.ipynb #7ec53443
+# %% ../nbs/4_training/6_volumes.ipynb #dd2cf89f
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -663,7 +673,9 @@ def run_blocks(
         empty = set()
         def compute(block, raw):
             if job.empty is not None and raw.max() <= job.empty: empty.add(block)
-            return compute_block(student, job, block, raw)
+            values = compute_block(student, job, block, raw)
+            tidy_memory()
+            return values
         def write(block, values):
             write_block(Path(job.data), block, values, job.shape)
             done(block, block in empty)

@@ -549,7 +549,7 @@ def check_blocks(
     if r.intensity == "dtype" and volume.dtype.kind == "i": raise InputError(f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe.")
     if len(r.classes) > 256: raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
 
-# %% ../nbs/4_training/6_volumes.ipynb #56e090b6
+# %% ../nbs/4_training/6_volumes.ipynb #201f6faa
 def weights_mark(
     student, # folder of a saved student, or a `Student`
 )->str: # SHA-256 of its weights
@@ -576,8 +576,9 @@ def prepared(
     halo = triple(halo, "halo", strides) or far
     if any(h < f for h, f in zip(halo, far)): print(f"halo {halo} is narrower than the network looks, {far}: the blocks will not join exactly.")
     rim = looks(net, r.in_channels, decoder=True) if has_halves(net) else None
-    limit = voxel_limit(memory, net, r.in_channels, rim)
-    tile = triple(tile, "tile", strides) or choose_tile(volume.shape[1:], halo, strides, limit[0], rim, limit[1])
+    if (tile := triple(tile, "tile", strides)) is None:
+        limit = voxel_limit(memory, net, r.in_channels, rim)
+        tile = choose_tile(volume.shape[1:], halo, strides, limit[0], rim, limit[1])
     rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
     shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])

@@ -1,0 +1,768 @@
+"""VpbSD through the learner and the study: what stays frozen, what never sees a label, what a killed run costs, what leaves the house, and what is refused."""
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unpaired_kd import learner as learner_module
+from unpaired_kd import study as study_module
+from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng
+from unpaired_kd.data.images import Image, write_image, write_label
+from unpaired_kd.data.unpaired import Batch
+from unpaired_kd.learner import Learner, Settings, load_checkpoint
+from unpaired_kd.lessons.codebook import Codebook
+from unpaired_kd.losses import segmentation_loss
+from unpaired_kd.methods import vpbsd as vpbsd_module
+from unpaired_kd.methods.kinds import KINDS, make_method, method_options
+from unpaired_kd.methods.lotus import weights_digest
+from unpaired_kd.methods.single import Single
+from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternLearning, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
+                                       pattern_learning, pseudo_loss, random_table, teacher_options)
+from unpaired_kd.networks.volumes_networks import LightUNet, network_cost
+from unpaired_kd.study import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
+
+ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
+T = dict(encoder_config=ENCODER, inner=8, decoder=4, codes=16, code_dim=4)
+TINY = VpbsdOptions(**T)
+
+
+class Tubes:
+    "Labelled and unlabelled batches of noise with blocks; a batch is a function of (name, step)."
+    def __init__(self, dims=3, classes=2, size=None): self.dims, self.classes, self.size = dims, classes, size or (32,) * 2 if dims == 2 else size or (16,) * 3
+
+    def batch(self, step, names=None, rank=0): return {n: self.one(n, step) for n in names or ("student", "unlabelled")}
+
+    def one(self, name, step):
+        g = torch_rng(0, name, step)
+        label = torch.zeros(2, *self.size, dtype=torch.long)
+        for i, at in enumerate(torch.randint(0, 8, (2,), generator=g).tolist()):
+            for k in range(1, self.classes): label[(i, *[slice((at + 4 * k) % n, (at + 4 * k) % n + 4) for n in self.size])] = k
+        image = (.25 * label[:, None] + .3 + .1 * torch.randn(2, 1, *self.size, generator=g)).clamp(0, 1)
+        return Batch(image=image, label=label if name == "student" else None, ids=["", ""], label_groups=["", ""])
+
+
+def light(dims=3, classes=2, seed=0, **k):
+    with seeded(seed, "student"): return LightUNet(classes=1 if classes == 2 else classes, width=2, dims=dims, **k)
+
+
+def taught(student, options=TINY, data=None, seed=0):
+    "A teacher whose codes are those of k-means on real tokens: as good as a trained one for most questions."
+    m = pattern_learning(student, options, 2, seed)
+    m.begin(m.stages()[0], (data or Tubes(student.config["dims"])).batch)
+    return m.student.eval()
+
+
+def method(options=TINY, dims=3, classes=2, seed=0, **k):
+    student = light(dims, classes, **k)
+    return VPBSD(student, taught(student, options, Tubes(dims, classes)), options, seed=seed)
+
+
+def runner(folder, m, data=None, epochs=2, steps=2, **k):
+    weights, tell = k.pop("weights", None), k.pop("tell", lambda row: None)
+    return Learner(m, data or Tubes(), folder, settings=Settings(epochs=epochs, steps=steps, bars=False, device="cpu", precision="fp32", **k), weights=weights, tell=tell)
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def noise(purpose): return torch_rng(0, purpose)
+
+
+# ---------------------------------------------------------------- the teacher stays (A12)
+
+class Loose(nn.Module):
+    "What `Frozen` would be without its protection: the control."
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *x): return self.net(*x)
+
+
+class Tyrant(Tubes):
+    "Calls `.train()` on one container of all networks before every step."
+    def batch(self, *a):
+        if self.all is not None: self.all.train()
+        return super().batch(*a)
+
+
+def before_and_after(tmp_path, monkeypatch, dims, tyrant, wrapper):
+    monkeypatch.setattr(vpbsd_module, "Frozen", wrapper)
+    m, data = method(dims=dims), Tyrant(dims)
+    data.all = nn.ModuleList([*m.networks.values(), *m.frozen.values()]) if tyrant else None
+    marks = lambda: (weights_digest(m.teacher), weights_digest(m.teacher.codebook), m.identity()["teacher"])
+    before, student = marks(), weights_digest(m.student)
+    runner(tmp_path, m, data).fit()
+    assert weights_digest(m.student) != student
+    return before, marks(), m
+
+
+@pytest.mark.parametrize("tyrant", [False, True])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_teacher_and_its_codebook_stay(tmp_path, monkeypatch, dims, tyrant):
+    before, after, m = before_and_after(tmp_path, monkeypatch, dims, tyrant, Frozen)
+    assert before == after
+    assert not any(x.training for x in m.teacher.modules()) and not any(p.requires_grad or p.grad is not None for p in m.teacher.parameters())
+    assert m.teacher.codebook.frozen
+
+
+def test_without_protection_the_codebook_moves(tmp_path, monkeypatch):
+    before, after, _ = before_and_after(tmp_path, monkeypatch, 3, True, Loose)
+    assert before[1] != after[1] and before[0] != after[0]
+
+
+def test_no_container_unfreezes():
+    m = method()
+    for way in (lambda: m.frozen["teacher"].train(), lambda: nn.ModuleList([m.frozen["teacher"]]).train(True), lambda: m.teacher.codebook.train()):
+        way()
+        assert not m.teacher.codebook.training
+    assert not m.frozen["teacher"].training
+
+
+# ---------------------------------------------------------------- without lessons it is `Single` (A13)
+
+def test_without_semi_and_dis_it_is_single_to_the_bit(tmp_path):
+    ours, alone = runner(tmp_path / "v", method(), weights=dict(semi=0, dis=0)), runner(tmp_path / "s", Single(light()))
+    for r in (ours, alone): r.fit()
+    assert equal(ours.method.student.state_dict(), alone.method.student.state_dict())
+    assert not equal(alone.method.student.state_dict(), light().state_dict())
+    more = runner(tmp_path / "m", method(), weights=dict(dis=0))
+    more.fit()
+    assert not equal(more.method.student.state_dict(), alone.method.student.state_dict())
+
+
+# ---------------------------------------------------------------- stages of the teacher
+
+def finished_teacher(folder, options=TINY, epochs=4, steps=2, data=None, dims=3, **k):
+    r = runner(folder, pattern_learning(light(dims), options, epochs), data or Tubes(dims), epochs, steps, **k)
+    return r, r.fit()
+
+
+def test_two_stages_each_with_its_own_networks_sources_and_rates(tmp_path):
+    m = pattern_learning(light(), TINY, 10)
+    first, second = m.stages()
+    assert (first.name, first.epochs, first.sources) == ("pretrain", 7, ("unlabelled",)) and (second.name, second.epochs, second.sources) == ("finetune", None, ("student",))
+    assert set(first.updates[0].changes) == {"tokens", "codebook", "reconstruct"} and set(second.updates[0].changes) == {"tokens", "segment"}
+    r, history = finished_teacher(tmp_path, schedule="constant")
+    assert [h["stage"] for h in history] == ["pretrain"] * 3 + ["finetune"]
+    assert {"rec", "cb"} <= history[0].keys() and "seg" not in history[0] and {"seg", "cb"} <= history[-1].keys() and "rec" not in history[-1]
+    rate = {n: o.param_groups[0]["lr"] for n, o in r.optimisers.items()}
+    assert math.isclose(rate["tokens"], 1e-4) and math.isclose(rate["segment"], 1e-3) and math.isclose(rate["reconstruct"], 1e-3)
+    assert r.method.student is r.method.teacher and set(r.method.networks) == {"tokens", "codebook", "reconstruct", "segment"}
+
+
+@pytest.mark.parametrize("epochs,share,lengths", [(2, .7, (1, 1)), (2, .01, (1, 1)), (3, .99, (2, 1)), (10, .7, (7, 3))])
+def test_both_stages_have_at_least_one_epoch(epochs, share, lengths):
+    first = pattern_learning(light(), replace(TINY, pretrain=share), epochs).stages()[0].epochs
+    assert (first, epochs - first) == lengths
+
+
+def test_rates_are_factors_and_the_schedule_starts_again(tmp_path):
+    r, history = finished_teacher(tmp_path, replace(TINY, teacher_rate=.5, encoder_rate=.2, pretrain=.5), epochs=4, steps=4)
+    lr = [h["lr"] for h in history]
+    assert lr[0] > lr[1] and lr[2] > lr[3] and lr[2] > lr[1] and math.isclose(lr[0], lr[2]) and math.isclose(lr[1], lr[3])
+    rate = {n: o.param_groups[0]["lr"] for n, o in r.optimisers.items()}
+    assert math.isclose(rate["tokens"], .1 * lr[-1]) and math.isclose(rate["segment"], .5 * lr[-1]) and math.isclose(rate["reconstruct"], .5 * lr[1])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_codes_learn_in_stage_1_and_never_again(tmp_path, dims):
+    digests = {}
+    def tell(row): digests[row["epoch"]] = (weights_digest(r.method.codebook), weights_digest(r.method.teacher.segment), weights_digest(r.method.networks["reconstruct"]))
+    r = runner(tmp_path, pattern_learning(light(dims), replace(TINY, pretrain=.5), 4), Tubes(dims), epochs=4, tell=tell)
+    r.fit()
+    book, segment, paint = zip(*(digests[e] for e in range(4)))
+    assert book[0] != book[1] and book[1] == book[2] == book[3]
+    assert segment[0] == segment[1] != segment[2] and paint[0] != paint[1] == paint[2] == paint[3]
+
+
+@pytest.mark.parametrize("epochs", [4, 10, 20])
+def test_restarts_end_before_the_stage_does(tmp_path, epochs):
+    "A decay that forgets at once restarts codes in every step while it may; in the last tenth of stage 1, and in stage 2, nothing restarts."
+    steps, counts = 20 if epochs < 10 else 4, []
+    m = pattern_learning(light(), replace(TINY, decay=.5, pretrain=(epochs - 1) / epochs), epochs)
+    r = runner(tmp_path, m, epochs=epochs, steps=steps)
+    inner = m.pretrain_losses
+    m.pretrain_losses = lambda b, n: (counts.append(int(m.codebook.restarted)), inner(b, n))[1]
+    history = r.fit()
+    last = math.ceil(len(counts) / 10)
+    if epochs >= 10: assert history[-2]["restarted"] == history[-1]["restarted"]
+    assert counts[len(counts) // 2] > 0
+    assert counts[-last] == int(m.codebook.restarted)
+
+
+def test_the_monitor_counts_use_error_and_restarts(tmp_path):
+    r, history = finished_teacher(tmp_path)
+    for h in history: assert 1 <= h["perplexity"] <= 16 and 0 < h["active"] <= 1 and h["rec_over_var"] > 0 and h["restarted"] == int(h["restarted"])
+
+
+def test_the_first_codes_are_tokens_and_the_input_is_standardised():
+    m, data = pattern_learning(light(), TINY, 2), Tubes()
+    m.begin(m.stages()[0], data.batch)
+    seen = torch.cat([data.batch(i)["unlabelled"].image.flatten() for i in range(8)])
+    t = m.teacher.tokens
+    assert torch.allclose(t.mean, seen.mean()) and torch.allclose(t.std, seen.std())
+    x = t.standard(seen.view(16, 1, 16, 16, 16))
+    assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
+    assert torch.allclose(m.codebook.table.norm(dim=1), torch.ones(16), atol=1e-5)
+    before = weights_digest(m.student)
+    m.begin(m.stages()[1], data.batch)
+    assert weights_digest(m.student) == before
+
+
+def test_tokens_are_gathered_until_they_are_enough():
+    m, asked = pattern_learning(light(), TINY, 2), []
+    out = gather_tokens(m.teacher.tokens.train(), lambda i: (asked.append(i), Tubes().batch(i)["unlabelled"].image)[1], 40)
+    assert out.shape == (48, 4) and asked == [0, 1, 2] and m.teacher.tokens.training and not out.requires_grad
+
+
+def test_blocks_are_hidden():
+    x = torch.rand(4, 1, 32, 32, 32, generator=torch_rng(0, "x"))
+    y = hidden(x, (8, 8, 8), .5, 7., torch_rng(0, "h"))
+    blocks = (y == 7).view(4, 4, 8, 4, 8, 4, 8).float().mean((2, 4, 6))
+    assert set(blocks.unique().tolist()) == {0., 1.} and .35 < blocks.mean() < .65
+    assert torch.equal(y[y != 7], x[y != 7]) and torch.equal(hidden(x, (8, 8, 8), 0., 7., torch_rng(0, "h")), x)
+
+
+@pytest.mark.parametrize("change", [dict(mask=.5), dict(codebook="euclidean"), dict(codebook="fsq"), dict(gradient="rotate"), dict(quantise=False)], ids=str)
+def test_every_teacher_trains_and_teaches(tmp_path, change):
+    options = replace(TINY, **change)
+    r, history = finished_teacher(tmp_path / "t", options, epochs=2)
+    assert all(math.isfinite(v) for h in history for v in h.values() if isinstance(v, float))
+    m = VPBSD(light(), r.method.student, options)
+    h = runner(tmp_path / "s", m, epochs=1).fit()[0]
+    assert math.isfinite(h["dis"]) and h["dis"] > 0
+
+
+# ---------------------------------------------------------------- resumed runs
+
+def killed(build, whole_folder, folder, stops):
+    "Fit once in one piece; fit again, stopped before each of the batches `stops`; compare weights, history and optimisers."
+    whole = build(whole_folder)
+    history = whole.fit()
+    for stop in stops:
+        r = build(folder)
+        draw = r.data.batch
+        def batch(step, *a, stop=stop):
+            if step == stop: raise KeyboardInterrupt
+            return draw(step, *a)
+        r.data.batch = batch
+        with pytest.raises(KeyboardInterrupt): r.fit()
+        torch.manual_seed(stop)
+    last = build(folder)
+    assert last.fit() == history and last.position == whole.position
+    a, b = (load_checkpoint(f / "last.pt") for f in (whole_folder, folder))
+    for n in a["networks"]: assert equal(a["networks"][n], b["networks"][n]), n
+    assert str(a["optimisers"]) == str(b["optimisers"])
+
+
+@pytest.mark.parametrize("options", [TINY, replace(TINY, mask=.5, decay=.5)], ids=["plain", "masked, restarting"])
+def test_a_killed_teacher_ends_the_same(tmp_path, options):
+    "Four epochs of two steps, two in each stage: killed in the second epoch of both, and at the change of stage."
+    options = replace(options, pretrain=.5)
+    killed(lambda f: runner(f, pattern_learning(light(), options, 4), epochs=4), tmp_path / "a", tmp_path / "b", (2, 3, 4, 6))
+
+
+@pytest.mark.parametrize("options", [TINY, replace(TINY, target="random", pseudo="soft")], ids=["recommended", "random, soft"])
+def test_a_killed_student_ends_the_same(tmp_path, options):
+    killed(lambda f: runner(f, method(options), epochs=3), tmp_path / "a", tmp_path / "b", (2, 5))
+
+
+def test_a_student_does_not_go_on_with_another_teacher(tmp_path):
+    runner(tmp_path, method(), epochs=1).fit()
+    student = light()
+    other = VPBSD(student, taught(student, seed=1), TINY)
+    with pytest.raises(InputError, match="last.pt"): runner(tmp_path, other, epochs=1).fit()
+
+
+# ---------------------------------------------------------------- lessons
+
+@pytest.mark.parametrize("lesson", ["cosine", "code_ce", "channel", "hint"])
+@pytest.mark.parametrize("target", ["quantised", "unquantised", "random"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_lesson_teaches_the_student_and_only_the_student(dims, target, lesson):
+    options = replace(TINY, lesson=lesson, target=target)
+    if lesson == "code_ce" and target == "unquantised":
+        with pytest.raises(InputError, match="code_ce"): check_vpbsd(options)
+        return
+    m, data = method(options, dims), Tubes(dims)
+    loss = m.losses(data.batch(0), noise)["dis"]()
+    assert loss.ndim == 0 and loss.isfinite() and loss > 0
+    loss.backward()
+    grad = lambda net: sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None)
+    assert grad(m.student.bottom) > 0 and grad(m.networks["projector"]) > 0
+    assert grad(m.student.head) == 0 # the lesson ends at the tap
+    assert all(p.grad is None for p in m.teacher.parameters())
+
+
+def test_the_three_terms_look_at_what_they_should():
+    m, b = method(), Tubes().batch(0)
+    asked = {"student": [], "teacher": []}
+    m.student.register_forward_pre_hook(lambda net, x: asked["student"].append(x[0]))
+    m.teacher.tokens.register_forward_pre_hook(lambda net, x: asked["teacher"].append(x[0]))
+    terms = m.losses(b, noise)
+    assert set(terms) == {"seg", "semi", "dis"} == set(m.weights) and not asked["student"]
+    terms["seg"]()
+    assert len(asked["student"]) == 1 and not asked["teacher"] and torch.equal(asked["student"][0], b["student"].image)
+    terms["semi"]()
+    assert torch.equal(asked["teacher"][0], b["unlabelled"].image)  # the teacher sees the weak view
+    assert not torch.equal(asked["student"][1], b["unlabelled"].image) # the student another one
+    terms["dis"]()
+    assert len(asked["student"]) == 2 and len(asked["teacher"]) == 2 # both sides once a patch
+
+
+def test_equal_views_where_the_strong_change_is_empty():
+    m, b, seen = method(replace(TINY, strong={})), Tubes().batch(0), []
+    m.student.register_forward_pre_hook(lambda net, x: seen.append(x[0]))
+    m.losses(b, noise)["semi"]()
+    assert torch.equal(seen[0], b["unlabelled"].image)
+
+
+def test_dis_weighs_labelled_and_unlabelled_patches_alike():
+    m, b = method(), Tubes().batch(0)
+    b["unlabelled"] = replace(b["unlabelled"], image=b["unlabelled"].image[:1])
+    x = vpbsd_module.Lesson(m, b, noise)
+    parts = [m.pattern(x.student(w)[1], x.teacher(w)) for w in ("labelled", "unlabelled")]
+    x2 = m.losses(b, noise)["dis"]()
+    assert torch.allclose(x2, (2 * parts[0] + parts[1]) / 3, atol=1e-6)
+
+
+def test_a_student_that_says_the_code_has_nothing_to_learn():
+    m = method()
+    m.networks["projector"] = nn.Identity()
+    _, q, z, raw = vpbsd_module.Lesson(m, Tubes().batch(0), noise).teacher("unlabelled")
+    assert m.pattern(3 * q.codes, (None, q, z, raw)).abs() < 1e-6 < m.pattern(q.codes.flip(1), (None, q, z, raw))
+
+
+def test_a_finer_student_is_averaged_to_the_teachers_grid():
+    m = method(replace(TINY, tap="join1"))
+    loss = m.losses(Tubes().batch(0), noise)["dis"]()
+    loss.backward()
+    assert loss > 0 and m.student.join1[0].weight.grad.abs().sum() > 0
+
+
+def test_the_random_codebook_is_a_function_of_the_seed():
+    table = torch.nn.functional.normalize(torch.randn(16, 4, generator=torch_rng(0, "t"))) * 3
+    a, b, c = random_table(table, 0), random_table(table, 0), random_table(table, 1)
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == table.shape and not torch.allclose(a, table)
+    assert torch.allclose(a.norm(dim=1), torch.full((16,), 3.), atol=1e-5)
+    m = [method(replace(TINY, target="random"), seed=s) for s in (0, 0, 1)]
+    assert torch.equal(m[0].table, m[1].table) and not torch.equal(m[0].table, m[2].table)
+
+
+# ---------------------------------------------------------------- pseudo labels
+
+SHAPES = [(2, 1, 8, 8), (2, 1, 6, 6, 6), (2, 3, 8, 8), (2, 3, 6, 6, 6)]
+
+def scores(shape, name): return 2 * torch.randn(shape, generator=torch_rng(0, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bce", [0., .5, 1.])
+def test_hard_pseudo_labels_are_labels(shape, bce):
+    x, t = scores(shape, "x").requires_grad_(), scores(shape, "t").requires_grad_()
+    label = (t[:, 0] > 0).long() if shape[1] == 1 else t.argmax(1)
+    a, b = pseudo_loss(x, t, bce=bce), segmentation_loss(x, label, bce=bce)
+    assert torch.allclose(a, b, atol=1e-6)
+    a.backward()
+    assert t.grad is None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pseudo", ["hard", "soft"])
+def test_doubtful_voxels_teach_nothing(shape, pseudo):
+    x, t = scores(shape, "x").requires_grad_(), scores(shape, "t")
+    p = torch.cat([1 - t.sigmoid(), t.sigmoid()], 1) if shape[1] == 1 else t.softmax(1)
+    unsure = p.amax(1) < .5 + .2
+    assert 0 < unsure.float().mean() < 1
+    pseudo_loss(x, t, pseudo, doubt=.2).backward()
+    g = x.grad.abs().sum(1)
+    assert (g[unsure] == 0).all() and (g[~unsure] > 0).float().mean() > .99
+    y = torch.where(unsure[:, None], t + 100 * scores(shape, "other").abs() * 0, t)
+    moved = torch.where(unsure[:, None], x.detach() + 5, x.detach())
+    assert torch.allclose(pseudo_loss(moved, y, pseudo, doubt=.2), pseudo_loss(x, t, pseudo, doubt=.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
+def test_a_teacher_without_any_conviction_gives_a_finite_loss_without_gradient(shape):
+    x, t = scores(shape, "x").requires_grad_(), torch.zeros(shape)
+    for pseudo in ("hard", "soft"):
+        loss = pseudo_loss(x, t, pseudo, doubt=.3)
+        assert loss.isfinite() and torch.autograd.grad(loss, x)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("doubt", [0., .1])
+def test_a_soft_target_is_met_where_student_and_teacher_agree(shape, doubt):
+    "No small step away from equality lowers the loss."
+    t = scores(shape, "t")
+    x = t.clone().requires_grad_()
+    at = pseudo_loss(x, t, "soft", doubt)
+    for i in range(8):
+        for size in (.02, .5): assert pseudo_loss(t + size * scores(shape, i), t, "soft", doubt) > at - 1e-6
+    for shift in (-.3, .3): assert pseudo_loss(t + shift * (torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)) > 0 if shape[1] > 1 else 1), t, "soft", doubt) > at - 1e-6
+
+
+def test_half_precision_pseudo_labels():
+    x, t = scores(SHAPES[0], "x"), scores(SHAPES[0], "t")
+    half = pseudo_loss(x.bfloat16(), t.bfloat16())
+    assert half.dtype == torch.float32 and abs(half - pseudo_loss(x, t)) < .02
+    assert pseudo_loss(x * 1e4, t * 1e4).isfinite()
+
+
+# ---------------------------------------------------------------- counts (A17)
+
+def test_the_defaults_cost_what_the_documentation_says():
+    cube = (1, 1, 96, 96, 96)
+    student = network_cost(LightUNet(), cube)
+    assert student["parameters"] == 350_809 and abs(student["flop"] / 1e9 - 23.9) < .05
+    with seeded(0, "t"): teacher = PatternTeacher().eval()
+    before = weights_digest(teacher.codebook)
+    cost = network_cost(teacher, cube)
+    assert cost["parameters"] == sum(p.numel() for p in teacher.parameters())
+    assert 60 < cost["parameters"] / student["parameters"] < 72 and 6.5 < cost["flop"] / student["flop"] < 8
+    assert weights_digest(teacher.codebook) == before
+
+
+# ---------------------------------------------------------------- health
+
+def test_occupancy_is_the_share_of_foreground():
+    label = torch.zeros(1, 16, 16, 16, dtype=torch.long)
+    label[0, :8, :8, :4], label[0, 8:, 8:, 8:] = 1, 2
+    o = occupancy(label, (2, 2, 2))
+    assert o[0, 0, 0, 0] == .5 and o[0, 1, 1, 1] == 1 and o.sum() == 1.5
+    assert occupancy(label[:, 0], (2, 2)).shape == (1, 2, 2)
+
+
+def test_health_changes_nothing_and_counts_all_tokens():
+    teacher = taught(light()).train()
+    before = weights_digest(teacher)
+    h = pattern_health(teacher, [Tubes().one("student", i) for i in range(3)])
+    assert weights_digest(teacher) == before and teacher.training and h["tokens"] == 3 * 2 * 8
+    assert 0 < h["active"] <= 1 and 1 <= h["perplexity"] <= 16 and 0 <= h["active_vessel"] <= h["active"]
+
+
+# ---------------------------------------------------------------- studies
+
+ONLY = {"fine-tuned": None, "placebo": None, "distilled": None}
+VESSELS = StudyConfig(data="phantom:vessels", data_options={"volumes": 8, "size": 32}, teacher="twophoton", student="lightsheet", dims=3, network="light_unet", width=2, patch=16, batch=2,
+                      epochs=2, teacher_epochs=2, steps=2, student_labels=2, test=2, teacher_test=1, precision="fp32", init="scratch", arms=ONLY)
+
+def with_arms(config, **arms): return replace(config, arms={**ONLY, **{k: dict(method="vpbsd", **{"options": T, **v}) if v is not None and "method" not in v else v for k, v in arms.items()}})
+
+
+def here(monkeypatch):
+    "Let studies run in this process: the processes are tested elsewhere."
+    def all_here(tasks, folder, config, workers, bar):
+        for kind, name, seed in tasks: study_module._here(kind, name, seed, folder, config, bar)
+    monkeypatch.setattr(study_module, "_in_processes", all_here)
+
+
+ARMS = with_arms(VESSELS, vpbsd={}, silent=dict(weights={"semi": 0, "dis": 0}), hint=dict(options={**T, "lesson": "hint"}), untrained=dict(teacher="placebo"), painted=dict(method="painted"),
+                 lotus=dict(method="lotus", init="teacher", options={"taps": ["join1"], "head": "head"}))
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "A finished study in three dimensions with every kind of arm that this method brings."
+    folder, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
+    here(patch)
+    try: rows = run_study(folder, ARMS, [0])
+    finally: patch.undo()
+    return folder, rows
+
+
+def state(folder, arm): return load_checkpoint(folder / "checkpoints" / f"{arm}-0" / "last.pt")["networks"]
+
+
+def test_every_arm_ends_with_scores(study):
+    folder, rows = study
+    name = first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    assert {r["arm"] for r in rows} == {"teacher", "alone", "vpbsd", "silent", "hint", "untrained", "painted", "lotus", name}
+    assert len({r["id"] for r in rows if r["arm"] == "vpbsd"}) == 2 and all(0 <= r["dsc"] <= 1 for r in rows)
+    stages = {r["arm"]: r["stage"] for r in read_csv(folder / "history.csv")}
+    assert stages["vpbsd"] == "distil" and stages[name] == "finetune" and stages["painted"] == "train"
+
+
+def test_one_teacher_for_all_arms_that_want_the_same(study):
+    folder, arms = study[0], all_arms(ARMS)
+    assert len(list((folder / "checkpoints").glob("vpbsd teacher*"))) == 1 and first_name(arms["hint"], ARMS) == first_name(arms["silent"], ARMS)
+    assert first_name(arms["untrained"], ARMS) == "" == first_name(arms["alone"], ARMS)
+    wide = with_arms(VESSELS, a={}, b=dict(options={**T, "codes": 17}))
+    assert first_name(all_arms(wide)["a"], wide) != first_name(all_arms(wide)["b"], wide)
+
+
+def test_without_lessons_an_arm_is_the_arm_alone(study):
+    assert equal(state(study[0], "silent")["student"], state(study[0], "alone")["student"])
+    assert not equal(state(study[0], "vpbsd")["student"], state(study[0], "alone")["student"])
+    assert not equal(state(study[0], "vpbsd")["student"], state(study[0], "hint")["student"])
+
+
+def test_more_seeds_get_their_own_teacher(study):
+    from unpaired_kd.study import firsts
+    assert len(firsts(ARMS, [0, 1])) == 2 and len({(n, s) for _, n, s in firsts(ARMS, [0, 1])}) == 2
+
+
+def test_a_damaged_or_missing_teacher_is_named(study, tmp_path):
+    arm, student = all_arms(ARMS)["vpbsd"], light()
+    with pytest.raises(InputError, match=r"vpbsd teacher .*-0/last\.pt does not exist"): learner_of(tmp_path, ARMS, "vpbsd", 0, "cpu")
+    name = first_name(arm, ARMS)
+    path = tmp_path / "checkpoints" / f"{name}-0" / "last.pt"
+    path.parent.mkdir(parents=True)
+    saved = load_checkpoint(study[0] / "checkpoints" / f"{name}-0" / "last.pt")
+    saved["networks"]["segment"] = {k: v[:1] for k, v in saved["networks"]["segment"].items()}
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="last.pt"): first_teacher(tmp_path, ARMS, arm, 0, student)
+    saved = load_checkpoint(study[0] / "checkpoints" / f"{name}-0" / "last.pt")
+    saved["networks"]["codebook"]["table"] = torch.zeros(8, 4)
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="last.pt"): first_teacher(tmp_path, ARMS, arm, 0, student)
+    del saved["networks"]["codebook"]
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="last.pt"): first_teacher(tmp_path, ARMS, arm, 0, student)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(InputError, match="last.pt"): first_teacher(tmp_path, ARMS, arm, 0, student)
+
+
+def test_the_teacher_of_an_arm_is_the_trained_one(study):
+    teacher = first_teacher(study[0], ARMS, all_arms(ARMS)["vpbsd"], 0, light())
+    name = first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    saved = state(study[0], name)
+    assert torch.equal(teacher.codebook.table, saved["codebook"]["table"]) and equal(teacher.tokens.state_dict(), saved["tokens"])
+    untrained = first_teacher(study[0], ARMS, all_arms(ARMS)["untrained"], 0, light())
+    assert not torch.equal(untrained.codebook.table, saved["codebook"]["table"])
+
+
+# ---------------------------------------------------------------- what leaves the house (A16)
+
+ALONE = """
+import sys
+class Wall:
+    def find_spec(self, name, *a):
+        if name.startswith(("unpaired_kd.methods", "unpaired_kd.lessons.codebook", "unpaired_kd.lessons.pattern_distillation", "unpaired_kd.learner", "unpaired_kd.study")): raise ImportError(name)
+sys.meta_path.insert(0, Wall())
+import numpy as np, torch
+from unpaired_kd.inference import Student
+s = Student.load(sys.argv[1], device="cpu")
+np.save(sys.argv[3], s.predict(np.load(sys.argv[2])))
+with torch.no_grad(): np.save(sys.argv[4], s.network.eval()(s.prepare(np.load(sys.argv[2]))).numpy())
+"""
+
+def test_the_student_leaves_alone(study, tmp_path):
+    from safetensors.torch import load_file
+    folder = export_student(study[0], ARMS, study[1], arm="vpbsd")
+    saved, bare = load_file(folder / "weights.safetensors"), light()
+    assert saved.keys() == bare.state_dict().keys() and equal(saved, state(study[0], "vpbsd")["student"])
+    assert not [k for k in saved if any(w in k for w in ("teacher", "codebook", "table", "projector", "phi", "tokens", "pi_in"))]
+    image = np.random.default_rng(0).integers(0, 256, (21, 24, 30), np.uint8)
+    np.save(tmp_path / "image.npy", image)
+    done = subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "image.npy", tmp_path / "label.npy", tmp_path / "logits.npy"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    bare.load_state_dict(saved)
+    trained = train_arm(study[0], ARMS, "vpbsd", 0, "cpu") # finished: only loaded
+    with torch.no_grad(): z = trained.network.eval()(trained.prepare(image)).numpy()
+    assert np.abs(np.load(tmp_path / "logits.npy") - z).max() < 1e-6
+    assert np.array_equal(np.load(tmp_path / "label.npy"), trained.predict(image)) and np.load(tmp_path / "label.npy").shape == image.shape
+
+
+# ---------------------------------------------------------------- no label of an unlabelled volume is read (A14)
+
+def folders(place, n=8, size=16):
+    "A data set of small TIFF volumes, two modalities."
+    for modality, base in (("bright", 60), ("dark", 120)):
+        for i in range(n):
+            b = Tubes(size=(size,) * 3).one("student", base + i)
+            write_image(place / modality / "images" / f"{modality}{i}.tif", Image((255 * b.image[0]).byte().numpy(), spacing=(1., 1., 1.)))
+            write_label(place / modality / "labels" / f"{modality}{i}.tif", b.label[0].numpy().astype(np.uint8))
+    return str(place)
+
+
+def on_folders(data, **k):
+    return with_arms(replace(VESSELS, data=data, data_options={"label_kind": "semantic"}, classes=["background", "vessel"], teacher="dark", student="bright", rich=.5, **k), vpbsd={})
+
+
+def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
+    from unpaired_kd.data import images
+    data, read = folders(tmp_path / "data"), []
+    config, opened = on_folders(data), images.read_label
+    monkeypatch.setattr(images, "read_label", lambda p, *a, **k: (read.append(str(p)), opened(p, *a, **k))[1])
+    d, run = split_data(config, 0, tmp_path / "run"), tmp_path / "run"
+    assert len(d.student_rest) == 4 and not d.student_rest.has_labels
+    before = len(read)
+    hidden_files = [tmp_path / "data" / "bright" / "labels" / f"{i}.tif" for i in d.student_rest.ids]
+    for f in hidden_files: f.unlink()
+    train_first(run, config, first_name(all_arms(config)["vpbsd"], config), 0, "cpu")
+    train_arm(run, config, "vpbsd", 0, "cpu")
+    assert read and not set(read[before:]) & {str(f) for f in hidden_files}
+    assert {str(p) for p in read[before:]} <= {str(c.label) for part in (d.student_train, d.student_test, d.teacher_train) for c in part.cases}
+
+
+def test_what_has_no_label_cannot_be_asked_for_one():
+    d = split_data(ARMS, 0)
+    assert all(c.label is None for c in d.student_rest.cases) and not d.student_rest.has_labels and set(d.student_rest.label_groups) == {""}
+    b = study_module.source(ARMS, d.student_rest, 0, "unlabelled", 1, True).batch(0)
+    assert b.label is None and b.image.shape == (2, 1, 16, 16, 16)
+
+
+# ---------------------------------------------------------------- who is where (A15)
+
+SPLITS = [dict(), dict(unlabelled=2), dict(validation=2), dict(validation=1, unlabelled=1), dict(score_on="validation"), dict(score_on="validation", unlabelled=1), dict(score_on="validation", validation=1, unlabelled=1),
+          dict(label_unit="groups"), dict(test=.5)]
+
+@pytest.mark.parametrize("change", SPLITS, ids=str)
+def test_no_group_is_in_two_parts(tmp_path, change):
+    config, kept = replace(ARMS, data_options={"volumes": 10, "size": 16}, **change), {}
+    for seed in (0, 1, 2):
+        d = split_data(config, seed, tmp_path)
+        parts = {n: set(getattr(d, n).groups) for n in ("student_train", "student_test", "student_valid", "student_rest")}
+        names = [(a, b) for a in parts for b in parts if a < b]
+        assert not [(a, b) for a, b in names if parts[a] & parts[b]]
+        assert parts["student_train"] and parts["student_test"] and parts["student_rest"]
+        assert len(parts["student_valid"]) == change.get("validation", 0)
+        if "unlabelled" in change: assert len(parts["student_rest"]) == change["unlabelled"]
+        assert set(d.student_rest.ids) == set(split_data(config, seed, tmp_path).student_rest.ids) # the same again, from the file
+        saved = read_json(tmp_path / "splits" / f"student-{seed}.json")
+        tested = set(saved["parts"]["test"])
+        assert saved["hash"] and not tested & (set(d.student_train.ids) | set(d.student_rest.ids) | set(d.student_valid.ids))
+        if config.score_on == "validation": assert not tested & set(d.student_test.ids)
+        else: assert tested == set(d.student_test.ids)
+        kept[seed] = d.student_test.ids
+    assert kept[0] != kept[1] or kept[0] != kept[2]
+
+
+def test_a_shared_patient_is_kept_from_the_teacher_and_unlabelled_volumes_stay_of_the_student(tmp_path):
+    data = folders(tmp_path / "data")
+    rows = lambda m, who: "id,group\n" + "".join(f"{m}{i},{w}\n" for i, w in enumerate(who))
+    (tmp_path / "data/bright/groups.csv").write_text(rows("bright", "abcdefgh"))
+    (tmp_path / "data/dark/groups.csv").write_text(rows("dark", "abcdwxyz"))
+    for seed in (0, 1):
+        d = split_data(on_folders(data), seed)
+        students = set(d.student_train.groups) | set(d.student_rest.groups) | set(d.student_test.groups)
+        assert students == set("abcdefgh") and not set(d.teacher_train.groups) & students and d.teacher_train.groups
+
+
+def test_scores_do_not_change_sides_when_an_arm_is_added():
+    "With score_on=validation the scored volumes of one run folder are the same before and after an arm that learns without labels is added."
+    alone = replace(VESSELS, score_on="validation")
+    a, b = split_data(alone, 0), split_data(with_arms(alone, vpbsd={}), 0)
+    assert a.student_test.ids == b.student_test.ids
+
+
+def test_all_parts_of_a_seed_are_on_record(study):
+    "From the run folder alone one can tell which volumes were labelled, which were unlabelled and which were tested."
+    d, found = split_data(ARMS, 0), {}
+    for f in (study[0] / "splits").glob("student-*.json"):
+        for ids in read_json(f)["parts"].values(): found[tuple(sorted(ids))] = f.name
+    for part in (d.student_train, d.student_rest, d.student_test): assert tuple(sorted(part.ids)) in found
+
+
+# ---------------------------------------------------------------- two dimensions, thin stacks, other encoders
+
+def finish(folder, config, monkeypatch):
+    here(monkeypatch)
+    rows = run_study(folder, config, [0])
+    assert all(0 <= r["dsc"] <= 1 for r in rows)
+    return {r["arm"] for r in rows}
+
+
+def test_a_codebook_and_a_hint_in_two_dimensions(tmp_path, monkeypatch):
+    config = StudyConfig(data="phantom:bone", data_options={"volumes": 6, "size": 48}, network="light_unet", network_options={"dims": 2}, width=2, patch=32, batch=2, epochs=2, teacher_epochs=2, steps=2,
+                         student_labels=2, test=2, teacher_test=1, precision="fp32", init="scratch")
+    probe = study_module.open_both(config)[1]
+    arms = finish(tmp_path, with_arms(config, vpbsd={}, hint=dict(options={**T, "lesson": "hint"})), monkeypatch)
+    assert {"alone", "vpbsd", "hint"} < arms and probe.dims in (2, 3)
+
+
+def test_thin_stacks(tmp_path, monkeypatch):
+    config = with_arms(replace(VESSELS, teacher="lightsheet", student="twophoton", depth=16, patch=32, network_options={"flat": 2}, steps=1), vpbsd={})
+    assert "vpbsd" in finish(tmp_path, config, monkeypatch)
+    net = study_module.network(config, 0, "student", 1, 2)
+    teacher = first_teacher(tmp_path, config, all_arms(config)["vpbsd"], 0, net)
+    assert tuple(net.strides) == tuple(teacher.strides) == (2, 8, 8)
+    assert teacher.say(torch.rand(1, 1, 16, 32, 32))[1].index.shape == (1, 8, 4, 4)
+
+
+@pytest.mark.parametrize("encoder,config,size", [("swin", dict(feature_size=12, window=2), 16), ("unetr", dict(feature_size=2, size=16, hidden=12, heads=2), 32)])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_other_encoders_teach(dims, encoder, config, size):
+    options, data = replace(TINY, encoder=encoder, encoder_config=config), Tubes(dims, size=(2 * size,) * 2 if dims == 2 else (size,) * 3)
+    student = light(dims)
+    m = VPBSD(student, taught(student, options, data), options)
+    terms = m.losses(data.batch(0), noise)
+    assert all(t().isfinite() for t in terms.values())
+    assert m.teacher.stride == (8 if encoder == "swin" else 16)
+
+
+def test_more_classes(tmp_path):
+    data = Tubes(classes=3)
+    student = light(classes=3)
+    r = runner(tmp_path / "t", pattern_learning(student, TINY, 2), data, 2)
+    r.fit()
+    h = runner(tmp_path / "s", VPBSD(student, r.method.student, TINY), data, 1).fit()
+    assert math.isfinite(h[0]["semi"]) and r.method.student(torch.rand(1, 1, 16, 16, 16)).shape[1] == 3
+
+
+# ---------------------------------------------------------------- faults
+
+@pytest.mark.parametrize("bad,word", [(dict(encoder="resnet"), "encoder"), (dict(codebook="vq"), "codebook"), (dict(gradient="reinforce"), "gradient"), (dict(lesson="cosin"), "lesson"), (dict(target="teacher"), "target"),
+    (dict(pseudo="firm"), "pseudo"), (dict(pretrain=0.), "pretrain"), (dict(pretrain=1.), "pretrain"), (dict(mask=1.), "mask"), (dict(mask=-.1), "mask"), (dict(doubt=.5), "doubt"), (dict(unlabelled=False), "single"),
+    (dict(codebook="fsq", lesson="code_ce"), "fsq"), (dict(codebook="fsq", target="random"), "fsq"), (dict(strong={"elastic": 1.}), "strong"), (dict(codes=0), "codes"), (dict(code_dim=0), "dim"),
+    (dict(decay=1.), "decay"), (dict(encoder_config={"widht": 4}), "widht"), (dict(inner=0), "inner"), (dict(teacher_rate=-1.), "teacher_rate"), (dict(bce=-1.), "bce")], ids=lambda v: str(v))
+def test_bad_options_are_refused_before_training(bad, word):
+    config = with_arms(VESSELS, bad=dict(options={**T, **bad}))
+    with pytest.raises(InputError, match=word): check_study(config, [0])
+
+
+def test_a_teacher_of_other_options_or_another_kind():
+    student = light()
+    teacher = taught(student)
+    for change in (dict(codes=8), dict(code_dim=8), dict(quantise=False), dict(bce=1.), dict(encoder_config={**ENCODER, "depth": 2})):
+        with pytest.raises(InputError, match="other options"): VPBSD(student, teacher, replace(TINY, **change))
+    for change in (dict(lesson="channel"), dict(doubt=.1), dict(strong={}), dict(pseudo="soft")): VPBSD(student, teacher, replace(TINY, **change))
+    for wrong in (light(), None): # a network of labels alone, and none at all
+        with pytest.raises(InputError, match="PatternTeacher"): VPBSD(student, wrong, TINY)
+    with pytest.raises(InputError, match="nowhere"): VPBSD(student, teacher, replace(TINY, tap="nowhere"))
+
+
+def test_a_teacher_of_other_classes_channels_or_axes():
+    teacher = taught(light())
+    for other in (light(classes=3), light(2), light(in_channels=3)):
+        with pytest.raises(InputError): VPBSD(other, teacher, TINY)
+
+
+def test_a_weight_of_an_unknown_term():
+    with pytest.raises(InputError, match="kl"): check_study(with_arms(VESSELS, v=dict(weights={"kl": 1.})), [0])
+
+
+@pytest.mark.parametrize("change,word", [(dict(dims=2), "dims"), (dict(network="unet", dims=3, patch=24), "patch"), (dict(depth=12), "depth"), (dict(patch=20), "patch"), (dict(teacher_epochs=1), "teacher_epochs"),
+    (dict(network_options={"dims": 2}), "dims"), (dict(unlabelled=-1), "unlabelled"), (dict(student_labels=6), "unlabelled"), (dict(data="phantom:bone", teacher="histology", student="microct"), "dims|3-D|volumes")], ids=lambda v: str(v))
+def test_settings_that_cannot_work_are_refused_before_training(change, word):
+    config = replace(with_arms(VESSELS, v={}), **change)
+    if "data" in change: config = replace(config, data_options={})
+    with pytest.raises(InputError, match=word): check_study(config, [0])
+
+
+@pytest.mark.parametrize("change,options", [(dict(network="unet", patch=32), {}), (dict(patch=24), dict(encoder="unetr", encoder_config=dict(feature_size=2, size=16, hidden=12, heads=2))),
+    (dict(network_options={"flat": 2}, depth=8), dict(encoder="swin", encoder_config=dict(feature_size=12, window=2)))], ids=["a student coarser than the teacher", "a patch that the teacher cannot halve", "an encoder that cannot leave the depth alone"])
+def test_a_student_and_a_teacher_that_do_not_fit_are_refused_before_training(change, options):
+    with pytest.raises(InputError): check_study(with_arms(replace(VESSELS, **change), v=dict(options={**T, **options})), [0])
+
+
+@pytest.mark.parametrize("arm,word", [(dict(teacher="shuffled"), "shuffled"), (dict(method="painted", teacher="placebo"), "placebo"), (dict(method="painted", init="teacher"), "init"), (dict(preset="released"), "preset"),
+    (dict(options=[]), "options|dict"), (dict(options={"code": 3}), "code"), (dict(options={"codes": "many"}), "codes")], ids=lambda v: str(v))
+def test_arms_that_mean_nothing(arm, word):
+    with pytest.raises(InputError, match=word): check_study(replace(VESSELS, arms={**ONLY, "x": {"method": "vpbsd", **arm}}), [0])
+
+
+def test_the_paper_preset_and_its_teacher():
+    assert method_options("vpbsd", "paper", {}, 96).bce == 1. and teacher_options(VpbsdOptions()) != teacher_options(method_options("vpbsd", "paper", {}, 96))
+    assert set(teacher_options(VpbsdOptions())) == set(vpbsd_module.TEACHER_OPTIONS)
+    m = make_method("vpbsd", light(), taught(light()), TINY, 2, 0)
+    assert m.weights == {"seg": 1., "semi": 1., "dis": 1.} and m.student.config["width"] == 2

@@ -82,7 +82,7 @@ def check_vpbsd(
     if odd := [k for k in o.strong if k not in ("brightness", "contrast", "gamma", "noise", "blur", "hue")]: raise InputError(f"strong: {unknown('change of intensity', odd[0], ('brightness', 'contrast', 'gamma', 'noise', 'blur', 'hue'))}")
     return o
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #345c42f6
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #388f7e0a
 class Tokens(nn.Module):
     "$\\pi_{in}(E_T(X))$: the encoder and its way into the codebook's space."
     def __init__(self,
@@ -93,6 +93,7 @@ class Tokens(nn.Module):
     ):
         super().__init__()
         self.encoder, self.pi_in = net, layer("Conv", dims)(net.channels, dim, 1)
+        self.spread = layer("BatchNorm", dims)(dim, affine=False)
         self.stride, self.strides = net.stride, net.strides
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -109,7 +110,7 @@ class Tokens(nn.Module):
     )->tuple: # (tokens z (B,D,*g), skips {stride: features})
         "What the teacher says at every place of the grid."
         f, skips = self.encoder(self.standard(x))
-        return self.pi_in(f), skips
+        return self.spread(self.pi_in(f)), skips
 
 class Painter(nn.Module):
     "From codes to an image: $\\pi_{out}$ and a decoder."
@@ -220,16 +221,16 @@ def pattern_learning(
     with seeded(seed, "pattern teacher"): teacher = PatternTeacher(c["in_channels"], c["classes"], options, c["dims"], flat, seed)
     return PatternLearning(teacher, c["in_channels"], epochs, seed, c["dims"], flat)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #d01e79f2
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #99b3983d
 @torch.no_grad()
 def gather_tokens(
     tokens:nn.Module, # `Tokens`
     batches,          # i -> patches (B,C,*s)
     wanted:int,       # at least so many
 )->Tensor: # (M,D)
-    "Tokens of as many batches as are needed."
+    "Tokens of as many batches as are needed, normalised as in training."
     training, out = tokens.training, []
-    tokens.eval()
+    tokens.train()
     while sum(map(len, out)) < wanted: out.append(tokens(batches(len(out)))[0].float().movedim(1, -1).flatten(0, -2))
     tokens.train(training)
     return torch.cat(out)

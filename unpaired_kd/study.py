@@ -348,7 +348,7 @@ def train_arm(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, result, data.student_test, name, seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #0c428b01
+# %% ../nbs/5_methods/3_study.ipynb #128a8523
 def first_name(
     arm:dict,           # of `all_arms`
     config:StudyConfig, # the study
@@ -380,7 +380,7 @@ def train_first(
     learner = Learner(first_of(config, arm, seed, student), sources, place, seed=seed, settings=settings(config, config.teacher_epochs, device), identity=identity(config, name, seed), tell=tell)
     learner.fit()
     teacher = learner.method.student.eval()
-    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, Student(teacher, recipe(config, data.student_test, student)), data.student_test, name, seed))
+    if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, Student(teacher, replace(recipe(config, data.student_test, student), patch=config.patch)), data.student_test, name, seed)) # tiles of the size it knows
     return learner
 
 def first_teacher(folder, config, arm, seed, student)->nn.Module:

@@ -659,11 +659,13 @@ def test_a_shared_patient_is_kept_from_the_teacher_and_unlabelled_volumes_stay_o
         assert students == set("abcdefgh") and not set(d.teacher_train.groups) & students and d.teacher_train.groups
 
 
-def test_scores_do_not_change_sides_when_an_arm_is_added():
-    "With score_on=validation the scored volumes of one run folder are the same before and after an arm that learns without labels is added."
+def test_scores_do_not_change_sides_when_an_arm_is_added(tmp_path):
+    "With score_on=validation, an arm that learns without labels must not move the scored volumes of a run folder that has scores already, or be refused."
     alone = replace(VESSELS, score_on="validation")
-    a, b = split_data(alone, 0), split_data(with_arms(alone, vpbsd={}), 0)
-    assert a.student_test.ids == b.student_test.ids
+    before = split_data(alone, 0, tmp_path)
+    try: after = split_data(with_arms(alone, vpbsd={}), 0, tmp_path)
+    except InputError: return
+    assert before.student_test.ids == after.student_test.ids
 
 
 def test_all_parts_of_a_seed_are_on_record(study):

@@ -42,13 +42,16 @@ def nearest_code(
             torch.argmin(torch.addmm(half, z[i:i + chunk], e, alpha=-1), 1, out=index[i:i + chunk])
     return index
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #d454d2f7
+# %% ../../nbs/3_lessons/7_codebook.ipynb #04885c0e
 def unit(
-    v:Tensor,   # vectors
-    dim:int=-1, # axis of their components
-)->Tensor: # the same directions, length 1; a zero vector stays zero
-    "Divide by the length, taken as the root of the sum of squares (`F.normalize` is several times slower on a CPU)."
-    return v * v.square().sum(dim, keepdim=True).clamp_min(1e-24).rsqrt()
+    v:Tensor,  # vectors: features (B,D,*s), or rows (M,D)
+    dim:int=1, # axis of their components
+)->Tensor: # the same shape and directions, length 1, float32 at least
+    """Divide each vector by its length, the root of the sum of squares (`F.normalize` is several times slower on a CPU).
+    A vector of length 0 has no direction: it stays 0 and gets no gradient."""
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    s = v.square().sum(dim, keepdim=True)
+    return v * (s.clamp_min(1e-24).rsqrt() * (s > 1e-24))
 
 # %% ../../nbs/3_lessons/7_codebook.ipynb #03bbb441
 def straight_through(
@@ -277,7 +280,7 @@ def _load_from_state_dict(self:Codebook, state_dict, prefix, *args):
         raise InputError(f"the stored {prefix}table has shape {tuple(stored.shape)}; this codebook has {tuple(self.table.shape)}. Build it with codes={stored.shape[0]}, dim={stored.shape[-1]}.")
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #b897f9bb
+# %% ../../nbs/3_lessons/7_codebook.ipynb #49b75ae8
 class FSQ(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): every channel is squeezed and rounded to a few levels; the codes are all combinations.
     Nothing is learned, so `start` and `freeze` do nothing and the loss is 0. Raises `InputError` for features that do not fit."""
@@ -310,8 +313,17 @@ class FSQ(nn.Module):
             index = (level.long() * self.place).sum(1).reshape(len(z), *z.shape[2:])
         return Quantised(_grid(values, z), _grid(values.detach(), z), index, values.new_zeros(()))
 
-    def start(self, *args, **kwargs): return self
-    def freeze(self): self.frozen = True; return self
+    def start(self,
+        *args,    # as for `Codebook.start`; not used
+        **kwargs, # likewise
+    )->"FSQ": # itself
+        "Nothing to start: there is no table."
+        return self
+
+    def freeze(self)->"FSQ": # itself
+        "Nothing can move; the flag is kept for those who ask."
+        self.frozen = True
+        return self
 
 # %% ../../nbs/3_lessons/7_codebook.ipynb #702042fd
 def code_use(

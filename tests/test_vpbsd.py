@@ -355,6 +355,40 @@ def test_the_random_codebook_is_a_function_of_the_seed():
     assert torch.equal(m[0].table, m[1].table) and not torch.equal(m[0].table, m[2].table)
 
 
+def test_the_table_is_where_the_teacher_is(monkeypatch):
+    "A learner moves the teacher to its device after the method was made."
+    m, seen = method(replace(TINY, lesson="code_ce")), {}
+    _, q, z, raw = vpbsd_module.Lesson(m, Tubes().batch(0), noise).teacher("unlabelled")
+    monkeypatch.setattr(vpbsd_module, "pattern_loss", lambda u, codes, kind, **k: seen.update(u=u, **k))
+    monkeypatch.setattr(vpbsd_module, "to_grid", lambda f, size: f)
+    m.networks["projector"] = nn.Identity()
+    m.frozen["teacher"].to("meta")
+    m.pattern(torch.empty_like(z, device="meta"), (None, type(q)(*(t.to("meta") for t in q)), z.to("meta"), raw.to("meta")))
+    assert seen["table"].device == seen["u"].device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
+def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
+    options, settings = replace(TINY, **change), Settings(epochs=2, steps=2, bars=False, precision="bf16")
+    teacher = Learner(pattern_learning(light(), options, 2), Tubes(), tmp_path / "t", settings=settings)
+    teacher.fit()
+    h = Learner(VPBSD(light(), teacher.method.student, options), Tubes(), tmp_path / "s", settings=settings).fit()
+    assert all(math.isfinite(r["dis"]) for r in h)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_close_to_full(tmp_path, precision):
+    h = {}
+    for p in (precision, "fp32"):
+        settings = Settings(epochs=2, steps=2, bars=False, device="cpu", precision=p)
+        r = Learner(pattern_learning(light(), TINY, 2), Tubes(), tmp_path / p / "t", settings=settings)
+        h[p] = r.fit() + Learner(VPBSD(light(), r.method.student, TINY), Tubes(), tmp_path / p / "s", settings=settings).fit()
+        assert r.method.codebook.table.dtype == torch.float32
+    for a, b in zip(h[precision], h["fp32"]):
+        for k in ("rec", "cb", "seg", "semi", "dis"): assert abs(a.get(k, 0) - b.get(k, 0)) < .15
+
+
 # ---------------------------------------------------------------- pseudo labels
 
 SHAPES = [(2, 1, 8, 8), (2, 1, 6, 6, 6), (2, 3, 8, 8), (2, 3, 6, 6, 6)]
@@ -478,7 +512,7 @@ def here(monkeypatch):
     monkeypatch.setattr(study_module, "_in_processes", all_here)
 
 
-ARMS = with_arms(VESSELS, vpbsd={}, silent=dict(weights={"semi": 0, "dis": 0}), hint=dict(options={**T, "lesson": "hint"}), untrained=dict(teacher="placebo"), painted=dict(method="painted"),
+ARMS = with_arms(VESSELS, vpbsd={}, silent=dict(weights={"semi": 0, "dis": 0}), hint=dict(options={**T, "lesson": "hint"}), untrained=dict(teacher="placebo"), painted=dict(method="painted"), warm=dict(init="teacher"),
                  lotus=dict(method="lotus", init="teacher", options={"taps": ["join1"], "head": "head"}))
 
 @pytest.fixture(scope="module")
@@ -497,10 +531,24 @@ def state(folder, arm): return load_checkpoint(folder / "checkpoints" / f"{arm}-
 def test_every_arm_ends_with_scores(study):
     folder, rows = study
     name = first_name(all_arms(ARMS)["vpbsd"], ARMS)
-    assert {r["arm"] for r in rows} == {"teacher", "alone", "vpbsd", "silent", "hint", "untrained", "painted", "lotus", name}
+    assert {r["arm"] for r in rows} == {"teacher", "alone", "vpbsd", "silent", "hint", "untrained", "painted", "warm", "lotus", name}
     assert len({r["case"] for r in rows if r["arm"] == "vpbsd"}) == 2 and all(0 <= r["dsc"] <= 1 for r in rows)
     stages = {r["arm"]: r["stage"] for r in read_csv(folder / "history.csv")}
     assert stages["vpbsd"] == "distil" and stages[name] == "finetune" and stages["painted"] == "train"
+
+
+def test_a_finished_study_is_not_run_again(study, monkeypatch):
+    here(monkeypatch)
+    monkeypatch.setattr(Learner, "_epoch", lambda *a: pytest.fail("trained again"))
+    assert run_study(study[0], ARMS, [0]) == study[1]
+
+
+def test_a_worker_can_train_and_load_the_teacher(study, monkeypatch):
+    from queue import Queue
+    queue, name = Queue(), first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    study_module._task("first", study[0], ARMS, name, 0, "cpu", queue)
+    assert queue.empty() and study_module.finished(study[0], ("first", name, 0))
 
 
 def test_one_teacher_for_all_arms_that_want_the_same(study):
@@ -605,6 +653,7 @@ def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
     config, opened = on_folders(data), images.read_label
     monkeypatch.setattr(images, "read_label", lambda p, *a, **k: (read.append(str(p)), opened(p, *a, **k))[1])
     d, run = split_data(config, 0, tmp_path / "run"), tmp_path / "run"
+    assert len(set(read)) <= 2 # with names and kind of the classes given, opening looks at one volume of each modality
     assert len(d.student_rest) == 4 and not d.student_rest.has_labels
     before = len(read)
     hidden_files = [tmp_path / "data" / "bright" / "labels" / f"{i}.tif" for i in d.student_rest.ids]
@@ -710,6 +759,28 @@ def test_other_encoders_teach(dims, encoder, config, size):
     terms = m.losses(data.batch(0), noise)
     assert all(t().isfinite() for t in terms.values())
     assert m.teacher.stride == (8 if encoder == "swin" else 16)
+
+
+def test_the_best_epoch_by_validation(tmp_path, monkeypatch):
+    here(monkeypatch)
+    config = with_arms(replace(VESSELS, validation=1, unlabelled=1, rich=.5, topology=True, steps=1), vpbsd={})
+    rows = run_study(tmp_path, config, [0])
+    assert "val_dice" in next(r for r in read_csv(tmp_path / "history.csv") if r["arm"] == "vpbsd") and (tmp_path / "checkpoints/vpbsd-0/best.pt").exists()
+    assert all("cldice" in r for r in rows if r["arm"] == "vpbsd")
+    assert len(set(split_data(config, 0, tmp_path).student_rest.groups)) == 1
+
+
+def test_the_painted_student_paints_without_labels_then_learns(tmp_path):
+    def build(folder): return runner(folder, Painted(light(), epochs=4), epochs=4)
+    asked = []
+    r = build(tmp_path / "a")
+    draw = r.data.batch
+    r.data.batch = lambda step, names=None, rank=0: (asked.append(names), draw(step, names, rank))[1]
+    history = r.fit()
+    assert [h["stage"] for h in history] == ["paint", "paint", "train", "train"] and "seg" not in history[0] and "rec" not in history[-1]
+    assert [n for n in asked if n] == [("unlabelled",)] * 4 + [("student",)] * 4
+    assert math.isclose(history[0]["lr"], history[2]["lr"])
+    killed(build, tmp_path / "b", tmp_path / "c", (2, 4, 6))
 
 
 def test_more_classes(tmp_path):

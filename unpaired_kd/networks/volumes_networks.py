@@ -65,7 +65,7 @@ class SplitConv3d(_Halves, nn.Conv3d): "`nn.Conv3d` without the slow path."
 class SplitUp2d(_UpHalves, nn.ConvTranspose2d): "`nn.ConvTranspose2d` without the slow path."
 class SplitUp3d(_UpHalves, nn.ConvTranspose3d): "`nn.ConvTranspose3d` without the slow path."
 
-# %% ../../nbs/2_networks/6_volumes_networks.ipynb #1094acb3
+# %% ../../nbs/2_networks/6_volumes_networks.ipynb #a00bd186
 def axes_of(
     n:int,       # size along every axis
     dims:int,    # 2 or 3
@@ -81,7 +81,7 @@ def same_conv(
     flat:bool=False,  # True: kernel (1,3,3)
     kernel:int=3,     # odd
     step:tuple=1,     # stride, one number or one an axis
-    bias:bool=True,
+    bias:bool=True,   # whether a number is added to every channel
 )->nn.Module: # (B,i,*s) -> (B,o,*s/step)
     "A convolution that keeps the size (or divides it by `step`) and never takes the slow path."
     k = axes_of(kernel, dims, flat)

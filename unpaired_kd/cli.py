@@ -171,7 +171,7 @@ def differences(
     before, now = read_json(Path(folder)/"parameters.json"), json.loads(json.dumps(asked))
     return [f"  {k}: {before.get(k, 'absent')!r} there, {now.get(k, 'absent')!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
 
-# %% ../nbs/6_command/1_cli.ipynb #204cde08
+# %% ../nbs/6_command/1_cli.ipynb #9072896b
 @contextlib.contextmanager
 def claim(
     folder,       # the run folder; made if it is not there
@@ -195,7 +195,10 @@ def claim(
         write_json(folder/"parameters.json", asked)
         yield folder
 
-def hold(lock, folder):
+def hold(
+    lock,   # open file of the lock
+    folder, # the run's folder, for the message
+):
     "Take the lock on an open file, or refuse. The system frees it when this process ends, however it ends."
     try: import fcntl
     except ImportError: return # no such locks on this system
@@ -252,7 +255,7 @@ def execute(
     print(f"run folder: {folder}")
     return 0
 
-# %% ../nbs/6_command/1_cli.ipynb #dd4a29f6
+# %% ../nbs/6_command/1_cli.ipynb #951aef9e
 def run_notebook(
     name:str,       # path of a notebook, or the name of an experiment
     given:list=(),  # pairs (name, text) of parameters
@@ -269,7 +272,9 @@ def run_notebook(
     need("papermill", "ipykernel")
     with claim(out or run_name(path, values), {"notebook": path.stem, **values}, extend) as folder: return execute(path, values, folder)
 
-def need(*modules):
+def need(
+    *modules:str, # names of modules
+):
     "Raise `InputError` if a module of the dev extra is missing."
     from importlib.util import find_spec
     if missing := [m for m in modules if find_spec(m) is None]: raise refuse(f"this command needs {', '.join(missing)}: pip install \"unpaired_kd[dev]\".")
@@ -340,21 +345,28 @@ def join_runs(
             seen[key(r)] = r
     return joined
 
-# %% ../nbs/6_command/1_cli.ipynb #e033057e
-def run(args)->int:
-    "`ukd run`"
+# %% ../nbs/6_command/1_cli.ipynb #c7de1309
+def run(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status, 0
+    "`ukd run`: execute a notebook in a run folder, or list its parameters."
     if not args.help_notebook: return run_notebook(args.notebook, args.given, args.out, args.extend)
     path = find_notebook(args.notebook)
     print(f"Parameters of {path}:\n{table(read_parameters(path))}")
     return 0
 
-def sweep(args)->int:
-    "`ukd sweep`"
+def sweep(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status, 0
+    "`ukd sweep`: many runs from a YAML file of parameters."
     from unpaired_kd.sweep import run_sweep
     return run_sweep(args.grid, args.given, args.scale, args.out, args.workers, args.scheduler, args.dry_run, args.cells)
 
-def predict(args)->int:
-    "`ukd predict`"
+# %% ../nbs/6_command/1_cli.ipynb #1f1d7094
+def predict(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status, 0
+    "`ukd predict`: a trained student on images, folders or volumes."
     from unpaired_kd.inference import predict_path
     from unpaired_kd.volumes import goes_in_blocks, predict_volume
     given = {k: v for k in BLOCK_OPTIONS if (v := getattr(args, k)) is not None}
@@ -365,12 +377,15 @@ def predict(args)->int:
     else: predict_path(args.student, args.input, args.output, args.device, args.precision, instances=args.instances)
     return 0
 
-def report(args)->int:
-    "`ukd report`"
+def report(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status, 0
+    "`ukd report`: the table of one or more run folders."
     from unpaired_kd.report import load_rows, results_table
     print(results_table(join_runs({str(r): load_rows(r) for r in args.runs}), reference=args.reference, metrics=tuple(args.metrics)))
     return 0
 
+# %% ../nbs/6_command/1_cli.ipynb #633c27dc
 def main(
     argv:list=None, # arguments (default: those of the process)
 )->int: # exit status: 0 done, 1 a cell failed, 2 bad input, 130 stopped by the user

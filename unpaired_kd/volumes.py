@@ -86,7 +86,7 @@ def blocks_of(
         axes.append([((a, min(a + t, n)), (max(0, a - h), min(end, a + t + h))) for a in range(0, n, t)])
     return [Block(at, *zip(*(axis[i] for axis, i in zip(axes, at)))) for at in np.ndindex(*map(len, axes))]
 
-# %% ../nbs/4_training/6_volumes.ipynb #6af1b2e9
+# %% ../nbs/4_training/6_volumes.ipynb #c995e055
 def block_logits(
     net:nn.Module, # network in eval mode
     x:Tensor,      # (1,C,*s): core and halo
@@ -104,7 +104,9 @@ def block_logits(
     for i in range(len(skips)): skips[i] = cut(skips[i]) # one at a time: the uncut ones are freed
     return net.decode(features, skips)[(..., *(slice(a - o, b - o) for (a, b), (o, _) in zip(core, box)))]
 
-def has_halves(net)->bool:
+def has_halves(
+    net, # a network
+)->bool:
     "Whether the network has `encode` and `decode` as `LightUNet` has them."
     return all(hasattr(net, k) for k in ("encode", "decode", "strides"))
 

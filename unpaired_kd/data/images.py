@@ -500,7 +500,7 @@ def read_label(
     if a.min() < 0 or a.max() >= 2**31: raise InputError(f"{path} holds the values {a.min()} to {a.max()}; labels are whole numbers from 0 to 2147483647.")
     return Image(whole, spacing, affine, str(path))
 
-# %% ../../nbs/1_data/2_images.ipynb #279a0780
+# %% ../../nbs/1_data/2_images.ipynb #df74dce5
 def smallest(
     label:np.ndarray, # whole numbers, not negative
 )->np.ndarray: # uint8, uint16 or int32, same values
@@ -509,7 +509,12 @@ def smallest(
     if a.size and (a.min() < 0 or a.max() >= 2**31 or (a.dtype.kind == "f" and (a % 1).any())): raise InputError(f"a label map holds whole numbers from 0 to 2147483647, not {a.min()} to {a.max()} ({a.dtype}).")
     return a.astype(next(t for t in (np.uint8, np.uint16, np.int32) if not a.size or a.max() <= np.iinfo(t).max))
 
-def write_pillow(t, a, image, jpeg=False):
+def write_pillow(
+    t:Path,       # the file that is written
+    a:np.ndarray, # numbers (C,H,W): uint8, or one channel of uint16 for PNG; C = 1 or 3
+    image,        # not used: PNG and JPEG keep no spacing
+    jpeg:bool=False, # True: JPEG of quality 95
+):
     "PNG or JPEG from (C,H,W)."
     from PIL import Image as Pillow
     if a.ndim != 3: raise InputError("PNG and JPEG hold 2-D images. Use .tif, .nii.gz or .zarr for volumes.")
@@ -517,11 +522,20 @@ def write_pillow(t, a, image, jpeg=False):
         raise InputError(f"{'JPEG' if jpeg else 'PNG'} cannot hold {len(a)} channels of {a.dtype}. Use .tif, .nii.gz or .zarr.")
     Pillow.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1)).save(t, **(dict(quality=95) if jpeg else {}))
 
-def write_jpeg(t, a, image):
+def write_jpeg(
+    t:Path,       # the file that is written
+    a:np.ndarray, # numbers (C,H,W), C = 1 or 3
+    image,        # not used
+):
     "JPEG from (C,H,W) uint8."
     write_pillow(t, a, image, jpeg=True)
 
-def write_tiff(t, a, image):
+# %% ../../nbs/1_data/2_images.ipynb #d8588370
+def write_tiff(
+    t:Path,       # the file that is written
+    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
+    image,        # the `Image` that they belong to: its spacing
+):
     "OME-TIFF from (C,H,W) or (C,D,H,W), compressed without loss."
     import tifffile
     plane, colour = "ZYX"[1 - a.ndim:], len(a) == 3
@@ -531,8 +545,12 @@ def write_tiff(t, a, image):
     for letter, s in zip("XYZ", (image.spacing or ())[::-1]): note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
     tifffile.imwrite(t, a, ome=True, photometric="rgb" if colour else "minisblack", compression="zlib", metadata=note)
 
-# %% ../../nbs/1_data/2_images.ipynb #a380d5a0
-def write_nifti(t, a, image):
+# %% ../../nbs/1_data/2_images.ipynb #147788cb
+def write_nifti(
+    t:Path,       # the file that is written
+    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
+    image,        # the `Image` that they belong to: its spacing and affine
+):
     "NIfTI from (C,H,W) or (C,D,H,W), transposed back; with the image's affine, else its spacing."
     import nibabel as nib
     if a.ndim == 3 and len(a) > 1: raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
@@ -543,7 +561,11 @@ def write_nifti(t, a, image):
     f.set_sform(affine, 1); f.set_qform(affine, 1)
     nib.save(f, t)
 
-def write_zarr(t, a, image):
+def write_zarr(
+    t:Path,       # the file that is written
+    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
+    image,        # the `Image` that they belong to: its spacing
+):
     "OME-Zarr with one level, from (C,H,W) or (C,D,H,W)."
     zarr = extra("zarr", "volumes")
     names, scale = list("zyx"[1 - a.ndim:]), list(image.spacing or (1.,) * (a.ndim - 1))

@@ -280,7 +280,7 @@ def _load_from_state_dict(self:Codebook, state_dict, prefix, *args):
         raise InputError(f"the stored {prefix}table has shape {tuple(stored.shape)}; this codebook has {tuple(self.table.shape)}. Build it with codes={stored.shape[0]}, dim={stored.shape[-1]}.")
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #49b75ae8
+# %% ../../nbs/3_lessons/7_codebook.ipynb #857e851c
 class FSQ(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): every channel is squeezed and rounded to a few levels; the codes are all combinations.
     Nothing is learned, so `start` and `freeze` do nothing and the loss is 0. Raises `InputError` for features that do not fit."""
@@ -313,17 +313,13 @@ class FSQ(nn.Module):
             index = (level.long() * self.place).sum(1).reshape(len(z), *z.shape[2:])
         return Quantised(_grid(values, z), _grid(values.detach(), z), index, values.new_zeros(()))
 
-    def start(self,
-        *args,    # as for `Codebook.start`; not used
-        **kwargs, # likewise
-    )->"FSQ": # itself
+    def start(self, *args, **kwargs)->"FSQ": # itself; arguments as for `Codebook.start`, not used
         "Nothing to start: there is no table."
         return self
 
     def freeze(self)->"FSQ": # itself
         "Nothing can move; the flag is kept for those who ask."
-        self.frozen = True
-        return self
+        self.frozen = True; return self
 
 # %% ../../nbs/3_lessons/7_codebook.ipynb #702042fd
 def code_use(

@@ -360,7 +360,7 @@ def _update(self:Learner, update, batch, noise):
     self.scaler.update()
     return values
 
-# %% ../nbs/4_training/1_learner.ipynb #88807691
+# %% ../nbs/4_training/1_learner.ipynb #ba14eea5
 @patch
 def _noise(self:Learner, *address):
     "A function that gives the generator for a purpose at this address."
@@ -377,9 +377,9 @@ def _epoch(self:Learner, stage, bar):
     "Train one epoch; returns the mean of every term."
     set_modes(self.method, stage)
     sums, self.method.counts = {}, {}
-    for _ in range(self.settings.steps):
+    for i in range(self.settings.steps):
         step = self.position["step"]
-        self.method.done = self.position["epoch"] / self._length(stage)
+        self.method.done = (self.position["epoch"] + i / self.settings.steps) / self._length(stage)
         batch = {k: b.to(self.device) for k, b in self.data.batch(step, stage.sources, self.accelerator.process_index).items()}
         for update in stage.updates:
             for k, v in self._update(update, batch, self._noise(step)).items(): sums[k] = sums.get(k, 0) + v
@@ -422,7 +422,7 @@ def _remember_best(self:Learner, row):
         if self.accelerator.is_main_process:
             with atomic(self.folder/"best.pt") as t: torch.save(dict(networks={k: n.state_dict() for k, n in self.method.networks.items()}, val_dice=self.best, epoch=row["epoch"]), t)
 
-# %% ../nbs/4_training/1_learner.ipynb #bce30ae5
+# %% ../nbs/4_training/1_learner.ipynb #5a656a06
 @patch
 def _over(self:Learner):
     "Whether the whole run is at its end."
@@ -438,7 +438,10 @@ def fit(self:Learner,
     bar = progress(self.settings.epochs * self.settings.steps, self.folder.name, self.position["step"], self.settings.bars and self.accelerator.is_main_process and not self.position["finished"])
     while not self.position["finished"]:
         stage = self.stages[self.position["stage"]]
-        if self.position["epoch"] == 0: self.method.begin(stage, self._fixed)
+        if self.position["epoch"] == 0:
+            self.method.begin(stage, self._fixed)
+            if stage.anew: # moments of another loss would hold the first steps back
+                for o in self.optimisers.values(): o.state.clear()
         means = self._epoch(stage, bar)
         over = self._close_epoch(stage, means)
         self.tell(self.history[-1])

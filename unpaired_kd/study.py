@@ -153,7 +153,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #cfa02e30
+# %% ../nbs/5_methods/3_study.ipynb #53737380
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -185,10 +185,11 @@ def split_data(
     scored = student["test"]
     if config.score_on == "validation":
         whose = list(dict.fromkeys(group_of[i] for i in rest))
-        shown = set(whose[::2]) if any(getattr(method_options(a["method"], a["preset"], a["options"], config.patch), "unlabelled", False) for a in all_arms(config).values()) else set() # an arm learns from them without labels: they are not scored
+        shown = set(whose[:config.unlabelled] if config.unlabelled else whose[::2]) # an arm may learn from them without labels: they are not scored
         scored, rest = ([i for i in rest if (group_of[i] in shown) == kept] for kept in (False, True))
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     if config.unlabelled:
+        if len({group_of[i] for i in rest}) < config.unlabelled: raise InputError(f"unlabelled={config.unlabelled}: only {len({group_of[i] for i in rest})} training groups are left. Ask for fewer, or test on fewer.")
         few = set(list(dict.fromkeys(group_of[i] for i in rest))[:config.unlabelled])
         rest = [i for i in rest if group_of[i] in few]
     t_group = dict(zip(t.ids, t.groups))
@@ -294,7 +295,7 @@ def scored(
     "The scores that a study keeps."
     return evaluate(student, collection, arm=arm, seed=seed, topology=config.topology) if len(collection) else []
 
-# %% ../nbs/5_methods/3_study.ipynb #984c15f9
+# %% ../nbs/5_methods/3_study.ipynb #23e9736a
 def needs_teacher(
     arm:dict, # of `all_arms`
 )->bool: # whether a trained teacher must be there first
@@ -317,8 +318,9 @@ def learner_of(
     start = (lambda net: initialise(net, expert(arm["start"]), "teacher")) if arm["init"] == "teacher" else (lambda net: net)
     concurrent = KINDS[arm["method"]].concurrent and arm["teacher"] != "placebo"
     student = start(fresh("student"))
-    taught = KINDS[arm["method"]].first
-    teacher = first_teacher(folder, config, arm, seed, student) if taught else start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
+    taught, weak = KINDS[arm["method"]].first, KINDS[arm["method"]].weak
+    rest = Unpaired({"unlabelled": source(config, data.student_rest, seed, "unlabelled", channels, weak)}) if taught else None
+    teacher = first_teacher(folder, config, arm, seed, student, lambda i: rest.batch(10**9 + i)) if taught else start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
     same = {**arm, "shares": "", "options": arms[trained]["options"]}
     method = method_of(config, same, student, teacher, seed)
     if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
@@ -348,7 +350,7 @@ def train_arm(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, result, data.student_test, name, seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #128a8523
+# %% ../nbs/5_methods/3_study.ipynb #5fa2dfed
 def first_name(
     arm:dict,           # of `all_arms`
     config:StudyConfig, # the study
@@ -383,12 +385,13 @@ def train_first(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, Student(teacher, replace(recipe(config, data.student_test, student), patch=config.patch)), data.student_test, name, seed)) # tiles of the size it knows
     return learner
 
-def first_teacher(folder, config, arm, seed, student)->nn.Module:
+def first_teacher(folder, config, arm, seed, student, batches)->nn.Module:
     "The trained teacher of an arm; for a placebo a fresh one. `InputError` when it has not been trained."
     method, name = first_of(config, arm, seed, student), first_name(arm, config)
     path = Path(folder)/"checkpoints"/f"{name}-{seed}"/"last.pt"
     if name and not path.exists(): raise InputError(f"{path} does not exist: train the arm's teacher first (`train_first`).")
     for k, state in (load_checkpoint(path)["networks"] if name else {}).items(): load_weights(method.networks[k], state, path)
+    if not name: method.begin(method.stages()[0], batches) # a placebo has seen the images' scale and nothing else
     return method.student.eval().requires_grad_(False)
 
 # %% ../nbs/5_methods/3_study.ipynb #e09e1313

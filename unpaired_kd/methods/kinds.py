@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'Kind', 'method_options', 'make_method']
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #4dc535f9
+# %% ../../nbs/5_methods/8_kinds.ipynb #5496073c
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
@@ -19,9 +19,9 @@ from .lotus import LOTUS, PRESETS, WEIGHTS, check_options
 from .mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from .single import Single
 from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
-from .vpbsd import PAINT_WEIGHTS, Painted, PaintOptions, VPBSD, VPBSD_PRESETS, VPBSD_WEIGHTS, check_vpbsd, pattern_learning, teacher_options
+from .vpbsd import PAINT_WEIGHTS, Painted, PaintOptions, Recalibrated, RecalibrateOptions, VPBSD, VPBSD_PRESETS, check_vpbsd, pattern_learning, teacher_options, vpbsd_weights
 
-# %% ../../nbs/5_methods/8_kinds.ipynb #5677d1b7
+# %% ../../nbs/5_methods/8_kinds.ipynb #3d9830f9
 @dataclass(frozen=True)
 class Kind:
     "What a study must know about a method."
@@ -49,9 +49,10 @@ KINDS = {
                    lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true", "shuffled")),
     "fusion": Kind(lambda s, t, o, epochs, seed, learns: Fusion(s, o, epochs, seed), {"recommended": FusionOptions()}, lambda o, preset: FUSION_WEIGHTS,
                    lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true",), inits=("scratch",)),
-    "vpbsd": Kind(lambda s, t, o, epochs, seed, learns: VPBSD(s, t, o, epochs, seed), VPBSD_PRESETS, lambda o, preset: VPBSD_WEIGHTS, check=check_vpbsd,
+    "vpbsd": Kind(lambda s, t, o, epochs, seed, learns: VPBSD(s, t, o, epochs, seed), VPBSD_PRESETS, lambda o, preset: vpbsd_weights(o), check=check_vpbsd,
                   teachers=("true", "placebo"), first=pattern_learning, first_options=teacher_options, weak=True),
     "painted": Kind(lambda s, t, o, epochs, seed, learns: Painted(s, o, epochs, seed), {"recommended": PaintOptions()}, lambda o, preset: PAINT_WEIGHTS, teachers=("true",), inits=("scratch",), weak=True),
+    "recalibrated": Kind(lambda s, t, o, epochs, seed, learns: Recalibrated(s, o), {"recommended": RecalibrateOptions()}, lambda o, preset: {"seg": 1.}, weak=True),
 }
 
 # %% ../../nbs/5_methods/8_kinds.ipynb #80d225bc

@@ -106,7 +106,7 @@ class ShuffledLabels:
         order = torch.randperm(b.label.numel(), generator=torch_rng(self.seed, "shuffled labels", step))
         return replace(b, label=b.label.flatten()[order].view_as(b.label))
 
-# %% ../../nbs/5_methods/1_single.ipynb #a2f382e9
+# %% ../../nbs/5_methods/1_single.ipynb #62551815
 class Otsu:
     "A student that is a threshold on the first channel: bright is foreground."
     def predict(self,
@@ -122,8 +122,9 @@ class BestThreshold:
     def __init__(self,
         collection, # labelled `Collection` with one foreground class
         steps:int=200, # thresholds that are tried
+        local:float=0., # first bring each neighbourhood to mean 0 and variance 1: its size, px (standard deviation of a Gaussian); 0: no
     ):
-        self.steps = steps
+        self.steps, self.local = steps, local
         self.labels = {self.key(n.image): n.label for n in map(collection.native, range(len(collection)))}
 
     def key(self, image)->int: return zlib.crc32(np.ascontiguousarray(image))
@@ -133,6 +134,10 @@ class BestThreshold:
     )->np.ndarray: # (*s) uint8, 0 or 1
         "The best of all thresholds. Raises `InputError` for an image that is not in the collection."
         x, y = np.asarray(image)[0], self.labels.get(self.key(image))
+        if self.local:
+            from scipy.ndimage import gaussian_filter
+            near = lambda v: gaussian_filter(v.astype(np.float32), self.local)
+            x = (x - near(x)) / np.sqrt(np.maximum(near(x.astype(np.float32) ** 2) - near(x) ** 2, 1e-6))
         if y is None: raise InputError("BestThreshold knows the labels of its own collection only; this image is not in it.")
         levels = np.unique(np.percentile(x, np.linspace(0, 100, self.steps)))
         order = np.sort(x[y > 0].ravel()), np.sort(x.ravel())

@@ -82,7 +82,7 @@ class StudyConfig:
     cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
-# %% ../nbs/5_methods/3_study.ipynb #3b80be6d
+# %% ../nbs/5_methods/3_study.ipynb #cc4ae7e7
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
     "fine-tuned": dict(method="single", init="teacher"),
@@ -104,6 +104,7 @@ def all_arms(
         if not isinstance(arm, dict): raise InputError(f"arm {name!r}: {arm!r} is no arm. Give keys and values, e.g. {{method: single}}, or null to leave it out.")
         for k, v in arm.items():
             if k not in ARM_KEYS: raise InputError(f"arm {name!r}: {unknown('key', k, ARM_KEYS)}")
+            if k in ("options", "weights") and not isinstance(v, dict): raise InputError(f"arm {name!r}: {k}={v!r}: give names and values (a dict).")
             if ARM_KEYS[k] and v not in ARM_KEYS[k]: raise InputError(f"arm {name!r}: {unknown(k, v, ARM_KEYS[k])}")
         method, teacher = arm.get("method", "lotus"), arm.get("teacher", "true")
         if teacher not in KINDS[method].teachers: raise InputError(f"arm {name!r}: teacher={teacher!r} means nothing to the method {method!r}. Give one of {', '.join(KINDS[method].teachers)}.")
@@ -153,7 +154,7 @@ def share(
     if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
     return n
 
-# %% ../nbs/5_methods/3_study.ipynb #53737380
+# %% ../nbs/5_methods/3_study.ipynb #f2481cf5
 def split_data(
     config:StudyConfig, # the study
     seed:int,           # decides who is tested and who is labelled
@@ -170,7 +171,10 @@ def split_data(
         split = split_groups(c, {"test": n, "train": groups - n}, seed=seed)
         if path: split.save(path)
         return split.parts
-    teacher, student = parts(t, config.teacher_test, 0, "teacher"), parts(s, config.test, seed, "student")
+    bare = {c.group for c in s.cases if c.label is None} # whoever has an image without a label is only learned from without labels
+    if bare == set(s.groups): raise InputError(f"{config.data}: no group of {config.student!r} has all its labels. A study needs some to learn from and some to test on.")
+    told = s.subset([c.id for c in s.cases if c.group not in bare]) if bare else s
+    teacher, student = parts(t, config.teacher_test, 0, "teacher"), parts(told, config.test, seed, "student")
     group_of, training = dict(zip(s.ids, s.groups)), student["train"]
     labelled = label_budget(s.subset(training), config.student_labels, config.label_unit, seed)
     used = {group_of[i] for i in labelled}
@@ -178,14 +182,15 @@ def split_data(
     valid = label_budget(s.subset(rest), config.validation, config.label_unit, seed) if config.validation else []
     used |= {group_of[i] for i in valid}
     rest = [i for i in rest if group_of[i] not in used]
+    rest += [i for i in s.ids if group_of[i] in bare]
     if config.unlabelled < 0: raise InputError(f"unlabelled={config.unlabelled}: give a number of groups, or 0 for all.")
     if config.pairing == "index": raise InputError("pairing='index' pairs registered images of the same patients, and a study keeps those patients from the teacher. For registered images use `Unpaired(..., pairing='index')` with a method directly.")
     both = set(t.groups) & set(s.groups)
     if config.score_on not in ("test", "validation"): raise InputError(unknown("score_on", config.score_on, ("test", "validation")))
     scored = student["test"]
     if config.score_on == "validation":
-        whose = list(dict.fromkeys(group_of[i] for i in rest))
-        shown = set(whose[:config.unlabelled] if config.unlabelled else whose[::2]) # an arm may learn from them without labels: they are not scored
+        whose = [g for g in dict.fromkeys(group_of[i] for i in rest) if g not in bare]
+        shown = bare | set(whose[:config.unlabelled] if config.unlabelled else whose[::2]) # an arm may learn from them without labels: they are not scored
         scored, rest = ([i for i in rest if (group_of[i] in shown) == kept] for kept in (False, True))
         if not scored: raise InputError(f"score_on='validation' needs training groups without labels, and student_labels={config.student_labels} takes all {len(used)}. Label fewer.")
     if config.unlabelled:
@@ -197,6 +202,10 @@ def split_data(
     kept = set(kept[:max(1, round(config.teacher_share * len(kept)))])
     taught = [i for i in teacher["train"] if t_group[i] in kept]
     if not taught: raise InputError(f"{config.data}: every training patient of {config.teacher!r} is also in {config.student!r}, so the teacher would see patients that the student is tested on. Give the two modalities different patients.")
+    if folder:
+        path, made = Path(folder)/"splits"/f"student-{seed}-parts.json", Split(dict(labelled=labelled, validation=valid, unlabelled=rest, scored=scored), s.fingerprint())
+        if not path.exists(): made.save(path)
+        elif {k: sorted(v) for k, v in Split.load(path, s).parts.items()} != {k: sorted(v) for k, v in made.parts.items()}: raise InputError(f"{path}: the arms now need other volumes than those on record (score_on='validation' with an arm that learns without labels). Choose another run folder.")
     return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored), s.subset(valid), nameless(s.subset(rest).unlabelled()))
 
 def nameless(
@@ -205,7 +214,7 @@ def nameless(
     "Forget the label groups (a disease, say): they too are labels."
     return c._with([replace(case, label_group="") for case in c.cases])
 
-# %% ../nbs/5_methods/3_study.ipynb #828341bd
+# %% ../nbs/5_methods/3_study.ipynb #57ad8c4d
 def source(
     config:StudyConfig,  # the study
     collection:Collection, # its images
@@ -230,7 +239,7 @@ def network(
 )->nn.Module: # a fresh network
     "The network of teacher and student; its initial weights are a function of (seed, stream)."
     volume = {"dims": 3} if config.dims == 3 else {}
-    with seeded(seed, stream): net = build(config.network, dict(in_channels=channels, classes=1 if classes == 2 else classes, width=config.width, **volume, **config.network_options))
+    with seeded(seed, stream): net = build(config.network, {**dict(in_channels=channels, classes=1 if classes == 2 else classes, width=config.width), **volume, **config.network_options})
     if net.config.get("dims", 2) != config.dims: raise InputError(f"network {config.network!r} is {net.config.get('dims', 2)}-D and the study has dims={config.dims}. Set network_options: {{dims: {config.dims}}}, or take another network.")
     if config.patch % net.stride: raise InputError(f"patch={config.patch}: give a multiple of {net.stride}, the network {config.network!r} halves it {net.stride.bit_length() - 1} times.")
     deep = getattr(net, "strides", (net.stride,))[0]
@@ -350,7 +359,7 @@ def train_arm(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, result, data.student_test, name, seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #5fa2dfed
+# %% ../nbs/5_methods/3_study.ipynb #06770bb1
 def first_name(
     arm:dict,           # of `all_arms`
     config:StudyConfig, # the study
@@ -390,7 +399,10 @@ def first_teacher(folder, config, arm, seed, student, batches)->nn.Module:
     method, name = first_of(config, arm, seed, student), first_name(arm, config)
     path = Path(folder)/"checkpoints"/f"{name}-{seed}"/"last.pt"
     if name and not path.exists(): raise InputError(f"{path} does not exist: train the arm's teacher first (`train_first`).")
-    for k, state in (load_checkpoint(path)["networks"] if name else {}).items(): load_weights(method.networks[k], state, path)
+    if name:
+        saved = load_checkpoint(path).get("networks", {})
+        if set(saved) != set(method.networks): raise InputError(f"{path} holds {', '.join(saved) or 'nothing'}, not the networks of a VpbSD teacher.")
+        for k, state in saved.items(): load_weights(method.networks[k], state, path)
     if not name: method.begin(method.stages()[0], batches) # a placebo has seen the images' scale and nothing else
     return method.student.eval().requires_grad_(False)
 
@@ -483,7 +495,7 @@ def run_study(
     every = [("teacher", "teacher", n) for n in range(config.teachers)] + firsts(config, known_seeds) + [("arm", a, s) for s in known_seeds for a in known_arms]
     return collect(folder, [t for t in every if finished(folder, t)])
 
-# %% ../nbs/5_methods/3_study.ipynb #62894311
+# %% ../nbs/5_methods/3_study.ipynb #fb6a3716
 def firsts(config, seeds)->list:
     "The trainings (kind, name, seed) that must be done before the arms that need them."
     names = dict.fromkeys(first_name(a, config) for a in all_arms(config).values() if not a["shares"])
@@ -503,6 +515,7 @@ def check_study(config, seeds):
     if not 0 < config.teacher_share <= 1: raise InputError(f"teacher_share={config.teacher_share}: give a share above 0, at most 1.")
     if config.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", config.stop_on, ("dice", "loss")))
     if config.early_stop and not config.validation: raise InputError("early_stop needs validation: give a number of labelled units to choose the best epoch by.")
+    if config.dims == 3 and not all(c.dims == 3 for c in open_both(config)): raise InputError(f"dims=3, but {config.data} has 2-D images. Give volumes, or dims=2.")
     arms = {name: (arm, method_options(arm["method"], arm["preset"], arm["options"], config.patch)) for name, arm in all_arms(config).items()}
     for seed in seeds: data = split_data(config, seed)
     fresh = lambda stream: network(config, 0, stream, channels_of(data), len(data.teacher_train.classes))
@@ -512,6 +525,8 @@ def check_study(config, seeds):
         if getattr(options, "unlabelled", False) and not len(data.student_rest): raise InputError(f"arm {name!r}: unlabelled=true needs training groups of the student without labels, and none is left. Label fewer, or leave it out.")
         student, first = fresh("student"), KINDS[arm["method"]].first
         method = method_of(config, arm, student, first_of(config, arm, 0, student).student if first else fresh("teacher"), 0)
+        t, sides = getattr(method, "teacher", None), (config.depth or config.patch, config.patch, config.patch)[-config.dims:] if config.dims == 3 else (config.patch,) * 2
+        if first and any(n % s for n, s in zip(sides, t.strides)): raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's strides {t.strides}.")
         method.check_weights(weight_table(method.weights, arm["weights"]))
 
 # %% ../nbs/5_methods/3_study.ipynb #72780781

@@ -370,12 +370,12 @@ def _channels_first(a, dims, id):
     if a.ndim == dims + 1 and a.shape[-1] in (1, 3): return np.ascontiguousarray(np.moveaxis(a, -1, 0))
     raise InputError(f"image {id!r} has shape {a.shape}: expected {dims} spatial axes and 1 or 3 channels. Pass dims=3 for volumes.")
 
-# %% ../../nbs/1_data/3_collections.ipynb #435d247a
+# %% ../../nbs/1_data/3_collections.ipynb #403c3676
 @patch_to(Collection, cls_method=True)
 def from_manifest(cls,
     folder,            # folder with manifest.csv
     modality:str,      # rows to take
-    labels:bool=None,  # True: every image must have one; False: ignore them; None: as the table says
+    labels=None,       # True: every image must have one; False: ignore them; "some": those that there are; None: as the table says, all or none
     split:str=None,    # take only rows whose `split` column says this
     **kw,              # see `Collection`
 )->Collection:
@@ -385,14 +385,14 @@ def from_manifest(cls,
     if modality not in {r["modality"] for r in rows}: raise InputError(f"{table}: " + unknown("modality", modality, {r["modality"] for r in rows}))
     rows = [r for r in rows if r["modality"] == modality and split in (None, r.get("split"))]
     if not rows: raise InputError(f"{table}: no row of modality {modality!r} has split {split!r}.")
-    wanted = any(r.get("label") for r in rows) if labels is None else labels
+    wanted = any(r.get("label") for r in rows) if labels in (None, "some") else labels
     cases = []
     for r in sorted(rows, key=lambda r: r["id"]):
         image, label = Path(folder)/r["image"], r.get("label") if wanted else None
-        if wanted and not label: raise InputError(f"{table}: image {r['image']} (id {r['id']}) has no label. Fill the column, remove the row, or pass labels=False.")
+        if wanted and not label and labels != "some": raise InputError(f"{table}: image {r['image']} (id {r['id']}) has no label. Fill the column, remove the row, or pass labels=False (no labels) or labels='some'.")
         for f in filter(None, (image, label and Path(folder)/label)):
             if not f.exists(): raise InputError(f"{f} is listed in {table} but does not exist.")
-        cases.append(Case(r["id"], image, label and Path(folder)/label, r.get("group") or r["id"], r.get("label_group") or "", sha256=(r.get("sha256_image") or "", r.get("sha256_label") or "")))
+        cases.append(Case(r["id"], image, Path(folder)/label if label else None, r.get("group") or r["id"], r.get("label_group") or "", sha256=(r.get("sha256_image") or "", r.get("sha256_label") or "")))
     return cls(cases, **dict(dict(name=modality), **kw))
 
 def _read_table(path, columns):
@@ -435,12 +435,12 @@ def match_labels(
     if any(_stem(p) in by_name for p in images): return [by_name.get(_stem(p)) for p in images]
     return [by_number.get(numbers(p)) if unique else None for p in images]
 
-# %% ../../nbs/1_data/3_collections.ipynb #5f054efe
+# %% ../../nbs/1_data/3_collections.ipynb #9dd9bcc3
 @patch_to(Collection, cls_method=True)
 def from_folders(cls,
     folder,            # holds images/ and perhaps labels/ (or images only)
     group=None,        # pattern whose first bracket is the patient, e.g. r"^(p\d+)"; or function id -> patient
-    labels:bool=None,  # True: required; False: ignored; None: required if there is a label folder
+    labels=None,       # True: required; False: ignored; "some": those that there are; None: required if there is a label folder
     **kw,              # see `Collection`
 )->Collection:
     "The images of a folder, in the order of their names; patients from groups.csv or from the file name."
@@ -452,7 +452,7 @@ def from_folders(cls,
     if labels and label_dir is None: raise InputError(f"{folder} has no label folder. Name it {LABEL_DIRS[0]!r}, or pass labels=False.")
     label = match_labels(images, _files(label_dir)) if label_dir else [None] * len(images)
     for p, y in zip(images, label):
-        if label_dir and y is None: raise InputError(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False.")
+        if label_dir and y is None and labels != "some": raise InputError(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some'.")
     who = _groups(folder, [_stem(p) for p in images], group)
     return cls([Case(_stem(p), p, y, *who[_stem(p)]) for p, y in zip(images, label)], **dict(dict(name=folder.name), **kw))
 
@@ -473,12 +473,12 @@ def _groups(folder, ids, group):
         if not m or not m.groups(): raise InputError(f"group pattern {group!r} finds no group in image name {i!r}. It needs one bracket that matches in every name.")
     return {i: (m.group(1), "") for i, m in found.items()}
 
-# %% ../../nbs/1_data/3_collections.ipynb #03b0dfbe
+# %% ../../nbs/1_data/3_collections.ipynb #1d8ae1fe
 @patch_to(Collection, cls_method=True)
 def from_lotus(cls,
     folder,            # holds one folder per modality
     modality:str,      # its name, e.g. "bonesai-microct"
-    labels:bool=None,  # True: required; False: ignored; None: required where there is a mask folder
+    labels=None,       # True: required; False: ignored; "some": those that there are; None: required where there is a mask folder
     split:str=None,    # "train", "val" or "test" where the data come so divided
     **kw,              # see `Collection`
 )->Collection:
@@ -492,7 +492,7 @@ def from_lotus(cls,
         images = _files(at)
         label = match_labels(images, _files(label_dir)) if label_dir else [None] * len(images)
         for p, y in zip(images, label):
-            if y is None and (label_dir or labels): raise InputError(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False.")
+            if y is None and (label_dir or labels) and labels != "some": raise InputError(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False.")
             tiles = bool({"train", "val", "test"} & set(parts)) or not parts
             group = re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", _stem(p)) if tiles else parts[-1]
             above = "" if tiles else parts[-2] if len(parts) > 1 else re.sub(r"[\W_]*\d.*$", "", parts[-1])

@@ -23,7 +23,7 @@ def _check_rows(z, table, what="tokens"):
     if z.ndim != 2 or table.ndim != 2 or z.shape[1] != table.shape[1]:
         raise InputError(f"{what} have shape {tuple(z.shape)}, but a table of shape {tuple(table.shape)} needs (M,{table.shape[-1]}). Put the channels last, and set dim to their number.")
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #9877edf5
+# %% ../../nbs/3_lessons/7_codebook.ipynb #1698c02d
 @torch.no_grad()
 def nearest_code(
     z:Tensor,       # tokens $z_i$, (M,D)
@@ -33,7 +33,7 @@ def nearest_code(
     """The code with the smallest Euclidean distance, without gradient. Computed in float32 (float64 if an input is), also under autocast.
     Raises `InputError` if the numbers of channels differ."""
     _check_rows(z, table)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
         kind = torch.promote_types(torch.promote_types(z.dtype, table.dtype), torch.float32)
         z, e = z.to(kind), table.to(kind)
         half, e = e.square().sum(1) / 2, e.mT
@@ -113,7 +113,7 @@ def kmeans(
             table[empty], counts[empty] = distinct[far], 1
     return table, counts
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #03babaa0
+# %% ../../nbs/3_lessons/7_codebook.ipynb #d4bac813
 class Quantised(NamedTuple):
     "What a quantiser returns for features (B,D,*s)."
     values: Tensor # the codes in the forward pass, the gradient of the features in the backward pass, (B,D,*s) float32
@@ -126,7 +126,7 @@ def _rows(z, dim):
     if z.ndim < 2 or z.shape[1] != dim: raise InputError(f"features have shape {tuple(z.shape)}; this quantiser needs (B,{dim},*s). Project them to {dim} channels first.")
     rows = z.movedim(1, -1).reshape(-1, dim)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if not torch.isfinite(rows.detach().sum()): raise InputError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} features are not finite: they would spoil the codebook for good. Lower the learning rate, or clip the gradient.")
+    if rows.device.type != "meta" and not torch.isfinite(rows.detach().sum()): raise InputError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} features are not finite: they would spoil the codebook for good. Lower the learning rate, or clip the gradient.")
     return rows
 
 def _grid(rows, z):
@@ -169,7 +169,7 @@ class Codebook(nn.Module):
         self.register_buffer("drawn", None, persistent=False)                # see `shuffled`
         self.frozen, self.restarting = False, True
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #53bcabd8
+# %% ../../nbs/3_lessons/7_codebook.ipynb #5f28d8ee
 @patch
 def rows(self:Codebook)->Tensor: # codes $e_j$ (K,D)
     "The codes as the search sees them: `table`, and of length 1 where an optimiser may have stretched a cosine table."
@@ -181,7 +181,7 @@ def forward(self:Codebook,
     z:Tensor, # features (B,D,*s); cosine: only their direction counts
 )->Quantised: # values and codes (B,D,*s), index (B,*s), loss
     "Replace every feature by its nearest code. In training mode an `ema` table moves afterwards."
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
         rows, table = _rows(z, self.dim), self.rows()
         if self.cosine: rows = unit(rows)
         index = nearest_code(rows, table)
@@ -280,7 +280,7 @@ def _load_from_state_dict(self:Codebook, state_dict, prefix, *args):
         raise InputError(f"the stored {prefix}table has shape {tuple(stored.shape)}; this codebook has {tuple(self.table.shape)}. Build it with codes={stored.shape[0]}, dim={stored.shape[-1]}.")
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
-# %% ../../nbs/3_lessons/7_codebook.ipynb #857e851c
+# %% ../../nbs/3_lessons/7_codebook.ipynb #d23ce2dd
 class FSQ(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): every channel is squeezed and rounded to a few levels; the codes are all combinations.
     Nothing is learned, so `start` and `freeze` do nothing and the loss is 0. Raises `InputError` for features that do not fit."""
@@ -306,7 +306,7 @@ class FSQ(nn.Module):
         z:Tensor, # features (B,D,*s)
     )->Quantised: # values and codes in [-1,1], index, and a loss of 0
         "Squeeze with tanh, round, scale to [-1,1]; the rounding is straight-through."
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
             soft = (_rows(z, self.dim).tanh() + 1) * (self.count - 1) / 2       # 0 to levels-1
             level = soft.detach().round()
             values = straight_through(soft, level) * 2 / (self.count - 1) - 1

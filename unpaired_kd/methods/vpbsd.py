@@ -65,7 +65,7 @@ TEACHER_OPTIONS = ("encoder", "encoder_config", "inner", "decoder", "codebook", 
 DIS_WEIGHTS = {"cosine": 1., "code_ce": .1, "channel": 16., "hint": 1.} # so that the first gradients of the first three are of one size
 TEACHER_WEIGHTS = {"rec": 1., "cb": 1., "seg": 1.}
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #d413b81a
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #a3ecd05f
 VPBSD_CHOICES = dict(encoder=("hybrid", "swin", "unetr"), codebook=("cosine", "euclidean", "fsq"), gradient=("straight", "rotate"), lesson=("cosine", "code_ce", "channel", "hint"),
                      target=("quantised", "unquantised", "random"), pseudo=("hard", "soft"))
 VPBSD_PRESETS = {"recommended": VpbsdOptions(), "paper": VpbsdOptions(bce=1.)}
@@ -85,6 +85,8 @@ def check_vpbsd(
     if not 0 < o.pretrain < 1: raise InputError(f"pretrain={o.pretrain}: give a share between 0 and 1; the rest of the teacher's epochs is fine-tuning.")
     if not 0 <= o.mask < 1 or not 0 <= o.doubt < .5: raise InputError(f"mask={o.mask}, doubt={o.doubt}: mask is a share below 1, doubt lies below 0.5.")
     if o.codebook == "fsq" and o.lesson == "code_ce": raise InputError("codebook='fsq' has no learned table, so there is no cross-entropy over its rows. Use lesson='cosine' or 'channel'.")
+    for name in ("inner", "teacher_rate", "encoder_rate", "bce"):
+        if getattr(o, name) < (1 if name == "inner" else 0): raise InputError(f"{name}={getattr(o, name)}: give at least {1 if name == 'inner' else 0}.")
     if o.lesson == "code_ce" and o.target == "unquantised": raise InputError("lesson='code_ce' needs codes. Use target='quantised' or 'random'.")
     if not o.unlabelled: raise InputError("unlabelled=False: stages 1 and 3 learn from volumes without labels. For labels alone take the method 'single'.")
     if odd := [k for k in o.strong if k not in ("brightness", "contrast", "gamma", "noise", "blur", "hue")]: raise InputError(f"strong: {unknown('change of intensity', odd[0], ('brightness', 'contrast', 'gamma', 'noise', 'blur', 'hue'))}")
@@ -142,7 +144,7 @@ class Painter(nn.Module):
         "Paint."
         return self.decoder(self.pi_out(z), skips if self.skips else None)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #99da2922
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #5b2e8902
 class PatternTeacher(nn.Module):
     "The whole teacher. Called, it gives logits; `say` also gives the codes. It has the student's classes, channels and axes."
     def __init__(self,
@@ -155,7 +157,9 @@ class PatternTeacher(nn.Module):
     ):
         super().__init__()
         o = self.options = options
-        own = dict(dims=dims, flat=flat) if o.encoder == "hybrid" else {}
+        if flat and o.encoder != "hybrid": raise InputError(f"flat={flat}: only the encoder 'hybrid' can leave the depth alone, not {o.encoder!r}.")
+        own = dict(dims=dims, flat=flat) if o.encoder == "hybrid" else dict(dims=dims)
+        self.fits = dict(in_channels=channels, classes=classes, dims=dims, flat=flat)
         net = encoder(o.encoder, {"in_channels": channels, **own, **o.encoder_config})
         self.codebook = FSQ() if o.codebook == "fsq" else Codebook(o.codes, o.code_dim, o.codebook == "cosine", "ema", o.decay, beta=o.beta, restart=o.restart, gradient=o.gradient, seed=seed)
         dim = self.codebook.dim
@@ -320,7 +324,7 @@ class Frozen(nn.Module):
 
     def forward(self, *x): return self.net(*x)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #b36ca5fc
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #c69ab321
 def pseudo_loss(
     logits:Tensor,  # of the student (B,K,*s)
     teacher:Tensor, # logits of the teacher, the same shape
@@ -338,10 +342,10 @@ def pseudo_loss(
     ce = (ce * sure).sum() / sure.sum().clamp(min=1)
     p, y = ((v if one else v[:, 1:]) * sure for v in (p, y))
     over = (0, *range(2, x.ndim))
-    dice = (1 - (2 * (p * y).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)).mean()
+    dice = (1 - ((p + y - (p - y).abs()).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)).mean()
     return dice + bce * ce
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #866e4358
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #ac6f613f
 class VPBSD(Method):
     """Stage 3 of VpbSD (Lin et al., 2024): labels, pseudo labels and vessel patterns of a frozen teacher. Batches need the sources "student" (labelled) and
     "unlabelled". Raises `InputError` for options that exclude each other and for a teacher of other classes or a codebook of another size."""
@@ -360,6 +364,7 @@ class VPBSD(Method):
         if not o.tap and any(a > b for a, b in zip(getattr(student, "strides", (student.stride,) * dims), teacher.strides)):
             raise InputError(f"the student's deepest features have stride {student.stride}, the teacher's grid {teacher.stride}: features are averaged, never refined. Name a finer layer of the student, e.g. tap='join3' of light_unet at stride 4.")
         self.tap = o.tap or student.hint_layers["mid"][-1]
+        if odd := [k for k in ("in_channels", "classes", "dims") if student.config[k] != teacher.fits[k]]: raise InputError(f"the teacher was built with {odd[0]}={teacher.fits[odd[0]]}, the student with {student.config[odd[0]]}.")
         self.taps, channels = Taps(student, (self.tap,)), tap_channels(student, (self.tap,))[self.tap]
         with seeded(seed, "vpbsd"):
             wide = teacher.tokens.encoder.channels

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unpaired_kd import study as study_module
-from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng
+from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
 from unpaired_kd.data.images import Image, write_image, write_label
 from unpaired_kd.data.unpaired import Batch
 from unpaired_kd.learner import Learner, Settings, load_checkpoint
@@ -862,3 +862,22 @@ def test_the_paper_preset_and_its_teacher():
     assert set(teacher_options(VpbsdOptions())) == set(vpbsd_module.TEACHER_OPTIONS)
     m = make_method("vpbsd", light(), taught(light()), TINY, 2, 0)
     assert m.weights == {"seg": 1., "semi": 1., "dis": 1.} and m.student.config["width"] == 2
+
+
+@pytest.mark.parametrize("layout", ("folders", "manifest"))
+def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp_path, layout):
+    from unpaired_kd.data.vessels import vessels
+    c, root = vessels("lightsheet", volumes=8, size=32), tmp_path/"data"
+    rows = []
+    for modality in ("a", "b"):
+        for i, case in enumerate(c.cases):
+            name = f"{modality}{i}"
+            write_image(root/modality/"images"/f"{name}.tif", Image(case.image))
+            if i < 5: write_label(root/modality/"labels"/f"{name}.tif", case.label)
+            rows.append(dict(modality=modality, id=name, image=f"{modality}/images/{name}.tif", label=f"{modality}/labels/{name}.tif" if i < 5 else "", group=name))
+    if layout == "manifest": write_csv(root/"manifest.csv", rows)
+    config = StudyConfig(data=str(root), data_options={"labels": "some"}, teacher="b", student="a", teacher_test=0, student_labels=2, label_unit="groups", test=2, dims=3, patch=16)
+    data = split_data(config, 0)
+    assert len(data.student_train) == len(data.student_test) == 2 and data.student_train.has_labels and data.student_test.has_labels
+    assert {"a5", "a6", "a7"} <= set(data.student_rest.ids) and not any(x.label is not None for x in data.student_rest.cases)
+    with pytest.raises(InputError, match="labels='some'"): split_data(replace(config, data_options={}), 0)

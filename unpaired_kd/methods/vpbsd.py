@@ -32,7 +32,7 @@ from ..networks.taps import Taps, tap_channels
 from ..networks.unet import layer
 from ..networks.volumes_networks import GridDecoder, encoder
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #39ccc604
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #b47fcc37
 @dataclass(frozen=True)
 class VpbsdOptions:
     "The choices of VpbSD that are not weights. Defaults are the preset `recommended`."
@@ -61,6 +61,7 @@ class VpbsdOptions:
     bce: float = .5               # weight of cross-entropy beside Dice
     unlabelled: bool = True       # learn from unlabelled volumes; without them VpbSD is nothing
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #c96d18d4
 TEACHER_OPTIONS = ("encoder", "encoder_config", "inner", "decoder", "codebook", "codes", "code_dim", "decay", "restart", "beta", "gradient", "mask", "pretrain", "teacher_rate", "encoder_rate", "quantise", "bce")
 DIS_WEIGHTS = {"cosine": 1., "code_ce": .1, "channel": 16., "hint": 1.} # so that the first gradients of the first three are of one size
 TEACHER_WEIGHTS = {"rec": 1., "cb": 1., "seg": 1.}
@@ -92,7 +93,7 @@ def check_vpbsd(
     if odd := [k for k in o.strong if k not in ("brightness", "contrast", "gamma", "noise", "blur", "hue")]: raise InputError(f"strong: {unknown('change of intensity', odd[0], ('brightness', 'contrast', 'gamma', 'noise', 'blur', 'hue'))}")
     return o
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #388f7e0a
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #8f32c35f
 class Tokens(nn.Module):
     "$\\pi_{in}(E_T(X))$: the encoder and its way into the codebook's space."
     def __init__(self,
@@ -122,6 +123,7 @@ class Tokens(nn.Module):
         f, skips = self.encoder(self.standard(x))
         return self.spread(self.pi_in(f)), skips
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #bf4b32f0
 class Painter(nn.Module):
     "From codes to an image: $\\pi_{out}$ and a decoder."
     def __init__(self,
@@ -180,7 +182,7 @@ class PatternTeacher(nn.Module):
         "Scores of every voxel."
         return self.say(x)[0]
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #f836acd9
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #c7009bba
 class PatternLearning(Method):
     "Stages 1 and 2 of VpbSD: `pretrain` on unlabelled patches, `finetune` on labelled ones. Its `student` is the teacher of stage 3."
     def __init__(self,
@@ -221,6 +223,7 @@ def teacher_options(
     "Those that decide the teacher."
     return {k: v for k, v in asdict(options).items() if k in TEACHER_OPTIONS}
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #a319351d
 def pattern_learning(
     student:nn.Module,    # the network to be taught: the teacher gets its channels, classes, axes and flat poolings
     options:VpbsdOptions, # see `VpbsdOptions`
@@ -259,9 +262,12 @@ def hidden(
     keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
     return x * keep + fill * (1 - keep)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #ef81ec40
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #fa13eb29
 @patch_to(PatternLearning)
-def begin(self, stage, batches):
+def begin(self,
+    stage,   # the stage that begins
+    batches, # i -> the i-th batch of a fixed list
+):
     "Before stage 1: the images' mean and deviation, then k-means. Before stage 2: the tokens' mean and deviation, over many batches."
     t, image = self.teacher.tokens, cache(lambda i: batches(i)["unlabelled"].image)
     if stage.name == "finetune":
@@ -277,7 +283,10 @@ def codebook(self):
     return self.teacher.codebook
 
 @patch_to(PatternLearning)
-def pretrain_losses(self, batch:dict, noise:Callable)->dict:
+def pretrain_losses(self,
+    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # {"rec", "cb"}
     "$L_{rec}$ and $L_{cb}$ on unlabelled patches."
     x, t, book = batch["unlabelled"].image, self.teacher.tokens, self.codebook
     book.restarting = self.done < .9
@@ -286,8 +295,12 @@ def pretrain_losses(self, batch:dict, noise:Callable)->dict:
     paint = lambda: F.mse_loss(self.networks["reconstruct"](q().values.to(x.dtype)).float(), t.standard(x))
     return {"rec": paint, "cb": lambda: q().loss}
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #98af1cb3
 @patch_to(PatternLearning)
-def finetune_losses(self, batch:dict, noise:Callable)->dict:
+def finetune_losses(self,
+    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # {"seg", "cb"}
     "$L_{seg}$ on labelled patches, and the commitment to a codebook that no longer moves."
     b, said = batch["student"], cache(lambda: self.teacher.say(batch["student"].image))
     self.codebook.freeze()
@@ -295,7 +308,10 @@ def finetune_losses(self, batch:dict, noise:Callable)->dict:
     return {"seg": lambda: segmentation_loss(said()[0].float(), b.label, bce=self.options.bce), "cb": lambda: said()[1].loss}
 
 @patch_to(PatternLearning)
-def monitor(self, batch:dict, noise:Callable)->dict:
+def monitor(self,
+    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # name -> number
     "How many codes a fixed batch uses, how evenly, how well it is painted (error / variance); and how many codes have been restarted in all."
     x, t = batch["unlabelled"].image, self.teacher.tokens
     q, seen = self.codebook(t(x)[0]), t.standard(x)
@@ -303,7 +319,7 @@ def monitor(self, batch:dict, noise:Callable)->dict:
     use = code_use(q.index, self.codebook.codes)
     return dict(perplexity=use["perplexity"], active=use["active"], rec_over_var=float(error), restarted=float(getattr(self.codebook, "restarted", 0)))
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #2869ea69
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #a3ac9f6e
 class Frozen(nn.Module):
     "A network that stays as it is: no gradients, and evaluation mode whatever is called."
     def __init__(self,
@@ -322,7 +338,11 @@ class Frozen(nn.Module):
         super().train(False)
         return self
 
-    def forward(self, *x): return self.net(*x)
+    def forward(self,
+        *x, # what the network takes
+    ):
+        "What the network gives."
+        return self.net(*x)
 
 # %% ../../nbs/5_methods/9_vpbsd.ipynb #c69ab321
 def pseudo_loss(
@@ -345,7 +365,7 @@ def pseudo_loss(
     dice = (1 - ((p + y - (p - y).abs()).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)).mean()
     return dice + bce * ce
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #ac6f613f
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #f4902adb
 class VPBSD(Method):
     """Stage 3 of VpbSD (Lin et al., 2024): labels, pseudo labels and vessel patterns of a frozen teacher. Batches need the sources "student" (labelled) and
     "unlabelled". Raises `InputError` for options that exclude each other and for a teacher of other classes or a codebook of another size."""
@@ -387,6 +407,7 @@ class VPBSD(Method):
         "One stage, to the end of the budget."
         return [Stage("distil", [Update("student", ("student", "projector"), self.losses)], sources=("student", "unlabelled"))]
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #5d54327c
 def random_table(
     table:Tensor, # (K,D), for shape and scale
     seed:int,     # of the rows
@@ -428,9 +449,12 @@ def listen(
         logits, q, z = method.teacher.say(x)
         return logits, q, z, taps["tokens.encoder"][0]
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #7a387f21
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #d779f7b1
 @patch_to(VPBSD)
-def losses(self, batch:dict, noise:Callable)->dict:
+def losses(self,
+    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+    noise:Callable, # generator for a purpose
+)->dict: # {"seg", "semi", "dis"}
     "$L_{seg}^S$, $L_{semi}^S$ and $L_{dis}^S$."
     x, o = Lesson(self, batch, noise), self.options
     return {"seg": lambda: segmentation_loss(x.student("labelled")[0].float(), x.s.label, bce=o.bce),
@@ -453,7 +477,7 @@ def pattern(self,
         codes = table[index].movedim(-1, 1)
     return pattern_loss(u, codes, o.lesson, **(dict(index=index, table=table) if o.lesson == "code_ce" else {}))
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #a7dae7e0
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #258e1722
 @dataclass(frozen=True)
 class PaintOptions:
     "The choices of `Painted`."
@@ -465,6 +489,7 @@ class PaintOptions:
 
 PAINT_WEIGHTS = {"rec": 1., "seg": 1.}
 
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #cc83b9d3
 class Painted(Method):
     "The control without a teacher: the student learns to paint unlabelled patches from its deepest features, then to segment labelled ones."
     def __init__(self,
@@ -488,7 +513,10 @@ class Painted(Method):
         return [Stage("paint", [Update("paint", ("student", "painter"), self.paint_losses)], epochs=self.epochs // 2, sources=("unlabelled",), anew=True),
                 Stage("train", [Update("student", ("student",), self.losses)], sources=("student",), anew=True)]
 
-    def paint_losses(self, batch:dict, noise:Callable)->dict:
+    def paint_losses(self,
+        batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+        noise:Callable, # generator for a purpose
+    )->dict: # {"rec"}
         "Squared error of the painted patch."
         x = batch["unlabelled"].image
         def rec():
@@ -496,7 +524,10 @@ class Painted(Method):
             return F.mse_loss(self.networks["painter"](self.taps.take()[self.tap]).float(), x)
         return {"rec": rec}
 
-    def losses(self, batch:dict, noise:Callable)->dict:
+    def losses(self,
+        batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
+        noise:Callable, # generator for a purpose
+    )->dict: # {"seg"}
         "$L_{seg}$ on the labels."
         b = batch["student"]
         return {"seg": lambda: segmentation_loss(self.student(b.image).float(), b.label, bce=self.options.bce)}

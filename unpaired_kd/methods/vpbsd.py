@@ -262,17 +262,15 @@ def hidden(
     keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
     return x * keep + fill * (1 - keep)
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #fa13eb29
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #af6759e4
 @patch_to(PatternLearning)
 def begin(self,
     stage,   # the stage that begins
     batches, # i -> the i-th batch of a fixed list
 ):
-    "Before stage 1: the images' mean and deviation, then k-means. Before stage 2: the tokens' mean and deviation, over many batches."
+    "Before stage 1: the images' mean and deviation, then k-means."
+    if stage.name != "pretrain": return
     t, image = self.teacher.tokens, cache(lambda i: batches(i)["unlabelled"].image)
-    if stage.name == "finetune":
-        calibrate(t, [image(i) for i in range(16)])
-        return
     seen = torch.cat([image(i).float().transpose(0, 1).flatten(1) for i in range(8)], 1)
     t.mean.copy_(seen.mean(1)); t.std.copy_(seen.std(1).clamp_min(1e-3))
     if self.options.codebook != "fsq": self.codebook.start(gather_tokens(t, image, 10 * self.options.codes), self.seed)
@@ -295,7 +293,7 @@ def pretrain_losses(self,
     paint = lambda: F.mse_loss(self.networks["reconstruct"](q().values.to(x.dtype)).float(), t.standard(x))
     return {"rec": paint, "cb": lambda: q().loss}
 
-# %% ../../nbs/5_methods/9_vpbsd.ipynb #98af1cb3
+# %% ../../nbs/5_methods/9_vpbsd.ipynb #d85bf775
 @patch_to(PatternLearning)
 def finetune_losses(self,
     batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
@@ -304,7 +302,6 @@ def finetune_losses(self,
     "$L_{seg}$ on labelled patches, and the commitment to a codebook that no longer moves."
     b, said = batch["student"], cache(lambda: self.teacher.say(batch["student"].image))
     self.codebook.freeze()
-    self.teacher.tokens.spread.eval() # the codes were learned with these statistics
     return {"seg": lambda: segmentation_loss(said()[0].float(), b.label, bce=self.options.bce), "cb": lambda: said()[1].loss}
 
 @patch_to(PatternLearning)

@@ -881,3 +881,11 @@ def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp
     assert len(data.student_train) == len(data.student_test) == 2 and data.student_train.has_labels and data.student_test.has_labels
     assert {"a5", "a6", "a7"} <= set(data.student_rest.ids) and not any(x.label is not None for x in data.student_rest.cases)
     with pytest.raises(InputError, match="labels='some'"): split_data(replace(config, data_options={}), 0)
+
+
+def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
+    from unpaired_kd.report import save_rows
+    place = tmp_path/"checkpoints"/"teacher-0"
+    place.mkdir(parents=True)
+    save_rows(place/"metrics.csv", [])
+    assert study_module.collect(tmp_path, [("teacher", "teacher", 0)]) == []

@@ -529,7 +529,7 @@ def check_study(config, seeds):
         if first and any(n % s for n, s in zip(sides, t.strides)): raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's strides {t.strides}.")
         method.check_weights(weight_table(method.weights, arm["weights"]))
 
-# %% ../nbs/5_methods/3_study.ipynb #72780781
+# %% ../nbs/5_methods/3_study.ipynb #e654ce56
 def _here(kind, name, seed, folder, config, bar):
     "Run one task in this process (GPU)."
     tell = lambda row: _advance(bar, config, name, seed, row)
@@ -546,7 +546,7 @@ def collect(folder, tasks)->list:
     rows, history = [], []
     for _, name, seed in tasks:
         place = Path(folder)/"checkpoints"/f"{name}-{seed}"
-        rows += load_rows(place/"metrics.csv")
+        rows += load_rows(place/"metrics.csv") if (place/"metrics.csv").read_text().strip() else [] # a teacher that nobody tested has no rows
         if (place/"history.csv").exists(): history += [dict(arm=name, seed=seed, **r) for r in read_csv(place/"history.csv")] # an arm that shares a training has no history of its own
     save_rows(Path(folder)/"metrics.csv", rows)
     write_csv(Path(folder)/"history.csv", history)

@@ -889,3 +889,14 @@ def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])
     assert study_module.collect(tmp_path, [("teacher", "teacher", 0)]) == []
+
+
+def test_a_student_is_not_resumed_with_the_codebook_of_another_teacher(study, tmp_path):
+    import shutil
+    folder = tmp_path/"run"
+    shutil.copytree(study[0], folder)
+    path = folder/"checkpoints"/f"{first_name(all_arms(ARMS)['vpbsd'], ARMS)}-0"/"last.pt"
+    saved = load_checkpoint(path)
+    saved["networks"]["codebook"]["table"] = saved["networks"]["codebook"]["table"].flip(0)
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="codebook of another teacher"): learner_of(folder, ARMS, "vpbsd", 0)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share', 'split_data', 'nameless', 'source',
            'network', 'recipe', 'settings', 'channels_of', 'identity', 'train_teacher', 'scored', 'needs_teacher',
-           'learner_of', 'train_arm', 'first_name', 'first_of', 'train_first', 'first_teacher', 'frozen_teacher',
-           'method_of', 'epochs_of', 'cores', 'run_study', 'firsts', 'check_study', 'finished', 'collect',
-           'claim_folder', 'environment', 'export_student']
+           'learner_of', 'train_arm', 'first_name', 'first_of', 'train_first', 'keep_codebook', 'first_teacher',
+           'frozen_teacher', 'method_of', 'epochs_of', 'cores', 'run_study', 'firsts', 'check_study', 'finished',
+           'collect', 'claim_folder', 'environment', 'export_student']
 
-# %% ../nbs/5_methods/3_study.ipynb #1a6cfe7d
+# %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import json, os, re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +25,7 @@ from .data.collections import Collection, Split, label_budget, open_collection, 
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
 from .inference import Recipe, Student
+from .lessons.pattern_distillation import codebook_digest, same_codebook
 from .learner import Learner, NotSettled, Settings, learning_rate, load_checkpoint, weight_table
 from .methods.kinds import KINDS, make_method, method_options
 from .methods.single import ShuffledLabels, Single, initialise, placebo
@@ -304,7 +305,7 @@ def scored(
     "The scores that a study keeps."
     return evaluate(student, collection, arm=arm, seed=seed, topology=config.topology) if len(collection) else []
 
-# %% ../nbs/5_methods/3_study.ipynb #23e9736a
+# %% ../nbs/5_methods/3_study.ipynb #0163c2cd
 def needs_teacher(
     arm:dict, # of `all_arms`
 )->bool: # whether a trained teacher must be there first
@@ -330,6 +331,7 @@ def learner_of(
     taught, weak = KINDS[arm["method"]].first, KINDS[arm["method"]].weak
     rest = Unpaired({"unlabelled": source(config, data.student_rest, seed, "unlabelled", channels, weak)}) if taught else None
     teacher = first_teacher(folder, config, arm, seed, student, lambda i: rest.batch(10**9 + i)) if taught else start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
+    if taught: keep_codebook(Path(folder)/"checkpoints"/f"{trained}-{seed}"/"codebook.json", teacher)
     same = {**arm, "shares": "", "options": arms[trained]["options"]}
     method = method_of(config, same, student, teacher, seed)
     if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
@@ -359,7 +361,7 @@ def train_arm(
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, result, data.student_test, name, seed))
     return result
 
-# %% ../nbs/5_methods/3_study.ipynb #06770bb1
+# %% ../nbs/5_methods/3_study.ipynb #872de917
 def first_name(
     arm:dict,           # of `all_arms`
     config:StudyConfig, # the study
@@ -393,6 +395,16 @@ def train_first(
     teacher = learner.method.student.eval()
     if not (place/"metrics.csv").exists(): save_rows(place/"metrics.csv", scored(config, Student(teacher, replace(recipe(config, data.student_test, student), patch=config.patch)), data.student_test, name, seed)) # tiles of the size it knows
     return learner
+
+def keep_codebook(
+    path,    # record beside the student's checkpoints
+    teacher, # the student's teacher
+):
+    "Write down which codebook a student learns from; `InputError` if it is resumed with another one."
+    table = getattr(teacher.codebook, "table", None)
+    if table is None: return
+    if Path(path).exists(): same_codebook(read_json(path)["digest"], table, str(path))
+    else: write_json(path, {"digest": codebook_digest(table)})
 
 def first_teacher(folder, config, arm, seed, student, batches)->nn.Module:
     "The trained teacher of an arm; for a placebo a fresh one. `InputError` when it has not been trained."

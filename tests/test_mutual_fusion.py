@@ -217,8 +217,10 @@ def test_a_packed_network_is_its_parts_in_a_row(generator, side):
 def test_the_table_makes_every_method():
     tiny = {"cmedl": dict(width=4, blocks=1, cx_on="filters"), "mutual": dict(width=4, blocks=1), "fusion": dict(width=4, blocks=1, fuse="weighted", alpha_width=2)}
     for name, kind in KINDS.items():
-        options = method_options(name, "recommended", tiny.get(name, {}), 32)
-        m = make_method(name, *nets(), options, 2, 0)
+        patterns = dict(tap="conv4", encoder_config=dict(width=4, dim=8, depth=1, heads=1, tokens=4), codes=8, code_dim=4, inner=8, decoder=4) if name == "vpbsd" else {}
+        options = method_options(name, "recommended", tiny.get(name, patterns), 32)
+        student, teacher = nets()
+        m = make_method(name, student, kind.first(student, options, 2, 0).student if kind.first else teacher, options, 2, 0)
         assert m.weights.keys() >= {"seg"} and m.stages() and m.networks["student"] is not None
         m.check_weights(m.weights)
         if name in tiny: assert options.side == 32 and kind.concurrent

@@ -1,4 +1,5 @@
 """Whole volumes in blocks: exact, resumable, and refused where they cannot be."""
+from importlib.util import find_spec
 import contextlib
 import itertools
 import json
@@ -393,7 +394,7 @@ def test_command(tmp_path, capsys):
     assert p.spacing == (3, 2, 1) and np.abs(p.array[0].astype(int) - whole(s, raw)).max() <= 1
     assert cli.main(["predict", *at("student", "v.tif", "plain.tif")]) == 0 and "voxels a second" not in capsys.readouterr().out.split("label map")[-1]
     assert not goes_in_blocks(*at("student", "v.tif", "x.tif")) and goes_in_blocks(*at("student", "v.tif", "x.tif"), memory=1000) and not goes_in_blocks(*at("student", "v.zarr", "x.nii.gz"))
-    for options, said in ((["--tile", "30"], "multiples"), (["--blocks", "--instances"], "--instances"), (["--memory", "x"], "1.5GB"), (["--scheduler", "http://here"], "scheduler")):
+    for options, said in ((["--tile", "30"], "multiples"), (["--blocks", "--instances"], "--instances"), (["--memory", "x"], "1.5GB"), (["--scheduler", "http://here"], "scheduler" if find_spec("distributed") else "unpaired_kd[scale]")):
         assert cli.main(["predict", *at("student", "v.zarr", "no.zarr"), *options]) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "no.zarr").exists()
 

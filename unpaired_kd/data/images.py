@@ -361,9 +361,9 @@ def decode(
         reader = reader_of(path)
         array, spacing, affine = reader(path, label, *([absent] if reader is read_zarr else []))
     except InputError as e:
-        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
-    except (MemoryError, KeyboardInterrupt):
-        raise
+        raise e if str(e).startswith(str(path)) else InputError(f"{path}: {e}") from e
+    except MemoryError as e:
+        raise InputError(f"{path} does not fit into the memory that is free ({e}). Read it in blocks, make it smaller, or take a larger machine.") from e
     except Exception as e:
         raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
     if not array.size:

@@ -150,6 +150,7 @@ def read_pillow(
         raise InputError("it is a 16-bit PNG with colours or alpha, which Pillow would cut to 8 bits. Save it as 16-bit TIFF.")
     with open_picture(path, kind) as picture:
         picture.load()
+        picture.info.pop("transparency", None) # left out, as alpha is
         tag = picture.getexif().get(274, 1)
         keep = {"1", "L", "RGB", "I", "I;16", "I;16B"} | ({"P"} if label else set())
         if picture.mode not in keep:
@@ -174,7 +175,10 @@ def unpack_strip(
     options:int=0, # of fax strips
 )->bytes: # rows of whole bytes
     "Unpack with the libtiff inside Pillow."
-    from PIL import TiffImagePlugin
+    from PIL import ImageFile, TiffImagePlugin
+    class Strip(TiffImagePlugin.TiffImageFile):
+        "Of any size."
+        load_prepare = ImageFile.ImageFile.load_prepare
     tags = {256: width, 257: rows, 258: bits, 259: packing, 262: 1, 273: 0, 277: 1, 278: rows, 279: len(data)}
     if packing in (3, 4):
         tags[{3: 292, 4: 293}[packing]] = options
@@ -182,7 +186,7 @@ def unpack_strip(
     head = b"II*\0" + struct.pack("<LH", 8, len(tags))
     entries = b"".join(struct.pack("<HHLL", k, 4, 1, v) for k, v in sorted(tags.items()))
     try:
-        with TiffImagePlugin.TiffImageFile(io.BytesIO(head + entries + bytes(4) + data)) as strip:
+        with Strip(io.BytesIO(head + entries + bytes(4) + data)) as strip:
             return strip.tobytes()
     except Exception as e:
         raise InputError(f"a strip of it cannot be unpacked ({e}). It is damaged: copy it again; or Pillow lacks this compression: pip install imagecodecs.") from None
@@ -388,8 +392,12 @@ def full_pages(
 def check_alike(
     pages:list, # tifffile pages, with their tags
 ):
-    "`InputError` when pages differ in what their numbers mean."
-    def meaning(p): return p.photometric, p.tags.valueof(274, 1), p.bitspersample, None if p.colormap is None else p.colormap.tobytes()
+    "`InputError` when pages differ in what their numbers mean, or readers would differ."
+    if any(p.compression == 1 and p.predictor != 1 for p in pages):
+        raise InputError("its numbers are said to be differences (predictor) although they are not compressed, which programs read in two ways. Save it again without predictor.")
+    def meaning(p):
+        palette = None if p.colormap is None else p.colormap.tobytes()
+        return p.photometric, p.tags.valueof(274, 1), p.bitspersample, palette
     kinds = [meaning(p) for p in pages]
     for k, other in enumerate(kinds):
         if other != kinds[0]:

@@ -211,6 +211,10 @@ def test_headers_that_cannot_be_read(tmp_path):
     for note in ({"multiscales": {}}, {"multiscales": [{}]}, {"multiscales": [3]}, {"multiscales": [{"datasets": []}]}, {"plate": 3}, {"labels": 3}, "text"):
         (p / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"ome": note}}))
         with pytest.raises(InputError, match="a.zarr"): read_image(p)
+        with pytest.raises(InputError): open_zarr(p)
+    os.symlink("/nowhere", tmp_path / "gone.zarr")
+    for path in ("gone.zarr", "none.zarr", "a.zarr/none"):
+        with pytest.raises(InputError, match=path): open_zarr(tmp_path / path)
 
 
 def test_parts_of_a_path():
@@ -222,8 +226,8 @@ def test_a_zarr_in_a_folder(tmp_path):
     write_image(tmp_path / "a.zarr", Image(V[None], (5., 2., .5)))
     assert [p.name for p in list_images(tmp_path)[0]] == ["a.zarr"]
     same(tmp_path / "a.zarr", V[None], (5., 2., .5))
-    write_image(tmp_path / "a.zarr/labels/made", Image(V[None] % 5, (5., 2., .5))) # into it
-    same(tmp_path / "a.zarr/labels/made", V[None] % 5, (5., 2., .5))
+    write_image(tmp_path / "a.zarr/made", Image(V[None] % 5, (5., 2., .5))) # into it
+    same(tmp_path / "a.zarr/made", V[None] % 5, (5., 2., .5))
     same(tmp_path / "a.zarr", V[None], (5., 2., .5))
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READERS', 'BY_CONTENT', 'WRITERS', 'Image', 'orientation', 'check_finite', 'window', 'to_unit', 'zoomed_size',
-           'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'check_there', 'visible', 'is_dicom', 'read_nifti',
-           'read_dicom', 'dicom_files', 'dicom_pixels', 'across', 'sort_slices', 'dicom_grid', 'volume_window', 'slabs',
-           'suffix_of', 'stem_of', 'is_series', 'reader_of', 'decode', 'native', 'match_channels', 'read_image',
-           'read_label', 'smallest', 'write_pillow', 'write_jpeg', 'write_tiff', 'write_nifti', 'write_zarr',
-           'write_image', 'write_label', 'is_image', 'list_images']
+           'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'visible', 'is_dicom', 'read_nifti', 'read_dicom',
+           'dicom_files', 'dicom_pixels', 'across', 'sort_slices', 'dicom_grid', 'volume_window', 'slabs', 'suffix_of',
+           'stem_of', 'is_series', 'reader_of', 'decode', 'native', 'match_channels', 'read_image', 'read_label',
+           'smallest', 'write_pillow', 'write_jpeg', 'write_tiff', 'write_nifti', 'write_zarr', 'write_image',
+           'write_label', 'is_image', 'list_images']
 
 # %% ../../nbs/1_data/2_images.ipynb #ead60d19
 import os
@@ -20,7 +20,7 @@ import torch
 
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 from .ngff import ABSENT, open_zarr, read_zarr, zarr_parts
-from .pictures import UNITS, arrange, content_of, read_pillow, read_tiff
+from .pictures import UNITS, arrange, check_there, content_of, read_pillow, read_tiff
 
 # %% ../../nbs/1_data/2_images.ipynb #875f3842
 @dataclass
@@ -138,19 +138,6 @@ def zoom_spacing(
     return (*spacing[:-2], *plane)
 
 # %% ../../nbs/1_data/2_images.ipynb #db1dc681
-def check_there(
-    path, # what is to be read
-):
-    "`InputError`, with the cause, for what cannot be opened: absent, a dangling link, a pipe, no right to read."
-    if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. Fetch the file (e.g. datalad get, git annex get, dvc pull), or remove the link.")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist.")
-    if not (os.path.isfile(path) or os.path.isdir(path)):
-        raise InputError(f"{path} is neither a file nor a folder, but a pipe or a device. Give a file.")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
-
 def visible(
     folder:Path, # a folder
 )->list: # its entries, sorted; hidden ones are left out
@@ -158,7 +145,8 @@ def visible(
     try:
         return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")]
     except OSError as e:
-        raise InputError(f"{folder} cannot be listed ({e.strerror or e}). Give a folder that you may read.") from None
+        raise InputError(f"{folder} cannot be listed ({e.strerror or e}). Give a folder "
+                         "that you may read.") from None
 
 def is_dicom(
     path, # any entry of a folder
@@ -209,13 +197,15 @@ def read_dicom(
 def dicom_files(
     folder:Path, # any folder
 )->list: # the files in it that start like DICOM
-    "Files with DICOM's mark. `InputError` for a file beside them that cannot be opened or is cut short: it may be a slice."
+    """Files with DICOM's mark. `InputError` for a file beside them that cannot be opened or is cut
+    short: it may be a slice."""
     entries = [f for f in visible(folder) if not os.path.isdir(f)]
     found = [f for f in entries if is_dicom(f)]
     for f in set(entries) - set(found) if found else ():
         check_there(f)
         if f.suffix.lower() == ".dcm" or not f.stat().st_size:
-            raise InputError(f"{f} is cut short or no DICOM file, among DICOM files. Copy it again, or remove it.")
+            raise InputError(f"{f} is cut short or no DICOM file, among DICOM files. Copy it "
+                             "again, or remove it.")
     return found
 
 def dicom_pixels(
@@ -301,9 +291,10 @@ def slabs(
             yield piece[(...,) + (slice(None, None, every),) * len(rest[-2:])].ravel()
 
 # %% ../../nbs/1_data/2_images.ipynb #821c6867
-READERS = {".png": read_pillow, ".jpg": read_pillow, ".jpeg": read_pillow, ".tif": read_tiff, ".tiff": read_tiff,
-           ".nii": read_nifti, ".nii.gz": read_nifti, ".dcm": read_dicom, ".zarr": read_zarr}
-BY_CONTENT = (".png", ".jpg", ".jpeg", ".tif", ".tiff") # formats whose first bytes decide, whatever the name
+READERS = {".png": read_pillow, ".jpg": read_pillow, ".jpeg": read_pillow,
+           ".tif": read_tiff, ".tiff": read_tiff, ".nii": read_nifti, ".nii.gz": read_nifti,
+           ".dcm": read_dicom, ".zarr": read_zarr}
+BY_CONTENT = (".png", ".jpg", ".jpeg", ".tif", ".tiff") # here the first bytes decide, not the name
 
 def suffix_of(
     path, # file or folder
@@ -330,7 +321,9 @@ def is_series(
     if not os.path.isdir(folder) or not os.access(folder, os.R_OK):
         return False
     entries = visible(folder)
-    return not any(suffix_of(p) not in ("", ".dcm") for p in entries) and any(map(is_dicom, entries))
+    if any(suffix_of(p) not in ("", ".dcm") for p in entries):
+        return False
+    return any(is_dicom(p) for p in entries)
 
 def reader_of(
     path:Path, # file or folder that is there
@@ -340,12 +333,16 @@ def reader_of(
     if os.path.isdir(path) and suffix in ("", ".dcm"):
         mixed = [p.name for p in visible(path) if suffix_of(p) not in ("", ".dcm")]
         if mixed and any(map(is_dicom, visible(path))):
-            raise InputError(f"the folder holds DICOM files and other images ({', '.join(mixed[:5])}). Give one file, or put the series into its own folder.")
+            raise InputError("the folder holds DICOM files and other images "
+                             f"({', '.join(mixed[:5])}). Give one file, or put the series into "
+                             "its own folder.")
         return read_dicom
     if not suffix:
-        raise InputError(f"the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, and folders of one DICOM series. Convert the file.")
+        raise InputError(f"the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, "
+                         "and folders of one DICOM series. Convert the file.")
     if os.path.isdir(path) != (suffix == ".zarr"):
-        raise InputError(f"it is a {'folder' if os.path.isdir(path) else 'file'}, which {suffix} is not. Give the image itself.")
+        raise InputError(f"it is a {'folder' if os.path.isdir(path) else 'file'}, which {suffix} "
+                         "is not. Give the image itself.")
     return READERS[(content_of(path) or suffix) if suffix in BY_CONTENT else suffix]
 
 # %% ../../nbs/1_data/2_images.ipynb #5b1d07e2
@@ -363,9 +360,12 @@ def decode(
     except InputError as e:
         raise e if str(e).startswith(str(path)) else InputError(f"{path}: {e}") from e
     except MemoryError as e:
-        raise InputError(f"{path} does not fit into the memory that is free ({e}). Read it in blocks, make it smaller, or take a larger machine.") from e
+        raise InputError(f"{path} does not fit into the memory that is free ({e}). Read it "
+                         "in blocks, make it smaller, or take a larger machine.") from e
     except Exception as e:
-        raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
+        raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, "
+                         "cut short, or not what its name says. Copy it again from its "
+                         "source.") from e
     if not array.size:
         raise InputError(f"{path} is empty: its shape is {array.shape}.")
     check_finite(array, str(path))
@@ -530,7 +530,7 @@ def write_label(
 def is_image(
     path:Path, # an entry of a folder
 )->bool:
-    "Whether an entry is one image: a file with an ending of ours, a Zarr, or the folder of one DICOM series."
+    "Whether an entry is one image: a file with an ending of ours, a Zarr, or a DICOM series."
     suffix = suffix_of(path)
     if os.path.isdir(path):
         return suffix == ".zarr" or (suffix in ("", ".dcm") and is_series(path))
@@ -539,7 +539,8 @@ def is_image(
 def list_images(
     folder, # a folder
 )->tuple: # (images, others): sorted paths; hidden files are in neither
-    "The images in a folder (by their ending; a .zarr folder or a DICOM series folder is one image), and everything else in it, such as links that lead nowhere."
+    """The images in a folder (by their ending; a .zarr folder or a DICOM series folder is one image),
+    and everything else in it, such as links that lead nowhere."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder.")

@@ -87,7 +87,7 @@ def turn_spacing(
         return spacing
     return (*spacing[:-2], spacing[-1], spacing[-2])
 
-# %% ../../nbs/1_data/16_pictures.ipynb #dc9ada6e
+# %% ../../nbs/1_data/16_pictures.ipynb #0a0e2ad0
 def check_there(
     path, # what is to be read
 ):
@@ -103,7 +103,7 @@ def check_there(
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
 
-# %% ../../nbs/1_data/16_pictures.ipynb #f65a2f15
+# %% ../../nbs/1_data/16_pictures.ipynb #35e06fe8
 MARKS = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif",
          b"II+\0": ".tif", b"MM\0+": ".tif"}
 
@@ -131,7 +131,7 @@ def check_memory(
                          f"and this machine has {have / 2**30:.0f} GB of memory. Cut the picture "
                          "into tiles, or make it smaller.")
 
-# %% ../../nbs/1_data/16_pictures.ipynb #e98dd9d2
+# %% ../../nbs/1_data/16_pictures.ipynb #ecb4cc60
 def open_picture(
     path:Path, # PNG or JPEG file
     kind:str,  # ".png" or ".jpg", by its content
@@ -184,7 +184,7 @@ def read_pillow(
         a = a // (255 // (2**bits - 1))
     return turn(arrange(a, "YXS"[:a.ndim]), tag), None, None
 
-# %% ../../nbs/1_data/16_pictures.ipynb #6f6e5327
+# %% ../../nbs/1_data/16_pictures.ipynb #3e5236f7
 FAX = (2, 3, 4)        # compressions, by their number in TIFF
 JPEG = (6, 7, 34892)
 LIBTIFF = (5, 50000)   # LZW and ZSTD
@@ -240,7 +240,7 @@ def unpack_jpeg(
         a = np.asarray(tile)
     return a.reshape(*a.shape[:2], -1)
 
-# %% ../../nbs/1_data/16_pictures.ipynb #c9579d7a
+# %% ../../nbs/1_data/16_pictures.ipynb #4296c256
 def unpack_bits(
     rows:np.ndarray, # (rows, bytes): numbers packed one after the other, each row from a new byte
     bits:int,        # bits a number, up to 16
@@ -283,7 +283,7 @@ def segment_shape(
     above = k % strips * page.rowsperstrip
     return min(page.rowsperstrip, page.imagelength - above), page.imagewidth, samples
 
-# %% ../../nbs/1_data/16_pictures.ipynb #43d98fa7
+# %% ../../nbs/1_data/16_pictures.ipynb #ac161aba
 REVERSED = bytes(int(f"{k:08b}"[::-1], 2) for k in range(256)) # a byte, its last bit first
 
 def plain_segment(
@@ -321,7 +321,7 @@ def plain_segment(
     a = undo_predictor(a, samples, page.predictor)
     return a.astype(a.dtype.newbyteorder(order)).tobytes()
 
-# %% ../../nbs/1_data/16_pictures.ipynb #aaa4c0f5
+# %% ../../nbs/1_data/16_pictures.ipynb #532c079a
 def tiff_file(
     source, # path, or a file in memory
 ): # tifffile.TiffFile
@@ -374,7 +374,7 @@ def retag(
             kind = 4 if isinstance(value, list) and code != 258 else None # 4: LONG
             tags[code].overwrite(value[0] if single else value, dtype=kind)
 
-# %% ../../nbs/1_data/16_pictures.ipynb #bde0a10e
+# %% ../../nbs/1_data/16_pictures.ipynb #049871e7
 def ome_header(
     tif, # open tifffile.TiffFile
 ): # root element of the OME header; None if there is none
@@ -411,7 +411,7 @@ def other_files(
         names.append(name)
     return names
 
-# %% ../../nbs/1_data/16_pictures.ipynb #8d2ea64b
+# %% ../../nbs/1_data/16_pictures.ipynb #f80f8e4c
 def one_image(
     tif,        # open tifffile.TiffFile
     pages:list, # its `full_pages`
@@ -458,7 +458,7 @@ def check_alike(
             raise InputError(f"its page {k + 1} has another photometric, orientation, bit depth "
                              "or palette than page 1. Save all slices alike.")
 
-# %% ../../nbs/1_data/16_pictures.ipynb #b1eb539c
+# %% ../../nbs/1_data/16_pictures.ipynb #a0403265
 def tiff_spacing(
     tif,      # open tifffile.TiffFile
     dims:int, # spatial axes of the image
@@ -505,7 +505,7 @@ def tag_sizes(
     sizes = {"x": step(282), "y": step(283), "z": note.get("spacing")}
     return {a: abs(float(s)) * unit if s else None for a, s in sizes.items()}
 
-# %% ../../nbs/1_data/16_pictures.ipynb #6847e7e0
+# %% ../../nbs/1_data/16_pictures.ipynb #117634bb
 def as_seen(
     a:np.ndarray,    # stored numbers
     axes:str,        # one letter an axis
@@ -564,7 +564,7 @@ def paint(
         table = table >> 8
     return table.T[a].astype(np.uint8), axes + "S"
 
-# %% ../../nbs/1_data/16_pictures.ipynb #0b404df4
+# %% ../../nbs/1_data/16_pictures.ipynb #c816ad8c
 @contextlib.contextmanager
 def open_tiff(
     path:Path, # TIFF file
@@ -613,7 +613,7 @@ def read_tiff(
         spacing = None if in_time and a.ndim == 4 else tiff_spacing(tif, a.ndim - 1)
         return turn(a, tag), turn_spacing(spacing, tag), None
 
-# %% ../../nbs/1_data/16_pictures.ipynb #c50dce91
+# %% ../../nbs/1_data/16_pictures.ipynb #a48a281a
 def check_plain(
     tif,    # open tifffile.TiffFile
     series, # its image

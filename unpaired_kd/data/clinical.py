@@ -6,10 +6,10 @@
 __all__ = ['PERCENTILES', 'CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'CLOSED', 'LABEL_SERIES', 'NOTE', 'check_hu',
            'window_hu', 'lung_mask', 'mr_landmarks', 'piecewise', 'HistogramStandard', 'Scan', 'load_scans',
            'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order', 'match_slices', 'chaos_label',
-           'chaos_scans', 'read_chaos', 'patient_folds', 'contour_masks', 'from_outline', 'same_contour', 'joined',
-           'fill_contours', 'check_frame', 'rtstruct_mask', 'seg_frames', 'seg_mask', 'seg_voxels', 'nsclc_scans',
-           'read_nsclc', 'stored_rule', 'standardise', 'source_mark', 'write_scan', 'preparation', 'check_shown',
-           'prepare_clinical']
+           'chaos_scans', 'read_chaos', 'patient_folds', 'to_voxels', 'contour_masks', 'from_outline', 'same_contour',
+           'joined', 'fill_contours', 'check_frame', 'rtstruct_mask', 'seg_frames', 'seg_mask', 'seg_voxels',
+           'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark', 'write_scan', 'preparation',
+           'check_shown', 'prepare_clinical']
 
 # %% ../../nbs/1_data/12_clinical.ipynb #795580e7
 import os
@@ -24,7 +24,8 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, file_sha256, progress, read_json, unknown, write_csv, write_json
 from .collections import Case, Collection, Split, kfold_groups
-from .dicom import Slice, dicom_files, dicom_header, filled, series_grid, slices_of, sort_slices, stored_pixels, tag
+from .dicom import (Slice, dicom_files, dicom_header, filled, series_grid, slices_of,
+                                    sort_slices, stored_pixels, tag)
 from .geometry import DRIFT, FARTHEST, SHIFT, describe_grid, grid_of, lay_on
 from .images import Image, check_finite, list_images, read_image, read_label, to_unit, write_image, write_label
 
@@ -172,15 +173,18 @@ class Scan:
     id:str            # unique in its modality
     group:str         # patient: never split
     image:Path        # folder of one DICOM series, or any file of `read_image`
-    label:object=None # function from the `Image` to its label: (D,H,W) whole numbers on its grid, or an `Image` of them; None: no label
+    label:object=None # function from the `Image` to its label: whole numbers (D,H,W) on its grid,
+                      # or an `Image` of them (a file of its own); None: no label
 
     def load(self)->tuple: # Image with array (1,D,H,W), and label (D,H,W) or None
         "Image and label. Raises `InputError`, naming the place, for every fault."
         image = read_image(self.image, 1)
         if image.array.ndim != 4: raise InputError(f"{self.image} is not a volume: its shape is {image.array.shape}. Give the folder of the whole series.")
         label = None if self.label is None else self.label(image)
-        if isinstance(label, Image): label = lay_on(label, image)  # a file of its own: compared in space
-        if label is not None: label = np.asarray(label)
+        if isinstance(label, Image):
+            label = lay_on(label, image)
+        if label is not None:
+            label = np.asarray(label)
         if label is not None and label.shape != image.array.shape[1:]: raise InputError(f"{self.image}: the label has shape {label.shape} and the image {image.array.shape[1:]}. Both must show the same voxels.")
         return image, label
 
@@ -203,8 +207,11 @@ def slice_files(
     "DICOM files sorted by position along the normal of the slices."
     files = dicom_files(Path(folder))
     if not files: raise InputError(f"{folder} holds no DICOM files. Give the folder of one series.")
-    try: return [x.file for x in sort_slices([x for f in files for x in slices_of(f, dicom_header(f))])]
-    except InputError as e: raise e if str(folder) in str(e) else InputError(f"{folder}: {e}") from e
+    try:
+        slices = [x for f in files for x in slices_of(f, dicom_header(f))]
+        return [x.file for x in sort_slices(slices)]
+    except InputError as e:
+        raise e if str(folder) in str(e) else InputError(f"{folder}: {e}") from e
 
 def series_of(
     folder, # of one patient
@@ -348,40 +355,58 @@ def patient_folds(
     return out
 
 # %% ../../nbs/1_data/12_clinical.ipynb #56427303
+def to_voxels(
+    p:np.ndarray, # (n,3) in DICOM's coordinates (left, back, up), mm
+    affine,       # (4,4) of the scan
+)->np.ndarray: # (n,3) column, row, slice
+    "Where points lie among the voxels of a scan."
+    return (np.c_[p * (-1, -1, 1), np.ones(len(p))] @ np.linalg.inv(affine).T)[:, :3]
+
 def contour_masks(
     contours:list,           # of (n,3) corners in DICOM's coordinates (left, back, up), mm
     like:Image,              # the scan: shape and affine
     name:str="the contours", # file and ROI, for the message
     tolerance:float=.2,      # largest distance of a corner from its slice, in slices
 )->dict: # slice -> list of (corners (n,2) as row and column, mask (H,W) bool)
-    "Fill each polygon on its slice. Raises `InputError` for corners between slices or outside the scan."
+    "Fill each polygon on its slice. `InputError` for corners between slices or outside the scan."
     from skimage.draw import polygon2mask
-    if like.affine is None: raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {name} cannot be placed. Use the DICOM series.")
-    D, H, W = like.array.shape[-3:]
-    found, to_index = {}, np.linalg.inv(like.affine)
+    if like.affine is None:
+        raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {name} cannot be "
+                         "placed. Use the DICOM series.")
+    (D, H, W), found = like.array.shape[-3:], {}
     for i, p in enumerate(contours):
-        if len(p) < 3: continue                                      # a point or a line encloses nothing
-        if not np.isfinite(p).all(): raise InputError(f"{name}: contour {i} holds NaN or infinity. Export the contours again.")
-        column, row, at = (np.c_[p * (-1, -1, 1), np.ones(len(p))] @ to_index.T)[:, :3].T
+        if len(p) < 3: # a point or a line encloses nothing
+            continue
+        if not np.isfinite(p).all():
+            raise InputError(f"{name}: contour {i} holds NaN or infinity. Export the contours again.")
+        column, row, at = to_voxels(p, like.affine).T
         plane = int(round(at.mean()))
-        if np.abs(at - plane).max() > tolerance:
-            raise InputError(f"{name}: contour {i} lies off the slice planes, {np.abs(at - plane).max():.2f} slices from slice {plane}. It was drawn on another scan or is not axial: use the series that it was drawn on.")
-        if not 0 <= plane < D or min(column.min(), row.min()) < -1 or column.max() > W or row.max() > H:
-            raise InputError(f"{name}: contour {i} reaches out of the scan of {D} x {H} x {W} voxels (slice {plane}, rows {row.min():.0f} to {row.max():.0f}, columns {column.min():.0f} to {column.max():.0f}). It belongs to another scan, or slices are missing.")
+        off = np.abs(at - plane).max()
+        if off > tolerance:
+            raise InputError(f"{name}: contour {i} lies off the slice planes, {off:.2f} slices from "
+                             f"slice {plane}. It was drawn on another scan or is not axial: use the "
+                             "series that it was drawn on.")
+        inside = min(column.min(), row.min()) >= -1 and column.max() <= W and row.max() <= H
+        if not (inside and 0 <= plane < D):
+            raise InputError(f"{name}: contour {i} reaches out of the scan of {D} x {H} x {W} voxels "
+                             f"(slice {plane}, rows {row.min():.0f} to {row.max():.0f}, columns "
+                             f"{column.min():.0f} to {column.max():.0f}). It belongs to another scan, "
+                             "or slices are missing.")
         corners = np.c_[row, column]
         found.setdefault(plane, []).append((corners, polygon2mask((H, W), corners)))
     return found
 
 # %% ../../nbs/1_data/12_clinical.ipynb #5c40cc5a
 def from_outline(
-    points:np.ndarray, # (n,2)
+    points:np.ndarray,  # (n,2)
     corners:np.ndarray, # (m,2) of a closed polygon
 )->float: # same unit
     "The largest distance of a point from the outline of a polygon."
     way = np.roll(corners, -1, 0) - corners
     length = np.maximum((way ** 2).sum(1), 1e-12)
     part = np.clip(((points[:, None] - corners) * way).sum(-1) / length, 0, 1)
-    return float(np.linalg.norm(points[:, None] - corners - part[..., None] * way, axis=-1).min(1).max())
+    nearest = corners + part[..., None] * way
+    return float(np.linalg.norm(points[:, None] - nearest, axis=-1).min(1).max())
 
 def same_contour(
     a, # (corners, mask)
@@ -393,14 +418,15 @@ def same_contour(
 def joined(
     drawn:list, # of (corners, mask) on one slice, type CLOSED_PLANAR
 )->np.ndarray: # (H,W) bool
-    "The region of several polygons: those inside another are holes, those inside a hole islands; all others are joined."
+    "A polygon inside another is a hole, one inside a hole an island; all others are joined."
     once = []
     for c in drawn:
-        if not any(same_contour(c, o) for o in once): once.append(c)
-    once.sort(key=lambda c: -c[1].sum())                             # the outer ones first
-    region = np.zeros_like(drawn[0][1])
-    for i, (_, mask) in enumerate(once):
-        depth = sum(not (mask & ~outer).any() for _, outer in once[:i])
+        if not any(same_contour(c, o) for o in once):
+            once.append(c)
+    masks = sorted((mask for _, mask in once), key=np.count_nonzero, reverse=True)
+    region = np.zeros_like(masks[0])
+    for i, mask in enumerate(masks):
+        depth = sum(not (mask & ~outer).any() for outer in masks[:i])
         region[mask] = depth % 2 == 0
     return region
 
@@ -411,7 +437,7 @@ def fill_contours(
     tolerance:float=.2,      # largest distance of a corner from its slice, in slices
     xor:bool=False,          # True: the rule of CLOSEDPLANAR_XOR
 )->np.ndarray: # (D,H,W) bool
-    "Fill closed planar polygons by the rules above. Raises `InputError` for corners between slices or outside the scan."
+    "Fill closed planar polygons by the rules above. `InputError` as in `contour_masks`."
     mask = np.zeros(like.array.shape[-3:], bool)
     for plane, drawn in contour_masks(contours, like, name, tolerance).items():
         mask[plane] = np.logical_xor.reduce([m for _, m in drawn]) if xor else joined(drawn)
@@ -445,21 +471,27 @@ def rtstruct_mask(
     check_frame(str(regions[chosen[0]].get("ReferencedFrameOfReferenceUID", "")), frame, str(path))
     found = [c for r in s.get("ROIContourSequence", []) if int(r.get("ReferencedROINumber", -2)) in chosen for c in r.get("ContourSequence", [])]
     kinds = {str(c.get("ContourGeometricType", "")) for c in found} - {"POINT"}
-    if kinds - CLOSED: raise InputError(f"{name} has contours of type {', '.join(sorted(kinds - CLOSED)) or 'unknown'}; only closed planar ones can be filled. Close them in a contouring program.")
-    if len(kinds) > 1: raise InputError(f"{name} mixes contours of types {' and '.join(sorted(kinds))}, which the standard forbids: their rules contradict. Export the ROI again with one type.")
-    try: contours = [np.array([float(v) for v in filled(c.get("ContourData")) or ()]).reshape(-1, 3) for c in found]
-    except (ValueError, TypeError, AttributeError) as e: raise InputError(f"{name}: a contour is damaged ({e}). Copy the file again from its source.") from e
-    mask = fill_contours(contours, like, name, xor="CLOSED_PLANAR" not in kinds)
+    if kinds - CLOSED:
+        raise InputError(f"{name} has contours of type {', '.join(sorted(kinds - CLOSED))}; only closed "
+                         "planar ones can be filled. Close them in a contouring program.")
+    if len(kinds) > 1:
+        raise InputError(f"{name} mixes contours of types {' and '.join(sorted(kinds))}, whose rules "
+                         "for holes differ. Export the ROI again with one type.")
+    try:
+        contours = [np.array(filled(c.get("ContourData")) or (), float).reshape(-1, 3) for c in found]
+    except (ValueError, TypeError, AttributeError) as e:
+        raise InputError(f"{name}: a contour is damaged ({e}). Copy the file again from its source.") from e
+    mask = fill_contours(contours, like, name, xor="CLOSEDPLANAR_XOR" in kinds)
     if not mask.any(): raise InputError(f"{name} encloses no voxel ({len(contours)} contours). Leave the patient out with skip=.")
     return mask.astype(np.uint8)
 
 # %% ../../nbs/1_data/12_clinical.ipynb #be9f18fd
 def seg_frames(
-    path, # DICOM SEG file
-    s,    # its data set, with pixels
+    path,        # DICOM SEG file
+    s,           # its data set, with pixels
     chosen:list, # numbers of segments
 ): # yields (number of the frame, mask (H,W) bool) of every frame that may show them
-    "The pictures of some segments. Fractional ones are cut at one half. Raises `InputError` for a frame without a segment."
+    "The pictures of some segments. Fractional ones are cut at one half."
     kind = str(s.get("SegmentationType", "BINARY"))
     half = float(s.get("MaximumFractionalValue", 255)) / 2 if kind == "FRACTIONAL" else .5
     for i, picture in enumerate(stored_pixels(Path(path), s)[..., 0]):
@@ -467,8 +499,11 @@ def seg_frames(
             yield i, np.isin(picture, chosen)
             continue
         number = tag(s, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
-        if number is None: raise InputError(f"{path}: frame {i} does not say which segment it shows. Write the file again, e.g. with highdicom.")
-        if int(number) in chosen: yield i, picture > half
+        if number is None:
+            raise InputError(f"{path}: frame {i} does not say which segment it shows. Write the file "
+                             "again, e.g. with highdicom.")
+        if int(number) in chosen:
+            yield i, picture > half
 
 def seg_mask(
     path,             # DICOM SEG file
@@ -476,16 +511,23 @@ def seg_mask(
     roi:str="GTV-1",  # label or description of the segment, upper or lower case
     frame:str="",     # frame of reference of the scan; "": not checked
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
-    "The mask of a segment on the grid of its scan. Raises `InputError` with the names that are there, and for another grid."
-    s = dicom_header(path, pixels=True)
-    names = {int(g.get("SegmentNumber", -1)): [str(g.get(k, "")).strip() for k in ("SegmentLabel", "SegmentDescription")] for g in s.get("SegmentSequence") or []}
+    "The mask of a segment on the grid of its scan. `InputError` with the names that are there, and for another grid."
+    s, names = dicom_header(path, pixels=True), {}
+    for g in s.get("SegmentSequence") or []:
+        words = [str(g.get(k, "")).strip() for k in ("SegmentLabel", "SegmentDescription")]
+        names[int(g.get("SegmentNumber", -1))] = [w for w in words if w]
     chosen = [k for k, n in names.items() if roi.strip().lower() in map(str.lower, n)]
-    if not chosen: raise InputError(f"{path}: {unknown('segment', roi, sorted({v for n in names.values() for v in n if v}))}")
+    if not chosen:
+        raise InputError(f"{path}: {unknown('segment', roi, sorted({v for n in names.values() for v in n}))}")
     check_frame(str(s.get("FrameOfReferenceUID", "")), frame, str(path))
-    if like.affine is None: raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {path} cannot be placed. Use the DICOM series.")
+    if like.affine is None:
+        raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {path} cannot be "
+                         "placed. Use the DICOM series.")
     places, mask = slices_of(Path(path), s), np.zeros(like.array.shape[-3:], bool)
-    for i, picture in seg_frames(path, s, chosen): mask[seg_voxels(places[i], like, str(path))] |= picture
-    if not mask.any(): raise InputError(f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=.")
+    for i, picture in seg_frames(path, s, chosen):
+        mask[seg_voxels(places[i], like, str(path))] |= picture
+    if not mask.any():
+        raise InputError(f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=.")
     return mask.astype(np.uint8)
 
 # %% ../../nbs/1_data/12_clinical.ipynb #4fb4903e
@@ -494,18 +536,27 @@ def seg_voxels(
     like:Image,  # the scan
     name:str,    # file, for the message
 )->tuple: # slice, row and column of the scan for each pixel of the frame, (H,W) each
-    "The voxels that a frame covers, exactly, whichever way it counts them. Raises `InputError` for a frame on another grid."
+    "The voxels that a frame covers, in whatever order it counts them. `InputError` for another grid."
     affine = series_grid([place])[1]
-    if affine is None: raise InputError(f"{name}: frame {place.frame} does not say where it lies. Convert it on the grid of the scan.")
-    H, W, size = int(place.note.Rows), int(place.note.Columns), np.array(like.array.shape[-3:])[::-1]
+    if affine is None:
+        raise InputError(f"{name}: frame {place.frame} does not say where it lies. Convert it on the "
+                         "grid of the scan.")
+    H, W = int(place.note.Rows), int(place.note.Columns)
+    size = np.array(like.array.shape[-3:])[::-1]
     across, down, _, first = (np.linalg.inv(like.affine) @ affine)[:3].T
-    start, right, below = (np.rint(v).astype(int) for v in (first, across, down))
-    far = [first + c * across + r * down - start - c * right - r * below for c in (0, W - 1) for r in (0, H - 1)]
-    voxel = start[:, None, None] + right[:, None, None] * np.arange(W) + below[:, None, None] * np.arange(H)[:, None]
-    covers = np.abs(right) @ size == W and np.abs(below) @ size == H and np.abs(right) @ np.abs(below) == 0
-    exact = np.abs(far[0]).max() <= SHIFT and np.abs(far).max() <= min(SHIFT + DRIFT * size.max(), FARTHEST)
-    if not (covers and exact and (voxel >= 0).all() and (voxel < size[:, None, None]).all()):
-        raise InputError(f"{name}: a frame of {H} x {W} pixels does not lie on a slice of the scan ({describe_grid(grid_of(like))}). Resample it onto the scan, or use the series that it was drawn on.")
+    right, below, start = (np.rint(v).astype(int) for v in (across, down, first))
+    off = [first - start + c * (across - right) + r * (down - below)
+           for c in (0, W - 1) for r in (0, H - 1)]
+    exact = np.abs(off[0]).max() <= SHIFT
+    exact = exact and np.abs(off).max() <= min(SHIFT + DRIFT * size.max(), FARTHEST)
+    covers = np.abs(right) @ size == W and np.abs(below) @ size == H
+    c, r = np.arange(W), np.arange(H)[:, None]
+    voxel = [start[k] + right[k] * c + below[k] * r for k in range(3)]
+    inside = all(v.min() >= 0 and v.max() < n for v, n in zip(voxel, size))
+    if not (exact and covers and inside):
+        raise InputError(f"{name}: a frame of {H} x {W} pixels does not lie on a slice of the scan "
+                         f"({describe_grid(grid_of(like))}). Resample it onto the scan, or use the "
+                         "series that it was drawn on.")
     return tuple(voxel[::-1])
 
 # %% ../../nbs/1_data/12_clinical.ipynb #d9a9c505

@@ -91,7 +91,9 @@ def describe_grid(
         return ", ".join([*words, "orientation and place not known"])
     dims = len(grid.size)
     turned = oblique(grid.affine, dims)
-    words.insert(1, letters(grid.affine, dims) + (f" turned by {turned:.1f} degrees" * (turned > .05)))
+    words.insert(1, letters(grid.affine, dims))
+    if turned > .05:
+        words[1] += f" turned by {turned:.1f} degrees"
     corner = ", ".join(f"{v + 0:.4g}" for v in np.round(np.asarray(grid.affine)[:3, 3], 2))
     return ", ".join(words) + f", first voxel at ({corner}) mm right, front, up"
 
@@ -104,7 +106,7 @@ def axes_between(
     to_image, # (4,4), from voxel numbers of the label to those of the image
     n,        # size of the label in file order: (column, row, slice)
 )->tuple|None: # for each axis of the label: axis of the image, and its way (+1, -1)
-    "Which axis of the image each axis of the label runs along. An axis of one voxel takes what is left."
+    "Which axis of the image each axis of the label runs along. One of one voxel takes the rest."
     dims = len(n)
     long = [j for j in range(dims) if n[j] > 1]
     found = {j: int(np.abs(to_image[:3, j]).argmax()) for j in long}

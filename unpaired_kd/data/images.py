@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNITS', 'LENGTHS', 'PLACE', 'ABSENT', 'READERS', 'WRITERS', 'Image', 'orientation', 'check_finite', 'window',
            'to_unit', 'zoomed_size', 'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'arrange', 'read_pillow',
-           'tiff_spacing', 'read_tiff', 'tiff_by_pillow', 'NiftiPlace', 'nifti_form', 'nifti_place', 'open_nifti',
-           'read_nifti', 'absent_chunk', 'open_zarr', 'read_zarr', 'volume_window', 'slabs', 'suffix_of', 'decode',
-           'native', 'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow', 'write_jpeg',
+           'tiff_spacing', 'read_tiff', 'tiff_by_pillow', 'NiftiPlace', 'nifti_form', 'nifti_forms', 'nifti_place',
+           'open_nifti', 'read_nifti', 'absent_chunk', 'open_zarr', 'read_zarr', 'volume_window', 'slabs', 'suffix_of',
+           'decode', 'native', 'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow', 'write_jpeg',
            'write_tiff', 'set_place', 'write_nifti', 'write_zarr', 'write_image', 'write_label', 'list_images']
 
 # %% ../../nbs/1_data/2_images.ipynb #ead60d19
@@ -222,25 +222,27 @@ def tiff_by_pillow(
 
 # %% ../../nbs/1_data/2_images.ipynb #789dfb28
 LENGTHS = {1: 1e3, 2: 1., 3: 1e-3} # NIfTI's codes of metre, millimetre and micrometre, in mm
-PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
-         "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z") # the fields of a header about place
+PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 
 @dataclass
 class NiftiPlace:
     "What a NIfTI header says about place, and what was made of it."
-    fields:dict               # name -> value, as in the file
-    spacing:tuple|None = None # mm along the axes of the array
-    affine:np.ndarray|None = None # (4,4)
-    notes:tuple = ()          # what the header says twice or in vain, and which was taken
+    fields:dict                   # the fields in `PLACE`, as in the file
+    spacing:tuple|None = None     # mm along the axes of the array
+    affine:np.ndarray|None = None # (4,4) mm
+    notes:tuple = ()              # what the header says twice or in vain, and what was taken
 
 def nifti_form(
-    header,   # nibabel header
-    name:str, # "sform" or "qform"
-    flat:bool, # one slice only: the third axis may have no length
-)->np.ndarray|None: # (4,4) mm; None: it says no place
-    "One of the two places that a header may state, in millimetres."
-    try: affine = np.array(getattr(header, f"get_{name}")(), float)
-    except Exception: return None # a quaternion longer than one, a negative pixdim
+    header,    # nibabel header
+    name:str,  # "sform" or "qform"
+    flat:bool, # True: one slice only, so the third axis may have no length
+)->np.ndarray|None: # (4,4) mm; None: it is no place
+    "One of the two places that a header may state."
+    try:
+        affine = np.array(getattr(header, f"get_{name}")(), float)
+    except Exception: # a quaternion longer than one, a negative pixdim
+        return None
     if flat and np.isfinite(affine).all() and not affine[:3, 2].any():
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.linalg.norm(normal) or 1)
@@ -248,51 +250,76 @@ def nifti_form(
     return np.diag([unit] * 3 + [1.]) @ affine if usable(affine) else None
 
 # %% ../../nbs/1_data/2_images.ipynb #aabbb1c0
+def nifti_forms(
+    header,     # nibabel header
+    dims:int=3, # spatial axes of the image
+)->tuple: # name -> (4,4) mm of each form that is set and a place; notes
+    "The places that a header states: none, one, or two."
+    found, notes = {}, []
+    n = tuple(int(v) for v in header.get_data_shape()[:dims])
+    for name in ("sform", "qform"):
+        code = int(header[f"{name}_code"])
+        affine = nifti_form(header, name, n[2:] in ((), (1,))) if code > 0 else None
+        if affine is not None:
+            found[name] = affine
+        elif code > 0:
+            notes.append(f"its {name} (code {code}) is no place (zero, singular or not finite) "
+                         "and is not used")
+    grids = [Grid(n[::-1], None, a) for a in found.values()]
+    if len(grids) == 2 and way_onto(*grids) != (list(range(dims)), [1] * dims):
+        notes.append("its sform and its qform are two different places; the sform is taken, and "
+                     "both are kept in what is written")
+    return found, notes
+
 def nifti_place(
     header,     # nibabel header
     dims:int=3, # spatial axes of the image
+    path="",    # file, for the warning
 )->NiftiPlace:
-    "Where the voxels lie: by the sform, else by the qform, else unknown. The spacing is that of the affine."
-    fields, notes, found = {k: np.array(header[k]) for k in PLACE}, [], {}
-    n = tuple(int(v) for v in (*header.get_data_shape()[:dims], 1)[:3])
-    for name in ("sform", "qform"):
-        if (code := int(header[f"{name}_code"])) < 1: continue
-        affine = nifti_form(header, name, n[2:] in ((), (1,)))
-        if affine is None:
-            notes.append(f"its {name} (code {code}) is no place (zero, singular or not finite), and is not used")
-            fields[f"{name}_code"] = np.array(0)
-        else: found[name] = affine
-    grids = [Grid(n[:dims][::-1], None, a) for a in found.values()]
-    if len(grids) == 2 and way_onto(*grids) != (list(range(dims)), [1] * dims):
-        notes.append(f"its sform (code {int(header['sform_code'])}) and qform (code {int(header['qform_code'])}) are two "
-                     "different places; the sform is taken, and both are kept in what is written")
+    "Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they disagree."
+    fields = {k: np.array(header[k]) for k in PLACE}
+    found, notes = nifti_forms(header, dims)
+    for name in {"sform", "qform"} - set(found):
+        fields[f"{name}_code"] = np.array(0)
     sizes = np.abs(np.array(header["pixdim"][1:dims + 1], float))
     unit = int(header["xyzt_units"]) & 7
-    told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.)) if np.isfinite(sizes).all() and sizes.all() else None
-    if not found: return NiftiPlace(fields, None if unit == 0 and (sizes == 1).all() else told, None, tuple(notes))
-    name, affine = next(iter(found.items()))
-    spacing = spacing_of(affine, dims)
-    if told is None or not np.allclose(told, spacing, rtol=1e-3, atol=0):
-        notes.append(f"its pixdim says {told and tuple(round(v, 5) for v in told)} mm, its {name} "
-                     f"{tuple(round(v, 5) for v in spacing)} mm; the {name} is taken")
+    told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.))
+    if not (np.isfinite(sizes).all() and sizes.all()):
+        told = None
+    affine = next(iter(found.values()), None)
+    if affine is None:
+        spacing = None if unit == 0 and (sizes == 1).all() else told
+    else:
+        spacing = spacing_of(affine, dims)
+        if told is None or not np.allclose(told, spacing, rtol=1e-3, atol=0):
+            words = [" x ".join(f"{v:.5g}" for v in s) + " mm" if s else "nothing" for s in (told, spacing)]
+            notes.append(f"its pixdim says {words[0]} and its {next(iter(found))} {words[1]}; "
+                         f"the {next(iter(found))} is taken")
+    for note in notes:
+        warnings.warn(f"{path}: {note}.", stacklevel=3)
     return NiftiPlace(fields, spacing, affine, tuple(notes))
 
 # %% ../../nbs/1_data/2_images.ipynb #d1523567
 def open_nifti(
     path:Path, # .nii or .nii.gz, packed or not
 ): # nibabel image, in memory; nothing is decoded yet
-    "Unpack and parse a NIfTI. Raises `InputError` for complex numbers, pairs of files, and less data than promised."
+    "Unpack and parse a NIfTI. `InputError` for a pair of files, complex numbers, too few bytes."
     import gzip
     import nibabel as nib
     data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b": data = gzip.decompress(data)
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
     two = 540 in (int.from_bytes(data[:4], e) for e in ("little", "big"))
     f = (nib.Nifti2Image if two else nib.Nifti1Image).from_bytes(data)
-    if f.header["magic"].item()[:2] == b"ni": raise InputError("it is the header of a pair of files (.hdr and .img). Save both as one .nii.gz.")
+    if f.header["magic"].item()[:2] == b"ni":
+        raise InputError("it is the header of a pair of files (.hdr, .img). Save both as one .nii.gz.")
     kind, shape = f.get_data_dtype(), f.header.get_data_shape()
     need = int(f.header["vox_offset"]) + kind.itemsize * int(np.prod(shape, dtype=object))
-    if need > len(data): raise InputError(f"its header promises {need} bytes ({shape}, {kind}), but it holds {len(data)}. It is cut short: copy it again from its source.")
-    if kind.kind == "c": raise InputError("it holds complex numbers. Save the magnitude (numpy.abs) as its own file.")
+    if need > len(data):
+        raise InputError(f"its header promises {need} bytes ({shape}, {kind}), but it holds "
+                         f"{len(data)}. It is cut short: copy it again from its source.")
+    if kind.kind == "c":
+        raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
     return f
 
 def read_nifti(
@@ -302,12 +329,15 @@ def read_nifti(
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
     f = open_nifti(path)
     a, rgb = np.asanyarray(f.dataobj), f.get_data_dtype().fields
-    if rgb: a = np.stack([a[c] for c in list(rgb)[:3]], -1)
-    if a.ndim == 5 and a.shape[3] == 1: a = a[:, :, :, 0]
-    if a.ndim not in (2, 3, 4): raise InputError(f"it has {a.ndim} axes {a.shape}; we read images (x, y), volumes (x, y, z) and volumes with channels (x, y, z, c).")
+    if rgb:
+        a = np.stack([a[c] for c in list(rgb)[:3]], -1)
+    if a.ndim == 5 and a.shape[3] == 1:
+        a = a[:, :, :, 0]
+    if a.ndim not in (2, 3, 4):
+        raise InputError(f"it has {a.ndim} axes {a.shape}; we read images (x, y), volumes (x, y, z) "
+                         "and volumes with channels (x, y, z, c).")
     a = a.T if rgb or a.ndim == 4 else a.T[None]
-    place = nifti_place(f.header, a.ndim - 1)
-    for note in place.notes: warnings.warn(f"{path}: {note}.", stacklevel=2)
+    place = nifti_place(f.header, a.ndim - 1, path)
     return a, place.spacing, place.affine, place
 
 # %% ../../nbs/1_data/2_images.ipynb #e10c5a70
@@ -511,22 +541,25 @@ def write_tiff(
 
 # %% ../../nbs/1_data/2_images.ipynb #147788cb
 def set_place(
-    header,  # nibabel header of a new file, its shape set
-    image,   # the `Image` that it belongs to
+    header,   # nibabel header of a new file, its shape set
+    image,    # the `Image` that it belongs to
     dims:int, # spatial axes
 ):
-    "Say where the voxels lie: field by field as the image's own NIfTI header did, else by its affine, else its spacing."
+    "Say where the voxels lie: as the image's own NIfTI header did, else by affine, else by spacing."
     kept = image.header
-    if kept is not None and np.array_equal(kept.affine, image.affine) and kept.spacing == image.spacing:
-        for k, v in kept.fields.items(): header[k] = v
+    if kept is not None and kept.spacing == image.spacing and np.array_equal(kept.affine, image.affine):
+        for name, value in kept.fields.items():
+            header[name] = value
         return
-    if image.spacing is not None or image.affine is not None: header.set_xyzt_units("mm")
+    if image.spacing is not None or image.affine is not None:
+        header.set_xyzt_units("mm")
     if image.affine is None:
         header["pixdim"][1:dims + 1] = (image.spacing or (1.,) * dims)[::-1]
         return
     header["pixdim"][1:4] = spacing_of(image.affine)[::-1]
     header.set_sform(image.affine, 1)
-    if shear(image.affine) < .01: header.set_qform(image.affine, 1)
+    if shear(image.affine) < .01: # a qform has right angles
+        header.set_qform(image.affine, 1)
 
 def write_nifti(
     t:Path,       # the file that is written
@@ -535,7 +568,8 @@ def write_nifti(
 ):
     "NIfTI from (C,H,W) or (C,D,H,W), transposed back, at the place of its image."
     import nibabel as nib
-    if a.ndim == 3 and len(a) > 1: raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
+    if a.ndim == 3 and len(a) > 1:
+        raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
     f = nib.Nifti1Image(a[0].T if len(a) == 1 else a.T, None)
     set_place(f.header, image, a.ndim - 1)
     nib.save(f, t)

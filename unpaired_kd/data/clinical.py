@@ -7,9 +7,9 @@ __all__ = ['PERCENTILES', 'CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'CL
            'window_hu', 'lung_mask', 'mr_landmarks', 'piecewise', 'HistogramStandard', 'Scan', 'load_scans',
            'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order', 'match_slices', 'chaos_label',
            'chaos_scans', 'read_chaos', 'patient_folds', 'to_voxels', 'contour_masks', 'from_outline', 'same_contour',
-           'joined', 'fill_contours', 'check_frame', 'rtstruct_mask', 'seg_frames', 'seg_mask', 'seg_voxels',
-           'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark', 'write_scan', 'preparation',
-           'check_shown', 'prepare_clinical']
+           'joined', 'fill_contours', 'check_frame', 'whole', 'roi_contours', 'rtstruct_mask', 'seg_frames', 'seg_mask',
+           'seg_voxels', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark', 'write_scan',
+           'preparation', 'check_shown', 'prepare_clinical']
 
 # %% ../../nbs/1_data/12_clinical.ipynb #795580e7
 import os
@@ -24,7 +24,7 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, file_sha256, progress, read_json, unknown, write_csv, write_json
 from .collections import Case, Collection, Split, kfold_groups
-from .dicom import (Slice, dicom_files, dicom_header, filled, series_grid, slices_of,
+from .dicom import (Slice, as_dicom, dicom_files, dicom_header, filled, series_grid, slices_of,
                                     sort_slices, stored_pixels, tag)
 from .geometry import DRIFT, FARTHEST, SHIFT, describe_grid, grid_of, lay_on
 from .images import Image, check_finite, list_images, read_image, read_label, to_unit, write_image, write_label
@@ -424,10 +424,14 @@ def joined(
         if not any(same_contour(c, o) for o in once):
             once.append(c)
     masks = sorted((mask for _, mask in once), key=np.count_nonzero, reverse=True)
-    region = np.zeros_like(masks[0])
+    around = [[j for j in range(i) if not (m & ~masks[j]).any()] for i, m in enumerate(masks)]
+    depth, region = [], np.zeros_like(masks[0])
+    for outer in around:
+        depth.append(1 + max((depth[j] for j in outer), default=-1))
     for i, mask in enumerate(masks):
-        depth = sum(not (mask & ~outer).any() for outer in masks[:i])
-        region[mask] = depth % 2 == 0
+        if depth[i] % 2 == 0:
+            within = [k for k, outer in enumerate(around) if i in outer and depth[k] == depth[i] + 1]
+            region |= mask & ~np.any([masks[k] for k in within], axis=0) if within else mask
     return region
 
 def fill_contours(
@@ -455,34 +459,61 @@ def check_frame(
 # %% ../../nbs/1_data/12_clinical.ipynb #f1fbdc11
 CLOSED = {"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"} # types of contours that enclose something
 
+def whole(
+    item,     # pydicom data set
+    name:str, # tag with a whole number
+)->int: # -1: absent or empty
+    "A number by which items of a file name one another."
+    return -1 if filled(item.get(name)) is None else int(item.get(name))
+
+def roi_contours(
+    path,       # RTSTRUCT file
+    s,          # its data set
+    roi:str,    # name of the region, upper or lower case
+    frame:str,  # frame of reference of the CT; "": not checked
+)->list: # pydicom data sets, one a contour
+    "The contours of a region. `InputError` with the names that are there, and for another frame."
+    regions = {whole(r, "ROINumber"): r for r in s.get("StructureSetROISequence") or []}
+    names = {k: str(r.get("ROIName") or "").strip() for k, r in regions.items()}
+    chosen = [k for k, n in names.items() if n.lower() == roi.strip().lower()]
+    if not chosen:
+        raise InputError(f"{path}: {unknown('ROI', roi, names.values())}")
+    if len(chosen) > 1:
+        raise InputError(f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave the "
+                         "patient out.")
+    stated = regions[chosen[0]].get("ReferencedFrameOfReferenceUID")
+    check_frame(str(stated or ""), frame, str(path))
+    mine = [r for r in s.get("ROIContourSequence") or [] if whole(r, "ReferencedROINumber") in chosen]
+    return [c for r in mine for c in r.get("ContourSequence") or []]
+
 def rtstruct_mask(
     path,             # RTSTRUCT file
     like:Image,       # the CT, from `read_image`
     roi:str="GTV-1",  # name of the region, upper or lower case
     frame:str="",     # frame of reference of the CT; "": not checked
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
-    "The mask of a region on the grid of its CT. Raises `InputError` with the names that are there, and for everything that cannot be filled."
-    s, name = dicom_header(path), f"{path}, ROI {roi!r}"
-    regions = {int(r.get("ROINumber", -1)): r for r in s.get("StructureSetROISequence", [])}
-    names = {k: str(r.get("ROIName", "")).strip() for k, r in regions.items()}
-    chosen = [k for k, n in names.items() if n.lower() == roi.strip().lower()]
-    if not chosen: raise InputError(f"{path}: {unknown('ROI', roi, names.values())}")
-    if len(chosen) > 1: raise InputError(f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave the patient out.")
-    check_frame(str(regions[chosen[0]].get("ReferencedFrameOfReferenceUID", "")), frame, str(path))
-    found = [c for r in s.get("ROIContourSequence", []) if int(r.get("ReferencedROINumber", -2)) in chosen for c in r.get("ContourSequence", [])]
-    kinds = {str(c.get("ContourGeometricType", "")) for c in found} - {"POINT"}
-    if kinds - CLOSED:
-        raise InputError(f"{name} has contours of type {', '.join(sorted(kinds - CLOSED))}; only closed "
-                         "planar ones can be filled. Close them in a contouring program.")
-    if len(kinds) > 1:
-        raise InputError(f"{name} mixes contours of types {' and '.join(sorted(kinds))}, whose rules "
-                         "for holes differ. Export the ROI again with one type.")
-    try:
-        contours = [np.array(filled(c.get("ContourData")) or (), float).reshape(-1, 3) for c in found]
-    except (ValueError, TypeError, AttributeError) as e:
-        raise InputError(f"{name}: a contour is damaged ({e}). Copy the file again from its source.") from e
+    "The mask of a region on the grid of its CT. `InputError` for all that cannot be filled."
+    with as_dicom(path):
+        name = f"{path}, ROI {roi!r}"
+        found = roi_contours(path, dicom_header(path), roi, frame)
+        kinds = {str(c.get("ContourGeometricType") or "unknown") for c in found} - {"POINT"}
+        kinds = {k.replace("CLOSED_PLANAR_XOR", "CLOSEDPLANAR_XOR") for k in kinds}
+        if kinds - CLOSED:
+            raise InputError(f"{name} has contours of type {', '.join(sorted(kinds - CLOSED))}; only "
+                             "closed planar ones can be filled. Close them in a contouring program.")
+        if len(kinds) > 1:
+            raise InputError(f"{name} mixes contours of types {' and '.join(sorted(kinds))}, whose "
+                             "rules for holes differ. Export the ROI again with one type.")
+        numbers = [np.array(filled(c.get("ContourData")) or (), float) for c in found]
+        for i, (v, c) in enumerate(zip(numbers, found)):
+            if len(v) % 3 or whole(c, "NumberOfContourPoints") not in (-1, len(v) // 3):
+                raise InputError(f"{name}: contour {i} has {len(v)} numbers, but promises "
+                                 f"{c.get('NumberOfContourPoints')} points. Copy the file again.")
+    contours = [v.reshape(-1, 3) for v in numbers]
     mask = fill_contours(contours, like, name, xor="CLOSEDPLANAR_XOR" in kinds)
-    if not mask.any(): raise InputError(f"{name} encloses no voxel ({len(contours)} contours). Leave the patient out with skip=.")
+    if not mask.any():
+        raise InputError(f"{name} encloses no voxel ({len(contours)} contours). Leave the patient out "
+                         "with skip=.")
     return mask.astype(np.uint8)
 
 # %% ../../nbs/1_data/12_clinical.ipynb #be9f18fd
@@ -511,21 +542,23 @@ def seg_mask(
     roi:str="GTV-1",  # label or description of the segment, upper or lower case
     frame:str="",     # frame of reference of the scan; "": not checked
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
-    "The mask of a segment on the grid of its scan. `InputError` with the names that are there, and for another grid."
+    "The mask of a segment on its scan. `InputError` with the names that are there; for another grid."
     s, names = dicom_header(path, pixels=True), {}
     for g in s.get("SegmentSequence") or []:
         words = [str(g.get(k, "")).strip() for k in ("SegmentLabel", "SegmentDescription")]
-        names[int(g.get("SegmentNumber", -1))] = [w for w in words if w]
+        names[whole(g, "SegmentNumber")] = [w for w in words if w]
     chosen = [k for k, n in names.items() if roi.strip().lower() in map(str.lower, n)]
     if not chosen:
-        raise InputError(f"{path}: {unknown('segment', roi, sorted({v for n in names.values() for v in n}))}")
+        known = sorted({v for n in names.values() for v in n})
+        raise InputError(f"{path}: {unknown('segment', roi, known)}")
     check_frame(str(s.get("FrameOfReferenceUID", "")), frame, str(path))
     if like.affine is None:
         raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {path} cannot be "
                          "placed. Use the DICOM series.")
     places, mask = slices_of(Path(path), s), np.zeros(like.array.shape[-3:], bool)
-    for i, picture in seg_frames(path, s, chosen):
-        mask[seg_voxels(places[i], like, str(path))] |= picture
+    with as_dicom(path):
+        for i, picture in seg_frames(path, s, chosen):
+            mask[seg_voxels(places[i], like, str(path))] |= picture
     if not mask.any():
         raise InputError(f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=.")
     return mask.astype(np.uint8)

@@ -7,7 +7,7 @@ __all__ = ['SHIFT', 'DRIFT', 'FARTHEST', 'Grid', 'grid_of', 'usable', 'spacing_o
            'describe_grid', 'axes_between', 'way_onto', 'turned', 'lay_on']
 
 # %% ../../nbs/1_data/16_geometry.ipynb #fad7e552
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -26,9 +26,10 @@ def grid_of(
     image,            # `Image`, or anything with array, spacing and affine
     label:bool=False, # True: its array has no axis of channels
 )->Grid:
-    "The grid of an image or of a label."
+    "The grid of an image or of a label. An affine that is no place is not known."
     size = image.array.shape if label else image.array.shape[1:]
-    return Grid(tuple(size), image.spacing, image.affine)
+    known = image.affine is not None and usable(image.affine)
+    return Grid(tuple(size), image.spacing, image.affine if known else None)
 
 # %% ../../nbs/1_data/16_geometry.ipynb #feb73f40
 def usable(
@@ -39,7 +40,9 @@ def usable(
     if not np.isfinite(steps).all():
         return False
     lengths = np.linalg.norm(steps[:, :3], axis=0)
-    return bool(lengths.min() > 0 and abs(np.linalg.det(steps[:, :3] / lengths)) > 1e-4)
+    if lengths.min() == 0:
+        return False
+    return bool(abs(np.linalg.det(steps[:, :3] / lengths)) > 1e-4)
 
 def spacing_of(
     affine,     # (4,4)
@@ -167,7 +170,10 @@ def lay_on(
         raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
                          f"Both must show the same pixels. {both}")
     if there.affine is not None and here.affine is not None:
+        second = getattr(getattr(image, "header", None), "other", None)
         way = way_onto(there, here)
+        if way is None and second is not None:
+            way = way_onto(there, replace(here, affine=second))
         if way is None:
             raise InputError(f"{name}: the label lies elsewhere than its image. {both} {fix}")
         return turned(label.array, way)

@@ -231,6 +231,7 @@ class NiftiPlace:
     fields:dict                   # the fields in `PLACE`, as in the file
     spacing:tuple|None = None     # mm along the axes of the array
     affine:np.ndarray|None = None # (4,4) mm
+    other:np.ndarray|None = None  # (4,4) mm of the form that was not taken
     notes:tuple = ()              # what the header says twice or in vain, and what was taken
 
 def nifti_form(
@@ -272,16 +273,17 @@ def nifti_forms(
     return found, notes
 
 def nifti_place(
-    header,     # nibabel header
-    dims:int=3, # spatial axes of the image
-    path="",    # file, for the warning
+    header,      # nibabel header
+    dims:int=3,  # spatial axes of the image
+    path="",     # file, for the warning
+    pixdim=None, # its spacings as stored; None: those of the header
 )->NiftiPlace:
     "Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they disagree."
     fields = {k: np.array(header[k]) for k in PLACE}
     found, notes = nifti_forms(header, dims)
     for name in {"sform", "qform"} - set(found):
         fields[f"{name}_code"] = np.array(0)
-    sizes = np.abs(np.array(header["pixdim"][1:dims + 1], float))
+    sizes = np.abs(np.array(header["pixdim"] if pixdim is None else pixdim, float))[1:dims + 1]
     unit = int(header["xyzt_units"]) & 7
     told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.))
     if not (np.isfinite(sizes).all() and sizes.all()):
@@ -297,12 +299,12 @@ def nifti_place(
                          f"the {next(iter(found))} is taken")
     for note in notes:
         warnings.warn(f"{path}: {note}.", stacklevel=3)
-    return NiftiPlace(fields, spacing, affine, tuple(notes))
+    return NiftiPlace(fields, spacing, affine, found.get("qform") if len(found) > 1 else None, tuple(notes))
 
 # %% ../../nbs/1_data/2_images.ipynb #d1523567
 def open_nifti(
     path:Path, # .nii or .nii.gz, packed or not
-): # nibabel image, in memory; nothing is decoded yet
+)->tuple: # nibabel image in memory, nothing decoded yet; its pixdim as stored (nibabel mends it)
     "Unpack and parse a NIfTI. `InputError` for a pair of files, complex numbers, too few bytes."
     import gzip
     import nibabel as nib
@@ -310,24 +312,26 @@ def open_nifti(
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     two = 540 in (int.from_bytes(data[:4], e) for e in ("little", "big"))
-    f = (nib.Nifti2Image if two else nib.Nifti1Image).from_bytes(data)
-    if f.header["magic"].item()[:2] == b"ni":
+    kind = nib.Nifti2Image if two else nib.Nifti1Image
+    f = kind.from_bytes(data)
+    stored = kind.header_class(data[:kind.header_class.sizeof_hdr], check=False)["pixdim"]
+    if (data[4:6] if two else data[344:346]) == b"ni":
         raise InputError("it is the header of a pair of files (.hdr, .img). Save both as one .nii.gz.")
-    kind, shape = f.get_data_dtype(), f.header.get_data_shape()
-    need = int(f.header["vox_offset"]) + kind.itemsize * int(np.prod(shape, dtype=object))
+    number, shape = f.get_data_dtype(), f.header.get_data_shape()
+    need = int(f.header["vox_offset"]) + number.itemsize * int(np.prod(shape, dtype=object))
     if need > len(data):
-        raise InputError(f"its header promises {need} bytes ({shape}, {kind}), but it holds "
+        raise InputError(f"its header promises {need} bytes ({shape}, {number}), but it holds "
                          f"{len(data)}. It is cut short: copy it again from its source.")
-    if kind.kind == "c":
+    if number.kind == "c":
         raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
-    return f
+    return f, stored
 
 def read_nifti(
     path:Path,        # .nii or .nii.gz
     label:bool=False, # not used: NIfTI has no palette
 )->tuple: # array (C,D,H,W) or (C,H,W), spacing, affine, `NiftiPlace`
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
-    f = open_nifti(path)
+    f, stored = open_nifti(path)
     a, rgb = np.asanyarray(f.dataobj), f.get_data_dtype().fields
     if rgb:
         a = np.stack([a[c] for c in list(rgb)[:3]], -1)
@@ -337,7 +341,7 @@ def read_nifti(
         raise InputError(f"it has {a.ndim} axes {a.shape}; we read images (x, y), volumes (x, y, z) "
                          "and volumes with channels (x, y, z, c).")
     a = a.T if rgb or a.ndim == 4 else a.T[None]
-    place = nifti_place(f.header, a.ndim - 1, path)
+    place = nifti_place(f.header, a.ndim - 1, path, stored)
     return a, place.spacing, place.affine, place
 
 # %% ../../nbs/1_data/2_images.ipynb #e10c5a70

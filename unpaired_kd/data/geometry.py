@@ -164,23 +164,25 @@ def lay_on(
     "Bring a label onto its image. Raises `InputError` with both grids when it lies elsewhere."
     there, here = grid_of(label, True), grid_of(image)
     name = label.path or "the label"
-    both = f"The label: {describe_grid(there)}. Its image {image.path}: {describe_grid(here)}."
+    both = ""
+    if any(g.affine is not None or g.spacing is not None for g in (there, here)):
+        both = f" The label: {describe_grid(there)}. Its image {image.path}: {describe_grid(here)}."
     fix = "Take the image that it was drawn on, or resample the label onto it (nearest neighbour)."
     if sorted(there.size) != sorted(here.size):
         raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
-                         f"Both must show the same pixels. {both}")
+                         f"Both must show the same pixels.{both}")
     if there.affine is not None and here.affine is not None:
         second = getattr(getattr(image, "header", None), "other", None)
         way = way_onto(there, here)
         if way is None and second is not None:
             way = way_onto(there, replace(here, affine=second))
         if way is None:
-            raise InputError(f"{name}: the label lies elsewhere than its image. {both} {fix}")
+            raise InputError(f"{name}: the label lies elsewhere than its image.{both} {fix}")
         return turned(label.array, way)
     if there.size != here.size:
         raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
                          "Both must show the same pixels.")
     if there.spacing is not None and here.spacing is not None:
         if not np.allclose(there.spacing, here.spacing, rtol=1e-3, atol=0):
-            raise InputError(f"{name}: the label has another spacing than its image. {both} {fix}")
+            raise InputError(f"{name}: the label has another spacing than its image.{both} {fix}")
     return label.array

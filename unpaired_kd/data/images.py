@@ -444,7 +444,7 @@ def decode(
     elif not suffix: raise InputError(f"{path}: the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, and folders of one DICOM series. Convert the file.")
     else: reader = READERS[suffix]
     try: array, spacing, affine, *header = reader(path, label, *([absent] if reader is read_zarr else []))
-    except InputError as e: raise InputError(f"{path}: {e}") from e
+    except InputError as e: raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
     except (MemoryError, KeyboardInterrupt): raise
     except Exception as e:
         raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e

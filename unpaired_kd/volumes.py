@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import InputError, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
-from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, open_zarr, suffix_of, to_unit, volume_window
+from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, strides_of
 
@@ -231,10 +231,10 @@ def nifti_volume(
     "A NIfTI through nibabel's proxy, transposed as `read_nifti` does."
     import nibabel as nib
     f = nib.load(path)
-    if len(f.shape) != 3 or f.get_data_dtype().fields: raise InputError(f"it has the shape {f.shape} and type {f.get_data_dtype()}; blocks need grey volumes (x, y, z).")
-    to_mm = {"micron": 1e-3, "meter": 1e3}.get(f.header.get_xyzt_units()[0], 1.)
+    if len(f.shape) != 3 or f.get_data_dtype().fields or f.get_data_dtype().kind == "c": raise InputError(f"it has the shape {f.shape} and type {f.get_data_dtype()}; blocks need grey volumes (x, y, z).")
+    place = nifti_place(f.header, 3, path)
     def box(slices): return np.asanyarray(f.dataobj[tuple(slices[::-1])]).T[None]
-    return Volume(path, (1, *f.shape[::-1]), box([slice(0, 1)] * 3).dtype, tuple(float(s) * to_mm for s in f.header.get_zooms()[::-1]), np.diag([to_mm] * 3 + [1.]) @ f.affine, _files_mark(path, [path]), box)
+    return Volume(path, (1, *f.shape[::-1]), box([slice(0, 1)] * 3).dtype, place.spacing, place.affine, _files_mark(path, [path]), box)
 
 OPENERS = {".zarr": zarr_volume, ".tif": tiff_volume, ".tiff": tiff_volume, ".nii": nifti_volume, ".nii.gz": nifti_volume}
 

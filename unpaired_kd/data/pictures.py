@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY', 'ALONE', 'NEEDS', 'REVERSED', 'unit_length',
-           'arrange', 'turn', 'turn_spacing', 'check_there', 'content_of', 'check_memory', 'open_picture', 'png_header',
-           'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits', 'undo_predictor', 'segment_shape',
-           'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image',
-           'full_pages', 'check_alike', 'tiff_spacing', 'ome_sizes', 'tag_sizes', 'as_seen', 'black_is_zero', 'paint',
-           'open_tiff', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
+           'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of', 'check_memory',
+           'open_picture', 'png_header', 'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits',
+           'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag',
+           'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'ome_sizes',
+           'tag_sizes', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate', 'read_tiff', 'check_plain',
+           'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -103,6 +104,28 @@ def check_there(
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
 
+def visible(
+    folder:Path, # a folder
+)->list: # its entries, sorted; hidden ones are left out
+    "What lies in a folder. `InputError` if it cannot be listed."
+    try:
+        return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")]
+    except OSError as e:
+        raise InputError(f"{folder} cannot be listed ({e.strerror or e}). Give a folder that you "
+                         "may read.") from None
+
+def first_bytes(
+    path, # any entry of a folder
+)->bytes: # 132 at most
+    "How a file starts; nothing if it is no file, or cannot be opened."
+    try:
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as f:
+            return f.read(132)
+    except OSError:
+        return b""
+
 # %% ../../nbs/1_data/18_pictures.ipynb #35e06fe8
 MARKS = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif",
          b"II+\0": ".tif", b"MM\0+": ".tif"}
@@ -111,8 +134,7 @@ def content_of(
     path, # a file
 )->str: # ".png" | ".jpg" | ".tif" | ".dcm"; "" for anything else
     "The format by the first bytes, whatever the name says."
-    with open(path, "rb") as f:
-        head = f.read(132)
+    head = first_bytes(path)
     known = (suffix for mark, suffix in MARKS.items() if head.startswith(mark))
     return next(known, ".dcm" if head[128:] == b"DICM" else "")
 

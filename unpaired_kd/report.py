@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NAMES', 'OUTCOMES', 'save_rows', 'load_rows', 'load_runs', 'guests', 'arrange', 'summarise', 'evidence',
-           'name_of', 'p_text', 'markdown_table', 'results_table', 'rank_agreement', 'published_table', 'outcomes',
-           'overlay', 'box_plot', 'forest_plot', 'history_plot', 'save_figure']
+           'name_of', 'p_text', 'interval_text', 'markdown_table', 'results_table', 'rank_agreement', 'published_table',
+           'outcomes', 'overlay', 'box_plot', 'forest_plot', 'history_plot', 'save_figure']
 
 # %% ../nbs/4_training/3_report.ipynb #5417def7
 import csv, io, textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, rng, to_display, unknown, write_csv
-from .evaluation import compare, pair_rows, sign_of
+from .evaluation import FEW, compare, pair_rows, sign_of
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit") # columns that stay text, also when they look like numbers
@@ -95,19 +96,31 @@ def summarise(
     return (float(x.mean()) if len(x) else np.nan, float(x.std(ddof=1)) if len(x) > 1 else np.nan, len(x))
 
 # %% ../nbs/4_training/3_report.ipynb #8a946d2b
+def _shared(rows, reference, metric):
+    "Rows of the arms that have finite values, and two sets of (seed, case, patient): where all have one, where one lacks it."
+    def finite(r): return np.isfinite(r.get(metric, 0)) # an absent column is for `compare` to refuse
+    def key(r): return r["seed"], str(r["case"]), str(r["group"])
+    arms = {r["arm"] for r in rows if finite(r)}
+    some = [r for r in rows if r["arm"] in arms]
+    holes = {key(r) for r in some if not finite(r)}
+    return some, {key(r) for r in some if r["arm"] == reference} - holes, holes
+
 def evidence(
     rows:list,                             # rows of `evaluate`, all arms
     reference:str,                         # the arm the others are compared with
     metrics=("dsc", "hd95", "aji", "pq"),  # columns
 )->list: # dicts of `compare` (unit="group", reference left out), each with `p_both` and `p_both_holm` (NaN with one seed)
-    "Every arm against the reference on every metric, over patients, and over patients and seeds together. One patient: empty."
+    "Every arm against the reference on every metric, over patients, and over patients and seeds. Nothing where two patients are not shared."
     away, out = guests(rows, reference), []
     rows = [r for r in rows if r["arm"] not in away]
-    if len({r["group"] for r in rows}) < 2: return out
     for metric in metrics:
-        table = compare(rows, reference, metric, missing="drop")[1:]
-        both = {c["arm"]: c for c in compare(rows, reference, metric, "both", missing="drop")} if len({r["seed"] for r in rows}) > 1 else {}
-        for c in table:
+        some, shared, _ = _shared(rows, reference, metric)
+        if len({patient for *_, patient in shared}) < 2:
+            continue
+        both = {}
+        if len({seed for seed, *_ in shared}) > 1:
+            both = {c["arm"]: c for c in compare(some, reference, metric, "both", missing="drop")}
+        for c in compare(some, reference, metric, missing="drop")[1:]:
             b = both.get(c["arm"], dict(p_t=np.nan, p_t_holm=np.nan))
             out.append(c | dict(p_both=b["p_t"], p_both_holm=b["p_t_holm"]))
     return out
@@ -134,6 +147,17 @@ def p_text(
 )->str: # "0.012", "<0.001" or "–"
     "A p-value as it should be printed."
     return "–" if np.isnan(p) else "<0.001" if p < .001 else f"{p:.2f}" if p >= .1 else f"{p:.3f}"
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20a1
+def interval_text(
+    c:dict,          # of `compare`
+    k:float=1,       # factor from stored to printed
+    to:str="{} to {}", # how the two ends are joined
+)->str: # "+1.2 to +3.4", or "–" where no interval can be given
+    "An interval as it should be printed."
+    if np.isnan(c["ci_low"]):
+        return "–"
+    return to.format(f"{k * c['ci_low']:+.1f}", f"{k * c['ci_high']:+.1f}")
 
 # %% ../nbs/4_training/3_report.ipynb #f9cdc190
 def markdown_table(
@@ -172,9 +196,58 @@ def _differences(found, arms, reference, rows):
     lines = []
     for c in sorted((c for c in found if c["arm"] in arms), key=lambda c: arms.index(c["arm"])):
         name, unit, k = name_of(c["metric"], rows)
-        lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", f"{k * c['ci_low']:+.1f} to {k * c['ci_high']:+.1f}",
+        lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", interval_text(c, k),
             *[p_text(c[p + "_holm"]) for p in ("p_t", "p_wilcoxon", "p_both")], f"{c['seeds_won']}/{c['n_seeds']}"])
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20b2
+def _intervals(found):
+    "Which intervals a table holds, in words."
+    kinds = {c["interval"] for c in found}
+    if "Student's t" not in kinds:
+        return "bootstrap over patients"
+    if "bootstrap" in kinds:
+        return f"bootstrap over patients, Student's t over fewer than {FEW}"
+    groups = sorted({c["n_groups"] for c in found})
+    return f"Student's t over {' to '.join(map(str, dict.fromkeys((groups[0], groups[-1]))))} patients"
+
+def _tests(found):
+    "What the intervals and p-values of a table are, in words."
+    text = "Differences are means over patients, in points or the metric's unit"
+    tested = Counter(c["metric"] for c in found if c["interval"] != "none").values()
+    if not tested:
+        return text + "; each is the same in every patient, so there is neither an interval nor a p. "
+    over = " to ".join(map(str, dict.fromkeys((min(tested), max(tested)))))
+    text += (f"; intervals: {_intervals(found)}. p: paired, two-sided, Holm-corrected over {over} arms; t and Wilcoxon over patients, speaking of these "
+            "trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
+    fewest = min(c["n_groups"] for c in found)
+    if max(tested) * 2 / 2**fewest > .05:
+        text += f"Over {fewest} patients Wilcoxon's p, before Holm's correction, is never below {2 / 2**fewest:.3g}. "
+    if any(c["interval"] == "none" for c in found):
+        text += "Where the difference is the same in every patient there is neither an interval nor a p. "
+    return text
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20b3
+def _left_out(rows, metrics, arms, reference, found):
+    "How many cases and which tests are missing for want of finite values, in words."
+    holes = {m: _shared([r for r in rows if r["arm"] in arms], reference, m)[2] for m in {c["metric"] for c in found}}
+    dropped = max((len({case for _, case, _ in h}) for h in holes.values()), default=0)
+    empty = 0
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        mine = [r for r in rows if r["arm"] == arm]
+        known = [summarise(mine, m)[2] for m in metrics]
+        empty = max([empty, *[len({r["case"] for r in mine}) - n for n in known if n]])
+    asked = [(a, m) for m in metrics for a in arms if a != reference]
+    absent = [(a, m) for a, m in asked if not any((c["arm"], c["metric"]) == (a, m) for c in found)]
+    text = ""
+    if dropped:
+        text += f"Up to {dropped} cases without a finite value are left out of a difference. "
+    if empty > dropped:
+        text += f"Up to {empty} cases without a finite value are left out of a mean. "
+    if found and absent:
+        names = ", ".join(f"{a} ({name_of(m, rows)[0]})" for a, m in absent)
+        text += f"Not tested, because fewer than two patients have finite values: {names}. "
+    return text
 
 # %% ../nbs/4_training/3_report.ipynb #3fbb2e76
 def results_table(
@@ -191,11 +264,10 @@ def results_table(
     note = f"{n['case']} cases of {n['group']} patients, {n['seed']} seeds. Mean ± standard deviation over cases, each averaged over its seeds. "
     if found:
         parts.append(_differences(found, arms, reference, rows))
-        dropped = max(n["case"] - c["n_cases"] for c in found)
-        note += (f"Differences are means over patients, in points or the metric's unit; intervals: bootstrap over patients. p: paired, two-sided, Holm-corrected over {len({c['arm'] for c in found})} arms; "
-                 "t and Wilcoxon over patients, speaking of these trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
-        if dropped: note += f"Up to {dropped} cases without a finite value are left out of a difference. "
-    elif n["group"] < 2: note += "One patient only: no interval and no p-value. "
+        note += _tests(found)
+    elif n["group"] < 2:
+        note += "One patient only: no interval and no p-value. "
+    note += _left_out(rows, metrics, [a for a in dict.fromkeys(r["arm"] for r in rows) if a not in away], reference, found)
     if _lost(rows, metrics): note += "Missed: structures of the labels that the predictions lack, over all cases and seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 over the images without one. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
@@ -208,7 +280,7 @@ def rank_agreement(
     n:int=500,      # bootstrap draws
     seed:int=0,     # of the draws
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
-    "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
+    "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms; with few of them the share says little."
     from scipy.stats import spearmanr
     agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0. # all equal: no order
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
@@ -230,19 +302,44 @@ def published_table(
 )->str: # Markdown
     "Our means and gains over the first published arm, beside the published ones, with the agreement of the order."
     reference = next(iter(published))
-    ours = {c["arm"]: c for c in compare([r for r in rows if r["arm"] not in guests(rows, reference)], reference, metric, missing="drop")}
+    away = guests(rows, reference)
+    ours = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] not in away))
     for a in published:
-        if a not in ours: raise InputError(unknown("arm", a, ours))
+        if a not in ours:
+            raise InputError(unknown("arm", a, ours))
+    found = {c["arm"]: c for c in evidence(rows, reference, (metric,))}
     name, unit, k = name_of(metric, rows)
     lines = []
-    for a in [*published, *[a for a in ours if a not in published]]:
-        c, theirs = ours[a], published.get(a, {}).get(metric)
-        gain = "" if a == reference else f"{k * c['difference']:+.1f} [{k * c['ci_low']:+.1f}, {k * c['ci_high']:+.1f}]"
-        lines.append([a, f"{k * c['mean']:.1f}", gain, "" if a == reference else p_text(c["p_t_holm"]), "" if theirs is None else f"{theirs:.2f}",
+    for a in dict.fromkeys([*published, *ours]):
+        mean, theirs = summarise([r for r in rows if r["arm"] == a], metric)[0], published.get(a, {}).get(metric)
+        gain, p = ("–", "–") if a != reference else ("", "")
+        if a in found:
+            c = found[a]
+            gain, p = f"{k * c['difference']:+.1f} {interval_text(c, k, '[{}, {}]')}", p_text(c["p_t_holm"])
+        lines.append([a, f"{k * mean:.1f}", gain, p, "" if theirs is None else f"{theirs:.2f}",
                       "" if theirs is None or a == reference else f"{theirs - published[reference][metric]:+.2f}"])
-    rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
     head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p", "published", "gain"]
-    return markdown_table(head, lines) + f"\n\nRank correlation of the {len(published)} published rows: {rho:+.2f}, positive in {share:.0%} of the draws.\nMeans are over cases, differences over patients (equal weight for each); p: paired t over patients, Holm-corrected over {len(lines) - 1} arms."
+    return f"{markdown_table(head, lines)}\n\n{_agreement(rows, published, metric)}\n{_gains(found)}"
+
+def _agreement(rows, published, metric):
+    "How the order of the rows agrees with the published one, in words."
+    rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
+    patients = len({r["group"] for r in rows if r["arm"] in published})
+    sure = f"positive in {share:.0%} of the draws" if patients >= FEW else f"no draws of {patients} patients only"
+    return f"Rank correlation of the {len(published)} published rows: {rho:+.2f}, {sure}."
+
+def _gains(found):
+    "What the gains of a published table are, in words."
+    text = "Means are over cases, differences over patients (equal weight for each)"
+    if not found:
+        return text + "; fewer than two patients: no interval and no p."
+    tested = sum(c["interval"] != "none" for c in found.values())
+    if not tested:
+        return text + "; each gain is the same in every patient: no interval and no p (paired t, Holm-corrected)."
+    kind = _intervals(found.values())
+    if "Student" in kind:
+        text += f"; intervals: {kind}"
+    return f"{text}; p: paired t over patients, Holm-corrected over {tested} arms."
 
 # %% ../nbs/4_training/3_report.ipynb #892a8b19
 OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6], "extra": PALETTE[3], "wrong class": PALETTE[7]}

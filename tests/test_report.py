@@ -297,6 +297,8 @@ def test_perfect_order_agrees_in_every_draw_that_has_patients():
     assert rank_agreement(rows, dict(a=1, b=2, c=3, d=4)) == (1., 1.)
     assert rank_agreement(rows, dict(a=4, b=3, c=2, d=1)) == (-1., 0.)
     assert rank_agreement(rows, dict(a=1, b=1)) == (0., 0.)
+    noisy = [dict(r, dsc=.5 + (r["arm"] == "b") * 2e-16) for r in ordered("ab")]
+    assert rank_agreement(noisy, dict(a=1, b=2)) == (0., 0.)        # rounding noise is no order
 
 
 def test_published_table_shows_both_and_refuses_what_was_not_run():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, rng, to_display, unknown, write_csv
-from .evaluation import FEW, compare, pair_rows, sign_of
+from .evaluation import FEW, compare, pair_rows, settled, sign_of
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit") # columns that stay text, also when they look like numbers
@@ -282,7 +282,10 @@ def rank_agreement(
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
     "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms; with few of them the share says little."
     from scipy.stats import spearmanr
-    agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0. # all equal: no order
+    def agree(means):
+        "Rank correlation with the published means; 0 where all are equal (to rounding), so without an order."
+        means = settled(means)
+        return float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0.
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]
     groups, g = np.unique(paired.groups, return_inverse=True)

@@ -74,7 +74,7 @@ def t_test(
 # %% ../nbs/4_training/2_evaluation.ipynb #8053c3a0
 def settled(
     d,                # differences, any shape; NaN: none
-    largest:float=0., # size of the numbers that were subtracted, same unit; 0: that of the differences
+    largest:float=0., # largest number that was subtracted, same unit; 0: take the differences
 )->np.ndarray: # the same, rounded to twelve digits of the largest
     "Differences without their rounding noise, so that equal ones are equal, in any unit."
     d = np.asarray(d, float)
@@ -148,7 +148,7 @@ def bootstrap_ci(
     expand:bool=True, # widen for few groups (Hesterberg 2015); False: plain percentiles
     few:int=FEW,      # Student's t for fewer groups than this; 0: always the bootstrap
 )->tuple: # (low, high) for the mean over groups; NaN if all groups are equal
-    "Interval for the mean over patients: the bootstrap's (patients drawn again, never single cases), or Student's."
+    "Interval of the mean over patients: Student's for few, else by drawing patients again."
     from scipy.special import ndtr, stdtrit
     values = np.asarray(values, float)
     if not np.isfinite(values).all():
@@ -263,14 +263,15 @@ def compare(
     n_boot:int=2000,      # bootstrap draws
     seed:int=0,           # seed of the bootstrap
     missing:str="refuse", # NaN or infinite values: refuse | drop (that case, in all arms)
-)->list: # one dict per arm, reference first: means, difference, `interval` (bootstrap | Student's t | none), p-values (raw and Holm), seeds; NaN: no interval, no test
-    "Paired comparison of every arm with the reference. Raises `InputError` on unequal cases, duplicates or fewer than 2 units."
+)->list: # dicts, reference first: means, difference, interval (and its kind), p (raw, Holm), seeds
+    "Every arm paired with the reference. `InputError` for unequal cases, duplicates, one unit."
     paired = pair_rows(rows, reference, metric, missing)
     values, cases, seeds = (paired.by(u) for u in (unit, "case", "seed"))
     groups = len(set(paired.groups))
     if min(values.shape[1:]) < 2:
         what = dict(group="groups (patients)", seed="seeds", case="cases", both="groups and 2 seeds")[unit]
-        raise InputError(f'unit="{unit}" needs at least 2 {what}: there are {groups} groups and {seeds.shape[1]} seeds.')
+        there = f"there are {groups} groups and {seeds.shape[1]} seeds"
+        raise InputError(f'unit="{unit}" needs at least 2 {what}: {there}.')
     nothing = dict.fromkeys(("difference", "ci_low", "ci_high", "p_t", "p_wilcoxon"), float("nan"))
     size, out = np.abs(paired.values).max(), []
     for a, arm in enumerate(paired.arms):

@@ -151,7 +151,8 @@ def _near(distances, tolerance):
     "Share of the surface pixels, of both sides together, within the tolerance."
     if not tolerance >= 0: raise InputError(f"tolerance is {tolerance}; give a distance of 0 or more.")
     reach = tolerance * (1 + SLACK)
-    return float(sum(np.count_nonzero(d <= reach) for d in distances) / max(sum(map(len, distances)), 1))
+    near = sum(np.count_nonzero(d <= reach) for d in distances)
+    return float(near / max(sum(map(len, distances)), 1))
 
 def surface_dice(
     pred,            # mask (*spatial)

@@ -97,9 +97,11 @@ def summarise(
 
 # %% ../nbs/4_training/3_report.ipynb #8a946d2b
 def _shared(rows, reference, metric):
-    "Rows of the arms that have finite values, and two sets of (seed, case, patient): where all have one, where one lacks it."
-    def finite(r): return np.isfinite(r.get(metric, 0)) # an absent column is for `compare` to refuse
-    def key(r): return r["seed"], str(r["case"]), str(r["group"])
+    "Rows of arms with finite values; (seed, case, patient) where all have one; where one lacks it."
+    def finite(r):
+        return np.isfinite(r.get(metric, 0)) # an absent column is for `compare` to refuse
+    def key(r):
+        return r["seed"], str(r["case"]), str(r["group"])
     arms = {r["arm"] for r in rows if finite(r)}
     some = [r for r in rows if r["arm"] in arms]
     holes = {key(r) for r in some if not finite(r)}
@@ -110,7 +112,7 @@ def evidence(
     reference:str,                         # the arm the others are compared with
     metrics=("dsc", "hd95", "aji", "pq"),  # columns
 )->list: # dicts of `compare` (unit="group", reference left out), each with `p_both` and `p_both_holm` (NaN with one seed)
-    "Every arm against the reference on every metric, over patients, and over patients and seeds. Nothing where two patients are not shared."
+    "Every arm against the reference over patients, and patients and seeds; two patients at least."
     away, out = guests(rows, reference), []
     rows = [r for r in rows if r["arm"] not in away]
     for metric in metrics:
@@ -201,6 +203,11 @@ def _differences(found, arms, reference, rows):
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
 
 # %% ../nbs/4_training/3_report.ipynb #5a7d20b2
+def _span(numbers):
+    "The smallest and the largest of some numbers, in words."
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
 def _intervals(found):
     "Which intervals a table holds, in words."
     kinds = {c["interval"] for c in found}
@@ -208,44 +215,55 @@ def _intervals(found):
         return "bootstrap over patients"
     if "bootstrap" in kinds:
         return f"bootstrap over patients, Student's t over fewer than {FEW}"
-    groups = sorted({c["n_groups"] for c in found})
-    return f"Student's t over {' to '.join(map(str, dict.fromkeys((groups[0], groups[-1]))))} patients"
+    return f"Student's t over {_span([c['n_groups'] for c in found])} patients"
 
 def _tests(found):
     "What the intervals and p-values of a table are, in words."
-    text = "Differences are means over patients, in points or the metric's unit"
+    text = "Differences are means over patients, in points or the metric's unit; "
     tested = Counter(c["metric"] for c in found if c["interval"] != "none").values()
     if not tested:
-        return text + "; each is the same in every patient, so there is neither an interval nor a p. "
-    over = " to ".join(map(str, dict.fromkeys((min(tested), max(tested)))))
-    text += (f"; intervals: {_intervals(found)}. p: paired, two-sided, Holm-corrected over {over} arms; t and Wilcoxon over patients, speaking of these "
-            "trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
+        return text + "each is the same in every patient, so there is neither an interval nor a p. "
+    text += (f"intervals: {_intervals(found)}. p: paired, two-sided, Holm-corrected over "
+             f"{_span(tested)} arms; t and Wilcoxon over patients, speaking of these trained "
+             "networks; 'with seeds' over patients and seeds, speaking of the method with the "
+             "teachers used. ")
     fewest = min(c["n_groups"] for c in found)
-    if max(tested) * 2 / 2**fewest > .05:
-        text += f"Over {fewest} patients Wilcoxon's p, before Holm's correction, is never below {2 / 2**fewest:.3g}. "
+    smallest = 2 / 2**fewest
+    if max(tested) * smallest > .05:
+        text += (f"Over {fewest} patients Wilcoxon's p, before Holm's correction, is never "
+                 f"below {smallest:.3g}. ")
     if any(c["interval"] == "none" for c in found):
-        text += "Where the difference is the same in every patient there is neither an interval nor a p. "
+        text += ("Where the difference is the same in every patient there is neither an "
+                 "interval nor a p. ")
     return text
 
 # %% ../nbs/4_training/3_report.ipynb #5a7d20b3
-def _left_out(rows, metrics, arms, reference, found):
-    "How many cases and which tests are missing for want of finite values, in words."
-    holes = {m: _shared([r for r in rows if r["arm"] in arms], reference, m)[2] for m in {c["metric"] for c in found}}
-    dropped = max((len({case for _, case, _ in h}) for h in holes.values()), default=0)
-    empty = 0
-    for arm in dict.fromkeys(r["arm"] for r in rows):
+def _without_value(rows, metrics):
+    "The most cases that an arm lacks in the mean of a metric that it has."
+    most = 0
+    for arm in {r["arm"] for r in rows}:
         mine = [r for r in rows if r["arm"] == arm]
-        known = [summarise(mine, m)[2] for m in metrics]
-        empty = max([empty, *[len({r["case"] for r in mine}) - n for n in known if n]])
-    asked = [(a, m) for m in metrics for a in arms if a != reference]
-    absent = [(a, m) for a, m in asked if not any((c["arm"], c["metric"]) == (a, m) for c in found)]
-    text = ""
+        cases = len({r["case"] for r in mine})
+        there = [summarise(mine, m)[2] for m in metrics]
+        most = max([most, *[cases - n for n in there if n]])
+    return most
+
+def _left_out(rows, metrics, reference, found):
+    "How many cases and which tests are missing for want of finite values, in words."
+    away, text = guests(rows, reference), ""
+    home = [r for r in rows if r["arm"] not in away]
+    tested = {(c["arm"], c["metric"]) for c in found}
+    holes = [_shared(home, reference, m)[2] for m in metrics if any(m == k for _, k in tested)]
+    dropped = max([len({case for _, case, _ in h}) for h in holes], default=0)
     if dropped:
         text += f"Up to {dropped} cases without a finite value are left out of a difference. "
-    if empty > dropped:
-        text += f"Up to {empty} cases without a finite value are left out of a mean. "
-    if found and absent:
-        names = ", ".join(f"{a} ({name_of(m, rows)[0]})" for a, m in absent)
+    absent = _without_value(rows, metrics)
+    if absent > dropped:
+        text += f"Up to {absent} cases without a finite value are left out of a mean. "
+    arms = [a for a in dict.fromkeys(r["arm"] for r in home) if a != reference]
+    untested = [(a, m) for m in metrics for a in arms if (a, m) not in tested]
+    if found and untested:
+        names = ", ".join(f"{a} ({name_of(m, rows)[0]})" for a, m in untested)
         text += f"Not tested, because fewer than two patients have finite values: {names}. "
     return text
 
@@ -267,7 +285,7 @@ def results_table(
         note += _tests(found)
     elif n["group"] < 2:
         note += "One patient only: no interval and no p-value. "
-    note += _left_out(rows, metrics, [a for a in dict.fromkeys(r["arm"] for r in rows) if a not in away], reference, found)
+    note += _left_out(rows, metrics, reference, found)
     if _lost(rows, metrics): note += "Missed: structures of the labels that the predictions lack, over all cases and seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 over the images without one. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
@@ -280,10 +298,10 @@ def rank_agreement(
     n:int=500,      # bootstrap draws
     seed:int=0,     # of the draws
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
-    "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms; with few of them the share says little."
+    "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
     from scipy.stats import spearmanr
     def agree(means):
-        "Rank correlation with the published means; 0 where all are equal (to rounding), so without an order."
+        "Rank correlation with the published means; 0 if all are equal but for rounding."
         means = settled(means)
         return float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0.
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
@@ -314,21 +332,29 @@ def published_table(
     name, unit, k = name_of(metric, rows)
     lines = []
     for a in dict.fromkeys([*published, *ours]):
-        mean, theirs = summarise([r for r in rows if r["arm"] == a], metric)[0], published.get(a, {}).get(metric)
-        gain, p = ("–", "–") if a != reference else ("", "")
+        mean = summarise([r for r in rows if r["arm"] == a], metric)[0]
+        gain, p = ("", "") if a == reference else ("–", "–")
         if a in found:
-            c = found[a]
-            gain, p = f"{k * c['difference']:+.1f} {interval_text(c, k, '[{}, {}]')}", p_text(c["p_t_holm"])
-        lines.append([a, f"{k * mean:.1f}", gain, p, "" if theirs is None else f"{theirs:.2f}",
-                      "" if theirs is None or a == reference else f"{theirs - published[reference][metric]:+.2f}"])
+            gain = f"{k * found[a]['difference']:+.1f} {interval_text(found[a], k, '[{}, {}]')}"
+            p = p_text(found[a]["p_t_holm"])
+        cells = [a, f"{k * mean:.1f}", gain, p, "", ""]
+        if a in published:
+            theirs = published[a][metric]
+            cells[4] = f"{theirs:.2f}"
+            cells[5] = "" if a == reference else f"{theirs - published[reference][metric]:+.2f}"
+        lines.append(cells)
     head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p", "published", "gain"]
-    return f"{markdown_table(head, lines)}\n\n{_agreement(rows, published, metric)}\n{_gains(found)}"
+    notes = _agreement(rows, published, metric), _gains(found)
+    return "\n".join([markdown_table(head, lines), "", *notes])
 
 def _agreement(rows, published, metric):
     "How the order of the rows agrees with the published one, in words."
-    rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
+    means = {a: v[metric] for a, v in published.items()}
+    rho, share = rank_agreement(rows, means, metric)
     patients = len({r["group"] for r in rows if r["arm"] in published})
-    sure = f"positive in {share:.0%} of the draws" if patients >= FEW else f"no draws of {patients} patients only"
+    sure = f"positive in {share:.0%} of the draws"
+    if patients < FEW:
+        sure = f"no draws of {patients} patients only"
     return f"Rank correlation of the {len(published)} published rows: {rho:+.2f}, {sure}."
 
 def _gains(found):
@@ -336,13 +362,13 @@ def _gains(found):
     text = "Means are over cases, differences over patients (equal weight for each)"
     if not found:
         return text + "; fewer than two patients: no interval and no p."
-    tested = sum(c["interval"] != "none" for c in found.values())
+    tested = [c for c in found.values() if c["interval"] != "none"]
     if not tested:
-        return text + "; each gain is the same in every patient: no interval and no p (paired t, Holm-corrected)."
-    kind = _intervals(found.values())
+        return text + "; equal in every patient: no interval and no p (t, Holm-corrected)."
+    kind = _intervals(tested)
     if "Student" in kind:
         text += f"; intervals: {kind}"
-    return f"{text}; p: paired t over patients, Holm-corrected over {tested} arms."
+    return f"{text}; p: paired t over patients, Holm-corrected over {len(tested)} arms."
 
 # %% ../nbs/4_training/3_report.ipynb #892a8b19
 OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6], "extra": PALETTE[3], "wrong class": PALETTE[7]}

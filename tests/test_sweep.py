@@ -151,7 +151,7 @@ def test_a_parameter_that_the_rows_contradict_gets_another_name():
 
 def test_a_cluster(place, capsys, monkeypatch):
     "The same sweep through a Dask scheduler; one that is not there is named, and nothing is written."
-    distributed = pytest.importorskip("distributed")
+    import distributed
     path = grid(place, "grid: {seed: [1]}")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         assert cli.main(["sweep", path, "--scheduler", cluster.scheduler_address]) == 0

@@ -194,8 +194,10 @@ def leaks(
                               "One patient must have one group: remove one, or mend the groups.")
             else: notes.append(f"{both}; both are of group {a.group!r}")
         for g in dict.fromkeys(c.group for c in f.cases):
-            plain = re.sub(r"0+(?=\d)", "", re.sub(r"[\W_]", "", name_key(g).casefold()))
+            plain = re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[\W_]", "", name_key(g).casefold()))
             near.setdefault((f.name, plain), []).append(g)
+    kinds = {(f.collection.label_kind, f.collection.classes) for f in findings if f.collection is not None and f.collection.has_labels}
+    if len(kinds) > 1: notes.append("the labels of the modalities mean different things; teacher and student need the same classes")
     notes += [f"{name}: groups {', '.join(map(repr, gs))} have nearly the same name; are they one patient?"
               for (name, plain), gs in near.items() if plain and len(gs) > 1]
     return faults, notes
@@ -226,10 +228,11 @@ def table_of(
     "What is in a modality."
     cases, looks = f.cases, f.looks
     labelled = sum(c.label is not None for c in cases)
-    rows = {"images": f"{len(cases)}, of {len({c.group for c in cases})} groups" + (f"; {len(looks)} could be read" if len(looks) < len(cases) else ""),
+    groups = len({c.group for c in cases})
+    rows = {"images": f"{len(cases)}, of {groups} group{'s' * (groups != 1)}" + (f"; {len(looks)} could be read" if len(looks) < len(cases) else ""),
             "labels": f"{labelled} with, {len(cases) - labelled} without"}
     kinds = Counter(c.label_group for c in cases)
-    if set(kinds) != {""}: rows["label groups"] = ", ".join(f"{k or 'none'} ({n})" for k, n in sorted(kinds.items()))
+    if set(kinds) - {""}: rows["label groups"] = ", ".join(f"{k or 'none'} ({n})" for k, n in sorted(kinds.items()))
     if looks:
         rows["size"] = common(" x ".join(map(str, k.size)) for k in looks)
         rows["spacing, mm"] = common(" x ".join(f"{s:.4g}" for s in k.spacing) if k.spacing else "not stated" for k in looks)

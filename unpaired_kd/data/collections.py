@@ -841,13 +841,13 @@ def hashes(self)->dict:
 @patch_to(Collection)
 def contents(self)->dict:
     "File, relative to the folder that holds all of them (arrays: id of the case) -> 16 digits of its SHA-256."
-    found, paths, out = self.hashes(), set(), {}
+    found, named, paths = self.hashes(), {}, set()
     for c in self.cases:
+        whole = c.id if c.plane is None else c.id.rsplit("/", 1)[0] # slices share their volume
         for what, x in (("image", c.image), ("label", c.label)):
-            if isinstance(x, np.ndarray): out.setdefault((_key(x), what), f"{c.id} ({what})")
+            if isinstance(x, np.ndarray): named[f"{whole} ({what})"] = found[_key(x)]
             elif x is not None: paths.add(str(x))
-    named = {name: found[key] for (key, _), name in out.items()}
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]) if paths else ""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["/"])
     named |= {Path(os.path.relpath(p, root)).as_posix(): found[p] for p in paths}
     return {name: named[name][:16] for name in sorted(named)}
 

@@ -147,7 +147,7 @@ def alike(
     for part in relative.parts:
         found = [p for f in found if f.is_dir() for p in sorted(f.iterdir())
                  if name_key(p.name) == name_key(part)]
-    return found
+    return [p for p in found if p.exists()]
 
 # %% ../../nbs/1_data/17_files.ipynb #ecbd46e0
 FRESH = 2. # seconds: what changed later than that may change again without a new time

@@ -117,7 +117,7 @@ def test_links_fifos_and_two_forms_of_one_name(place):
     (place / "in/gone.png").symlink_to("nowhere.png")
     with pytest.raises(InputError, match="is a link to nowhere.png"): find_file(place, "in/gone.png", "t.csv")
     os.mkfifo(place / "in/pipe.png")
-    with pytest.raises(InputError, match="neither file nor folder"): find_file(place, "in/pipe.png", "t.csv")
+    with pytest.raises(InputError, match="neither a file nor a folder"): find_file(place, "in/pipe.png", "t.csv")
     (place / f"in/{NFC}.png").touch()
     assert find_file(place, f"in/{NFC}.png", "t.csv") == place / f"in/{NFC}.png"   # the very name comes first
     with pytest.raises(InputError, match="any of 2 files"): find_file(place, f"in/{NFC}.png ", "t.csv")

@@ -161,8 +161,8 @@ def judge(
     odd = [k for k in f.looks if k.channels != channels or len(k.size) != len(f.looks[0].size)]
     f.faults += [f"{_name(k.case, k.case.image)}: {k.channels} channels and {len(k.size)} axes, where "
                  f"most have {channels} and {len(f.looks[0].size)}. Convert it." for k in odd]
-    sound = [k.case for k in f.looks if k not in odd]
-    try: f.collection = Collection(sound, name=f.name, channels=channels, **kw)
+    sound = {k.case.id: k.case for k in f.looks if k not in odd} # an id that occurs twice is a fault already
+    try: f.collection = Collection(list(sound.values()), name=f.name, channels=channels, **kw)
     except InputError as e: f.faults.append(str(e))
     c = f.collection
     for k in f.looks: f.faults += faults_of(k, c and c.classes, c and c.label_kind)
@@ -171,6 +171,7 @@ def judge(
     empty = sum(k.numbers == (0,) for k in labelled)
     if empty and shown: f.notes.append(f"{empty} of {len(labelled)} labels are empty (background only)")
     black = c is not None and len(c.classes) == 2 and c.label_kind == "semantic"
+    black = black and all(len(set(k.numbers) - {0}) < 2 for k in labelled)
     if black and len(shown) > 1 and shown - {1, *WHITE}: f.faults.append(f"{f.name}: the labels {MIXED.format(spelled(shown))}")
     if any(k.dtype not in ("uint8", "uint16", "bool") and not 0 <= k.low <= k.high <= 1 for k in f.looks):
         f.notes.append("its numbers are neither 8- or 16-bit nor in 0 to 1: a study needs "

@@ -24,7 +24,7 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
-                                    stem)
+                                    stem, there)
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)
@@ -368,6 +368,7 @@ def _raw(self, case):
 def _where(source, case): return f"case {case.id!r}" if isinstance(source, np.ndarray) else str(source)
 def _read(function, path):
     from unpaired_kd.data import images
+    there(path)
     found = getattr(images, function)(path)
     array = found.array if function == "read_image" else images.smallest(found.array)
     return np.ascontiguousarray(array), found.spacing       # rows in a row: patches are cut twice as fast
@@ -612,9 +613,12 @@ IMAGE_DIRS = ("images", "image", "imgs", "tissue images")
 LABEL_DIRS = ("labels", "label", "masks", "mask", "mask binary")
 
 def images_in(folder):
-    "Images in a folder, sorted by name; hidden and other files are passed over."
-    from unpaired_kd.data.images import list_images
-    return list_images(folder)[0]
+    "Images in a folder, sorted by name; hidden and other files are passed over. A link that leads nowhere is one: reading it says so."
+    from unpaired_kd.data.images import dicom_files, suffix_of
+    def is_image(p):
+        if p.is_dir() and suffix_of(p) != ".zarr": return bool(dicom_files(p))
+        return bool(suffix_of(p))
+    return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and is_image(p)]
 
 def sub_folder(folder, names):
     "The sub-folder that has one of these names, or None."
@@ -931,8 +935,12 @@ def checksum_faults(
 
 @patch_to(Collection)
 def verify(self):
-    "Raise one `InputError` that lists the files whose checksums are not those of the manifest."
-    self.refuse(list(checksum_faults(self.cases).values()))
+    "Raise one `InputError` that lists files which are not there, or not those of the manifest's checksums."
+    faults = checksum_faults(self.cases)
+    for f in dict.fromkeys(str(x) for c in self.cases for x in (c.image, c.label) if isinstance(x, (str, Path))):
+        try: there(f)
+        except InputError as e: faults[f] = str(e)
+    self.refuse(list(faults.values()))
 
 @patch_to(Collection)
 def check_sizes(self,

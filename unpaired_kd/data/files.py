@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UTF', 'EXCEL', 'FRESH', 'name_key', 'stem', 'table_text', 'Row', 'header_of', 'read_table', 'whole_row', 'find_file',
-           'alike', 'stamp', 'settled', 'files_of', 'cache_file', 'remembered', 'hash_of', 'hashes_of', 'array_hash',
-           'header_size']
+           'alike', 'there', 'stamp', 'settled', 'files_of', 'cache_file', 'remembered', 'hash_of', 'hashes_of',
+           'array_hash', 'header_size']
 
 # %% ../../nbs/1_data/17_files.ipynb #fda803b0
 import codecs, csv, hashlib, io, os, time, unicodedata
@@ -130,12 +130,8 @@ def find_file(
     if len(found) > 1:
         raise InputError(f"{where}: {name} may be any of {len(found)} files whose names differ only "
                          "in their Unicode form or in spaces. Rename all but one.")
-    if not found and path.is_symlink():
-        raise InputError(f"{path} is listed in {where} but is a link to {os.readlink(path)}, which "
-                         "does not exist. Fetch the file.")
-    if not found: raise InputError(f"{path} is listed in {where} but does not exist.")
-    if not (found[0].is_file() or found[0].is_dir()):
-        raise InputError(f"{found[0]} is listed in {where} but is neither file nor folder.")
+    try: there(found[0] if found else path)
+    except InputError as e: raise InputError(f"{where} lists a file that cannot be read: {e}") from None
     return found[0]
 
 def alike(
@@ -148,6 +144,17 @@ def alike(
         found = [p for f in found if f.is_dir() for p in sorted(f.iterdir())
                  if name_key(p.name) == name_key(part)]
     return [p for p in found if p.exists()]
+
+def there(
+    path, # file or folder
+):
+    "`InputError` unless it is a file or a folder; says so for a link that leads nowhere, and for a pipe."
+    path = Path(path)
+    if path.is_file() or path.is_dir(): return
+    if path.is_symlink():
+        raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist. Fetch it.")
+    if path.exists(): raise InputError(f"{path} is neither a file nor a folder. Move it away.")
+    raise InputError(f"{path} does not exist.")
 
 # %% ../../nbs/1_data/17_files.ipynb #ecbd46e0
 FRESH = 2. # seconds: what changed later than that may change again without a new time

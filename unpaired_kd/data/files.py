@@ -74,7 +74,7 @@ def read_table(
     path,          # CSV file
     columns:tuple, # names that the header must hold
 )->list: # `Row`s; cells without spaces at their ends, empty rows left out
-    "Read a table written by hand or by a program. `InputError` names the file, the line and the fix."
+    "Read a table of a person or a program. `InputError` names the file, the line and the fix."
     path = Path(path)
     text = table_text(path)
     if text[:4].lower() == "sep=": text = text.partition("\n")[2] # Excel's own first line
@@ -96,6 +96,7 @@ def read_table(
     if not rows: raise InputError(f"{path} holds no rows.")
     return rows
 
+# %% ../../nbs/1_data/17_files.ipynb #49b8fa8e
 def whole_row(
     path:Path,   # the table
     header:list, # names of its columns
@@ -122,18 +123,20 @@ def find_file(
     for text in dict.fromkeys((name, name.replace("\\", "/"))):
         full = os.path.abspath(os.path.join(root, text))
         if PureWindowsPath(name).drive or os.path.commonpath((root, full)) != root or full == root:
-            raise InputError(f"{where}: {name} leads out of {folder}. Put the file into the folder, "
-                             "and write its path relative to the table.")
+            raise InputError(f"{where}: {name} leads out of {folder}. Put the file into the "
+                             "folder, and write its path relative to the table.")
         path = Path(folder)/os.path.relpath(full, root)
         found = [path] if path.exists() else found or alike(Path(folder), path.relative_to(folder))
         if path.exists(): break
     if len(found) > 1:
-        raise InputError(f"{where}: {name} may be any of {len(found)} files whose names differ only "
-                         "in their Unicode form or in spaces. Rename all but one.")
+        raise InputError(f"{where}: {name} may be any of {len(found)} files whose names differ "
+                         "only in their Unicode form or in spaces. Rename all but one.")
     try: there(found[0] if found else path)
-    except InputError as e: raise InputError(f"{where} lists a file that cannot be read: {e}") from None
+    except InputError as e:
+        raise InputError(f"{where} lists a file that cannot be read: {e}") from None
     return found[0]
 
+# %% ../../nbs/1_data/17_files.ipynb #38dde641
 def alike(
     folder:Path,   # where to look
     relative:Path, # a path below it
@@ -148,11 +151,12 @@ def alike(
 def there(
     path, # file or folder
 ):
-    "`InputError` unless it is a file or a folder; says so for a link that leads nowhere, and for a pipe."
+    "`InputError` unless it is a file or a folder: for a link that leads nowhere, and for a pipe."
     path = Path(path)
     if path.is_file() or path.is_dir(): return
     if path.is_symlink():
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist. Fetch it.")
+        raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist. Fetch "
+                         "the file.")
     if path.exists(): raise InputError(f"{path} is neither a file nor a folder. Move it away.")
     raise InputError(f"{path} does not exist.")
 
@@ -207,6 +211,7 @@ def hash_of(
     if list(files) == [""]: return file_sha256(path)
     return digest([[name, file_sha256(f)] for name, f in files.items()], 64)
 
+# %% ../../nbs/1_data/17_files.ipynb #5acc2f28
 def hashes_of(
     paths, # files and folders
 )->dict: # str(path) -> SHA-256 of its content, 64 hexadecimal digits
@@ -250,8 +255,9 @@ def header_size(
 ): # (rows, columns) as stored; None if the header cannot be read
     "The size of the plane without decoding an image. Reading the image says what is wrong with it."
     path = Path(path)
-    readers = {".png": _pillow_size, ".jpg": _pillow_size, ".jpeg": _pillow_size, ".tif": _tiff_size,
-               ".tiff": _tiff_size, ".nii": _nifti_size, ".nii.gz": _nifti_size, ".zarr": _zarr_size}
+    readers = {".png": _pillow_size, ".jpg": _pillow_size, ".jpeg": _pillow_size,
+               ".tif": _tiff_size, ".tiff": _tiff_size, ".zarr": _zarr_size,
+               ".nii": _nifti_size, ".nii.gz": _nifti_size}
     try: return tuple(int(n) for n in readers.get(suffix_of(path), _dicom_size)(path))
     except Exception: return None
 

@@ -83,8 +83,8 @@ def ignore(path): save(path, picture(2)[1] + (np.arange(40) > 38).astype(np.uint
 
 FAULTS = [
     (lambda d: cut(d / "ct/images/ct2.png"), "ct/images/ct2.png", "cut short"),
-    (lambda d: text(d / "ct/images/ct2.png"), "ct/images/ct2.png", "cannot be read"),
-    (lambda d: text(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "cannot be read"),
+    (lambda d: text(d / "ct/images/ct2.png"), "ct/images/ct2.png", "neither PNG nor JPEG"),
+    (lambda d: text(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "neither PNG nor JPEG"),
     (lambda d: link(d / "ct/images/ct2.png"), "ct/images/ct2.png", "link to nowhere.png"),
     (lambda d: link(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "link to nowhere.png"),
     (lambda d: pipe(d / "ct/images/ct2.png"), "ct/images/ct2.png", "neither a file nor a folder"),

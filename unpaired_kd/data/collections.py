@@ -24,7 +24,9 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
-                                    stem, there)
+                                    stem)
+from .geometry import lay_on
+from .pictures import check_there, visible
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)
@@ -356,8 +358,9 @@ def _raw(self, case):
     "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing; opens the files, or finds them in the store."
     def make():
         image, label, spacing = case.image, case.label, case.spacing
-        if not isinstance(image, np.ndarray): image, spacing = _read("read_image", image)
-        if label is not None and not isinstance(label, np.ndarray): label = _read("read_label", label)[0]
+        picture, drawn = (None if s is None or isinstance(s, np.ndarray) else _read(f, s) for f, s in (("read_image", image), ("read_label", label)))
+        if picture is not None: image, spacing = picture.array, picture.spacing
+        if drawn is not None: label = drawn.array if picture is None else np.ascontiguousarray(lay_on(drawn, picture))
         if self.channels and image.shape[0] != self.channels:
             raise InputError(f"{_where(case.image, case)}: the image has {image.shape[0]} channels where {self.channels} are expected in collection {self.name!r}. Convert it, or pass channels={image.shape[0]} if all images are so.")
         if label is not None and label.shape != image.shape[1:]:
@@ -368,10 +371,9 @@ def _raw(self, case):
 def _where(source, case): return f"case {case.id!r}" if isinstance(source, np.ndarray) else str(source)
 def _read(function, path):
     from unpaired_kd.data import images
-    there(path)
     found = getattr(images, function)(path)
     array = found.array if function == "read_image" else images.smallest(found.array)
-    return np.ascontiguousarray(array), found.spacing       # rows in a row: patches are cut twice as fast
+    return replace(found, array=np.ascontiguousarray(array)) # rows in a row: patches are cut twice as fast
 def _key(source): return id(source) if isinstance(source, np.ndarray) else str(source)
 
 WIDE = ("uint16", "int16", "int32", "uint32") # in pictures the usual types of object numbers
@@ -381,7 +383,7 @@ def _labels(self):
     "All labels for `infer_labels`, one after the other; images stay closed."
     wide = None
     for c in {_key(c.label): c for c in self.cases if c.label is not None}.values():
-        y = c.label if isinstance(c.label, np.ndarray) else _read("read_label", c.label)[0]
+        y = c.label if isinstance(c.label, np.ndarray) else _read("read_label", c.label).array
         if wide is None: wide = _is_wide(c.label)
         yield _where(c.label, c), y, wide
 
@@ -618,12 +620,10 @@ IMAGE_DIRS = ("images", "image", "imgs", "tissue images")
 LABEL_DIRS = ("labels", "label", "masks", "mask", "mask binary")
 
 def images_in(folder):
-    "Images in a folder, sorted by name, without hidden and other files; links that lead nowhere too: reading says so."
-    from unpaired_kd.data.images import dicom_files, suffix_of
-    def is_image(p):
-        if p.is_dir() and suffix_of(p) != ".zarr": return bool(dicom_files(p))
-        return bool(suffix_of(p))
-    return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and is_image(p)]
+    "Images in a folder, sorted by name; links that lead nowhere and pipes too, so that reading names them."
+    from unpaired_kd.data.images import is_image, suffix_of
+    def counts(p): return is_image(p) or not p.is_dir() and suffix_of(p) not in ("", ".zarr")
+    return [p for p in visible(folder) if counts(p)]
 
 def sub_folder(folder, names):
     "The sub-folder that has one of these names, or None."
@@ -954,7 +954,7 @@ def verify(self):
     faults = checksum_faults(self.cases)
     sources = [x for c in self.cases for x in (c.image, c.label)]
     for f in dict.fromkeys(str(x) for x in sources if isinstance(x, (str, Path))):
-        try: there(f)
+        try: check_there(f)
         except InputError as e: faults[f] = str(e)
     self.refuse(list(faults.values()))
 

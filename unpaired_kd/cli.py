@@ -259,9 +259,10 @@ def whole_or_real(
     value, # int or float
 )->float: # the same
     "A number for a float parameter; NaN is none."
-    if math.isnan(value): raise Misfit("It is not a number.")
-    try: return float(value)
+    try: real = float(value)
     except OverflowError: raise Misfit("It is too large.") from None
+    if math.isnan(real): raise Misfit("It is not a number.")
+    return real
 
 def cast_mapping(
     node,        # of `compose`
@@ -837,14 +838,16 @@ def report(
     args, # what `parser` read: an argparse.Namespace
 )->int: # exit status, 0
     "`ukd report`: the table of one or more run folders."
-    from unpaired_kd.core import unknown
+    from unpaired_kd.core import InputError, unknown
     from unpaired_kd.report import TEXT, load_rows, results_table
     runs = {str(r): load_rows(r) for r in args.runs}
     rows = join_runs(runs)
     columns = {k for r in rows for k in r} - {"seed", *TEXT}
     for m in args.metrics or ():
         if m not in columns: raise refuse(f"--metrics: {unknown('column', m, columns)}")
-    print(results_table(rows, reference=args.reference, metrics=tuple(args.metrics or METRICS)))
+    metrics = args.metrics or [m for m in METRICS if m in columns] or METRICS
+    try: print(results_table(rows, reference=args.reference, metrics=tuple(metrics)))
+    except InputError as e: raise refuse(" ".join([str(e), *remarks(runs)])) from e
     twice = sum(map(len, runs.values())) - len(rows)
     if twice: say(f"ukd report: {twice} rows stand in the tables twice, the same; each is counted once.")
     for line in remarks(runs): print(f"\n{line}")

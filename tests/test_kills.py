@@ -139,14 +139,15 @@ def items(found):
     "The same by output: a .zarr is one."
     by = {}
     for name, data in found.items():
-        key = name.split(".zarr")[0] + ".zarr" if ".zarr" in name else name
-        by.setdefault(key, {})[name] = data
+        parts = name.split("/")
+        ends = [k for k, part in enumerate(parts, 1) if part.endswith(".zarr")]
+        by.setdefault("/".join(parts[:ends[0]]) if ends else name, {})[name] = data
     return by
 
 
 def visible(found):
     "Outputs by their names: no hidden files, no work folders."
-    return {k: v for k, v in items(found).items() if not any(part.startswith(".") for part in k.split("/")) and not any(".part" in n for n in v)}
+    return {k: v for k, v in items(found).items() if not any(part.startswith(".") or part.endswith(".part") for part in k.split("/"))}
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -469,19 +469,23 @@ def is_image(
     path:Path, # a file, a folder, or a link
 )->bool:
     "Whether it is to be segmented, by its name; a folder if it is a .zarr or holds DICOM files."
-    if suffix_of(path) == ".zarr" or not path.is_dir():
+    if suffix_of(path) == ".zarr" or not os.path.isdir(path):
         return bool(suffix_of(path))
     try:
         return bool(dicom_files(path))
-    except OSError:
-        return True # we may not look into it: reading it will say so
+    except (OSError, InputError):
+        return True # something is wrong in it: reading it will say what
 
 def one_series(
     folder:Path, # an input
 )->bool: # True: a DICOM series; False: a folder of images
     "Whether a folder is one image. `InputError` if it holds a series and other images."
-    series = dicom_files(folder)
-    inside = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p not in series]
+    try:
+        series = dicom_files(folder)
+    except OSError: # one of its files may not be read: that file is named when it is its turn
+        series = sorted(folder.glob("*.dcm"))
+    names = {p.name for p in series}
+    inside = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name not in names]
     images = [p.name for p in inside if is_image(p) and suffix_of(p) != ".dcm"]
     if series and images:
         raise InputError(f"{folder} holds DICOM files ({series[0].name}) and other images: "
@@ -496,15 +500,15 @@ def plan(
 )->tuple: # list of (input, output), list of files that are no images
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
     check_readable(source)
-    single = source.is_file() or suffix_of(source) == ".zarr" or one_series(source)
+    single = os.path.isfile(source) or suffix_of(source) == ".zarr" or one_series(source)
     suffix = suffix_of(target)
     if single and suffix in (".jpg", ".jpeg"):
         check_format(target, (), 0)
-    if single and suffix in WRITERS and (suffix == ".zarr" or not target.is_dir()):
+    if single and suffix in WRITERS and (suffix == ".zarr" or not os.path.isdir(target)):
         return [(source, target)], []
-    if single and target.suffix and not target.is_dir():
+    if single and target.suffix and not os.path.isdir(target):
         raise InputError(f"output {target}: the ending is not one we write; use {', '.join(WRITERS)}. Or give a folder.")
-    if target.is_file():
+    if os.path.isfile(target):
         raise InputError(f"output {target}: it is a file, and the input is a folder. Give a folder.")
     if single:
         return [(source, target / output_name(source))], []
@@ -512,7 +516,7 @@ def plan(
     images = [p for p in inside if is_image(p)]
     if not images:
         raise InputError(f"{source} holds no images that we can read.")
-    return [(i, target / output_name(i)) for i in images], [p for p in inside if p not in images]
+    return [(i, target / output_name(i)) for i in images], [p for p in inside if not is_image(p)]
 
 # %% ../nbs/4_training/4_inference.ipynb #97edc42d
 def instance_name(
@@ -560,7 +564,7 @@ def file_jobs(
     found = []
     for source, target in jobs:
         try:
-            mark = digest([str(source.resolve()), files_mark(source), instances, *settings])
+            mark = digest([os.path.realpath(source), files_mark(source), instances, *settings])
         except OSError:
             mark = ""
         found.append(FileJob(source, (target, instance_name(target)) if instances else (target,), mark))
@@ -576,7 +580,7 @@ def check_outputs(
     "All that can be known before any work. Raises `InputError`."
     pairs = [(job.source, o) for job in jobs for o in job.outputs]
     outputs = [o for _, o in pairs]
-    kept = [(job.source, "the input") for job in jobs] + [(source, "the input")] * source.is_dir()
+    kept = [(job.source, "the input") for job in jobs] + [(source, "the input")] * os.path.isdir(source)
     if not isinstance(student, Student):
         kept.append((student, "the student's folder"))
     check_names(pairs)

@@ -109,9 +109,11 @@ def check_names(
             raise InputError(f"output {output}: the name is too long for a file. Rename {source}.")
         key = unicodedata.normalize("NFC", str(output)).casefold()
         if key in seen:
-            raise InputError(f"{seen[key]} and {source} would both be written to {output} (many disks know no "
-                             "case). Rename one, or put them into two folders.")
-        seen[key] = source
+            other, name = seen[key]
+            why = "" if str(name) == str(output) else f" ({name} is the same name on many disks)"
+            raise InputError(f"{other} and {source} would both be written to {output}{why}. "
+                             "Rename one, or put them into two folders.")
+        seen[key] = (source, output)
 
 # %% ../nbs/4_training/7_outputs.ipynb #d1c161b3
 def nearest(
@@ -127,7 +129,7 @@ def check_place(
     "`InputError` now, rather than after an hour of work, if nothing can be written there."
     base = nearest(folder)
     advice = "Give a folder that you may write to."
-    if not base.is_dir():
+    if not os.path.isdir(base):
         raise InputError(f"cannot write into {folder}: {base} is not a folder. {advice}")
     try:
         with tempfile.TemporaryFile(dir=base):
@@ -229,7 +231,7 @@ def made(
 ):
     "Make a folder and those above it for the block; those that are still empty afterwards go again."
     folder = Path(folder)
-    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    new = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -279,7 +281,7 @@ def check_readable(
 ):
     "`InputError` for what only looks like a file: links to nothing, pipes, devices, and what may not be read."
     path = Path(path)
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. "
                          "Get the file (git annex get, dvc pull), or remove the link.")
     if not os.path.lexists(path):

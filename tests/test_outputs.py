@@ -120,7 +120,7 @@ REFUSED = [ # student, input, output, options, what the message says
     # two outputs of one name, or an instance map in the place of a label map
     ("flat", "images", "new", "--instances", "b.png and images/b_instances.png would both be written"),
     # there already
-    ("flat", "images", "labels", "", "labels/a.png is there already, and so are 2 more of 4"),
+    ("flat", "images", "labels", "", "labels/a.png is there already, with 2 more of 4"),
     ("flat", "images/a.png", "labels", "", "labels/a.png is there already[^,]*$"),
     ("flat", "images/a.png", "labels/c.png", "", "is there already"),
     ("flat", "images/a.png", "dangling.png", "", "is there already"),
@@ -313,7 +313,7 @@ def test_stopping_is_no_fault_of_an_image(home, monkeypatch):
     with pytest.raises(KeyboardInterrupt): call()
     assert sorted(os.listdir(home / "new")) == [".ukd.notes", "a.png", "b.png"]
     with pytest.raises(InputError, match="there already"): predict_path(flat(invert=True), home / "images", home / "new", "cpu") # another student does not go on
-    with pytest.raises(InputError, match="there already, and so are 1 more of 4"): call(precision="bf16")                         # nor other settings
+    with pytest.raises(InputError, match="there already, with 1 more of 4"): call(precision="bf16")                         # nor other settings
     call()
     assert seen == ["a.png", "b.png", "b_instances.png", "b_instances.png", "c.png"] and sorted(os.listdir(home / "new")) == ["a.png", "b.png", "b_instances.png", "c.png"]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable', 'check_names', 'nearest', 'check_place',
-           'check_room', 'check_format', 'locked', 'Notes', 'made', 'keeping_notes', 'files_mark', 'check_readable']
+           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark',
+           'check_readable']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
@@ -74,7 +75,7 @@ def check_new(
     there = [o for o in outputs if os.path.lexists(o)]
     foreign = [o for o in there if str(o) not in ours]
     if foreign and not overwrite:
-        others = f", and so are {len(foreign) - 1} more of {len(outputs)}" if len(foreign) > 1 else ""
+        others = f", with {len(foreign) - 1} more of {len(outputs)}" if len(foreign) > 1 else ""
         raise InputError(f"output {foreign[0]} is there already{others}. Choose another name or folder; "
                          "--overwrite (overwrite=True) replaces what is there.")
     for output in there:
@@ -226,7 +227,7 @@ class Notes:
 
 # %% ../nbs/4_training/7_outputs.ipynb #8358091d
 @contextlib.contextmanager
-def made(
+def made_folder(
     folder:Path, # to work in
 ):
     "Make a folder and those above it for the block; those that are still empty afterwards go again."
@@ -249,7 +250,7 @@ def keeping_notes(
     path:Path, # the file of the notes
 ): # `Notes`, locked
     "Hold the notes for the block. When it ends well they are deleted, also when nothing was noted; else they stay for the next try."
-    with made(path.parent):
+    with made_folder(path.parent):
         clear_parts(path.parent)
         busy = f"another process writes into {path.parent} ({path.name}). Wait for it, or give another place."
         with locked(path, busy) as file:

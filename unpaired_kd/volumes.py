@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from .core import PART, InputError, _keep, _swap, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, extra, match_channels, open_zarr, suffix_of, tiff_spacing, to_unit, volume_window
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
-from .outputs import check_apart, check_new, check_place, check_readable, check_room, files_mark, locked, made
+from .outputs import check_apart, check_new, check_place, check_readable, check_room, files_mark, locked, made_folder
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
@@ -365,7 +365,7 @@ def held(
 ):
     "Hold the work folder, or raise `InputError` if another process has it. Without a record it is deleted in the end."
     check_work(work)
-    with made(work.parent), made(work), locked(work / "lock", f"another process is at work in {work}. Wait for it, or choose another output."):
+    with made_folder(work.parent), made_folder(work), locked(work / "lock", f"another process is at work in {work}. Wait for it, or choose another output."):
         clear_parts(work)
         try:
             yield

@@ -556,3 +556,20 @@ def test_a_student_behind_links_is_read(home):
     "Model hubs keep weights behind links."
     (home / "flat" / FILES[0]).rename(home / "blob"); os.symlink(home / "blob", home / "flat" / FILES[0])
     assert np.array_equal(Student.load("flat", "cpu").predict(noise(32, 32)).shape, (32, 32))
+
+
+def test_left_over_parts_are_no_inputs(home):
+    "They would be cleared away, or put back to where they were, while they are read."
+    from unpaired_kd.core import OLD, PART
+    for name in (f"{PART}a.png", f"{OLD}exp.zarr/raw.zarr"):
+        (home / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(home / "exp.zarr" / "raw.zarr", home / name) if name.endswith("zarr") else shutil.copy(home / "images" / "a.png", home / name)
+        before = tree(home)
+        with pytest.raises(InputError, match="what a killed command left"): predict_path("flat", home / name, home / "new")
+        assert tree(home) == before
+
+
+def test_a_device_without_memory_is_named(home, monkeypatch):
+    def full(*a): raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(inference, "build", lambda *a, real=inference.build: real(*a) if torch.get_default_device().type == "meta" else full())
+    with pytest.raises(InputError, match="flat/weights.safetensors needs more memory"): Student.load("flat", "cpu")

@@ -47,7 +47,7 @@ def check_types(
         if entry.name == "standard":
             good = True # `checked_standard` looks closer
         if entry.name == "intensity":
-            good = isinstance(value, (list, tuple)) or value in ("dtype", "percentile")
+            good = value in ("dtype", "percentile") or (isinstance(value, (list, tuple)) and bool(window(value)))
         if not good:
             raise InputError(f"recipe: {entry.name}={value!r} is of the wrong type, or not a value that "
                              "it can have. See the table of `Recipe`.")
@@ -75,7 +75,7 @@ class Recipe:
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not isinstance(self.intensity, str): object.__setattr__(self, "intensity", window(self.intensity))
+        if not isinstance(self.intensity, str): object.__setattr__(self, "intensity", tuple(self.intensity))
         rules = {"channels": self.channels in (1, 3), "in_channels": self.in_channels == self.channels or (self.channels, self.in_channels) == (1, 3),
                  "classes": len(self.classes) > 1 and len(set(self.classes)) == len(self.classes), "zoom": 1 / 64 <= self.zoom <= 64, "dims": self.dims in (2, 3),
                  "patch": self.patch > 0, "overlap": 0 <= self.overlap < 1, "min_size": self.min_size >= 0}
@@ -376,13 +376,12 @@ def load(cls,
     if file_sha256(weights) != sha:
         raise InputError(f"{weights} is not the file that {config} was written for (other SHA-256). "
                          "Copy the whole folder again, or save the student again.")
-    net = load_weights(build(recipe.network, recipe.network_config), state, weights).to(device).eval()
+    with faults_named(weights):
+        net = load_weights(build(recipe.network, recipe.network_config), state, weights).to(device).eval()
     if recipe.dims == 2:
         net = net.to(memory_format=best_layout(net))
-    try:
+    with faults_named(config):
         return cls(net, recipe, precision)
-    except InputError as e:
-        raise InputError(f"{config}: {e}") from e
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10004
 def student_files(
@@ -513,10 +512,10 @@ def plan(
     if single:
         return [(source, target / output_name(source))], []
     inside = [p for p in sorted(source.iterdir()) if not p.name.startswith(".")]
-    images = [p for p in inside if is_image(p)]
-    if not images:
+    images = {p: is_image(p) for p in inside}
+    if not any(images.values()):
         raise InputError(f"{source} holds no images that we can read.")
-    return [(i, target / output_name(i)) for i in images], [p for p in inside if not is_image(p)]
+    return [(p, target / output_name(p)) for p in inside if images[p]], [p for p in inside if not images[p]]
 
 # %% ../nbs/4_training/4_inference.ipynb #97edc42d
 def instance_name(
@@ -594,20 +593,20 @@ class PartlyDone(InputError):
 
 @contextlib.contextmanager
 def faults_named(
-    path, # the image that is worked on
+    path, # the file that is worked on
 ):
-    "Within the block, every fault becomes an `InputError` that names the image; the user's own stop does not."
+    "Within the block, every fault becomes an `InputError` that names the file; the user's own stop does not."
     try:
         yield
     except InputError as e:
         raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
     except MemoryError as e:
-        raise InputError(f"{path} needs more memory than is free. Close other programs, or cut the image.") from e
+        raise InputError(f"{path} needs more memory than is free. Close other programs, or take a smaller one.") from e
     except Exception as e:
         if re.search("out of memory|allocate memory", str(e)):
             raise InputError(f"{path} needs more memory than is free on the device. Use --device cpu, "
                              "or a student with a smaller patch.") from e
-        raise InputError(f"{path} cannot be segmented ({type(e).__name__}: {e}).") from e
+        raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e
 
 def segment_file(
     student:Student, # in memory

@@ -9,6 +9,7 @@ __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
+import functools
 import os
 import shutil
 import stat
@@ -16,7 +17,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from .core import InputError, _lock, _same, clear_parts, digest, read_json
+from .core import OLD, PART, InputError, _lock, _same, clear_parts, digest, read_json
 from .data.images import suffix_of
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d
@@ -46,11 +47,12 @@ def check_apart(
     "`InputError` if an output is, holds, or lies in something that must stay as it is."
     own = {}
     above = {}
+    chain = functools.cache(lineage) # thousands of outputs lie in few folders
     for path, what in kept:
         if identity(path) is not None:
             own[identity(path)] = (path, what)
         for folder in (Path(path).parent, Path(os.path.realpath(path)).parent): # of the name, and of the file
-            for i in lineage(folder):
+            for i in chain(folder):
                 above.setdefault(i, (path, what))
     for output in outputs:
         place = identity(output)
@@ -60,7 +62,7 @@ def check_apart(
             path, what = above[place]
             raise InputError(f"output {output} holds {path}, {what}, which would be lost. "
                              "Give another folder or name.")
-        around = [i for i in lineage(output) if i in own]
+        around = [i for i in chain(Path(os.path.realpath(output)).parent) if i in own]
         if around:
             path, what = own[around[0]]
             raise InputError(f"output {output} lies in {path}, {what}. Give another folder.")
@@ -143,7 +145,10 @@ def check_room(
     need:float, # bytes, at most
 ):
     "`InputError` if the disk has not that much room."
-    free = shutil.disk_usage(nearest(output)).free
+    try:
+        free = shutil.disk_usage(nearest(output)).free
+    except OSError: # a disk that does not say
+        return
     if need > free:
         raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free "
                          "there. Make room, or give a place on another disk.")
@@ -282,6 +287,8 @@ def check_readable(
 ):
     "`InputError` for what only looks like a file: links to nothing, pipes, devices, and what may not be read."
     path = Path(path)
+    if any(name.startswith((PART, OLD)) for name in path.absolute().parts):
+        raise InputError(f"{path} is what a killed command left, and will be cleared away. Rename it first if it is needed.")
     if os.path.islink(path) and not os.path.exists(path):
         raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. "
                          "Get the file (git annex get, dvc pull), or remove the link.")

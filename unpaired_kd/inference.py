@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
-from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, suffix_of, window, write_label
+from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import check_apart, check_format, check_names, check_new, check_place, check_readable, check_room, files_mark, keeping_notes, Notes
+from .outputs import check_apart, check_format, check_names, check_new, check_place, check_input, check_room, files_mark, keeping_notes, Notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -484,7 +484,7 @@ def one_series(
     except OSError: # one of its files may not be read: that file is named when it is its turn
         series = sorted(folder.glob("*.dcm"))
     names = {p.name for p in series}
-    inside = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name not in names]
+    inside = [p for p in visible(folder) if p.name not in names]
     images = [p.name for p in inside if is_image(p) and suffix_of(p) != ".dcm"]
     if series and images:
         raise InputError(f"{folder} holds DICOM files ({series[0].name}) and other images: "
@@ -498,7 +498,7 @@ def plan(
     target:Path, # output: file or folder
 )->tuple: # list of (input, output), list of files that are no images
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
-    check_readable(source)
+    check_input(source)
     single = os.path.isfile(source) or suffix_of(source) == ".zarr" or one_series(source)
     suffix = suffix_of(target)
     if single and suffix in (".jpg", ".jpeg"):
@@ -511,7 +511,7 @@ def plan(
         raise InputError(f"output {target}: it is a file, and the input is a folder. Give a folder.")
     if single:
         return [(source, target / output_name(source))], []
-    inside = [p for p in sorted(source.iterdir()) if not p.name.startswith(".")]
+    inside = visible(source)
     images = {p: is_image(p) for p in inside}
     if not any(images.values()):
         raise InputError(f"{source} holds no images that we can read.")
@@ -616,7 +616,7 @@ def segment_file(
     bar:bool=False,  # show a progress bar over the slices of a volume
 )->bool: # False: an earlier try has done it
     "Segment one image and write its maps. Every fault is an `InputError`."
-    check_readable(job.source)
+    check_input(job.source)
     if all(notes.has("done", job.mark, o) and os.path.lexists(o) for o in job.outputs):
         return False
     image = read_image(job.source)

@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable', 'check_names', 'nearest', 'check_place',
-           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark',
-           'check_readable']
+           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark', 'check_input']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
 import functools
 import os
 import shutil
-import stat
 import tempfile
 import unicodedata
 from pathlib import Path
 
 from .core import OLD, PART, InputError, _lock, _same, clear_parts, digest, read_json
-from .data.images import suffix_of
+from .data.images import check_there, suffix_of
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d
 def identity(
@@ -282,20 +280,11 @@ def files_mark(
         found.append((str(f.relative_to(path.parent)), s.st_size, s.st_mtime_ns))
     return digest(sorted(found))
 
-def check_readable(
-    path, # an input
+def check_input(
+    path, # to be read
 ):
-    "`InputError` for what only looks like a file: links to nothing, pipes, devices, and what may not be read."
-    path = Path(path)
-    if any(name.startswith((PART, OLD)) for name in path.absolute().parts):
-        raise InputError(f"{path} is what a killed command left, and will be cleared away. Rename it first if it is needed.")
-    if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. "
-                         "Get the file (git annex get, dvc pull), or remove the link.")
-    if not os.path.lexists(path):
-        raise InputError(f"{path} does not exist.")
-    kind = os.stat(path).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise InputError(f"{path} is neither a file nor a folder. Give an image.")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} may not be read. Change its permissions, or copy it.")
+    "`InputError` for what cannot be read, and for what killed commands left: that is cleared away."
+    if any(name.startswith((PART, OLD)) for name in Path(path).absolute().parts):
+        raise InputError(f"{path} is what a killed command left, and will be cleared away. "
+                         "Rename it first if it is needed.")
+    check_there(path)

@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch_to
 
 from ..core import InputError, digest, file_sha256, read_json, rng, unknown, write_json
+from .geometry import lay_on
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)
@@ -217,8 +218,9 @@ def _raw(self, case):
     "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing; opens the files, or finds them in the store."
     def make():
         image, label, spacing = case.image, case.label, case.spacing
-        if not isinstance(image, np.ndarray): image, spacing = _read("read_image", image)
-        if label is not None and not isinstance(label, np.ndarray): label = _read("read_label", label)[0]
+        picture, drawn = (None if s is None or isinstance(s, np.ndarray) else _read(f, s) for f, s in (("read_image", image), ("read_label", label)))
+        if picture is not None: image, spacing = picture.array, picture.spacing
+        if drawn is not None: label = drawn.array if picture is None else np.ascontiguousarray(lay_on(drawn, picture))
         if self.channels and image.shape[0] != self.channels:
             raise InputError(f"{_where(case.image, case)}: the image has {image.shape[0]} channels where {self.channels} are expected in collection {self.name!r}. Convert it, or pass channels={image.shape[0]} if all images are so.")
         if label is not None and label.shape != image.shape[1:]:
@@ -231,7 +233,7 @@ def _read(function, path):
     from unpaired_kd.data import images
     found = getattr(images, function)(path)
     array = found.array if function == "read_image" else images.smallest(found.array)
-    return np.ascontiguousarray(array), found.spacing       # rows in a row: patches are cut twice as fast
+    return replace(found, array=np.ascontiguousarray(array)) # rows in a row: patches are cut twice as fast
 def _key(source): return id(source) if isinstance(source, np.ndarray) else str(source)
 
 @patch_to(Collection)

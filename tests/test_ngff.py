@@ -373,3 +373,12 @@ def test_rgb_and_two_dimensions(tmp_path):
     )
     im = read_image(save(tmp_path / "c.zarr", rgb[0].T, axes_of("xy"), [0.5, 2]))
     assert np.array_equal(im.array[0], rgb[0]) and im.spacing == pytest.approx((0.002, 0.0005))
+
+
+def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
+    from pathlib import Path
+    from unpaired_kd.inference import instance_name, output_name
+
+    assert output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
+    assert instance_name(Path("a.zarr/pred")) == Path("a.zarr/pred_instances")
+    assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
-from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, suffix_of, visible, window, write_label
+from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
@@ -461,8 +461,7 @@ def output_name(
 )->str: # file name of its label map
     "The same name, in a format that can hold labels."
     suffix = suffix_of(path)
-    stem = path.name[:len(path.name) - len(suffix)]
-    return stem + ({".jpg": ".png", ".jpeg": ".png", ".dcm": ".nii.gz", "": ".nii.gz"}.get(suffix, suffix))
+    return stem_of(path) + ({".jpg": ".png", ".jpeg": ".png", ".dcm": ".nii.gz", "": ".nii.gz"}.get(suffix, suffix))
 
 def is_image(
     path:Path, # a file, a folder, or a link
@@ -523,6 +522,8 @@ def instance_name(
 )->Path: # where its instance map goes
     "`a.nii.gz` gives `a_instances.nii.gz`, in the same folder."
     suffix = suffix_of(path)
+    if not path.name.lower().endswith(suffix): # a group inside a Zarr
+        suffix = ""
     return path.with_name(path.name[:len(path.name) - len(suffix)] + "_instances" + suffix)
 
 def weights_mark(

@@ -138,7 +138,10 @@ def test_echoes_times_and_series_are_told_apart(tmp_path):
     refused(echo, "twice", "EchoTime")
     two = scan(tmp_path / "two")
     rtstruct(two / "rs.dcm", [("GTV-1", [circle(0, 0, 3, 3)])])
-    refused(two, "2 DICOM series", "CT with 6 files", "RTSTRUCT with 1 files, e.g. rs.dcm")
+    refused(two, "rs.dcm holds no picture", "RTSTRUCT")
+    other = scan(tmp_path / "other")
+    one(other / "c.dcm", HEAD[0], modality="PT", SeriesInstanceUID="1.2.4")
+    refused(other, "2 DICOM series", "CT with 6 files", "PT with 1 files, e.g. c.dcm")
     alone = tmp_path / "alone"
     rtstruct(alone / "rs.dcm", [("GTV-1", [circle(0, 0, 3, 3)])])
     refused(alone, "rs.dcm holds no picture", "RTSTRUCT")

@@ -43,6 +43,7 @@ def dicom_files(
             return starts_as_dicom(h.read(132))
     return [f for f in sorted(folder.iterdir()) if is_dicom(f)]
 
+# %% ../../nbs/1_data/17_dicom.ipynb #d96c6e9f
 @contextlib.contextmanager
 def as_dicom(
     path, # DICOM file
@@ -73,7 +74,7 @@ def dicom_header(
                 raise EOFError(f"element {raw.tag} is cut short")
         return s
 
-# %% ../../nbs/1_data/17_dicom.ipynb #0d408925
+# %% ../../nbs/1_data/17_dicom.ipynb #61fee1b9
 def filled(value): # a tag's value, or None where it is empty
     "An empty value is no value."
     return None if value is None or (hasattr(value, "__len__") and len(value) == 0) else value
@@ -113,7 +114,7 @@ def numbers(
                          "Export the scan again, or convert it to NIfTI.")
     return a
 
-# %% ../../nbs/1_data/17_dicom.ipynb #61fee1b9
+# %% ../../nbs/1_data/17_dicom.ipynb #23fc662c
 @dataclass
 class Slice:
     "One slice of a scan: a file, or a frame of one."
@@ -134,6 +135,7 @@ class Slice:
         "A tag of this slice; None if it is absent or empty."
         return tag(self.note, self.frame, group, name)
 
+# %% ../../nbs/1_data/17_dicom.ipynb #c3783797
 PLACE = (("corner", "PlanePositionSequence", "ImagePositionPatient", 3),
          ("turn", "PlaneOrientationSequence", "ImageOrientationPatient", 6),
          ("spacing", "PixelMeasuresSequence", "PixelSpacing", 2))
@@ -175,7 +177,7 @@ def read_slices(file, s):
         out.append(x)
     return out
 
-# %% ../../nbs/1_data/17_dicom.ipynb #23fc662c
+# %% ../../nbs/1_data/17_dicom.ipynb #a41b7b4c
 def check_slice(
     x:Slice,
 ):
@@ -194,7 +196,7 @@ def check_slice(
     if x.slope == 0:
         raise InputError(f"RescaleSlope of {name} is 0, which makes all numbers equal. Correct it.")
 
-# %% ../../nbs/1_data/17_dicom.ipynb #a41b7b4c
+# %% ../../nbs/1_data/17_dicom.ipynb #df72a2e1
 def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
 
@@ -217,6 +219,7 @@ def but_for_rounding(
         out.append("unknown" if v is None else str((near or [v])[0].round(4).tolist()))
     return out
 
+# %% ../../nbs/1_data/17_dicom.ipynb #0ecb01e4
 def check_alike(
     slices:list, # of `Slice`
 ):
@@ -237,7 +240,7 @@ def check_alike(
                 raise InputError(f"its slice {x.file.name} has another {what} than the others: {v} "
                                  f"instead of {usual}{why}. Move it out of the folder.")
 
-# %% ../../nbs/1_data/17_dicom.ipynb #886e08aa
+# %% ../../nbs/1_data/17_dicom.ipynb #5052284e
 def check_series(
     slices:list, # of `Slice`
 ):
@@ -251,7 +254,7 @@ def check_series(
         raise InputError(f"the folder holds {len(series)} DICOM series ({'; '.join(some[:5])}). "
                          "Put each series into its own folder.")
 
-# %% ../../nbs/1_data/17_dicom.ipynb #0ecb01e4
+# %% ../../nbs/1_data/17_dicom.ipynb #1f7b9c4b
 def sort_slices(
     slices:list, # of `Slice`
 )->list: # the same, sorted along their normal
@@ -265,6 +268,7 @@ def sort_slices(
     normal = slices[0].normal()
     return sorted(slices, key=lambda x: x.corner @ normal)
 
+# %% ../../nbs/1_data/17_dicom.ipynb #1b35e1af
 TELLING = ("AcquisitionNumber", "TemporalPositionIdentifier", "EchoNumbers", "EchoTime",
            "TriggerTime", "DiffusionBValue", "AcquisitionTime", "ImageType")
 
@@ -306,7 +310,7 @@ def same_place(
     return (f"{a.file.name} and {b.file.name} lie at one place, so a slice is there twice{differ}. "
             "Remove the second, or put each echo, time or acquisition into its own folder.")
 
-# %% ../../nbs/1_data/17_dicom.ipynb #5052284e
+# %% ../../nbs/1_data/17_dicom.ipynb #b1be5a35
 def thickness(
     x:Slice,
 )->float|None: # mm, positive; None: not stated
@@ -339,6 +343,7 @@ def step_between(
                          "affine fits. Resample the scan onto an even grid, e.g. with dcm2niix.")
     return step
 
+# %% ../../nbs/1_data/17_dicom.ipynb #9a4ffaad
 def series_grid(
     slices:list, # of `Slice`, sorted
     name:str="", # folder or file, for the warning
@@ -359,7 +364,7 @@ def series_grid(
                       "where they lie.", stacklevel=2)
     return spacing_of(affine), affine
 
-# %% ../../nbs/1_data/17_dicom.ipynb #1f7b9c4b
+# %% ../../nbs/1_data/17_dicom.ipynb #a6b31224
 def with_scale(
     a:np.ndarray, # stored numbers of one slice (H,W,S)
     x:Slice,      # where they come from
@@ -380,6 +385,7 @@ def with_scale(
         return -1 - a if signed else (2**bits - 1 - a.astype(np.int64)).astype(a.dtype)
     return a
 
+# %% ../../nbs/1_data/17_dicom.ipynb #6796f4e7
 def stored_pixels(
     file:Path, # DICOM file
     s,         # its data set, with pixels
@@ -402,7 +408,7 @@ def stored_pixels(
                          "decompress it, e.g. with gdcmconv --raw.") from e
     return a.reshape(-1, s.Rows, s.Columns, int(s.get("SamplesPerPixel", 1)))
 
-# %% ../../nbs/1_data/17_dicom.ipynb #1b35e1af
+# %% ../../nbs/1_data/17_dicom.ipynb #bf409cca
 def read_dicom(
     path:Path,        # folder with one series, or one file
     label:bool=False, # label maps keep palette indices

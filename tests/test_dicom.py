@@ -116,7 +116,7 @@ def test_a_slice_that_differs_is_named(tmp_path):
     refused(odd("size", np.zeros((12, 9))), "1.dcm", "another size", "12 x 9 pixels instead of 8 x 10")
     refused(odd("turn", turn=(0, 1, 0, 1, 0, 0)), "1.dcm", "another orientation")
     refused(odd("pixels", spacing=(.4, .25)), "1.dcm", "another pixel spacing", "[0.4, 0.25] instead of [0.5, 0.25]")
-    refused(odd("colours", PhotometricInterpretation="MONOCHROME1"), "1.dcm", "another colours")
+    refused(odd("colours", PhotometricInterpretation="MONOCHROME1"), "1.dcm", "another kind of colour")
     refused(odd("scale", RescaleSlope=1, RescaleIntercept=-1024), "1.dcm", "another rescale")
     refused(odd("place", ImagePositionPatient=...), "1.dcm", "ImagePositionPatient")
     refused(odd("unit", PixelSpacing=["0.5", "0"]), "1.dcm", "PixelSpacing", "positive")
@@ -276,6 +276,8 @@ def test_colours(tmp_path):
     im = read_image(p)
     assert im.array.dtype == np.uint8 and np.array_equal(im.array, colours[index].transpose(2, 0, 1))
     assert np.array_equal(read_label(p).array, index)                    # a label keeps its indices
+    half = one(tmp_path / "half.dcm", index, bits=8, **{k: v for k, v in tags.items() if "BluePaletteColorLookupTableData" != k})
+    with pytest.raises(InputError, match="half.dcm"): read_image(half)
     s = pydicom.dcmread(p)
     ybr = R.integers(0, 256, (8, 10, 3)).astype(np.uint8)
     s.PhotometricInterpretation, s.SamplesPerPixel, s.PlanarConfiguration, s.PixelData = "YBR_FULL", 3, 0, ybr.tobytes()

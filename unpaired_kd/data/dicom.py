@@ -224,7 +224,7 @@ def check_alike(
     slices:list, # of `Slice`
 ):
     "Raise `InputError` that names a slice which differs from most in size, colours, scale or grid."
-    values = {"size": list(map(size_of, slices)), "colours": list(map(colours_of, slices)),
+    values = {"size": list(map(size_of, slices)), "kind of colour": list(map(colours_of, slices)),
               "orientation": but_for_rounding([x.turn for x in slices]),
               "pixel spacing": but_for_rounding([x.spacing for x in slices])}
     if any((x.slope, x.shift) != (1, 0) for x in slices):
@@ -426,8 +426,9 @@ def read_dicom(
     spacing, affine = series_grid(slices, str(path))
     planes, place = {}, {(x.file, x.frame): x for x in slices}
     for f, s in read:
-        for i, a in enumerate(stored_pixels(f, s)):
-            planes[f, i] = np.moveaxis(with_scale(a, place[f, i], label), -1, 0)
+        with as_dicom(f.name):
+            for i, a in enumerate(stored_pixels(f, s)):
+                planes[f, i] = np.moveaxis(with_scale(a, place[f, i], label), -1, 0)
     planes = [planes[x.file, x.frame] for x in slices]
     if len(slices) > 1 or path.is_dir():
         known = spacing is not None and spacing[0] is not None

@@ -10,6 +10,7 @@ __all__ = ['GROUPS', 'PLACE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dicom', 'dico
 
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
+import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..core import InputError, extra, log_as_error
 from .geometry import shear, spacing_of
+from .pictures import check_there, first_bytes, visible
 
 # %% ../../nbs/1_data/17_dicom.ipynb #fc3397a2
 def starts_as_dicom(
@@ -35,13 +37,18 @@ def starts_as_dicom(
 def dicom_files(
     folder:Path, # any folder
 )->list: # the DICOM files in it, sorted by name; not DICOMDIR, which is a table of contents
-    "Find DICOM files by how they start."
-    def is_dicom(f):
-        if not f.is_file() or f.name.startswith(".") or f.name.upper() == "DICOMDIR":
-            return False
-        with open(f, "rb") as h:
-            return starts_as_dicom(h.read(132))
-    return [f for f in sorted(folder.iterdir()) if is_dicom(f)]
+    """Find DICOM files by how they start. `InputError` for a file beside them that cannot be opened
+    or was cut short: it may be a slice."""
+    found, others = [], []
+    for f in visible(folder):
+        if f.name.upper() != "DICOMDIR" and not os.path.isdir(f):
+            (found if starts_as_dicom(first_bytes(f)) else others).append(f)
+    for f in others if found else ():
+        check_there(f)
+        if f.suffix.lower() == ".dcm" or not f.stat().st_size:
+            raise InputError(f"{f} is cut short or no DICOM file, among DICOM files. Copy it again, "
+                             "or remove it.")
+    return found
 
 # %% ../../nbs/1_data/17_dicom.ipynb #d96c6e9f
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ __all__ = ['WHITE', 'TWO', 'FEW', 'MOST', 'NO_IGNORE', 'MIXED', 'WIDE', 'IMAGE_D
            'Native', 'label_map', 'one_value', 'Meaning', 'numbers_in', 'in_one_piece', 'refuse_ignored', 'spelled',
            'Evidence', 'infer_labels', 'decided', 'Decoded', 'Store', 'Collection', 'refuse_first', 'manifest_cases',
            'shared_files', 'images_in', 'sub_folder', 'label_names', 'match_labels', 'label_pairs', 'folder_cases',
-           'lotus_cases', 'open_collection', 'form_of', 'checksum_faults', 'deck', 'Split', 'split_groups',
+           'absent', 'lotus_cases', 'open_collection', 'form_of', 'checksum_faults', 'deck', 'Split', 'split_groups',
            'kfold_groups', 'label_budget']
 
 # %% ../../nbs/1_data/3_collections.ipynb #c66c014e
@@ -704,14 +704,27 @@ def folder_cases(
     for p in images: by_id.setdefault(stem(p), []).append(p)
     for i, ps in by_id.items():
         if len(ps) > 1: faults.append(f"{at} holds {len(ps)} images of one name: {', '.join(p.name for p in ps)}. Their id would be {i!r} for each: rename, or keep one.")
-    who, lost = _groups(folder, list(by_id), group)
+    who, no_group = _groups(folder, list(by_id), group)
     cases = []
     for p, y in zip(images, label):
         bare = label_dir and y is None and labels != "some" and p not in wrong
         if bare: faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some'.")
-        sound = not bare and p not in wrong and len(by_id[stem(p)]) == 1
+        lost = absent(p, y)
+        faults += lost
+        sound = not bare and not lost and p not in wrong and len(by_id[stem(p)]) == 1
         if sound and stem(p) in who: cases.append(Case(stem(p), p, y, *who[stem(p)]))
-    return cases, faults + lost + shared_files(folder, cases)
+    return cases, faults + no_group + shared_files(folder, cases)
+
+def absent(
+    *paths, # of a case; None is left out
+)->list: # faults
+    "Links that lead nowhere, pipes, and files that may not be read: found without opening them."
+    faults = []
+    for p in paths:
+        if p is None: continue
+        try: check_there(p)
+        except InputError as e: faults.append(str(e))
+    return faults
 
 # %% ../../nbs/1_data/3_collections.ipynb #dfb495ae
 def _groups(folder, ids, group):
@@ -773,7 +786,9 @@ def lotus_cases(
         for p, y in zip(images, label):
             bare = y is None and (label_dir or labels) and labels != "some"
             if bare and p not in wrong: faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False.")
-            if bare or p in wrong: continue
+            lost = absent(p, y)
+            faults += lost
+            if bare or lost or p in wrong: continue
             tiles = bool({"train", "val", "test"} & set(parts)) or not parts
             group = re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", stem(p)) if tiles else parts[-1]
             above = "" if tiles else parts[-2] if len(parts) > 1 else re.sub(r"[\W_]*\d.*$", "", parts[-1])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, torch_rng, unknown, write_csv
 from .losses import segmentation_loss
 from .networks.registry import load_weights
-from .networks.unet import best_layout
+from .networks.unet import best_layout, steady
 
 # %% ../nbs/4_training/1_learner.ipynb #72073401
 @dataclass
@@ -206,7 +206,7 @@ def average_buffers(
     networks:dict, # name -> network
     accelerator,   # accelerate.Accelerator
 ):
-    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not those of a module with `own_buffers` (a replay buffer's images)."
+    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not those of a module with `own_buffers`."
     if accelerator.num_processes == 1: return
     for m in (m for net in networks.values() for m in net.modules() if not getattr(m, "own_buffers", False)):
         for b in m.buffers(recurse=False):
@@ -311,6 +311,7 @@ class Learner:
         self.stages = method.stages()
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False) # epoch counts within the stage, total over the run
         self.best, self.since_best, self.history = -math.inf, 0, []
+        self.sizes = [] # of the gradients of this batch: (update, layers, their norms)
         self._place()
 
 # %% ../nbs/4_training/1_learner.ipynb #9a05e8a7
@@ -318,7 +319,7 @@ class Learner:
 def _place(self:Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
     learning_rate(self.settings, 0)
-    for net in [*self.method.networks.values(), *self.method.frozen.values()]: net.to(self.device, memory_format=best_layout(net))
+    for net in [*self.method.networks.values(), *self.method.frozen.values()]: steady(net).to(self.device, memory_format=best_layout(net))
     if self.settings.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", self.settings.stop_on, ("dice", "loss")))
     of = lambda name: {"rate": 1., "betas": (.9, .999), **self.method.adam.get(name, {})}
     self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
@@ -350,6 +351,7 @@ def _update(self:Learner, update, batch, noise):
     for o in named.values(): o.zero_grad(set_to_none=True)
     self.scaler.scale(loss).backward()
     average_gradients(parameters, self.accelerator)
+    self._measure(update)
     named = {n: o for n, o in named.items() if any(p.grad is not None for g in o.param_groups for p in g["params"])}
     if self.settings.clip:
         for o in named.values(): self.scaler.unscale_(o)
@@ -359,6 +361,28 @@ def _update(self:Learner, update, batch, noise):
         self.scaler.step(o)
     self.scaler.update()
     return values
+
+# %% ../nbs/4_training/1_learner.ipynb #4f86c1de
+@patch
+def _measure(self:Learner, update):
+    "Note the lengths of all gradients of an update."
+    named = [(f"{n}.{layer}", p.grad) for n in update.changes
+             for layer, p in self.method.networks[n].named_parameters() if p.grad is not None]
+    if not named: return
+    norms = torch.stack(torch._foreach_norm([g for _, g in named]))
+    self.sizes.append((update.name, [layer for layer, _ in named], norms))
+
+@patch
+def _check_gradients(self:Learner, stage):
+    "Raise `InputError` if a gradient of the last batch was not finite."
+    for update, layers, norms in self.sizes:
+        bad = [layer for layer, fine in zip(layers, norms.isfinite().tolist()) if not fine]
+        if not bad or self.scaler.is_enabled() and self.scaler.get_scale() >= 1: continue
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise InputError(f"the gradient of {bad[0]}{more} is not finite: update {update!r} of stage {stage.name!r}, "
+                         f"epoch {self.position['total']}, step {self.position['step'] - 1}. Lower lr ({self.settings.lr}), "
+                         "set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
+    self.sizes.clear()
 
 # %% ../nbs/4_training/1_learner.ipynb #ba14eea5
 @patch
@@ -381,10 +405,12 @@ def _epoch(self:Learner, stage, bar):
         step = self.position["step"]
         self.method.done = (self.position["epoch"] + i / self.settings.steps) / self._length(stage)
         batch = {k: b.to(self.device) for k, b in self.data.batch(step, stage.sources, self.accelerator.process_index).items()}
+        self._check_gradients(stage)
         for update in stage.updates:
             for k, v in self._update(update, batch, self._noise(step)).items(): sums[k] = sums.get(k, 0) + v
         self.position["step"] += 1
         bar.update()
+    self._check_gradients(stage)
     return {k: float(v) / self.settings.steps for k, v in {**sums, **self.method.counts}.items()}
 
 # %% ../nbs/4_training/1_learner.ipynb #dc0761a6
@@ -397,7 +423,9 @@ def _close_epoch(self:Learner, stage, means):
         seen = [self.method.monitor(self._fixed(i), self._noise("monitor", i)) for i in range(2)]
     monitored = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
-    if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
+    if bad:
+        raise InputError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), "
+                         "set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
     row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=self._rate(self.position["step"] - 1), **means, **monitored)
     if self.valid: row["val_dice"], row["val_loss"] = validate(self.method.student, [b.to(self.device) for b in self.valid])
     self.history.append(row)

@@ -4,28 +4,21 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'ABSENT', 'READERS', 'WRITERS', 'Image', 'orientation', 'check_finite', 'window', 'to_unit', 'zoomed_size',
-           'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'extra', 'arrange', 'read_pillow', 'log_as_error',
-           'tiff_spacing', 'read_tiff', 'tiff_by_pillow', 'read_nifti', 'read_dicom', 'dicom_files', 'dicom_pixels',
-           'across', 'sort_slices', 'dicom_grid', 'absent_chunk', 'open_zarr', 'read_zarr', 'volume_window', 'slabs',
-           'suffix_of', 'decode', 'native', 'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow',
-           'write_jpeg', 'write_tiff', 'write_nifti', 'write_zarr', 'atomic_folder', 'write_image', 'write_label',
-           'list_images']
+           'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'arrange', 'read_pillow', 'tiff_spacing', 'read_tiff',
+           'tiff_by_pillow', 'read_nifti', 'read_dicom', 'dicom_files', 'dicom_pixels', 'across', 'sort_slices',
+           'dicom_grid', 'absent_chunk', 'open_zarr', 'read_zarr', 'volume_window', 'slabs', 'suffix_of', 'decode',
+           'native', 'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow', 'write_jpeg',
+           'write_tiff', 'write_nifti', 'write_zarr', 'write_image', 'write_label', 'list_images']
 
 # %% ../../nbs/1_data/2_images.ipynb #ead60d19
-import contextlib
-import logging
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core import InputError, atomic, unknown
+from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 
 # %% ../../nbs/1_data/2_images.ipynb #875f3842
 @dataclass
@@ -143,14 +136,6 @@ def zoom_spacing(
     return (*spacing[:-2], *plane)
 
 # %% ../../nbs/1_data/2_images.ipynb #db1dc681
-def extra(
-    module:str, # module to import
-    name:str,   # optional dependency group that brings it
-): # the module
-    "Import an optional dependency; say how to install it if it is not there."
-    try: return import_module(module)
-    except ImportError: raise InputError(f"this format needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'") from None
-
 def arrange(
     array:np.ndarray, # stored array
     axes:str,         # one letter an axis; y, x: plane; c or s: channels; any other: depth
@@ -181,24 +166,6 @@ def read_pillow(
         if im.mode not in keep: im = im.convert("L" if im.mode == "LA" else "RGB")
         a = np.asarray(im)
     return arrange(a, "YXS"[:a.ndim]), None, None
-
-# %% ../../nbs/1_data/2_images.ipynb #33bf4db2
-@contextlib.contextmanager
-def log_as_error(
-    name:str, # logger to listen to
-): # the list of messages so far
-    "Within the block, what the logger calls an error becomes an `InputError` at the end; it prints nothing."
-    class Listen(logging.Handler):
-        "Keeps every message."
-        def emit(self, record): heard.append(record.getMessage())
-    heard, log, ear = [], logging.getLogger(name), Listen(logging.ERROR)
-    propagate, log.propagate = log.propagate, False
-    log.addHandler(ear)
-    try: yield heard
-    except Exception:
-        if not heard: raise
-    finally: log.removeHandler(ear); log.propagate = propagate
-    if heard: raise InputError(f"it is damaged or cut short ({heard[0]}). Copy it again from its source.")
 
 # %% ../../nbs/1_data/2_images.ipynb #c1e72448
 UNITS = {"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "micron": 1e-3, "micrometer": 1e-3, "mm": 1., "millimeter": 1., "cm": 10., "m": 1000., "meter": 1000.} # in mm
@@ -581,24 +548,6 @@ def write_zarr(
 
 # %% ../../nbs/1_data/2_images.ipynb #e705d520
 WRITERS = {".png": write_pillow, ".jpg": write_jpeg, ".jpeg": write_jpeg, ".tif": write_tiff, ".tiff": write_tiff, ".nii": write_nifti, ".nii.gz": write_nifti, ".zarr": write_zarr}
-
-@contextlib.contextmanager
-def atomic_folder(
-    path, # the folder to write
-): # a temporary Path beside it
-    "As `core.atomic`, for a folder: it replaces `path` when the block succeeds and vanishes when it fails."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
-    try:
-        yield new
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".")) if path.exists() else None
-        if old: os.replace(path, old / "old")
-        os.replace(new, path)
-        if old: shutil.rmtree(old)
-        mask = os.umask(0); os.umask(mask)
-        path.chmod(0o777 & ~mask)
-    finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/1_data/2_images.ipynb #e20f62a6
 def write_image(

@@ -21,7 +21,7 @@ from fastcore.basics import patch_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import InputError, atomic, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
 from .data.images import WRITERS, Image, dicom_files, list_images, match_channels, prepare, read_image, resize, suffix_of, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
@@ -291,7 +291,7 @@ def save(self,
     with atomic(folder / FILES[0]) as t: save_file(state, t)
     n = sum(p.numel() for p in self.network.parameters())
     with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}))
-    write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
+    write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "recipe_digest": digest(asdict(r), 64), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
     return folder
 
 def model_card(
@@ -328,6 +328,7 @@ def load(cls,
     except InputError as e: raise InputError(f"{config}: {e}") from e
     read_weights(net, weights)
     if file_sha256(weights) != saved.get("weights_sha256"): raise InputError(f"{weights} is not the file that {config} was written for (other SHA-256). Copy the whole folder again.")
+    if saved.get("recipe_digest", stated := digest(saved["recipe"], 64)) != stated: raise InputError(f"{config}: the recipe was changed after it was saved (its digest does not fit). Restore the file, or remove its 'recipe_digest' if the change is meant.")
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return cls(net.to(memory_format=best_layout(net)) if recipe.dims == 2 else net, recipe, precision)
 

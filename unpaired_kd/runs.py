@@ -7,7 +7,8 @@ __all__ = ['DONE', 'TABLES', 'DATA', 'write_sealed', 'read_sealed', 'file_sum', 
            'keep_tables', 'check_table', 'changes', 'check_data']
 
 # %% ../nbs/4_training/7_runs.ipynb #52a7c003
-import json
+import json, os, time
+from functools import lru_cache
 from pathlib import Path
 
 from .core import InputError, digest, file_sha256, read_json, write_json
@@ -41,9 +42,15 @@ DONE = "done.json"
 def file_sum(
     path, # a file
 )->str: # its SHA-256
-    "SHA-256 of a file. `InputError` when it cannot be read."
-    try: return file_sha256(path)
+    "SHA-256 of a file, read once a process unless size or time change. `InputError` when it cannot be read."
+    try:
+        s = os.stat(path)
+        fresh = time.time_ns() - s.st_mtime_ns < 2e9 # its time may not change with the next write
+        return file_sha256(path) if fresh else _known_sum(str(path), s.st_size, s.st_mtime_ns)
     except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}. Restore it from a copy, or delete it.") from e
+
+@lru_cache(maxsize=2**20)
+def _known_sum(path, size, changed): return file_sha256(path)
 
 def keep_record(
     place,   # folder of a training

@@ -183,9 +183,6 @@ def stamp(
     there = [p for p in {*files, *tables, *[p.parent for p in files]} if p.exists()]
     return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in there)
 
-@lru_cache(maxsize=2**20)
-def _sum(path, size, time): return file_sum(path)
-
 def contents(
     config:StudyConfig, # the study
 )->dict: # file, or "patient of MODALITY ID" -> checksum
@@ -194,7 +191,7 @@ def contents(
     for c, modality in zip(open_both(config), (config.teacher, config.student)):
         for place in files_of(c):
             for p in sorted(q for q in place.rglob("*") if q.is_file()) if place.is_dir() else [place]:
-                found[os.path.relpath(p, config.data)] = _sum(str(p), p.stat().st_size, p.stat().st_mtime_ns)
+                found[os.path.relpath(p, config.data)] = file_sum(p)
         found |= {f"patient of {modality} {case.id}": digest([case.group, case.label_group]) for case in c.cases}
     return found
 
@@ -693,6 +690,7 @@ def check_values(
         if getattr(config, name) > high: raise InputError(f"{name}={getattr(config, name)}: give at most {high}.")
     for name in ABOVE_0:
         if not getattr(config, name) > 0: raise InputError(f"{name}={getattr(config, name)}: give more than 0.")
+    if isinstance(config.intensity, str) and config.intensity not in ("dtype", "percentile"): raise InputError(unknown("intensity", config.intensity, ("dtype", "percentile")))
     if config.dims not in (2, 3): raise InputError(f"dims={config.dims}: give 2 or 3.")
 
 def check_seeds(
@@ -816,12 +814,14 @@ def known_study(
     arms, fresh = _plain(all_arms(config)), {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
     if path.exists() and set(fresh) - set(_entries(path)): raise InputError(f"{path} is not the record of a study. Choose another run folder.")
     known = read_sealed(path) if path.exists() else fresh
-    for record in map(verified, sorted(p.parent for p in Path(folder).glob(f"checkpoints/*/{DONE}"))):
-        if record and record["study"] != settled(config): raise InputError(f"{folder} belongs to another study: {' '.join(map(str, record['task'][1:]))} was trained with other settings. Choose another run folder.")
-        if record and record["arm"]: known["arms"].setdefault(record["task"][1], record["arm"])
-        if record and record["task"][0] != "teacher": known["seeds"] = sorted({*known["seeds"], record["task"][2]})
+    records = [read_sealed(p) for p in sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))]
+    for kind, name, seed, arm in [(*r["task"], r["arm"]) for r in records]:
+        if arm: known["arms"].setdefault(name, arm)
+        if kind != "teacher": known["seeds"] = sorted({*known["seeds"], seed})
     differ = [k for k in mine if known["study"].get(k) != mine[k]] + [f"arm {k!r}" for k in arms if known["arms"].get(k, arms[k]) != arms[k]]
     if differ: raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. Choose another run folder, or delete this one.")
+    for r in records:
+        if r["study"] != settled(config): raise InputError(f"{folder} belongs to another study: {r['task'][1]} {r['task'][2]} was trained with other settings. Choose another run folder.")
     return known
 
 def claim_folder(folder, config, seeds):

@@ -187,7 +187,10 @@ def test_missing_groups_are_a_warning(ward):
 # labels and intensities
 
 def test_instance_labels_are_recognised(ward):
-    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", (np.arange(480).reshape(20, 24) % 7 * 100).astype(np.uint16))
+    "Twenty squares, numbered in steps of 30: more numbers than a picture has classes, each in one piece."
+    y = np.zeros((20, 24), np.uint16)
+    for n in range(20): y[4 * (n // 5):4 * (n // 5) + 3, 4 * (n % 5):4 * (n % 5) + 3] = 30 * (n + 1)
+    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", y)
     c = Collection.from_folders(ward)
     assert c.label_kind == "instance" and c.classes == ("background", "foreground")
     assert c[0].instances.max() == 600 and set(c[0].label.unique().tolist()) == {0, 1}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK_OPTIONS', 'Parameter', 'table', 'comments', 'refuse', 'parameters_cell', 'read_parameters', 'read_yaml', 'cast',
            'parse_value', 'resolve', 'parse_entry', 'run_name', 'differences', 'claim', 'hold', 'own_kernel',
-           'find_notebook', 'execute', 'run_notebook', 'need', 'volume_options', 'parser', 'join_runs', 'run', 'sweep',
-           'predict', 'report', 'main']
+           'find_notebook', 'execute', 'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'parser',
+           'join_runs', 'run', 'sweep', 'predict', 'report', 'main']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, os, re, sys, tokenize
@@ -297,11 +297,32 @@ def volume_options(
     group.add_argument("--absent", choices=("error", "empty"), help="what a Zarr chunk that is not there means (default: error)")
     group.add_argument("--probabilities", action="store_true", default=None, help="write probabilities, 0 to 255, instead of labels")
 
+# %% ../nbs/6_command/1_cli.ipynb #5a6bc2f4
+def check_options(
+    one, # parser of `ukd check`
+):
+    "The arguments of `ukd check`."
+    one.add_argument("data", help="folder, or a phantom such as phantom:bone")
+    one.add_argument("modalities", nargs="*", metavar="MODALITY", help="which (default: all)")
+    one.add_argument("--out", metavar="FOLDER", help="draw the labels on images, one picture a modality (default: no pictures)")
+    one.add_argument("--group", metavar="PATTERN", help="the patient in an image's name: what the first bracket matches, e.g. '^(p[0-9]+)'")
+    one.add_argument("--classes", nargs="+", metavar="NAME", help="names of the label's numbers 0, 1, ... (default: from the labels)")
+    one.add_argument("--label-kind", choices=("semantic", "instance"), help="whether the numbers are classes or objects (default: from the labels)")
+    one.add_argument("--some-labels", action="store_true", help="images without labels are meant")
+
+def check(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status: 0 no fault, 1 faults
+    "`ukd check`: read a whole data set, and print what is in it and what is wrong with it."
+    from unpaired_kd.data.check import check_data
+    return int(check_data(args.data, args.modalities, args.out, args.group, args.classes, args.label_kind, args.some_labels) > 0)
+
 # %% ../nbs/6_command/1_cli.ipynb #87585233
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."
     top = argparse.ArgumentParser("ukd", description="Unpaired knowledge distillation: run experiments, use students, print tables.")
-    sub = top.add_subparsers(dest="command", required=True, metavar="run | sweep | predict | report")
+    sub = top.add_subparsers(dest="command", required=True, metavar="check | run | sweep | predict | report")
+    check_options(sub.add_parser("check", help="read a data set, say what is in it and what is wrong with it", description="Read a whole data set. Nothing is changed; the exit status is 1 if there is a fault."))
     run = sub.add_parser("run", help="run an experiment notebook with checked parameters", description="Run an experiment. The same command again resumes it.")
     run.add_argument("notebook", help="name of an experiment (lotus) or path of a notebook")
     run.add_argument("-p", dest="given", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; KEY.ENTRY sets one entry of a dict; may be repeated")
@@ -391,7 +412,7 @@ def main(
 )->int: # exit status: 0 done, 1 a cell failed, 2 bad input, 130 stopped by the user
     "The command `ukd`."
     args = parser().parse_args(argv)
-    try: return {"run": run, "sweep": sweep, "predict": predict, "report": report}[args.command](args)
+    try: return {"check": check, "run": run, "sweep": sweep, "predict": predict, "report": report}[args.command](args)
     except ValueError as e:
         from unpaired_kd.core import InputError
         if not isinstance(e, InputError): raise

@@ -8,7 +8,8 @@ import pytest
 
 from unpaired_kd.core import InputError, read_csv, write_json
 from unpaired_kd.report import load_rows
-from unpaired_kd.study import ARMS, StudyConfig, export_student, run_study, split_data
+from unpaired_kd.learner import load_checkpoint
+from unpaired_kd.study import ARMS, StudyConfig, check_study, environment, export_student, finished, run_study, split_data, train_arm, train_teacher
 
 ROOT = Path(__file__).parents[1]
 FULL = bool(os.environ.get("UKD_FULL")) # every file and every write, instead of some of each kind
@@ -195,3 +196,187 @@ def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, 
     bad = [l for l in lines if " killed again 0 same left [] " not in l]
     with capsys.disabled(): print(f"\n{calls} writes and syncs in a run; killed at {len(lines)} of them, {len(bad)} ended otherwise")
     assert len(lines) == (calls if FULL else len(some)) and not bad, "\n".join(bad)
+
+
+# --- data
+
+@pytest.fixture
+def data(tmp_path): return make_data(tmp_path / "data")
+
+
+def study(data, **changes): return replace(CONFIG, data=str(data), **changes)
+
+
+def turn_round(path):
+    from PIL import Image
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+def test_changed_data_are_listed_before_anything_is_trained_or_shown(data, tmp_path):
+    run_study(tmp_path / "run", study(data), [0], workers=1)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    turn_round(data / "ct/labels/ct3.png")
+    (data / "mr/images/mr5.png").rename(data / "mr/images/mr9.png")
+    (data / "mr/labels/mr5.png").rename(data / "mr/labels/mr9.png")
+    (data / "mr/groups.csv").write_text((data / "mr/groups.csv").read_text().replace("mr5,", "mr9,").replace("mr patient 2", "mr patient 1"))
+    for act in (lambda f, c: run_study(f, c, [0]), lambda f, c: split_data(c, 0, f), lambda f, c: train_arm(f, c, "fine-tuned", 0, "cpu"), lambda f, c: train_teacher(f, c, 0, "cpu")):
+        with pytest.raises(InputError) as e: act(tmp_path / "run", study(data))
+        said = str(e.value)
+        assert "2 changed: ct/labels/ct3.png, patient of mr mr2" in said and "mr/images/mr9.png" in said and "3 added" in said and "3 removed" in said and "another run folder" in said
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    (tmp_path / "run/data.json").unlink()  # without the list the records still know other data
+    with pytest.raises(InputError, match="other data"): run_study(tmp_path / "run", study(data), [0], workers=1)
+
+
+def test_touched_files_and_a_copy_of_the_data_are_the_same_data(data, tmp_path):
+    rows = run_study(tmp_path / "run", study(data), [0], workers=1)
+    for p in data.rglob("*.png"): p.write_bytes(p.read_bytes())
+    (data / "mr").rename(tmp_path / "mr"); shutil.copytree(tmp_path / "mr", data / "mr")
+    assert run_study(tmp_path / "run", study(data), [0], workers=1) == rows
+
+
+def test_corrected_labels_are_read_in_a_process_that_read_the_old_ones(data, tmp_path):
+    config = study(data)
+    old = split_data(config, 0).student_test
+    old.native(0)
+    for p in (data / "ct/labels").iterdir(): turn_round(p)
+    new = split_data(config, 0).student_test
+    assert (new.native(0).label == 1 - old.native(0).label).all()
+
+
+def test_all_bad_files_are_named_before_any_training(data, tmp_path):
+    for name in ("ct/images/ct3.png", "mr/images/mr2.png", "mr/images/mr6.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:200])
+    with pytest.raises(InputError) as e: run_study(tmp_path / "run", study(data), [0], workers=1)
+    assert all(n in str(e.value) for n in ("ct3.png", "mr2.png", "mr6.png")) and not (tmp_path / "run").exists()
+
+
+# --- what is finished
+
+def test_a_finished_run_is_not_read_or_trained_again(run, tmp_path, monkeypatch):
+    from unpaired_kd.data.collections import Collection
+    data, whole, found = run
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(Collection, "check", lambda *a, **k: pytest.fail("read again"))
+    monkeypatch.setattr("unpaired_kd.study.scored", lambda *a, **k: pytest.fail("scored again"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
+    run_study(tmp_path / "run", study(data), [0], workers=1)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
+
+
+def test_a_lost_config_is_put_together_again_with_all_seeds(data, tmp_path):
+    rows = run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").unlink()
+    assert run_study(tmp_path / "run", study(data), [1], workers=1) == rows
+    assert json.loads((tmp_path / "run/config.json").read_text()) == config
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(InputError, match="other settings"): run_study(tmp_path / "run", study(data, lr=.1), [1], workers=1)
+    with pytest.raises(InputError, match="arm 'fine-tuned'"): run_study(tmp_path / "run", study(data, arms={**CONFIG.arms, "fine-tuned": dict(init="scratch")}), [1], workers=1)
+
+
+def test_a_training_in_another_ones_place_is_refused(run, tmp_path):
+    data, whole, _ = run
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(tmp_path / "run/checkpoints/fine-tuned-0", tmp_path / "run/checkpoints/fine-tuned-1")
+    with pytest.raises(InputError, match="fine-tuned-1 holds another training"): run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+
+
+def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    config = study(data, teacher_epochs=3, arms={**CONFIG.arms, "alone": {}})
+    with pytest.raises(Stop): train_teacher(tmp_path, config, 0, "cpu", tell=stop)
+    write = tmp_path / "checkpoints/teacher-0/last.pt"
+    assert not write.exists() or not finished(tmp_path, ("teacher", "teacher", 0))
+    with pytest.raises(InputError, match="train the teacher first"): train_arm(tmp_path, config, "fine-tuned", 0, "cpu")
+
+
+def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp_path):
+    path = run[1] / "checkpoints/fine-tuned-0/last.pt"
+    whole, state, missed = path.read_bytes(), load_checkpoint(path), 0
+    weights = next(iter(state["networks"]["student"].values())).numpy().tobytes()
+    for at in [whole.find(weights), *np.linspace(0, len(whole) - 1, 60).astype(int)]:
+        data = bytearray(whole)
+        data[at] ^= 0x10
+        (tmp_path / "last.pt").write_bytes(bytes(data))
+        try: found = load_checkpoint(tmp_path / "last.pt")
+        except InputError: continue
+        assert str(found) == str(state), at # padding
+
+
+# --- one at a time
+
+def test_two_studies_do_not_write_to_one_folder(run, tmp_path):
+    from unpaired_kd.study import holding
+    shutil.copytree(run[1], tmp_path / "run")
+    with holding(tmp_path / "run"):
+        with pytest.raises(InputError, match="at work") as e: run_study(tmp_path / "run", study(run[0]), [0], workers=1)
+    assert str(e.value).count("\n") == 0
+    run_study(tmp_path / "run", study(run[0]), [0], workers=1)
+
+
+def test_left_over_parts_are_cleared(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "run")
+    for place in (".", "splits", "checkpoints/teacher-0"): (tmp_path / "run" / place / ".ukd.part.abcd1234.json").write_text("half")
+    run_study(tmp_path / "run", study(run[0]), [0], workers=1)
+    assert not [f for f in files(tmp_path / "run") if ".part" in f]
+
+
+def test_a_foreign_folder_is_not_touched(data, tmp_path):
+    for content in ({"model_type": "bert"}, {"format": 1, "recipe": {}}, [], {"study": {}, "arms": {}, "seeds": [], "made by": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="config.json"): run_study(tmp_path, study(data), [0], workers=1)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "data"]
+
+
+# --- scripts, checkouts, weights
+
+def script(tmp_path, text, *environment, **more):
+    (tmp_path / "mine.py").write_text(text)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **more}
+    return subprocess.run([*environment, sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("workers,ends", [(1, "1"), (2, "InputError")])
+def test_a_script_without_a_guard(run, tmp_path, workers, ends):
+    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study import run_study\nprint('mine', flush=True)\n"
+                            f"arms = dict(study({str(run[0])!r}).arms, alone={{}})\nprint(len({{r['arm'] for r in run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})}}))\n")
+    assert done.stdout.count("mine") == 1
+    if workers == 1: assert done.returncode == 0 and done.stdout.split()[-1] == "3"
+    else: assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1] and "mine.py" in done.stderr.splitlines()[-1]
+
+
+def test_a_machine_without_git_home_or_name(run, tmp_path):
+    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study import environment, run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
+                            f"assert environment()['commit'] == ''\nprint(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n", TMPDIR="/proc/nothing")
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_the_commit_is_that_of_this_checkout_only(tmp_path):
+    site = tmp_path / "site-packages"
+    shutil.copytree(ROOT / "unpaired_kd", site / "unpaired_kd")
+    def git(*words): return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], capture_output=True, text=True, check=True)
+    git("init", "-q"); git("add", "."); git("commit", "-qm", "a thesis, library and all")
+    done = subprocess.run([sys.executable, "-c", "from unpaired_kd.study import environment; print(repr(environment()['commit']))"], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "''", done
+    if (ROOT / ".git").exists(): assert environment()["commit"]
+
+
+def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
+    import pickle, torch
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / "executed"),)
+    net = torch.nn.Conv2d(1, 1, 1)
+    torch.save(net.state_dict(), tmp_path / "plain.pt"); torch.save({"state_dict": net.state_dict()}, tmp_path / "lightning.ckpt"); torch.save(net, tmp_path / "whole.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt"); torch.save({"networks": {}}, tmp_path / "empty.pt"); torch.save({"networks": {"student": {"a": 3}}}, tmp_path / "odd.pt")
+    torch.save({"networks": {"student": net.state_dict()}}, tmp_path / "other.pt"); (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil())); torch.save(Evil(), tmp_path / "evil2.pt")
+    torch.save({"networks": {"student": net.state_dict()}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "folder.pt").mkdir(); (tmp_path / "text.pt").write_text("hello")
+    for path in [*sorted(p for p in tmp_path.iterdir() if p.suffix in (".pt", ".ckpt")), tmp_path / "absent.pt"]:
+        with pytest.raises(InputError, match=path.name): check_study(study(run[0], teacher_weights=str(path)), [0])
+        if path.name != "absent.pt" and path.is_file() and path.name != "other.pt":
+            place = tmp_path / path.stem / "checkpoints/teacher-0"
+            place.mkdir(parents=True); (place / "last.pt").write_bytes(path.read_bytes())
+            with pytest.raises(InputError, match="last.pt"): train_teacher(tmp_path / path.stem, study(run[0]), 0, "cpu")
+    assert not (tmp_path / "executed").exists()

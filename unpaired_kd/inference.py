@@ -323,12 +323,14 @@ def load(cls,
         if not f.is_file(): raise InputError(f"{f} does not exist. Give the folder of a saved student; it holds {', '.join(FILES)}.")
     saved = read_json(config)
     if not isinstance(saved, dict) or saved.get("format") != 1 or not isinstance(saved.get("recipe"), dict): raise InputError(f"{config} is not the config of a student of this version (format 1).")
+    if saved.get("recipe_digest", digest(saved["recipe"], 64)) != digest(saved["recipe"], 64):
+        raise InputError(f"{config}: the recipe was changed after it was saved (its digest does not fit). Restore the file, "
+                         "or remove its 'recipe_digest' if the change is meant.")
     recipe = Recipe.load(saved["recipe"], str(config))
     try: net = build(recipe.network, recipe.network_config)
     except InputError as e: raise InputError(f"{config}: {e}") from e
     read_weights(net, weights)
     if file_sha256(weights) != saved.get("weights_sha256"): raise InputError(f"{weights} is not the file that {config} was written for (other SHA-256). Copy the whole folder again.")
-    if saved.get("recipe_digest", stated := digest(saved["recipe"], 64)) != stated: raise InputError(f"{config}: the recipe was changed after it was saved (its digest does not fit). Restore the file, or remove its 'recipe_digest' if the change is meant.")
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return cls(net.to(memory_format=best_layout(net)) if recipe.dims == 2 else net, recipe, precision)
 

@@ -111,9 +111,9 @@ def changes(
     now:dict,    # the same later
 )->list: # lines of text; empty: nothing has changed
     "What was changed, added and removed, the first five by name."
-    groups = {"changed": [n for n in now if n in before and before[n] != now[n]],
-              "added": [n for n in now if n not in before],
-              "removed": [n for n in before if n not in now]}
+    groups = {"changed": sorted(n for n in now if n in before and before[n] != now[n]),
+              "added": sorted(now.keys() - before.keys()),
+              "removed": sorted(before.keys() - now.keys())}
     few = {k: ", ".join(names[:5]) for k, names in groups.items()}
     more = {k: f" and {len(names) - 5} more" if len(names) > 5 else "" for k, names in groups.items()}
     return [f"{len(names)} {k}: {few[k]}{more[k]}" for k, names in groups.items() if names]

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'AT_LEAST', 'AT_MOST', 'ABOVE_0', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share',
-           'files_of', 'stamp', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe',
-           'start_weights', 'settings', 'channels_of', 'identity', 'place_of', 'finished', 'unfinished', 'keep_scores',
-           'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of',
+           'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe', 'start_weights',
+           'settings', 'channels_of', 'identity', 'place_of', 'finished', 'unfinished', 'keep_scores', 'settled',
+           'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of',
            'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of', 'cores',
            'check_guard', 'run_study', 'holding', 'train_all', 'firsts', 'check_values', 'check_seeds', 'check_study',
-           'check_networks', 'check_arm', 'check_images', 'too_small', 'collect', 'check_complete', 'known_study',
-           'claim_folder', 'environment', 'commit', 'export_student']
+           'check_networks', 'check_arm', 'check_images', 'collect', 'check_complete', 'known_study', 'claim_folder',
+           'environment', 'commit', 'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import ast, contextlib, copy, json, math, os, re, sys, warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 
 from .core import InputError, clear_parts, digest, hold, progress, read_csv, read_json, resolve_precision, seeded, unknown, write_csv, write_json
 from .data.augment import Augment
+from .data.files import files_of, stamp
 from .data.collections import Collection, Split, label_budget, open_collection, split_groups
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
@@ -35,7 +36,7 @@ from .methods.kinds import KINDS, make_method, method_options
 from .methods.single import ShuffledLabels, Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
-from .runs import DATA, DONE, check_data, file_sum, keep_record, keep_tables, read_sealed, verified, write_sealed
+from .runs import DATA, DONE, check_data, keep_record, keep_tables, read_sealed, verified, write_sealed
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3257f69e
@@ -140,7 +141,7 @@ def open_both(
 )->tuple: # (teacher Collection, student Collection)
     "Open both modalities, once a process, and anew when files have changed. `InputError` when their classes or dimensions differ."
     key = json.dumps({k: getattr(config, k) for k in ("data", "data_options", "teacher", "student", "classes", "zoom", "intensity", "invert_student")})
-    if _open(key)[2] != stamp(config, *_open(key)[:2]): _open.cache_clear()
+    if _open(key)[2] != traces(config, *_open(key)[:2]): _open.cache_clear()
     return _open(key)[:2]
 
 @lru_cache(maxsize=4)
@@ -152,7 +153,7 @@ def _open(key):
     except TypeError as e: raise InputError(f"data_options={config.data_options} do not fit {config.data} ({e}).") from e
     if t.classes != s.classes: raise InputError(f"{config.data}: the teacher's classes {t.classes} are not the student's {s.classes}. Name them with `classes`.")
     if t.dims != s.dims: raise InputError(f"{config.data}: {config.teacher!r} has {t.dims}-D images, {config.student!r} {s.dims}-D ones.")
-    return t, s, stamp(config, t, s)
+    return t, s, traces(config, t, s)
 
 def share(
     value:float, # below 1 a share, else a number of groups
@@ -166,32 +167,24 @@ def share(
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c02
-def files_of(
-    collection:Collection, # a collection
-)->list: # paths of its images and labels, each once; a series or a .zarr is a folder
-    "The files of a collection; images that were made in memory have none."
-    found = [p for c in collection.cases for p in (c.image, c.label)]
-    return sorted({Path(p) for p in found if isinstance(p, (str, Path))})
-
-def stamp(
+def traces(
     config:StudyConfig, # the study
     *collections,       # its collections
-)->list: # (path, time of the last change in ns, bytes)
-    "What is another when a file was written, added or removed. Reads no file."
-    files = [p for c in collections for p in files_of(c)]
+)->list: # (path, what the file system knows of it)
+    "What is another when a file or a table was written, added or removed. Reads no file."
+    images = {Path(p) for c in collections for case in c.cases for p in (case.image, case.label) if isinstance(p, (str, Path))}
     tables = [Path(config.data)/"manifest.csv"] + [Path(config.data)/m/"groups.csv" for m in (config.teacher, config.student)]
-    there = [p for p in {*files, *tables, *[p.parent for p in files]} if p.exists()]
-    return sorted((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in there)
+    inside = [f for p in images if p.exists() for f in files_of(p).values()]
+    there = [p for p in {*inside, *tables, *[p.parent for p in images]} if p.exists()]
+    return sorted((str(p), stamp(p)) for p in there)
 
 def contents(
     config:StudyConfig, # the study
 )->dict: # file, or "patient of MODALITY ID" -> checksum
-    "A checksum of every image and label, and of whose each image is. A file is read once a process, unless it changes."
+    "A checksum of every image and label, and of whose each image is."
     found = {}
     for c, modality in zip(open_both(config), (config.teacher, config.student)):
-        for place in files_of(c):
-            for p in sorted(q for q in place.rglob("*") if q.is_file()) if place.is_dir() else [place]:
-                found[os.path.relpath(p, config.data)] = file_sum(p)
+        found |= {f"{modality}/{name}": checksum for name, checksum in c.contents().items()}
         found |= {f"patient of {modality} {case.id}": digest([case.group, case.label_group]) for case in c.cases}
     return found
 
@@ -202,8 +195,7 @@ def keep_data(
     "Write `data.json`: which data a run learns from. `InputError`, with the files, if it was begun with others."
     now = contents(config)
     if check_data(folder, now): return
-    names = dict(zip((config.teacher, config.student), open_both(config)))
-    labels = {m: dict(classes=list(c.classes), kind=c.label_kind, labelled=c.has_labels) for m, c in names.items()}
+    labels = {m: c.describe_labels() for m, c in zip((config.teacher, config.student), open_both(config))}
     write_sealed(Path(folder)/DATA, dict(data=config.data, labels=labels, contents=now))
 
 
@@ -723,14 +715,14 @@ def check_study(
     arms = {name: (arm, method_options(arm["method"], arm["preset"], arm["options"], config.patch)) for name, arm in all_arms(config).items()}
     if config.dims == 3 and not all(c.dims == 3 for c in open_both(config)): raise InputError(f"dims=3, but {config.data} has 2-D images. Give volumes, or dims=2.")
     parts = [split_data(config, seed) for seed in seeds]
-    check_networks(config, parts[0])
+    net = check_networks(config, parts[0])
     for name, (arm, options) in arms.items(): check_arm(config, parts[0], name, arm, options)
-    if not folder or not check_data(folder, contents(config)): check_images(config, parts)
+    if not folder or not check_data(folder, contents(config)): check_images(config, parts, net.stride)
 
 def check_networks(
     config:StudyConfig, # the study
     data:Data,          # of any seed
-):
+)->nn.Module: # the network
     "`InputError` for a network that cannot be built, filled, or trained on batches of this size."
     net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
     recipe(config, data.student_test, net)
@@ -738,9 +730,10 @@ def check_networks(
     sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:] if config.dims == 3 else (config.patch,) * 2
     ghost = copy.deepcopy(net).to("meta").train() # shapes without numbers
     try: ghost(torch.empty(config.batch, channels_of(data), *sides, device="meta"))
-    except NotImplementedError: return # a layer that knows no shapes without numbers
+    except NotImplementedError: pass # a layer that knows no shapes without numbers
     except (ValueError, RuntimeError) as e:
         raise InputError(f"batch={config.batch}, patch={config.patch}: the network {config.network!r} cannot be trained on such batches ({e}). Give larger ones.") from e
+    return net
 
 def check_arm(config, data, name, arm, options):
     "`InputError` for an arm whose options, weights or teacher do not fit the study."
@@ -758,25 +751,20 @@ def check_arm(config, data, name, arm, options):
 def check_images(
     config:StudyConfig, # the study
     parts:list,         # the `Data` of every seed
+    least:int,          # smallest side that the network takes, px
 ):
     "Read every image and label once. One `InputError` lists every fault, by file."
-    faults = []
-    with contextlib.closing(progress(2, "reading the data", enabled=any(map(files_of, open_both(config))))) as bar:
-        for c in open_both(config):
-            try: c.check(strict=False)
+    both = open_both(config)
+    checks = [partial(c.check, strict=False) for c in both]
+    scored = [c for data in parts for c in (data.teacher_test, data.student_test) if config.dims == 2]
+    checks += [partial(c.check_sizes, least) for c in scored]
+    faults, on_disk = [], any(isinstance(case.image, (str, Path)) for c in both for case in c.cases)
+    with contextlib.closing(progress(len(checks), "reading the data", enabled=on_disk)) as bar:
+        for check in checks:
+            try: check()
             except InputError as e: faults.append(str(e))
             bar.update()
-    if not faults: faults = too_small(config, parts)
-    if faults: raise InputError("\n".join(faults))
-
-def too_small(config, parts)->list:
-    "The images to be scored that are smaller than the network's smallest input."
-    least, found = build(config.network, dict(in_channels=1, classes=1, width=config.width) | config.network_options).stride, {}
-    for c in [c for data in parts for c in (data.teacher_test, data.student_test) if config.dims == 2]:
-        for i, case in enumerate(c.cases):
-            sides = c.decoded(i).pixels.shape[-2:]
-            if min(sides) < least: found[case.id] = f"{case.image if isinstance(case.image, (str, Path)) else case.id} is {sides[0]} x {sides[1]} pixels for the network (zoom {config.zoom:g}), which needs {least} along each axis. Leave the image out, or give a larger zoom."
-    return list(found.values())
+    if faults: raise InputError("\n".join(dict.fromkeys(faults)))
 
 
 # %% ../nbs/5_methods/3_study.ipynb #e654ce56
@@ -815,6 +803,7 @@ def known_study(
     if path.exists() and set(fresh) - set(_entries(path)): raise InputError(f"{path} is not the record of a study. Choose another run folder.")
     known = read_sealed(path) if path.exists() else fresh
     records = [read_sealed(p) for p in sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))]
+    if any(r["data"] != digest(contents(config), 64) for r in records) and check_data(folder, contents(config)) is False: raise InputError(f"{folder} was made with other data (data.json, the list of them, is gone). Choose another run folder.")
     for kind, name, seed, arm in [(*r["task"], r["arm"]) for r in records]:
         if arm: known["arms"].setdefault(name, arm)
         if kind != "teacher": known["seeds"] = sorted({*known["seeds"], seed})

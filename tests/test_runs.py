@@ -225,7 +225,7 @@ def test_changed_data_are_listed_before_anything_is_trained_or_shown(data, tmp_p
         assert "2 changed: ct/labels/ct3.png, patient of mr mr2" in said and "mr/images/mr9.png" in said and "3 added" in said and "3 removed" in said and "another run folder" in said
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     (tmp_path / "run/data.json").unlink()  # without the list the records still know other data
-    with pytest.raises(InputError, match="other data"): run_study(tmp_path / "run", study(data), [0], workers=1)
+    with pytest.raises(InputError, match="data.json"): run_study(tmp_path / "run", study(data), [0], workers=1)
 
 
 def test_touched_files_and_a_copy_of_the_data_are_the_same_data(data, tmp_path):

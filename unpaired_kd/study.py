@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'AT_LEAST', 'AT_MOST', 'ABOVE_0', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share',
            'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe', 'start_weights',
-           'settings', 'channels_of', 'identity', 'place_of', 'finished', 'unfinished', 'keep_scores', 'settled',
-           'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of',
+           'settings', 'channels_of', 'identity', 'common', 'place_of', 'finished', 'unfinished', 'keep_scores',
+           'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of',
            'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of', 'cores',
            'check_guard', 'run_study', 'holding', 'train_all', 'firsts', 'check_values', 'check_seeds', 'check_study',
-           'check_networks', 'check_arm', 'check_images', 'collect', 'check_complete', 'known_study', 'claim_folder',
-           'environment', 'commit', 'export_student']
+           'check_networks', 'check_arm', 'check_images', 'collect', 'check_complete', 'known_study', 'read_claim',
+           'claim_folder', 'plain', 'environment', 'commit', 'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import ast, contextlib, copy, json, math, os, re, sys, warnings
@@ -36,7 +36,7 @@ from .methods.kinds import KINDS, make_method, method_options
 from .methods.single import ShuffledLabels, Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
-from .runs import DATA, DONE, check_data, keep_record, keep_tables, read_sealed, verified, write_sealed
+from .runs import DATA, DONE, check_data, keep_record, keep_tables, read_sealed, records, verified, write_sealed
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3257f69e
@@ -331,7 +331,12 @@ def identity(
     *more,              # what else decides the result
 )->list: # plain data
     "What must not change between the beginning of a training and its resumption: all but the list of arms."
-    return [{k: v for k, v in asdict(config).items() if k != "arms"}, *more]
+    return [common(config), *more]
+
+def common(config)->dict:
+    "What all arms of a study have in common."
+    return {k: v for k, v in asdict(config).items() if k != "arms"}
+
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c04
 def place_of(folder, name, seed)->Path:
@@ -368,8 +373,8 @@ def keep_scores(
     keep_record(place, names, **facts)
 
 def settled(config)->str:
-    "Digest of all that arms have in common."
-    return digest({k: v for k, v in asdict(config).items() if k != "arms"}, 64)
+    "Digest of what all arms have in common."
+    return digest(common(config), 64)
 
 
 # %% ../nbs/5_methods/3_study.ipynb #e3330dc4
@@ -798,20 +803,24 @@ def known_study(
     config:StudyConfig, # the study
 )->dict: # what config.json holds: study, arms, seeds, made by
     "What a run folder says it is; a lost config.json is put together from the records of finished trainings. `InputError` for another study's folder."
-    path, mine = Path(folder)/"config.json", _plain({k: v for k, v in asdict(config).items() if k != "arms"})
-    arms, fresh = _plain(all_arms(config)), {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
-    if path.exists() and set(fresh) - set(_entries(path)): raise InputError(f"{path} is not the record of a study. Choose another run folder.")
-    known = read_sealed(path) if path.exists() else fresh
-    records = [read_sealed(p) for p in sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))]
-    if any(r["data"] != digest(contents(config), 64) for r in records) and check_data(folder, contents(config)) is False: raise InputError(f"{folder} was made with other data (data.json, the list of them, is gone). Choose another run folder.")
-    for kind, name, seed, arm in [(*r["task"], r["arm"]) for r in records]:
-        if arm: known["arms"].setdefault(name, arm)
+    path, done = Path(folder)/"config.json", records(folder)
+    mine, arms = plain(common(config)), plain(all_arms(config))
+    known = read_claim(path) if path.exists() else {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
+    for r in done:
+        kind, name, seed = r["task"]
+        if kind == "arm": known["arms"].setdefault(name, r["arm"])
         if kind != "teacher": known["seeds"] = sorted({*known["seeds"], seed})
     differ = [k for k in mine if known["study"].get(k) != mine[k]] + [f"arm {k!r}" for k in arms if known["arms"].get(k, arms[k]) != arms[k]]
     if differ: raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. Choose another run folder, or delete this one.")
-    for r in records:
+    for r in done:
         if r["study"] != settled(config): raise InputError(f"{folder} belongs to another study: {r['task'][1]} {r['task'][2]} was trained with other settings. Choose another run folder.")
     return known
+
+def read_claim(path)->dict:
+    "config.json, if it is a study's and as it was written."
+    found = read_json(path)
+    if not isinstance(found, dict) or {"study", "arms", "seeds"} - set(found): raise InputError(f"{path} is not the record of a study. Choose another run folder.")
+    return read_sealed(path)
 
 def claim_folder(folder, config, seeds):
     "Write config.json, after a look at the one there. Returns all seeds and arms that the folder has been given so far."
@@ -820,11 +829,9 @@ def claim_folder(folder, config, seeds):
     write_sealed(Path(folder)/"config.json", known)
     return known["seeds"], list(known["arms"])
 
-def _plain(data): return json.loads(json.dumps(data))
-def _entries(path):
-    "The names in a JSON file that holds a dict, else none."
-    found = read_json(path)
-    return found if isinstance(found, dict) else ()
+def plain(data):
+    "Data as JSON gives them back."
+    return json.loads(json.dumps(data))
 
 def environment()->dict:
     "Versions and, in a checkout of this library, the commit: what one needs to repeat a run."

@@ -305,6 +305,19 @@ def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp
         assert str(found) == str(state), at # padding
 
 
+def test_no_arm_leaves_the_table_without_a_word(data, tmp_path):
+    rows = run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+    (tmp_path / "run/checkpoints/fine-tuned-1/metrics.csv").unlink()
+    with pytest.warns(UserWarning, match="not finished: fine-tuned 1"): few = run_study(tmp_path / "run", study(data), [0], workers=1)
+    assert few == [r for r in rows if r["seed"] == 0]
+    assert run_study(tmp_path / "run", study(data), [0, 1], workers=1) == rows
+
+
+@pytest.mark.parametrize("workers", [-1, True, "2", 1.5, None])
+def test_workers_are_a_number(data, tmp_path, workers):
+    with pytest.raises(InputError, match="workers"): run_study(tmp_path / "run", study(data), [0], workers=workers)
+
+
 # --- one at a time
 
 def test_two_studies_do_not_write_to_one_folder(run, tmp_path):

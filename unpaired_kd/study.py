@@ -622,15 +622,20 @@ def run_study(
 )->list: # rows, one per case, arm and seed (also in metrics.csv)
     "Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused if it belongs to another study or to other data."
     folder = Path(folder)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0: raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
     check_study(config, seeds, folder)
     with holding(folder):
         known_seeds, known_arms = claim_folder(folder, config, seeds)
         keep_data(folder, config)
         clear_parts(folder, deep=True)
         train_all(folder, config, seeds, workers)
-        teachers = [("teacher", "teacher", n) for n in range(config.teachers)]
-        arms = [("arm", a, s) for s in known_seeds for a in known_arms]
-        return collect(folder, [t for t in teachers + firsts(config, known_seeds) + arms if finished(folder, t)])
+        known = [("teacher", "teacher", n) for n in range(config.teachers)] + firsts(config, known_seeds)
+        known += [("arm", a, s) for s in known_seeds for a in known_arms]
+        done = [t for t in known if finished(folder, t)]
+        begun = [f"{name} {seed}" for _, name, seed in known if place_of(folder, name, seed).exists()]
+        if lost := sorted({*begun} - {f"{name} {seed}" for _, name, seed in done}):
+            warnings.warn(f"not in the tables, because not finished: {', '.join(lost)}. Give their arms and seeds to finish them.")
+        return collect(folder, done)
 
 @contextlib.contextmanager
 def holding(folder):

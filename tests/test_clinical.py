@@ -589,4 +589,4 @@ def test_filling_agrees_with_counting_crossings(tmp_path):
             for (x0, y0), (x1, y1) in zip(q, np.roll(q, -1, 0)):
                 cross = (y0 > points[:, 1]) != (y1 > points[:, 1])
                 odd += cross & (points[:, 0] < x0 + (points[:, 1] - y0) * (x1 - x0) / (y1 - y0))
-        assert np.array_equal(fill_contours(polygons, like)[2].ravel(), odd % 2 == 1)
+        assert np.array_equal(fill_contours(polygons, like, xor=True)[2].ravel(), odd % 2 == 1)

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.evaluation import bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows, t_test, two_way, wilcoxon
+from unpaired_kd.evaluation import (FEW, UNITS, bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows,
+                                    student_ci, t_test, two_way, wilcoxon)
 
 
 def table(arms=("alone", "taught"), seeds=2, patients=5, images=2, gain=.05, metric="dsc", stream="rows"):
@@ -50,10 +51,32 @@ def test_rounding_noise_is_a_tie():
     assert wilcoxon(d) == pytest.approx(wilcoxon([1, 1, 1, 1, -1]))
 
 
-def test_zero_differences_have_p_one():
-    assert t_test(np.zeros(5)) == 1 and wilcoxon(np.zeros(5)) == 1 and p_value(*two_way(np.zeros((4, 3)))) == 1
-    assert t_test([1, -1]) == 1              # a zero mean with a spread
-    assert t_test([.2, .2, .2]) < 1e-6       # a constant difference, no spread
+@pytest.mark.parametrize("value", [0., .2, 1e-17, 1e9])
+def test_no_spread_no_test(value):
+    noise = value * np.array([0, 1e-16, -1e-16, 0, 2e-16, 1e-16])  # a mean of equal numbers is off by its last bit
+    for d in (np.full(6, value), value + noise):
+        assert math.isnan(t_test(d)) and math.isnan(wilcoxon(d)) and np.isnan(bootstrap_ci(d)).all()
+        assert np.isnan(bootstrap_ci(np.tile(d, 2))).all()         # nor with twelve patients
+        assert math.isnan(p_value(*two_way(np.tile(d[:, None], 3))))
+    assert math.isnan(p_value(*two_way(np.array([[1., -1], [-1, 1]]))))
+
+
+def test_a_zero_mean_with_a_spread_has_p_one():
+    assert t_test([1, -1]) == 1 and wilcoxon([1., -1]) == 1
+    assert wilcoxon([0, 0, .1]) == 1                               # zeros are left out: one sign is left
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e-6, 1, 1e3, 1e12])
+def test_tests_do_not_know_the_unit(unit):
+    d = np.array([.1, .3 - .2, -.1, .4, .25, .3, .12])             # two differences that tie but for rounding
+    assert wilcoxon(unit * d) == pytest.approx(wilcoxon([1, 1, -1, 4, 2.5, 3, 1.2]), rel=1e-12)
+    assert t_test(unit * d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=1e-9)
+    assert bootstrap_ci(unit * d) == pytest.approx(tuple(unit * e for e in bootstrap_ci(d)), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_the_smallest_wilcoxon_of_few_patients(n):
+    assert wilcoxon(np.arange(1, n + 1) / 7) == 2 / 2**n           # .5, .25, .125, .0625
 
 
 # ---------------------------------------------------------------- Holm
@@ -119,13 +142,15 @@ def test_bootstrap_covers_about_as_often_as_it_says():
     assert .90 < ((ends[:, 0] < 0) & (ends[:, 1] > 0)).mean() < .98
 
 
-def test_bootstrap_draws_patients_not_images():
-    r = rng(0, "clusters")
-    patient = r.normal(size=6)
-    x, groups = np.repeat(patient, 50) + r.normal(0, .01, 300), np.repeat(np.arange(6), 50)
+@pytest.mark.parametrize("patients", [6, 12])
+def test_intervals_are_over_patients_not_images(patients):
+    r = rng(0, "clusters", patients)
+    patient = r.normal(size=patients)
+    x, groups = np.repeat(patient, 50) + r.normal(0, .01, 50 * patients), np.repeat(np.arange(patients), 50)
     width = lambda ci: ci[1] - ci[0]
     assert width(bootstrap_ci(x, groups)) > 4 * width(bootstrap_ci(x))
-    assert bootstrap_ci(x, groups) == bootstrap_ci(x, groups) != bootstrap_ci(x, groups, seed=1)
+    assert bootstrap_ci(x, groups) == bootstrap_ci(x, groups)
+    assert (bootstrap_ci(x, groups) == bootstrap_ci(x, groups, seed=1)) == (patients < FEW) # Student's draws nothing
 
 
 def test_bootstrap_matches_scipys_percentile_interval():
@@ -134,8 +159,60 @@ def test_bootstrap_matches_scipys_percentile_interval():
     assert bootstrap_ci(x, n=20000, expand=False) == pytest.approx(theirs, abs=.02)
 
 
-def test_bootstrap_needs_two_groups():
+@pytest.mark.parametrize("patients", [2, 3, 4, 6, 7])
+def test_few_patients_have_students_interval(patients):
+    d = rng(0, "few", patients).normal(.3, 1, patients)
+    for level in (.9, .95):
+        by_hand = stats.t.interval(level, patients - 1, d.mean(), stats.sem(d))
+        assert bootstrap_ci(d, level=level) == pytest.approx(by_hand, rel=1e-12)
+    images = rng(0, "images").integers(1, 6, patients)             # each patient counts once, however many images
+    assert bootstrap_ci(np.repeat(d, images), np.repeat(np.arange(patients), images)) == pytest.approx(bootstrap_ci(d))
+
+
+def differences(world, patients, studies=1000):
+    "Patients' values with the true mean 0, and the patient of each: lists of (values, groups)."
+    r = rng(1, "coverage", world, patients)
+    normal = r.normal(size=(studies, patients))
+    if world == "unequal":                                         # 1 to 9 images of a patient, who differ too
+        many = r.integers(1, 10, (studies, patients))
+        images = [np.repeat(p, m) + r.normal(size=m.sum()) for p, m in zip(normal, many)]
+        return [(x, np.repeat(np.arange(patients), m)) for x, m in zip(images, many)]
+    if world == "heavy": normal = r.standard_t(3, (studies, patients))
+    if world == "few values": normal = np.round(normal * 2)        # ties
+    if world == "bounded": normal = r.beta(2, 3, (studies, patients)) - .4
+    return [(d, np.arange(patients)) for d in normal]
+
+
+@pytest.mark.parametrize("world", ["normal", "unequal", "heavy", "few values", "bounded"])
+@pytest.mark.parametrize("patients", [2, 3, 4, 5, 6, 7, 8, 12])
+def test_intervals_keep_their_level(world, patients):
+    found = [bootstrap_ci(x, g, n=300) for x, g in differences(world, patients)]
+    found = [(low, high) for low, high in found if not math.isnan(low)]                # no spread: none is given
+    share = np.mean([low <= 0 <= high for low, high in found])
+    assert share > (.93 if patients < FEW else .915) - 3 * math.sqrt(.05 * .95 / 1000) # three standard errors
+
+
+@pytest.mark.parametrize("patients", [2, 3, 4])
+def test_the_bootstrap_cannot_hold_more_than_the_range_of_its_data(patients):
+    held = [low <= 0 <= high for low, high in (bootstrap_ci(x, n=300, few=0) for x, _ in differences("normal", patients))]
+    assert np.mean(held) < 1 - 2.**(1 - patients) + .04            # so this is no interval at 95 %
+
+
+def test_intervals_over_patients_and_seeds_keep_their_level():
+    for G, S in ((2, 3), (3, 3), (4, 5), (6, 5), (6, 2)):
+        r, held = rng(0, "both", G, S), []
+        for _ in range(1000):
+            mean, se, df = two_way(r.normal(size=(G, 1)) + r.normal(size=(1, S)) + .5 * r.normal(size=(G, S)))
+            low, high = student_ci(mean, se, df)
+            held.append(low <= 0 <= high)
+        assert np.mean(held) > .91, (G, S)
+
+
+def test_an_interval_needs_two_groups_and_numbers():
     with pytest.raises(InputError, match="2 groups"): bootstrap_ci([1., 2, 3], ["a", "a", "a"])
+    with pytest.raises(InputError, match="2 groups"): bootstrap_ci([1.])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="NaN or infinity"): bootstrap_ci([1., 2, bad])
 
 
 # ---------------------------------------------------------------- compare
@@ -187,7 +264,35 @@ def test_names_that_became_numbers_do_not_matter():
 def test_an_identical_arm_is_not_different():
     rows = table(("alone",))
     c = compare(rows + [dict(r, arm="twin") for r in rows], "alone", unit="both")[1]
-    assert (c["p_t"], c["difference"], c["seeds_won"]) == (1, 0, 0) and math.isnan(c["p_wilcoxon"])
+    assert (c["difference"], c["seeds_won"], c["interval"]) == (0, 0, "none")
+    assert all(math.isnan(c[k]) for k in ("p_t", "p_t_holm", "p_wilcoxon", "ci_low", "ci_high"))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("scale", [1e-15, 1, 1e6])
+def test_equal_differences_give_no_evidence_in_any_unit(unit, scale, recwarn):
+    rows = [dict(r, dsc=scale * r["dsc"]) for r in table(("alone", "taught", "other"), gain=0., seeds=3)]
+    alone = {(r["seed"], r["case"]): r["dsc"] for r in rows if r["arm"] == "alone"}
+    rows = [dict(r, dsc=alone[r["seed"], r["case"]] + scale * .1) if r["arm"] == "taught" else r for r in rows]
+    _, c, other = compare(rows, "alone", unit=unit)
+    assert c["difference"] == pytest.approx(scale * .1) and c["interval"] == "none"
+    assert all(math.isnan(c[k]) for k in ("p_t", "p_t_holm", "p_wilcoxon", "p_wilcoxon_holm", "ci_low", "ci_high"))
+    assert other["interval"] != "none" and other["p_t_holm"] == other["p_t"]           # one test is left to correct for
+    assert not recwarn.list
+
+
+def test_the_interval_is_named_and_follows_the_number_of_patients():
+    few, many = (compare(table(patients=k, seeds=3), "alone") for k in (7, 8))
+    assert [c["interval"] for c in few] == ["none", "Student's t"] and many[1]["interval"] == "bootstrap"
+    d = by(table(patients=7, seeds=3), "taught", "group") - by(table(patients=7, seeds=3), "alone", "group")
+    assert (few[1]["ci_low"], few[1]["ci_high"]) == pytest.approx(stats.t.interval(.95, 6, d.mean(), stats.sem(d)), rel=1e-9)
+    for unit in ("seed", "both"): assert compare(table(patients=9, seeds=9), "alone", unit=unit)[1]["interval"] == "Student's t"
+
+
+def test_a_score_in_another_unit_gives_the_same_table():
+    mm, um = (compare([dict(r, hd95=k * r["hd95"]) for r in table(metric="hd95", patients=9)], "alone", "hd95")[1] for k in (1e-3, 1.))
+    for k in ("p_t", "p_wilcoxon"): assert mm[k] == pytest.approx(um[k], rel=1e-9)
+    for k in ("difference", "ci_low", "ci_high"): assert 1000 * mm[k] == pytest.approx(um[k], rel=1e-9)
 
 
 def test_the_bootstrap_is_repeatable_and_the_input_untouched():

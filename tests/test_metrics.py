@@ -347,3 +347,59 @@ def test_released_hd_pools_both_directions():
     d = np.concatenate(surface_distances(a, b))
     assert released_hd(a, b) == np.percentile(d, 95)
     assert min(np.percentile(x, 95) for x in surface_distances(a, b)) <= released_hd(a, b) <= hausdorff(a, b, 95)
+
+
+# ---------------------------------------------------------------- units
+def surface_dice_in_steps(pred, target, reach, ratio):
+    "Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis, `reach` steps allowed."
+    a, b = (np.argwhere(surface(m)) * np.array(ratio) for m in (pred, target))
+    squares = ((a[:, None] - b[None])**2).sum(-1)
+    near = (squares.min(1) <= reach**2).sum() + (squares.min(0) <= reach**2).sum()
+    return near / (len(a) + len(b))
+
+
+@pytest.mark.parametrize("unit", [1., .1, .3, .7, 1e-3, 1e-6, 25.4, float(np.float32(.1)), float(np.float32(6.5e-4))])
+@pytest.mark.parametrize("shape, ratio", [((40, 44), (1, 1)), ((40, 44), (3, 4)), ((12, 20, 24), (5, 2, 2)), ((12, 20, 24), (1, 1, 1))])
+def test_surface_dice_is_the_same_in_every_unit(unit, shape, ratio):
+    a, b = blobs(3, shape)
+    spacing = tuple(unit * r for r in ratio)
+    for reach in (0, 1, 2, 3, 4, 5, 10):                           # (3, 4) and 5: a diagonal on the cliff
+        want = surface_dice_in_steps(a, b, reach, ratio)
+        assert surface_dice(a, b, reach * unit, spacing) == pytest.approx(want, abs=1e-12)
+        assert case_metrics(a.astype(int), b.astype(int), spacing=spacing, tolerance=reach * unit)["sdsc"] == pytest.approx(want, abs=1e-12)
+    for q in (50, 95, 100): assert hausdorff(a, b, q, spacing) == pytest.approx(unit * hausdorff(a, b, q, ratio), rel=1e-9)
+
+
+@pytest.mark.parametrize("voxels, mm", [(30, .1), (10, .3), (5, .6), (3, .7), (3, 1.1), (6, .65), (7, .15)])
+@pytest.mark.parametrize("start", [0, 7, 5000])
+def test_voxels_at_the_tolerance_are_within_wherever_they_lie(voxels, mm, start):
+    a, b = np.zeros((2, 5060, 3), bool)
+    a[start:start + 3], b[start + voxels:start + voxels + 3] = True, True
+    for k in (1, 1000):                                            # mm and µm
+        assert surface_dice(a, b, k * round(voxels * mm, 6), k * mm) == 1
+        assert surface_dice(a, b, .999 * k * voxels * mm, k * mm) == surface_dice(a, b, voxels - .001) < 1
+
+
+def test_the_slack_is_far_below_what_an_image_can_show():
+    a, b = np.zeros((2, 20, 3), bool)
+    a[2], b[5] = True, True
+    assert surface_dice(a, b, 3 * (1 - 2e-6)) == 0 and surface_dice(a, b, 3 * (1 - 1e-7)) == 1
+
+
+def test_surface_dice_is_monais_in_several_units():
+    from monai.metrics import compute_surface_dice
+    a, b = blobs(5, (48, 40))
+    x, y = (torch.tensor(m)[None, None].float() for m in (a, b))
+    for mm, tolerance in ((1., 2.5), (.1, .25), (.3, 1.), (6.5e-4, 2e-3)): # not on a cliff, where MONAI follows the rounding
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = compute_surface_dice(x, y, class_thresholds=[tolerance], include_background=True, spacing=(mm, mm)).item()
+        assert surface_dice(a, b, tolerance, mm) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_an_iou_of_exactly_a_threshold_is_no_match():
+    target, pred = np.zeros((2, 1, 10), int)
+    target[0, :4], pred[0, :2] = 1, 1                              # IoU 2/4
+    assert panoptic_quality(pred, target).tp == 0
+    target[0, :5], pred[0, :3] = 1, 1                              # IoU 3/5
+    assert panoptic_quality(pred, target, threshold=.6).tp == 0 and panoptic_quality(pred, target).tp == 1

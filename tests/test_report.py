@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy import stats
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.evaluation import compare
@@ -109,6 +110,69 @@ def test_one_seed_and_one_patient_still_print():
     assert next(l for l in lines(one, "distilled")[1:] if l[1] == "DSC")[6] == "–"
     single = results_table([r for r in table() if r["group"] == "000" and r["case"] == "00"])
     assert "One patient only" in " ".join(single.split()) and "± –" in single and "against" not in single
+
+
+def note(text): return " ".join(text.split("\n\n")[-1].split())
+
+
+def level(rows, by=.02, arm="level"):
+    "An arm that is better than `alone` by the same amount in every case."
+    return [dict(r, arm=arm, dsc=r["dsc"] + by) for r in rows if r["arm"] == "alone"]
+
+
+@pytest.mark.parametrize("patients", [2, 3, 7, 8, 12])
+def test_the_foot_names_the_interval(patients):
+    text = results_table(table(patients=patients))
+    kind = "bootstrap over patients." if patients >= 8 else f"Student's t over {patients} patients."
+    assert f"intervals: {kind}" in note(text) and ("never below" in note(text)) == (2 * 2 / 2**patients > .05)
+    if patients == 3: assert "Over 3 patients Wilcoxon's p, before Holm's correction, is never below 0.25." in note(text)
+
+
+def test_the_table_prints_students_interval():
+    rows = table(patients=3)
+    d = [np.mean([r["dsc"] * (1 if r["arm"] == "distilled" else -1) for r in rows if r["arm"] in ("alone", "distilled") and r["group"] == f"{p:03d}"]) * 2 for p in range(3)]
+    low, high = stats.t.interval(.95, 2, np.mean(d), stats.sem(d))
+    assert next(l for l in lines(results_table(rows), "distilled")[1:] if l[1] == "DSC")[3] == f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def test_equal_differences_have_no_interval_no_p_and_no_part_in_holm(recwarn):
+    rows = [r for r in table() if r["arm"] in ("alone", "placebo")]
+    text = results_table(rows + level(rows), metrics=("dsc",))
+    assert lines(text, "level")[1][2:7] == ["+2.0", "–", "–", "–", "–"] and "0.000" not in text and "nan" not in text
+    assert "over 1 arms" in note(text) and "neither an interval nor a p" in note(text)
+    assert lines(text, "placebo")[1] == lines(results_table(rows, metrics=("dsc",)), "placebo")[1]
+    only = results_table([r for r in rows if r["arm"] == "alone"] + level(rows), metrics=("dsc",))
+    assert "each is the same in every patient" in note(only) and "Holm" not in note(only)
+    forest_plot(evidence(rows + level(rows), "alone", ("dsc",)), rows)
+    assert not recwarn.list
+
+
+def test_an_arm_or_metric_without_values_does_not_stop_the_table():
+    nan = float("nan")
+    rows = [dict(r, pq=nan, hd95=nan if r["arm"] == "placebo" else r["hd95"]) for r in table()]
+    text = results_table(rows)
+    kept = results_table([r for r in rows if r["arm"] != "placebo"], metrics=("hd95",))
+    assert lines(text, "distilled")[2] == lines(kept, "distilled")[1]                 # HD95, as if the other had not been asked
+    assert "Not tested, because fewer than two patients have finite values: placebo (HD95), placebo (PQ), distilled (PQ)." in note(text)
+    assert "over 1 to 2 arms" in note(text)
+
+
+def test_mixed_numbers_of_patients_are_said():
+    rows = [dict(r, hd95=float("inf")) if r["arm"] == "alone" and r["group"] > "004" else r for r in table(patients=9)]
+    text = note(results_table(rows, metrics=("dsc", "hd95")))
+    assert "bootstrap over patients, Student's t over fewer than 8." in text and "Up to 8 cases" in text
+
+
+def test_a_value_that_one_seed_lacks_is_counted():
+    rows = [dict(r, hd95=float("nan")) if (r["arm"], r["case"], r["seed"]) == ("placebo", "10", 1) else r for r in table()]
+    assert "Up to 1 cases without a finite value are left out of a difference" in note(results_table(rows))
+    away = [dict(r, hd95=float("nan")) if (r["arm"], r["case"]) == ("teacher", "10") else r for r in table()]
+    assert "Up to 1 cases without a finite value are left out of a mean" in note(results_table(away))
+
+
+def test_rows_that_do_not_match_are_still_refused():
+    rows = [r for r in table() if (r["arm"], r["seed"]) not in (("alone", 0), ("placebo", 1))]
+    with pytest.raises(InputError, match="different .seed, case. rows"): results_table(rows)
 
 
 def test_undefined_values_are_left_out_and_counted():
@@ -233,9 +297,26 @@ def test_perfect_order_agrees_in_every_draw_that_has_patients():
     assert rank_agreement(rows, dict(a=1, b=2, c=3, d=4)) == (1., 1.)
     assert rank_agreement(rows, dict(a=4, b=3, c=2, d=1)) == (-1., 0.)
     assert rank_agreement(rows, dict(a=1, b=1)) == (0., 0.)
+    noisy = [dict(r, dsc=.5 + (r["arm"] == "b") * 2e-16) for r in ordered("ab")]
+    assert rank_agreement(noisy, dict(a=1, b=2)) == (0., 0.)        # rounding noise is no order
 
 
 def test_published_table_shows_both_and_refuses_what_was_not_run():
     text = published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(dsc=56.)))
     assert "+1.0" in text and "+6.00" in text and "Holm" in text
     with pytest.raises(InputError, match="z"): published_table(ordered("ab"), dict(a=dict(dsc=50.), z=dict(dsc=56.)))
+
+
+@pytest.mark.parametrize("patients", [1, 2, 5, 9])
+def test_published_table_says_what_few_patients_allow(patients, recwarn):
+    rows = [r for r in table(patients=patients, images=2) if r["arm"] != "teacher"]
+    text = published_table(rows, dict(alone=dict(dsc=50.), distilled=dict(dsc=56.)))
+    cells = next(l for l in lines(text, "distilled"))
+    assert ("no draws" in text) == (patients < 8) and "nan" not in text and not recwarn.list
+    if patients == 1: assert cells[2:4] == ["–", "–"] and "fewer than two patients" in text
+    else:
+        c = next(c for c in compare(rows, "alone") if c["arm"] == "distilled")
+        assert cells[2] == f"{100 * c['difference']:+.1f} [{100 * c['ci_low']:+.1f}, {100 * c['ci_high']:+.1f}]"
+        assert ("Student's t over" in text) == (patients < 8)
+    flat = published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(dsc=56.)))
+    assert lines(flat, "b")[0][2:4] == ["+1.0 –", "–"] and "no interval and no p" in flat

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NAMES', 'OUTCOMES', 'save_rows', 'load_rows', 'load_runs', 'guests', 'arrange', 'summarise', 'evidence',
-           'name_of', 'p_text', 'markdown_table', 'results_table', 'rank_agreement', 'published_table', 'outcomes',
-           'overlay', 'box_plot', 'forest_plot', 'history_plot', 'save_figure']
+           'name_of', 'p_text', 'interval_text', 'markdown_table', 'results_table', 'rank_agreement', 'published_table',
+           'outcomes', 'overlay', 'box_plot', 'forest_plot', 'history_plot', 'save_figure']
 
 # %% ../nbs/4_training/3_report.ipynb #5417def7
 import csv, io, textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, rng, to_display, unknown, write_csv
-from .evaluation import compare, pair_rows, sign_of
+from .evaluation import FEW, compare, pair_rows, settled, sign_of
 from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
@@ -97,19 +98,33 @@ def summarise(
     return (float(x.mean()) if len(x) else np.nan, float(x.std(ddof=1)) if len(x) > 1 else np.nan, len(x))
 
 # %% ../nbs/4_training/3_report.ipynb #8a946d2b
+def _shared(rows, reference, metric):
+    "Rows of arms with finite values; (seed, case, patient) where all have one; where one lacks it."
+    def finite(r):
+        return np.isfinite(r.get(metric, 0)) # an absent column is for `compare` to refuse
+    def key(r):
+        return r["seed"], str(r["case"]), str(r["group"])
+    arms = {r["arm"] for r in rows if finite(r)}
+    some = [r for r in rows if r["arm"] in arms]
+    holes = {key(r) for r in some if not finite(r)}
+    return some, {key(r) for r in some if r["arm"] == reference} - holes, holes
+
 def evidence(
     rows:list,                             # rows of `evaluate`, all arms
     reference:str,                         # the arm the others are compared with
     metrics=("dsc", "hd95", "aji", "pq"),  # columns
 )->list: # dicts of `compare` (unit="group", reference left out), each with `p_both` and `p_both_holm` (NaN with one seed)
-    "Every arm against the reference on every metric, over patients, and over patients and seeds together. One patient: empty."
+    "Every arm against the reference over patients, and patients and seeds; two patients at least."
     away, out = guests(rows, reference), []
     rows = [r for r in rows if r["arm"] not in away]
-    if len({r["group"] for r in rows}) < 2: return out
     for metric in metrics:
-        table = compare(rows, reference, metric, missing="drop")[1:]
-        both = {c["arm"]: c for c in compare(rows, reference, metric, "both", missing="drop")} if len({r["seed"] for r in rows}) > 1 else {}
-        for c in table:
+        some, shared, _ = _shared(rows, reference, metric)
+        if len({patient for *_, patient in shared}) < 2:
+            continue
+        both = {}
+        if len({seed for seed, *_ in shared}) > 1:
+            both = {c["arm"]: c for c in compare(some, reference, metric, "both", missing="drop")}
+        for c in compare(some, reference, metric, missing="drop")[1:]:
             b = both.get(c["arm"], dict(p_t=np.nan, p_t_holm=np.nan))
             out.append(c | dict(p_both=b["p_t"], p_both_holm=b["p_t_holm"]))
     return out
@@ -136,6 +151,17 @@ def p_text(
 )->str: # "0.012", "<0.001" or "–"
     "A p-value as it should be printed."
     return "–" if np.isnan(p) else "<0.001" if p < .001 else f"{p:.2f}" if p >= .1 else f"{p:.3f}"
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20a1
+def interval_text(
+    c:dict,          # of `compare`
+    k:float=1,       # factor from stored to printed
+    to:str="{} to {}", # how the two ends are joined
+)->str: # "+1.2 to +3.4", or "–" where no interval can be given
+    "An interval as it should be printed."
+    if np.isnan(c["ci_low"]):
+        return "–"
+    return to.format(f"{k * c['ci_low']:+.1f}", f"{k * c['ci_high']:+.1f}")
 
 # %% ../nbs/4_training/3_report.ipynb #f9cdc190
 def markdown_table(
@@ -174,9 +200,74 @@ def _differences(found, arms, reference, rows):
     lines = []
     for c in sorted((c for c in found if c["arm"] in arms), key=lambda c: arms.index(c["arm"])):
         name, unit, k = name_of(c["metric"], rows)
-        lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", f"{k * c['ci_low']:+.1f} to {k * c['ci_high']:+.1f}",
+        lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", interval_text(c, k),
             *[p_text(c[p + "_holm"]) for p in ("p_t", "p_wilcoxon", "p_both")], f"{c['seeds_won']}/{c['n_seeds']}"])
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20b2
+def _span(numbers):
+    "The smallest and the largest of some numbers, in words."
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+def _intervals(found):
+    "Which intervals a table holds, in words."
+    kinds = {c["interval"] for c in found}
+    if "Student's t" not in kinds:
+        return "bootstrap over patients"
+    if "bootstrap" in kinds:
+        return f"bootstrap over patients, Student's t over fewer than {FEW}"
+    return f"Student's t over {_span([c['n_groups'] for c in found])} patients"
+
+def _tests(found):
+    "What the intervals and p-values of a table are, in words."
+    text = "Differences are means over patients, in points or the metric's unit; "
+    tested = Counter(c["metric"] for c in found if c["interval"] != "none").values()
+    if not tested:
+        return text + "each is the same in every patient, so there is neither an interval nor a p. "
+    text += (f"intervals: {_intervals(found)}. p: paired, two-sided, Holm-corrected over "
+             f"{_span(tested)} arms; t and Wilcoxon over patients, speaking of these trained "
+             "networks; 'with seeds' over patients and seeds, speaking of the method with the "
+             "teachers used. ")
+    fewest = min(c["n_groups"] for c in found)
+    smallest = 2 / 2**fewest
+    if max(tested) * smallest > .05:
+        text += (f"Over {fewest} patients Wilcoxon's p, before Holm's correction, is never "
+                 f"below {smallest:.3g}. ")
+    if any(c["interval"] == "none" for c in found):
+        text += ("Where the difference is the same in every patient there is neither an "
+                 "interval nor a p. ")
+    return text
+
+# %% ../nbs/4_training/3_report.ipynb #5a7d20b3
+def _without_value(rows, metrics):
+    "The most cases that an arm lacks in the mean of a metric that it has."
+    most = 0
+    for arm in {r["arm"] for r in rows}:
+        mine = [r for r in rows if r["arm"] == arm]
+        cases = len({r["case"] for r in mine})
+        there = [summarise(mine, m)[2] for m in metrics]
+        most = max([most, *[cases - n for n in there if n]])
+    return most
+
+def _left_out(rows, metrics, reference, found):
+    "How many cases and which tests are missing for want of finite values, in words."
+    away, text = guests(rows, reference), ""
+    home = [r for r in rows if r["arm"] not in away]
+    tested = {(c["arm"], c["metric"]) for c in found}
+    holes = [_shared(home, reference, m)[2] for m in metrics if any(m == k for _, k in tested)]
+    dropped = max([len({case for _, case, _ in h}) for h in holes], default=0)
+    if dropped:
+        text += f"Up to {dropped} cases without a finite value are left out of a difference. "
+    absent = _without_value(rows, metrics)
+    if absent > dropped:
+        text += f"Up to {absent} cases without a finite value are left out of a mean. "
+    arms = [a for a in dict.fromkeys(r["arm"] for r in home) if a != reference]
+    untested = [(a, m) for m in metrics for a in arms if (a, m) not in tested]
+    if found and untested:
+        names = ", ".join(f"{a} ({name_of(m, rows)[0]})" for a, m in untested)
+        text += f"Not tested, because fewer than two patients have finite values: {names}. "
+    return text
 
 # %% ../nbs/4_training/3_report.ipynb #3fbb2e76
 def results_table(
@@ -193,11 +284,10 @@ def results_table(
     note = f"{n['case']} cases of {n['group']} patients, {n['seed']} seeds. Mean ± standard deviation over cases, each averaged over its seeds. "
     if found:
         parts.append(_differences(found, arms, reference, rows))
-        dropped = max(n["case"] - c["n_cases"] for c in found)
-        note += (f"Differences are means over patients, in points or the metric's unit; intervals: bootstrap over patients. p: paired, two-sided, Holm-corrected over {len({c['arm'] for c in found})} arms; "
-                 "t and Wilcoxon over patients, speaking of these trained networks; 'with seeds' over patients and seeds, speaking of the method with the teachers used. ")
-        if dropped: note += f"Up to {dropped} cases without a finite value are left out of a difference. "
-    elif n["group"] < 2: note += "One patient only: no interval and no p-value. "
+        note += _tests(found)
+    elif n["group"] < 2:
+        note += "One patient only: no interval and no p-value. "
+    note += _left_out(rows, metrics, reference, found)
     if _lost(rows, metrics): note += "Missed: structures of the labels that the predictions lack, over all cases and seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 over the images without one. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
@@ -212,7 +302,10 @@ def rank_agreement(
 )->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
     "Do the arms come in the published order? Draws take groups and seeds anew, the same in all arms."
     from scipy.stats import spearmanr
-    agree = lambda means: float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0. # all equal: no order
+    def agree(means):
+        "Rank correlation with the published means; 0 if all are equal but for rounding."
+        means = settled(means)
+        return float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0.
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]
     groups, g = np.unique(paired.groups, return_inverse=True)
@@ -232,19 +325,52 @@ def published_table(
 )->str: # Markdown
     "Our means and gains over the first published arm, beside the published ones, with the agreement of the order."
     reference = next(iter(published))
-    ours = {c["arm"]: c for c in compare([r for r in rows if r["arm"] not in guests(rows, reference)], reference, metric, missing="drop")}
+    away = guests(rows, reference)
+    ours = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] not in away))
     for a in published:
-        if a not in ours: raise InputError(unknown("arm", a, ours))
+        if a not in ours:
+            raise InputError(unknown("arm", a, ours))
+    found = {c["arm"]: c for c in evidence(rows, reference, (metric,))}
     name, unit, k = name_of(metric, rows)
     lines = []
-    for a in [*published, *[a for a in ours if a not in published]]:
-        c, theirs = ours[a], published.get(a, {}).get(metric)
-        gain = "" if a == reference else f"{k * c['difference']:+.1f} [{k * c['ci_low']:+.1f}, {k * c['ci_high']:+.1f}]"
-        lines.append([a, f"{k * c['mean']:.1f}", gain, "" if a == reference else p_text(c["p_t_holm"]), "" if theirs is None else f"{theirs:.2f}",
-                      "" if theirs is None or a == reference else f"{theirs - published[reference][metric]:+.2f}"])
-    rho, share = rank_agreement(rows, {a: v[metric] for a, v in published.items()}, metric)
+    for a in dict.fromkeys([*published, *ours]):
+        mean = summarise([r for r in rows if r["arm"] == a], metric)[0]
+        gain, p = ("", "") if a == reference else ("–", "–")
+        if a in found:
+            gain = f"{k * found[a]['difference']:+.1f} {interval_text(found[a], k, '[{}, {}]')}"
+            p = p_text(found[a]["p_t_holm"])
+        cells = [a, f"{k * mean:.1f}", gain, p, "", ""]
+        if a in published:
+            theirs = published[a][metric]
+            cells[4] = f"{theirs:.2f}"
+            cells[5] = "" if a == reference else f"{theirs - published[reference][metric]:+.2f}"
+        lines.append(cells)
     head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p", "published", "gain"]
-    return markdown_table(head, lines) + f"\n\nRank correlation of the {len(published)} published rows: {rho:+.2f}, positive in {share:.0%} of the draws.\nMeans are over cases, differences over patients (equal weight for each); p: paired t over patients, Holm-corrected over {len(lines) - 1} arms."
+    notes = _agreement(rows, published, metric), _gains(found)
+    return "\n".join([markdown_table(head, lines), "", *notes])
+
+def _agreement(rows, published, metric):
+    "How the order of the rows agrees with the published one, in words."
+    means = {a: v[metric] for a, v in published.items()}
+    rho, share = rank_agreement(rows, means, metric)
+    patients = len({r["group"] for r in rows if r["arm"] in published})
+    sure = f"positive in {share:.0%} of the draws"
+    if patients < FEW:
+        sure = f"no draws of {patients} patients only"
+    return f"Rank correlation of the {len(published)} published rows: {rho:+.2f}, {sure}."
+
+def _gains(found):
+    "What the gains of a published table are, in words."
+    text = "Means are over cases, differences over patients (equal weight for each)"
+    if not found:
+        return text + "; fewer than two patients: no interval and no p."
+    tested = [c for c in found.values() if c["interval"] != "none"]
+    if not tested:
+        return text + "; equal in every patient: no interval and no p (t, Holm-corrected)."
+    kind = _intervals(tested)
+    if "Student" in kind:
+        text += f"; intervals: {kind}"
+    return f"{text}; p: paired t over patients, Holm-corrected over {len(tested)} arms."
 
 # %% ../nbs/4_training/3_report.ipynb #892a8b19
 OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6], "extra": PALETTE[3], "wrong class": PALETTE[7]}

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import InputError, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
-from .data.images import ABSENT, arrange, check_finite, extra, match_channels, open_zarr, suffix_of, tiff_spacing, to_unit, volume_window
+from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
+from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, strides_of
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
@@ -218,20 +219,10 @@ def zarr_volume(
 def tiff_volume(
     path:Path, # TIFF stack
 )->Volume: # opened
-    "A TIFF: mapped if its numbers lie in one piece, else page by page."
-    import tifffile
-    tif = tifffile.TiffFile(path)
-    if len(tif.series) > 1: raise InputError(f"it holds {len(tif.series)} images of different size or type. Save the one to use as its own file.")
-    series = tif.series[0]
-    if (kind := series.keyframe.photometric.name) in ("PALETTE", "MINISWHITE"): raise InputError(f"its colours are stored as {kind}. Save it as plain grey numbers.")
-    if series.dataoffset is not None:
-        class Mapped: # opened for each box: pages that were read do not stay in memory
-            shape = series.shape
-            def __getitem__(self, index): return np.array(np.memmap(path, np.dtype(series.dtype).newbyteorder(tif.byteorder), "r", series.dataoffset, series.shape)[index])
-        array = Mapped()
-    else: array = extra("zarr", "volumes").open(series.aszarr(), mode="r")
-    box, shape, kind = _boxed(array, series.axes)
-    return Volume(path, shape, kind, tiff_spacing(tif, 3), None, _files_mark(path, [path]), box)
+    "A TIFF whose stored numbers are its values: mapped if they lie in one piece, else page by page."
+    array, axes, spacing = lazy_tiff(path)
+    box, shape, kind = _boxed(array, axes)
+    return Volume(path, shape, kind, spacing, None, _files_mark(path, [path]), box)
 
 # %% ../nbs/4_training/6_volumes.ipynb #9372bfce
 def nifti_volume(
@@ -240,10 +231,10 @@ def nifti_volume(
     "A NIfTI through nibabel's proxy, transposed as `read_nifti` does."
     import nibabel as nib
     f = nib.load(path)
-    if len(f.shape) != 3 or f.get_data_dtype().fields: raise InputError(f"it has the shape {f.shape} and type {f.get_data_dtype()}; blocks need grey volumes (x, y, z).")
-    to_mm = {"micron": 1e-3, "meter": 1e3}.get(f.header.get_xyzt_units()[0], 1.)
+    if len(f.shape) != 3 or f.get_data_dtype().fields or f.get_data_dtype().kind == "c": raise InputError(f"it has the shape {f.shape} and type {f.get_data_dtype()}; blocks need grey volumes (x, y, z).")
+    place = nifti_place(f.header, 3, path)
     def box(slices): return np.asanyarray(f.dataobj[tuple(slices[::-1])]).T[None]
-    return Volume(path, (1, *f.shape[::-1]), box([slice(0, 1)] * 3).dtype, tuple(float(s) * to_mm for s in f.header.get_zooms()[::-1]), np.diag([to_mm] * 3 + [1.]) @ f.affine, _files_mark(path, [path]), box)
+    return Volume(path, (1, *f.shape[::-1]), box([slice(0, 1)] * 3).dtype, place.spacing, place.affine, _files_mark(path, [path]), box)
 
 OPENERS = {".zarr": zarr_volume, ".tif": tiff_volume, ".tiff": tiff_volume, ".nii": nifti_volume, ".nii.gz": nifti_volume}
 
@@ -253,7 +244,7 @@ def open_volume(
 )->Volume: # opened, not loaded
     "Open a volume to read boxes from. Every fault is an `InputError` that names the file."
     path = Path(path)
-    if not path.exists(): raise InputError(f"{path} does not exist.")
+    check_there(path)
     if (suffix := suffix_of(path)) not in OPENERS: raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
     try: return OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)

@@ -232,10 +232,10 @@ def separation(
 def separation_difference(
     a:Separation, # one network
     b:Separation, # another one, on the same pixels
-    n:int=2000,   # bootstrap draws
+    n:int=2000,   # bootstrap draws, from eight cases on
     seed:int=0,   # of the draws
 )->dict: # "knn" and "auc" -> (difference b - a, low, high): mean over cases and 95 % interval
-    "Paired bootstrap over cases of the difference between two networks. Raises `InputError` if the cases differ."
+    "Paired difference of two networks over cases; Student's interval for few cases, NaN if all differ alike. Raises `InputError` if the cases differ."
     if a.cases != b.cases: raise InputError(f"the networks were measured on other cases: {a.cases[:3]} and {b.cases[:3]} ... Use one list of pixels.")
     out = {}
     for k in ("knn", "auc"):

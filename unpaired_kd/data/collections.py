@@ -25,6 +25,8 @@ from fastcore.basics import patch_to
 from ..core import InputError, digest, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
                                     stem)
+from .geometry import lay_on
+from .pictures import check_there, visible
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)
@@ -232,7 +234,7 @@ def decided(
     if high <= FEW and not seen.wide and len(seen.counts) < 3:
         return seen.means(several, "semantic", f"{known}, with few different counts")
     if high <= FEW and seen.wide and len(seen.counts) > 2:
-        return seen.means(names, "instance", f"{known}, each in one piece, with other counts in each")
+        return seen.means(names, "instance", f"{known}, each in one piece, with other counts")
     if several and seen.volume and not seen.wide and not numbered:
         return seen.means(several, "semantic", f"{known} in volumes")
     seen.ask()
@@ -356,8 +358,9 @@ def _raw(self, case):
     "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing; opens the files, or finds them in the store."
     def make():
         image, label, spacing = case.image, case.label, case.spacing
-        if not isinstance(image, np.ndarray): image, spacing = _read("read_image", image)
-        if label is not None and not isinstance(label, np.ndarray): label = _read("read_label", label)[0]
+        picture, drawn = (None if s is None or isinstance(s, np.ndarray) else _read(f, s) for f, s in (("read_image", image), ("read_label", label)))
+        if picture is not None: image, spacing = picture.array, picture.spacing
+        if drawn is not None: label = drawn.array if picture is None else np.ascontiguousarray(lay_on(drawn, picture))
         if self.channels and image.shape[0] != self.channels:
             raise InputError(f"{_where(case.image, case)}: the image has {image.shape[0]} channels where {self.channels} are expected in collection {self.name!r}. Convert it, or pass channels={image.shape[0]} if all images are so.")
         if label is not None and label.shape != image.shape[1:]:
@@ -370,7 +373,7 @@ def _read(function, path):
     from unpaired_kd.data import images
     found = getattr(images, function)(path)
     array = found.array if function == "read_image" else images.smallest(found.array)
-    return np.ascontiguousarray(array), found.spacing       # rows in a row: patches are cut twice as fast
+    return replace(found, array=np.ascontiguousarray(array)) # rows in a row: patches are cut twice as fast
 def _key(source): return id(source) if isinstance(source, np.ndarray) else str(source)
 
 WIDE = ("uint16", "int16", "int32", "uint32") # in pictures the usual types of object numbers
@@ -380,7 +383,7 @@ def _labels(self):
     "All labels for `infer_labels`, one after the other; images stay closed."
     wide = None
     for c in {_key(c.label): c for c in self.cases if c.label is not None}.values():
-        y = c.label if isinstance(c.label, np.ndarray) else _read("read_label", c.label)[0]
+        y = c.label if isinstance(c.label, np.ndarray) else _read("read_label", c.label).array
         if wide is None: wide = _is_wide(c.label)
         yield _where(c.label, c), y, wide
 
@@ -570,22 +573,26 @@ def manifest_cases(
         except InputError as e: faults.append(str(e))
     return cases, faults + shared_files(table, cases)
 
+# %% ../../nbs/1_data/3_collections.ipynb #3cc59d24
 def _listed(folder, table, r, wanted, labels, grouped):
     "The case of one row."
     where = f"{table}, line {r.line}"
     for c in ("id", "image"):
-        if not r[c]: raise InputError(f"{where}: column {c!r} is empty. Fill it, or remove the row.")
+        if r[c]: continue
+        raise InputError(f"{where}: column {c!r} is empty. Fill it, or remove the row.")
     if grouped and not r.get("group"):
         raise InputError(f"{where}: image {r['image']} has no group, while others have. Fill the "
                          "column: an image without a patient may land on both sides of a split.")
     if wanted and not r.get("label") and labels != "some":
-        raise InputError(f"{table}: image {r['image']} (id {r['id']}) has no label. Fill the column, "
-                         "remove the row, or pass labels=False (no labels) or labels='some'.")
+        raise InputError(f"{table}: image {r['image']} (id {r['id']}) has no label. Fill the "
+                         "column, remove the row, or pass labels=False (no labels) or "
+                         "labels='some'.")
     label = find_file(folder, r["label"], where) if wanted and r.get("label") else None
     return Case(r["id"], find_file(folder, r["image"], where), label, r.get("group") or r["id"],
                 r.get("label_group", ""),
                 sha256=(r.get("sha256_image", ""), r.get("sha256_label", "") if label else ""))
 
+# %% ../../nbs/1_data/3_collections.ipynb #3fe83998
 def shared_files(
     where,      # table or folder, for messages
     cases:list, # of `Case`
@@ -600,8 +607,9 @@ def shared_files(
             old = first.setdefault(os.path.realpath(f) if f is c.image else os.path.abspath(f), c)
             if old is c: continue
             if old.group != c.group:
-                faults.append(f"{where}: {f} belongs to id {old.id!r} of group {old.group!r} and to id "
-                              f"{c.id!r} of group {c.group!r}. Give both one group, or remove one.")
+                faults.append(f"{where}: {f} belongs to id {old.id!r} of group {old.group!r} and to "
+                              f"id {c.id!r} of group {c.group!r}. Give both one group, or remove "
+                              "one.")
             elif f is c.image and old.label == c.label:
                 faults.append(f"{where}: {f} is listed twice, as id {old.id!r} and {c.id!r}. "
                               "Remove one row.")
@@ -612,14 +620,16 @@ IMAGE_DIRS = ("images", "image", "imgs", "tissue images")
 LABEL_DIRS = ("labels", "label", "masks", "mask", "mask binary")
 
 def images_in(folder):
-    "Images in a folder, sorted by name; hidden and other files are passed over."
-    from unpaired_kd.data.images import list_images
-    return list_images(folder)[0]
+    "Images in a folder, sorted by name; links that lead nowhere and pipes too, so that reading names them."
+    from unpaired_kd.data.images import is_image, suffix_of
+    def counts(p): return is_image(p) or not p.is_dir() and suffix_of(p) not in ("", ".zarr")
+    return [p for p in visible(folder) if counts(p)]
 
 def sub_folder(folder, names):
     "The sub-folder that has one of these names, or None."
     return next((p for n in names for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() == n), None)
 
+# %% ../../nbs/1_data/3_collections.ipynb #087a8d4a
 def label_names(
     path:Path, # label file
 )->set: # names of the images that it may belong to
@@ -641,7 +651,7 @@ def label_pairs(
     images:list, # paths
     labels:list, # paths
 )->tuple: # the label of each image (or None), and image -> fault for images that have several
-    "The only label, that of the same name (else but for upper and lower case), or of the same numbers."
+    "The only label, that of the same name (perhaps in another case), or of the same numbers."
     if len(images) == len(labels) == 1:
         a, b = _numbers(images[0]), _numbers(labels[0])
         same = stem(images[0]) in label_names(labels[0]) or a == b or not (a and b)
@@ -656,10 +666,10 @@ def label_pairs(
         used = {p for ps in found for p in ps}
         found = [ps or [q for q in loose.get(stem(p).casefold(), []) if q not in used]
                  for p, ps in zip(images, found)]
-    elif len(set(map(_numbers, images))) == len(images) and max(map(len, by_number.values()), default=0) == 1:
+    elif len(set(map(_numbers, images))) == len(images) and all(len(ps) == 1 for ps in by_number.values()):
         found = [by_number.get(_numbers(p), []) if _numbers(p) else [] for p in images]
-    faults = {p: f"{p} has {len(ps)} labels: {', '.join(q.name for q in ps)}. Keep one, and move the "
-                 "others away." for p, ps in zip(images, found) if len(ps) > 1}
+    faults = {p: f"{p} has {len(ps)} labels: {', '.join(q.name for q in ps)}. Keep one, and move "
+                 "the others away." for p, ps in zip(images, found) if len(ps) > 1}
     return [ps[0] if len(ps) == 1 else None for ps in found], faults
 
 # %% ../../nbs/1_data/3_collections.ipynb #9dd9bcc3
@@ -676,6 +686,7 @@ def from_folders(cls,
     refuse_first(faults)
     return cls(cases, **dict(dict(name=folder.name), **kw))
 
+# %% ../../nbs/1_data/3_collections.ipynb #4437f827
 def folder_cases(
     folder,      # holds images/ and perhaps labels/ (or images only)
     group=None,  # as in `from_folders`
@@ -702,6 +713,7 @@ def folder_cases(
         if sound and stem(p) in who: cases.append(Case(stem(p), p, y, *who[stem(p)]))
     return cases, faults + lost + shared_files(folder, cases)
 
+# %% ../../nbs/1_data/3_collections.ipynb #dfb495ae
 def _groups(folder, ids, group):
     "id -> (group, label group), and faults of ids that have none."
     if group is None and (folder/"groups.csv").exists(): return _listed_groups(folder/"groups.csv", ids)
@@ -741,6 +753,7 @@ def from_lotus(cls,
     refuse_first(faults)
     return cls(cases, **dict(dict(name=modality), **kw))
 
+# %% ../../nbs/1_data/3_collections.ipynb #dd605313
 def lotus_cases(
     folder,       # as in `from_lotus`
     modality:str, # as in `from_lotus`
@@ -795,6 +808,7 @@ def open_collection(
         if k not in known: raise InputError(f"{folder}: " + unknown("option", k, known))
     return way(*place, **kw)
 
+# %% ../../nbs/1_data/3_collections.ipynb #3503e83c
 def form_of(
     folder:Path,  # the data
     modality:str, # which modality of it
@@ -836,18 +850,19 @@ def hashes(self)->dict:
     "`_key` of each image and label -> SHA-256 of its content (64 hexadecimal digits)."
     sources = [x for c in self.cases for x in (c.image, c.label) if x is not None]
     arrays = {_key(x): array_hash(x) for x in sources if isinstance(x, np.ndarray)}
-    return arrays | hashes_of(dict.fromkeys(str(x) for x in sources if not isinstance(x, np.ndarray)))
+    files = dict.fromkeys(str(x) for x in sources if not isinstance(x, np.ndarray))
+    return arrays | hashes_of(files)
 
 @patch_to(Collection)
 def contents(self)->dict:
-    "File, relative to the folder that holds all of them (arrays: id of the case) -> 16 digits of its SHA-256."
-    found, paths, out = self.hashes(), set(), {}
+    "File, relative to the folder that holds all (arrays: id) -> 16 digits of its SHA-256."
+    found, named, paths = self.hashes(), {}, set()
     for c in self.cases:
+        whole = c.id if c.plane is None else c.id.rsplit("/", 1)[0] # slices share their volume
         for what, x in (("image", c.image), ("label", c.label)):
-            if isinstance(x, np.ndarray): out.setdefault((_key(x), what), f"{c.id} ({what})")
+            if isinstance(x, np.ndarray): named[f"{whole} ({what})"] = found[_key(x)]
             elif x is not None: paths.add(str(x))
-    named = {name: found[key] for (key, _), name in out.items()}
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]) if paths else ""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["/"])
     named |= {Path(os.path.relpath(p, root)).as_posix(): found[p] for p in paths}
     return {name: named[name][:16] for name in sorted(named)}
 
@@ -856,13 +871,15 @@ def fingerprint(self)->str:
     "16 digits that stand for the cases: ids, groups, label groups, contents of images and labels."
     found = self.hashes() | {"": ""}
     def mark(source): return found["" if source is None else _key(source)]
-    return digest(sorted([c.id, c.group, c.label_group, mark(c.image), mark(c.label)] for c in self.cases), 16)
+    rows = [[c.id, c.group, c.label_group, mark(c.image), mark(c.label)] for c in self.cases]
+    return digest(sorted(rows), 16)
 
 @patch_to(Collection)
 def describe_labels(self)->dict:
     "What the labels' numbers mean, what it follows from, and what was read to find out."
     m = self.meaning
-    return dict(kind=self.label_kind, classes=list(self.classes), why=m.why, values=spelled(m.values), read=m.read,
+    return dict(kind=self.label_kind, classes=list(self.classes), why=m.why,
+                values=spelled(m.values), read=m.read,
                 labelled=sum(c.label is not None for c in self.cases), images=len(self))
 
 # %% ../../nbs/1_data/3_collections.ipynb #d076e83b
@@ -916,8 +933,9 @@ def refuse(self,
 def checksum_faults(
     cases:list, # of `Case`
 )->dict: # file -> fault, for files that are not the ones of the manifest
-    "Compare files with the checksums that the manifest states; what was hashed before is not read again."
-    stated = {str(f): s for c in cases for f, s in zip((c.image, c.label), c.sha256) if s and f is not None}
+    "Compare files with the checksums of the manifest; what was hashed before is not read again."
+    pairs = [(f, s) for c in cases for f, s in zip((c.image, c.label), c.sha256)]
+    stated = {str(f): s for f, s in pairs if s and f is not None}
     faults = {}
     try: found = hashes_of(stated)
     except InputError: # one file cannot be read: the others still can
@@ -926,13 +944,19 @@ def checksum_faults(
             try: found |= hashes_of([f])
             except InputError as e: faults[f] = str(e)
     wrong = [f for f in found if found[f] != stated[f].lower()]
-    return faults | {f: f"{f}: the file's SHA-256 is not the one in the manifest. Restore the file, or "
-                        "correct the manifest." for f in wrong}
+    return faults | {f: f"{f}: the file's SHA-256 is not the one in the manifest. Restore the file, "
+                        "or correct the manifest." for f in wrong}
 
+# %% ../../nbs/1_data/3_collections.ipynb #9592be57
 @patch_to(Collection)
 def verify(self):
-    "Raise one `InputError` that lists the files whose checksums are not those of the manifest."
-    self.refuse(list(checksum_faults(self.cases).values()))
+    "Raise one `InputError` that lists files that are not there, or not those of the manifest."
+    faults = checksum_faults(self.cases)
+    sources = [x for c in self.cases for x in (c.image, c.label)]
+    for f in dict.fromkeys(str(x) for x in sources if isinstance(x, (str, Path))):
+        try: check_there(f)
+        except InputError as e: faults[f] = str(e)
+    self.refuse(list(faults.values()))
 
 @patch_to(Collection)
 def check_sizes(self,
@@ -945,7 +969,9 @@ def check_sizes(self,
         size = c.image.shape[-2:] if isinstance(c.image, np.ndarray) else header_size(c.image)
         if size is None: continue # reading it says what is wrong
         h, w = zoomed_size(size, self.zoom)
-        if min(h, w) < least: faults.append(f"{_where(c.image, c)}: the image has {h} x {w} pixels (zoom {self.zoom:g}) and needs at least {least} x {least}. Leave it out, or take a larger zoom.")
+        if min(h, w) >= least: continue
+        faults.append(f"{_where(c.image, c)}: the image has {h} x {w} pixels (zoom {self.zoom:g}) "
+                      f"and needs at least {least} x {least}. Leave it out, or take a larger zoom.")
     self.refuse(faults)
 
 # %% ../../nbs/1_data/3_collections.ipynb #e5b5b823

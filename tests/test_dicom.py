@@ -1,0 +1,461 @@
+"""DICOM: every slice where its file says, numbers in the unit of their scale, files that do not belong, contours and segments by the rules of the standard."""
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+pydicom = pytest.importorskip("pydicom")
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from skimage.draw import polygon2mask
+from test_clinical import CORNER, D, H, PX, STEP, W, base, circle, put, rtstruct, scan_image, seg
+
+from unpaired_kd.core import InputError
+from unpaired_kd.data.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
+from unpaired_kd.data.dicom import dicom_files
+from unpaired_kd.data.geometry import lay_on, shear, spacing_of
+from unpaired_kd.data.images import Image, read_image, read_label, write_label
+
+R = np.random.default_rng(0)
+AXIAL = (1, 0, 0, 0, 1, 0)
+HEAD = R.integers(0, 4096, (6, 8, 10)).astype(np.uint16)
+pytestmark = [pytest.mark.filterwarnings("ignore:.*tilted gantry"), pytest.mark.filterwarnings("ignore:.*exceeds the maximum length")]
+
+
+def one(path, a, corner=(0, 0, 0), turn=AXIAL, spacing=(.5, .25), modality="CT", bits=16, **tags):
+    "One slice; a tag of None is written empty, and one that is `...` is left out."
+    s = base(modality, pydicom.uid.CTImageStorage, f"1.2.{abs(hash(str(path))) % 10**9}")
+    s.SeriesInstanceUID, s.ImagePositionPatient, s.ImageOrientationPatient, s.PixelSpacing = "1.2.3", list(map(float, corner)), list(map(float, turn)), list(spacing)
+    put(s, np.asarray(a), bits)
+    for k, v in tags.items():
+        if v is ...: delattr(s, k)
+        else: setattr(s, k, v)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    s.save_as(path, enforce_file_format=True)
+    return path
+
+
+def scan(folder, a=HEAD, corners=None, **tags):
+    for k, plane in enumerate(a): one(folder / f"{(5 * k) % 7}.dcm", plane, (-8, -9, 3. * k) if corners is None else corners[k], **tags)
+    return folder
+
+
+def names(folder): return {k: f"{(5 * k) % 7}.dcm" for k in range(6)}
+
+
+def refused(path, *words):
+    with pytest.raises(InputError) as e: read_image(path)
+    for w in words: assert w in str(e.value), f"{w!r} is not in: {e.value}"
+    assert "damaged" not in str(e.value).lower()
+
+
+# Where slices lie
+
+@pytest.mark.parametrize("turn", [AXIAL, (0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1), (-1, 0, 0, 0, 1, 0)])
+@pytest.mark.parametrize("degrees", [0, 12, 25])
+def test_every_slice_lies_where_its_file_says(tmp_path, turn, degrees):
+    o = np.array(turn, float)
+    normal = np.cross(o[:3], o[3:])
+    t = np.radians(degrees)
+    table = np.cos(t) * normal + np.sin(t) * o[3:]                       # the way of the table
+    corners = np.array([[-30.2, 11.7, 205.]] * 6) + np.arange(6)[:, None] * 2.7 * table
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        im = read_image(scan(tmp_path / "s", corners=corners, turn=turn))
+    assert np.array_equal(im.array[0], HEAD)
+    for k in range(6): assert np.allclose((im.affine @ [0, 0, k, 1])[:3] * (-1, -1, 1), corners[k], atol=1e-4)
+    row, column = 5, 7                                                   # one pixel in the world, by the standard's equation C.7.6.2.1-1
+    world = corners[2] + o[:3] * .25 * column + o[3:] * .5 * row
+    assert np.allclose((im.affine @ [column, row, 2, 1])[:3] * (-1, -1, 1), world, atol=1e-4)
+    assert np.allclose(im.spacing, (2.7, .5, .25), atol=1e-5) and np.allclose(spacing_of(im.affine), im.spacing)
+    assert np.isclose(shear(im.affine), degrees, atol=.01)
+    assert ["tilted gantry" in str(w.message) and "s:" in str(w.message) for w in heard] == [True] * (degrees > 0)
+
+
+def test_contours_and_labels_follow_a_tilt(tmp_path):
+    t = np.radians(20)
+    o = np.array([1, 0, 0, 0, np.cos(t), -np.sin(t)])
+    folder = tmp_path / "ct"
+    for k in range(5): one(folder / f"{k}.dcm", np.zeros((20, 24)), (0, 0, 5 * k), o, (1., 1.))
+    im = read_image(folder)
+    box = [(0, 0, 15.) + c * o[:3] + r * o[3:] for r, c in ((3.5, 5.5), (3.5, 9.5), (12.5, 9.5), (12.5, 5.5))]
+    m = fill_contours([np.array(box)], im)
+    truth = np.zeros((5, 20, 24), bool); truth[3, 4:13, 6:10] = True
+    assert np.array_equal(m, truth)
+    write_label(tmp_path / "y.nii.gz", truth.astype(np.uint8), im)
+    y = read_label(tmp_path / "y.nii.gz")
+    assert np.allclose(y.affine, im.affine, atol=1e-5) and np.array_equal(lay_on(y, im), truth)
+
+
+def test_positions_that_do_not_fit_are_named(tmp_path):
+    even = np.array([[0, 0, 3. * k] for k in range(6)])
+    def at(name, k, where):
+        c = even.copy(); c[k] = where
+        return scan(tmp_path / name, corners=c)
+    n = names(tmp_path)
+    refused(at("side", 3, (1.5, 0, 9)), n[3], "sideways", "1.50 mm")
+    refused(at("last", 5, (0, 2, 15)), n[5], "sideways")
+    refused(at("uneven", 5, (0, 0, 16)), n[4], n[5], "4.00 mm instead of 3.00")
+    refused(at("twice", 3, even[2]), n[3], n[2], "twice")
+    refused(scan(tmp_path / "bent", corners=even + np.c_[.012 * np.arange(6) ** 2, np.zeros((6, 2))]), "drift")
+    (scan(tmp_path / "lost") / n[2]).unlink()
+    refused(tmp_path / "lost", n[1], n[3], "6.00 mm instead of 3.00", "missing")
+    jitter = even + np.random.default_rng(0).normal(0, .01, even.shape)
+    assert np.allclose(read_image(scan(tmp_path / "jitter", corners=jitter)).spacing, (3, .5, .25), atol=.02)
+    rounded = np.array([[0, 0, round(10 / 3 * k, 1)] for k in range(6)])  # positions with one digit
+    assert np.isclose(read_image(scan(tmp_path / "rounded", corners=rounded)).spacing[0], 16.7 / 5, atol=1e-3)
+
+
+def test_a_slice_that_differs_is_named(tmp_path):
+    def odd(name, a=HEAD[3], corner=(-8, -9, 9), **tags):
+        scan(tmp_path / name)
+        one(tmp_path / name / "1.dcm", a, corner, **tags)                # takes the place of slice 3
+        return tmp_path / name
+    assert names(tmp_path)[3] == "1.dcm"
+    refused(odd("size", np.zeros((12, 9))), "1.dcm", "another size", "12 x 9 pixels instead of 8 x 10")
+    refused(odd("turn", turn=(0, 1, 0, 1, 0, 0)), "1.dcm", "another orientation")
+    refused(odd("pixels", spacing=(.4, .25)), "1.dcm", "another pixel spacing", "[0.4, 0.25] instead of [0.5, 0.25]")
+    refused(odd("colours", PhotometricInterpretation="MONOCHROME1"), "1.dcm", "another colours")
+    refused(odd("scale", RescaleSlope=1, RescaleIntercept=-1024), "1.dcm", "another rescale")
+    refused(odd("place", ImagePositionPatient=...), "1.dcm", "ImagePositionPatient")
+    refused(odd("unit", PixelSpacing=["0.5", "0"]), "1.dcm", "PixelSpacing", "positive")
+    refused(odd("zero", turn=(0,) * 6), "1.dcm", "ImageOrientationPatient")
+    refused(odd("skew", turn=(1, 0, 0, .6, .8, 0)), "1.dcm", "right angle")
+    refused(odd("slope", RescaleSlope=0, RescaleIntercept=0), "1.dcm", "RescaleSlope")
+    refused(odd("high", HighBit=12, BitsStored=12), "1.dcm", "HighBit")
+    loc = scan(tmp_path / "loc")
+    one(loc / "loc", np.zeros((30, 4)), (0, -50, 40), (1, 0, 0, 0, 0, -1), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    refused(loc, "its slice loc ", "localizer", "30 x 4")
+    near = scan(tmp_path / "near")                                       # rounding is no other orientation
+    one(near / "1.dcm", HEAD[3], (-8, -9, 9), (1, 1e-5, 0, -1e-5, 1, 0), (.50001, .25))
+    assert np.array_equal(read_image(near).array[0], HEAD)
+
+
+def test_echoes_times_and_series_are_told_apart(tmp_path):
+    echo = scan(tmp_path / "echo")
+    for k in range(6): one(echo / f"b{k}.dcm", HEAD[k], (-8, -9, 3 * k), EchoTime=4.6)
+    refused(echo, "twice", "EchoTime")
+    two = scan(tmp_path / "two")
+    rtstruct(two / "rs.dcm", [("GTV-1", [circle(0, 0, 3, 3)])])
+    refused(two, "2 DICOM series", "CT with 6 files", "RTSTRUCT with 1 files, e.g. rs.dcm")
+    alone = tmp_path / "alone"
+    rtstruct(alone / "rs.dcm", [("GTV-1", [circle(0, 0, 3, 3)])])
+    refused(alone, "rs.dcm holds no picture", "RTSTRUCT")
+    nameless = scan(tmp_path / "nameless", SeriesInstanceUID=...)
+    assert np.array_equal(read_image(nameless).array[0], HEAD)
+
+
+def test_files_without_endings_without_marks_and_beside_others(tmp_path):
+    folder = scan(tmp_path / "s")
+    for k, f in enumerate(sorted(folder.iterdir())):
+        data = f.read_bytes()
+        f.unlink()
+        (folder / f"IM{k}").write_bytes(data[132:] if k % 2 else data)   # every second one starts with its first tag
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
+    (folder / "README.txt").write_text("a scan of a head, exported on a Monday " * 9)
+    (folder / ".hidden").write_bytes(b"\0" * 128 + b"DICM")
+    assert [f.name for f in dicom_files(folder)] == [f"IM{k}" for k in range(6)]
+    assert np.array_equal(read_image(folder).array[0], HEAD)
+    bare = Dataset()                                                     # no mark, no header: implicit little endian, as old files are
+    bare.update(pydicom.dcmread(folder / "IM0"))
+    pydicom.dcmwrite(folder / "IM0", bare, implicit_vr=True, little_endian=True)
+    assert (folder / "IM0").read_bytes()[:2] == b"\x08\0" and np.array_equal(read_image(folder).array[0], HEAD)
+    assert len(slice_files(folder)) == 6
+    (folder / "IM3").write_bytes((folder / "IM3").read_bytes()[:150])
+    with pytest.raises(InputError, match="IM3"): read_image(folder)
+
+
+def test_single_slices(tmp_path):
+    p = tmp_path / "x.dcm"
+    for tags in (dict(SpacingBetweenSlices=-3.), dict(SpacingBetweenSlices=0., SliceThickness=3.), dict(SliceThickness=3.), dict(SpacingBetweenSlices=None, SliceThickness=3.)):
+        im = read_image(one(p, HEAD[0], (1, 2, 3), **tags))
+        assert im.spacing == (.5, .25) and np.array_equal(im.array[0], HEAD[0]) and np.allclose(im.affine, [[-.25, 0, 0, -1], [0, -.5, 0, -2], [0, 0, 3, 3], [0, 0, 0, 1]])
+        one(tmp_path / "f/x.dcm", HEAD[0], (1, 2, 3), **tags)
+        assert read_image(tmp_path / "f").spacing == (3., .5, .25)
+    im = read_image(one(p, HEAD[0], modality="DX", PixelSpacing=..., ImagePositionPatient=..., ImageOrientationPatient=..., ImagerPixelSpacing=[.15, .15]))
+    assert im.spacing == (.15, .15) and im.affine is None
+    assert read_image(one(p, HEAD[0], modality="OT", PixelSpacing=..., ImagePositionPatient=..., ImageOrientationPatient=...)).spacing is None
+    with pytest.raises(InputError, match="(?s)x.dcm.*PixelSpacing.*2 numbers"): read_image(one(p, HEAD[0], PixelSpacing=".5"))
+
+
+def enhanced(path, a, corners, slopes=None, shared_scale=False, turn=AXIAL, groups=True):
+    "An enhanced multi-frame file, frames in the order given."
+    s = base("MR", pydicom.uid.EnhancedMRImageStorage, "1.2.77")
+    s.SeriesInstanceUID, s.NumberOfFrames = "1.2.3", len(a)
+    put(s, a)
+    def group(**fields):
+        d = Dataset()
+        for k, v in fields.items(): setattr(d, k, v)
+        return Sequence([d])
+    shared = Dataset()
+    shared.PlaneOrientationSequence = group(ImageOrientationPatient=list(map(float, turn)))
+    shared.PixelMeasuresSequence = group(PixelSpacing=[.5, .25], SliceThickness=9.)
+    if shared_scale: shared.PixelValueTransformationSequence = group(RescaleSlope=2, RescaleIntercept=-7, RescaleType="US")
+    frames = []
+    for k, c in enumerate(corners):
+        f = Dataset()
+        f.PlanePositionSequence = group(ImagePositionPatient=list(map(float, c)))
+        if slopes is not None: f.PixelValueTransformationSequence = group(RescaleSlope=slopes[k], RescaleIntercept=k)
+        frames.append(f)
+    if groups: s.SharedFunctionalGroupsSequence, s.PerFrameFunctionalGroupsSequence = Sequence([shared]), Sequence(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    s.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_enhanced_files_are_read_frame_by_frame(tmp_path):
+    order = [3, 0, 5, 1, 4, 2]
+    corners = np.array([[-8, -9, 3. * k] for k in range(6)])
+    p = enhanced(tmp_path / "x.dcm", HEAD[order], corners[order])
+    im = read_image(p)
+    assert np.array_equal(im.array[0], HEAD) and im.spacing == (3., .5, .25)
+    for k in range(6): assert np.allclose((im.affine @ [0, 0, k, 1])[:3], corners[k] * (-1, -1, 1))
+    slopes = [1 + .5 * k for k in order]
+    im = read_image(enhanced(p, HEAD[order], corners[order], slopes))
+    for i, k in enumerate(order): assert np.allclose(im.array[0, k], HEAD[k] * slopes[i] + i)
+    im = read_image(enhanced(p, HEAD[order], corners[order], shared_scale=True))
+    assert im.array.dtype.kind == "i" and np.array_equal(im.array[0], HEAD * 2 - 7)
+    folder = tmp_path / "halves"                                         # two files of one series
+    enhanced(folder / "a.dcm", HEAD[:4], corners[:4]); enhanced(folder / "b.dcm", HEAD[4:], corners[4:])
+    assert np.array_equal(read_image(folder).array[0], HEAD)
+    refused(enhanced(p, HEAD[:4], corners[[0, 1, 1, 2]]), "x.dcm", "twice")
+    refused(enhanced(p, HEAD, corners, groups=False), "x.dcm", "multi-frame", "6 frames")
+
+
+# What numbers mean
+
+def test_scales(tmp_path):
+    p = tmp_path / "s"
+    slopes = [.5, 2., 1.25, 1., 3., .1]
+    for k in range(6): one(p / f"{k}.dcm", HEAD[k], (0, 0, k), RescaleSlope=slopes[k], RescaleIntercept=k)
+    assert np.allclose(read_image(p).array[0], HEAD * np.reshape(slopes, (6, 1, 1)) + np.arange(6).reshape(6, 1, 1), atol=1e-3)
+    for tags in (dict(RescaleSlope=None, RescaleIntercept=None), dict(RescaleSlope=None), {}):
+        assert np.array_equal(read_image(scan(tmp_path / f"e{len(tags)}", **tags)).array[0], HEAD)
+    im = read_image(one(tmp_path / "x.dcm", HEAD[0], RescaleSlope=1, RescaleIntercept=-1024))
+    assert im.array.dtype == np.int32 and np.array_equal(im.array[0], HEAD[0].astype(int) - 1024)
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
+    table.add_new("LUTData", "OW", (65535 - 3 * np.arange(4096)).astype("<u2").tobytes())
+    im = read_image(one(tmp_path / "x.dcm", HEAD[0], ModalityLUTSequence=Sequence([table])))
+    assert np.array_equal(im.array[0], 65535 - 3 * HEAD[0].astype(int))
+
+
+def test_bits_that_are_not_stored_do_not_count(tmp_path):
+    noisy = HEAD[0] | (R.integers(0, 16, HEAD[0].shape) << 12).astype(np.uint16) # an overlay in the upper bits
+    assert np.array_equal(read_image(one(tmp_path / "x.dcm", noisy, BitsStored=12, HighBit=11)).array[0], HEAD[0])
+    signed = HEAD[0].astype(int) - 2048
+    im = read_image(one(tmp_path / "x.dcm", (signed & 0xFFF).astype(np.uint16), BitsStored=12, HighBit=11, PixelRepresentation=1))
+    assert np.array_equal(im.array[0], signed)
+
+
+def test_white_is_zero_is_turned_once_for_the_whole_series(tmp_path):
+    kind = dict(PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+    assert np.array_equal(read_image(scan(tmp_path / "s", **kind)).array[0], 4095 - HEAD)
+    signed = HEAD[0].astype(int) - 2048                                  # range -2048..2047: the smallest becomes the largest
+    im = read_image(one(tmp_path / "x.dcm", (signed & 0xFFFF).astype(np.uint16), PixelRepresentation=1, **kind))
+    assert np.array_equal(im.array[0], -1 - signed)
+    im = read_image(one(tmp_path / "x.dcm", HEAD[0], RescaleSlope=1, RescaleIntercept=-1024, **kind)) # numbers with a unit keep it
+    assert np.array_equal(im.array[0], HEAD[0].astype(int) - 1024)
+    assert np.array_equal(read_label(one(tmp_path / "x.dcm", HEAD[0] % 4, **kind)).array, HEAD[0] % 4)
+    mixed = scan(tmp_path / "m", **kind)
+    one(mixed / "1.dcm", HEAD[3], (-8, -9, 9), PhotometricInterpretation="MONOCHROME1", BitsStored=16, HighBit=15)
+    refused(mixed, "1.dcm", "number of bits")
+
+
+def test_colours(tmp_path):
+    index = np.arange(80).reshape(8, 10)
+    colours = R.integers(0, 256, (256, 3))
+    tags = dict(PhotometricInterpretation="PALETTE COLOR")
+    for name, c in zip(("Red", "Green", "Blue"), colours.T):
+        tags |= {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16], f"{name}PaletteColorLookupTableData": (c * 257).astype("<u2").tobytes()}
+    p = one(tmp_path / "x.dcm", index, bits=8, modality="US", **tags)
+    im = read_image(p)
+    assert im.array.dtype == np.uint8 and np.array_equal(im.array, colours[index].transpose(2, 0, 1))
+    assert np.array_equal(read_label(p).array, index)                    # a label keeps its indices
+    s = pydicom.dcmread(p)
+    ybr = R.integers(0, 256, (8, 10, 3)).astype(np.uint8)
+    s.PhotometricInterpretation, s.SamplesPerPixel, s.PlanarConfiguration, s.PixelData = "YBR_FULL", 3, 0, ybr.tobytes()
+    s.save_as(p, enforce_file_format=True)
+    y, b, r = (ybr[..., k].astype(float) for k in range(3))              # C.7.6.3.1.2
+    rgb = np.stack([y + 1.402 * (r - 128), y - .344136 * (b - 128) - .714136 * (r - 128), y + 1.772 * (b - 128)])
+    assert np.abs(read_image(p).array - np.clip(rgb, 0, 255)).max() <= 1.5
+
+
+# Contours by the rules of the standard
+
+def square(r0, r1, c0, c1, k=2):
+    "A polygon that encloses rows r0 to r1 and columns c0 to c1, ends included."
+    return np.array([[CORNER[0] + PX * c, CORNER[1] + PX * r, CORNER[2] + STEP * k] for r, c in ((r0 - .5, c0 - .5), (r0 - .5, c1 + .5), (r1 + .5, c1 + .5), (r1 + .5, c0 - .5))])
+
+
+def drawn(*boxes):
+    m = np.zeros((D, H, W), np.uint8)
+    for value, r0, r1, c0, c1 in boxes: m[2, r0:r1 + 1, c0:c1 + 1] = value
+    return m
+
+
+A, HOLE, ISLAND, CROSS, APART = (3, 14, 4, 16), (6, 11, 7, 13), (8, 9, 9, 11), (10, 17, 12, 20), (1, 2, 20, 22)
+
+
+@pytest.mark.parametrize("boxes, truth", [
+    ((A,), drawn((1, *A))),
+    ((A, A), drawn((1, *A))),                                            # stored twice: counts once
+    ((A, APART), drawn((1, *A), (1, *APART))),
+    ((A, CROSS), drawn((1, *A), (1, *CROSS))),                           # the overlap belongs to the region
+    ((A, HOLE), drawn((1, *A), (0, *HOLE))),
+    ((HOLE, A, ISLAND), drawn((1, *A), (0, *HOLE), (1, *ISLAND))),
+    ((A, HOLE, HOLE, A), drawn((1, *A), (0, *HOLE))),
+    ((A, HOLE, (10, 17, 4, 20)), drawn((1, *A), (0, *HOLE), (1, 10, 17, 4, 20))), # another contour lies over the hole in part
+    (((3, 14, 4, 16), (2, 13, 3, 15), HOLE), drawn((1, 3, 14, 4, 16), (1, 2, 13, 3, 15), (0, *HOLE))), # drawn twice, not quite alike; one hole
+])
+def test_closed_planar_contours(tmp_path, boxes, truth):
+    like = scan_image(tmp_path)
+    for order in (1, -1):
+        f = rtstruct(tmp_path / "r.dcm", [("GTV-1", [square(*b) for b in boxes][::order])])
+        assert np.array_equal(rtstruct_mask(f, like), truth)
+    turned = [np.roll(square(*b)[::-1], 2, 0) + 1e-3 for b in boxes]     # another first corner, the other way round
+    assert np.array_equal(fill_contours(turned + [square(*b) for b in boxes], like), truth)
+
+
+@pytest.mark.parametrize("kind", ["CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR"])
+def test_exclusive_or_is_what_it_says(tmp_path, kind):
+    like = scan_image(tmp_path)
+    mask = lambda *boxes: rtstruct_mask(rtstruct(tmp_path / "r.dcm", [("GTV-1", [square(*b) for b in boxes])], kind=kind), like)
+    assert np.array_equal(mask(A, HOLE), drawn((1, *A), (0, *HOLE)))
+    assert np.array_equal(mask(A, CROSS), drawn((1, *A)) ^ drawn((1, *CROSS)))
+    assert np.array_equal(mask(A, A, HOLE), drawn((1, *HOLE)))           # the standard: twice is out again
+    with pytest.raises(InputError, match="encloses no voxel"): mask(A, A)
+
+
+def test_contours_of_two_kinds_are_refused(tmp_path):
+    f = rtstruct(tmp_path / "r.dcm", [("GTV-1", [square(*A), square(*HOLE)])])
+    s = pydicom.dcmread(f)
+    s.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "CLOSEDPLANAR_XOR"
+    s.save_as(f)
+    with pytest.raises(InputError, match="(?s)r.dcm.*mixes.*CLOSEDPLANAR_XOR"): rtstruct_mask(f, scan_image(tmp_path))
+    s.ROIContourSequence[0].ContourSequence[1].NumberOfContourPoints = 9
+    s.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "CLOSED_PLANAR"
+    s.save_as(f)
+    with pytest.raises(InputError, match="(?s)r.dcm.*contour 1.*promises 9 points"): rtstruct_mask(f, read_image(tmp_path / "ct"))
+
+
+def test_a_keyhole_leaves_its_hole(tmp_path):
+    like = scan_image(tmp_path)
+    a, h = square(*A), square(*HOLE)
+    key = np.r_[a, a[:1], h[:1], h[::-1], a[:1]]                         # in through a channel without width, around, and out
+    assert np.array_equal(rtstruct_mask(rtstruct(tmp_path / "r.dcm", [("GTV-1", [key])]), like), drawn((1, *A), (0, *HOLE)))
+
+
+def test_damaged_structures_name_the_file(tmp_path):
+    like, f = scan_image(tmp_path), tmp_path / "r.dcm"
+    for change in ("ROIContourSequence", "StructureSetROISequence"):
+        s = pydicom.dcmread(rtstruct(f, [("GTV-1", [square(*A)])]))
+        del s[change]
+        s.save_as(f)
+        with pytest.raises(InputError, match="r.dcm"): rtstruct_mask(f, like)
+    s = pydicom.dcmread(rtstruct(f, [("GTV-1", [square(*A)])]))
+    del s.ROIContourSequence[0].ContourSequence
+    s.save_as(f)
+    with pytest.raises(InputError, match="encloses no voxel"): rtstruct_mask(f, like)
+    s.ROIContourSequence[0].ContourSequence = Sequence([Dataset()])
+    s.save_as(f)
+    with pytest.raises(InputError, match="(?s)r.dcm.*type unknown"): rtstruct_mask(f, like)
+
+
+def test_one_contour_and_two_close_ones():
+    a = circle(30, 30, 20, 0)[:, :2]
+    pair = lambda p: (p, polygon2mask((64, 64), p))
+    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1])) and same_contour(pair(a), pair(circle(30, 30, 20.2, 0, 200)[:, :2]))
+    wall = circle(30, 30, 18.5, 0)[:, :2]                                # a wall of 1.5 pixels is a wall
+    assert not same_contour(pair(a), pair(wall))
+    assert np.array_equal(joined([pair(a), pair(wall)]), pair(a)[1] & ~pair(wall)[1])
+
+
+# Segments
+
+MASK = np.zeros((D, H, W), np.uint8)
+MASK[2:5, 5:9, 7:11] = 1
+MASK[2, 5, 7:18] = 1                                                     # no symmetry
+
+
+def edit(f, change):
+    s = pydicom.dcmread(f)
+    change(s)
+    s.save_as(f)
+    return f
+
+
+def test_segment_numbers_in_shared_groups_or_nowhere(tmp_path):
+    like, f = scan_image(tmp_path), tmp_path / "s.dcm"
+    def share(s):
+        s.SharedFunctionalGroupsSequence[0].SegmentIdentificationSequence = s.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence
+        forget(s)
+    def forget(s):
+        for p in s.PerFrameFunctionalGroupsSequence: del p.SegmentIdentificationSequence
+    assert np.array_equal(seg_mask(edit(seg(f, MASK), share), like), MASK)
+    with pytest.raises(InputError, match="(?s)s.dcm.*frame 0 does not say which segment"): seg_mask(edit(seg(f, MASK), forget), like)
+    def no_place(s):
+        for p in s.PerFrameFunctionalGroupsSequence: del p.PlanePositionSequence
+    with pytest.raises(InputError, match="(?s)s.dcm.*does not say where it lies"): seg_mask(edit(seg(f, MASK), no_place), like)
+
+
+def test_overlapping_segments_and_label_maps(tmp_path):
+    like, f = scan_image(tmp_path), tmp_path / "s.dcm"
+    other = np.zeros_like(MASK); other[2:5, 7:12, 9:14] = 1              # overlaps the first
+    def two(s):
+        g = Dataset(); g.SegmentNumber, g.SegmentLabel = 2, "Node"
+        s.SegmentSequence.append(g)
+        frames = []
+        for k in range(2, 5):
+            p = Dataset(); p.PlanePositionSequence = s.PerFrameFunctionalGroupsSequence[k - 2].PlanePositionSequence
+            n = Dataset(); n.ReferencedSegmentNumber = 2; p.SegmentIdentificationSequence = Sequence([n])
+            frames.append(p)
+        s.PerFrameFunctionalGroupsSequence.extend(frames)
+        s.NumberOfFrames = 6
+        s.PixelData = np.packbits(np.concatenate([MASK[2:5], other[2:5]]).ravel(), bitorder="little").tobytes()
+    seg(f, MASK)
+    edit(f, two)
+    assert np.array_equal(seg_mask(f, like), MASK) and np.array_equal(seg_mask(f, like, "node"), other)
+    both = np.where(other > 0, 2, MASK)
+    def labelmap(s):
+        g = Dataset(); g.SegmentNumber, g.SegmentLabel = 2, "Node"
+        s.SegmentSequence.append(g)
+        s.SegmentationType = "LABELMAP"
+        for p in s.PerFrameFunctionalGroupsSequence: del p.SegmentIdentificationSequence
+    edit(seg(f, both, bits=8), labelmap)
+    assert np.array_equal(seg_mask(f, like), both == 1) and np.array_equal(seg_mask(f, like, "node"), both == 2)
+
+
+@pytest.mark.parametrize("flip", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
+def test_segments_counted_from_another_corner(tmp_path, flip):
+    like, f = scan_image(tmp_path), tmp_path / "s.dcm"
+    def turn(s):
+        s.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = [flip[1], 0, 0, 0, flip[0], 0]
+        for p in s.PerFrameFunctionalGroupsSequence:
+            x, y, z = p.PlanePositionSequence[0].ImagePositionPatient
+            p.PlanePositionSequence[0].ImagePositionPatient = [x + PX * (W - 1) * (flip[1] < 0), y + PX * (H - 1) * (flip[0] < 0), z]
+    edit(seg(f, MASK[:, ::flip[0], ::flip[1]]), turn)
+    assert np.array_equal(seg_mask(f, like), MASK)
+
+
+def test_sagittal_frames_on_an_axial_scan(tmp_path):
+    like, f = scan_image(tmp_path), tmp_path / "s.dcm"
+    sagittal = MASK.transpose(2, 0, 1)                                   # (W, D, H): rows along the body, columns to the back
+    columns = np.flatnonzero(sagittal.any((1, 2)))
+    seg(f, sagittal)
+    def turn(s):
+        shared = s.SharedFunctionalGroupsSequence[0]
+        shared.PlaneOrientationSequence[0].ImageOrientationPatient = [0, 1, 0, 0, 0, 1]
+        shared.PixelMeasuresSequence[0].PixelSpacing = [STEP, PX]
+        for c, p in zip(columns, s.PerFrameFunctionalGroupsSequence): p.PlanePositionSequence[0].ImagePositionPatient = [CORNER[0] + PX * int(c), CORNER[1], CORNER[2]]
+    edit(f, turn)
+    assert np.array_equal(seg_mask(f, like), MASK)
+
+
+def test_a_segment_file_is_a_label_of_its_own(tmp_path):
+    whole = MASK.copy(); whole[:, 0, 0] = 1                              # a frame for every slice
+    y = read_label(seg(tmp_path / "s.dcm", whole))
+    assert np.array_equal(y.array, whole)
+    turned = Image(whole[None, :, ::-1], (STEP, PX, PX), y.affine @ np.array([[1, 0, 0, 0], [0, -1, 0, H - 1], [0, 0, 1, 0], [0, 0, 0, 1.]]))
+    assert np.array_equal(lay_on(y, turned), whole[:, ::-1])

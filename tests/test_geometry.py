@@ -1,0 +1,339 @@
+"""Geometry: labels in every orientation, what NIfTI says of place and what is written back, pairs that lie elsewhere."""
+import gzip
+import struct
+import warnings
+from itertools import permutations, product
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+
+from unpaired_kd.core import InputError
+from unpaired_kd.data.collections import Collection
+from unpaired_kd.data.geometry import (Grid, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
+                                       way_onto)
+from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label
+from unpaired_kd.volumes import open_volume
+
+R = np.random.default_rng(0)
+SCAN = R.integers(1, 200, (6, 7, 9)).astype(np.uint8)                    # (D,H,W), all sides differ
+LABEL = R.integers(0, 3, SCAN.shape).astype(np.uint8)
+SPL = np.array([[-.8, 0, 0, 11], [0, -.9, 0, 5], [0, 0, 2.5, -300], [0, 0, 0, 1]])
+
+
+def rotation(seed=0):
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0]
+    return q * np.sign(np.linalg.det(q))
+
+
+def oblique_affine(seed=0, steps=(.8, .9, 2.5)):
+    a = np.eye(4)
+    a[:3, :3], a[:3, 3] = rotation(seed) * steps, (-71.3, 12.8, 900.1)
+    return a
+
+
+def reordered(a, affine, axes, ways):
+    "The voxels in file order (x,y,z), stored along other axes in other directions, with the affine that belongs to them."
+    stored = a.transpose(axes)[tuple(slice(None, None, w) for w in ways)]
+    new = np.eye(4)
+    for j, (k, w) in enumerate(zip(axes, ways)):
+        new[:3, j] = affine[:3, k] * w
+    first = [stored.shape[axes.index(k)] - 1 if ways[axes.index(k)] < 0 else 0 for k in range(3)]
+    new[:3, 3] = (affine @ [*first, 1])[:3]
+    return stored, new
+
+
+def pair(folder, affine, label, label_affine, name="p.nii.gz"):
+    for part in ("images", "labels"): (folder / part).mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(SCAN.T, affine), folder / "images/p.nii.gz")
+    nib.save(nib.Nifti1Image(label, label_affine), folder / "labels" / name)
+    return Collection.from_folders(folder, classes=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("axes", list(permutations(range(3))))
+@pytest.mark.parametrize("ways", list(product((1, -1), repeat=3)))
+def test_a_label_of_any_of_the_48_orientations_lies_on_its_image(tmp_path, axes, ways):
+    affine = oblique_affine()
+    stored, other = reordered(LABEL.T, affine, axes, ways)
+    voxel = tuple(np.argwhere(stored == 2)[0])                           # one marked voxel lies at one place in the world
+    world = (other @ [*voxel, 1])[:3]
+    x, y, z = np.rint((np.linalg.inv(affine) @ [*world, 1])[:3]).astype(int)
+    assert LABEL[z, y, x] == 2
+    c = pair(tmp_path, affine, stored, other)
+    assert np.array_equal(c[0].label.numpy(), LABEL) and np.allclose(c[0].spacing, (2.5, .9, .8))
+
+
+def test_an_objects_map_and_slices_follow_the_image(tmp_path):
+    stored, other = reordered(LABEL.T, SPL, (2, 0, 1), (-1, 1, -1))
+    pair(tmp_path, SPL, stored, other)
+    objects = Collection.from_folders(tmp_path, label_kind="instance")
+    assert np.array_equal(objects[0].instances.numpy(), LABEL)
+    c = Collection.from_folders(tmp_path, classes=("a", "b", "c"))
+    assert np.array_equal(c.slices(keep="all")[4].label.numpy(), LABEL[4]) and np.array_equal(c.native(0).label, LABEL)
+
+
+@pytest.mark.parametrize("change, word", [(dict(shift=.5), "lies elsewhere"), (dict(shift=.25), "lies elsewhere"), (dict(scale=1.05), "lies elsewhere"),
+                                          (dict(turn=2.), "lies elsewhere"), (dict(crop=1), "label has shape")])
+def test_another_place_is_refused_with_both_geometries(tmp_path, change, word):
+    affine, label = SPL.copy(), LABEL
+    affine[:3, 3] += change.get("shift", 0) * affine[:3, 0]
+    affine[:3, :3] *= change.get("scale", 1)
+    t = np.radians(change.get("turn", 0))
+    affine = np.array([[np.cos(t), -np.sin(t), 0, 0], [np.sin(t), np.cos(t), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ affine
+    if "crop" in change: label = label[1:]
+    with pytest.raises(InputError, match=f"(?s)labels/p.nii.gz.*{word}.*SPL.*images/p.nii.gz.*SPL.*2.5 x 0.9 x 0.8 mm.*\\(11, 5, -300\\)"):
+        pair(tmp_path, SPL, label.T, affine)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_to_32_bits_and_by_a_quaternion_is_forgiven(tmp_path, seed):
+    affine = oblique_affine(seed, (.9765625, .9765625, 1.25))
+    f = nib.Nifti1Image(LABEL.T, None)
+    f.set_qform(affine, 1)                                               # quaternion of 32 bits, no sform
+    (tmp_path / "images").mkdir(); (tmp_path / "labels").mkdir()
+    nib.save(nib.Nifti2Image(SCAN.T, affine), tmp_path / "images/p.nii.gz") # 64 bits
+    nib.save(f, tmp_path / "labels/p.nii.gz")
+    assert np.array_equal(Collection.from_folders(tmp_path, classes=("a", "b", "c"))[0].label.numpy(), LABEL)
+    big, small = Grid((300, 512, 512), None, affine), Grid((300, 512, 512), None, affine.astype(np.float32).astype(float))
+    assert way_onto(small, big) == ([0, 1, 2], [1, 1, 1])
+
+
+def test_tolerance_is_relative_to_the_voxel():
+    for size in (1e-4, 1., 50.):
+        a = np.diag([size, size, size, 1.])
+        for shift, same in ((.05, True), (.15, False)):
+            b = a.copy(); b[0, 3] = shift * size
+            assert (way_onto(Grid((5, 5, 5), None, b), Grid((5, 5, 5), None, a)) is not None) is same
+    a, b = np.eye(4), np.diag([1.0015, 1.0015, 1, 1])                    # 1.5 in 1000: 0.75 voxels over 500, never allowed
+    assert way_onto(Grid((500, 500), None, b), Grid((500, 500), None, a)) is None
+    assert way_onto(Grid((40, 40), None, b), Grid((40, 40), None, a)) is not None
+
+
+def test_one_slice_and_two_dimensions():
+    flat = Grid((1, 7, 9), None, np.diag([1., 1, 5, 1]))
+    thick = Grid((1, 7, 9), None, np.diag([-1., 1, 3, 1]) + np.eye(4)[:, [3]] * [0, 0, 0, 0])
+    mirrored = np.diag([-1., 1, 3, 1]); mirrored[0, 3] = 8
+    assert way_onto(Grid((1, 7, 9), None, mirrored), flat) == ([0, 1, 2], [-1, 1, 1]) # the thickness of one slice is not compared
+    assert way_onto(thick, flat) is None
+    image = Grid((7, 9), None, np.diag([1., 1, 5, 1]))
+    turned = Grid((9, 7), None, np.diag([1., 1, 5, 1])[:, [1, 0, 2, 3]])
+    assert way_onto(turned, image) == ([1, 0], [1, 1])
+    sagittal = Grid((7, 9), None, np.diag([1., 1, 1, 1])[:, [1, 2, 0, 3]])
+    assert way_onto(sagittal, image) is None
+
+
+def test_what_says_nothing_is_compared_by_shape_and_a_tiff_by_spacing(tmp_path):
+    image = Image(SCAN[None], (2.5, .9, .8), SPL, "i.nii.gz")
+    assert lay_on(Image(LABEL), image) is LABEL
+    assert lay_on(Image(LABEL, (2.5, .9, .8)), image) is LABEL
+    assert lay_on(Image(LABEL, (2.5, .9, .8)), Image(SCAN[None])) is LABEL
+    with pytest.raises(InputError, match="(?s)another spacing.*1 x 1 x 1 mm.*2.5 x 0.9 x 0.8"): lay_on(Image(LABEL, (1., 1., 1.)), image)
+    with pytest.raises(InputError, match="has shape"): lay_on(Image(LABEL.transpose(1, 0, 2)), image)
+    assert lay_on(Image(LABEL, None, np.zeros((4, 4))), image) is LABEL  # no place: not trusted
+    (tmp_path / "images").mkdir(); (tmp_path / "labels").mkdir()
+    write_image(tmp_path / "images/a.tif", Image(SCAN[None, 0], (.5, .5)))
+    for size, ok in ((.5, True), (.50001, True), (.25, False)):
+        write_label(tmp_path / "labels/a.tif", LABEL[0], like=Image(SCAN[None, 0], (size, size)))
+        read = lambda: Collection.from_folders(tmp_path, classes=("a", "b", "c"))
+        if ok: assert np.array_equal(read()[0].label.numpy(), LABEL[0])
+        else:
+            with pytest.raises(InputError, match="(?s)labels/a.tif.*another spacing.*0.25.*0.5"): read()
+
+
+def test_words():
+    assert describe_grid(Grid((6, 7, 9), (2.5, .9, .8), SPL)) == "6 x 7 x 9 voxels, SPL, spacing 2.5 x 0.9 x 0.8 mm, first voxel at (11, 5, -300) mm right, front, up"
+    t = np.radians(12.)
+    a = np.array([[1, 0, 0, 0], [0, np.cos(t), -np.sin(t), 0], [0, np.sin(t), np.cos(t), 0], [0, 0, 0, 1]])
+    assert "SAR turned by 12.0 degrees" in describe_grid(Grid((2, 2, 2), None, a)) and np.isclose(oblique(a), 12) and shear(a) < 1e-6
+    assert letters(SPL, 2) == "PL" and spacing_of(SPL, 2) == pytest.approx((.9, .8))
+    assert not usable(np.full((4, 4), np.inf)) and not usable(np.diag([1., 1, 0, 1])) and usable(np.diag([1e-6, 1e-6, 1e-3, 1]))
+
+
+# What NIfTI says
+
+def save(path, sform=None, scode=0, qform=None, qcode=0, pixdim=None, unit=None, cls=nib.Nifti1Image, a=SCAN):
+    f = cls(a.T, None)
+    if qform is not None:
+        f.header.set_qform(qform, qcode)
+    if sform is not None:                                                # by hand: nibabel does not write a singular one
+        f.header["sform_code"] = scode
+        for k, row in zip("xyz", sform): f.header[f"srow_{k}"] = row
+    if pixdim is not None: f.header["pixdim"][1:4] = pixdim
+    if unit: f.header.set_xyzt_units(unit)
+    nib.save(f, path)
+    return path
+
+
+def quiet(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_image(path)
+
+
+def loud(path, word):
+    with pytest.warns(UserWarning, match=f"(?s){path.name}.*{word}"):
+        return read_image(path)
+
+
+Q = np.diag([-.8, -.9, 2.5, 1]); Q[:3, 3] = 100, 90, -300
+S = np.diag([.8, .9, 2.5, 1]); S[:3, 3] = -11, 5, 123
+
+
+def test_which_place_is_taken(tmp_path):
+    p = tmp_path / "x.nii.gz"
+    im = loud(save(p, S, 4, Q, 1), "sform and its qform are two different places; the sform is taken")
+    assert np.allclose(im.affine, S) and np.allclose(im.header.other, Q)
+    assert np.allclose(quiet(save(p, None, 0, Q, 1)).affine, Q)
+    assert np.allclose(quiet(save(p, Q, 1, Q, 1)).affine, Q)
+    im = quiet(save(p, S, 2, pixdim=(.8, .9, 2.5)))
+    assert np.allclose(im.affine, S) and np.allclose(im.spacing, (2.5, .9, .8))
+    im = loud(save(p, S, 2, pixdim=(1, 1, 1)), "pixdim says 1 x 1 x 1 mm and its sform 2.5 x 0.9 x 0.8 mm; the sform is taken")
+    assert np.allclose(im.spacing, (2.5, .9, .8))
+    for zero in (np.zeros((4, 4)), np.full((4, 4), np.nan), np.diag([1., 1, 0, 1])):
+        im = loud(save(p, zero, 1, Q, 1), "sform \\(code 1\\) is no place")
+        assert np.allclose(im.affine, Q) and np.allclose(im.spacing, (2.5, .9, .8))
+        im = loud(save(p, zero, 1, pixdim=(.8, .9, 2.5)), "no place")
+        assert im.affine is None and np.allclose(im.spacing, (2.5, .9, .8))
+    im = quiet(save(p, pixdim=(.8, .9, 2.5)))                            # both codes 0: a spacing, no place
+    assert im.affine is None and np.allclose(im.spacing, (2.5, .9, .8))
+    im = quiet(save(p))                                                  # a writer that knows nothing
+    assert im.affine is None and im.spacing is None
+    assert quiet(save(p, unit="mm")).spacing == (1, 1, 1)                # it says millimetres
+    assert loud(save(p, S, 1, pixdim=(0, .9, 2.5)), "pixdim says nothing").spacing == pytest.approx((2.5, .9, .8))
+    assert quiet(save(p, pixdim=(0, 0, 0), unit="mm")).spacing is None   # nibabel makes ones of them
+
+
+@pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("meter", 1e3), ("mm", 1.)])
+def test_units(tmp_path, unit, mm):
+    im = quiet(save(tmp_path / "x.nii", S, 1, S, 1, unit=unit))
+    assert np.allclose(im.spacing, np.array([2.5, .9, .8]) * mm) and np.allclose(im.affine[:3], S[:3] * mm)
+    write_label(tmp_path / "y.nii", LABEL, im)
+    assert nib.load(tmp_path / "y.nii").header.get_xyzt_units()[0] == unit
+    assert np.allclose(read_label(tmp_path / "y.nii").affine, im.affine) and np.array_equal(lay_on(read_label(tmp_path / "y.nii"), im), LABEL)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_all_that_is_said_of_place_survives(tmp_path, kind):
+    sheared = S.copy(); sheared[0, 2] = 1.3
+    for sform, scode, qform, qcode in ((S, 4, Q, 1), (None, 0, Q, 2), (S, 3, None, 0), (None, 0, None, 0), (sheared, 2, Q, 1)):
+        save(tmp_path / "x.nii.gz", sform, scode, qform, qcode, unit="mm", cls=kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = read_image(tmp_path / "x.nii.gz")
+        write_label(tmp_path / "y.nii.gz", LABEL, image)
+        write_image(tmp_path / "z.nii.gz", image)
+        a = nib.load(tmp_path / "x.nii.gz").header
+        for name in ("y", "z"):
+            b = nib.load(tmp_path / f"{name}.nii.gz").header
+            assert (int(b["sform_code"]), int(b["qform_code"])) == (scode, qcode) and b.get_xyzt_units() == a.get_xyzt_units()
+            assert np.allclose(a.get_qform(), b.get_qform(), atol=1e-4) and np.allclose(a.get_sform(), b.get_sform(), atol=1e-4)
+            assert np.allclose(a["pixdim"][:4], b["pixdim"][:4])
+
+
+def test_a_moved_image_does_not_keep_the_old_header(tmp_path):
+    image = quiet(save(tmp_path / "x.nii", S, 1, S, 1))
+    image.affine = Q
+    write_image(tmp_path / "y.nii", image)
+    f = nib.load(tmp_path / "y.nii")
+    assert np.allclose(f.get_sform(), Q) and np.allclose(f.get_qform(), Q)
+
+
+def test_what_is_written_without_a_nifti_header(tmp_path):
+    p = tmp_path / "x.nii.gz"
+    write_image(p, Image(SCAN[None], (2.5, .9, .8), SPL))
+    f = nib.load(p)
+    assert np.allclose(f.get_qform(), SPL) and np.allclose(f.get_sform(), SPL) and (f.header["sform_code"], f.header["qform_code"]) == (1, 1)
+    assert np.allclose(f.header["pixdim"][1:4], (.8, .9, 2.5)) and f.header.get_xyzt_units()[0] == "mm"
+    tilted = SPL.copy(); tilted[1, 2] = -1.7                             # no right angles: a qform cannot say it
+    write_image(p, Image(SCAN[None], spacing_of(tilted), tilted))
+    f = nib.load(p)
+    assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(quiet(p).affine, tilted)
+    write_image(p, Image(SCAN[None], (2.5, .9, .8)))
+    assert (nib.load(p).header["sform_code"], nib.load(p).header["qform_code"]) == (0, 0) and quiet(p).affine is None and quiet(p).spacing == pytest.approx((2.5, .9, .8))
+    write_image(p, Image(SCAN[None]))
+    assert quiet(p).spacing is None
+    write_image(p, Image(SCAN[None, 0], (.9, .8), SPL))
+    assert quiet(p).array.shape == (1, 7, 9) and np.allclose(quiet(p).affine[:3, [0, 1, 3]], SPL[:3, [0, 1, 3]])
+
+
+def test_a_label_that_was_drawn_by_the_qform_is_at_home(tmp_path):
+    (tmp_path / "images").mkdir(); (tmp_path / "labels").mkdir()
+    save(tmp_path / "images/p.nii", S, 4, Q, 1)
+    stored, other = reordered(LABEL.T, Q, (0, 1, 2), (-1, 1, 1))
+    nib.save(nib.Nifti1Image(stored, other), tmp_path / "labels/p.nii")
+    with pytest.warns(UserWarning): c = Collection.from_folders(tmp_path, classes=("a", "b", "c"))
+    assert np.array_equal(c[0].label.numpy(), LABEL)
+
+
+def test_singular_forms_are_not_written_on(tmp_path):
+    save(tmp_path / "x.nii", np.zeros((4, 4)), 1, Q, 1)
+    with pytest.warns(UserWarning): image = read_image(tmp_path / "x.nii")
+    write_label(tmp_path / "y.nii", LABEL, image)
+    f = nib.load(tmp_path / "y.nii")
+    assert f.header["sform_code"] == 0 and np.allclose(f.get_qform(), Q) and np.allclose(quiet(tmp_path / "y.nii").affine, Q)
+
+
+def test_kinds_of_nifti(tmp_path):
+    p = tmp_path / "x.nii"
+    nib.save(nib.Nifti1Image(SCAN.T.astype(np.complex64), S), p)
+    with pytest.raises(InputError, match="(?s)x.nii.*complex numbers"): read_image(p)
+    with pytest.raises(InputError, match="(?s)x.nii.*complex"): open_volume(p)
+    save(p, S, 1, S, 1)
+    raw = p.read_bytes()
+    (tmp_path / "plain.nii.gz").write_bytes(raw)                         # not packed, whatever its name
+    assert np.array_equal(read_image(tmp_path / "plain.nii.gz").array[0], SCAN)
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(raw))
+    assert np.array_equal(read_image(tmp_path / "packed.nii").array[0], SCAN)
+    big = nib.Nifti1Image(SCAN.T.astype(">i2"), S, nib.Nifti1Header(endianness=">")); nib.save(big, p)
+    im = read_image(p)
+    assert np.array_equal(im.array[0], SCAN) and np.allclose(im.affine, S)
+    write_label(tmp_path / "y.nii", LABEL, im)
+    assert np.allclose(read_label(tmp_path / "y.nii").affine, S)
+    vector = R.random((9, 7, 6, 1, 3), np.float32)
+    nib.save(nib.Nifti1Image(vector, S), p)
+    assert np.array_equal(read_image(p).array, vector[:, :, :, 0].T)
+
+
+@pytest.mark.parametrize("bad", ["huge", "pair", "dims", "magic", "short", "packed short", "packed tail", "empty", "text"])
+def test_damaged_nifti_is_refused_by_name(tmp_path, bad):
+    p = save(tmp_path / "x.nii.gz", S, 1, S, 1)
+    raw = bytearray(gzip.decompress(p.read_bytes()))
+    packed = None
+    if bad == "huge": struct.pack_into("<8h", raw, 40, 3, 30000, 30000, 30000, 1, 1, 1, 1)
+    if bad == "pair": raw[344:348] = b"ni1\0"
+    if bad == "dims": struct.pack_into("<8h", raw, 40, 3, -4, 7, 9, 1, 1, 1, 1)
+    if bad == "magic": raw[344:348] = b"XYZ\0"
+    if bad == "short": raw = raw[:-40]
+    if bad == "packed short": packed = gzip.compress(bytes(raw))[:-30]
+    if bad == "packed tail": packed = gzip.compress(bytes(raw)) + b"garbage"
+    if bad == "empty": packed = b""
+    if bad == "text": packed = b"not an image, only words" * 30
+    p.write_bytes(gzip.compress(bytes(raw)) if packed is None else packed)
+    with pytest.raises(InputError, match="x.nii.gz"): read_image(p)
+
+
+def test_slope_and_intercept(tmp_path):
+    p = save(tmp_path / "x.nii", S, 1, S, 1)
+    raw = bytearray(p.read_bytes())
+    for slope, inter, a, b in ((2., -5., 2, -5), (0., 7., 1, 0), (np.nan, np.nan, 1, 0)):
+        struct.pack_into("<2f", raw, 112, slope, inter); p.write_bytes(raw)
+        assert np.array_equal(read_image(p).array[0], a * SCAN.astype(float) + b)
+
+
+def test_volumes_in_blocks_take_the_same_place(tmp_path):
+    p = save(tmp_path / "x.nii", S, 2, pixdim=(1, 1, 1))
+    with pytest.warns(UserWarning, match="pixdim"): v = open_volume(p)
+    assert np.allclose(v.spacing, (2.5, .9, .8)) and np.allclose(v.affine, S)
+
+
+def test_a_dicom_label_on_a_nifti_image(tmp_path):
+    from test_clinical import CORNER, D, H, PX, STEP, W, series
+    y = R.integers(0, 3, (D, H, W)).astype(np.int16)
+    affine = np.diag([PX, PX, STEP, 1.]); affine[:3, 3] = -(CORNER[0] + PX * (W - 1)), -(CORNER[1] + PX * (H - 1)), CORNER[2]
+    (tmp_path / "images").mkdir(); (tmp_path / "labels").mkdir()
+    image = R.integers(0, 99, (D, H, W)).astype(np.uint8)                # counted to the right and the front
+    nib.save(nib.Nifti1Image(image.T, affine), tmp_path / "images/p.nii.gz")
+    series(tmp_path / "labels/p", y, modality="SEG")                     # counted to the left and the back
+    c = Collection.from_folders(tmp_path, classes=("a", "b", "c"))
+    assert np.array_equal(c[0].label.numpy(), y[:, ::-1, ::-1]) and np.array_equal(c.native(0).image[0], image)

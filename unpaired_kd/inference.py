@@ -320,7 +320,9 @@ def load(cls,
     "Read a student. Every fault is an `InputError` that names the file."
     weights, config = Path(folder) / FILES[0], Path(folder) / FILES[2]
     for f in (weights, config):
-        if not f.is_file(): raise InputError(f"{f} does not exist. Give the folder of a saved student; it holds {', '.join(FILES)}.")
+        if not f.is_file():
+            raise InputError(f"{f} does not exist. Give the folder of a saved student; it holds "
+                             f"{', '.join(FILES)}.")
     saved = read_json(config)
     if not isinstance(saved, dict) or saved.get("format") != 1 or not isinstance(saved.get("recipe"), dict): raise InputError(f"{config} is not the config of a student of this version (format 1).")
     if saved.get("recipe_digest", digest(saved["recipe"], 64)) != digest(saved["recipe"], 64):
@@ -330,7 +332,9 @@ def load(cls,
     try: net = build(recipe.network, recipe.network_config)
     except InputError as e: raise InputError(f"{config}: {e}") from e
     read_weights(net, weights)
-    if file_sha256(weights) != saved.get("weights_sha256"): raise InputError(f"{weights} is not the file that {config} was written for (other SHA-256). Copy the whole folder again.")
+    if file_sha256(weights) != saved.get("weights_sha256"):
+        raise InputError(f"{weights} is not the file that {config} was written for (other "
+                         "SHA-256). Copy the whole folder again.")
     net = net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return cls(net.to(memory_format=best_layout(net)) if recipe.dims == 2 else net, recipe, precision)
 
@@ -339,10 +343,13 @@ def read_weights(
     net:nn.Module, # freshly built network
     path:Path,     # safetensors file
 ):
-    "Load weights; `InputError` names the file and the first differences if they belong to another architecture."
+    """Load weights; `InputError` names the file and the first differences if they belong to
+    another architecture."""
     from safetensors.torch import load_file
     try: state = load_file(path)
-    except Exception as e: raise InputError(f"{path} cannot be read ({e}). It is damaged or cut short: copy it again.") from e
+    except Exception as e:
+        raise InputError(f"{path} cannot be read ({e}). It is damaged or cut short: copy it "
+                         "again.") from e
     load_weights(net, state, path)
 
 # %% ../nbs/4_training/4_inference.ipynb #8314a76f

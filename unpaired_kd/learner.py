@@ -276,18 +276,23 @@ def load_checkpoint(
     path,   # the file
     mend:str="Delete it to train again from the start.", # what the reader can do, for the message
 )->dict: # its content, on the CPU; "networks" holds name -> state dict
-    "Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names it."
+    """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
+    it."""
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path} is not there, or is no file. Give a checkpoint (last.pt) of this library.")
+    if not path.is_file():
+        raise InputError(f"{path} is not there, or is no file. Give a checkpoint (last.pt) of "
+                         "this library.")
     try:
         with zipfile.ZipFile(path) as z: broken = z.testzip()
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). {mend}") from e
+        raise InputError(f"{path} is not a checkpoint of this library or is damaged "
+                         f"({type(e).__name__}). {mend}") from e
     if broken: raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {mend}")
     networks = state.get("networks") if isinstance(state, dict) else None
     if not isinstance(networks, dict) or not all(isinstance(s, dict) for s in networks.values()):
-        raise InputError(f"{path} is not a checkpoint of this library: it holds no 'networks'. {mend}")
+        raise InputError(f"{path} is not a checkpoint of this library: it holds no 'networks'. "
+                         f"{mend}")
     return state
 
 
@@ -509,7 +514,9 @@ def _resume(self:Learner):
     path = self.folder/"last.pt"
     if not path.exists(): return
     state = load_checkpoint(path)
-    if state.get("identity") != self.identity: raise InputError(f"{path} was made with another method, other options, settings, weights or seed. Use another run folder, or delete this one.")
+    if state.get("identity") != self.identity:
+        raise InputError(f"{path} was made with another method, other options, settings, weights "
+                         "or seed. Use another run folder, or delete this one.")
     if self.valid and state["best"] > -math.inf and not (self.folder/"best.pt").exists(): return # its best weights are lost: train again
     for k, n in self.method.networks.items(): load_weights(n, state["networks"][k], path)
     for k, o in self.optimisers.items(): o.load_state_dict(state["optimisers"][k])
@@ -524,7 +531,9 @@ def _resume(self:Learner):
 def _tensorboard(self:Learner):
     "Write the newest rows of the history as TensorBoard scalars."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise InputError("tensorboard=True needs the extra `log`: pip install 'unpaired_kd[log]'.") from e
+    except ImportError as e:
+        raise InputError("tensorboard=True needs the extra `log`: pip install "
+                         "'unpaired_kd[log]'.") from e
     with SummaryWriter(self.folder/"tensorboard") as w:
         for row in self.history[-self.settings.save_every:]:
             for k, v in row.items():
@@ -532,10 +541,13 @@ def _tensorboard(self:Learner):
 
 @patch
 def best_student(self:Learner):
-    "The student, with the weights of the epoch that validation chose (as all networks), if it chose any, else the last ones."
+    """The student, with the weights of the epoch that validation chose (as all networks), if it
+    chose any, else the last ones."""
     path = self.folder/"best.pt"
     if self.valid and path.exists():
         best = load_checkpoint(path)
-        if best.get("val_dice") != self.best: raise InputError(f"{path} does not belong to last.pt beside it. Delete both to train again from the start.")
+        if best.get("val_dice") != self.best:
+            raise InputError(f"{path} does not belong to last.pt beside it. Delete both to train "
+                             "again from the start.")
         for k, state in best["networks"].items(): load_weights(self.method.networks[k], state, path)
     return self.method.student

@@ -29,7 +29,8 @@ def read_sealed(
     "Read it back. `InputError` for a file that is damaged, changed or of another kind."
     found = read_json(path)
     if not isinstance(found, dict) or "seal" not in found:
-        raise InputError(f"{path} has no seal: it is no record of a run, or of an older version. Choose another run folder.")
+        raise InputError(f"{path} has no seal: it is no record of a run, or of an older version. "
+                         "Choose another run folder.")
     seal = found.pop("seal")
     if seal == digest(found, 64): return found
     raise InputError(f"{path} was changed after it was written: its seal does not fit. Restore it from a copy, "
@@ -42,12 +43,15 @@ DONE = "done.json"
 def file_sum(
     path, # a file
 )->str: # its SHA-256
-    "SHA-256 of a file, read once a process unless size or time change. `InputError` when it cannot be read."
+    """SHA-256 of a file, read once a process unless size or time change. `InputError` when it
+    cannot be read."""
     try:
         s = os.stat(path)
         fresh = time.time_ns() - s.st_mtime_ns < 2e9 # its time may not change with the next write
         return file_sha256(path) if fresh else _known_sum(str(path), s.st_size, s.st_mtime_ns)
-    except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}. Restore it from a copy, or delete it.") from e
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}. Restore it from a copy, or delete "
+                         "it.") from e
 
 @lru_cache(maxsize=2**20)
 def _known_sum(path, size, changed): return file_sha256(path)
@@ -64,7 +68,8 @@ def keep_record(
 def verified(
     place, # folder of a training
 )->dict|None: # its record; None: not finished
-    "The record of a training whose files are all there and as they were. `InputError` that names a file which is not."
+    """The record of a training whose files are all there and as they were. `InputError` that names
+    a file which is not."""
     place = Path(place)
     if not (place/DONE).exists(): return None
     record = read_sealed(place/DONE)

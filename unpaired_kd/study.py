@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import InputError, clear_parts, digest, hold, progress, read_csv, read_json, resolve_precision, seeded, unknown, write_csv, write_json
+from .core import (InputError, clear_parts, digest, hold, progress, read_csv, read_json, resolve_precision,
+                              seeded, unknown, write_csv, write_json)
 from .data.augment import Augment
 from .data.files import files_of, stamp
 from .data.collections import Collection, Split, label_budget, open_collection, split_groups
@@ -36,7 +37,8 @@ from .methods.kinds import KINDS, make_method, method_options
 from .methods.single import ShuffledLabels, Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
-from .runs import DATA, DONE, check_data, keep_record, keep_tables, read_sealed, records, verified, write_sealed
+from .runs import (DATA, DONE, check_data, keep_record, keep_tables, read_sealed, records, verified,
+                              write_sealed)
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3257f69e
@@ -139,8 +141,10 @@ class Data:
 def open_both(
     config:StudyConfig, # the study
 )->tuple: # (teacher Collection, student Collection)
-    "Open both modalities, once a process, and anew when files have changed. `InputError` when their classes or dimensions differ."
-    key = json.dumps({k: getattr(config, k) for k in ("data", "data_options", "teacher", "student", "classes", "zoom", "intensity", "invert_student")})
+    """Open both modalities, once a process, and anew when files have changed. `InputError` when
+    their classes or dimensions differ."""
+    decide = ("data", "data_options", "teacher", "student", "classes", "zoom", "intensity", "invert_student")
+    key = json.dumps({k: getattr(config, k) for k in decide})
     if _open(key)[2] != traces(config, *_open(key)[:2]): _open.cache_clear()
     return _open(key)[:2]
 
@@ -149,10 +153,17 @@ def _open(key):
     config = StudyConfig(**json.loads(key))
     options = dict(zoom=config.zoom, intensity=config.intensity, **config.data_options)
     if config.classes: options["classes"] = tuple(config.classes)
-    try: t, s = open_collection(config.data, config.teacher, **options), open_collection(config.data, config.student, invert=config.invert_student, **options)
-    except TypeError as e: raise InputError(f"data_options={config.data_options} do not fit {config.data} ({e}).") from e
-    if t.classes != s.classes: raise InputError(f"{config.data}: the teacher's classes {t.classes} are not the student's {s.classes}. Name them with `classes`.")
-    if t.dims != s.dims: raise InputError(f"{config.data}: {config.teacher!r} has {t.dims}-D images, {config.student!r} {s.dims}-D ones.")
+    try:
+        t = open_collection(config.data, config.teacher, **options)
+        s = open_collection(config.data, config.student, invert=config.invert_student, **options)
+    except TypeError as e:
+        raise InputError(f"data_options={config.data_options} do not fit {config.data} ({e}).") from e
+    if t.classes != s.classes:
+        raise InputError(f"{config.data}: the teacher's classes {t.classes} are not the student's "
+                         f"{s.classes}. Name them with `classes`.")
+    if t.dims != s.dims:
+        raise InputError(f"{config.data}: {config.teacher!r} has {t.dims}-D images, "
+                         f"{config.student!r} {s.dims}-D ones.")
     return t, s, traces(config, t, s)
 
 def share(
@@ -162,7 +173,9 @@ def share(
 )->int: # number of groups, at least 1 and fewer than all
     "Turn a share into a number of groups."
     n = int(value) if value >= 1 else round(value * groups)
-    if not 0 < n < groups: raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side.")
+    if not 0 < n < groups:
+        raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left "
+                         "on each side.")
     return n
 
 
@@ -172,8 +185,9 @@ def traces(
     *collections,       # its collections
 )->list: # (path, what the file system knows of it)
     "What is another when a file or a table was written, added or removed. Reads no file."
-    images = {Path(p) for c in collections for case in c.cases for p in (case.image, case.label) if isinstance(p, (str, Path))}
-    tables = [Path(config.data)/"manifest.csv"] + [Path(config.data)/m/"groups.csv" for m in (config.teacher, config.student)]
+    sources = [p for c in collections for case in c.cases for p in (case.image, case.label)]
+    images = {Path(p) for p in sources if isinstance(p, (str, Path))}
+    tables = [Path(config.data)/t for t in ("manifest.csv", f"{config.teacher}/groups.csv", f"{config.student}/groups.csv")]
     inside = [f for p in images if p.exists() for f in files_of(p).values()]
     there = [p for p in {*inside, *tables, *[p.parent for p in images]} if p.exists()]
     return sorted((str(p), stamp(p)) for p in there)
@@ -185,17 +199,19 @@ def contents(
     found = {}
     for c, modality in zip(open_both(config), (config.teacher, config.student)):
         found |= {f"{modality}/{name}": checksum for name, checksum in c.contents().items()}
-        found |= {f"patient of {modality} {case.id}": digest([case.group, case.label_group]) for case in c.cases}
+        for case in c.cases: found[f"patient of {modality} {case.id}"] = digest([case.group, case.label_group])
     return found
 
 def keep_data(
     folder,             # run folder
     config:StudyConfig, # the study
 ):
-    "Write `data.json`: which data a run learns from. `InputError`, with the files, if it was begun with others."
+    """Write `data.json`: which data a run learns from. `InputError`, with the files, if it was
+    begun with others."""
     now = contents(config)
     if check_data(folder, now): return
-    labels = {m: c.describe_labels() for m, c in zip((config.teacher, config.student), open_both(config))}
+    t, s = open_both(config)
+    labels = {config.teacher: t.describe_labels(), config.student: s.describe_labels()}
     write_sealed(Path(folder)/DATA, dict(data=config.data, labels=labels, contents=now))
 
 
@@ -306,10 +322,13 @@ def start_weights(
     config:StudyConfig, # a study with `teacher_weights`
     net:nn.Module,      # a fresh teacher
 )->nn.Module: # the same, with those weights
-    "Load the weights that the teacher starts from. `InputError` for a file that holds no network of this kind."
+    """Load the weights that the teacher starts from. `InputError` for a file that holds no network
+    of this kind."""
     path = config.teacher_weights
     networks = load_checkpoint(path, "Give the last.pt of a teacher, of this library.")["networks"]
-    if "student" not in networks: raise InputError(f"teacher_weights={path} holds {', '.join(networks) or 'no network'}, and no teacher. Give a teacher's last.pt.")
+    if "student" not in networks:
+        raise InputError(f"teacher_weights={path} holds {', '.join(networks) or 'no network'}, "
+                         "and no teacher. Give a teacher's last.pt.")
     return load_weights(net, networks["student"], path)
 
 
@@ -347,14 +366,18 @@ def finished(
     folder, # run folder
     task,   # (kind, name, seed); kind: teacher | first | arm
 )->bool:
-    "Whether a training has its record, with every file as it was. `InputError` for a file that was changed."
+    """Whether a training has its record, with every file as it was. `InputError` for a file that
+    was changed."""
     place = place_of(folder, *task[1:])
     record = verified(place)
-    if record and record["task"] != list(task): raise InputError(f"{place} holds another training, {record['task'][1]} {record['task'][2]}. Put it back, or delete it.")
+    if record and record["task"] != list(task):
+        raise InputError(f"{place} holds another training, {record['task'][1]} "
+                         f"{record['task'][2]}. Put it back, or delete it.")
     return record is not None
 
 def unfinished(folder, task)->bool:
-    "Whether a training is to be finished; then an old record, whose files are not all there, is removed."
+    """Whether a training is to be finished; then an old record, whose files are not all there, is
+    removed."""
     if finished(folder, task): return False
     (place_of(folder, *task[1:])/DONE).unlink(missing_ok=True)
     return True
@@ -366,11 +389,13 @@ def keep_scores(
     rows:list,          # its scores, complete
 ):
     "Write the scores of a training and then, last of all, its record."
-    place, arm = place_of(folder, *task[1:]), all_arms(config)[task[1]] if task[0] == "arm" else None
+    place = place_of(folder, *task[1:])
     save_rows(place/"metrics.csv", rows)
-    names = [n for n in ("last.pt", "best.pt", "history.csv", "codebook.json", "metrics.csv") if (place/n).exists()]
-    facts = dict(task=list(task), arm=arm, cases=[r["case"] for r in rows], study=settled(config), data=digest(contents(config), 64))
-    keep_record(place, names, **facts)
+    possible = ("last.pt", "best.pt", "history.csv", "codebook.json", "metrics.csv")
+    names = [n for n in possible if (place/n).exists()]
+    arm = all_arms(config)[task[1]] if task[0] == "arm" else None
+    keep_record(place, names, task=list(task), arm=arm, cases=[r["case"] for r in rows],
+                study=settled(config), data=digest(contents(config), 64))
 
 def settled(config)->str:
     "Digest of what all arms have in common."
@@ -394,7 +419,8 @@ def train_teacher(
     task = ("teacher", "teacher", number)
     todo = unfinished(folder, task)
     learner.fit()
-    if todo: keep_scores(folder, config, task, scored(config, Student(net, recipe(config, data.teacher_train, net)), data.teacher_test, "teacher", number))
+    student = Student(net, recipe(config, data.teacher_train, net))
+    if todo: keep_scores(folder, config, task, scored(config, student, data.teacher_test, "teacher", number))
     return net.eval()
 
 def scored(
@@ -454,7 +480,8 @@ def train_arm(
     "Train (or load) one arm with one seed, and score it on that seed's test images."
     arm, data = all_arms(config)[name], split_data(config, seed, folder)
     task, source = ("arm", name, seed), arm["shares"]
-    if source and not finished(folder, ("arm", source, seed)): train_arm(folder, config, source, seed, device, tell)
+    if source and not finished(folder, ("arm", source, seed)):
+        train_arm(folder, config, source, seed, device, tell)
     todo = unfinished(folder, task)
     learner = learner_of(folder, config, name, seed, device, tell)
     learner.fit()
@@ -489,49 +516,60 @@ def train_first(
     device:str="auto",  # auto | cpu | cuda
     tell:Callable=lambda row: None, # called after each epoch
 )->Learner: # trained; `.method.student` is the teacher
-    "Train (or load) the teacher of some arms on the student's images, and score it on that seed's test images."
+    """Train (or load) the teacher of some arms on the student's images, and score it on that
+    seed's test images."""
     arm = next(a for a in all_arms(config).values() if first_name(a, config) == name)
     data, place, weak = split_data(config, seed, folder), Path(folder)/"checkpoints"/f"{name}-{seed}", KINDS[arm["method"]].weak
     channels, k = channels_of(data), len(data.student_train.classes)
     student = network(config, seed, "student", channels, k)
     sources = Unpaired({"student": source(config, data.student_train, seed, "student", channels), "unlabelled": source(config, data.student_rest, seed, "unlabelled", channels, weak)})
     learner = Learner(first_of(config, arm, seed, student), sources, place, seed=seed, settings=settings(config, config.teacher_epochs, device), identity=identity(config, name, seed), tell=tell)
-    todo = unfinished(folder, ("first", name, seed))
+    task = ("first", name, seed)
+    todo = unfinished(folder, task)
     learner.fit()
     teacher = learner.method.student.eval()
-    tiled = replace(recipe(config, data.student_test, student), patch=config.patch) # tiles of the size it knows
-    if todo: keep_scores(folder, config, ("first", name, seed), scored(config, Student(teacher, tiled), data.student_test, name, seed))
+    tiled = Student(teacher, replace(recipe(config, data.student_test, student), patch=config.patch)) # tiles of the size it knows
+    if todo: keep_scores(folder, config, task, scored(config, tiled, data.student_test, name, seed))
     return learner
 
 def keep_codebook(
     path,    # record beside the student's checkpoints
     teacher, # the student's teacher
 ):
-    "Write down which codebook a student learns from; `InputError` if it is resumed with another one."
+    """Write down which codebook a student learns from; `InputError` if it is resumed with another
+    one."""
     table = getattr(teacher.codebook, "table", None)
     if table is None: return
     if Path(path).exists(): same_codebook(read_json(path)["digest"], table, str(path))
     else: write_json(path, {"digest": codebook_digest(table)})
 
 def first_teacher(folder, config, arm, seed, student, batches)->nn.Module:
-    "The trained teacher of an arm; for a placebo a fresh one. `InputError` when it has not been trained."
+    """The trained teacher of an arm; for a placebo a fresh one. `InputError` when it has not been
+    trained."""
     method, name = first_of(config, arm, seed, student), first_name(arm, config)
     path = Path(folder)/"checkpoints"/f"{name}-{seed}"/"last.pt"
-    if name and not finished(folder, ("first", name, seed)): raise InputError(f"{path.parent} is not finished: train the arm's teacher first (`train_first`).")
+    if name and not finished(folder, ("first", name, seed)):
+        raise InputError(f"{path.parent} is not finished: train the arm's teacher first "
+                         "(`train_first`).")
     if name:
         saved = load_checkpoint(path).get("networks", {})
-        if set(saved) != set(method.networks): raise InputError(f"{path} holds {', '.join(saved) or 'nothing'}, not the networks of a VpbSD teacher.")
+        if set(saved) != set(method.networks):
+            raise InputError(f"{path} holds {', '.join(saved) or 'nothing'}, not the networks of "
+                             "a VpbSD teacher.")
         for k, state in saved.items(): load_weights(method.networks[k], state, path)
     if not name: method.begin(method.stages()[0], batches) # a placebo has seen the images' scale and nothing else
     return method.student.eval().requires_grad_(False)
 
 # %% ../nbs/5_methods/3_study.ipynb #e09e1313
 def frozen_teacher(folder, config, kind, seed, patches, channels, classes)->nn.Module:
-    "The trained teacher of a seed, or its placebo. `InputError` when the teacher has not been trained."
+    """The trained teacher of a seed, or its placebo. `InputError` when the teacher has not been
+    trained."""
     number = seed % config.teachers
     net, path = network(config, number, "teacher", channels, classes), Path(folder)/"checkpoints"/f"teacher-{number}"/"last.pt"
     if kind == "placebo": return placebo(net, [patches.batch(10**9 + i).image for i in range(8)], seed)
-    if not finished(folder, ("teacher", "teacher", number)): raise InputError(f"{path.parent} is not finished: train the teacher first (`train_teacher`).")
+    if not finished(folder, ("teacher", "teacher", number)):
+        raise InputError(f"{path.parent} is not finished: train the teacher first "
+                         "(`train_teacher`).")
     load_weights(net, load_checkpoint(path)["networks"]["student"], path)
     return net.eval().requires_grad_(False)
 
@@ -541,14 +579,17 @@ def method_of(config, arm, student, teacher, seed):
     return make_method(arm["method"], student, teacher, options, epochs_of(config, arm), seed, arm["teacher"] != "placebo", arm["preset"])
 
 def epochs_of(config, arm)->int:
-    "Length of an arm's training: a translation that is trained first has as many epochs before the student's."
+    """Length of an arm's training: a translation that is trained first has as many epochs before
+    the student's."""
     first = getattr(method_options(arm["method"], arm["preset"], arm["options"], config.patch), "translate_first", False)
     return config.epochs * (2 if first else 1)
 
 # %% ../nbs/5_methods/3_study.ipynb #f49aaf68
 def _task(kind, folder, config, name, seed, device, tell):
-    "One training on one thread: small networks use two cores better side by side than one after the other."
-    train, threads = {"teacher": train_teacher, "first": train_first, "arm": train_arm}[kind], torch.get_num_threads()
+    """One training on one thread: small networks use two cores better side by side than one after
+    the other."""
+    train = {"teacher": train_teacher, "first": train_first, "arm": train_arm}[kind]
+    threads = torch.get_num_threads()
     if device == "cpu": torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
@@ -563,7 +604,8 @@ def _in_worker(kind, folder, config, name, seed, queue):
     _task(kind, folder, config, name, seed, "cpu", tell)
 
 def _leave_with_parent():
-    "In a worker: end when the parent process is gone, however it ended, so that nobody goes on writing to the run folder."
+    """In a worker: end when the parent process is gone, however it ended, so that nobody goes on
+    writing to the run folder."""
     import threading, time
     parent = os.getppid()
     def watch():
@@ -578,14 +620,17 @@ def cores()->int:
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c05
 def check_guard():
-    "`InputError` if worker processes, which import the running script, would run it again from its first line."
+    """`InputError` if worker processes, which import the running script, would run it again from
+    its first line."""
     path = getattr(sys.modules["__main__"], "__file__", None)
     if not path or not Path(path).is_file(): return # a notebook, or `python -c`: nothing is imported
     try: lines = ast.parse(Path(path).read_bytes()).body
     except (SyntaxError, ValueError): return
     tests = [ast.unparse(line.test) for line in lines if isinstance(line, ast.If)]
     if not any("__name__" in t for t in tests):
-        raise InputError(f"{path}: worker processes import this script, so put the call of run_study under `if __name__ == \"__main__\":`, or pass workers=1 to train in this process.")
+        raise InputError(f"{path}: worker processes import this script, so put the call of "
+                         "run_study under `if __name__ == \"__main__\":`, or pass workers=1 to "
+                         "train in this process.")
 
 def _in_processes(tasks, folder, config, workers, bar):
     "Run tasks (kind, name, seed) in worker processes; the first failure stops the rest and is raised here."
@@ -603,7 +648,8 @@ def _in_processes(tasks, folder, config, workers, bar):
                 while not queue.empty(): _advance(bar, config, *queue.get())
                 for f in done: f.result()
         except BrokenProcessPool as e:
-            raise InputError("a worker process was killed; most often the memory was full. Give fewer workers; the same command goes on where it was.") from e
+            raise InputError("a worker process was killed; most often the memory was full. Give "
+                             "fewer workers; the same command goes on where it was.") from e
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -620,9 +666,11 @@ def run_study(
     seeds:list,         # seeds, e.g. [0, 1, 2, 3, 4]
     workers:int=0,      # processes on the CPU; 0: one a core; 1: this process. On a GPU everything runs in this process
 )->list: # rows, one per case, arm and seed (also in metrics.csv)
-    "Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused if it belongs to another study or to other data."
+    """Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused
+    if it belongs to another study or to other data."""
     folder = Path(folder)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0: raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
     check_study(config, seeds, folder)
     with holding(folder):
         known_seeds, known_arms = claim_folder(folder, config, seeds)
@@ -639,13 +687,17 @@ def run_study(
 
 @contextlib.contextmanager
 def holding(folder):
-    "Hold a run folder while a study runs; it is made if missing. `InputError` if another study is at work there."
+    """Hold a run folder while a study runs; it is made if missing. `InputError` if another study
+    is at work there."""
     try: Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"cannot write to {folder}: {e.strerror}. Choose a folder that you may write to.") from e
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror}. Choose a folder that you may "
+                         "write to.") from e
     with hold(folder, "another study", ".study.ukd.lock"): yield
 
 def train_all(folder, config, seeds, workers):
-    "Train what is not finished: teachers first, then the arms, then those that share an arm's training."
+    """Train what is not finished: teachers first, then the arms, then those that share an arm's
+    training."""
     arms = all_arms(config)
     taught = any(map(needs_teacher, arms.values()))
     teachers = [("teacher", "teacher", n) for n in sorted({s % config.teachers for s in seeds}) if taught]
@@ -680,18 +732,23 @@ def check_values(
     config:StudyConfig, # the study
 ):
     "`InputError` for a value of another type than its field, or out of its range."
-    kinds = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", list: "a list", dict: "names and values"}
+    kinds = {int: "a whole number", float: "a finite number", bool: "true or false",
+             str: "text", list: "a list", dict: "names and values"}
     for f in fields(config):
         v = getattr(config, f.name)
-        number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        good = number and math.isfinite(v) if f.type is float else number and isinstance(v, int) if f.type is int else isinstance(v, f.type)
-        if not good: raise InputError(f"{f.name}={v!r}: give {kinds.get(f.type, 'one of ' + str(f.type))}.")
+        good = isinstance(v, (int, float) if f.type is float else f.type)
+        if f.type in (int, float): good = good and not isinstance(v, bool) and abs(v) < math.inf
+        if not good:
+            raise InputError(f"{f.name}={v!r}: give {kinds.get(f.type, 'one of ' + str(f.type))}.")
     for name, low in AT_LEAST.items():
-        if getattr(config, name) < low: raise InputError(f"{name}={getattr(config, name)}: give at least {low}.")
+        if getattr(config, name) < low:
+            raise InputError(f"{name}={getattr(config, name)}: give at least {low}.")
     for name, high in AT_MOST.items():
-        if getattr(config, name) > high: raise InputError(f"{name}={getattr(config, name)}: give at most {high}.")
+        if getattr(config, name) > high:
+            raise InputError(f"{name}={getattr(config, name)}: give at most {high}.")
     for name in ABOVE_0:
-        if not getattr(config, name) > 0: raise InputError(f"{name}={getattr(config, name)}: give more than 0.")
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name}={getattr(config, name)}: give more than 0.")
     if isinstance(config.intensity, str) and config.intensity not in ("dtype", "percentile"): raise InputError(unknown("intensity", config.intensity, ("dtype", "percentile")))
     if config.dims not in (2, 3): raise InputError(f"dims={config.dims}: give 2 or 3.")
 
@@ -699,10 +756,14 @@ def check_seeds(
     seeds, # what was given as seeds
 ):
     "`InputError` unless they are different whole numbers from 0 on."
-    if not isinstance(seeds, (list, tuple, range)) or not len(seeds): raise InputError(f"seeds={seeds!r}: give a list of at least one, e.g. [0].")
+    if not isinstance(seeds, (list, tuple, range)) or not len(seeds):
+        raise InputError(f"seeds={seeds!r}: give a list of at least one, e.g. [0].")
     for s in seeds:
-        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32: raise InputError(f"seeds: {s!r} is no seed. Give whole numbers from 0 to {2**32 - 1}.")
-    if len(set(seeds)) < len(seeds): raise InputError(f"seeds={list(seeds)}: each seed is run once. Leave out what is given twice.")
+        if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32:
+            raise InputError(f"seeds: {s!r} is no seed. Give whole numbers from 0 to {2**32 - 1}.")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds={list(seeds)}: each seed is run once. Leave out what is given "
+                         "twice.")
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c06
@@ -711,19 +772,24 @@ def check_study(
     seeds:list,         # its seeds
     folder=None,        # its run folder; data that are on record there are not read again
 ):
-    "Raise `InputError` for anything that would fail later: values, options, weights, splits, network, images. Writes nothing."
+    """Raise `InputError` for anything that would fail later: values, options, weights, splits,
+    network, images. Writes nothing."""
     check_values(config)
     check_seeds(seeds)
     if folder: known_study(folder, config)
     if config.pairing not in ("random", "label_group", "index"): raise InputError(unknown("pairing", config.pairing, ("random", "label_group")))
     try: Augment(**config.augment)
-    except TypeError as e: raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
+    except TypeError as e:
+        raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
     learning_rate(settings(config, config.epochs, "cpu"), 0)
     resolve_precision(config.precision)
     if config.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", config.stop_on, ("dice", "loss")))
-    if config.early_stop and not config.validation: raise InputError("early_stop needs validation: give a number of labelled units to choose the best epoch by.")
+    if config.early_stop and not config.validation:
+        raise InputError("early_stop needs validation: give a number of labelled units to choose "
+                         "the best epoch by.")
     arms = {name: (arm, method_options(arm["method"], arm["preset"], arm["options"], config.patch)) for name, arm in all_arms(config).items()}
-    if config.dims == 3 and not all(c.dims == 3 for c in open_both(config)): raise InputError(f"dims=3, but {config.data} has 2-D images. Give volumes, or dims=2.")
+    if config.dims == 3 and not all(c.dims == 3 for c in open_both(config)):
+        raise InputError(f"dims=3, but {config.data} has 2-D images. Give volumes, or dims=2.")
     parts = [split_data(config, seed) for seed in seeds]
     net = check_networks(config, parts[0])
     for name, (arm, options) in arms.items(): check_arm(config, parts[0], name, arm, options)
@@ -737,23 +803,31 @@ def check_networks(
     net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
     recipe(config, data.student_test, net)
     if config.teacher_weights: start_weights(config, net)
-    sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:] if config.dims == 3 else (config.patch,) * 2
+    sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
     ghost = copy.deepcopy(net).to("meta").train() # shapes without numbers
     try: ghost(torch.empty(config.batch, channels_of(data), *sides, device="meta"))
     except NotImplementedError: pass # a layer that knows no shapes without numbers
     except (ValueError, RuntimeError) as e:
-        raise InputError(f"batch={config.batch}, patch={config.patch}: the network {config.network!r} cannot be trained on such batches ({e}). Give larger ones.") from e
+        raise InputError(f"batch={config.batch}, patch={config.patch}: the network "
+                         f"{config.network!r} cannot be trained on such batches ({e}). Give "
+                         "larger ones.") from e
     return net
 
 def check_arm(config, data, name, arm, options):
     "`InputError` for an arm whose options, weights or teacher do not fit the study."
     def fresh(stream): return network(config, 0, stream, channels_of(data), len(data.teacher_train.classes))
-    if arm["method"] == "lotus" and "seg_teacher" in arm["weights"] and not options.joint: raise InputError(f"arm {name!r}: the term 'seg_teacher' exists with the option joint=true only. Set it, or leave the weight out.")
-    if getattr(options, "unlabelled", False) and not len(data.student_rest): raise InputError(f"arm {name!r}: unlabelled=true needs training groups of the student without labels, and none is left. Label fewer, or leave it out.")
+    if arm["method"] == "lotus" and "seg_teacher" in arm["weights"] and not options.joint:
+        raise InputError(f"arm {name!r}: the term 'seg_teacher' exists with the option joint=true "
+                         "only. Set it, or leave the weight out.")
+    if getattr(options, "unlabelled", False) and not len(data.student_rest):
+        raise InputError(f"arm {name!r}: unlabelled=true needs training groups of the student "
+                         "without labels, and none is left. Label fewer, or leave it out.")
     student, first = fresh("student"), KINDS[arm["method"]].first
     method = method_of(config, arm, student, first_of(config, arm, 0, student).student if first else fresh("teacher"), 0)
-    t, sides = getattr(method, "teacher", None), (config.depth or config.patch, config.patch, config.patch)[-config.dims:] if config.dims == 3 else (config.patch,) * 2
-    if first and any(n % s for n, s in zip(sides, t.strides)): raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's strides {t.strides}.")
+    t, sides = getattr(method, "teacher", None), (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
+    if first and any(n % s for n, s in zip(sides, t.strides)):
+        raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's "
+                         f"strides {t.strides}.")
     method.check_weights(weight_table(method.weights, arm["weights"]))
 
 
@@ -782,7 +856,8 @@ def collect(
     folder,     # run folder
     tasks:list, # (kind, name, seed) of finished trainings
 )->list: # their scores
-    "Gather scores and histories into metrics.csv and history.csv, with their checksums in tables.json. `InputError` when nothing is finished."
+    """Gather scores and histories into metrics.csv and history.csv, with their checksums in
+    tables.json. `InputError` when nothing is finished."""
     if not tasks: raise InputError(f"{folder} holds no finished training. Run the study first.")
     rows, history = [], []
     for _, name, seed in tasks:
@@ -798,8 +873,11 @@ def collect(
 
 def check_complete(place, rows, name, seed):
     "`InputError` unless every case was scored once, by this arm and seed."
-    scored, wanted = Counter((r["arm"], r["seed"], r["case"]) for r in rows), Counter((name, seed, c) for c in verified(place)["cases"])
-    if scored != wanted: raise InputError(f"{place/'metrics.csv'} does not hold every case of {name} {seed} once. Delete it: the same command scores again.")
+    scored = Counter((r["arm"], r["seed"], r["case"]) for r in rows)
+    wanted = Counter((name, seed, case) for case in verified(place)["cases"])
+    if scored != wanted:
+        raise InputError(f"{place/'metrics.csv'} does not hold every case of {name} {seed} once. "
+                         "Delete it: the same command scores again.")
 
 
 # %% ../nbs/5_methods/3_study.ipynb #2c3e644b
@@ -807,7 +885,8 @@ def known_study(
     folder,             # run folder
     config:StudyConfig, # the study
 )->dict: # what config.json holds: study, arms, seeds, made by
-    "What a run folder says it is; a lost config.json is put together from the records of finished trainings. `InputError` for another study's folder."
+    """What a run folder says it is; a lost config.json is put together from the records of
+    finished trainings. `InputError` for another study's folder."""
     path, done = Path(folder)/"config.json", records(folder)
     mine, arms = plain(common(config)), plain(all_arms(config))
     known = read_claim(path) if path.exists() else {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
@@ -815,20 +894,27 @@ def known_study(
         kind, name, seed = r["task"]
         if kind == "arm": known["arms"].setdefault(name, r["arm"])
         if kind != "teacher": known["seeds"] = sorted({*known["seeds"], seed})
-    differ = [k for k in mine if known["study"].get(k) != mine[k]] + [f"arm {k!r}" for k in arms if known["arms"].get(k, arms[k]) != arms[k]]
-    if differ: raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. Choose another run folder, or delete this one.")
+    differ = [k for k in mine if known["study"].get(k) != mine[k]]
+    differ += [f"arm {k!r}" for k in arms if known["arms"].get(k, arms[k]) != arms[k]]
+    if differ:
+        raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. "
+                         "Choose another run folder, or delete this one.")
     for r in done:
-        if r["study"] != settled(config): raise InputError(f"{folder} belongs to another study: {r['task'][1]} {r['task'][2]} was trained with other settings. Choose another run folder.")
+        if r["study"] != settled(config):
+            raise InputError(f"{folder} belongs to another study: {r['task'][1]} {r['task'][2]} "
+                             "was trained with other settings. Choose another run folder.")
     return known
 
 def read_claim(path)->dict:
     "config.json, if it is a study's and as it was written."
     found = read_json(path)
-    if not isinstance(found, dict) or {"study", "arms", "seeds"} - set(found): raise InputError(f"{path} is not the record of a study. Choose another run folder.")
+    if not isinstance(found, dict) or {"study", "arms", "seeds"} - set(found):
+        raise InputError(f"{path} is not the record of a study. Choose another run folder.")
     return read_sealed(path)
 
 def claim_folder(folder, config, seeds):
-    "Write config.json, after a look at the one there. Returns all seeds and arms that the folder has been given so far."
+    """Write config.json, after a look at the one there. Returns all seeds and arms that the folder
+    has been given so far."""
     known = known_study(folder, config)
     known.update(arms={**known["arms"], **all_arms(config)}, seeds=sorted({*known["seeds"], *seeds}))
     write_sealed(Path(folder)/"config.json", known)
@@ -845,10 +931,12 @@ def environment()->dict:
     def of(name):
         try: return version(name)
         except PackageNotFoundError: return "source"
-    return dict(versions={n: of(n) for n in ("unpaired_kd", "torch", "monai", "accelerate", "numpy")}, python=platform.python_version(), machine=platform.machine(), commit=commit())
+    versions = {n: of(n) for n in ("unpaired_kd", "torch", "monai", "accelerate", "numpy")}
+    return dict(versions=versions, python=platform.python_version(), machine=platform.machine(), commit=commit())
 
 def commit()->str:
-    "The commit of this library's own checkout; empty if it is installed, or git is not there. Another project's commit says nothing."
+    """The commit of this library's own checkout; empty if it is installed, or git is not there.
+    Another project's commit says nothing."""
     import subprocess
     if "__file__" not in globals(): return ""
     root, source = Path(__file__).resolve().parents[1], "nbs/5_methods/3_study.ipynb"

@@ -34,22 +34,27 @@ class Taps:
         self.seen[name], self.versions[name] = out, version(out)
 
     def _rescue(self, layer, inputs):
-        "A layer that works in place is about to overwrite its input: keep a copy of what a tap heard."
+        """A layer that works in place is about to overwrite its input: keep a copy of what a tap
+        heard."""
         for n, out in self.seen.items():
             if any(out is x for x in inputs): self._hear(n, layer, inputs, out.clone())
 
     def __getitem__(self,
         name:str, # one of the tapped layers
     )->Tensor: # its latest output (B,C,*s)
-        "The latest output of a tapped layer. `InputError` when the network has overwritten it since."
+        """The latest output of a tapped layer. `InputError` when the network has overwritten it
+        since."""
         if name not in self.names: raise InputError(unknown("tap", name, self.names))
-        if name not in self.seen: raise InputError(f"tap {name!r} has seen nothing yet: run the network first.")
+        if name not in self.seen:
+            raise InputError(f"tap {name!r} has seen nothing yet: run the network first.")
         if version(self.seen[name]) != self.versions[name]:
-            raise InputError(f"tap {name!r}: what follows this layer overwrites its output (a sum or function in place). Tap a later layer.")
+            raise InputError(f"tap {name!r}: what follows this layer overwrites its output (a sum "
+                             "or function in place). Tap a later layer.")
         return self.seen[name]
 
     def take(self)->dict: # name -> output, in the order of `names`
-        "All tapped outputs of the latest pass, and forget them (so that they do not stay in memory)."
+        """All tapped outputs of the latest pass, and forget them (so that they do not stay in
+        memory)."""
         out = {n: self[n] for n in self.names}
         self.seen.clear()
         return out

@@ -6,8 +6,9 @@
 __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised', 'channels_first', 'strides_of', 'pad_to',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
-           'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark', 'student_mark', 'FileJob',
-           'file_jobs', 'check_outputs', 'PartlyDone', 'faults_named', 'segment_file', 'predict_path', 'told']
+           'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
+           'student_mark', 'FileJob', 'file_jobs', 'check_outputs', 'PartlyDone', 'segment_file', 'predict_path',
+           'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -455,6 +456,24 @@ def read_weights(
                              "take an earlier checkpoint.")
     return state
 
+# %% ../nbs/4_training/4_inference.ipynb #a7c1000a
+@contextlib.contextmanager
+def faults_named(
+    path, # the file that is worked on
+):
+    "Within the block, every fault becomes an `InputError` that names the file; the user's own stop does not."
+    try:
+        yield
+    except InputError as e:
+        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
+    except MemoryError as e:
+        raise InputError(f"{path} needs more memory than is free. Close other programs, or take a smaller one.") from e
+    except Exception as e:
+        if re.search("out of memory|allocate memory", str(e)):
+            raise InputError(f"{path} needs more memory than is free on the device. Use --device cpu, "
+                             "or a student with a smaller patch.") from e
+        raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e
+
 # %% ../nbs/4_training/4_inference.ipynb #8314a76f
 def output_name(
     path:Path, # input image
@@ -590,23 +609,6 @@ def check_outputs(
 # %% ../nbs/4_training/4_inference.ipynb #a7c10007
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
-
-@contextlib.contextmanager
-def faults_named(
-    path, # the file that is worked on
-):
-    "Within the block, every fault becomes an `InputError` that names the file; the user's own stop does not."
-    try:
-        yield
-    except InputError as e:
-        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
-    except MemoryError as e:
-        raise InputError(f"{path} needs more memory than is free. Close other programs, or take a smaller one.") from e
-    except Exception as e:
-        if re.search("out of memory|allocate memory", str(e)):
-            raise InputError(f"{path} needs more memory than is free on the device. Use --device cpu, "
-                             "or a student with a smaller patch.") from e
-        raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e
 
 def segment_file(
     student:Student, # in memory

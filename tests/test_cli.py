@@ -75,6 +75,88 @@ def test_values_of_another_type_are_refused(kind, text):
     with pytest.raises(InputError, match="does not fit"): cli.parse_value(cli.Parameter("x", kind, None, ""), text)
 
 
+@pytest.mark.parametrize("text", ["C: data", "[a", "*x", "010", "off", "null", "2024-01-01", "#1", "  spaces  ", "", "'quoted'", "!tag", "1e3", "a\nb", "x" * 300_000, "{a: 1}"])
+def test_text_is_text(text):
+    "As it was typed; in an alternative, whatever the other type does not take; never read as YAML."
+    assert cli.parse_value(cli.Parameter("x", "str", "a", ""), text) == text
+    assert cli.parse_value(cli.Parameter("x", "str | None", None, ""), text) == (None if text == "null" else text)
+    assert cli.parse_value(cli.Parameter("x", "int | str", 0, ""), text) == text
+
+
+@pytest.mark.parametrize("kind, text, value", [
+    ("list[str]", "[no, yes, off, 010, 1e3, 2024-01-01, null, '5', 1:30]", ["no", "yes", "off", "010", "1e3", "2024-01-01", "null", "5", "1:30"]),
+    ("dict[str, float]", "{off: 1, 010: .5}", {"off": 1., "010": .5}), ("list[str | None]", "[null, a, ~]", [None, "a", None]),
+    ("int", "0x10", 16), ("int", "0o10", 8), ("int", "+7", 7), ("int", "-0", 0), ("float", "1.", 1.), ("float", ".5", .5), ("float", "-.inf", float("-inf")), ("float", "5E-1", .5), ("float", "0x10", 16.),
+    *(("bool", t, True) for t in ("yes", "On", "TRUE")), *(("bool", t, False) for t in ("no", "OFF", "False")),
+    ("list", "[a b, 1, .5, true, null, ~, 'no', 0x1F, {k: [v]}]", ["a b", 1, .5, True, None, None, "no", 31, {"k": ["v"]}]), ("dict", "{1: a, 2: b}", {1: "a", 2: "b"}), ("object", "{a: , b: 16-9}", {"a": None, "b": "16-9"})])
+def test_values_are_what_was_meant(kind, text, value):
+    "By hand, from the core schema of YAML 1.2; `repr` tells 1 from 1.0 and from True."
+    assert repr(cli.parse_value(cli.Parameter("x", kind, None, ""), text)) == repr(value)
+
+
+@pytest.mark.parametrize("text", ["010", "-07", "1:30", "1_000", "0b11", "yes", "No", "on", "OFF", "2024-01-01", "=", "<<", "08"])
+def test_what_nobody_can_know_is_refused(text):
+    "Without a type, wherever YAML 1.1 and 1.2 disagree; in quotes it is text."
+    for place in ("{}", "[{}]", "{{a: {}}}", "{{{}: a}}"):
+        with pytest.raises(InputError): cli.parse_value(cli.Parameter("x", "object", None, ""), place.format(text))
+    assert cli.parse_value(cli.Parameter("x", "list", None, ""), f"['{text}']") == [text]
+
+
+def test_entries_deep_in_a_dict(tmp_path):
+    nb = notebook(tmp_path / "a.ipynb", 'net: dict = {"width": 8, "inner": {"codes": 4, "tap": None}}\nfree: dict = {}\nlr: dict[str, dict[str, float]] = {"a": {"b": 1.0}}')
+    known = cli.read_parameters(nb)
+    got = cli.resolve(nb, known, [("net.inner.codes", "16"), ("net.inner.tap", "conv9"), ("free.a.b", "1"), ("free.a.c", "x"), ("lr.a.b", "2")])
+    assert got == {"net": {"width": 8, "inner": {"codes": 16, "tap": "conv9"}}, "free": {"a": {"b": 1, "c": "x"}}, "lr": {"a": {"b": 2.}}}
+    assert known["net"].default == {"width": 8, "inner": {"codes": 4, "tap": None}} and known["free"].default == {}
+
+
+def test_everything_arrives_in_the_notebook_as_it_was_given(tmp_path):
+    "Also keys that are numbers, text that looks like code, and a notebook and a folder with braces; papermill says nothing."
+    body = 'from pathlib import Path\nPath(run_folder, "seen").write_text(repr([text, keys, odd, maybe]))'
+    nb = notebook(tmp_path / "n {x} %s 'é'.ipynb", 'text: str = ""\nkeys: dict = {}\nodd: list = []\nmaybe: int | None = None\nrun_folder: str = ""', body)
+    text = '"; import os\n\\\\ {x} %s # \U0001f600\''
+    done = ukd("run", nb, "-p", "text", text, "-p", "keys", "{1: {2: a}, 3: [.5]}", "-p", "odd", "[.inf, null, true]", "-p", "maybe", "3", "--out", "o {y} %d", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "o {y} %d/seen").read_text(encoding="utf-8") == repr([text, {1: {2: "a"}, 3: [.5]}, [float("inf"), None, True], 3])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_kernel_that_dies_is_one_sentence(tmp_path):
+    nb = notebook(tmp_path / "a.ipynb", PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
+    done = ukd("run", nb, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "the kernel that runs" in done.stderr and "out/notebook.ipynb" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_command_in_order(number):
+    "One line and status 128 + number; a hang-up that was to be ignored (`nohup`) is."
+    script = f"import os, signal, sys\nfrom unpaired_kd import cli\ndef wait(args):\n    os.kill(os.getpid(), {int(number)})\n    print('went on')\n    return 0\ncli.COMMANDS['sweep'] = wait\n"
+    end = "sys.exit(cli.main(['sweep', 'x']))"
+    done = subprocess.run([sys.executable, "-c", script + end], capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stdout == "" and done.stderr == "\nukd sweep: stopped. The same command continues.\n"
+    ignored = subprocess.run([sys.executable, "-c", script + f"signal.signal({int(number)}, signal.SIG_IGN)\n" + end], capture_output=True, text=True)
+    assert ignored.returncode == 0 and ignored.stdout == "went on\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "gbk"])
+def test_a_table_on_a_terminal_that_has_no_such_signs(tmp_path, encoding):
+    "The dash, the plus-minus and the micron may become question marks; the numbers stay."
+    (tmp_path / "metrics.csv").write_text("arm,seed,case,group,hd95_unit,dsc,hd95\n" + "".join(f"{a},0,{c},{c},mm,0.{d}{c},0.{c}\n" for a, d in (("alone", 5), ("kl", 6)) for c in range(3)))
+    done = subprocess.run([sys.executable, "-c", START, "report", str(tmp_path)], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    text = done.stdout.decode(encoding)
+    assert done.returncode == 0 and done.stderr == b"" and "51.0" in text and "61.0" in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device")
+def test_an_output_that_is_full_or_closed(tmp_path):
+    (tmp_path / "metrics.csv").write_text("arm,seed,case,group,dsc\nalone,0,a,a,0.5\n")
+    with open("/dev/full", "w") as full: done = subprocess.run([sys.executable, "-c", START, "report", str(tmp_path)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+    closed = subprocess.run(f"{sys.executable} -c '{START}' report {tmp_path} >&-", shell=True, capture_output=True, text=True)
+    assert closed.returncode == 0 and closed.stderr == ""
+
+
 def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", PARAMETERS, 'from unpaired_kd.core import InputError\nprint("before")', 'raise InputError("labels/7.png: no such label")', 'print("after")')
     done = ukd("run", nb, "--out", "out", cwd=tmp_path)
@@ -140,6 +222,54 @@ def test_rows_of_several_runs_are_counted_once():
     joined = cli.join_runs({"runs/a": a, "runs/b": b})
     assert [(r["arm"], r["case"]) for r in joined] == [("alone", "x"), ("alone", "y"), ("kl", "x"), ("kl", "y"), ("alone", "z"), ("kl (b)", "x"), ("kl (b)", "y")]
     assert len({(r["arm"], r["seed"], r["case"]) for r in joined}) == len(joined)
+
+
+def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
+    "A run folder as a study leaves it: config.json, a split with the fingerprint of the data, scores."
+    from unpaired_kd.report import save_rows
+    (folder / "splits").mkdir(parents=True)
+    record = dict(study=dict(data=str(folder), epochs=10, options={}) | settings, arms={a: {"method": a} for a in arms}, seeds=[seed])
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / f"splits/student-{seed}.json").write_text(json.dumps(dict(parts={}, data=data)))
+    rows = [dict(arm=a, seed=seed, collection="ct", case=c, group=c, dsc=base + .1 * i) for i, a in enumerate(arms) for c in "xy"]
+    save_rows(folder / "metrics.csv", rows)
+    return str(folder)
+
+
+def arms_of(*folders):
+    from unpaired_kd.report import load_rows
+    rows = cli.join_runs({f: load_rows(f) for f in folders})
+    return {(r["arm"], r["seed"]) for r in rows}
+
+
+def test_only_runs_of_the_same_data_and_settings_are_merged(tmp_path, capsys):
+    "More seeds of one study stand side by side, also with other arms or paths; other epochs or images never do."
+    first, same = study(tmp_path / "a", 0), {("alone", 0), ("kl", 0)}
+    assert arms_of(first, study(tmp_path / "b", 1, arms=("alone", "ifv"))) == same | {("alone", 1), ("ifv", 1)}
+    assert arms_of(first, study(tmp_path / "c", 1, epochs=100)) == same | {("alone (c)", 1), ("kl (c)", 1)}
+    assert arms_of(first, study(tmp_path / "d", 1, data="other")) == same | {("alone (d)", 1), ("kl (d)", 1)}
+    assert arms_of(first, study(tmp_path / "e", 1, options={"tau": 2})) == same | {("alone", 1), ("kl", 1)} # each arm's record has its own
+    assert arms_of(first, study(tmp_path / "f", 0, base=.4)) == same | {("alone (f)", 0), ("kl (f)", 0)} # the same seed, other scores
+    again = study(tmp_path / "other/a", 1, epochs=5)
+    assert arms_of(first, again) == same | {(f"alone ({again})", 1), (f"kl ({again})", 1)}
+    longer = study(tmp_path / "g", 0, base=.6, epochs=100)
+    assert cli.main(["report", first, longer]) == 0
+    out = capsys.readouterr().out
+    assert "'alone (g)' is not 'alone': other epochs." in out and "'kl (g)' is not 'kl': other epochs." in out
+    assert cli.main(["report", first, str(tmp_path / "d")]) == 2 # other seeds cannot be paired
+    assert "'alone (d)' is not 'alone': other images." in capsys.readouterr().err
+
+
+def test_what_a_table_lacks_and_what_stands_in_it_twice_is_said(tmp_path, capsys):
+    folder = study(tmp_path / "a", 0)
+    record = json.loads((tmp_path / "a/config.json").read_text())
+    record.update(seeds=[0, 1], arms=record["arms"] | {"ifv": {}})
+    (tmp_path / "a/config.json").write_text(json.dumps(record))
+    table = tmp_path / "a/metrics.csv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    assert cli.main(["report", folder]) == 0
+    out, error = capsys.readouterr()
+    assert "arm 'ifv' has no scores of seed 0, 1 yet" in out and "arm 'alone' has no scores of seed 1 yet" in out and "1 rows stand in the tables twice" in error
 
 
 def test_predict(tmp_path, capsys):

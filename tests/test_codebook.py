@@ -1,6 +1,9 @@
 """Codebooks: identities of the quantiser, faults, determinism, and what codes learn on plain tubes. The names A1..A11 are the checks of the chapter `codebook`."""
 import copy
 import math
+import os
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -388,3 +391,84 @@ def test_reconstruction(learned): # A10
 def test_restarts_fall_and_end(learned): # A11
     log = learned["healthy"]["log"]
     assert log.sum() > 0 and log[180:].sum() == 0 and log[100:].sum() < log[:100].sum()
+
+
+# ---- several processes
+
+STATE = ("table", "counts", "sums", "steps", "restarted")
+SETTINGS = [dict(cosine=True, restart=2.), dict(cosine=False, restart=2.), dict(cosine=True, restart=0.)]
+
+
+def joint_batch(step):
+    "Features (4,8,3,3,3) of two processes together; process 1 has three of the four."
+    return normal_of("joint", step, 4, 8, 3, 3, 3) + 2 * (step > 6)    # they move on, so that codes die
+
+
+def run_book(config, part, look=lambda book: None):
+    "Eight steps on a part of each joint batch; the state after every step."
+    book, states = Codebook(24, 8, decay=.6, seed=3, **config), []
+    book.start(normal_of("start", 0, 400, 8))
+    for step in range(12):
+        book(joint_batch(step)[part])
+        look(book)
+        states.append({k: getattr(book, k).clone() for k in STATE})
+    return states
+
+
+def _process(rank, port, folder):
+    from accelerate import Accelerator
+    from unpaired_kd.learner import average_buffers
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    part = slice(0, 1) if rank == 0 else slice(1, 4)
+    found = [run_book(c, part, lambda book: average_buffers({"teacher": nn.ModuleList([book])}, accelerator)) for c in SETTINGS]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_that_sees_the_joint_batch(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_process, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    for config, a, b in zip(SETTINGS, first, second):
+        alone = run_book(config, slice(None))
+        assert (alone[-1]["restarted"] > 0) == (config["restart"] > 0)
+        for step, (x, y, z) in enumerate(zip(a, b, alone)):
+            for k in STATE:
+                assert torch.equal(x[k], y[k]), (config, step, k)
+                assert (x[k] - z[k]).abs().max() <= 2e-6 * max(1, z[k].abs().max()), (config, step, k)
+            if config["cosine"]: assert (x["table"].norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_restarts_of_one_process_are_drawn_as_ever():
+    "By hand: the dead codes take the rows of the permutation of this seed and step, and begin at the threshold."
+    rows = unit(normal(30, 4))
+    book = Codebook(6, 4, restart=2., decay=.5, seed=5)
+    book.counts.copy_(torch.tensor([9., 1, 9, 0, 1, 9])); book.steps.fill_(7)
+    old = book.table.clone()
+    book._revive(rows)
+    chosen = torch.randperm(30, generator=torch_rng(5, "restart", 7))[:3]
+    assert torch.equal(book.table[[1, 3, 4]], rows[chosen]) and torch.equal(book.table[[0, 2, 5]], old[[0, 2, 5]])
+    assert book.counts.tolist() == [9, 2, 9, 2, 2, 9] and book.restarted == 3 and torch.equal(book.sums[3], 2 * book.table[3])
+
+
+def test_a_restarted_code_is_not_restarted_again():
+    "One dead code, and tokens that keep it alive afterwards: one restart, not one a step."
+    book = Codebook(2, 2, cosine=False, restart=1., decay=.9, seed=0)
+    book.table.copy_(torch.tensor([[0., 0], [50, 50]])); book.counts.copy_(torch.tensor([10., .5])); book.sums.copy_(book.counts[:, None] * book.table)
+    left, right = torch.zeros(8, 2), torch.full((8, 2), 4.)
+    for _ in range(4): book(torch.cat([left, right]).T[None])
+    assert book.restarted == 1 and sorted(book.table.round().tolist()) == [[0, 0], [4, 4]]
+
+
+def test_the_start_counts_tokens_by_the_size_of_each_code():
+    "Three clusters of 10, 30 and 60 tokens: counts are 10 a code on average, shared out by size; sums are counts times rows."
+    centres = torch.tensor([[0., 0], [100, 0], [0, 100]])
+    tokens = torch.cat([c + .01 * normal(n, 2, seed=n) for c, n in zip(centres, (10, 30, 60))])
+    book = Codebook(3, 2, cosine=False).start(tokens)
+    order = torch.cdist(centres, book.table).argmin(1)
+    assert torch.allclose(book.counts[order], torch.tensor([3., 9, 18]), atol=1e-5)
+    assert torch.allclose(book.sums, book.counts[:, None] * book.table)

@@ -1,5 +1,5 @@
 "Collections: every fault of a folder is named, splits keep patients whole, listing order never matters."
-import csv, os, pickle, random, re, warnings
+import csv, hashlib, os, pickle, random, re, shutil, unicodedata, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import pytest
 
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import images as image_files
-from unpaired_kd.data.collections import Collection, Split, deck, kfold_groups, label_budget, open_collection, split_groups
+from unpaired_kd.core import read_json, write_json
+from unpaired_kd.data.collections import Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, open_collection, split_groups
 
 
 def picture(k, shape=(20, 24)):
@@ -187,7 +188,10 @@ def test_missing_groups_are_a_warning(ward):
 # labels and intensities
 
 def test_instance_labels_are_recognised(ward):
-    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", (np.arange(480).reshape(20, 24) % 7 * 100).astype(np.uint16))
+    "Twenty squares, numbered in steps of 30: more numbers than a picture has classes, each in one piece."
+    y = np.zeros((20, 24), np.uint16)
+    for n in range(20): y[4 * (n // 5):4 * (n // 5) + 3, 4 * (n % 5):4 * (n % 5) + 3] = 30 * (n + 1)
+    for k in range(6): save(ward / f"labels/p{k // 2}_{k}.png", y)
     c = Collection.from_folders(ward)
     assert c.label_kind == "instance" and c.classes == ("background", "foreground")
     assert c[0].instances.max() == 600 and set(c[0].label.unique().tolist()) == {0, 1}
@@ -371,6 +375,270 @@ def test_budgets_are_nested_and_go_round_the_patients(seed):
     assert len(set(c.subset(label_budget(c, 8, seed=seed)).groups)) == 8
     assert len({label_budget(c, 1, seed=s)[0] for s in range(20)}) > 3
     assert sorted(Counter(strata[g] for g in deck(strata, rng(seed, "d"))[:4]).values()) == [2, 2]
+
+
+# what the labels' numbers mean
+
+def drawn(*numbers, pieces=1):
+    "64 x 64 pixels: each number as `pieces` separate squares of 5 x 5."
+    y = np.zeros((64, 64), np.int64)
+    places = [(6 * i, 6 * j) for i in range(10) for j in range(10)]
+    for k, n in enumerate(n for n in numbers for _ in range(pieces)):
+        a, b = places[k]
+        y[a:a + 5, b:b + 5] = n
+    return y
+
+
+FORMATS = [("png", np.uint8), ("png", np.uint16), ("tif", np.uint8), ("tif", np.int8), ("tif", np.uint16), ("tif", np.int16),
+           ("tif", np.uint32), ("tif", np.int32), ("tif", np.int64), ("tif", np.float32), ("tif", np.float64), ("nii.gz", np.uint8), ("nii.gz", np.int16),
+           ("nii.gz", np.uint16), ("nii.gz", np.int32), ("nii.gz", np.float64), ("zarr", np.uint8), ("zarr", np.uint16), ("zarr", np.int32)]
+
+
+def stored(folder, labels, ending, dtype):
+    "The labels as files of this format and type, with images."
+    import nibabel as nib
+    import tifffile
+    import zarr
+    for k, y in enumerate(labels):
+        save(folder / f"images/{k}.png", rng(0, "stored", k).integers(0, 255, y.shape).astype(np.uint8))
+        path = folder / f"labels/{k}.{ending}"
+        path.parent.mkdir(exist_ok=True)
+        y = y.astype(dtype)
+        if ending == "png": save(path, y)
+        elif ending == "tif": tifffile.imwrite(path, y)
+        elif ending == "zarr": zarr.create_array(str(path), data=y, config={"write_empty_chunks": True})
+        else: nib.save(nib.Nifti1Image(y.T, np.eye(4), dtype=y.dtype), path)
+    return folder
+
+
+def meaning(folder, **kw):
+    "(kind, number of classes), or a word of the error."
+    try: c = Collection.from_folders(folder, group=str, **kw)
+    except InputError as e:
+        assert "labels/" in str(e) and "label_kind='instance'" in str(e)
+        return "ignore" if "ignore" in str(e) else "asked"
+    assert c.describe_labels() == Collection.from_folders(folder, group=str, **kw).describe_labels()
+    return c.label_kind, len(c.classes)
+
+
+@pytest.mark.parametrize("ending,dtype", FORMATS)
+def test_a_number_means_the_same_in_every_container(tmp_path, ending, dtype):
+    "Classes, masks, objects and ignore values, in all bit depths of all formats."
+    wide = ending != "nii.gz" and np.dtype(dtype).name in ("uint16", "int16", "int32", "uint32")
+    sets = {"mask": [drawn(1), drawn(1)], "classes": [drawn(1, 2, 3, pieces=2), drawn(1, 3)], "organs": [drawn(1, 2, 3)] * 2,
+            "objects": [drawn(*range(1, n)) for n in (30, 40)], "few objects": [drawn(*range(1, n)) for n in (3, 5, 6)],
+            "ignore": [drawn(1, 2), drawn(1, 2, 255)], "ignore alone": [drawn(1, 2), drawn(255)], "mask and ignore": [drawn(1, 255)]}
+    want = {"mask": ("semantic", 2), "classes": ("semantic", 4), "organs": "asked" if wide else ("semantic", 4), "objects": ("instance", 2),
+            "few objects": ("instance", 2) if wide else "asked", "ignore": "ignore", "ignore alone": "ignore", "mask and ignore": "ignore"}
+    if dtype == np.int8: sets = {k: v for k, v in sets.items() if "ignore" not in k}
+    for name, labels in sets.items(): stored(tmp_path / name, labels, ending, dtype)
+    assert {name: meaning(tmp_path / name) for name in sets} == {name: want[name] for name in sets}
+    assert meaning(tmp_path / "organs", label_kind="semantic") == ("semantic", 4)
+    assert meaning(tmp_path / "organs", classes="abcd") == ("semantic", 4)
+    assert meaning(tmp_path / "few objects", label_kind="instance") == ("instance", 2)
+    c = Collection.from_folders(tmp_path / "classes", group=str)
+    assert np.array_equal(c[0].label.numpy(), drawn(1, 2, 3, pieces=2)) and c[0].instances is None
+    c = Collection.from_folders(tmp_path / "objects", group=str)
+    assert np.array_equal(c[1].instances.numpy(), drawn(*range(1, 40)))
+
+
+@pytest.mark.parametrize("mark", [254, 255, 65535])
+@pytest.mark.parametrize("ending,dtype", [("png", np.uint16), ("tif", np.int32), ("nii.gz", np.int32), ("zarr", np.uint16)])
+def test_every_ignore_value_is_refused(tmp_path, mark, ending, dtype):
+    assert meaning(stored(tmp_path / "a", [drawn(1, 2, mark)], ending, dtype)) == "ignore"
+    assert meaning(stored(tmp_path / "b", [drawn(mark), drawn(mark)], ending, dtype)) == ("semantic", 2)   # white, not ignored
+
+
+@pytest.mark.parametrize("ending,dtype", [("tif", np.int16), ("tif", np.float32), ("nii.gz", np.int16), ("nii.gz", np.float32)])
+def test_minus_one_is_refused(tmp_path, ending, dtype):
+    with pytest.raises(InputError, match=r"labels/0.*-1"): Collection.from_folders(stored(tmp_path, [drawn(1, -1)], ending, dtype), group=str)
+
+
+def test_arrays_keep_their_meaning():
+    y = drawn(1, 2, pieces=2)
+    for label in (y, y.astype(np.uint8), y.astype(np.float32), y.astype(np.uint16)):
+        c = Collection.from_arrays([np.zeros((64, 64), np.uint8)], [label])
+        assert len(c.classes) == 3 and np.array_equal(c[0].label.numpy(), y)
+    c = Collection.from_arrays([np.zeros((64, 64), np.uint8)], [y > 0])
+    assert len(c.classes) == 2 and np.array_equal(c[0].label.numpy(), y > 0)
+    with pytest.raises(InputError, match="'0000'.*whole numbers"): Collection.from_arrays([np.zeros((64, 64), np.uint8)], [y / 2])
+
+
+def test_volumes_of_organs_and_of_cells():
+    "A hundred organs with gaps are classes; forty cells, numbered without a gap, may be either."
+    organs, cells = np.stack([drawn(*range(3, 100, 2))] * 3), np.stack([drawn(*range(1, 41))] * 3)
+    m = infer_labels([("a", organs, False)])
+    assert (m.kind, len(m.classes), m.values) == ("semantic", 100, tuple(range(3, 100, 2)))
+    assert infer_labels([("a", cells, True)]).kind == "instance"
+    for y, wide in ((cells, False), (organs, True)):
+        with pytest.raises(InputError, match="classes or objects"): infer_labels([("a", y, wide)])
+
+
+def test_the_decision_is_told(tmp_path):
+    c = Collection.from_folders(stored(tmp_path, [drawn(1, 2), drawn(2)], "png", np.uint8), group=str)
+    assert c.describe_labels() == dict(kind="semantic", classes=["background", "class 1", "class 2"], why="the labels hold 1-2, with gaps",
+                                       values="1-2", read=2, labelled=2, images=2)
+    assert c.describe()["labels"] == c.describe_labels() and c.subset(["0"]).describe_labels()["images"] == 1
+    given = Collection.from_folders(tmp_path, group=str, classes="abc", label_kind="semantic").describe_labels()
+    assert (given["why"], given["values"], given["read"]) == ("as given", "", 0)
+
+
+def test_two_ways_of_marking_the_foreground():
+    images = [np.eye(8, dtype=np.uint8)] * 2
+    mixed = Collection.from_arrays(images, [np.eye(8, dtype=np.uint8) * v for v in (1, 255)])
+    assert mixed.check() == {"background": 2, "foreground": 2}
+    odd = Collection.from_arrays(images, [np.eye(8, dtype=np.uint8) * v for v in (1, 2)], classes="ab", label_kind="semantic")
+    with pytest.raises(InputError, match="foreground by 1-2"): odd.check()
+
+
+# names
+
+NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+
+@pytest.mark.parametrize("on_disk,in_table", [(NFC, NFD), (NFD, NFC), (NFD, NFD)])
+def test_names_in_both_unicode_forms(ward, on_disk, in_table):
+    for d in ("images", "labels"): (ward / f"{d}/p1_2.png").rename(ward / f"{d}/{on_disk if d == 'images' else in_table}.png")
+    for t in ("groups.csv", "manifest.csv"): (ward / t).write_text((ward / t).read_text().replace("p1_2", in_table), encoding="utf-8")
+    a, b = Collection.from_folders(ward), open_collection(ward, "grey")
+    for c in (a, b):
+        assert NFC in c.ids and c.groups[c.ids.index(NFC)] == "p1"
+        assert np.array_equal(c[c.ids.index(NFC)].label.numpy(), picture(2)[1])
+    assert a.subset([NFC])[0].id == NFC
+
+
+def test_labels_match_whatever_their_case(ward):
+    (ward / "labels/p1_2.png").rename(ward / "labels/P1_2_Mask.png")
+    assert Path(Collection.from_folders(ward).cases[2].label).name == "P1_2_Mask.png"
+    save(ward / "images/P1_2.png", picture(7)[0])              # now it belongs to another image
+    (ward / "groups.csv").write_text((ward / "groups.csv").read_text() + "P1_2,p1,a\n")
+    with pytest.raises(InputError, match="images/p1_2.png has no label"): Collection.from_folders(ward)
+
+
+@pytest.mark.parametrize("edit,words", [
+    (lambda d: shutil.copy(d / "labels/p1_2.png", d / "labels/p1_2_mask.png"), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2_mask.png"]),
+    (lambda d: save(d / "labels/p1_2.tif", picture(2)[1]), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2.tif"]),
+    (lambda d: save(d / "images/p1_2.tif", picture(2)[0]), ["2 images of one name", "p1_2.png, p1_2.tif"]),
+    (lambda d: shutil.copy(d / "images/p1_2.png", d / f"images/ p1_2.png"), ["2 images of one name", "p1_2"]),
+    (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to(d / "images/p2_5.png"), ["p2_5.png", "group 'p0'", "group 'p2'"]),
+    (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to("gone.png"), ["images/p0_0.png is a link to gone.png"]),
+    (lambda d: (d / "labels/p0_0.png").unlink() or (d / "labels/p0_0.png").symlink_to("gone.png"), ["labels/p0_0.png is a link to gone.png"]),
+    (lambda d: (d / "labels/p0_0.png").unlink() or os.mkfifo(d / "labels/p0_0.png"), ["labels/p0_0.png is neither"]),
+    (lambda d: (d / "groups.csv").write_text("id,group\np0_0,a\np0_0,b\n"), ["groups.csv, line 3", "'p0_0'"]),
+    (lambda d: (d / "groups.csv").write_text("id,group\np0_0,\n"), ["groups.csv names no group", "'p0_0'", "5 more"]),
+])
+def test_folders_that_are_not_clear(ward, edit, words):
+    fault(ward, edit, words)
+
+
+def test_numbers_in_names_need_a_number(tmp_path):
+    for name in ("images/cat", "images/dog_1", "labels/cow", "labels/ape_1"): save(tmp_path / f"{name}.png", picture(1)[1])
+    with pytest.raises(InputError, match="images/cat.png has no label"): Collection.from_folders(tmp_path, group=str)
+
+
+def row(d, old, new):
+    text = (d / "manifest.csv").read_text()
+    assert old in text
+    (d / "manifest.csv").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("edit,words", [
+    (lambda d: row(d, "grey,p1_2,", "grey,,"), ["manifest.csv, line 4", "'id' is empty"]),
+    (lambda d: row(d, "grey,p1_2,images/p1_2.png", "grey,p1_2,"), ["manifest.csv, line 4", "'image' is empty"]),
+    (lambda d: row(d, "grey,p1_2,", ",p1_2,"), ["manifest.csv, line 4", "'modality' is empty"]),
+    (lambda d: row(d, "grey,p1_2,", "grey,p0_0,"), ["'p0_0'", "more than once"]),
+    (lambda d: row(d, "labels/p1_2.png,p1,", "labels/p1_2.png,,"), ["manifest.csv, line 4", "p1_2.png has no group"]),
+    (lambda d: row(d, "images/p1_2.png", "images/p0_0.png"), ["p0_0.png", "'p0'", "'p1'", "one group"]),
+    (lambda d: row(d, "p0_1,images/p0_1.png,labels/p0_1.png", "p0_1,images/p0_0.png,labels/p0_0.png"), ["images/p0_0.png is listed twice", "'p0_0'", "'p0_1'"]),
+    (lambda d: row(d, "labels/p1_2.png", "labels/p0_0.png"), ["labels/p0_0.png belongs", "'p0'", "'p1'"]),
+    (lambda d: row(d, "images/p1_2.png", "../p1_2.png"), ["manifest.csv, line 4", "leads out"]),
+    (lambda d: row(d, ",p1,", ",p1\ngrey,short\n,"), ["manifest.csv, line 4", "header"]),
+    (lambda d: (d / "images/p1_2.png").unlink() or (d / "images/p1_2.png").symlink_to("gone.png"), ["p1_2.png", "link to gone.png"]),
+])
+def test_manifests_that_are_not_clear(ward, edit, words):
+    fault(ward, edit, words, lambda d: open_collection(d, "grey"))
+
+
+def test_a_manifest_from_windows(ward):
+    text = (ward / "manifest.csv").read_text()
+    want = open_collection(ward, "grey")
+    (ward / "manifest.csv").write_bytes(text.replace("/", "\\").replace(",", ";").replace("\n", "\r\n").encode("utf-16"))
+    again = open_collection(ward, "grey")
+    assert again.ids == want.ids and again.groups == want.groups and again.fingerprint() == want.fingerprint()
+
+
+def test_unknown_options_and_nnunet(tmp_path, ward):
+    with pytest.raises(InputError, match="unknown option 'zoo'.*'zoom'"): open_collection(ward, "grey", zoo=2)
+    (tmp_path / "nn/imagesTr").mkdir(parents=True)
+    with pytest.raises(InputError, match="nnU-Net"): open_collection(tmp_path / "nn", "ct")
+
+
+# contents
+
+def test_contents_name_the_file_that_changed(ward):
+    c = open_collection(ward, "grey")
+    before, old = c.contents(), c.fingerprint()
+    assert sorted(before) == sorted([f"{d}/p{k // 2}_{k}.png" for d in ("images", "labels") for k in range(6)])
+    assert before["labels/p1_3.png"] == hashlib.sha256((ward / "labels/p1_3.png").read_bytes()).hexdigest()[:16]
+    stat = (ward / "labels/p1_3.png").stat()
+    raw = bytearray((ward / "labels/p1_3.png").read_bytes())
+    raw[-20] ^= 1                                                     # one bit; size and time stay
+    (ward / "labels/p1_3.png").write_bytes(raw)
+    os.utime(ward / "labels/p1_3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert [f for f, h in c.contents().items() if h != before[f]] == ["labels/p1_3.png"]
+    assert c.fingerprint() != old and len(old) == 16 and c.unlabelled().fingerprint() not in (old, c.fingerprint())
+
+
+def test_the_fingerprint_knows_what_counts(ward, tmp_path_factory):
+    c = Collection.from_folders(ward)
+    elsewhere = tmp_path_factory.mktemp("other") / "ward"
+    shutil.copytree(ward, elsewhere)
+    assert Collection.from_folders(elsewhere).fingerprint() == c.fingerprint() and Collection.from_folders(elsewhere).contents() == c.contents()
+    marks = {c.fingerprint(), *(c._with([Case(**(vars(x) | {k: "other"})) if x.id == "p0_1" else x for x in c.cases]).fingerprint() for k in ("id", "group", "label_group"))}
+    assert len(marks) == 4
+
+
+def test_arrays_have_contents():
+    a, y = np.eye(8, dtype=np.uint8), np.eye(8, dtype=np.uint8)
+    c = Collection.from_arrays([a, a + 1], [y, 1 - y], ids=["u", "v"])
+    assert list(c.contents()) == ["u (image)", "u (label)", "v (image)", "v (label)"]
+    other = Collection.from_arrays([a, a + 1], [y, y], ids=["u", "v"])
+    assert [k for k, h in other.contents().items() if h != c.contents()[k]] == ["v (label)"] and other.fingerprint() != c.fingerprint()
+
+
+def test_verify_lists_every_file_of_another_checksum(ward):
+    row(ward, file_sha256(ward / "images/p0_1.png"), file_sha256(ward / "images/p0_1.png").upper())
+    c = open_collection(ward, "grey")
+    c.verify()
+    save(ward / "labels/p1_3.png", np.zeros((20, 24), np.uint8))
+    save(ward / "images/p0_0.png", np.zeros((20, 24), np.uint8))
+    (ward / "images/p2_5.png").unlink()
+    with pytest.raises(InputError, match="^3 faults") as e: c.verify()
+    assert accused(str(e.value)) == {"p1_3", "p0_0", "p2_5"} and "labels/p1_3.png" in str(e.value)
+
+
+def test_small_images_are_found_by_name_without_reading(ward, monkeypatch):
+    c = Collection.from_folders(ward, zoom=.5)
+    save(ward / "images/p1_2.png", np.zeros((9, 24), np.uint8))
+    monkeypatch.setattr(image_files, "read_image", None)              # nothing is decoded
+    c.check_sizes(4)
+    with pytest.raises(InputError, match="^1 fault") as e: c.check_sizes(8)
+    assert accused(str(e.value)) == {"p1_2"} and "4 x 12 pixels (zoom 0.5)" in str(e.value)
+    with pytest.raises(InputError, match="^6 faults"): c.check_sizes(16)
+
+
+def test_splits_of_earlier_fingerprints_are_read_with_a_word(ward):
+    "A split saved with 12 digits, made by hand as they were made: ids, groups and sizes in bytes, no labels."
+    from unpaired_kd.core import digest
+    c = Collection.from_folders(ward)
+    old = digest(sorted([x.id, x.group, x.label_group, str((ward / f"images/{x.id}.png").stat().st_size)] for x in c.cases))
+    split = Split(split_groups(c, dict(train=2, test=1)).parts, old)
+    split.save(ward / "s.json")
+    with pytest.warns(UserWarning, match="s.json is older.*labels"): assert Split.load(ward / "s.json", c).hash == split.hash
+    write_json(ward / "t.json", read_json(ward / "s.json") | {"data": "0" * 12, "hash": Split(split.parts, "0" * 12).hash})
+    with pytest.raises(InputError, match="other data"): Split.load(ward / "t.json", c)
+    new = split_groups(c, dict(train=2, test=1))
+    save(ward / "labels/p0_0.png", np.zeros((20, 24), np.uint8))
+    with pytest.raises(InputError, match="other data"): new.verify(c)
 
 
 DATA = Path(os.environ.get("UKD_DATA", Path(__file__).parents[2] / "shared/data"))

@@ -178,11 +178,67 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    a, b = (load_checkpoint(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert same(a, b)
     alone = learner(tmp_path / "alone", settings=Settings(epochs=2, steps=3, bars=False, device="cpu", precision="fp32"))
     alone.fit()
     assert not same(a, alone.method.student.state_dict())  # it did see the other process's batches
+
+
+class Spoiled(Plain):
+    "From `when` on, the gradient of one layer is `value`, though the loss is an ordinary number."
+    def __init__(self, net, when=8, value=float("nan"), layer="conv5.3.weight"):
+        super().__init__(net)
+        self.step, self.when, self.value = 0, when, value
+        dict(net.named_parameters())[layer].register_hook(self.spoil)
+
+    def spoil(self, g):
+        self.step += 1
+        return torch.full_like(g, self.value) if self.step > self.when else g
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, value):
+    with seeded(0, "net"): method = Spoiled(UNet(in_channels=1, width=2), value=value)
+    run = learner(tmp_path, method=method, settings=Settings(epochs=5, steps=6, bars=False, device="cpu", precision="fp32"))
+    with pytest.raises(InputError, match="gradient of student.conv5.3.weight is not finite: update 'student' of stage 'train', epoch 1, step 8. Lower lr"): run.fit()
+    assert load_checkpoint(tmp_path / "last.pt")["position"]["total"] == 1 and len(read_csv(tmp_path / "history.csv")) == 1   # as after epoch 0
+    assert run.position["step"] == 9                     # batch 9 was not learned from
+
+
+def test_it_is_noticed_in_the_last_batch_of_an_epoch(tmp_path):
+    with seeded(0, "net"): method = Spoiled(UNet(in_channels=1, width=2), when=5)
+    run = learner(tmp_path, method=method, settings=Settings(epochs=1, steps=6, bars=False, device="cpu", precision="fp32"))
+    with pytest.raises(InputError, match="epoch 0, step 5"): run.fit()
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_other_layers_are_counted(tmp_path):
+    with seeded(0, "net"): method = Spoiled(UNet(in_channels=1, width=2), when=0, layer="conv10.weight")
+    dict(method.student.named_parameters())["conv10.bias"].register_hook(method.spoil)
+    with pytest.raises(InputError, match="gradient of student.conv10.weight and 1 more is not finite"): learner(tmp_path, method=method).fit()
+
+
+class Loud(Plain):
+    "A loss that is `factor` times a mean: its fp16 gradients overflow at the scaler's first scales, or at every scale."
+    def __init__(self, net, factor):
+        super().__init__(net)
+        self.factor = factor
+
+    def losses(self, batch, noise):
+        return {"seg": lambda: self.student(batch["student"].image).float().sigmoid().mean() * self.factor}
+
+
+def loud(folder, factor):
+    with seeded(0, "net"): method = Loud(nn.Conv2d(1, 1, 3, padding=1), factor)
+    return learner(folder, method=method, settings=Settings(epochs=2, steps=20, bars=False, device="cpu", precision="fp16"))
+
+
+def test_fp16_may_find_its_scale_first(tmp_path):
+    run = loud(tmp_path / "fine", 1e4)
+    assert len(run.fit()) == 2
+    assert 1 <= run.scaler.get_scale() < 65536           # it had to halve, and no error was made of it
+    with pytest.raises(InputError, match="gradient of student.weight and 1 more is not finite"): loud(tmp_path / "hopeless", float("inf")).fit()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """The lessons: what the chapters do not show. Routing through real networks, volumes, mixed precision, invariances, exact repetition."""
 import math
-import os
 
 import pytest
 import torch
@@ -163,7 +162,6 @@ def test_ddim_with_full_noise_keeps_the_variance():
         assert math.isclose(out.var(), expected, rel_tol=.02)
 
 
-@pytest.mark.skipif(not os.environ.get("UKD_SLOW"), reason="20 seconds: set UKD_SLOW=1")
 def test_denoising_beats_the_best_scalar_after_3000_steps():
     k = torch.exp(-torch.arange(-6, 7.)**2 / 8); k = k.outer(k) / k.outer(k).square().sum().sqrt()
     mixture = torch.linalg.qr(torch.randn(16, 3, generator=torch_rng(0, "mixture")))[0] * (16 / 3)**.5

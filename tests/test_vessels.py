@@ -280,12 +280,14 @@ def test_three_classes_are_not_binarised():
     with pytest.raises(InputError, match="254"): label_map(np.array([0, 254]), ("a", "b", "c"), "semantic", "y.tif")
 
 
-@pytest.mark.parametrize("source", ["wide", "picture", "volume"])
-def test_254_is_recognised_and_objects_still_are(source):
-    y = np.array([[0, 254], [254, 0]])
-    assert infer_labels([("y", y, source)]) == (("background", "foreground"), "semantic") and infer_labels([("y", y, source)], TWO)[1] == "semantic"
-    assert infer_labels([("y", np.array([0, 1, 2, 254]), "wide")])[1] == "instance"
-    assert infer_labels([("y", np.array([0, 1, 2, 254]), "picture")], TWO)[1] == "instance"
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 2)])
+def test_254_is_recognised_and_never_beside_small_numbers(wide, shape):
+    y = np.array([0, 254, 254, 0]).reshape(shape)
+    for classes in (None, TWO):
+        m = infer_labels([("y", y, wide)], classes)
+        assert (m.classes, m.kind, m.values, m.read) == (classes or ("background", "foreground"), "semantic", (254,), 1)
+        with pytest.raises(InputError, match="y.tif: the label holds 254 beside 1-2.*ignore"): infer_labels([("y.tif", np.array([0, 1, 2, 254]).reshape(shape), wide)], classes)
 
 
 @pytest.mark.parametrize("ending", [".tif", ".nii.gz", ".zarr"])

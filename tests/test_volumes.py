@@ -455,7 +455,7 @@ def test_command(tmp_path, capsys):
 
 def test_cluster(tmp_path):
     "Blocks on a Dask cluster: the same bytes; a TIFF and a student in memory are refused."
-    distributed = pytest.importorskip("distributed")
+    import distributed
     raw, s = noise(32, 30, 33), student(levels=2)
     s.save(tmp_path / "student"); store(tmp_path / "v.zarr", raw)
     predict_volume(tmp_path / "student", tmp_path / "v.zarr", tmp_path / "here.zarr", tile=16)

@@ -344,7 +344,7 @@ def save(self,
     with atomic(folder / FILES[0]) as t: save_file(state, t)
     n = sum(p.numel() for p in self.network.parameters())
     with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}))
-    write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
+    write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "recipe_digest": digest(asdict(r), 64), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
     return folder
 
 def model_card(
@@ -409,6 +409,10 @@ def read_config(
     whole = isinstance(saved, dict) and isinstance(saved.get("recipe"), dict)
     if not whole or saved.get("format") != 1:
         raise InputError(f"{path} is not the config of a student of this version (format 1).")
+    found = digest(saved["recipe"], 64)
+    if saved.get("recipe_digest", found) != found:
+        raise InputError(f"{path}: the recipe was changed after it was saved (its digest does not fit). Restore the file, "
+                         "or remove its 'recipe_digest' if the change is meant.")
     return Recipe.load(saved["recipe"], str(path)), saved.get("weights_sha256")
 
 def whole_numbers(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'NotSettled', 'NoBetter', 'Improvements', 'Settings', 'learning_rate',
            'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes', 'validate',
-           'global_state', 'restore_global_state', 'load_checkpoint', 'Learner']
+           'global_state', 'restore_global_state', 'load_checkpoint', 'check_device', 'Learner']
 
 # %% ../nbs/4_training/1_learner.ipynb #d9e4d8f1
-import math, os, warnings
+import contextlib, math, os, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, torch_rng, unknown, write_csv
+from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
 from .losses import segmentation_loss
 from .networks.registry import load_weights
-from .networks.unet import best_layout
+from .networks.unet import best_layout, steady
 
 # %% ../nbs/4_training/1_learner.ipynb #72073401
 @dataclass
@@ -177,7 +177,7 @@ def weight_table(
     "The defaults with the user's changes. `InputError` for a term that the method does not have, or a weight that is not a finite number."
     for k, v in (chosen or {}).items():
         if k not in defaults: raise InputError(unknown("loss term", k, defaults))
-        if not isinstance(v, (int, float)) or not math.isfinite(v): raise InputError(f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term out).")
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise InputError(f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term out).")
     return {**defaults, **(chosen or {})}
 
 def weighted(
@@ -206,7 +206,7 @@ def average_buffers(
     networks:dict, # name -> network
     accelerator,   # accelerate.Accelerator
 ):
-    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not those of a module with `own_buffers` (a replay buffer's images)."
+    "Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not those of a module with `own_buffers`."
     if accelerator.num_processes == 1: return
     for m in (m for net in networks.values() for m in net.modules() if not getattr(m, "own_buffers", False)):
         for b in m.buffers(recurse=False):
@@ -274,10 +274,37 @@ def restore_global_state(
 # %% ../nbs/4_training/1_learner.ipynb #57a46f55
 def load_checkpoint(
     path,   # the file
-)->dict: # its content, on the CPU
-    "Read a checkpoint safely. A truncated or foreign file is an `InputError` that names it."
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). Delete it to train again from the start.") from e
+    mend:str="Delete it to train again from the start.", # what the reader can do, for the message
+)->dict: # its content, on the CPU; "networks" holds name -> state dict
+    """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
+    it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not there, or is no file. Give a checkpoint (last.pt) of "
+                         "this library.")
+    try:
+        with zipfile.ZipFile(path) as z: broken = z.testzip()
+        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise InputError(f"{path} is not a checkpoint of this library or is damaged "
+                         f"({type(e).__name__}). {mend}") from e
+    if broken: raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {mend}")
+    networks = state.get("networks") if isinstance(state, dict) else None
+    if not isinstance(networks, dict) or not all(isinstance(s, dict) for s in networks.values()):
+        raise InputError(f"{path} is not a checkpoint of this library: it holds no 'networks'. "
+                         f"{mend}")
+    return state
+
+
+# %% ../nbs/4_training/1_learner.ipynb #c5b1a7d3
+def check_device(
+    device:str, # auto | cpu | cuda
+):
+    "`InputError` for a device that is not known or not there."
+    if device not in ("auto", "cpu", "cuda"): raise InputError(unknown("device", device, ("auto", "cpu", "cuda")))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': there is no GPU that torch can use. Give 'cpu' or 'auto'.")
+
 
 # %% ../nbs/4_training/1_learner.ipynb #7a49fdc7
 class Learner:
@@ -296,6 +323,7 @@ class Learner:
         identity=None,         # more plain data that must be the same when resuming (e.g. which images)
         tell:Callable=lambda row: None, # called with the history row after each epoch
     ):
+        check_device(settings.device)
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state("WORLD_SIZE" not in os.environ) # accelerate keeps its settings globally; each learner has its own
@@ -311,6 +339,7 @@ class Learner:
         self.stages = method.stages()
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False) # epoch counts within the stage, total over the run
         self.best, self.since_best, self.history = -math.inf, 0, []
+        self.sizes = [] # of the gradients of this batch: (update, layers, their norms)
         self._place()
 
 # %% ../nbs/4_training/1_learner.ipynb #9a05e8a7
@@ -318,7 +347,7 @@ class Learner:
 def _place(self:Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
     learning_rate(self.settings, 0)
-    for net in [*self.method.networks.values(), *self.method.frozen.values()]: net.to(self.device, memory_format=best_layout(net))
+    for net in [*self.method.networks.values(), *self.method.frozen.values()]: steady(net).to(self.device, memory_format=best_layout(net))
     if self.settings.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", self.settings.stop_on, ("dice", "loss")))
     of = lambda name: {"rate": 1., "betas": (.9, .999), **self.method.adam.get(name, {})}
     self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
@@ -350,6 +379,7 @@ def _update(self:Learner, update, batch, noise):
     for o in named.values(): o.zero_grad(set_to_none=True)
     self.scaler.scale(loss).backward()
     average_gradients(parameters, self.accelerator)
+    self._measure(update)
     named = {n: o for n, o in named.items() if any(p.grad is not None for g in o.param_groups for p in g["params"])}
     if self.settings.clip:
         for o in named.values(): self.scaler.unscale_(o)
@@ -359,6 +389,28 @@ def _update(self:Learner, update, batch, noise):
         self.scaler.step(o)
     self.scaler.update()
     return values
+
+# %% ../nbs/4_training/1_learner.ipynb #4f86c1de
+@patch
+def _measure(self:Learner, update):
+    "Note the lengths of all gradients of an update."
+    named = [(f"{n}.{layer}", p.grad) for n in update.changes
+             for layer, p in self.method.networks[n].named_parameters() if p.grad is not None]
+    if not named: return
+    norms = torch.stack(torch._foreach_norm([g for _, g in named]))
+    self.sizes.append((update.name, [layer for layer, _ in named], norms))
+
+@patch
+def _check_gradients(self:Learner, stage):
+    "Raise `InputError` if a gradient of the last batch was not finite."
+    for update, layers, norms in self.sizes:
+        bad = [layer for layer, fine in zip(layers, norms.isfinite().tolist()) if not fine]
+        if not bad or self.scaler.is_enabled() and self.scaler.get_scale() >= 1: continue
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise InputError(f"the gradient of {bad[0]}{more} is not finite: update {update!r} of stage {stage.name!r}, "
+                         f"epoch {self.position['total']}, step {self.position['step'] - 1}. Lower lr ({self.settings.lr}), "
+                         "set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
+    self.sizes.clear()
 
 # %% ../nbs/4_training/1_learner.ipynb #ba14eea5
 @patch
@@ -381,10 +433,12 @@ def _epoch(self:Learner, stage, bar):
         step = self.position["step"]
         self.method.done = (self.position["epoch"] + i / self.settings.steps) / self._length(stage)
         batch = {k: b.to(self.device) for k, b in self.data.batch(step, stage.sources, self.accelerator.process_index).items()}
+        self._check_gradients(stage)
         for update in stage.updates:
             for k, v in self._update(update, batch, self._noise(step)).items(): sums[k] = sums.get(k, 0) + v
         self.position["step"] += 1
         bar.update()
+    self._check_gradients(stage)
     return {k: float(v) / self.settings.steps for k, v in {**sums, **self.method.counts}.items()}
 
 # %% ../nbs/4_training/1_learner.ipynb #dc0761a6
@@ -397,7 +451,9 @@ def _close_epoch(self:Learner, stage, means):
         seen = [self.method.monitor(self._fixed(i), self._noise("monitor", i)) for i in range(2)]
     monitored = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
-    if bad: raise FloatingPointError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
+    if bad:
+        raise InputError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step {self.position['step']}. Lower lr ({self.settings.lr}), "
+                         "set clip, or use precision='fp32'. No checkpoint of this epoch was written.")
     row = dict(stage=stage.name, epoch=self.position["total"], step=self.position["step"], lr=self._rate(self.position["step"] - 1), **means, **monitored)
     if self.valid: row["val_dice"], row["val_loss"] = validate(self.method.student, [b.to(self.device) for b in self.valid])
     self.history.append(row)
@@ -434,7 +490,14 @@ def _over(self:Learner):
 def fit(self:Learner,
 )->list: # history: one dict an epoch
     "Train to the end, from the last checkpoint if there is one; returns the history."
+    with seeded(self.seed, "training", self.accelerator.process_index): self._fit() # for what draws from the global generators (dropout)
+    return self.history
+
+@patch
+def _fit(self:Learner):
+    "`fit`, within its own global random state."
     self._resume()
+    if self.position["finished"]: self._write_history()
     bar = progress(self.settings.epochs * self.settings.steps, self.folder.name, self.position["step"], self.settings.bars and self.accelerator.is_main_process and not self.position["finished"])
     while not self.position["finished"]:
         stage = self.stages[self.position["stage"]]
@@ -450,7 +513,6 @@ def fit(self:Learner,
         self.position["finished"] = bool(self._over())
         if self.position["finished"] or self.position["total"] % self.settings.save_every == 0: self._save()
     bar.close()
-    return self.history
 
 # %% ../nbs/4_training/1_learner.ipynb #c339493a
 @patch
@@ -461,9 +523,18 @@ def _save(self:Learner):
         scaler=self.scaler.state_dict(), random=global_state(), plateaus=[s.until.values if s.until else [] for s in self.stages])
     if self.accelerator.is_main_process:
         with atomic(self.folder/"last.pt") as t: torch.save(state, t)
-        write_csv(self.folder/"history.csv", self.history)
+        self._write_history()
         if self.settings.tensorboard: self._tensorboard()
     self.accelerator.wait_for_everyone()
+
+@patch
+def _write_history(self:Learner):
+    "Write `history.csv` from the history in `last.pt`, unless it is there and the same."
+    path = self.folder/"history.csv"
+    if not self.accelerator.is_main_process: return
+    with contextlib.suppress(OSError, ValueError): # a damaged file is written anew
+        if read_csv(path) == self.history: return
+    write_csv(path, self.history)
 
 @patch
 def _resume(self:Learner):
@@ -471,7 +542,10 @@ def _resume(self:Learner):
     path = self.folder/"last.pt"
     if not path.exists(): return
     state = load_checkpoint(path)
-    if state.get("identity") != self.identity: raise InputError(f"{path} was made with another method, other options, settings, weights or seed. Use another run folder, or delete this one.")
+    if state.get("identity") != self.identity:
+        raise InputError(f"{path} was made with another method, other options, settings, weights "
+                         "or seed. Use another run folder, or delete this one.")
+    if self.valid and state["best"] > -math.inf and not (self.folder/"best.pt").exists(): return # its best weights are lost: train again
     for k, n in self.method.networks.items(): load_weights(n, state["networks"][k], path)
     for k, o in self.optimisers.items(): o.load_state_dict(state["optimisers"][k])
     self.scaler.load_state_dict(state["scaler"])
@@ -485,7 +559,9 @@ def _resume(self:Learner):
 def _tensorboard(self:Learner):
     "Write the newest rows of the history as TensorBoard scalars."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise InputError("tensorboard=True needs the extra `log`: pip install 'unpaired_kd[log]'.") from e
+    except ImportError as e:
+        raise InputError("tensorboard=True needs the extra `log`: pip install "
+                         "'unpaired_kd[log]'.") from e
     with SummaryWriter(self.folder/"tensorboard") as w:
         for row in self.history[-self.settings.save_every:]:
             for k, v in row.items():
@@ -493,8 +569,13 @@ def _tensorboard(self:Learner):
 
 @patch
 def best_student(self:Learner):
-    "The student, with the weights of the epoch that validation chose (as all networks), if it chose any, else the last ones."
+    """The student, with the weights of the epoch that validation chose (as all networks), if it
+    chose any, else the last ones."""
     path = self.folder/"best.pt"
     if self.valid and path.exists():
-        for k, state in load_checkpoint(path)["networks"].items(): load_weights(self.method.networks[k], state, path)
+        best = load_checkpoint(path)
+        if best.get("val_dice") != self.best:
+            raise InputError(f"{path} does not belong to last.pt beside it. Delete both to train "
+                             "again from the start.")
+        for k, state in best["networks"].items(): load_weights(self.method.networks[k], state, path)
     return self.method.student

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, PALETTE, atomic, outlined, read_csv, rng, to_display, unknown, write_csv
+from .core import InputError, PALETTE, atomic, outlined, read_csv, read_text, rng, to_display, unknown, write_csv
 from .evaluation import FEW, compare, pair_rows, settled, sign_of
+from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit") # columns that stay text, also when they look like numbers
@@ -30,8 +31,9 @@ def save_rows(
 def load_rows(
     path, # CSV file of `save_rows`, or a run folder that holds `metrics.csv`
 )->list: # the rows; names are text, `seed` is an int, scores are floats
-    "Read rows back. A missing, broken or foreign file is an `InputError` that names it."
+    "Read rows back. A missing, broken, changed or foreign file is an `InputError` that names it."
     path = Path(path) / "metrics.csv" if Path(path).is_dir() else Path(path)
+    check_table(path)
     rows = []
     for n, raw in enumerate(_records(path), start=2):
         row = {k: v for k, v in raw.items() if v != "" or k in TEXT}
@@ -42,14 +44,17 @@ def load_rows(
 # %% ../nbs/4_training/3_report.ipynb #3502525c
 def _records(path):
     "The lines of a CSV of rows as dicts of text, checked for a header, its columns and whole lines."
-    try: text = path.read_text()
-    except (OSError, UnicodeDecodeError) as e: raise InputError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}. Give a metrics.csv or a run folder.") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    absent = [c for c in ("arm", "seed", "case", "group") if c not in (reader.fieldnames or ())]
+    try: text = read_text(path)
+    except InputError as e: raise InputError(f"cannot read the scores: {e} Give a metrics.csv or a run folder.") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try: columns, records = reader.fieldnames or [], list(reader)
+    except csv.Error as e: raise InputError(f"{path} is not a table of comma-separated values ({e}). Restore it from a copy.") from None
+    absent = [c for c in ("arm", "seed", "case", "group") if c not in columns]
     if absent: raise InputError(f"{path} is not a file of rows: it has no column {absent[0]!r}.")
-    records = list(reader)
+    if len(set(columns)) < len(columns): raise InputError(f"{path}: two columns have the same name. Keep one of them.")
     for n, r in enumerate(records, start=2):
         if None in r or None in r.values(): raise InputError(f"{path}, line {n} is cut or too long. Restore the file, or evaluate again.")
+    if not text.endswith(("\n", "\r")): raise InputError(f"{path}: its last line has no end, so the file was cut. Restore it, or evaluate again.")
     return records
 
 # %% ../nbs/4_training/3_report.ipynb #4f3138c1

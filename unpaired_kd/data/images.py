@@ -197,6 +197,7 @@ def nifti_forms(
                      "both are kept in what is written")
     return found, notes
 
+# %% ../../nbs/1_data/2_images.ipynb #7b97a94d
 def nifti_place(
     header,      # nibabel header
     dims:int=3,  # spatial axes of the image
@@ -251,6 +252,7 @@ def open_nifti(
         raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
     return f, stored
 
+# %% ../../nbs/1_data/2_images.ipynb #c76c2997
 def read_nifti(
     path:Path,        # .nii or .nii.gz
     label:bool=False, # not used: NIfTI has no palette
@@ -513,6 +515,7 @@ def write_nifti(
     set_place(f.header, image, a.ndim - 1)
     nib.save(f, t)
 
+# %% ../../nbs/1_data/2_images.ipynb #262dd1e9
 def write_zarr(
     t:Path,       # the file that is written
     a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)

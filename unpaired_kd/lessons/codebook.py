@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'GRADIENTS', 'nearest_code', 'unit', 'straight_through', 'rotated', 'code_statistics', 'kmeans',
-           'Quantised', 'Codebook', 'FSQ', 'code_use', 'vessel_information', 'codebook_health', 'shuffled', 'averaged']
+           'Quantised', 'Codebook', 'summed', 'first_says', 'drawn_rows', 'FSQ', 'code_use', 'vessel_information',
+           'codebook_health', 'shuffled', 'averaged']
 
 # %% ../../nbs/3_lessons/7_codebook.ipynb #4f98f9c0
 import copy
@@ -138,7 +139,9 @@ UPDATES, GRADIENTS = ("ema", "gradient"), ("straight", "rotate")
 
 class Codebook(nn.Module):
     """A vector quantiser: every feature is replaced by the nearest of `codes` learned vectors (van den Oord et al. 2017; eq. of the EMA in its appendix A.1).
-    It learns only in training mode, and never again after `freeze`. Raises `InputError` for settings, features or a stored table that do not fit."""
+    It learns only in training mode, and never again after `freeze`; on several processes from the tokens of all. Raises `InputError` for settings, features or a stored table that do not fit."""
+    own_buffers = True # equal on all processes after every step: a trainer need not average them
+
     def __init__(self,
         codes:int=512,           # number of codes $K$
         dim:int=16,              # channels of a code $D$
@@ -193,6 +196,44 @@ def forward(self:Codebook,
         if self.training and not self.frozen and self.update == "ema": self._learn(rows.detach(), index)
     return Quantised(_grid(values, z), _grid(fixed, z), index.reshape(len(z), *z.shape[2:]), loss)
 
+# %% ../../nbs/3_lessons/7_codebook.ipynb #81fa3d6b
+def _processes():
+    "(number of processes that train together, number of this one)."
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_world_size(), torch.distributed.get_rank()) if there else (1, 0)
+
+def summed(
+    x:Tensor, # numbers of this process, any shape
+)->Tensor: # the same shape: their sum over all processes
+    "Add up over all processes; each of them must ask."
+    if _processes()[0] > 1:
+        x = x.contiguous()
+        torch.distributed.all_reduce(x)
+    return x
+
+def first_says(
+    x:Tensor, # numbers, any shape
+)->Tensor: # those of the first process
+    "The same numbers on all processes, where rounding may have made them differ (k-means on GPUs); each of them must ask."
+    if _processes()[0] > 1:
+        x = x.contiguous()
+        torch.distributed.broadcast(x, 0)
+    return x
+
+def drawn_rows(
+    rows:Tensor,               # tokens of this process (M,D)
+    number:int,                # how many to draw; fewer if there are fewer
+    generator:torch.Generator, # the same on all processes
+)->Tensor: # (number,D), the same on all processes
+    "Random rows of the joint batch, no row twice; the joint batch is that of process 0, then that of process 1, ..."
+    count, rank = _processes()
+    sizes = torch.zeros(count, dtype=torch.int64, device=rows.device)
+    sizes[rank] = len(rows)
+    sizes = summed(sizes).tolist()
+    chosen = torch.randperm(sum(sizes), generator=generator)[:number].to(rows.device) - sum(sizes[:rank])
+    own = (chosen >= 0) & (chosen < len(rows))
+    return summed(rows[chosen.clamp(0, len(rows) - 1)] * own[:, None])
+
 # %% ../../nbs/3_lessons/7_codebook.ipynb #1b22b887
 @patch
 @torch.no_grad()
@@ -202,6 +243,8 @@ def _learn(self:Codebook,
 ):
     "One step of the moving means, then the restarts. A code without hits keeps its row."
     hits, sums = code_statistics(rows, index, self.codes)
+    joint = summed(torch.cat([hits[:, None], sums], 1))
+    hits, sums = joint[:, 0], joint[:, 1:]
     self.counts.lerp_(hits.to(self.counts.dtype), 1 - self.decay)
     self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
     if self.cosine: means = unit(self.sums)
@@ -220,10 +263,11 @@ def _revive(self:Codebook,
     rows:Tensor, # tokens (M,D)
 ):
     "Codes with a moving count below `restart` become random tokens of the batch, no token twice."
-    dead = (self.counts < self.restart).nonzero()[:, 0][:len(rows)]
+    dead = (self.counts < self.restart).nonzero()[:, 0]
     if not len(dead): return
-    chosen = torch.randperm(len(rows), generator=torch_rng(self.seed, "restart", int(self.steps)))[:len(dead)]
-    self.table[dead] = rows[chosen.to(rows.device)].to(self.table.dtype)
+    new = drawn_rows(rows, len(dead), torch_rng(self.seed, "restart", int(self.steps)))
+    dead = dead[:len(new)]
+    self.table[dead] = new.to(self.table.dtype)
     self.counts[dead] = self.restart
     self.sums[dead] = self.restart * self.table[dead]
     self.restarted += len(dead)
@@ -243,6 +287,7 @@ def start(self:Codebook,
     if len(tokens) < per_code * self.codes:
         raise InputError(f"a start of {self.codes} codes needs {math.ceil(per_code * self.codes)} tokens, {per_code:g} a code; there are {len(tokens)}. Gather more patches, or lower per_code= or codes=.")
     table, sizes = kmeans(tokens.detach(), self.codes, self.cosine, steps, self.seed if seed is None else seed)
+    table, sizes = first_says(table), first_says(sizes)
     with torch.no_grad():
         self.table.copy_(table)
         self.counts.copy_(sizes * 10 * self.codes / sizes.sum())

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import InputError, Registry
 from .registry import NETWORKS
-from .unet import check_input, layer
+from .unet import Conv3d, check_input, layer, steady
 
 # %% ../../nbs/2_networks/6_volumes_networks.ipynb #5df803a1
 SLOW = 20480 # B C D H (in 2-D B C H W) up to which torch takes its slow kernel for one float32 sample on the CPU
@@ -62,7 +62,7 @@ class _UpHalves:
         return torch.cat([y[:1], y[1:]], 2)[:, :, :n * self.stride[0]]
 
 class SplitConv2d(_Halves, nn.Conv2d): "`nn.Conv2d` without the slow path."
-class SplitConv3d(_Halves, nn.Conv3d): "`nn.Conv3d` without the slow path."
+class SplitConv3d(_Halves, Conv3d): "`nn.Conv3d` without the slow path."
 class SplitUp2d(_UpHalves, nn.ConvTranspose2d): "`nn.ConvTranspose2d` without the slow path."
 class SplitUp3d(_UpHalves, nn.ConvTranspose3d): "`nn.ConvTranspose3d` without the slow path."
 
@@ -301,7 +301,8 @@ class SwinEncoder(nn.Module):
         if feature_size % 12: raise InputError(f"feature_size={feature_size}: give a multiple of 12 (three heads of a multiple of 4).")
         self.config = dict(feature_size=feature_size, in_channels=in_channels, window=window, dims=dims)
         self.channels, self.skips, self.stride, self.strides = 4 * feature_size, {2: feature_size, 4: 2 * feature_size}, 8, (8,) * dims
-        self.swin = SwinTransformer(in_channels, feature_size, (window,) * dims, (2,) * dims, depths=(2, 2), num_heads=(3, 6), spatial_dims=dims)
+        swin = SwinTransformer(in_channels, feature_size, (window,) * dims, (2,) * dims, depths=(2, 2), num_heads=(3, 6), spatial_dims=dims)
+        self.swin = steady(swin)
 
     def forward(self,
         x:Tensor, # volumes (B,in_channels,*s), in [0,1]
@@ -335,7 +336,7 @@ class UnetrEncoder(nn.Module):
         if hidden % heads: raise InputError(f"hidden={hidden} is not a multiple of heads={heads}.")
         self.config = dict(feature_size=feature_size, in_channels=in_channels, size=size, hidden=hidden, heads=heads, dims=dims)
         self.channels, self.skips, self.stride, self.strides = hidden, {s: s * feature_size for s in (2, 4, 8)}, 16, (16,) * dims
-        net = UNETR(in_channels, 1, (size,) * dims, feature_size, hidden, 4 * hidden, heads, spatial_dims=dims)
+        net = steady(UNETR(in_channels, 1, (size,) * dims, feature_size, hidden, 4 * hidden, heads, spatial_dims=dims))
         self.vit, self.encoder2, self.encoder3, self.encoder4 = net.vit, net.encoder2, net.encoder3, net.encoder4
         for block in self.vit.blocks: block.norm_cross_attn = None # MONAI makes it and never calls it
 

@@ -1,0 +1,368 @@
+"""Bad input of every kind: a short message that names the file or the argument, never a traceback, and no file changed or left.
+
+A row is (name, what to prepare, arguments of `ukd`, what the message must say). To add one, write it into the table
+of its command; `check_bad` does the rest. It runs the command in this process, in a folder that `prepare` has filled.
+"""
+import contextlib, io, json, os, re, stat, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from unpaired_kd import cli
+
+START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
+PARAMETERS = '''steps: int = 2  # how many
+rate: float = 0.5
+name: str = "x"
+deep: bool = False
+names: list[str] = []
+sizes: list[int] = [1]
+weights: dict[str, float] = {"kl": 1.0, "ifv": 1.0}
+options: dict = {}
+net: dict = {"width": 8, "inner": {"codes": 4}}
+crop: int | None = None
+run_folder: str = ""'''
+HEADER = "arm,seed,collection,case,group,dsc\n"
+SCORES = HEADER + "".join(f"{arm},0,c,{case},{case},0.{5 + i}\n" for i, arm in enumerate(("alone", "kl")) for case in "xyz")
+
+
+# ---------------------------------------------------------------- the frame
+
+def notebook(source, tag="parameters"):
+    "The text of a notebook of two cells; were it run, it would leave a file."
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": [tag]} if i == 0 else {}, source=s, outputs=[], execution_count=None)
+             for i, s in enumerate([source, "open('executed', 'w').close()"])]
+    return json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
+
+
+def prepare(place):
+    "What every row finds: a notebook, a grid, two runs with scores, a folder and a file of somebody else."
+    for name in ("run", "same/run", "thesis"): (place / name).mkdir(parents=True)
+    (place / "n.ipynb").write_text(notebook(PARAMETERS), encoding="utf-8")
+    (place / "g.yaml").write_text("notebook: ./n.ipynb\ngrid: {steps: [1, 2]}\n", encoding="utf-8")
+    for name in ("run", "same/run"): (place / name / "metrics.csv").write_text(SCORES, encoding="utf-8")
+    (place / "thesis/thesis.tex").write_text("years of work", encoding="utf-8")
+    (place / "file").write_text("a file", encoding="utf-8")
+
+
+def tree(place):
+    "All that lies in a folder: path -> kind, permissions and content."
+    found = {}
+    for path in sorted(place.rglob("*")):
+        mode = path.lstat().st_mode
+        content = path.read_bytes() if stat.S_ISREG(mode) else os.readlink(path) if stat.S_ISLNK(mode) else None
+        found[str(path.relative_to(place))] = (mode, content)
+    return found
+
+
+def call(arguments, place):
+    "`ukd` in this process: (exit status, standard error)."
+    error = io.StringIO()
+    with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+        try: status = cli.main([str(a) for a in arguments])
+        except SystemExit as e: status = e.code # argparse
+    return status, error.getvalue()
+
+
+def check_message(error, says):
+    "A message is short, says what it must, and is no traceback."
+    message = error.split("\nParameters of ")[0].strip() # the list of parameters is help, not message
+    assert "Traceback" not in error, error
+    assert re.search(says, message), f"{says!r} is not in {message!r}"
+    assert len(message) < 900 and len(re.findall(r"[.?!] +[A-Z-]", message)) < 4, message
+
+
+def check_bad(arguments, says, place):
+    "The command is refused with a message, and changes nothing in its folder."
+    before = tree(place)
+    status, error = call(arguments, place)
+    assert status in (1, 2), f"exit status {status}: {error}"
+    check_message(error, says)
+    assert tree(place) == before
+
+
+def write(name, content):
+    "Prepare: one more file, of text or bytes."
+    def make(place):
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return make
+
+
+def cells(source): return write("n.ipynb", notebook(source))
+def grid(text): return write("g.yaml", "notebook: ./n.ipynb\n" + text)
+def scores(text): return write("run/metrics.csv", text)
+
+
+def folder(name):
+    def make(place): (place / name).mkdir(parents=True)
+    return make
+
+
+def fifo(name):
+    def make(place): os.mkfifo(place / name)
+    return make
+
+
+def link(name, target):
+    def make(place): (place / name).symlink_to(target)
+    return make
+
+
+def record(**parameters):
+    "Prepare: a run folder `done` that was made with these parameters."
+    return write("done/parameters.json", json.dumps(dict(notebook="n", **parameters)))
+
+
+def given(*pairs):
+    "Arguments: `ukd run` with parameters."
+    return ["run", "./n.ipynb", "--out", "out", *(a for k, v in zip(pairs[::2], pairs[1::2]) for a in ("-p", k, v))]
+
+
+def out(name): return ["run", "./n.ipynb", "--out", name]
+
+
+BOMB = "{a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1], " + ", ".join(f"{c}: &{c} [{', '.join(['*' + p] * 9)}]" for p, c in zip("abcdefgh", "bcdefghi")) + "}"
+
+# ---------------------------------------------------------------- ukd run: parameters
+
+RUN = [
+    ("name misspelt", None, given("stepz", "3"), "'stepz'.*Did you mean 'steps'"),
+    ("name empty", None, given("", "3"), "unknown parameter ''"),
+    ("name of a method", None, given("__class__", "3"), "unknown parameter '__class__'"),
+    ("run folder as a parameter", None, given("run_folder", "x"), "--out"),
+    ("given twice", None, given("steps", "1", "steps", "1"), "'steps' is given twice"),
+    ("dict and its entry", None, given("options.x", "1", "options", "{x: 2}"), "'options.x' and 'options' set the same"),
+    ("entry and deeper entry", None, given("options.a", "1", "options.a.b", "2"), "'options.a' and 'options.a.b'"),
+    ("entry misspelt", None, given("weights.kll", "0"), "Did you mean 'kl'"),
+    ("deep entry misspelt", None, given("net.inner.code", "0"), "'net.inner'.*Did you mean 'codes'"),
+    ("entry of a number", None, given("steps.x", "1"), "'steps' is no dict"),
+    ("entry below a number", None, given("net.width.x", "1"), "'net.width' is no dict"),
+    ("entry without a name", None, given("options.", "1"), "entry of 'options' ''"),
+    ("entry of another type", None, given("weights.kl", "big"), "'weights.kl' takes float"),
+    ("deep entry of another type", None, given("net.inner.codes", "many"), "'net.inner.codes' takes int"),
+    ("int: word", None, given("steps", "three"), "'steps' takes int.*'three'"),
+    ("int: nothing", None, given("steps", ""), "'steps' takes int.*''"),
+    ("int: real", None, given("steps", "1.5"), "'steps' takes int"),
+    ("int: whole real", None, given("steps", "2.0"), "'steps' takes int"),
+    ("int: exponent", None, given("steps", "1e3"), "'steps' takes int"),
+    ("int: leading zero", None, given("steps", "010"), "'010'"),
+    ("int: clock", None, given("steps", "1:30"), "'1:30'"),
+    ("int: underscore", None, given("steps", "1_000"), "'1_000'"),
+    ("int: comma", None, given("steps", "1,000"), "'steps' takes int"),
+    ("int: binary", None, given("steps", "0b11"), "'0b11'"),
+    ("int: other digits", None, given("steps", "٣"), "'steps' takes int"),
+    ("int: in quotes", None, given("steps", "'5'"), "without quotes"),
+    ("int: truth value", None, given("steps", "true"), "'steps' takes int"),
+    ("int: list", None, given("steps", "[1]"), "'steps' takes int"),
+    ("int: too many digits", None, given("steps", "9" * 5000), "too many digits"),
+    ("int or nothing: nothing", None, given("crop", ""), "'crop' takes int . None"),
+    ("int or nothing: word", None, given("crop", "none"), "'crop' takes int . None"),
+    ("float: word", None, given("rate", "fast"), "'rate' takes float"),
+    ("float: NaN", None, given("rate", ".nan"), "not a number"),
+    ("float: nan", None, given("rate", "nan"), "'rate' takes float"),
+    ("float: comma", None, given("rate", "0,5"), "'rate' takes float"),
+    ("float: too large", None, given("rate", "1e999"), "too large"),
+    ("float: huge whole number", None, given("rate", "9" * 400), "too large"),
+    ("float: date", None, given("rate", "2024-01-01"), "'2024-01-01'"),
+    ("float: per cent", None, given("rate", "5%"), "'rate' takes float"),
+    ("bool: number", None, given("deep", "1"), "'deep' takes bool"),
+    ("bool: word", None, given("deep", "maybe"), "'deep' takes bool"),
+    ("bool: in quotes", None, given("deep", "'yes'"), "without quotes"),
+    ("list: not closed", None, given("sizes", "[1"), "not valid YAML"),
+    ("list: single value", None, given("sizes", "1"), "'sizes' takes list"),
+    ("list: of words", None, given("sizes", "[1, x]"), "'sizes' takes list"),
+    ("list: of leading zeros", None, given("sizes", "[007]"), "'007'"),
+    ("list: of truth values", None, given("sizes", "[true]"), "'sizes' takes list"),
+    ("list of names: nested", None, given("names", "[[a]]"), "'names' takes list"),
+    ("dict: list", None, given("options", "[a]"), "'options' takes dict"),
+    ("dict: key twice", None, given("options", "{a: 1, a: 2}"), "'a'.*stands twice"),
+    ("dict: key twice, deep", None, given("options", "{b: {a: 1, 'a': 2}}"), "'a'.*stands twice"),
+    ("dict: keys of two kinds", None, given("options", "{1: a, b: c}"), "keys are text and numbers"),
+    ("dict: list as a key", None, given("options", "{[a]: 1}"), "A key is text"),
+    ("dict: off as a key", None, given("options", "{off: 1}"), "'off'"),
+    ("dict: date", None, given("options", "{a: 2024-01-01}"), "'2024-01-01'"),
+    ("dict: off", None, given("options.seg", "off"), "'off'"),
+    ("dict: set", None, given("options", "!!set {a}"), "tags"),
+    ("dict: binary", None, given("options", "{a: !!binary aGk=}"), "tags"),
+    ("dict: Python object", None, given("options", "{a: !!python/object/apply:os.system [touch executed]}"), "tags"),
+    ("dict: loop", None, given("options", "&x {a: *x}"), "anchors"),
+    ("dict: merge key", None, given("options", "{<<: {a: 1}}"), "'<<'"),
+    ("dict: bomb", None, given("options", BOMB), "anchors"),
+    ("dict: two documents", None, given("options", "a: 1\n---\nb: 2"), "not valid YAML"),
+    ("dict: control character", None, given("options", "{a: \x07}"), "control character"),
+    ("dict: half a pair of surrogates", None, given("options", r'{a: "\ud83d"}'), "broken character"),
+    ("dict: deep", None, given("options", "[" * 2000 + "]" * 2000), "nested"),
+    ("dict: long", None, given("options", "[" + "1, " * 100000 + "]"), "longer than"),
+    ("str: bytes that are no UTF-8", None, given("name", os.fsdecode(b"caf\xe9")), "'name'.*broken character"),
+    ("parameter without a value", None, ["run", "./n.ipynb", "-p", "steps"], "-p: expected 2 arguments"),
+    ("unknown option", None, ["run", "./n.ipynb", "--epochs", "3"], "--epochs"),
+    # the notebook
+    ("notebook absent", None, ["run", "./absent.ipynb"], "absent.ipynb does not exist"),
+    ("experiment unknown", None, ["run", "lotos"], "unknown experiment 'lotos'"),
+    ("notebook without a name", None, ["run", ""], "unknown experiment ''"),
+    ("notebook is a folder", folder("f.ipynb"), ["run", "./f.ipynb"], "f.ipynb is a folder"),
+    ("notebook is a pipe", fifo("p.ipynb"), ["run", "./p.ipynb"], "p.ipynb is not a file"),
+    ("notebook is a dangling link", link("l.ipynb", "gone.ipynb"), ["run", "./l.ipynb"], "l.ipynb does not exist"),
+    ("notebook is binary", write("n.ipynb", bytes(range(256))), out("out"), "n.ipynb is not UTF-8"),
+    ("notebook is empty", write("n.ipynb", ""), out("out"), "n.ipynb is not a notebook"),
+    ("notebook is a list", write("n.ipynb", "[1]"), out("out"), "n.ipynb is not a notebook"),
+    ("notebook is cut", write("n.ipynb", notebook(PARAMETERS)[:300]), out("out"), "n.ipynb is not a notebook"),
+    ("notebook of odd cells", write("n.ipynb", '{"cells": [1]}'), out("out"), "n.ipynb is not a notebook"),
+    ("notebook of the future", write("n.ipynb", notebook(PARAMETERS).replace('"nbformat": 4', '"nbformat": 9')), out("out"), "n.ipynb is not a valid notebook"),
+    ("notebook with an unknown kind of cell", write("n.ipynb", notebook(PARAMETERS).replace('"code", "id": "c1"', '"poem", "id": "c1"')), out("out"), "n.ipynb is not a valid notebook"),
+    ("no tag", write("n.ipynb", notebook(PARAMETERS, tag="other")), out("out"), "0 cells tagged"),
+    ("no run folder", cells("steps: int = 1"), out("out"), "run_folder"),
+    ("cell is no Python", cells("steps: int ="), out("out"), "n.ipynb: the parameters cell is not valid Python"),
+    ("cell with a loop", cells("for i in []: pass"), out("out"), "line 1: write"),
+    ("cell with a call", cells("steps: int = len('x')"), out("out"), "line 1: write"),
+    ("cell with bytes", cells("steps = b'x'"), out("out"), "line 1: write"),
+    ("cell with a set", cells("steps = {1}"), out("out"), "line 1: write"),
+    # the run folder
+    ("out is a file", None, out("file"), "--out.*file"),
+    ("out below a file", None, out("file/run"), "--out.*file/run"),
+    ("out without a name", None, out(""), "--out"),
+    ("out of somebody else", None, out("thesis"), "thesis.tex"),
+    ("out with a long name", None, out("new/" + "x" * 300), "--out.*name too long|--out.*File name"),
+    ("out that is no UTF-8", None, out(os.fsdecode(b"caf\xe9")), "--out.*UTF-8"),
+    ("out where nothing can be", None, out("/proc/run"), "--out.*/proc/run"),
+    ("out is a dangling link", link("gone", "nowhere/below"), out("gone"), "--out.*gone"),
+    ("out with another program's config.json", write("hf/config.json", '{"model_type": "bert"}'), out("hf"), "--out: hf.*config.json"),
+    ("out with a list as config.json", write("hf/config.json", "[]"), out("hf"), "--out: hf.*config.json"),
+    ("out with a broken config.json", write("hf/config.json", "{"), out("hf"), "hf/config.json is not valid JSON"),
+    ("out with another program's parameters.json", write("hf/parameters.json", '{"lr": 1}'), out("hf"), "hf/parameters.json is not the record"),
+    ("out with a list as parameters.json", write("hf/parameters.json", "[1]"), [*out("hf"), "--extend"], "hf/parameters.json is not the record"),
+    ("out with a broken parameters.json", write("hf/parameters.json", "{"), out("hf"), "hf/parameters.json is not valid JSON"),
+    ("out of another run", record(steps=1), out("done"), "done was made with other parameters"),
+    ("out of a sweep", write("s/parameters.json", '{"sweep": "g"}'), [*out("s"), "--extend"], "s/parameters.json is not the record"),
+]
+
+# ---------------------------------------------------------------- ukd sweep
+
+SWEEP = [(name, prepare_it, ["sweep", "g.yaml", "--out", "out", *more], says) for name, prepare_it, more, says in [
+    ("grid is empty", write("g.yaml", ""), [], "g.yaml is no grid"),
+    ("grid is a list", write("g.yaml", "- 1"), [], "g.yaml is no grid"),
+    ("grid is text", write("g.yaml", "hello"), [], "g.yaml is no grid"),
+    ("grid is binary", write("g.yaml", bytes(range(256))), [], "g.yaml is not UTF-8"),
+    ("grid in UTF-16", write("g.yaml", "grid: {}".encode("utf-16")), [], "g.yaml is not UTF-8"),
+    ("grid with a tab", grid("grid:\n\tsteps: [1]"), [], "g.yaml.*not valid YAML.*line 3"),
+    ("grid not closed", grid("grid: {steps: [1]"), [], "g.yaml.*not valid YAML"),
+    ("grid with a section misspelt", grid("gird: {steps: [1]}"), [], "Did you mean 'grid'"),
+    ("grid with a section twice", grid("grid: {steps: [1]}\ngrid: {steps: [2]}"), [], r"'grid' \(line 3\) stands twice"),
+    ("grid with base twice", grid("base: {rate: 1}\ngrid: {steps: [1]}\nbase: {rate: 2}"), [], r"'base' \(line 4\) stands twice"),
+    ("grid with a parameter twice", grid("grid: {steps: [1], steps: [2]}"), [], "'steps'.*stands twice"),
+    ("grid with a bomb", grid(f"base: {{options: {BOMB}}}\ngrid: {{steps: [1]}}"), [], "anchors"),
+    ("grid with a tag", grid("grid: {name: [!!python/name:os.system ]}"), [], "tags"),
+    ("grid without cells", grid("base: {steps: 1}"), [], "g.yaml is empty"),
+    ("grid of a number", grid("grid: {steps: 1}"), [], "`grid: steps` must be a list"),
+    ("grid of an empty list", grid("grid: {steps: []}"), [], "at least one"),
+    ("grid is endless", grid("grid:\n" + "".join(f"  options.{c}: [{', '.join(map(str, range(20)))}]\n" for c in "abcde")), [], "3200000 cells"),
+    ("grid with a word for a number", grid("grid: {steps: [one]}"), [], "'steps' takes int"),
+    ("grid with a leading zero", grid("grid: {steps: [010]}"), [], "'010'"),
+    ("grid with a quoted number", grid("grid: {steps: ['1']}"), [], "without quotes"),
+    ("grid with off for text", grid("grid: {name: [off, on]}"), [], "in quotes"),
+    ("grid with a number for text", grid("base: {name: 7}\ngrid: {steps: [1]}"), [], "in quotes"),
+    ("grid with a date for text", grid("base: {name: 2024-01-01}\ngrid: {steps: [1]}"), [], "in quotes"),
+    ("grid with a list in base", grid("base: {rate: [1, 2]}\ngrid: {steps: [1]}"), [], "goes under `grid`"),
+    ("grid with the same cell twice", grid("grid: {rate: [1e-3, 0.001]}"), [], "same parameters"),
+    ("grid with base and entry", grid("base: {options: {a: 1}, options.a: 2}\ngrid: {steps: [1]}"), [], "set the same thing"),
+    ("row named off", grid("cells: {off: {}}"), [], "'off' is not text. Write it in quotes"),
+    ("row that is no folder's name", grid("cells: {a/b: {}}"), [], "'a/b' cannot name a folder"),
+    ("row of a number", grid("cells: {a: 3}"), [], "`cells: a` must be a mapping"),
+    ("row and grid set the same", grid("cells: {a: {steps: 1}}\ngrid: {steps: [2]}"), [], "'steps'"),
+    ("notebook absent", write("g.yaml", "notebook: ./absent.ipynb\ngrid: {steps: [1]}"), [], "absent.ipynb does not exist"),
+    ("notebook is a list", write("g.yaml", "notebook: [a]\ngrid: {steps: [1]}"), [], "`notebook` must be"),
+    ("notebook left out", write("g.yaml", "grid: {steps: [1]}"), [], "`notebook` must be"),
+    ("notebook of the future", write("n.ipynb", notebook(PARAMETERS).replace('"nbformat": 4', '"nbformat": 9')), [], "n.ipynb is not a valid notebook"),
+    ("scale unknown", grid("grid: {steps: [1]}\nscales: {demo: {}}"), ["--scale", "demos"], "Did you mean 'demo'"),
+    ("parameter of the grid", None, ["-p", "steps", "3"], "-p steps.*g.yaml"),
+    ("parameter misspelt", None, ["-p", "rat", "3"], "Did you mean 'rate'"),
+    ("no workers", None, ["--workers", "0"], "--workers 0"),
+    ("workers as a word", None, ["--workers", "all"], "--workers"),
+    ("cells that are not there", None, ["--cells", "R99"], "--cells: 'R99'"),
+    ("out of a run", write("out/config.json", "{}"), [], "--out: out"),
+    ("out with a broken record", write("out/parameters.json", "{"), [], "out/parameters.json is not valid JSON"),
+    ("out with files of others", write("out/thesis.tex", ""), [], "thesis.tex"),
+]] + [
+    ("grid absent", None, ["sweep", "absent.yaml"], "absent.yaml does not exist"),
+    ("grid is a folder", None, ["sweep", "thesis"], "thesis is a folder"),
+    ("grid is a pipe", fifo("p.yaml"), ["sweep", "p.yaml"], "p.yaml is not a file"),
+    ("grid is a device", None, ["sweep", "/dev/zero"], "/dev/zero is not a file"),
+    ("sweep into a file", None, ["sweep", "g.yaml", "--out", "file"], "--out.*file"),
+]
+
+# ---------------------------------------------------------------- ukd report
+
+REPORT = [(name, prepare_it, ["report", *more], says) for name, prepare_it, more, says in [
+    ("run absent", None, ["absent"], "absent"),
+    ("run without scores", None, ["thesis"], "thesis/metrics.csv"),
+    ("run of a file without scores", None, ["file"], "file is not a file of rows"),
+    ("run is a pipe", fifo("p"), ["p"], "p is not a file"),
+    ("one run of two is absent", None, ["run", "absent"], "absent"),
+    ("scores are a folder", folder("r/metrics.csv"), ["r"], "r/metrics.csv is a folder"),
+    ("scores are a dangling link", lambda place: ((place / "r").mkdir(), (place / "r/metrics.csv").symlink_to("gone")), ["r"], "r/metrics.csv does not exist"),
+    ("scores are empty", scores(""), ["run"], "run/metrics.csv.*no column 'arm'"),
+    ("scores are a header", scores(HEADER), ["run"], "run: its table of scores is empty"),
+    ("one table of two is a header", scores(HEADER), ["same/run", "run"], "run: its table of scores is empty"),
+    ("scores of another program", scores("epoch,loss\n1,2\n"), ["run"], "no column 'arm'"),
+    ("scores are binary", scores(b"\x89PNG\r\n\x1a\n\x00\xff"), ["run"], "run/metrics.csv is not UTF-8"),
+    ("scores in UTF-16", scores(SCORES.encode("utf-16")), ["run"], "run/metrics.csv is not UTF-8"),
+    ("scores with a zero byte", scores(SCORES + "\0\n"), ["run"], "run/metrics.csv"),
+    ("scores cut in a line", scores(SCORES[:-8]), ["run"], "run/metrics.csv, line 7 is cut"),
+    ("scores cut in a number", scores(SCORES[:-2]), ["run"], "run/metrics.csv: its last line has no end"),
+    ("scores cut in quotes", scores(SCORES + 'kl,1,c,"x'), ["run"], "run/metrics.csv"),
+    ("scores with a word", scores(HEADER + "alone,0,c,x,x,good\n"), ["run"], "run/metrics.csv, line 2"),
+    ("scores with a comma in a number", scores(HEADER + "alone,0,c,x,x,0,5\n"), ["run"], "line 2 is cut or too long"),
+    ("seed is a word", scores(HEADER + "alone,first,c,x,x,0.5\n"), ["run"], "line 2"),
+    ("seed is broken", scores(HEADER + "alone,1.5,c,x,x,0.5\n"), ["run"], "line 2"),
+    ("column twice", scores("arm,seed,case,group,dsc,dsc\nalone,0,x,x,0.5,0.6\n"), ["run"], "two columns have the same name"),
+    ("two scores of one case", scores(SCORES + "kl,0,c,x,x,0.9\n"), ["run"], "run: arm 'kl' has two scores of case 'x' with seed 0"),
+    ("reference unknown", None, ["run", "--reference", "alon"], "Did you mean 'alone'"),
+    ("metric unknown", None, ["run", "--metrics", "dcs"], "--metrics.*Did you mean 'dsc'"),
+    ("metric is text", None, ["run", "--metrics", "arm"], "--metrics.*'arm'"),
+    ("no metric", None, ["run", "--metrics"], "--metrics"),
+    ("no run", None, [], "RUN"),
+    ("broken config.json", write("run/config.json", "{"), ["run"], "run/config.json is not valid JSON"),
+    ("broken parameters.json", write("run/parameters.json", "{"), ["run"], "run/parameters.json is not valid JSON"),
+    ("broken split", lambda place: (write("run/config.json", '{"study": {}, "arms": {}, "seeds": []}')(place), write("run/splits/student-0.json", "")(place)), ["run"], "run/splits/student-0.json is not valid JSON"),
+]] + [
+    ("no command", None, [], "run . sweep . predict . report|required"),
+    ("unknown command", None, ["train"], "invalid choice: 'train'"),
+]
+
+
+@pytest.mark.parametrize("arguments, ready, says", [pytest.param(a, r, s, id=f"{kind}: {n}") for kind, rows in dict(run=RUN, sweep=SWEEP, report=REPORT).items() for n, r, a, s in rows])
+def test_bad_input(arguments, ready, says, tmp_path):
+    prepare(tmp_path)
+    if ready: ready(tmp_path)
+    check_bad(arguments, says, tmp_path)
+
+
+def test_the_rows_are_many_and_differ():
+    rows = [*RUN, *SWEEP, *REPORT]
+    assert len(rows) > 180 and len({(n, tuple(a)) for n, _, a, _ in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("arguments", [given("stepz", "3"), ["sweep", "absent.yaml"], ["report", "absent"]], ids=["run", "sweep", "report"])
+def test_a_process_of_its_own_says_the_same(arguments, tmp_path):
+    "From a shell with an ASCII locale, UTF-8 mode off and every warning an error of encoding."
+    prepare(tmp_path)
+    before = tree(tmp_path)
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", START, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and tree(tmp_path) == before
+    check_message(done.stderr, "stepz|absent")
+
+
+def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
+    "Only what a user can mend becomes a sentence; and with UKD_DEBUG that too shows where it arose."
+    def broken(args): raise KeyError("ours")
+    monkeypatch.setitem(cli.COMMANDS, "report", broken)
+    with pytest.raises(KeyError): cli.main(["report", "x"])
+    def refused(args): raise PermissionError(13, "Permission denied", "secret.csv")
+    monkeypatch.setitem(cli.COMMANDS, "report", refused)
+    status, error = call(["report", "x"], tmp_path)
+    assert status == 2 and error == "ukd report: secret.csv: Permission denied.\n"
+    monkeypatch.setenv("UKD_DEBUG", "1")
+    with pytest.raises(PermissionError): cli.main(["report", "x"])

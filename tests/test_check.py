@@ -1,0 +1,270 @@
+"`ukd check`: every fault of a data set is one line that names the file; the other files are still looked at."
+import os
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unpaired_kd import cli
+from unpaired_kd.core import InputError, file_sha256, rng
+from unpaired_kd.data import check as checking
+from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, modalities_of
+
+
+def save(path, array):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def picture(k):
+    y = np.zeros((32, 40), np.uint8)
+    y[4:12, 5 + k:15 + k], y[20:28, 5:12] = 1, 2
+    return rng(0, "check", k).integers(0, 255, y.shape).astype(np.uint8), y
+
+
+@pytest.fixture
+def ward(tmp_path):
+    "Two modalities of four patients: ct/, mr/ with images/, labels/, groups.csv."
+    for m in ("ct", "mr"):
+        for i in range(4):
+            x, y = picture(i + 10 * (m == "mr"))
+            save(tmp_path / f"ward/{m}/images/{m}{i}.png", x)
+            save(tmp_path / f"ward/{m}/labels/{m}{i}.png", y % 3)
+        (tmp_path / f"ward/{m}/groups.csv").write_text("id,group\n" + "".join(f"{m}{i},{m}-{i}\n" for i in range(4)))
+    return tmp_path / "ward"
+
+
+def listed(ward):
+    "The same as a manifest."
+    rows = ["modality,id,image,label,group,sha256_image,sha256_label"]
+    for m in ("ct", "mr"):
+        for i in range(4):
+            a, b = (f"{m}/{d}/{m}{i}.png" for d in ("images", "labels"))
+            rows.append(f"{m},{m}{i},{a},{b},{m}-{i},{file_sha256(ward / a)},{file_sha256(ward / b)}")
+    (ward / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+def run(capsys, *args):
+    "(exit status, lines of faults, lines of notes, everything)"
+    status = cli.main(["check", *map(str, args)])
+    out = capsys.readouterr().out
+    found = [[l.strip() for l in out.splitlines() if l.strip().startswith(k)] for k in ("fault: ", "note: ")]
+    return status, *found, out
+
+
+def snapshot(folder):
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_a_sound_folder(ward, capsys):
+    before = snapshot(ward)
+    status, faults, notes, out = run(capsys, ward)
+    assert (status, faults, notes) == (0, [], []) and snapshot(ward) == before
+    for words in ("images        4, of 4 groups", "labels        4 with, 0 without", "size          32 x 40", "not stated", "numbers       uint8, 0 to 254\n", "colours       grey\n", "label numbers 1-2\n",
+                  "classes (3 with background: class 1, class 2), because the labels hold 1-2", "found in      1 (4), 2 (4)\n", "no faults"): assert words in out, out
+    assert out.index("\nct") < out.index("\nmr") if out.startswith("\n") else out.startswith("ct\n") and "\nmr\n" in out
+    assert run(capsys, ward, "mr")[3].startswith("mr\n") and "ct" not in run(capsys, ward, "mr")[3]
+    assert run(capsys, ward / "ct")[0] == 0
+
+
+def blank(path): save(path, np.full((32, 40), 7, np.uint8))
+def cut(path): path.write_bytes(path.read_bytes()[:200])
+def link(path): path.unlink(); path.symlink_to("nowhere.png")
+def pipe(path): path.unlink(); os.mkfifo(path)
+def folder(path): path.unlink(); path.mkdir()
+def text(path): path.write_text("this is no picture")
+def tiny(path): save(path, np.eye(8, dtype=np.uint8)); save(path.parents[1] / "labels" / path.name, np.eye(8, dtype=np.uint8))
+def ignore(path): save(path, picture(2)[1] + (np.arange(40) > 38).astype(np.uint8) * 255)
+
+
+FAULTS = [
+    (lambda d: cut(d / "ct/images/ct2.png"), "ct/images/ct2.png", "cut short"),
+    (lambda d: text(d / "ct/images/ct2.png"), "ct/images/ct2.png", "neither PNG nor JPEG"),
+    (lambda d: text(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "neither PNG nor JPEG"),
+    (lambda d: link(d / "ct/images/ct2.png"), "ct/images/ct2.png", "link to nowhere.png"),
+    (lambda d: link(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "link to nowhere.png"),
+    (lambda d: pipe(d / "ct/images/ct2.png"), "ct/images/ct2.png", "neither a file nor a folder"),
+    (lambda d: pipe(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "neither a file nor a folder"),
+    (lambda d: folder(d / "ct/labels/ct2.png"), "ct/images/ct2.png", "no label"),
+    (lambda d: (d / "ct/labels/ct2.png").unlink(), "ct/images/ct2.png", "no label"),
+    (lambda d: blank(d / "ct/images/ct2.png"), "ct/images/ct2.png", "every pixel is 7"),
+    (lambda d: tiny(d / "ct/images/ct2.png"), "ct/images/ct2.png", "8 x 8 pixels"),
+    (lambda d: save(d / "ct/labels/ct2.png", np.zeros((32, 32), np.uint8)), "ct/labels/ct2.png", "(32, 32)"),
+    (lambda d: ignore(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "ignore"),
+    (lambda d: save(d / "ct/labels/ct2.png", np.stack([picture(2)[1], 0 * picture(2)[1], picture(0)[1]], -1)), "ct/labels/ct2.png", "3 channels"),
+    (lambda d: save(d / "ct/images/ct2.png", np.stack([picture(2)[0], picture(0)[0], picture(1)[0]], -1)), "ct/images/ct2.png", "3 channels"),
+    (lambda d: shutil.copy(d / "ct/labels/ct2.png", d / "ct/labels/ct2_mask.png"), "ct/images/ct2.png", "2 labels"),
+    (lambda d: shutil.copy(d / "ct/images/ct2.png", d / "ct/images/ct2.tif"), "ct/images", "2 images of one name"),
+    (lambda d: shutil.copy(d / "ct/images/ct2.png", d / "ct/images/ct1.png"), "ct1.png and", "same pixels"),
+    (lambda d: shutil.copy(d / "ct/images/ct2.png", d / "mr/images/mr1.png"), "mr1.png", "same pixels"),
+    (lambda d: (d / "ct/groups.csv").write_text("id,group\nct0,a\nct1,b\nct3,c\n"), "ct/groups.csv", "no group for image 'ct2'"),
+    (lambda d: (d / "ct/groups.csv").write_bytes("id,group\nct0,Müller\n".encode("cp1252")), "ct/groups.csv", "UTF-8"),
+    (lambda d: (d / "ct/groups.csv").write_text("id,group\nct0\n"), "ct/groups.csv, line 2", "header"),
+    (lambda d: [save(p, np.zeros((32, 40), np.uint8)) for p in (d / "ct/labels").iterdir()], "ct:", "every label is empty"),
+    (lambda d: [save(p, (picture(0)[1] > 0) * np.uint8(20 + k)) for k, p in enumerate(sorted((d / "ct/labels").iterdir()))], "ct", "20-23"),
+]
+
+
+@pytest.mark.parametrize("k", range(len(FAULTS)))
+def test_one_fault_is_one_line_and_the_rest_is_looked_at(ward, capsys, k):
+    edit, where, words = FAULTS[k]
+    edit(ward)
+    before = snapshot(ward)
+    status, faults, notes, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and where in faults[0] and words in faults[0], out
+    assert snapshot(ward) == before and out.rstrip().splitlines()[-1].startswith("1 fault;")
+    assert "mr\n  images        4, of 4 groups\n" in out                       # the other modality is whole
+
+
+LISTED = [
+    (lambda d: save(d / "ct/labels/ct2.png", picture(3)[1]), "ct/labels/ct2.png", "SHA-256"),
+    (lambda d: (d / "ct/images/ct2.png").unlink(), "manifest.csv, line 4", "ct2.png does not exist"),
+    (lambda d: row(d, "ct/images/ct2.png", "../ct2.png"), "manifest.csv, line 4", "leads out"),
+    (lambda d: row(d, "ct,ct2,", "ct,,"), "manifest.csv, line 4", "'id' is empty"),
+    (lambda d: row(d, "ct/labels/ct2.png,ct-2", "ct/labels/ct2.png,"), "manifest.csv, line 4", "no group"),
+    (lambda d: row(d, "ct,ct2,", "ct,ct1,"), "manifest.csv", "'ct1' occurs more than once"),
+    (lambda d: row(d, "ct/labels/ct2.png", ""), "ct/images/ct2.png", "no label"),
+]
+
+
+def row(d, old, new):
+    text = (d / "manifest.csv").read_text()
+    assert text.count(old) == 1
+    (d / "manifest.csv").write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("k", range(len(LISTED)))
+def test_one_fault_of_a_manifest_is_one_line(ward, capsys, k):
+    edit, where, words = LISTED[k]
+    listed(ward)
+    assert run(capsys, ward)[0] == 0
+    edit(ward)
+    status, faults, _, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and where in faults[0] and words in faults[0], out
+    assert "mr\n  images        4, of 4 groups\n" in out
+
+
+def test_what_cannot_be_looked_at_at_all(ward, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nn/imagesTr").mkdir(parents=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/manifest.csv").write_bytes("modality;id;image\nct;1;ü\n".encode("cp1252"))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/manifest.csv").symlink_to("gone.csv")
+    for args, words in (([tmp_path / "gone"], "is not a folder"), ([tmp_path / "empty"], "no images"), ([tmp_path / "nn"], "nnU-Net"),
+                        ([tmp_path / "cut"], "CSV UTF-8"), ([tmp_path / "linked"], "manifest.csv"), ([ward, "pet"], "unknown modality 'pet'"),
+                        (["phantom:boat"], "unknown phantom 'boat'"), (["phantom:bone", "ct"], "unknown modality 'ct'"),
+                        ([ward / "ct/groups.csv"], "is not a folder"), ([ward, "--out", ward / "ct/groups.csv"], "--out")):
+        assert cli.main(["check", *map(str, args)]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and err.startswith("ukd check: "), err
+
+
+def test_pictures_are_written_once_and_over_nothing(ward, tmp_path, capsys):
+    from PIL import Image
+    status, *_ = run(capsys, ward, "--out", tmp_path / "new/pictures")
+    assert status == 0 and sorted(p.name for p in (tmp_path / "new/pictures").iterdir()) == ["ct.png", "mr.png"]
+    with Image.open(tmp_path / "new/pictures/ct.png") as im: shown = np.asarray(im.convert("RGB")).reshape(-1, 3).astype(int)
+    orange = (np.abs(shown - (0xE6, 0x9F, 0)).max(1) < 12).sum()
+    assert orange > 500                                                        # outlines of eight squares
+    before = snapshot(tmp_path)
+    assert cli.main(["check", str(ward), "--out", str(tmp_path / "new/pictures")]) == 2
+    assert "ct.png is there already" in capsys.readouterr().err and snapshot(tmp_path) == before
+    assert run(capsys, ward / "ct", "--out", tmp_path / "one")[0] == 0 and [p.name for p in (tmp_path / "one").iterdir()] == ["ct.png"]
+
+
+def test_options_answer_what_is_asked(ward, capsys):
+    squares = (np.arange(32)[:, None] // 4 * 10 + np.arange(40)[None] // 4) % 20        # 20 numbers, 4 squares of each
+    for p in (ward / "ct/labels").iterdir(): save(p, squares.astype(np.uint8) * 7)
+    status, faults, _, out = run(capsys, ward, "ct")
+    assert status == 1 and len(faults) == 1 and "classes or objects" in faults[0] and "label numbers 7, 14, 21" in out
+    assert run(capsys, ward, "ct", "--label-kind", "instance")[0] == 0
+    status, faults, _, out = run(capsys, ward, "mr", "--classes", "nothing", "liver", "kidney")
+    assert status == 0 and "3 with background: liver, kidney), because as given" in out
+    status, faults, *_ = run(capsys, ward, "mr", "--classes", "nothing", "liver", "--label-kind", "semantic")
+    assert status == 1 and len(faults) == 4 and all("[2]" in f for f in faults)
+    (ward / "mr/labels/mr0.png").unlink()
+    assert run(capsys, ward, "mr")[0] == 1
+    status, _, _, out = run(capsys, ward, "mr", "--some-labels")
+    assert status == 0 and "3 with, 1 without" in out
+    (ward / "mr/groups.csv").unlink()
+    assert "each image counts as its own patient" in run(capsys, ward, "mr", "--some-labels")[2][0]
+    assert "of 1 group\n" in run(capsys, ward, "mr", "--some-labels", "--group", "^(mr)")[3]
+    assert run(capsys, ward, "mr", "--group", "^x")[0] == 1
+
+
+def test_notes_are_no_faults(ward, capsys):
+    shutil.copy(ward / "ct/labels/ct2.png", ward / "ct/labels/ct9.png")
+    (ward / "ct/protocol.pdf").write_bytes(b"x")
+    save(ward / "mr/labels/mr1.png", np.zeros((32, 40), np.uint8))
+    (ward / "mr/groups.csv").write_text("id,group\nmr0,P1\nmr1,p01\nmr2,P 10\nmr3,P101\n")
+    status, faults, notes, out = run(capsys, ward)
+    assert (status, faults) == (0, []) and len(notes) == 3, out
+    assert "1 of 4 labels are empty" in notes[0]
+    assert "'P1', 'p01' have nearly the same name" in "".join(notes) and "P101" not in "".join(notes)
+    assert "2 files are not used: ct/protocol.pdf, ct/labels/ct9.png" in "".join(notes)
+
+
+def test_copies_in_other_formats_and_groups_are_leaks(ward):
+    import tifffile
+    tifffile.imwrite(ward / "ct/images/ct3.tif", picture(0)[0])
+    (ward / "ct/images/ct3.png").unlink()
+    f = examine("ct", *checking.cases_of(ward, "ct"))
+    faults, notes = leaks([f])
+    assert len(faults) == 1 and "'ct-0' (ct) and 'ct-3' (ct)" in faults[0]
+    (ward / "ct/groups.csv").write_text("id,group\nct0,a\nct1,b\nct2,c\nct3,a\n")
+    faults, notes = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
+    assert not faults and "both are of group 'a'" in notes[0]
+
+
+def test_volumes_and_scanner_units(tmp_path, capsys):
+    import nibabel as nib
+    for k in range(2):
+        y = np.zeros((40, 32, 5), np.uint8)
+        y[5:15, 4:12, 2], y[20:30, 4:12, 3] = 1, 2
+        x = rng(0, "vol", k).normal(0, 300, y.shape).astype(np.int16)
+        for d, a in (("images", x), ("labels", y)):
+            (tmp_path / "data/ct" / d).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(a, np.diag([.7, .7, 5, 1])), tmp_path / f"data/ct/{d}/v{k}.nii.gz")
+    status, faults, notes, out = run(capsys, tmp_path / "data", "--out", tmp_path / "out", "--group", "(v.)")
+    assert status == 0 and "5 x 32 x 40" in out and "5 x 0.7 x 0.7" in out and "int16" in out
+    assert len(notes) == 1 and "intensity=percentile" in notes[0] and (tmp_path / "out/ct.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("phantom", ["bone", "vessels"])
+def test_phantoms_are_sound(phantom, capsys):
+    names = modalities_of(f"phantom:{phantom}")
+    status, faults, _, out = run(capsys, f"phantom:{phantom}", names[0])
+    assert (status, faults) == (0, []) and out.startswith(names[0] + "\n")
+
+
+def test_names_of_a_mac_and_a_narrow_terminal(ward, capsys, monkeypatch):
+    "Files in decomposed form, a table in composed form."
+    composed, decomposed = (unicodedata.normalize(f, "ctä") for f in ("NFC", "NFD"))
+    for d in ("images", "labels"): (ward / f"ct/{d}/ct2.png").rename(ward / f"ct/{d}/{decomposed}.png")
+    (ward / "ct/groups.csv").write_text((ward / "ct/groups.csv").read_text().replace("ct2", composed), encoding="utf-8")
+    assert run(capsys, ward)[:3] == (0, [], [])
+
+
+def test_a_pattern_that_is_none_and_one_that_means_nothing(ward, capsys):
+    status, faults, *_ = run(capsys, ward, "ct", "--group", "(")
+    assert status == 1 and "'(' is no regular expression" in faults[0]
+    listed(ward)
+    status, faults, *_ = run(capsys, ward, "ct", "--group", "^(ct)")
+    assert status == 1 and len(faults) == 1 and "name the patients" in faults[0]
+
+
+def test_a_name_that_is_no_text(ward, capsys):
+    try: shutil.copy(ward / "ct/images/ct1.png", ward / "ct/images" / os.fsdecode(b"\xfc.png"))
+    except OSError: pytest.skip("this disk takes text only")
+    status, faults, _, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and r"b'\xfc.png'" in faults[0], out
+    assert "ct\n  images        4, of 4 groups" in out
+
+
+def test_common():
+    assert common("aabbbcd") == "b (3), a (2), c (1), d (1)" and common("aa") == "a" and common("abcdef") == "a (1), b (1), c (1), d (1) and 2 more"

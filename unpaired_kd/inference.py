@@ -6,8 +6,9 @@
 __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised', 'channels_first', 'strides_of', 'pad_to',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
-           'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark', 'student_mark', 'FileJob',
-           'file_jobs', 'check_outputs', 'PartlyDone', 'faults_named', 'segment_file', 'predict_path', 'told']
+           'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
+           'student_mark', 'FileJob', 'file_jobs', 'check_outputs', 'PartlyDone', 'segment_file', 'predict_path',
+           'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -35,7 +36,7 @@ from .outputs import check_apart, check_format, check_names, check_new, check_pl
 def check_types(
     recipe, # an instance of `Recipe`
 ):
-    "`InputError` for an entry of another type than its annotation: a recipe may come from anywhere."
+    "`InputError` for an entry of another type than its annotation: recipes come from anywhere."
     for entry in fields(recipe):
         value = getattr(recipe, entry.name)
         kind = {int: numbers.Integral, float: numbers.Real}.get(entry.type, entry.type)
@@ -47,10 +48,12 @@ def check_types(
         if entry.name == "standard":
             good = True # `checked_standard` looks closer
         if entry.name == "intensity":
-            good = value in ("dtype", "percentile") or (isinstance(value, (list, tuple)) and bool(window(value)))
+            good = value in ("dtype", "percentile")
+            if isinstance(value, (list, tuple)):
+                good = bool(window(value))
         if not good:
-            raise InputError(f"recipe: {entry.name}={value!r} is of the wrong type, or not a value that "
-                             "it can have. See the table of `Recipe`.")
+            raise InputError(f"recipe: {entry.name}={value!r} is of the wrong type, or not a value "
+                             "that it can have. See the table of `Recipe`.")
 
 # %% ../nbs/4_training/4_inference.ipynb #eb1877d1
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ def resolve_device(
         found = None
     if found is not None and (found.type == "cpu" or str(found) in here or f"{found}:0" in here):
         return found
-    raise InputError(f"--device {device}: there is no such device here. This machine has {', '.join(here)}.")
+    raise InputError(f"--device {device}: there is no such device here. "
+                     f"This machine has {', '.join(here)}.")
 
 # %% ../nbs/4_training/4_inference.ipynb #181bedae
 class Student:
@@ -391,7 +395,8 @@ def student_files(
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
     for f in found:
         if not os.path.isfile(f):
-            raise InputError(f"{f} does not exist. Give the folder of a saved student; it holds {', '.join(FILES)}.")
+            raise InputError(f"{f} does not exist. Give the folder of a saved student; "
+                             f"it holds {', '.join(FILES)}.")
     return found
 
 def read_config(
@@ -401,7 +406,8 @@ def read_config(
     if os.path.getsize(path) > 2**24:
         raise InputError(f"{path} is larger than 16 MB, so it is not the config of a student.")
     saved = read_json(path)
-    if not isinstance(saved, dict) or saved.get("format") != 1 or not isinstance(saved.get("recipe"), dict):
+    whole = isinstance(saved, dict) and isinstance(saved.get("recipe"), dict)
+    if not whole or saved.get("format") != 1:
         raise InputError(f"{path} is not the config of a student of this version (format 1).")
     found = digest(saved["recipe"], 64)
     if saved.get("recipe_digest", found) != found:
@@ -425,7 +431,8 @@ def draft_of(
 )->nn.Module: # on the meta device: shapes without numbers
     "The network that a recipe asks for, without its memory. `InputError` if there can be none."
     if any(abs(n) > 2**14 for n in whole_numbers(recipe.network_config)):
-        raise InputError(f"{path}: no network here has an argument above {2**14}: {recipe.network_config}.")
+        raise InputError(f"{path}: no network here has an argument above {2**14}: "
+                         f"{recipe.network_config}.")
     try:
         with torch.device("meta"):
             return build(recipe.network, recipe.network_config)
@@ -434,8 +441,8 @@ def draft_of(
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
     except Exception as e:
-        raise InputError(f"{path}: network {recipe.network!r} cannot be built with {recipe.network_config} "
-                         f"({type(e).__name__}: {e}).") from e
+        raise InputError(f"{path}: network {recipe.network!r} cannot be built with "
+                         f"{recipe.network_config} ({type(e).__name__}: {e}).") from e
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10005
 def read_weights(
@@ -447,7 +454,8 @@ def read_weights(
     try:
         state = load_file(path)
     except Exception as e:
-        raise InputError(f"{path} cannot be read ({e}). It is damaged or cut short: copy it again.") from e
+        raise InputError(f"{path} cannot be read ({e}). "
+                         "It is damaged or cut short: copy it again.") from e
     load_weights(draft, {k: v.to("meta") for k, v in state.items()}, path)
     own = draft.state_dict()
     for k, v in state.items():
@@ -458,6 +466,25 @@ def read_weights(
             raise InputError(f"{path}: {k} holds NaN or infinity. The training went astray: "
                              "take an earlier checkpoint.")
     return state
+
+# %% ../nbs/4_training/4_inference.ipynb #a7c1000a
+@contextlib.contextmanager
+def faults_named(
+    path, # the file that is worked on
+):
+    "Within the block, every fault but the user's stop becomes an `InputError` that names the file."
+    try:
+        yield
+    except InputError as e:
+        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
+    except MemoryError as e:
+        raise InputError(f"{path} needs more memory than is free. "
+                         "Close other programs, or take a smaller one.") from e
+    except Exception as e:
+        if re.search("out of memory|allocate memory", str(e)):
+            raise InputError(f"{path} needs more memory than is free on the device. "
+                             "Use --device cpu, or a student with a smaller patch.") from e
+        raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e
 
 # %% ../nbs/4_training/4_inference.ipynb #8314a76f
 def output_name(
@@ -509,16 +536,19 @@ def plan(
     if single and suffix in WRITERS and (suffix == ".zarr" or not os.path.isdir(target)):
         return [(source, target)], []
     if single and target.suffix and not os.path.isdir(target):
-        raise InputError(f"output {target}: the ending is not one we write; use {', '.join(WRITERS)}. Or give a folder.")
+        raise InputError(f"output {target}: the ending is not one we write; "
+                         f"use {', '.join(WRITERS)}. Or give a folder.")
     if os.path.isfile(target):
-        raise InputError(f"output {target}: it is a file, and the input is a folder. Give a folder.")
+        raise InputError(f"output {target}: it is a file, and the input is a folder. "
+                         "Give a folder.")
     if single:
         return [(source, target / output_name(source))], []
     inside = visible(source)
     images = {p: is_image(p) for p in inside}
     if not any(images.values()):
         raise InputError(f"{source} holds no images that we can read.")
-    return [(p, target / output_name(p)) for p in inside if images[p]], [p for p in inside if not images[p]]
+    pairs = [(p, target / output_name(p)) for p in inside if images[p]]
+    return pairs, [p for p in inside if not images[p]]
 
 # %% ../nbs/4_training/4_inference.ipynb #97edc42d
 def instance_name(
@@ -571,7 +601,8 @@ def file_jobs(
             mark = digest([os.path.realpath(source), files_mark(source), instances, *settings])
         except OSError:
             mark = ""
-        found.append(FileJob(source, (target, instance_name(target)) if instances else (target,), mark))
+        outputs = (target, instance_name(target)) if instances else (target,)
+        found.append(FileJob(source, outputs, mark))
     return found
 
 def check_outputs(
@@ -584,34 +615,20 @@ def check_outputs(
     "All that can be known before any work. Raises `InputError`."
     pairs = [(job.source, o) for job in jobs for o in job.outputs]
     outputs = [o for _, o in pairs]
-    kept = [(job.source, "the input") for job in jobs] + [(source, "the input")] * os.path.isdir(source)
+    kept = [(job.source, "the input") for job in jobs]
+    if os.path.isdir(source):
+        kept.append((source, "the input"))
     if not isinstance(student, Student):
         kept.append((student, "the student's folder"))
     check_names(pairs)
     check_apart(outputs, kept)
-    check_new(outputs, overwrite, {str(o) for j in jobs for o in j.outputs if notes.has("begun", j.mark, o)})
+    ours = {str(o) for j in jobs for o in j.outputs if notes.has("begun", j.mark, o)}
+    check_new(outputs, overwrite, ours)
     check_place(outputs[0].parent)
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10007
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
-
-@contextlib.contextmanager
-def faults_named(
-    path, # the file that is worked on
-):
-    "Within the block, every fault becomes an `InputError` that names the file; the user's own stop does not."
-    try:
-        yield
-    except InputError as e:
-        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
-    except MemoryError as e:
-        raise InputError(f"{path} needs more memory than is free. Close other programs, or take a smaller one.") from e
-    except Exception as e:
-        if re.search("out of memory|allocate memory", str(e)):
-            raise InputError(f"{path} needs more memory than is free on the device. Use --device cpu, "
-                             "or a student with a smaller patch.") from e
-        raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e
 
 def segment_file(
     student:Student, # in memory
@@ -651,7 +668,9 @@ def predict_path(
     instances:bool=False, # write the objects too, as <name>_instances
     overwrite:bool=False, # replace outputs that are there
 )->list: # paths of the label maps
-    "Segment files: `ukd predict`. Label maps are written as they are finished, each atomically. Raises `InputError` before any work for what can be known, `PartlyDone` at the end if some images failed."
+    """Segment files: `ukd predict`. Label maps are written as they are finished, each atomically.
+    Raises `InputError` before any work for what can be known, `PartlyDone` at the end if some
+    images failed."""
     precision_now = resolve_precision(precision, resolve_device(device))
     source = Path(input)
     pairs, others = plan(source, Path(output))
@@ -666,7 +685,8 @@ def predict_path(
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}
     fresh = 0
-    with keeping_notes(notes_path) as notes, contextlib.closing(progress(len(jobs), "images", enabled=bars and not alone)) as shown:
+    bar = progress(len(jobs), "images", enabled=bars and not alone)
+    with keeping_notes(notes_path) as notes, contextlib.closing(bar) as shown:
         for job in jobs:
             try:
                 with faults_named(job.source):
@@ -687,8 +707,10 @@ def told(
     if failed and alone:
         raise InputError(failed[jobs[0]])
     if failed:
-        raise PartlyDone(f"{len(done)} of {len(jobs)} images were segmented; {len(failed)} were not:\n  "
-                         + "\n  ".join(" ".join(why.split("\n")) for why in failed.values()))
+        lines = [" ".join(why.split("\n")) for why in failed.values()]
+        raise PartlyDone(f"{len(done)} of {len(jobs)} images were segmented; "
+                         f"{len(failed)} were not:\n  " + "\n  ".join(lines))
     before = f", {len(done) - fresh} of them from before" if fresh < len(done) else ""
-    print(f"{len(done)} label map{'s' if len(done) > 1 else ''} in {done[0] if alone else done[0].parent}{before}")
+    place = done[0] if alone else done[0].parent
+    print(f"{len(done)} label map{'s' if len(done) > 1 else ''} in {place}{before}")
     return done

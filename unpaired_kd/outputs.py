@@ -49,13 +49,15 @@ def check_apart(
     for path, what in kept:
         if identity(path) is not None:
             own[identity(path)] = (path, what)
-        for folder in (Path(path).parent, Path(os.path.realpath(path)).parent): # of the name, and of the file
+        file = Path(os.path.realpath(path))
+        for folder in (Path(path).parent, file.parent): # of the name, and of the file
             for i in chain(folder):
                 above.setdefault(i, (path, what))
     for output in outputs:
         place = identity(output)
         if place is not None and place in own:
-            raise InputError(f"output {output} is {own[place][1]} itself. Give another folder or name.")
+            raise InputError(f"output {output} is {own[place][1]} itself. "
+                             "Give another folder or name.")
         if place in above:
             path, what = above[place]
             raise InputError(f"output {output} holds {path}, {what}, which would be lost. "
@@ -76,8 +78,9 @@ def check_new(
     foreign = [o for o in there if str(o) not in ours]
     if foreign and not overwrite:
         others = f", with {len(foreign) - 1} more of {len(outputs)}" if len(foreign) > 1 else ""
-        raise InputError(f"output {foreign[0]} is there already{others}. Choose another name or folder; "
-                         "--overwrite (overwrite=True) replaces what is there.")
+        raise InputError(f"output {foreign[0]} is there already{others}. "
+                         "Choose another name or folder; --overwrite (overwrite=True) "
+                         "replaces what is there.")
     for output in there:
         check_replaceable(output)
 
@@ -103,7 +106,7 @@ def check_replaceable(
 def check_names(
     pairs, # (input, output): all that will be written
 ):
-    "`InputError` if two outputs have one name, or names that some disks take for one; or if a name is too long."
+    "`InputError` for names that are too long, or that two outputs share, on some disks at least."
     seen = {}
     for source, output in pairs:
         if len(os.fsencode(Path(output).name)) > 255:
@@ -148,8 +151,8 @@ def check_room(
     except OSError: # a disk that does not say
         return
     if need > free:
-        raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free "
-                         "there. Make room, or give a place on another disk.")
+        raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
+                         "are free there. Make room, or give a place on another disk.")
 
 def check_format(
     output,      # path that will be written
@@ -180,7 +183,8 @@ def locked(
         try:
             file = open(path, "a+", encoding="utf-8", errors="surrogateescape")
         except OSError as e:
-            raise InputError(f"cannot write {path} ({e.strerror}). Give a folder that you may write to.") from e
+            raise InputError(f"cannot write {path} ({e.strerror}). "
+                             "Give a folder that you may write to.") from e
         if not _lock(file.fileno()):
             file.close()
             raise InputError(busy)
@@ -233,7 +237,7 @@ class Notes:
 def made_folder(
     folder:Path, # to work in
 ):
-    "Make a folder and those above it for the block; those that are still empty afterwards go again."
+    "Make a folder and those above it for the block; those that stay empty go again."
     folder = Path(folder)
     new = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
     try:
@@ -252,10 +256,11 @@ def made_folder(
 def keeping_notes(
     path:Path, # the file of the notes
 ): # `Notes`, locked
-    "Hold the notes for the block. When it ends well they are deleted, also when nothing was noted; else they stay for the next try."
+    "Hold the notes for the block. When it ends well they go; else they stay for the next try."
     with made_folder(path.parent):
         clear_parts(path.parent)
-        busy = f"another process writes into {path.parent} ({path.name}). Wait for it, or give another place."
+        busy = (f"another process writes into {path.parent} ({path.name}). "
+                "Wait for it, or give another place.")
         with locked(path, busy) as file:
             notes = Notes(path)
             notes.file = file

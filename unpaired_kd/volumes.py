@@ -344,10 +344,13 @@ def check_work(
     "`InputError` if something else has its name: in the end it is deleted."
     if not os.path.lexists(work):
         return
-    inside = {p.name for p in work.iterdir()} if work.is_dir() and not work.is_symlink() else {work.name}
+    inside = {work.name}
+    if work.is_dir() and not work.is_symlink():
+        inside = {p.name for p in work.iterdir()}
     strangers = sorted(n for n in inside if n not in OURS and not n.startswith(PART))
     if strangers or (inside and "lock" not in inside):
-        raise InputError(f"{work} is there and is no unfinished work of `ukd predict` ({sorted(strangers or inside)[0]}). "
+        found = sorted(strangers or inside)[0]
+        raise InputError(f"{work} is there and is no unfinished work of `ukd predict` ({found}). "
                          "Rename it, or choose another output.")
 
 @contextlib.contextmanager
@@ -356,7 +359,8 @@ def held(
 ):
     "Hold the work folder, or raise `InputError` if another process has it. Without a record it is deleted in the end."
     check_work(work)
-    with made_folder(work.parent), made_folder(work), locked(work / "lock", f"another process is at work in {work}. Wait for it, or choose another output."):
+    busy = f"another process is at work in {work}. Wait for it, or choose another output."
+    with made_folder(work.parent), made_folder(work), locked(work / "lock", busy):
         clear_parts(work)
         try:
             yield
@@ -686,11 +690,14 @@ def unfinished(
         if isinstance(e, InputError):
             raise
         if isinstance(e, OSError):
-            raise InputError(f"cannot write {output} ({e.strerror or e}). Make room, or free the way. {kept}") from e
+            raise InputError(f"cannot write {output} ({e.strerror or e}). "
+                             f"Make room, or free the way. {kept}") from e
         if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
-            raise InputError(f"{output}: a block needs more memory than is free. Give a smaller --memory or --tile. {kept}") from e
+            raise InputError(f"{output}: a block needs more memory than is free. "
+                             f"Give a smaller --memory or --tile. {kept}") from e
         if type(e).__module__.startswith("distributed"):
-            raise InputError(f"{output}: the cluster failed ({type(e).__name__}: {e}). {kept}") from e
+            raise InputError(f"{output}: the cluster failed ({type(e).__name__}: {e}). "
+                             f"{kept}") from e
         raise
 
 # %% ../nbs/4_training/6_volumes.ipynb #f0c5a32a

@@ -250,5 +250,21 @@ def test_names_of_a_mac_and_a_narrow_terminal(ward, capsys, monkeypatch):
     assert run(capsys, ward)[:3] == (0, [], [])
 
 
+def test_a_pattern_that_is_none_and_one_that_means_nothing(ward, capsys):
+    status, faults, *_ = run(capsys, ward, "ct", "--group", "(")
+    assert status == 1 and "'(' is no regular expression" in faults[0]
+    listed(ward)
+    status, faults, *_ = run(capsys, ward, "ct", "--group", "^(ct)")
+    assert status == 1 and len(faults) == 1 and "name the patients" in faults[0]
+
+
+def test_a_name_that_is_no_text(ward, capsys):
+    try: shutil.copy(ward / "ct/images/ct1.png", ward / "ct/images" / os.fsdecode(b"\xfc.png"))
+    except OSError: pytest.skip("this disk takes text only")
+    status, faults, _, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and r"b'\xfc.png'" in faults[0], out
+    assert "ct\n  images        4, of 4 groups" in out
+
+
 def test_common():
     assert common("aabbbcd") == "b (3), a (2), c (1), d (1)" and common("aa") == "a" and common("abcdef") == "a (1), b (1), c (1), d (1) and 2 more"

@@ -520,6 +520,9 @@ def test_labels_match_whatever_their_case(ward):
     (lambda d: save(d / "images/p1_2.tif", picture(2)[0]), ["2 images of one name", "p1_2.png, p1_2.tif"]),
     (lambda d: shutil.copy(d / "images/p1_2.png", d / f"images/ p1_2.png"), ["2 images of one name", "p1_2"]),
     (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to(d / "images/p2_5.png"), ["p2_5.png", "group 'p0'", "group 'p2'"]),
+    (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to("gone.png"), ["images/p0_0.png is a link to gone.png"]),
+    (lambda d: (d / "labels/p0_0.png").unlink() or (d / "labels/p0_0.png").symlink_to("gone.png"), ["labels/p0_0.png is a link to gone.png"]),
+    (lambda d: (d / "labels/p0_0.png").unlink() or os.mkfifo(d / "labels/p0_0.png"), ["labels/p0_0.png is neither"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,a\np0_0,b\n"), ["groups.csv, line 3", "'p0_0'"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,\n"), ["groups.csv names no group", "'p0_0'", "5 more"]),
 ])

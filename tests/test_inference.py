@@ -189,6 +189,7 @@ def swap(folder, **recipe):
     "Change the recipe in config.json."
     c = json.loads((folder / "config.json").read_text())
     c["recipe"].update(recipe)
+    c.pop("recipe_digest", None) # the change is meant
     (folder / "config.json").write_text(json.dumps(c))
 
 
@@ -220,7 +221,7 @@ def test_corrupt_files(folder):
         with pytest.raises(InputError, match="weights.safetensors"): Student.load(folder)
     (folder / FILES[0]).write_bytes(data)
     text = (folder / "config.json").read_text()
-    for bad in ("", text[:50], "[]", "{}", '{"format": 1}', '{"format": 2, "recipe": {}}', text.replace('"zoom"', '"zom"'), text.replace('"zoom": 1.0', '"zoom": "a"')):
+    for bad in ("", text[:50], "[]", "{}", '{"format": 1}', '{"format": 2, "recipe": {}}', text.replace('"zoom"', '"zom"'), text.replace('"zoom": 1.0', '"zoom": 2.0'), text.replace('"zoom": 1.0', '"zoom": "a"')):
         (folder / "config.json").write_text(bad)
         with pytest.raises(InputError, match="config.json"): Student.load(folder)
     for name in (FILES[0], "config.json"):

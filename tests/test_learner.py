@@ -178,7 +178,7 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    a, b = (load_checkpoint(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert same(a, b)
     alone = learner(tmp_path / "alone", settings=Settings(epochs=2, steps=3, bars=False, device="cpu", precision="fp32"))
     alone.fit()

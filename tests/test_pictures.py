@@ -1,4 +1,5 @@
 """PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are in them."""
+
 import io
 import os
 import struct
@@ -12,28 +13,51 @@ from PIL import Image as Pillow, ImageOps
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data import pictures
-from unpaired_kd.data.images import Image, dicom_files, decode, is_series, list_images, read_image, read_label, stem_of, suffix_of, write_image, write_label
+from unpaired_kd.data.images import (
+    Image,
+    dicom_files,
+    decode,
+    is_series,
+    list_images,
+    read_image,
+    read_label,
+    stem_of,
+    suffix_of,
+    write_image,
+    write_label,
+)
 from unpaired_kd.data.pictures import arrange, content_of, turn, unit_length
 from unpaired_kd.volumes import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-UPRIGHT = { # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
-    1: [[1, 2, 3], [4, 5, 6]], 2: [[3, 2, 1], [6, 5, 4]], 3: [[6, 5, 4], [3, 2, 1]], 4: [[4, 5, 6], [1, 2, 3]],
-    5: [[1, 4], [2, 5], [3, 6]], 6: [[4, 1], [5, 2], [6, 3]], 7: [[6, 3], [5, 2], [4, 1]], 8: [[3, 6], [2, 5], [1, 4]]}
+UPRIGHT = (
+    {  # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+        1: [[1, 2, 3], [4, 5, 6]],
+        2: [[3, 2, 1], [6, 5, 4]],
+        3: [[6, 5, 4], [3, 2, 1]],
+        4: [[4, 5, 6], [1, 2, 3]],
+        5: [[1, 4], [2, 5], [3, 6]],
+        6: [[4, 1], [5, 2], [6, 3]],
+        7: [[6, 3], [5, 2], [4, 1]],
+        8: [[3, 6], [2, 5], [1, 4]],
+    }
+)
 
 
 def packbits(data):
     "Literal runs only."
-    return b"".join(bytes([len(data[k:k + 128]) - 1]) + data[k:k + 128] for k in range(0, len(data), 128))
+    return b"".join(
+        bytes([len(data[k : k + 128]) - 1]) + data[k : k + 128] for k in range(0, len(data), 128)
+    )
 
 
 def lzw(data):
     "LZW of literals: the table is cleared before its codes grow past nine bits."
-    codes = [c for k in range(0, len(data), 200) for c in (256, *data[k:k + 200])] + [257]
+    codes = [c for k in range(0, len(data), 200) for c in (256, *data[k : k + 200])] + [257]
     bits = "".join(f"{c:09b}" for c in codes)
     bits += "0" * (-len(bits) % 8)
-    return bytes(int(bits[k:k + 8], 2) for k in range(0, len(bits), 8))
+    return bytes(int(bits[k : k + 8], 2) for k in range(0, len(bits), 8))
 
 
 def reverse(data):
@@ -47,28 +71,33 @@ def pack_bits(a, bits):
     "Rows of numbers of so many bits, the highest first, each row from a new byte."
     rows = ["".join(f"{int(v):0{bits}b}" for v in row) for row in a]
     rows = [r + "0" * (-len(r) % 8) for r in rows]
-    return b"".join(bytes(int(r[k:k + 8], 2) for k in range(0, len(r), 8)) for r in rows)
+    return b"".join(bytes(int(r[k : k + 8], 2) for k in range(0, len(r), 8)) for r in rows)
+
+
+def entry(code, value, order):
+    "Type, count and bytes of a tag: text, a ratio for the two resolutions, else whole numbers."
+    if isinstance(value, bytes):
+        return 2, len(value), value
+    many = list(value) if isinstance(value, (list, tuple)) else [value]
+    kind, letter = (5, "L") if code in (282, 283) else (4, "L") if code in (273, 279) else (3, "H")
+    return kind, len(many) // (2 if kind == 5 else 1), struct.pack(f"{order}{len(many)}{letter}", *many)
 
 
 def tiff(path, *pages, order="<"):
-    "A classic TIFF; each page is (tags, data): tags are numbers, or lists of them, data the bytes of its one strip."
-    out, link = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4)), 4
+    "A classic TIFF; each page is (tags, data): data are the bytes of its one strip."
+    out = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
+    link = 4  # where the place of the next page is written
     for tags, data in pages:
-        at = len(out)
+        tags = {**tags, 273: len(out), 279: len(data), 278: tags[257]}
         out += data + b"\0" * (len(data) % 2)
-        tags = {**tags, 273: at, 279: len(data), 278: tags[257]}
         entries = b""
         for code, value in sorted(tags.items()):
-            text, many = isinstance(value, bytes), isinstance(value, (list, tuple))
-            kind = 2 if text else 3 if code not in (273, 279) else 4
-            if code in (282, 283):
-                kind, value, many = 5, list(value), True
-            raw = value if text else b"".join(struct.pack(order + {3: "H", 4: "L", 5: "L"}[kind], int(v)) for v in (value if many else [value]))
-            n = len(value) // (2 if kind == 5 else 1) if text or many else 1
-            if len(raw) > 4:
-                place, out = len(out), out + raw + b"\0" * (len(raw) % 2)
+            kind, count, raw = entry(code, value, order)
+            if len(raw) > 4:  # too long for the entry itself
+                place = len(out)
+                out += raw + b"\0" * (len(raw) % 2)
                 raw = struct.pack(order + "L", place)
-            entries += struct.pack(order + "HHL", code, kind, n) + raw.ljust(4, b"\0")
+            entries += struct.pack(order + "HHL", code, kind, count) + raw.ljust(4, b"\0")
         struct.pack_into(order + "L", out, link, len(out))
         out += struct.pack(order + "H", len(tags)) + entries
         link = len(out)
@@ -80,27 +109,41 @@ def tiff(path, *pages, order="<"):
 def grey(path, a, bits=8, packing=1, order="<", photometric=1, **more):
     "One page of numbers; `more` are further tags, as t274=6."
     data = pack_bits(a, bits) if bits % 8 else np.asarray(a, f"{order}u{bits // 8}").tobytes()
-    tags = {256: a.shape[1], 257: a.shape[0], 258: bits, 259: packing, 262: photometric, 277: 1, **{int(k[1:]): v for k, v in more.items()}}
+    tags = {
+        256: a.shape[1],
+        257: a.shape[0],
+        258: bits,
+        259: packing,
+        262: photometric,
+        277: 1,
+        **{int(k[1:]): v for k, v in more.items()},
+    }
     return tiff(path, (tags, PACK[packing](data)), order=order)
 
 
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("tag", UPRIGHT)
 def test_orientation_of_tiff(tmp_path, tag, packing):
-    p = grey(tmp_path / "x.tif", SMALL, packing=packing, t274=tag, t282=(50, 1), t283=(100, 1), t296=3)
+    p = grey(
+        tmp_path / "x.tif", SMALL, packing=packing, t274=tag, t282=(50, 1), t283=(100, 1), t296=3
+    )
     im = read_image(p)
     assert im.array[0].tolist() == read_label(p).array.tolist() == UPRIGHT[tag]
-    assert im.spacing == pytest.approx((.1, .2) if tag < 5 else (.2, .1)) # mm, of 100 and 50 pixels a centimetre
+    assert im.spacing == pytest.approx(
+        (0.1, 0.2) if tag < 5 else (0.2, 0.1)
+    )  # mm, of 100 and 50 pixels a centimetre
 
 
 @pytest.mark.parametrize("tag", UPRIGHT)
 @pytest.mark.parametrize("ending", [".jpg", ".png"])
 def test_orientation_of_photographs(tmp_path, tag, ending):
-    big = np.kron(SMALL * 40, np.ones((16, 16), np.uint8)) # even blocks: JPEG keeps their middle
+    big = np.kron(SMALL * 40, np.ones((16, 16), np.uint8))  # even blocks: JPEG keeps their middle
     picture = Pillow.fromarray(big)
     exif = picture.getexif()
     exif[274] = tag
-    picture.save(tmp_path / f"x{ending}", exif=exif, **({"quality": 100} if ending == ".jpg" else {}))
+    picture.save(
+        tmp_path / f"x{ending}", exif=exif, **({"quality": 100} if ending == ".jpg" else {})
+    )
     a = read_image(tmp_path / f"x{ending}").array[0]
     assert np.round(a[8::16, 8::16] / 40).tolist() == UPRIGHT[tag]
     if ending == ".png":
@@ -112,8 +155,10 @@ def test_turn_is_what_pillow_shows():
     for tag in UPRIGHT:
         picture = Pillow.fromarray(np.moveaxis(a, 0, -1))
         picture.getexif()[274] = tag
-        assert np.array_equal(turn(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0))
-    assert turn(a, 0) is a and turn(a, 9) is a # unknown numbers turn nothing
+        assert np.array_equal(
+            turn(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
+        )
+    assert turn(a, 0) is a and turn(a, 9) is a  # unknown numbers turn nothing
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -126,7 +171,9 @@ def test_bit_depths(tmp_path, bits, order, packing):
         assert np.array_equal(read_label(p).array, a)
     seen = read_image(p).array[0]
     assert np.array_equal(seen, np.round(a * 255 / (2**bits - 1)) if 1 < bits < 8 else a)
-    assert seen.dtype == (bool if bits == 1 else np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32)
+    assert seen.dtype == (
+        bool if bits == 1 else np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
+    )
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -136,47 +183,73 @@ def test_white_is_zero(tmp_path, bits, packing):
     p = grey(tmp_path / "x.tif", a, bits, packing, photometric=0)
     stored, top = (a * 17, 255) if bits == 4 else (a, 2**bits - 1)
     assert np.array_equal(read_image(p).array[0], top - stored)
-    with pytest.raises(InputError, match="(?s)x.tif.*WhiteIsZero.*minisblack"): read_label(p)
+    with pytest.raises(InputError, match="(?s)x.tif.*WhiteIsZero.*minisblack"):
+        read_label(p)
 
 
 def test_boolean_mask_of_tifffile(tmp_path):
-    mask = R.random((20, 30)) > .7
+    mask = R.random((20, 30)) > 0.7
     for packing in (None, "zlib"):
         tifffile.imwrite(tmp_path / "m.tif", mask, compression=packing)
         assert tifffile.TiffFile(tmp_path / "m.tif").pages[0].photometric.name == "MINISWHITE"
         assert np.array_equal(read_label(tmp_path / "m.tif").array, mask)
     tifffile.imwrite(tmp_path / "m.tif", mask, software="another")
-    with pytest.raises(InputError, match="WhiteIsZero"): read_label(tmp_path / "m.tif")
-    for kind in (np.int16, np.float32): # no largest number, so no white
+    with pytest.raises(InputError, match="WhiteIsZero"):
+        read_label(tmp_path / "m.tif")
+    for kind in (np.int16, np.float32):  # no largest number, so no white
         tifffile.imwrite(tmp_path / "s.tif", np.ones((4, 4), kind), photometric="miniswhite")
-        with pytest.raises(InputError, match="no white"): read_image(tmp_path / "s.tif")
+        with pytest.raises(InputError, match="no white"):
+            read_image(tmp_path / "s.tif")
 
 
 @pytest.mark.parametrize("factor", [1, 256, 257])
 @pytest.mark.parametrize("packing", [1, 5])
 def test_palettes(tmp_path, factor, packing):
     colours, a = R.integers(0, 256, (3, 256)), R.integers(0, 256, (5, 11), np.uint8)
-    p = grey(tmp_path / "x.tif", a, packing=packing, photometric=3, t320=(colours * factor).ravel().tolist())
+    p = grey(
+        tmp_path / "x.tif",
+        a,
+        packing=packing,
+        photometric=3,
+        t320=(colours * factor).ravel().tolist(),
+    )
     assert np.array_equal(read_image(p).array, colours[:, a])
     assert np.array_equal(read_label(p).array, a)
-    p = grey(tmp_path / "x.tif", a // 16, 4, packing, photometric=3, t320=(colours[:, :16] * factor).ravel().tolist())
+    p = grey(
+        tmp_path / "x.tif",
+        a // 16,
+        4,
+        packing,
+        photometric=3,
+        t320=(colours[:, :16] * factor).ravel().tolist(),
+    )
     assert np.array_equal(read_image(p).array, colours[:, a // 16])
     assert np.array_equal(read_label(p).array, a // 16)
 
 
 def test_palette_of_16_bits_and_alpha(tmp_path):
-    table, a = R.integers(0, 65536, (3, 65536)).astype(np.uint16), R.integers(0, 65536, (5, 11)).astype(np.uint16)
+    table, a = R.integers(0, 65536, (3, 65536)).astype(np.uint16), R.integers(
+        0, 65536, (5, 11)
+    ).astype(np.uint16)
     tifffile.imwrite(tmp_path / "x.tif", a, photometric="palette", colormap=table)
     assert np.array_equal(read_image(tmp_path / "x.tif").array, table[:, a] >> 8)
     two = np.stack([SMALL, 255 - SMALL], -1)
     table = np.arange(768) * 80
-    tiff(tmp_path / "a.tif", ({256: 3, 257: 2, 258: [8, 8], 259: 1, 262: 3, 277: 2, 338: 2, 320: table.tolist()}, two.tobytes()))
-    assert np.array_equal(read_image(tmp_path / "a.tif").array, (table.reshape(3, 256)[:, SMALL] >> 8))
+    tiff(
+        tmp_path / "a.tif",
+        (
+            {256: 3, 257: 2, 258: [8, 8], 259: 1, 262: 3, 277: 2, 338: 2, 320: table.tolist()},
+            two.tobytes(),
+        ),
+    )
+    assert np.array_equal(
+        read_image(tmp_path / "a.tif").array, (table.reshape(3, 256)[:, SMALL] >> 8)
+    )
     assert np.array_equal(read_label(tmp_path / "a.tif").array, SMALL)
 
 
 @pytest.mark.parametrize("packing", PACK)
-@pytest.mark.parametrize("kind", [1, 2, 0]) # associated, unassociated, unspecified
+@pytest.mark.parametrize("kind", [1, 2, 0])  # associated, unassociated, unspecified
 def test_extra_samples(tmp_path, packing, kind):
     rgba = R.integers(0, 256, (5, 7, 4), np.uint8)
     tags = {256: 7, 257: 5, 258: [8] * 4, 259: packing, 262: 2, 277: 4, 338: kind}
@@ -185,19 +258,25 @@ def test_extra_samples(tmp_path, packing, kind):
     tags |= {258: [8] * 2, 262: 1, 277: 2}
     tiff(tmp_path / "x.tif", (tags, PACK[packing](rgba[..., :2].tobytes())))
     have = read_image(tmp_path / "x.tif").array
-    assert np.array_equal(have, np.moveaxis(rgba[..., :1 if kind else 2], -1, 0)) # without a meaning it is a channel
+    assert np.array_equal(
+        have, np.moveaxis(rgba[..., : 1 if kind else 2], -1, 0)
+    )  # without a meaning it is a channel
 
 
 @pytest.mark.parametrize("packing", [5, 8, 32773])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_predictors(tmp_path, packing, order):
     a = R.integers(0, 65536, (5, 7, 3)).astype(np.uint16)
-    less = np.diff(a, axis=1, prepend=np.uint16(0)) # wraps around
+    less = np.diff(a, axis=1, prepend=np.uint16(0))  # wraps around
     tags = {256: 7, 257: 5, 258: [16] * 3, 259: packing, 262: 2, 277: 3, 317: 2}
-    tiff(tmp_path / "x.tif", (tags, PACK[packing](less.astype(f"{order}u2").tobytes())), order=order)
+    tiff(
+        tmp_path / "x.tif", (tags, PACK[packing](less.astype(f"{order}u2").tobytes())), order=order
+    )
     assert np.array_equal(read_image(tmp_path / "x.tif").array, np.moveaxis(a, -1, 0))
     f = R.normal(size=(5, 7)).astype(np.float32)
-    ranked = np.stack([np.frombuffer(row.astype(">f4").tobytes(), np.uint8).reshape(7, 4).T.ravel() for row in f])
+    ranked = np.stack(
+        [np.frombuffer(row.astype(">f4").tobytes(), np.uint8).reshape(7, 4).T.ravel() for row in f]
+    )
     less = np.diff(ranked, axis=1, prepend=np.uint8(0))
     tags = {256: 7, 257: 5, 258: 32, 259: packing, 262: 1, 277: 1, 317: 3, 339: 3}
     tiff(tmp_path / "f.tif", (tags, PACK[packing](less.tobytes())), order=order)
@@ -208,7 +287,8 @@ def test_predictor_without_compression(tmp_path):
     "libtiff takes the numbers as they are, tifffile adds them up."
     tags = {256: 3, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1, 317: 2}
     for read in (read_image, open_volume):
-        with pytest.raises(InputError, match="(?s)x.tif.*predictor"): read(tiff(tmp_path / "x.tif", (tags, SMALL.tobytes()), (tags, SMALL.tobytes())))
+        with pytest.raises(InputError, match="(?s)x.tif.*predictor"):
+            read(tiff(tmp_path / "x.tif", (tags, SMALL.tobytes()), (tags, SMALL.tobytes())))
 
 
 def test_bits_the_other_way_round(tmp_path):
@@ -227,17 +307,34 @@ def test_signed_and_float(tmp_path, kind, packing):
     kind = np.dtype(kind)
     a = (R.normal(size=(5, 7)) * 50).astype(kind)
     order = ">" if kind.str[0] == ">" else "<"
-    tags = {256: 7, 257: 5, 258: 8 * kind.itemsize, 259: packing, 262: 1, 277: 1, 339: {"u": 1, "i": 2, "f": 3}[kind.kind]}
+    tags = {
+        256: 7,
+        257: 5,
+        258: 8 * kind.itemsize,
+        259: packing,
+        262: 1,
+        277: 1,
+        339: {"u": 1, "i": 2, "f": 3}[kind.kind],
+    }
     tiff(tmp_path / "x.tif", (tags, PACK[packing](a.tobytes())), order=order)
-    assert np.array_equal(read_image(tmp_path / "x.tif").array[0], a.astype(np.float32) if kind.itemsize == 8 and kind.kind == "f" else a)
+    assert np.array_equal(
+        read_image(tmp_path / "x.tif").array[0],
+        a.astype(np.float32) if kind.itemsize == 8 and kind.kind == "f" else a,
+    )
 
 
 def test_planes_tiles_and_big_files(tmp_path):
     rgb = R.integers(0, 256, (3, 37, 53), np.uint8)
-    ways = {"separate": dict(planarconfig="separate"), "tiles": dict(tile=(16, 32)), "strips": dict(rowsperstrip=7), "big": dict(bigtiff=True), "motorola": dict(byteorder=">")}
+    ways = {
+        "separate": dict(planarconfig="separate"),
+        "tiles": dict(tile=(16, 32)),
+        "strips": dict(rowsperstrip=7),
+        "big": dict(bigtiff=True),
+        "motorola": dict(byteorder=">"),
+    }
     for name, way in ways.items():
         for packing in (None, "zlib", "packbits"):
-            if packing == "packbits": # tifffile alone does not write it
+            if packing == "packbits":  # tifffile alone does not write it
                 continue
             a = rgb if name == "separate" else np.moveaxis(rgb, 0, -1)
             tifffile.imwrite(tmp_path / "x.tif", a, photometric="rgb", compression=packing, **way)
@@ -251,17 +348,20 @@ def test_strips_of_lzw_and_last_short_one(tmp_path):
         b = a if mode == "L" else np.dstack([a, a // 2, 255 - a])
         Pillow.fromarray(b).save(tmp_path / "x.tif", compression="tiff_lzw", tiffinfo={278: 70})
         assert len(tifffile.TiffFile(tmp_path / "x.tif").pages[0].dataoffsets) == 5
-        assert np.array_equal(read_image(tmp_path / "x.tif").array, np.atleast_3d(b).transpose(2, 0, 1))
+        assert np.array_equal(
+            read_image(tmp_path / "x.tif").array, np.atleast_3d(b).transpose(2, 0, 1)
+        )
 
 
 @pytest.mark.parametrize("packing", ["group3", "group4", "tiff_ccitt"])
 def test_fax(tmp_path, packing):
-    mask = np.kron(R.random((9, 13)) > .5, np.ones((4, 4), bool))
+    mask = np.kron(R.random((9, 13)) > 0.5, np.ones((4, 4), bool))
     Pillow.fromarray(mask).save(tmp_path / "x.tif", compression=packing)
     assert np.array_equal(read_image(tmp_path / "x.tif").array[0], mask)
     page = tifffile.TiffFile(tmp_path / "x.tif").pages[0]
     if page.photometric.name == "MINISWHITE":
-        with pytest.raises(InputError, match="WhiteIsZero"): read_label(tmp_path / "x.tif")
+        with pytest.raises(InputError, match="WhiteIsZero"):
+            read_label(tmp_path / "x.tif")
     else:
         assert np.array_equal(read_label(tmp_path / "x.tif").array, mask)
 
@@ -273,18 +373,37 @@ def test_jpeg_inside_tiff(tmp_path, mode):
     picture = Pillow.fromarray(smooth).convert(mode)
     picture.save(tmp_path / "x.tif", compression="jpeg", quality=95)
     page = tifffile.TiffFile(tmp_path / "x.tif").pages[0]
-    assert page.compression == 7 and page.photometric.name == {"L": "MINISBLACK", "RGB": "YCBCR", "YCbCr": "YCBCR"}[mode] or mode == "RGB"
+    assert (
+        page.compression == 7
+        and page.photometric.name == {"L": "MINISBLACK", "RGB": "YCBCR", "YCbCr": "YCBCR"}[mode]
+        or mode == "RGB"
+    )
     a = read_image(tmp_path / "x.tif").array
-    want = np.atleast_3d(np.asarray(Pillow.fromarray(smooth).convert("L" if mode == "L" else "RGB")))
-    assert a.shape == (want.shape[2], 48, 64) and np.abs(a - np.moveaxis(want, -1, 0).astype(float)).max() < 16
-    with pytest.raises(InputError, match="(?s)x.tif.*JPEG"): read_label(tmp_path / "x.tif")
+    want = np.atleast_3d(
+        np.asarray(Pillow.fromarray(smooth).convert("L" if mode == "L" else "RGB"))
+    )
+    assert (
+        a.shape == (want.shape[2], 48, 64)
+        and np.abs(a - np.moveaxis(want, -1, 0).astype(float)).max() < 16
+    )
+    with pytest.raises(InputError, match="(?s)x.tif.*JPEG"):
+        read_label(tmp_path / "x.tif")
 
 
 def test_colours_that_are_not_ours(tmp_path):
-    for code, name, n in ((5, "SEPARATED", 4), (8, "CIELAB", 3), (6, "YCBCR", 3), (32803, "CFA", 1)):
+    for code, name, n in (
+        (5, "SEPARATED", 4),
+        (8, "CIELAB", 3),
+        (6, "YCBCR", 3),
+        (32803, "CFA", 1),
+    ):
         a = R.integers(0, 256, (4, 5, n), np.uint8)
-        tiff(tmp_path / "x.tif", ({256: 5, 257: 4, 258: [8] * n, 259: 1, 262: code, 277: n, 530: [1, 1]}, a.tobytes()))
-        with pytest.raises(InputError, match=f"(?s)x.tif.*{name}"): read_image(tmp_path / "x.tif")
+        tiff(
+            tmp_path / "x.tif",
+            ({256: 5, 257: 4, 258: [8] * n, 259: 1, 262: code, 277: n, 530: [1, 1]}, a.tobytes()),
+        )
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{name}"):
+            read_image(tmp_path / "x.tif")
 
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs decodes them")
@@ -293,7 +412,8 @@ def test_packing_that_needs_more(tmp_path):
         tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
         tiff(tmp_path / "x.tif", (tags, b"whatever"), (tags, b"whatever"))
         for read in (read_image, read_label, open_volume):
-            with pytest.raises(InputError, match="(?s)x.tif.*imagecodecs") as e: read(tmp_path / "x.tif")
+            with pytest.raises(InputError, match="(?s)x.tif.*imagecodecs") as e:
+                read(tmp_path / "x.tif")
             assert "damaged" not in str(e.value)
 
 
@@ -301,81 +421,164 @@ def test_pages_of_several_kinds(tmp_path):
     base = {256: 3, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1}
     page = (base, SMALL.tobytes())
     for other in ({262: 0}, {274: 3}):
-        for n in (1, 9): # the tenth page of many is looked at too
+        for n in (1, 9):  # the tenth page of many is looked at too
             pages = [page] * n + [({**base, **other}, SMALL.tobytes())] + [page] * n
-            with pytest.raises(InputError, match="(?s)x.tif.*(page|images)"): read_image(tiff(tmp_path / "x.tif", *pages))
+            with pytest.raises(InputError, match="(?s)x.tif.*(page|images)"):
+                read_image(tiff(tmp_path / "x.tif", *pages))
     table = [k * 80 for k in range(768)]
     pages = [({**base, 262: 3, 320: t}, SMALL.tobytes()) for t in (table, table[::-1])]
-    with pytest.raises(InputError, match="page 2"): read_image(tiff(tmp_path / "x.tif", *pages))
-    small = ({**base, 256: 1, 257: 1, 254: 1}, b"\1") # a thumbnail is no second image
+    with pytest.raises(InputError, match="page 2"):
+        read_image(tiff(tmp_path / "x.tif", *pages))
+    small = ({**base, 256: 1, 257: 1, 254: 1}, b"\1")  # a thumbnail is no second image
     assert np.array_equal(read_image(tiff(tmp_path / "x.tif", page, small)).array[0], SMALL)
 
 
 def test_pyramid_in_sub_ifds(tmp_path):
     a = R.integers(0, 256, (64, 96), np.uint8)
     with tifffile.TiffWriter(tmp_path / "x.ome.tif", ome=True) as t:
-        t.write(a, subifds=1, metadata={"axes": "YX", "PhysicalSizeX": .5, "PhysicalSizeY": .25})
+        t.write(a, subifds=1, metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25})
         t.write(a[::2, ::2], subfiletype=1)
     im = read_image(tmp_path / "x.ome.tif")
-    assert np.array_equal(im.array[0], a) and im.spacing == pytest.approx((.00025, .0005))
+    assert np.array_equal(im.array[0], a) and im.spacing == pytest.approx((0.00025, 0.0005))
 
 
 def test_calibration_of_imagej(tmp_path):
     stored = np.array([[32768, 32769], [0, 65535]], np.uint16)
     note = "ImageJ=1.54f\ncf=0\nc0=-32768.0\nc1=1.0\nvunit=gray value\n"
-    tifffile.imwrite(tmp_path / "x.tif", stored, description=note, metadata=None, photometric="minisblack")
+    tifffile.imwrite(
+        tmp_path / "x.tif", stored, description=note, metadata=None, photometric="minisblack"
+    )
     assert read_image(tmp_path / "x.tif").array[0].tolist() == [[0, 1], [-32768, 32767]]
     stack = np.stack([stored] * 3)
     with tifffile.TiffWriter(tmp_path / "s.tif") as t:
-        for k, plane in enumerate(stack): t.write(plane, description=note if k == 0 else None, metadata=None, contiguous=False)
-    with pytest.raises(InputError, match="calibration"): open_volume(tmp_path / "s.tif")
+        for k, plane in enumerate(stack):
+            t.write(plane, description=note if k == 0 else None, metadata=None, contiguous=False)
+    with pytest.raises(InputError, match="calibration"):
+        open_volume(tmp_path / "s.tif")
 
 
-@pytest.mark.parametrize("unit, mm", [("micron", 1e-3), ("\\u00B5m", 1e-3), ("nm", 1e-6), ("inch", 25.4), ("cm", 10.), ("pixel", None)])
+@pytest.mark.parametrize(
+    "unit, mm",
+    [
+        ("micron", 1e-3),
+        ("\\u00B5m", 1e-3),
+        ("nm", 1e-6),
+        ("inch", 25.4),
+        ("cm", 10.0),
+        ("pixel", None),
+    ],
+)
 def test_units_of_imagej(tmp_path, unit, mm):
-    tifffile.imwrite(tmp_path / "x.tif", np.zeros((4, 8, 8), np.uint8), imagej=True, resolution=(4, 2), metadata={"spacing": 3., "unit": unit, "axes": "ZYX"})
-    assert read_image(tmp_path / "x.tif").spacing == (None if mm is None else pytest.approx((3 * mm, mm / 2, mm / 4)))
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        np.zeros((4, 8, 8), np.uint8),
+        imagej=True,
+        resolution=(4, 2),
+        metadata={"spacing": 3.0, "unit": unit, "axes": "ZYX"},
+    )
+    assert read_image(tmp_path / "x.tif").spacing == (
+        None if mm is None else pytest.approx((3 * mm, mm / 2, mm / 4))
+    )
 
 
-def ome(path, a, order="XYZCT", sizes=None, physical="", planes=None, head="", more="", uuid=None, images=1):
+def ome(
+    path,
+    a,
+    order="XYZCT",
+    sizes=None,
+    physical="",
+    planes=None,
+    head="",
+    more="",
+    uuid=None,
+    images=1,
+):
     "An OME-TIFF with a header of its own; `a` (planes, H, W)."
     sizes = sizes or {"Z": len(a), "C": 1, "T": 1}
     size = " ".join(f'Size{k}="{v}"' for k, v in sizes.items())
     data = planes if planes is not None else f'<TiffData IFD="0" PlaneCount="{len(a)}"/>'
-    channels = "".join(f'<Channel ID="Channel:0:{k}" SamplesPerPixel="1"/>' for k in range(sizes["C"]))
-    image = (f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
-             f'{channels}{data}</Pixels></Image>')
-    xml = (f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
-           f'{f" UUID={chr(34)}{uuid}{chr(34)}" if uuid else ""}>{head}{image * images}{more}</OME>')
+    channels = "".join(
+        f'<Channel ID="Channel:0:{k}" SamplesPerPixel="1"/>' for k in range(sizes["C"])
+    )
+    image = (
+        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
+        f"{channels}{data}</Pixels></Image>"
+    )
+    xml = (
+        f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+        f'{f" UUID={chr(34)}{uuid}{chr(34)}" if uuid else ""}>{head}{image * images}{more}</OME>'
+    )
     with tifffile.TiffWriter(path) as t:
-        for k, plane in enumerate(a): t.write(plane, description=xml.encode() if k == 0 else None, metadata=None, contiguous=False, photometric="minisblack")
+        for k, plane in enumerate(a):
+            t.write(
+                plane,
+                description=xml.encode() if k == 0 else None,
+                metadata=None,
+                contiguous=False,
+                photometric="minisblack",
+            )
     return path
 
 
-@pytest.mark.parametrize("unit, mm", [("µm", 1e-3), ("nm", 1e-6), ("Å", 1e-7), ("mm", 1.), ("cm", 10.), ("m", 1e3), ("in", 25.4), ("thou", .0254), ("pt", 25.4 / 72), ("pm", 1e-9), ("km", 1e6), ("Mm", 1e9),
-                                      ("pixel", None), ("reference frame", None)])
+@pytest.mark.parametrize(
+    "unit, mm",
+    [
+        ("µm", 1e-3),
+        ("nm", 1e-6),
+        ("Å", 1e-7),
+        ("mm", 1.0),
+        ("cm", 10.0),
+        ("m", 1e3),
+        ("in", 25.4),
+        ("thou", 0.0254),
+        ("pt", 25.4 / 72),
+        ("pm", 1e-9),
+        ("km", 1e6),
+        ("Mm", 1e9),
+        ("pixel", None),
+        ("reference frame", None),
+    ],
+)
 def test_units_of_ome(tmp_path, unit, mm):
-    sizes = " ".join(f'PhysicalSize{a}="{s}" PhysicalSize{a}Unit="{unit}"' for a, s in zip("XYZ", (.5, .25, 2)))
-    im = read_image(ome(tmp_path / "x.ome.tif", R.integers(0, 256, (3, 4, 5), np.uint8), physical=sizes))
-    assert im.spacing == (None if mm is None else pytest.approx((2 * mm, .25 * mm, .5 * mm)))
+    sizes = " ".join(
+        f'PhysicalSize{a}="{s}" PhysicalSize{a}Unit="{unit}"' for a, s in zip("XYZ", (0.5, 0.25, 2))
+    )
+    im = read_image(
+        ome(tmp_path / "x.ome.tif", R.integers(0, 256, (3, 4, 5), np.uint8), physical=sizes)
+    )
+    assert im.spacing == (None if mm is None else pytest.approx((2 * mm, 0.25 * mm, 0.5 * mm)))
 
 
 def test_sizes_of_ome_that_say_nothing(tmp_path):
     for size in ("0", "-1", "NaN", "INF"):
-        assert read_image(ome(tmp_path / "x.tif", SMALL[None], physical=f'PhysicalSizeX="{size}" PhysicalSizeY=".5"')).spacing is None
-    other = '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>' # not this image
-    p = ome(tmp_path / "x.tif", SMALL[None], physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" PhysicalSizeYUnit="mm"', more=other)
-    assert read_image(p).spacing == (2., 1.)
+        assert (
+            read_image(
+                ome(
+                    tmp_path / "x.tif",
+                    SMALL[None],
+                    physical=f'PhysicalSizeX="{size}" PhysicalSizeY=".5"',
+                )
+            ).spacing
+            is None
+        )
+    other = '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>'  # not this image
+    p = ome(
+        tmp_path / "x.tif",
+        SMALL[None],
+        physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" PhysicalSizeYUnit="mm"',
+        more=other,
+    )
+    assert read_image(p).spacing == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("order", ["XYZCT", "XYCZT", "XYTZC", "XYCTZ", "XYZTC", "XYTCZ"])
 def test_order_of_planes_in_ome(tmp_path, order):
-    full = R.integers(0, 256, (3, 2, 4, 5), np.uint8) # Z, C, Y, X
+    full = R.integers(0, 256, (3, 2, 4, 5), np.uint8)  # Z, C, Y, X
     planes = []
     sizes = {"Z": 3, "C": 2, "T": 1}
     for last in range(sizes[order[4]]):
         for middle in range(sizes[order[3]]):
-            for first in range(sizes[order[2]]): # the first letter runs fastest
+            for first in range(sizes[order[2]]):  # the first letter runs fastest
                 at = dict(zip(order[2:], (first, middle, last)))
                 planes.append(full[at["Z"], at["C"]])
     a = read_image(ome(tmp_path / "x.ome.tif", np.stack(planes), order, sizes)).array
@@ -385,59 +588,133 @@ def test_order_of_planes_in_ome(tmp_path, order):
 def test_sets_of_ome_files(tmp_path):
     one, two = (f"urn:uuid:{str(k) * 8}" for k in (1, 2))
     a = R.integers(1, 256, (4, 6, 7), np.uint8)
-    def planes(second): return (f'<TiffData FirstZ="0" IFD="0" PlaneCount="2"><UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
-                                f'<TiffData FirstZ="2" IFD="0" PlaneCount="2"><UUID FileName="{second}">{two}</UUID></TiffData>')
+
+    def planes(second):
+        return (
+            f'<TiffData FirstZ="0" IFD="0" PlaneCount="2"><UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
+            f'<TiffData FirstZ="2" IFD="0" PlaneCount="2"><UUID FileName="{second}">{two}</UUID></TiffData>'
+        )
+
     def write(folder, second):
         folder.mkdir(exist_ok=True)
         for name, part, uuid in (("a.ome.tif", a[:2], one), ("b.ome.tif", a[2:], two)):
-            ome(folder / name, part, sizes={"Z": 4, "C": 1, "T": 1}, planes=planes(second), uuid=uuid)
+            ome(
+                folder / name,
+                part,
+                sizes={"Z": 4, "C": 1, "T": 1},
+                planes=planes(second),
+                uuid=uuid,
+            )
         return folder / "a.ome.tif"
+
     first = write(tmp_path / "set", "b.ome.tif")
     assert np.array_equal(read_image(first).array[0], a)
     assert np.array_equal(open_volume(first)[...][0], a)
     (tmp_path / "set" / "b.ome.tif").unlink()
     for read in (read_image, open_volume):
-        with pytest.raises(InputError, match="(?s)a.ome.tif.*b.ome.tif"): read(first)
+        with pytest.raises(InputError, match="(?s)a.ome.tif.*b.ome.tif"):
+            read(first)
     write(tmp_path / "elsewhere", "b.ome.tif")
-    for name in ("../elsewhere/b.ome.tif", str(tmp_path / "elsewhere" / "b.ome.tif"), "..\\elsewhere\\b.ome.tif", "C:b.ome.tif"):
+    for name in (
+        "../elsewhere/b.ome.tif",
+        str(tmp_path / "elsewhere" / "b.ome.tif"),
+        "..\\elsewhere\\b.ome.tif",
+        "C:b.ome.tif",
+    ):
         first = write(tmp_path / "set", name)
         for read in (read_image, open_volume):
-            with pytest.raises(InputError, match="not opened"): read(first)
+            with pytest.raises(InputError, match="not opened"):
+                read(first)
 
 
 def test_an_ome_file_that_was_renamed(tmp_path):
     own = "urn:uuid:1"
-    p = ome(tmp_path / "new name.tif", SMALL[None], planes=f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="old.ome.tif">{own}</UUID></TiffData>', uuid=own)
+    p = ome(
+        tmp_path / "new name.tif",
+        SMALL[None],
+        planes=f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="old.ome.tif">{own}</UUID></TiffData>',
+        uuid=own,
+    )
     assert np.array_equal(read_image(p).array[0], SMALL)
 
 
 def test_ome_headers_that_lack_something(tmp_path):
-    with pytest.raises(InputError, match="(?s)x.tif.*all.companion.ome"): read_image(ome(tmp_path / "x.tif", SMALL[None], head='<BinaryOnly MetadataFile="all.companion.ome" UUID="urn:uuid:1"/>'))
+    with pytest.raises(InputError, match="(?s)x.tif.*all.companion.ome"):
+        read_image(
+            ome(
+                tmp_path / "x.tif",
+                SMALL[None],
+                head='<BinaryOnly MetadataFile="all.companion.ome" UUID="urn:uuid:1"/>',
+            )
+        )
     half = '<TiffData FirstZ="0" IFD="0" PlaneCount="1"/>'
-    with pytest.raises(InputError, match="(?s)x.tif.*planes"): read_image(ome(tmp_path / "x.tif", np.stack([SMALL] * 2), sizes={"Z": 4, "C": 1, "T": 1}, planes=half + '<TiffData FirstZ="3" IFD="1" PlaneCount="1"/>'))
+    with pytest.raises(InputError, match="(?s)x.tif.*planes"):
+        read_image(
+            ome(
+                tmp_path / "x.tif",
+                np.stack([SMALL] * 2),
+                sizes={"Z": 4, "C": 1, "T": 1},
+                planes=half + '<TiffData FirstZ="3" IFD="1" PlaneCount="1"/>',
+            )
+        )
     for read in (read_image, open_volume):
-        tifffile.imwrite(tmp_path / "bad.tif", np.stack([SMALL] * 3), description=b"<OME><Image></OME>", metadata=None, photometric="minisblack")
-        with pytest.raises(InputError, match="(?s)bad.tif.*OME header"): read(tmp_path / "bad.tif")
+        tifffile.imwrite(
+            tmp_path / "bad.tif",
+            np.stack([SMALL] * 3),
+            description=b"<OME><Image></OME>",
+            metadata=None,
+            photometric="minisblack",
+        )
+        with pytest.raises(InputError, match="(?s)bad.tif.*OME header"):
+            read(tmp_path / "bad.tif")
 
 
 def test_blocks_are_what_reading_gives(tmp_path):
     stack = R.integers(0, 4096, (4, 20, 30)).astype(np.uint16)
-    for name, way in {"plain": {}, "deflate": dict(compression="zlib"), "motorola": dict(byteorder=">"), "tiles": dict(tile=(16, 16), compression="zlib"), "pages": dict(metadata=None)}.items():
-        tifffile.imwrite(tmp_path / "x.tif", stack, photometric="minisblack", resolution=(50, 100), resolutionunit=3, **way)
+    for name, way in {
+        "plain": {},
+        "deflate": dict(compression="zlib"),
+        "motorola": dict(byteorder=">"),
+        "tiles": dict(tile=(16, 16), compression="zlib"),
+        "pages": dict(metadata=None),
+    }.items():
+        tifffile.imwrite(
+            tmp_path / "x.tif",
+            stack,
+            photometric="minisblack",
+            resolution=(50, 100),
+            resolutionunit=3,
+            **way,
+        )
         v, im = open_volume(tmp_path / "x.tif"), read_image(tmp_path / "x.tif")
-        assert np.array_equal(v[...], im.array) and np.array_equal(v[:, 1:3, 4:9, 5:], im.array[:, 1:3, 4:9, 5:]) and v.spacing == im.spacing, name
-    for name, change in {"MINISWHITE": {262: 0}, "orientation": {274: 6}, "PALETTE": {262: 3, 320: [0] * 768}}.items():
+        assert (
+            np.array_equal(v[...], im.array)
+            and np.array_equal(v[:, 1:3, 4:9, 5:], im.array[:, 1:3, 4:9, 5:])
+            and v.spacing == im.spacing
+        ), name
+    for name, change in {
+        "MINISWHITE": {262: 0},
+        "orientation": {274: 6},
+        "PALETTE": {262: 3, 320: [0] * 768},
+    }.items():
         page = ({256: 3, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1, **change}, SMALL.tobytes())
-        with pytest.raises(InputError, match=f"(?s)x.tif.*{name}"): open_volume(tiff(tmp_path / "x.tif", page, page))
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{name}"):
+            open_volume(tiff(tmp_path / "x.tif", page, page))
     page = ({256: 3, 257: 2, 258: 4, 259: 1, 262: 1, 277: 1}, pack_bits(SMALL, 4))
-    with pytest.raises(InputError, match="(?s)x.tif.*4 bits"): open_volume(tiff(tmp_path / "x.tif", page, page))
+    with pytest.raises(InputError, match="(?s)x.tif.*4 bits"):
+        open_volume(tiff(tmp_path / "x.tif", page, page))
     page = ({256: 3, 257: 2, 258: 1, 259: 1, 262: 1, 277: 1}, pack_bits(SMALL % 2, 1))
-    assert np.array_equal(open_volume(tiff(tmp_path / "x.tif", page, page))[...][0], np.stack([SMALL % 2] * 2))
+    assert np.array_equal(
+        open_volume(tiff(tmp_path / "x.tif", page, page))[...][0], np.stack([SMALL % 2] * 2)
+    )
     page = ({256: 3, 257: 2, 258: 8, 259: 5, 262: 1, 277: 1}, lzw(SMALL.tobytes()))
     tiff(tmp_path / "x.tif", page, page)
-    try: v = open_volume(tmp_path / "x.tif")
-    except InputError as e: assert "imagecodecs" in str(e) and "damaged" not in str(e)
-    else: assert np.array_equal(v[...], read_image(tmp_path / "x.tif").array)
+    try:
+        v = open_volume(tmp_path / "x.tif")
+    except InputError as e:
+        assert "imagecodecs" in str(e) and "damaged" not in str(e)
+    else:
+        assert np.array_equal(v[...], read_image(tmp_path / "x.tif").array)
 
 
 def chunk(kind, data):
@@ -447,90 +724,159 @@ def chunk(kind, data):
 def png(path, a, bits, colour=0, more=b""):
     "A PNG of rows without a filter; `more` are chunks before the data."
     a = a.reshape(a.shape[0], -1)
-    rows = b"".join(b"\0" + (pack_bits(row[None], bits) if bits < 16 else row.astype(">u2").tobytes()) for row in a)
+    rows = b"".join(
+        b"\0" + (pack_bits(row[None], bits) if bits < 16 else row.astype(">u2").tobytes())
+        for row in a
+    )
     width = a.shape[1] // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     head = struct.pack(">IIBBBBB", width, len(a), bits, colour, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + more
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     return path
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("clear", [b"", chunk(b"tRNS", b"\0\1")]) # one grey is transparent: no reason to change numbers
+@pytest.mark.parametrize(
+    "clear", [b"", chunk(b"tRNS", b"\0\1")]
+)  # one grey is transparent: no reason to change numbers
 def test_grey_png(tmp_path, bits, clear):
     a = R.integers(0, 2**bits, (5, 11)).astype(np.uint16)
     p = png(tmp_path / "x.png", a, bits, more=clear)
     assert np.array_equal(read_label(p).array, a)
     seen = read_image(p).array[0]
-    assert np.array_equal(seen, a * (255 // (2**bits - 1)) if bits in (2, 4) else a) and seen.dtype == (bool if bits == 1 else np.uint16 if bits == 16 else np.uint8)
+    assert np.array_equal(
+        seen, a * (255 // (2**bits - 1)) if bits in (2, 4) else a
+    ) and seen.dtype == (bool if bits == 1 else np.uint16 if bits == 16 else np.uint8)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_palette_png(tmp_path, bits):
-    colours, a = R.integers(0, 256, (2**bits, 3), np.uint8), R.integers(0, 2**bits, (5, 11)).astype(np.uint8)
-    p = png(tmp_path / "x.png", a, bits, 3, chunk(b"PLTE", colours.tobytes()) + chunk(b"tRNS", b"\0" * 2))
+    colours, a = R.integers(0, 256, (2**bits, 3), np.uint8), R.integers(
+        0, 2**bits, (5, 11)
+    ).astype(np.uint8)
+    p = png(
+        tmp_path / "x.png",
+        a,
+        bits,
+        3,
+        chunk(b"PLTE", colours.tobytes()) + chunk(b"tRNS", b"\0" * 2),
+    )
     assert np.array_equal(read_label(p).array, a)
     assert np.array_equal(read_image(p).array, np.moveaxis(colours[a], -1, 0))
 
 
 def test_other_png(tmp_path):
     rgba = R.integers(0, 256, (5, 7, 4), np.uint8)
-    assert np.array_equal(read_image(png(tmp_path / "x.png", rgba, 8, 6)).array, np.moveaxis(rgba[..., :3], -1, 0))
-    assert np.array_equal(read_image(png(tmp_path / "x.png", rgba[..., :2], 8, 4)).array[0], rgba[..., 0])
+    assert np.array_equal(
+        read_image(png(tmp_path / "x.png", rgba, 8, 6)).array, np.moveaxis(rgba[..., :3], -1, 0)
+    )
+    assert np.array_equal(
+        read_image(png(tmp_path / "x.png", rgba[..., :2], 8, 4)).array[0], rgba[..., 0]
+    )
     for colour, n in ((2, 3), (4, 2), (6, 4)):
-        with pytest.raises(InputError, match="(?s)x.png.*16-bit"): read_image(png(tmp_path / "x.png", rgba[..., :n].astype(np.uint16) * 257, 16, colour))
+        with pytest.raises(InputError, match="(?s)x.png.*16-bit"):
+            read_image(png(tmp_path / "x.png", rgba[..., :n].astype(np.uint16) * 257, 16, colour))
     frames = [Pillow.fromarray(np.full((4, 4), 90 * k, np.uint8)) for k in range(3)]
     frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:])
-    with pytest.raises(InputError, match="(?s)x.png.*3 frames"): read_image(tmp_path / "x.png")
+    with pytest.raises(InputError, match="(?s)x.png.*3 frames"):
+        read_image(tmp_path / "x.png")
 
 
 def test_jpeg_of_four_colours(tmp_path):
     rgb = np.kron(R.integers(0, 256, (3, 4, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
     Pillow.fromarray(rgb).convert("CMYK").save(tmp_path / "x.jpg", quality=100)
     a = read_image(tmp_path / "x.jpg").array
-    assert a.shape == (3, 48, 64) and np.abs(a[:, 8::16, 8::16] - np.moveaxis(rgb, -1, 0)[:, 8::16, 8::16].astype(float)).max() < 8
+    assert (
+        a.shape == (3, 48, 64)
+        and np.abs(
+            a[:, 8::16, 8::16] - np.moveaxis(rgb, -1, 0)[:, 8::16, 8::16].astype(float)
+        ).max()
+        < 8
+    )
 
 
 def test_content_decides(tmp_path):
     a = R.integers(0, 256, (16, 24), np.uint8)
-    Pillow.fromarray(a).save(tmp_path / "a.jpg"); Pillow.fromarray(a).save(tmp_path / "a.png"); tifffile.imwrite(tmp_path / "a.tif", a); Pillow.fromarray(a).save(tmp_path / "a.bmp")
+    Pillow.fromarray(a).save(tmp_path / "a.jpg")
+    Pillow.fromarray(a).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "a.tif", a)
+    Pillow.fromarray(a).save(tmp_path / "a.bmp")
     jpeg = read_image(tmp_path / "a.jpg").array
-    assert [content_of(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [".jpg", ".png", ".tif", ""]
+    assert [content_of(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [
+        ".jpg",
+        ".png",
+        ".tif",
+        "",
+    ]
     for real in (".jpg", ".png", ".tif"):
         for name in ("x.png", "x.jpg", "x.tif", "x.tiff", "x.JPEG"):
             (tmp_path / name).write_bytes((tmp_path / f"a{real}").read_bytes())
-            assert np.array_equal(read_image(tmp_path / name).array, jpeg if real == ".jpg" else a[None])
+            assert np.array_equal(
+                read_image(tmp_path / name).array, jpeg if real == ".jpg" else a[None]
+            )
             if real == ".jpg":
-                with pytest.raises(InputError, match=f"(?s){name}.*JPEG"): read_label(tmp_path / name)
-            else: assert np.array_equal(read_label(tmp_path / name).array, a)
+                with pytest.raises(InputError, match=f"(?s){name}.*JPEG"):
+                    read_label(tmp_path / name)
+            else:
+                assert np.array_equal(read_label(tmp_path / name).array, a)
     (tmp_path / "x.png").write_bytes((tmp_path / "a.bmp").read_bytes())
-    with pytest.raises(InputError, match="(?s)x.png.*neither PNG nor JPEG"): read_image(tmp_path / "x.png")
+    with pytest.raises(InputError, match="(?s)x.png.*neither PNG nor JPEG"):
+        read_image(tmp_path / "x.png")
 
 
 def test_large_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 1000) # far below this picture
+    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 1000)  # far below this picture
     a = R.integers(0, 256, (60, 70), np.uint8)
     Pillow.fromarray(a).save(tmp_path / "x.png")
     assert np.array_equal(read_image(tmp_path / "x.png").array[0], a)
     Pillow.fromarray(a).save(tmp_path / "x.tif", compression="tiff_lzw")
     assert np.array_equal(read_image(tmp_path / "x.tif").array[0], a)
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}.get)
-    with pytest.raises(InputError, match="(?s)x.png.*70 x 60 pixels.*memory") as e: read_image(tmp_path / "x.png")
+    with pytest.raises(InputError, match="(?s)x.png.*70 x 60 pixels.*memory") as e:
+        read_image(tmp_path / "x.png")
     assert "damaged" not in str(e.value)
 
 
 def test_units():
-    assert unit_length("Mm") == 1e9 and unit_length("mm") == unit_length("MM") == unit_length("Millimeters") == unit_length("millimetre") == 1
-    assert unit_length("µm") == unit_length("μm") == unit_length("um") == unit_length("micron") == pytest.approx(1e-3)
+    assert (
+        unit_length("Mm") == 1e9
+        and unit_length("mm")
+        == unit_length("MM")
+        == unit_length("Millimeters")
+        == unit_length("millimetre")
+        == 1
+    )
+    assert (
+        unit_length("µm")
+        == unit_length("μm")
+        == unit_length("um")
+        == unit_length("micron")
+        == pytest.approx(1e-3)
+    )
     assert [unit_length(u) for u in ("pixel", "reference frame", "", None, "furlong")] == [None] * 5
 
 
 def test_written_files_come_back(tmp_path):
-    arrays = {"grey": R.integers(0, 256, (1, 8, 9), np.uint8), "deep": R.integers(0, 65536, (1, 8, 9)).astype(np.uint16), "colour": R.integers(0, 256, (3, 8, 9), np.uint8), "stack": R.integers(-99, 99, (1, 4, 8, 9)).astype(np.int16),
-              "colour stack": R.integers(0, 256, (3, 4, 8, 9), np.uint8), "two channels": R.normal(size=(2, 4, 8, 9)).astype(np.float32), "five channels": R.integers(0, 9, (5, 8, 9)).astype(np.int32), "mask": R.random((1, 8, 9)) > .5}
+    arrays = {
+        "grey": R.integers(0, 256, (1, 8, 9), np.uint8),
+        "deep": R.integers(0, 65536, (1, 8, 9)).astype(np.uint16),
+        "colour": R.integers(0, 256, (3, 8, 9), np.uint8),
+        "stack": R.integers(-99, 99, (1, 4, 8, 9)).astype(np.int16),
+        "colour stack": R.integers(0, 256, (3, 4, 8, 9), np.uint8),
+        "two channels": R.normal(size=(2, 4, 8, 9)).astype(np.float32),
+        "five channels": R.integers(0, 9, (5, 8, 9)).astype(np.int32),
+        "mask": R.random((1, 8, 9)) > 0.5,
+    }
     for name, a in arrays.items():
-        spacing = (3., .5, .25)[-(a.ndim - 1):]
+        spacing = (3.0, 0.5, 0.25)[-(a.ndim - 1) :]
         for ending in (".tif", ".zarr", ".png"):
-            if ending == ".png" and name not in ("grey", "deep", "colour", "mask"): continue
+            if ending == ".png" and name not in ("grey", "deep", "colour", "mask"):
+                continue
             write_image(tmp_path / f"{name}{ending}", Image(a, spacing))
             back = read_image(tmp_path / f"{name}{ending}")
             assert np.array_equal(back.array, a) and back.array.shape == a.shape, (name, ending)
@@ -548,7 +894,7 @@ def test_written_files_come_back(tmp_path):
 def test_entries_of_a_folder(tmp_path):
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
     os.symlink("/nowhere/b.png", tmp_path / "b.png")
-    os.symlink("a.png", tmp_path / "c.png") # a link that leads somewhere is an image
+    os.symlink("a.png", tmp_path / "c.png")  # a link that leads somewhere is an image
     os.symlink("loop.tif", tmp_path / "loop.tif")
     os.symlink("/nowhere", tmp_path / "gone.zarr")
     os.mkfifo(tmp_path / "pipe.png")
@@ -556,33 +902,64 @@ def test_entries_of_a_folder(tmp_path):
     (tmp_path / "file.zarr").write_bytes(b"")
     images, others = list_images(tmp_path)
     assert [p.name for p in images] == ["a.png", "c.png"]
-    assert [p.name for p in others] == ["b.png", "file.zarr", "folder.png", "gone.zarr", "loop.tif", "pipe.png"] # every entry is named
-    for name, cause in {"b.png": "link to /nowhere/b.png", "loop.tif": "link", "gone.zarr": "link", "pipe.png": "pipe", "folder.png": "folder", "file.zarr": "file"}.items():
+    assert [p.name for p in others] == [
+        "b.png",
+        "file.zarr",
+        "folder.png",
+        "gone.zarr",
+        "loop.tif",
+        "pipe.png",
+    ]  # every entry is named
+    for name, cause in {
+        "b.png": "link to /nowhere/b.png",
+        "loop.tif": "link",
+        "gone.zarr": "link",
+        "pipe.png": "pipe",
+        "folder.png": "folder",
+        "file.zarr": "file",
+    }.items():
         for read in (read_image, read_label, decode):
-            with pytest.raises(InputError, match=f"(?s){name}.*{cause}") as e: read(tmp_path / name)
+            with pytest.raises(InputError, match=f"(?s){name}.*{cause}") as e:
+                read(tmp_path / name)
             assert "damaged" not in str(e.value)
     for name in ("b.png", "gone.zarr", "loop.tif"):
-        with pytest.raises(InputError, match=f"(?s){name}.*link"): open_volume(tmp_path / name)
+        with pytest.raises(InputError, match=f"(?s){name}.*link"):
+            open_volume(tmp_path / name)
 
 
 def test_what_may_not_be_read(tmp_path, monkeypatch):
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match="(?s)a.png.*rights"): read_image(tmp_path / "a.png")
+    with pytest.raises(InputError, match="(?s)a.png.*rights"):
+        read_image(tmp_path / "a.png")
     from pathlib import Path
-    def refuse(self): raise PermissionError(13, "Permission denied")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(InputError, match="cannot be listed"): list_images(tmp_path)
+    with pytest.raises(InputError, match="cannot be listed"):
+        list_images(tmp_path)
 
 
 def dicom(path, name="1.2.3"):
     pydicom = pytest.importorskip("pydicom")
     s = pydicom.Dataset()
     s.file_meta = pydicom.dataset.FileMetaDataset()
-    s.file_meta.TransferSyntaxUID, s.file_meta.MediaStorageSOPClassUID, s.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.CTImageStorage, name
+    (
+        s.file_meta.TransferSyntaxUID,
+        s.file_meta.MediaStorageSOPClassUID,
+        s.file_meta.MediaStorageSOPInstanceUID,
+    ) = (pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.CTImageStorage, name)
     s.SOPClassUID, s.SOPInstanceUID, s.SeriesInstanceUID = pydicom.uid.CTImageStorage, name, "1.2"
     s.Rows, s.Columns, s.SamplesPerPixel, s.PhotometricInterpretation = 2, 3, 1, "MONOCHROME2"
-    s.BitsAllocated, s.BitsStored, s.HighBit, s.PixelRepresentation, s.PixelData = 8, 8, 7, 0, SMALL.tobytes()
+    s.BitsAllocated, s.BitsStored, s.HighBit, s.PixelRepresentation, s.PixelData = (
+        8,
+        8,
+        7,
+        0,
+        SMALL.tobytes(),
+    )
     s.save_as(path, enforce_file_format=True)
 
 
@@ -591,25 +968,45 @@ def test_a_series_and_what_lies_beside_it(tmp_path):
     assert is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
     (tmp_path / "notes.txt").write_text("a note")
     assert is_series(tmp_path)
-    os.symlink("/nowhere/2.dcm", tmp_path / "2.dcm") # it may be a slice
+    os.symlink("/nowhere/2.dcm", tmp_path / "2.dcm")  # it may be a slice
     for read in (dicom_files, read_image):
-        with pytest.raises(InputError, match="(?s)2.dcm.*link"): read(tmp_path)
+        with pytest.raises(InputError, match="(?s)2.dcm.*link"):
+            read(tmp_path)
     (tmp_path / "2.dcm").unlink()
-    (tmp_path / "2.dcm").write_bytes(b"") # cut to nothing
-    with pytest.raises(InputError, match="(?s)2.dcm.*cut short"): dicom_files(tmp_path)
+    (tmp_path / "2.dcm").write_bytes(b"")  # cut to nothing
+    with pytest.raises(InputError, match="(?s)2.dcm.*cut short"):
+        dicom_files(tmp_path)
     (tmp_path / "2.dcm").unlink()
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
     assert not is_series(tmp_path)
     images, others = list_images(tmp_path)
-    assert [p.name for p in images] == ["1.dcm", "a.png"] and [p.name for p in others] == ["notes.txt"]
-    with pytest.raises(InputError, match="(?s)DICOM.*a.png"): read_image(tmp_path)
+    assert [p.name for p in images] == ["1.dcm", "a.png"] and [p.name for p in others] == [
+        "notes.txt"
+    ]
+    with pytest.raises(InputError, match="(?s)DICOM.*a.png"):
+        read_image(tmp_path)
 
 
 def test_names():
-    assert [suffix_of(n) for n in ("a.nii.gz", "a.ZARR", "x.zarr/0", "x.zarr/labels/0", "x.zarr/a.tif", "a.b", ".zarr/0", "zarr/0")] == [".nii.gz", ".zarr", ".zarr", ".zarr", ".tif", "", "", ""]
-    assert [stem_of(n) for n in ("f/a.nii.gz", "f/a.zarr", "f/a.zarr/0", "f/a.zarr/labels/0", "f/plain")] == ["a", "a", "a_0", "a_labels_0", "plain"]
+    assert [
+        suffix_of(n)
+        for n in (
+            "a.nii.gz",
+            "a.ZARR",
+            "x.zarr/0",
+            "x.zarr/labels/0",
+            "x.zarr/a.tif",
+            "a.b",
+            ".zarr/0",
+            "zarr/0",
+        )
+    ] == [".nii.gz", ".zarr", ".zarr", ".zarr", ".tif", "", "", ""]
+    assert [
+        stem_of(n) for n in ("f/a.nii.gz", "f/a.zarr", "f/a.zarr/0", "f/a.zarr/labels/0", "f/plain")
+    ] == ["a", "a", "a_0", "a_labels_0", "plain"]
 
 
 def test_axes_twice_or_unknown():
     for shape, axes in (((2, 3, 4, 5), "ZZYX"), ((4, 5), "YY"), ((4, 5, 2), "YX")):
-        with pytest.raises(InputError): arrange(np.zeros(shape), axes)
+        with pytest.raises(InputError):
+            arrange(np.zeros(shape), axes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study import ARMS, StudyConfig, all_arms, finished, run_study, share, split_data, train_teacher
+from unpaired_kd.study import ARMS, StudyConfig, all_arms, check_study, finished, run_study, share, split_data, train_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
@@ -15,7 +15,7 @@ SCRIPT = textwrap.dedent("""
     import sys
     from test_study import TINY
     from unpaired_kd.study import run_study
-    if __name__ == "__main__": run_study(sys.argv[1], TINY, [0], workers=1)
+    if __name__ == "__main__": run_study(sys.argv[1], TINY, [0], workers=2)
 """)
 
 
@@ -141,6 +141,15 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
 
 
 @pytest.mark.parametrize("bad,words", [
+    (dict(lr=float("nan")), "lr"), (dict(lr=-1.), "lr"), (dict(lr=0.), "lr"), (dict(lr=float("inf")), "lr"), (dict(lr=True), "lr"), (dict(lr="1e-3"), "lr"), (dict(lr=None), "lr"),
+    (dict(epochs=2.), "epochs"), (dict(epochs=True), "epochs"), (dict(epochs=-3), "epochs"), (dict(steps="4"), "steps"), (dict(batch=0), "batch"), (dict(batch=[2]), "batch"),
+    (dict(foreground=7.), "foreground"), (dict(foreground=-.1), "foreground"), (dict(rich=float("nan")), "rich"), (dict(test=float("nan")), "test"), (dict(test=-1), "test"),
+    (dict(teacher_test=-.5), "teacher_test"), (dict(teacher_share=0.), "teacher_share"), (dict(teacher_share=2.), "teacher_share"), (dict(zoom=0.), "zoom"), (dict(depth=-1), "depth"),
+    (dict(student_labels=0), "student_labels"), (dict(student_labels=True), "student_labels"), (dict(validation=-1), "validation"), (dict(min_size=-5), "min_size"), (dict(dims=4), "dims"),
+    (dict(weights={"kl": True}), "kl"), (dict(weights={"kl": float("nan")}), "kl"), (dict(weights={"kl": "1"}), "kl"), (dict(weights=3), "weights"), (dict(topology="yes"), "topology"),
+    (dict(augment={"rotate": "a"}), "rotate"), (dict(augment={"rotate": float("nan")}), "rotate"), (dict(intensity="x"), "intensity"), (dict(network="unnet"), "unet"),
+    (dict(precision="fp8"), "precision"), (dict(schedule="x"), "schedule"), (dict(data_options={"patience": 3}), "patience"), (dict(batch=1, patch=16), "batch=1"),
+    (dict(network_options={"deep": 3}), "deep"), (dict(classes="background, bone"), "classes"), (dict(cells=1), "cells"),
     (dict(epochs=0), "epochs"), (dict(teachers=0), "teachers"), (dict(pairing="index"), "registered"), (dict(pairing="x"), "pairing"), (dict(augment={"x": 1}), "augment"),
     (dict(teacher_weights="nowhere.pt"), "nowhere"), (dict(options={"taps": ["conv11"]}), "conv10"), (dict(options={"head": "conv11"}), "conv10"), (dict(options={"tau": "2"}), "tau"),
     (dict(options={"stride": 0}), "stride"), (dict(options={"stride": "2"}), "stride"), (dict(options={"denoise_share": "a"}), "denoise_share"), (dict(options={"ifv_classes": [5]}), "ifv_classes"),
@@ -149,6 +158,11 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
     with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(StudyConfig(patch=48, width=4), **bad), [0], workers=1)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], [True], [0, 0], [1.5], ["0"], [2**40], 3, "01", None])
+def test_odd_seeds_are_refused(seeds):
+    with pytest.raises(InputError, match="seed"): check_study(StudyConfig(), seeds)
 
 
 def test_shuffled_labels_are_a_function_of_the_step():

@@ -247,6 +247,17 @@ def test_empty_blocks_are_skipped(tmp_path):
     assert t["skipped"] == 0                                               # the halo is not empty
 
 
+def test_an_empty_core_beside_a_bright_one_is_computed(tmp_path):
+    "Emptiness is of core and halo together: where the halo is bright, the values are those of a job that skips nothing."
+    raw, s = noise(32, 16, 16), student(levels=2)
+    raw[16:] = 9
+    store(tmp_path / "v.zarr", raw)
+    predict_volume(s, tmp_path / "v.zarr", tmp_path / "all.zarr", tile=16)
+    t = predict_volume(s, tmp_path / "v.zarr", tmp_path / "some.zarr", tile=16, empty=9)
+    every, some = (read_image(tmp_path / n).array[0] for n in ("all.zarr", "some.zarr"))
+    assert t["skipped"] == 0 and every[16:].any() and (some == every).all()
+
+
 def test_a_missing_chunk_is_named(tmp_path):
     s = Student(Same(), Recipe(in_channels=1, dims=3, patch=64))
     raw = noise(32, 32, 32)
@@ -292,6 +303,28 @@ def test_a_killed_job_continues(tmp_path, out):
     other.parent.mkdir()
     predict_volume(*run, other, tile=16)
     assert tree(tmp_path / out) == tree(other) and not log.parent.exists()
+
+
+@pytest.mark.parametrize("out", ["p.zarr", "p.tif"])
+def test_a_block_is_logged_when_it_is_on_the_disk(tmp_path, monkeypatch, out):
+    "At the moment of its note, the block's voxels are in the file, and for Zarr file and folder have been synced."
+    raw = R.integers(1, 256, (32, 30, 33), np.uint8)
+    synced, notes, sync, log = set(), [], os.fsync, volumes.log_block
+    def syncing(handle):
+        synced.add(os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"))
+        sync(handle)
+    def logging(file, block):
+        data = tmp_path / f"{out}.part" / f"data{out[1:]}"
+        now = zarr.open_array(str(data / "0"), mode="r")[...] if out == "p.zarr" else np.array(tifffile.memmap(data, mode="r"))
+        core = tuple(slice(*c) for c in block.core)
+        assert (now[core] == raw[core]).all()
+        shard = data / "0" / "c" / "/".join(map(str, block.at))
+        if out == "p.zarr": assert {str(p) for p in (shard, shard.parent, shard.parents[1], shard.parents[2], data / "0")} <= synced
+        notes.append(block.at)
+        log(file, block)
+    monkeypatch.setattr(os, "fsync", syncing); monkeypatch.setattr(volumes, "log_block", logging)
+    predict_volume(Student(Same(), Recipe(in_channels=1, dims=3, patch=64)), store(tmp_path / "v.zarr", raw), tmp_path / out, tile=16, halo=0)
+    assert sorted(notes) == list(np.ndindex(2, 2, 3))
 
 
 def test_work_of_another_job_is_refused(tmp_path):
@@ -351,6 +384,27 @@ def test_tiles_fit_memory_and_the_stride():
     work = lambda tile: sum(np.prod([e - a for a, e in b.read]) for b in blocks_of((512, 512, 512), tile, (48,) * 3, (8,) * 3))
     assert work(choose_tile((512,) * 3, (48,) * 3, (8,) * 3, 3e7)) < work(choose_tile((512,) * 3, (48,) * 3, (8,) * 3, 8e6))
     with pytest.raises(InputError, match="memory"): choose_tile((512,) * 3, (48,) * 3, (8,) * 3, 100)
+
+
+def test_memory_is_shared_out():
+    "Half a gigabyte is kept for Python and torch; the rest is the block's, by the measured bytes a voxel."
+    net, rim = settled(width=8), (16, 16, 16)
+    down, up = volumes.bytes_per_voxel(net, rim=rim), volumes.bytes_per_voxel(net)
+    assert np.allclose(voxel_limit(1.5e9, net, 1, rim), (1e9 / down, 1e9 / up)) and np.allclose(voxel_limit("700MB", net, 1, rim), (.2e9 / down, .2e9 / up))
+    assert voxel_limit("0.5GB", net, 1, rim) == (0, 0)
+
+
+def test_the_decoder_needs_memory_too():
+    "The tile that is chosen fits twice: core and halo in the encoder, core and rim in the decoder. The second limit is the one that binds here."
+    s, size = Student(settled(width=8), Recipe(in_channels=1, dims=3, patch=512)), (512, 512, 512)
+    volume = volumes.Volume(Path("v"), (1, *size), np.dtype(np.uint8), None, None, "m", lambda box: np.zeros((1, 1, 1, 1), np.uint8))
+    most = lambda tile, rim: max(np.prod([e - a for a, e in b.read]) for b in blocks_of(size, tile, rim, (8,) * 3))
+    for memory in (1e9, 1.5e9, 2.5e9):
+        job, tile, halo = volumes.prepared(s, volume, "w", Path("d.zarr"), None, None, memory, None, True)
+        reads, boxes = voxel_limit(memory, s.network, 1, job.rim)
+        assert job.rim == (16,) * 3 and most(tile, halo) <= reads and most(tile, job.rim) <= boxes
+        free = choose_tile(size, halo, (8,) * 3, 64 * boxes, job.rim)
+        assert most(free, job.rim) > boxes and most(choose_tile(size, halo, (8,) * 3, 64 * boxes, job.rim, boxes), job.rim) <= boxes
 
 
 def test_memory_and_triples():

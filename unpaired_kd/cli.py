@@ -685,6 +685,7 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
     predict.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     predict.add_argument("--precision", default="fp32", help="fp32, bf16, fp16 or auto (default: fp32)")
     predict.add_argument("--instances", action="store_true", help="write the numbered objects too, as <name>_instances")
+    predict.add_argument("--overwrite", action="store_true", help="replace label maps that are there (default: refuse); nothing beside them is touched")
     volume_options(predict.add_argument_group("whole volumes", "A 3-D student reads a .zarr, writes a .zarr, and takes what is larger than memory, block by block; the same command again continues. Any option of this group asks for blocks."))
     report = sub.add_parser("report", help="print the table of one or several run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder with metrics.csv")
@@ -843,16 +844,21 @@ def sweep(
 # %% ../nbs/6_command/1_cli.ipynb #1f1d7094
 def predict(
     args, # what `parser` read: an argparse.Namespace
-)->int: # exit status, 0
-    "`ukd predict`: a trained student on images, folders or volumes."
-    from unpaired_kd.inference import predict_path
+)->int: # exit status, 0 or 1
+    "`ukd predict`: a trained student on images, folders or volumes. 1: some images failed, the others are finished."
+    from unpaired_kd.inference import PartlyDone, predict_path
     from unpaired_kd.volumes import goes_in_blocks, predict_volume
     given = {k: v for k in BLOCK_OPTIONS if (v := getattr(args, k)) is not None}
     if given and args.instances: raise refuse(f"--instances needs the whole volume at once, so it cannot go with --{next(iter(given))}. Leave out one of them.")
     if given or (not args.instances and goes_in_blocks(args.student, args.input, args.output)):
         given.pop("blocks", None)
-        predict_volume(args.student, args.input, args.output, labels=not given.pop("probabilities", False), device=args.device, precision=args.precision, bars=True, **given)
-    else: predict_path(args.student, args.input, args.output, args.device, args.precision, instances=args.instances)
+        predict_volume(args.student, args.input, args.output, labels=not given.pop("probabilities", False), device=args.device, precision=args.precision, bars=True, overwrite=args.overwrite, **given)
+        return 0
+    try:
+        predict_path(args.student, args.input, args.output, args.device, args.precision, instances=args.instances, overwrite=args.overwrite)
+    except PartlyDone as e:
+        print(f"ukd predict: {e}", file=sys.stderr)
+        return 1
     return 0
 
 def report(

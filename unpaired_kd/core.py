@@ -418,7 +418,7 @@ def read_json(
     "Read a JSON file; a missing or broken one is an `InputError` that names it."
     text = read_text(path)
     try: return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e: raise InputError(f"{path} is not valid JSON ({e}). Delete it, or restore it from a copy.") from e
+    except (ValueError, RecursionError) as e: raise InputError(f"{path} is not valid JSON ({e}). Delete it, or restore it from a copy.") from e
 
 # %% ../nbs/0_core/1_core.ipynb #1891a959
 def write_csv(

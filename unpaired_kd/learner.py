@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Update', 'Stage', 'Method', 'Plateau', 'NotSettled', 'NoBetter', 'Improvements', 'Settings', 'learning_rate',
            'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes', 'validate',
-           'global_state', 'restore_global_state', 'load_checkpoint', 'Learner']
+           'global_state', 'restore_global_state', 'load_checkpoint', 'check_device', 'Learner']
 
 # %% ../nbs/4_training/1_learner.ipynb #d9e4d8f1
-import math, os, warnings
+import contextlib, math, os, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, torch_rng, unknown, write_csv
+from .core import InputError, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
 from .losses import segmentation_loss
 from .networks.registry import load_weights
 from .networks.unet import best_layout, steady
@@ -177,7 +177,7 @@ def weight_table(
     "The defaults with the user's changes. `InputError` for a term that the method does not have, or a weight that is not a finite number."
     for k, v in (chosen or {}).items():
         if k not in defaults: raise InputError(unknown("loss term", k, defaults))
-        if not isinstance(v, (int, float)) or not math.isfinite(v): raise InputError(f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term out).")
+        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise InputError(f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term out).")
     return {**defaults, **(chosen or {})}
 
 def weighted(
@@ -274,10 +274,37 @@ def restore_global_state(
 # %% ../nbs/4_training/1_learner.ipynb #57a46f55
 def load_checkpoint(
     path,   # the file
-)->dict: # its content, on the CPU
-    "Read a checkpoint safely. A truncated or foreign file is an `InputError` that names it."
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise InputError(f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). Delete it to train again from the start.") from e
+    mend:str="Delete it to train again from the start.", # what the reader can do, for the message
+)->dict: # its content, on the CPU; "networks" holds name -> state dict
+    """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
+    it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not there, or is no file. Give a checkpoint (last.pt) of "
+                         "this library.")
+    try:
+        with zipfile.ZipFile(path) as z: broken = z.testzip()
+        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise InputError(f"{path} is not a checkpoint of this library or is damaged "
+                         f"({type(e).__name__}). {mend}") from e
+    if broken: raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {mend}")
+    networks = state.get("networks") if isinstance(state, dict) else None
+    if not isinstance(networks, dict) or not all(isinstance(s, dict) for s in networks.values()):
+        raise InputError(f"{path} is not a checkpoint of this library: it holds no 'networks'. "
+                         f"{mend}")
+    return state
+
+
+# %% ../nbs/4_training/1_learner.ipynb #c5b1a7d3
+def check_device(
+    device:str, # auto | cpu | cuda
+):
+    "`InputError` for a device that is not known or not there."
+    if device not in ("auto", "cpu", "cuda"): raise InputError(unknown("device", device, ("auto", "cpu", "cuda")))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': there is no GPU that torch can use. Give 'cpu' or 'auto'.")
+
 
 # %% ../nbs/4_training/1_learner.ipynb #7a49fdc7
 class Learner:
@@ -296,6 +323,7 @@ class Learner:
         identity=None,         # more plain data that must be the same when resuming (e.g. which images)
         tell:Callable=lambda row: None, # called with the history row after each epoch
     ):
+        check_device(settings.device)
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state("WORLD_SIZE" not in os.environ) # accelerate keeps its settings globally; each learner has its own
@@ -462,7 +490,14 @@ def _over(self:Learner):
 def fit(self:Learner,
 )->list: # history: one dict an epoch
     "Train to the end, from the last checkpoint if there is one; returns the history."
+    with seeded(self.seed, "training", self.accelerator.process_index): self._fit() # for what draws from the global generators (dropout)
+    return self.history
+
+@patch
+def _fit(self:Learner):
+    "`fit`, within its own global random state."
     self._resume()
+    if self.position["finished"]: self._write_history()
     bar = progress(self.settings.epochs * self.settings.steps, self.folder.name, self.position["step"], self.settings.bars and self.accelerator.is_main_process and not self.position["finished"])
     while not self.position["finished"]:
         stage = self.stages[self.position["stage"]]
@@ -478,7 +513,6 @@ def fit(self:Learner,
         self.position["finished"] = bool(self._over())
         if self.position["finished"] or self.position["total"] % self.settings.save_every == 0: self._save()
     bar.close()
-    return self.history
 
 # %% ../nbs/4_training/1_learner.ipynb #c339493a
 @patch
@@ -489,9 +523,18 @@ def _save(self:Learner):
         scaler=self.scaler.state_dict(), random=global_state(), plateaus=[s.until.values if s.until else [] for s in self.stages])
     if self.accelerator.is_main_process:
         with atomic(self.folder/"last.pt") as t: torch.save(state, t)
-        write_csv(self.folder/"history.csv", self.history)
+        self._write_history()
         if self.settings.tensorboard: self._tensorboard()
     self.accelerator.wait_for_everyone()
+
+@patch
+def _write_history(self:Learner):
+    "Write `history.csv` from the history in `last.pt`, unless it is there and the same."
+    path = self.folder/"history.csv"
+    if not self.accelerator.is_main_process: return
+    with contextlib.suppress(OSError, ValueError): # a damaged file is written anew
+        if read_csv(path) == self.history: return
+    write_csv(path, self.history)
 
 @patch
 def _resume(self:Learner):
@@ -499,7 +542,10 @@ def _resume(self:Learner):
     path = self.folder/"last.pt"
     if not path.exists(): return
     state = load_checkpoint(path)
-    if state.get("identity") != self.identity: raise InputError(f"{path} was made with another method, other options, settings, weights or seed. Use another run folder, or delete this one.")
+    if state.get("identity") != self.identity:
+        raise InputError(f"{path} was made with another method, other options, settings, weights "
+                         "or seed. Use another run folder, or delete this one.")
+    if self.valid and state["best"] > -math.inf and not (self.folder/"best.pt").exists(): return # its best weights are lost: train again
     for k, n in self.method.networks.items(): load_weights(n, state["networks"][k], path)
     for k, o in self.optimisers.items(): o.load_state_dict(state["optimisers"][k])
     self.scaler.load_state_dict(state["scaler"])
@@ -513,7 +559,9 @@ def _resume(self:Learner):
 def _tensorboard(self:Learner):
     "Write the newest rows of the history as TensorBoard scalars."
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise InputError("tensorboard=True needs the extra `log`: pip install 'unpaired_kd[log]'.") from e
+    except ImportError as e:
+        raise InputError("tensorboard=True needs the extra `log`: pip install "
+                         "'unpaired_kd[log]'.") from e
     with SummaryWriter(self.folder/"tensorboard") as w:
         for row in self.history[-self.settings.save_every:]:
             for k, v in row.items():
@@ -521,8 +569,13 @@ def _tensorboard(self:Learner):
 
 @patch
 def best_student(self:Learner):
-    "The student, with the weights of the epoch that validation chose (as all networks), if it chose any, else the last ones."
+    """The student, with the weights of the epoch that validation chose (as all networks), if it
+    chose any, else the last ones."""
     path = self.folder/"best.pt"
     if self.valid and path.exists():
-        for k, state in load_checkpoint(path)["networks"].items(): load_weights(self.method.networks[k], state, path)
+        best = load_checkpoint(path)
+        if best.get("val_dice") != self.best:
+            raise InputError(f"{path} does not belong to last.pt beside it. Delete both to train "
+                             "again from the start.")
+        for k, state in best["networks"].items(): load_weights(self.method.networks[k], state, path)
     return self.method.student

@@ -16,6 +16,7 @@ import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, read_text, rng, to_display, unknown, write_csv
 from .evaluation import FEW, compare, pair_rows, settled, sign_of
+from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit") # columns that stay text, also when they look like numbers
@@ -30,8 +31,9 @@ def save_rows(
 def load_rows(
     path, # CSV file of `save_rows`, or a run folder that holds `metrics.csv`
 )->list: # the rows; names are text, `seed` is an int, scores are floats
-    "Read rows back. A missing, broken or foreign file is an `InputError` that names it."
+    "Read rows back. A missing, broken, changed or foreign file is an `InputError` that names it."
     path = Path(path) / "metrics.csv" if Path(path).is_dir() else Path(path)
+    check_table(path)
     rows = []
     for n, raw in enumerate(_records(path), start=2):
         row = {k: v for k, v in raw.items() if v != "" or k in TEXT}

@@ -63,9 +63,11 @@ def cases_of(
     data = Path(data)
     if modality == ".": return folder_cases(data, group, "some")
     form, place = form_of(data, modality)
-    if form == "from_manifest": return manifest_cases(*place, "some")
     if form == "from_folders": return folder_cases(*place, group, "some")
-    return lotus_cases(*place, "some")
+    if group:
+        raise InputError(f"{data}: the table or the folders name the patients, so no pattern "
+                         "(group) can be given. Leave it out.")
+    return (manifest_cases if form == "from_manifest" else lotus_cases)(*place, "some")
 
 # %% ../../nbs/1_data/21_check.ipynb #44df6c51
 @dataclass

@@ -415,6 +415,7 @@ def same_contour(
     "Whether two polygons are one that was stored twice: nowhere half a pixel apart."
     return max(from_outline(a[0], b[0]), from_outline(b[0], a[0])) < .5
 
+# %% ../../nbs/1_data/12_clinical.ipynb #bab689a5
 def joined(
     drawn:list, # of (corners, mask) on one slice, type CLOSED_PLANAR
 )->np.ndarray: # (H,W) bool
@@ -486,6 +487,7 @@ def roi_contours(
     mine = [r for r in s.get("ROIContourSequence") or [] if whole(r, "ReferencedROINumber") in chosen]
     return [c for r in mine for c in r.get("ContourSequence") or []]
 
+# %% ../../nbs/1_data/12_clinical.ipynb #7e384d21
 def rtstruct_mask(
     path,             # RTSTRUCT file
     like:Image,       # the CT, from `read_image`
@@ -536,6 +538,7 @@ def seg_frames(
         if int(number) in chosen:
             yield i, picture > half
 
+# %% ../../nbs/1_data/12_clinical.ipynb #cbca087f
 def seg_mask(
     path,             # DICOM SEG file
     like:Image,       # the scan, from `read_image`

@@ -7,8 +7,8 @@ __all__ = ['WHITE', 'TWO', 'FEW', 'MOST', 'NO_IGNORE', 'MIXED', 'WIDE', 'IMAGE_D
            'Native', 'label_map', 'one_value', 'Meaning', 'numbers_in', 'in_one_piece', 'refuse_ignored', 'spelled',
            'Evidence', 'infer_labels', 'decided', 'Decoded', 'Store', 'Collection', 'refuse_first', 'manifest_cases',
            'shared_files', 'images_in', 'sub_folder', 'label_names', 'match_labels', 'label_pairs', 'folder_cases',
-           'lotus_cases', 'open_collection', 'form_of', 'checksum_faults', 'deck', 'Split', 'split_groups',
-           'kfold_groups', 'label_budget']
+           'absent', 'with_names', 'lotus_cases', 'open_collection', 'form_of', 'checksum_faults', 'deck', 'Split',
+           'split_groups', 'kfold_groups', 'label_budget']
 
 # %% ../../nbs/1_data/3_collections.ipynb #c66c014e
 import importlib, inspect, os, re, warnings, zlib
@@ -699,19 +699,45 @@ def folder_cases(
     images, label_dir = images_in(at), None if labels is False else sub_folder(folder, LABEL_DIRS)
     if not images: raise InputError(f"{at} holds no images (PNG, JPEG, TIFF, NIfTI, DICOM series or .zarr).")
     if labels is True and label_dir is None: raise InputError(f"{folder} has no label folder. Name it {LABEL_DIRS[0]!r}, or pass labels=False.")
-    label, wrong = label_pairs(images, images_in(label_dir)) if label_dir else ([None] * len(images), {})
-    by_id, faults = {}, list(wrong.values())
+    images, faults = with_names(images)
+    drawn, more = with_names(images_in(label_dir) if label_dir else [])
+    label, wrong = label_pairs(images, drawn) if label_dir else ([None] * len(images), {})
+    by_id, faults = {}, [*faults, *more, *wrong.values()]
     for p in images: by_id.setdefault(stem(p), []).append(p)
     for i, ps in by_id.items():
         if len(ps) > 1: faults.append(f"{at} holds {len(ps)} images of one name: {', '.join(p.name for p in ps)}. Their id would be {i!r} for each: rename, or keep one.")
-    who, lost = _groups(folder, list(by_id), group)
+    who, no_group = _groups(folder, list(by_id), group)
     cases = []
     for p, y in zip(images, label):
         bare = label_dir and y is None and labels != "some" and p not in wrong
         if bare: faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some'.")
-        sound = not bare and p not in wrong and len(by_id[stem(p)]) == 1
+        lost = absent(p, y)
+        faults += lost
+        sound = not bare and not lost and p not in wrong and len(by_id[stem(p)]) == 1
         if sound and stem(p) in who: cases.append(Case(stem(p), p, y, *who[stem(p)]))
-    return cases, faults + lost + shared_files(folder, cases)
+    return cases, faults + no_group + shared_files(folder, cases)
+
+# %% ../../nbs/1_data/3_collections.ipynb #49095db9
+def absent(
+    *paths, # of a case; None is left out
+)->list: # faults
+    "Links that lead nowhere, pipes, and files that may not be read: found without opening them."
+    faults = []
+    for p in paths:
+        if p is None: continue
+        try: check_there(p)
+        except InputError as e: faults.append(str(e))
+    return faults
+
+def with_names(
+    paths:list, # of images or labels
+)->tuple: # those whose names are text, and faults of the others
+    "Old disks and archives hold names that are not UTF-8; no id can be made of them."
+    good, faults = [], []
+    for p in paths:
+        try: good.append((stem(p), p))
+        except InputError as e: faults.append(str(e))
+    return [p for _, p in good], faults
 
 # %% ../../nbs/1_data/3_collections.ipynb #dfb495ae
 def _groups(folder, ids, group):
@@ -721,7 +747,8 @@ def _groups(folder, ids, group):
         if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, pass group=r\"^(pattern)\" or write the table.", stacklevel=5)
         return {i: (i, "") for i in ids}, []
     if callable(group): return {i: (str(group(i)), "") for i in ids}, []
-    found = {i: re.search(group, i) for i in ids}
+    try: found = {i: re.search(group, i) for i in ids}
+    except re.error as e: raise InputError(f"group pattern {group!r} is no regular expression ({e}). Write e.g. ^(p[0-9]+).") from None
     lost = [f"group pattern {group!r} finds no group in image name {i!r}. It needs one bracket that matches in every name." for i, m in found.items() if not m or not m.groups()]
     return {i: (m.group(1), "") for i, m in found.items() if m and m.groups()}, lost
 
@@ -773,7 +800,9 @@ def lotus_cases(
         for p, y in zip(images, label):
             bare = y is None and (label_dir or labels) and labels != "some"
             if bare and p not in wrong: faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False.")
-            if bare or p in wrong: continue
+            lost = absent(p, y)
+            faults += lost
+            if bare or lost or p in wrong: continue
             tiles = bool({"train", "val", "test"} & set(parts)) or not parts
             group = re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", stem(p)) if tiles else parts[-1]
             above = "" if tiles else parts[-2] if len(parts) > 1 else re.sub(r"[\W_]*\d.*$", "", parts[-1])

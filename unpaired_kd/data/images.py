@@ -197,6 +197,7 @@ def nifti_forms(
                      "both are kept in what is written")
     return found, notes
 
+# %% ../../nbs/1_data/2_images.ipynb #7b97a94d
 def nifti_place(
     header,      # nibabel header
     dims:int=3,  # spatial axes of the image
@@ -251,6 +252,7 @@ def open_nifti(
         raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
     return f, stored
 
+# %% ../../nbs/1_data/2_images.ipynb #c76c2997
 def read_nifti(
     path:Path,        # .nii or .nii.gz
     label:bool=False, # not used: NIfTI has no palette
@@ -468,11 +470,13 @@ def write_tiff(
     image,        # the `Image` that they belong to: its spacing
 ):
     "OME-TIFF from (C,H,W) or (C,D,H,W), compressed without loss."
+    import hashlib, uuid
     import tifffile
     plane, colour = "ZYX"[1 - a.ndim:], len(a) == 3
     axes = plane + "S" if colour else plane if len(a) == 1 else "C" + plane
     a = np.moveaxis(a, 0, -1) if colour else a[0] if len(a) == 1 else a
-    note = {"axes": axes}
+    name = uuid.UUID(bytes=hashlib.sha256(np.ascontiguousarray(a)).digest()[:16]) # equal numbers, equal file
+    note = {"axes": axes, "UUID": f"urn:uuid:{name}"}
     for letter, s in zip("XYZ", (image.spacing or ())[::-1]): note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
     tifffile.imwrite(t, a, ome=True, photometric="rgb" if colour else "minisblack", compression="zlib", metadata=note)
 
@@ -511,6 +515,7 @@ def write_nifti(
     set_place(f.header, image, a.ndim - 1)
     nib.save(f, t)
 
+# %% ../../nbs/1_data/2_images.ipynb #262dd1e9
 def write_zarr(
     t:Path,       # the file that is written
     a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)

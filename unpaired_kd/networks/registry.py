@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'MODULES', 'build', 'name_of', 'load_weights']
 # %% ../../nbs/2_networks/0_registry.ipynb #afcbb3e6
 from importlib import import_module
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import InputError, Registry
 
@@ -44,7 +44,8 @@ def load_weights(
     "Load weights, all or none. `InputError` that names the source and the first differences when they are of another architecture."
     own = net.state_dict()
     wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is not known" for k in state if k not in own]
-    wrong += [f"{k} has shape {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    wrong += [f"{k} is no tensor" for k, v in state.items() if not isinstance(v, Tensor)]
+    wrong += [f"{k} has shape {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items() if k in own and isinstance(v, Tensor) and v.shape != own[k].shape]
     if wrong: raise InputError(f"{source} does not fit {type(net).__name__}({getattr(net, 'config', '')}): {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. It is of another architecture; build the network with the arguments it was trained with.")
     net.load_state_dict(state)
     return net

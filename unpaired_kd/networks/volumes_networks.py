@@ -10,6 +10,7 @@ __all__ = ['SLOW', 'ENCODERS', 'slow_sized', 'SplitConv2d', 'SplitConv3d', 'Spli
 # %% ../../nbs/2_networks/6_volumes_networks.ipynb #faf271a4
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,9 +130,9 @@ def block_reach(
     net:nn.Module, # a `LightUNet`
 )->tuple: # voxels, one number an axis
     "Voxels beyond an aligned block (corners at multiples of `strides`) that its scores can depend on; read off the layers."
-    r, levels = torch.zeros(net.config["dims"], dtype=torch.long), range(1, net.config["levels"])
-    seen = lambda name: sum(torch.tensor(m.kernel_size) // 2 for m in getattr(net, name) if hasattr(m, "kernel_size"))
-    step = {k: torch.tensor(getattr(net, f"pool{k}").kernel_size) for k in levels}
+    r, levels = np.zeros(net.config["dims"], int), range(1, net.config["levels"])
+    seen = lambda name: sum(np.array(m.kernel_size) // 2 for m in getattr(net, name) if hasattr(m, "kernel_size"))
+    step = {k: np.array(getattr(net, f"pool{k}").kernel_size) for k in levels}
     for k in levels: r = -(-(r + seen(f"join{k}")) // step[k])
     r = r + seen("bottom")
     for k in reversed(levels): r = r * step[k] + seen(f"down{k}")

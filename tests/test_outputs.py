@@ -1,0 +1,575 @@
+"""Outputs never destroy: what is refused before any work, what is replaced, what stays, and what one bad file does to the others."""
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image as Pillow
+
+from unpaired_kd import cli, inference, outputs
+from unpaired_kd.core import InputError, seeded
+from unpaired_kd.data.images import Image, read_label, write_image, write_label
+from unpaired_kd.inference import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
+from unpaired_kd.networks.registry import build
+from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, keeping_notes, lineage
+from unpaired_kd.volumes import predict_volume
+
+R = np.random.default_rng(0)
+
+
+def noise(*shape): return R.integers(1, 256, shape, np.uint8)
+
+
+def flat(**recipe):
+    "A small 2-D student with random weights."
+    with seeded(0, "flat"): net = build("unet", dict(in_channels=1, classes=1, width=2))
+    return Student(net, Recipe(channels=1, in_channels=1, patch=64, **recipe))
+
+
+def deep():
+    "A small 3-D student that works in blocks."
+    with seeded(0, "deep"): net = build("light_unet", dict(width=2, levels=2))
+    return Student(net, Recipe(in_channels=1, dims=3, patch=512))
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    "A folder with the two students."
+    home = tmp_path_factory.mktemp("students")
+    flat().save(home / "flat"); deep().save(home / "deep")
+    return home
+
+
+@pytest.fixture
+def home(students, tmp_path):
+    "Images, labels drawn by hand, a Zarr inside a Zarr, a DICOM series, a volume, students; the working folder."
+    shutil.copytree(students, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "images").mkdir(); (tmp_path / "labels").mkdir(); (tmp_path / "empty").mkdir()
+    for name in "abc":
+        Pillow.fromarray(noise(32, 40)).save(tmp_path / "images" / f"{name}.png")
+        write_label(tmp_path / "labels" / f"{name}.png", noise(32, 40))
+    Pillow.fromarray(noise(32, 40)).save(tmp_path / "images" / "b_instances.png")
+    write_image(tmp_path / "v.nii.gz", Image(noise(1, 4, 32, 40)))
+    write_image(tmp_path / "exp.zarr" / "raw.zarr", Image(noise(1, 16, 16, 16)))
+    write_image(tmp_path / "v.tif", Image(noise(1, 16, 16, 16)))
+    os.link(tmp_path / "images" / "a.png", tmp_path / "hard.png")
+    os.symlink(tmp_path / "images" / "a.png", tmp_path / "soft.png")
+    os.symlink("/nowhere/x.png", tmp_path / "dangling.png")
+    os.symlink(tmp_path / "images", tmp_path / "shortcut")
+    os.symlink(tmp_path / "exp.zarr", tmp_path / "link.zarr")
+    os.mkfifo(tmp_path / "pipe.png"); os.mkfifo(tmp_path / "pipe.tif")
+    (tmp_path / "p.zarr.part").mkdir(); (tmp_path / "p.zarr.part" / "data.zarr").mkdir(); (tmp_path / "p.zarr.part" / "data.zarr" / "mine").write_text("mine")
+    with contextlib.chdir(tmp_path): yield tmp_path
+
+
+def tree(folder):
+    "Every file, link and folder under a folder: its bytes, where it points to, and when it was changed."
+    found = {}
+    for p in sorted(folder.rglob("*")):
+        name = str(p.relative_to(folder))
+        if p.is_symlink(): found[name] = os.readlink(p)
+        elif p.is_file(): found[name] = (p.read_bytes(), p.stat().st_mtime_ns)
+        else: found[name] = None
+    return found
+
+
+# ---- before any work: one sentence, nothing changed
+
+REFUSED = [ # student, input, output, options, what the message says
+    # the output is, holds or lies in the input
+    ("flat", "images/a.png", "images/a.png", "", "input itself"),
+    ("flat", "images/a.png", "images/../images/a.png", "", "input itself"),
+    ("flat", "images/a.png", "./images//a.png", "", "input itself"),
+    ("flat", "images/a.png", "images", "", "input itself"),
+    ("flat", "images/a.png", "images/", "", "input itself"),
+    ("flat", "images/a.png", "shortcut/a.png", "", "input itself"),
+    ("flat", "images/a.png", "hard.png", "", "input itself"),
+    ("flat", "images/a.png", "soft.png", "", "input itself"),
+    ("flat", "soft.png", "images/a.png", "", "input itself"),
+    ("flat", "soft.png", "soft.png", "", "input itself"),
+    ("flat", "images", "images", "", "input itself"),
+    ("flat", "images", "shortcut", "", "input itself"),
+    ("flat", "images", "images/labels", "", "lies in images, the input"),
+    ("flat", "images", "shortcut/deep/labels", "", "lies in images, the input"),
+    ("flat", "exp.zarr/raw.zarr", "exp.zarr", "", "holds exp.zarr/raw.zarr, the input"),
+    ("flat", "exp.zarr/raw.zarr", "link.zarr", "", "holds exp.zarr/raw.zarr, the input"),
+    ("flat", "link.zarr/raw.zarr", "exp.zarr", "", "holds link.zarr/raw.zarr, the input"),
+    ("flat", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr", "", "input itself"),
+    ("flat", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr/labels.zarr", "", "lies in exp.zarr/raw.zarr, the input"),
+    ("flat", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr/0", "", "lies in exp.zarr/raw.zarr, the input"),
+    ("flat", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr/labels/l.nii.gz", "", "lies in exp.zarr/raw.zarr, the input"),
+    ("deep", "exp.zarr/raw.zarr", "exp.zarr", "", "holds .*raw.zarr, the input"),
+    ("deep", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr", "--blocks", "input itself"),
+    ("deep", "exp.zarr/raw.zarr", "exp.zarr/raw.zarr/0/labels.zarr", "--blocks", "lies in .*raw.zarr, the input"),
+    ("deep", "exp.zarr/raw.zarr", "link.zarr/raw.zarr/l.tif", "--tile 16", "lies in .*raw.zarr, the input"),
+    ("deep", "v.tif", "v.tif", "--blocks", "input itself"),
+    # nor the student
+    ("flat", "images/a.png", "flat/a.png", "", "lies in flat, the student's folder"),
+    ("flat", "images", "flat", "", "lies in flat, the student's folder"),
+    ("flat", "images/a.png", "flat/labels", "--instances", "lies in flat, the student's folder"),
+    ("deep", "v.tif", "deep/l.zarr", "", "lies in .*deep, the student's folder"),
+    ("deep", "v.tif", "deep/l.tif", "--blocks", "lies in .*deep, the student's folder"),
+    # two outputs of one name, or an instance map in the place of a label map
+    ("flat", "images", "new", "--instances", "b.png and images/b_instances.png would both be written"),
+    # there already
+    ("flat", "images", "labels", "", "labels/a.png is there already, with 2 more of 4"),
+    ("flat", "images/a.png", "labels", "", "labels/a.png is there already[^,]*$"),
+    ("flat", "images/a.png", "labels/c.png", "", "is there already"),
+    ("flat", "images/a.png", "dangling.png", "", "is there already"),
+    ("flat", "images/a.png", "pipe.png", "", "is there already"),
+    ("flat", "v.nii.gz", "link.zarr", "", "is there already"),
+    ("deep", "v.tif", "exp.zarr", "", "is there already"),
+    ("deep", "v.tif", "pipe.tif", "--blocks", "is there already"),
+    ("deep", "v.tif", "p.zarr", "", "no unfinished work"),
+    # not even with --overwrite
+    ("flat", "v.nii.gz", "exp.zarr", "--overwrite", r"no label map of `ukd predict` \(raw.zarr lies in it\)"),
+    ("deep", "v.tif", "exp.zarr", "--overwrite", r"no label map of `ukd predict` \(raw.zarr lies in it\)"),
+    ("flat", "images/a.png", "pipe.png", "--overwrite", "not a file"),
+    ("deep", "v.tif", "p.zarr", "--overwrite", "no unfinished work"),
+    # formats, places, devices
+    ("flat", "v.nii.gz", "v.png", "", "PNG holds no volumes"),
+    ("flat", "images/a.png", "a.jpg", "", "JPEG changes pixel values"),
+    ("flat", "images/a.png", "a.bmp", "", "not one we write"),
+    ("flat", "images", "labels/a.png", "", "it is a file, and the input is a folder"),
+    ("flat", "images/a.png", "labels/a.png/x.png", "", "labels/a.png is not a folder"),
+    ("flat", "images", "v.nii.gz/new/labels", "", "v.nii.gz is not a folder"),
+    ("flat", "images/a.png", "/proc/nobody/a.png", "", "cannot write into /proc/nobody"),
+    ("deep", "v.tif", "/proc/nobody/a.zarr", "", "cannot write into /proc/nobody"),
+    ("flat", "images/a.png", "n" * 250 + ".tiff.png", "", "too long"),
+    ("flat", "images/a.png", "new/a.png", "--device cuda:99", "--device cuda:99.*This machine has cpu"),
+    ("flat", "images/a.png", "new/a.png", "--device potato", "--device potato.*This machine has cpu"),
+    ("flat", "images/a.png", "new/a.png", "--device meta", "--device meta.*This machine has cpu"),
+    ("deep", "v.tif", "new/a.zarr", "--device potato", "--device potato.*This machine has cpu"),
+    ("flat", "images/a.png", "new/a.png", "--precision fp8", "unknown precision 'fp8'"),
+    ("deep", "v.tif", "new/a.zarr", "--precision fp8", "unknown precision 'fp8'"),
+    # inputs and students that are none
+    ("flat", "nowhere.png", "new", "", "nowhere.png does not exist"),
+    ("flat", "dangling.png", "new", "", "dangling.png is a link to /nowhere/x.png, which is not there"),
+    ("flat", "pipe.png", "new", "", "pipe.png is neither a file nor a folder"),
+    ("deep", "pipe.tif", "new.zarr", "--blocks", "pipe.tif is neither a file nor a folder"),
+    ("flat", "empty", "new", "", "holds no images"),
+    ("nobody", "images/a.png", "new", "", "nobody/weights.safetensors does not exist"),
+    ("images", "images/a.png", "new", "", "images/weights.safetensors does not exist"),
+    ("images/a.png", "images/a.png", "new", "", "a.png/weights.safetensors does not exist"),
+]
+
+
+@pytest.mark.parametrize("student, source, output, options, said", REFUSED, ids=[f"{s}-{i}-{o[-30:]}-{x}".replace("/", "|") for s, i, o, x, _ in REFUSED])
+def test_refused_before_any_work(home, capsys, monkeypatch, student, source, output, options, said):
+    "Status 2, one sentence or two, no byte changed, no name new, no image segmented."
+    monkeypatch.setattr(Student, "predict", lambda *a, **k: pytest.fail("it was segmented"))
+    before = tree(home)
+    assert cli.main(["predict", student, source, output, *options.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    import re
+    assert re.search(said, error) and error.startswith("ukd predict: ") and error.count("\n") == 0 and len(error) < 500
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSED if "input itself" in c[4] or "holds" in c[4] and "the input" in c[4] or "lies in" in c[4]], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}".replace("/", "|"))
+def test_overwrite_allows_no_destruction(home, capsys, case):
+    student, source, output, options, said = case
+    before = tree(home)
+    assert cli.main(["predict", student, source, output, *options.split(), "--overwrite"]) == 2
+    assert tree(home) == before
+
+
+def test_a_dicom_series_is_not_written_into(home):
+    pytest.importorskip("pydicom")
+    from test_images import dicom_series
+    source = dicom_series(home / "series", R.integers(-1000, 1000, (3, 32, 32)).astype(np.int16))
+    s, before = flat(intensity=(-1000, 1000)), tree(home)
+    for output in ("series", "series/labels", "series/l.nii.gz", "series/../series/deep/l.zarr"):
+        with pytest.raises(InputError, match="lies in .*series, the input"): predict_path(s, source, home / output)
+    assert tree(home) == before
+
+
+def test_a_series_beside_pictures_is_named(home):
+    pytest.importorskip("pydicom")
+    from test_images import dicom_series
+    for p in dicom_series(home / "series", R.integers(0, 200, (2, 32, 32)).astype(np.int16)).iterdir(): shutil.move(p, home / "images")
+    with pytest.raises(InputError, match=r"holds DICOM files .* and other images: a.png, b.png, b_instances.png, c.png"): predict_path(flat(), home / "images", home / "new")
+
+
+# ---- what is replaced, and what is not
+
+def test_overwrite_replaces_its_files_and_no_neighbour(home, capsys):
+    (home / "labels" / "d.png").write_bytes(b"mine"); (home / "labels" / "notes.txt").write_text("mine")
+    os.remove(home / "images" / "b_instances.png")
+    before = tree(home / "labels")
+    assert cli.main(["predict", "flat", "images", "labels", "--overwrite", "--device", "cpu"]) == 0
+    after = tree(home / "labels")
+    assert after.keys() == before.keys() and [n for n in after if after[n] != before[n]] == ["a.png", "b.png", "c.png"]
+    for n in "abc": assert np.array_equal(read_label(home / "labels" / f"{n}.png").array, flat().predict(home / "images" / f"{n}.png"))
+
+
+def test_a_link_is_replaced_and_its_target_is_not(home):
+    os.symlink(home / "labels" / "b.png", home / "out.png")
+    kept = (home / "labels" / "b.png").read_bytes()
+    with pytest.raises(InputError, match="there already"): predict_path(flat(), home / "images" / "a.png", home / "out.png")
+    predict_path(flat(), home / "images" / "a.png", home / "out.png", overwrite=True)
+    assert not (home / "out.png").is_symlink() and (home / "labels" / "b.png").read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["l.zarr", "l.tif"])
+def test_blocks_replace_when_they_are_whole(home, name):
+    write_label(home / name, np.full((16, 16, 16), 7, np.uint8))
+    with pytest.raises(InputError, match="there already"): predict_volume("deep", "v.tif", name, tile=8)
+    s = deep()
+    def stop(*a): raise KeyboardInterrupt
+    hook = s.network.bottom.register_forward_hook(lambda *a: stop() if (home / f"{name}.part" / "blocks.log").exists() and len((home / f"{name}.part" / "blocks.log").read_text()) > 20 else None)
+    with pytest.raises(KeyboardInterrupt): predict_volume(s, "v.tif", name, tile=8, overwrite=True)
+    hook.remove()
+    assert (read_label(home / name).array == 7).all() and (home / f"{name}.part").exists()
+    t = predict_volume(s, "v.tif", name, tile=8, overwrite=True)
+    assert 0 < t["resumed"] < t["blocks"] and not (home / f"{name}.part").exists() and not list(home.glob(".ukd*"))
+    predict_volume(s, "v.tif", "other" + name, tile=8)
+    assert np.array_equal(read_label(home / name).array, read_label(home / f"other{name}").array) and not (read_label(home / name).array == 7).all()
+
+
+def test_a_finished_job_is_an_output_like_any_other(home):
+    for call in (lambda **k: predict_volume("deep", "v.tif", "p.tif", tile=16, **k), lambda **k: predict_path("flat", "v.nii.gz", "l.nii.gz", **k)):
+        call()
+        before = tree(home)
+        with pytest.raises(InputError, match="there already"): call()
+        assert tree(home) == before
+        call(overwrite=True)
+
+
+def test_an_output_that_came_meanwhile_stays(home, monkeypatch):
+    "Somebody writes the same name while we compute: theirs is kept, ours is named, the others are finished."
+    plain = Student.predict
+    def slow(self, image, **k):
+        (home / "new" / "b.png").write_bytes(b"theirs")
+        return plain(self, image, **k)
+    monkeypatch.setattr(Student, "predict", slow)
+    with pytest.raises(PartlyDone, match=r"3 of 4 images(?s:.*)new/b.png is there already"): predict_path(flat(), home / "images", home / "new")
+    assert (home / "new" / "b.png").read_bytes() == b"theirs" and (home / "new" / "c.png").exists()
+
+
+# ---- one bad file
+
+def test_one_bad_file_and_the_others(home, capsys, monkeypatch):
+    "Each of eight faults is named in a line of its own, six good images are finished, the status is 1."
+    images = home / "images"
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:60])
+    (images / "empty.png").write_bytes(b"")
+    Pillow.fromarray(noise(32, 40, 3)).save(images / "rgb.png")
+    Pillow.fromarray(noise(5, 5)).save(images / "tiny.png")
+    os.symlink("/nowhere/b.png", images / "gone.png")
+    os.symlink("loop.png", images / "loop.png")
+    os.mkfifo(images / "pipe.png")
+    (images / "text.tif").write_text("not a picture")
+    (images / "broken.zarr").mkdir()
+    (images / "list.csv").write_text("")
+    os.mkfifo(images / "queue")
+    assert cli.main(["predict", "flat", "images", "new", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    lines = said.err.strip().split("\n")
+    lines = lines[[k for k, line in enumerate(lines) if "4 of 13 images were segmented; 9 were not:" in line][0]:]
+    bad = ["broken.zarr", "cut.png", "empty.png", "gone.png", "loop.png", "pipe.png", "rgb.png", "text.tif", "tiny.png"]
+    assert len(lines) == 10 and all(f"images/{name}" in line for name, line in zip(bad, lines[1:]))
+    assert "left out: list.csv, queue" in said.out and "Traceback" not in said.err
+    assert sorted(p.name for p in (home / "new").iterdir()) == ["a.png", "b.png", "b_instances.png", "c.png"]
+
+
+@pytest.mark.parametrize("fault, said", [(KeyError("bits"), "KeyError"), (MemoryError(), "more memory"), (RuntimeError("CUDA out of memory. Tried"), "more memory"),
+                                         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "more memory"), (RecursionError("deep"), "RecursionError"), (OSError(28, "No space left on device"), "No space left")])
+def test_any_fault_of_a_decoder_names_its_file(home, monkeypatch, fault, said):
+    plain = inference.read_image
+    def read(path, *a):
+        if path.name == "b.png": raise fault
+        return plain(path, *a)
+    monkeypatch.setattr(inference, "read_image", read)
+    with pytest.raises(PartlyDone, match=f"(?s)3 of 4 images.*images/b.png.*{said}"): predict_path(flat(), home / "images", home / "new")
+    assert sorted(p.name for p in (home / "new").iterdir()) == ["a.png", "b_instances.png", "c.png"]
+    with pytest.raises(InputError, match="images/b.png"): predict_path(flat(), home / "images" / "b.png", home / "x" / "b.png")
+    assert not (home / "x").exists()
+
+
+def test_a_file_that_may_not_be_read(home):
+    os.chmod(home / "images" / "b.png", 0)
+    if os.access(home / "images" / "b.png", os.R_OK): pytest.skip("root may read all")
+    with pytest.raises(PartlyDone, match="3 of 4 (?s:.*)b.png may not be read"): predict_path(flat(), home / "images", home / "new")
+
+
+def test_stopping_is_no_fault_of_an_image(home, monkeypatch):
+    "Ctrl-C: what is finished stays, the same command goes on, and then nothing is left of the notes."
+    plain, seen = Student.predict, []
+    def predict(self, image, **k):
+        seen.append(Path(image.path).name)
+        if len(seen) == 3: raise KeyboardInterrupt
+        return plain(self, image, **k)
+    monkeypatch.setattr(Student, "predict", predict)
+    call = lambda **k: predict_path("flat", home / "images", home / "new", "cpu", **k)
+    with pytest.raises(KeyboardInterrupt): call()
+    assert sorted(os.listdir(home / "new")) == [".ukd.notes", "a.png", "b.png"]
+    with pytest.raises(InputError, match="there already"): predict_path(flat(invert=True), home / "images", home / "new", "cpu") # another student does not go on
+    with pytest.raises(InputError, match="there already, with 1 more of 4"): call(precision="bf16")                         # nor other settings
+    call()
+    assert seen == ["a.png", "b.png", "b_instances.png", "b_instances.png", "c.png"] and sorted(os.listdir(home / "new")) == ["a.png", "b.png", "b_instances.png", "c.png"]
+
+
+def test_nothing_is_left_of_a_job_in_which_all_failed(home):
+    with pytest.raises(PartlyDone, match="0 of 4"): predict_path(Student(flat().network, Recipe(channels=1, in_channels=1, patch=64, zoom=.1)), home / "images", home / "deep" / "er" / "new")
+    assert not (home / "deep" / "er").exists()
+
+
+# ---- two at once
+
+def test_two_jobs_into_one_folder(home):
+    "The second is refused while the first is at work, whether it is a folder or a volume."
+    with keeping_notes(home / "new" / ".ukd.notes"):
+        with pytest.raises(InputError, match="another process writes into .*new"): predict_path(flat(), home / "images", home / "new")
+        predict_path(flat(), home / "images" / "a.png", home / "new" / "z.png")   # another name is no conflict
+    assert sorted(os.listdir(home / "new")) == ["z.png"]
+
+
+TWICE = """
+import sys, time
+from unpaired_kd import volumes
+from unpaired_kd.inference import Student, predict_path
+plain = volumes.write_block
+def slow(*a): plain(*a); time.sleep(.2)
+volumes.write_block = slow
+from unpaired_kd import cli
+sys.exit(cli.main(["predict", "deep", "v.tif", "out.zarr", "--tile", "8", "--device", "cpu"]))
+"""
+
+
+def test_two_jobs_on_one_zarr(home):
+    both = [subprocess.Popen([sys.executable, "-c", TWICE], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    said = [p.communicate()[1] for p in both]
+    assert sorted(p.returncode for p in both) == [0, 2], said
+    assert "another process is at work" in "".join(said) or "there already" in "".join(said)
+    predict_volume("deep", "v.tif", "alone.zarr", tile=8, labels=True)
+    assert np.array_equal(read_label("out.zarr").array, read_label("alone.zarr").array) and not (home / "out.zarr.part").exists()
+
+
+# ---- the questions, by value
+
+def test_formats_hold_what_they_hold():
+    for output, shape, largest, good in (("a.png", (9, 9), 65535, True), ("a.png", (9, 9), 65536, False), ("a.tif", (9, 9), 65536, True), ("a.png", (1, 9, 9), 1, False), ("a.PNG", (2, 9, 9), 1, False),
+                                         ("a.nii", (5, 32767, 9), 1, True), ("a.nii.gz", (5, 32768, 9), 1, False), ("a.zarr", (5, 32768, 9), 10**6, True), ("a.jpeg", (9, 9), 1, False)):
+        with contextlib.nullcontext() if good else pytest.raises(InputError, match=output): check_format(output, shape, largest)
+
+
+def test_more_objects_than_a_png_holds(home):
+    "Found before the label map is written, so no half of the pair is left."
+    class Dots(Student):
+        def instances(self, image, **k): return np.arange(32 * 40, dtype=np.int32).reshape(32, 40) * 60
+    with pytest.raises(InputError, match="a_instances.png: PNG holds numbers up to 65535, here are 76740"): predict_path(Dots(flat().network, flat().recipe), home / "images" / "a.png", home / "new" / "a.png", instances=True)
+    assert not (home / "new").exists()
+
+
+def test_room(home, monkeypatch):
+    "One byte a voxel is asked for, five with instances; in blocks one a voxel, less what lies there."
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=4 * 32 * 40)))
+    predict_path(flat(), home / "v.nii.gz", home / "fits.nii.gz")
+    before = tree(home)
+    with pytest.raises(InputError, match=r"may need 0.0 MB, and 0.0 MB are free"): predict_path(flat(), home / "v.nii.gz", home / "too.nii.gz", instances=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=16**3 - 1)))
+    with pytest.raises(InputError, match="p2.tif may need 0.0 MB"): predict_volume("deep", "v.tif", "p2.tif", tile=16)
+    with pytest.raises(InputError, match=r"x.zarr may need 12.5 MB, and 0.0 MB are free"): check_room(home / "x.zarr", 12.5e6)
+    assert tree(home) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=16**3)))
+    predict_volume("deep", "v.tif", "p2.tif", tile=16)
+
+
+def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
+    "The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing was finished."
+    from unpaired_kd import volumes
+    before = tree(home)
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="(?s)p2.tif.*No space left.*Nothing of it is kept"): predict_volume("deep", "v.tif", "p2.tif", tile=8)
+    monkeypatch.setattr(volumes, "write_block", full)
+    with pytest.raises(InputError, match="(?s)q.zarr.*No space left.*Nothing of it is kept"): predict_volume("deep", "v.tif", "q.zarr", tile=8)
+    assert tree(home) == before
+
+
+def test_a_tiff_of_blocks_has_its_room_from_the_beginning(home, monkeypatch):
+    from unpaired_kd import volumes
+    volumes.create_output(home / "big.tif", (8, 256, 256), (8, 64, 64))
+    s = os.stat(home / "big.tif")
+    assert s.st_size > 8 * 256 * 256 and s.st_blocks * 512 >= 8 * 256 * 256
+
+
+def test_names_of_one_disk():
+    check_names([("a", "x/a.png"), ("b", "x/b.png"), ("c", "y/a.png")])
+    for first, second in (("x/a.png", "x/a.png"), ("x/A.png", "x/a.PNG"), ("x/M\u00fcller.png", "x/Mu\u0308ller.png")):
+        with pytest.raises(InputError, match="one and two would both be written"): check_names([("one", first), ("two", second)])
+
+
+def test_lineage(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True); os.symlink(tmp_path / "a", tmp_path / "s")
+    number = lambda p: (os.stat(p).st_dev, os.stat(p).st_ino)
+    want = [number(tmp_path / "a" / "b"), number(tmp_path / "a"), number(tmp_path)]
+    assert lineage(tmp_path / "s" / "b")[:3] == want and lineage(tmp_path / "s" / "b" / "new" / "er")[:3] == want
+    os.symlink("/nowhere/at/all", tmp_path / "a" / "dead")
+    with pytest.raises(InputError, match="holds"): check_apart([tmp_path / "a"], [(tmp_path / "a" / "dead", "the input")])
+    check_apart([tmp_path / "a" / "b"], [(tmp_path / "a" / "dead", "the input")])
+
+
+def test_notes_survive_a_torn_line(tmp_path):
+    path = tmp_path / "notes"
+    with pytest.raises(KeyboardInterrupt):
+        with keeping_notes(path) as notes:
+            notes.add("begun", "m", "a.png"); notes.add("done", "m", "a.png")
+            raise KeyboardInterrupt
+    with open(path, "a") as f: f.write("done m b.p")
+    with pytest.raises(KeyboardInterrupt):
+        with keeping_notes(path) as notes:
+            assert notes.has("done", "m", "a.png") and not notes.has("done", "m", "b.p") and not notes.has("done", "n", "a.png")
+            notes.add("begun", "m", "c.png")
+            raise KeyboardInterrupt
+    assert Notes(path).has("begun", "m", "c.png") and Notes(path).has("done", "m", "a.png")
+    with keeping_notes(path): pass
+    assert not path.exists()
+
+
+def test_parts_of_a_killed_writer_go_and_those_of_a_live_one_stay(home):
+    from unpaired_kd.core import PART, atomic
+    (home / "new").mkdir()
+    (home / "new" / f"{PART}old.png").write_bytes(b"half")
+    with atomic(home / "new" / "live.png") as part:
+        part.write_bytes(b"at work")
+        predict_path(flat(), home / "images" / "a.png", home / "new" / "a.png")
+        assert sorted(os.listdir(home / "new")) == [part.name, "a.png"] and part.read_bytes() == b"at work"
+    (home / "flat" / f"{PART}weights.safetensors").write_bytes(b"half")
+    flat().save(home / "flat")
+    assert sorted(os.listdir(home / "flat")) == sorted(FILES)
+
+
+def test_marks_follow_every_file(tmp_path):
+    (tmp_path / "s" / "d").mkdir(parents=True); (tmp_path / "s" / "d" / "x").write_bytes(b"abc"); (tmp_path / "s" / "y").write_bytes(b"a")
+    one = files_mark(tmp_path / "s")
+    assert files_mark(tmp_path / "s") == one
+    (tmp_path / "s" / "d" / "x").write_bytes(b"abcd")
+    two = files_mark(tmp_path / "s")
+    (tmp_path / "s" / "d" / "x").rename(tmp_path / "s" / "d" / "z")
+    assert len({one, two, files_mark(tmp_path / "s"), files_mark(tmp_path / "s" / "y")}) == 4
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(resolve_device(d)) for d in ("cpu", "cuda", "cuda:1", None, torch.device("cuda", 0))] == ["cpu", "cuda", "cuda:1", "cuda", "cuda:0"]
+    for wrong in ("cuda:2", "cuda:-1", "meta", "CPU ", "", "xla", 3.5, [1]):
+        with pytest.raises(InputError, match="This machine has cpu, cuda:0, cuda:1"): resolve_device(wrong)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(resolve_device(None)) == "cpu"
+    with pytest.raises(InputError, match="--device cuda: .* has cpu"): resolve_device("cuda")
+
+
+# ---- students that come from anywhere
+
+def edited(folder, **recipe):
+    "Change entries of the recipe in config.json."
+    c = json.loads((folder / "config.json").read_text())
+    c["recipe"].update(recipe)
+    (folder / "config.json").write_text(json.dumps(c))
+
+
+def resaved(folder, change):
+    "Change the weights, and give the config their right SHA-256."
+    from safetensors.torch import load_file, save_file
+    from unpaired_kd.core import file_sha256
+    state = load_file(folder / FILES[0])
+    save_file({k: v.contiguous() for k, v in change(state).items()}, folder / FILES[0])
+    c = json.loads((folder / "config.json").read_text())
+    c["weights_sha256"] = file_sha256(folder / FILES[0])
+    (folder / "config.json").write_text(json.dumps(c))
+
+
+CONFIG = dict(in_channels=1, classes=1, width=2)
+HOSTILE = {
+    "width of a terabyte": (dict(network_config=CONFIG | {"width": 16384}), "does not fit"),
+    "beyond any network": (dict(network_config=CONFIG | {"width": 10**30}), "argument above"),
+    "hidden in a list": (dict(network="ensemble", network_config=dict(members=[dict(network="unet", config=dict(width=10**6))])), "argument above"),
+    "member of nowhere": (dict(network="ensemble", network_config=dict(members=[dict(network="os.system", config={})])), "unknown network"),
+    "half a member": (dict(network="ensemble", network_config=dict(members=[{}])), "cannot be built"),
+    "width nan": (dict(network_config=CONFIG | {"width": float("nan")}), "config.json"),
+    "config a list": (dict(network_config=[1]), "network_config"),
+    "config a path": (dict(network_config="/etc/passwd"), "network_config"),
+    "network a path": (dict(network="../../x.py"), "unknown network"),
+    "true channels": (dict(channels=True), "channels=True"),
+    "text zoom": (dict(zoom="1.0"), "zoom='1.0'"),
+    "huge zoom": (dict(zoom=1e9), "zoom=1000000000.0 is not possible"),
+    "tiny zoom": (dict(zoom=1e-9), "zoom"),
+    "endless zoom": (dict(zoom=float("inf")), "zoom"),
+    "classes a text": (dict(classes="ab"), "classes='ab'"),
+    "classes of numbers": (dict(classes=[0, 1]), "classes"),
+    "classes of lists": (dict(classes=[["a"], ["b"]]), "classes"),
+    "a fraction of a patch": (dict(patch=64.5), "patch=64.5"),
+    "no patch": (dict(patch=None), "patch=None"),
+    "invert a word": (dict(invert="no"), "invert='no'"),
+    "window of one": (dict(intensity=[1]), "intensity"),
+    "window upside down": (dict(intensity=[5, 1]), "low must be below high"),
+    "window of names": (dict(intensity=["a", "b"]), "intensity"),
+    "unknown rule": (dict(intensity="ct"), "intensity='ct'"),
+    "instances a list": (dict(instances=["none"]), "instances"),
+    "overlap nan": (dict(overlap=float("nan")), "overlap"),
+    "min_size below 0": (dict(min_size=-1), "min_size"),
+    "odd entry": (dict(weights="/etc/passwd"), "weights"),
+}
+
+
+@pytest.mark.parametrize("change, said", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_configs(home, change, said):
+    "Quickly, by the file's name, and before any memory is taken."
+    edited(home / "flat", **change)
+    start = time.monotonic()
+    with pytest.raises(InputError, match=said) as e: Student.load("flat", "cpu")
+    assert time.monotonic() - start < 3 and "flat/" in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "1" * 5000 + "}", '{"format": 1, "recipe": {"zoom": 1e999}}', "\x00", "\udcff"], ids=["deep", "long number", "infinity", "zero byte", "no UTF-8"])
+def test_hostile_json(home, text):
+    (home / "flat" / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match="flat/config.json"): Student.load("flat", "cpu")
+
+
+def test_hostile_weights(home):
+    first = "conv1.0.weight"
+    for change, said in ((lambda s: s | {first: s[first].double()}, "torch.float64"), (lambda s: s | {first: s[first].half()}, "torch.float16"),
+                         (lambda s: s | {first: s[first] * float("nan")}, "NaN or infinity"), (lambda s: s | {first: s[first][:1]}, "has shape"),
+                         (lambda s: {k.upper(): v for k, v in s.items()}, "is missing")):
+        shutil.rmtree(home / "flat"); flat().save(home / "flat")
+        resaved(home / "flat", change)
+        with pytest.raises(InputError, match=f"flat/weights.safetensors.*{said}"): Student.load("flat", "cpu")
+    shutil.rmtree(home / "flat"); flat().save(home / "flat")
+    resaved(home / "flat", lambda s: s)
+    Student.load("flat", "cpu")
+    (home / "flat" / FILES[0]).unlink(); os.mkfifo(home / "flat" / FILES[0])
+    with pytest.raises(InputError, match="weights.safetensors does not exist"): Student.load("flat", "cpu")
+
+
+def test_a_student_behind_links_is_read(home):
+    "Model hubs keep weights behind links."
+    (home / "flat" / FILES[0]).rename(home / "blob"); os.symlink(home / "blob", home / "flat" / FILES[0])
+    assert np.array_equal(Student.load("flat", "cpu").predict(noise(32, 32)).shape, (32, 32))
+
+
+def test_left_over_parts_are_no_inputs(home):
+    "They would be cleared away, or put back to where they were, while they are read."
+    from unpaired_kd.core import OLD, PART
+    for name in (f"{PART}a.png", f"{OLD}exp.zarr/raw.zarr"):
+        (home / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(home / "exp.zarr" / "raw.zarr", home / name) if name.endswith("zarr") else shutil.copy(home / "images" / "a.png", home / name)
+        before = tree(home)
+        with pytest.raises(InputError, match="what a killed command left"): predict_path("flat", home / name, home / "new")
+        assert tree(home) == before
+
+
+def test_a_device_without_memory_is_named(home, monkeypatch):
+    def full(*a): raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(inference, "build", lambda *a, real=inference.build: real(*a) if torch.get_default_device().type == "meta" else full())
+    with pytest.raises(InputError, match="flat/weights.safetensors needs more memory"): Student.load("flat", "cpu")

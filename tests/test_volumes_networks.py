@@ -158,6 +158,16 @@ def test_shapes(config, shape):
     assert len(net.reach) == len(net.strides) == len(shape) - 2
 
 
+def test_every_skip_reaches_the_scores():
+    net = LightUNet(width=2).eval()
+    with torch.no_grad():
+        features, skips = net.encode(torch.rand(1, 1, 16, 16, 16))
+        out = net.decode(features, skips)
+        for k in range(3):
+            changed = [s + 1 if i == k else s for i, s in enumerate(skips)]
+            assert (net.decode(features, changed) - out).abs().max() > 1e-4, k
+
+
 def test_decode_leaves_the_skips_alone_and_is_the_forward_pass():
     net, x = LightUNet(width=2).eval(), torch.rand(2, 1, 16, 16, 16)
     with torch.no_grad():

@@ -1,4 +1,5 @@
 """VpbSD through the learner and the study: what stays frozen, what never sees a label, what a killed run costs, what leaves the house, and what is refused."""
+import copy
 import math
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from unpaired_kd import study as study_module
 from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
 from unpaired_kd.data.images import Image, write_image, write_label
 from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Learner, Settings, load_checkpoint
+from unpaired_kd.learner import Learner, Settings, load_checkpoint, set_modes
+from unpaired_kd.lessons.codebook import kmeans, unit
 from unpaired_kd.losses import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
 from unpaired_kd.methods.kinds import make_method, method_options
@@ -209,6 +211,37 @@ def test_the_first_codes_are_tokens_and_the_input_is_standardised():
     m.begin(m.stages()[1], data.batch)
     changed = {k for k, v in m.student.state_dict().items() if not torch.equal(v, before[k])}
     assert all(k.startswith("tokens.spread.") for k in changed) # statistics of the tokens, nothing that was learned
+
+
+def test_the_codebook_starts_from_k_means_of_the_tokens():
+    m = pattern_learning(light(), TINY, 2)
+    t = copy.deepcopy(m.teacher.tokens)
+    m.begin(m.stages()[0], Tubes().batch)
+    t.mean.copy_(m.teacher.tokens.mean); t.std.copy_(m.teacher.tokens.std)
+    expected, _ = kmeans(gather_tokens(t, lambda i: Tubes().batch(i)["unlabelled"].image, 160), 16, cosine=True, seed=m.seed)
+    assert torch.allclose(m.codebook.table, expected, atol=1e-5)
+
+
+def test_tokens_have_mean_0_and_deviation_1_in_every_channel():
+    m = pattern_learning(light(), TINY, 2)
+    m.begin(m.stages()[0], Tubes().batch)
+    z = m.teacher.tokens.train()(Tubes().batch(3)["unlabelled"].image)[0].movedim(1, -1).flatten(0, -2)
+    assert z.mean(0).abs().max() < 1e-4 and (z.std(0, correction=0) - 1).abs().max() < 1e-2
+
+
+def test_stage_2_moves_the_statistics_and_pays_for_the_way_to_the_codes():
+    m, batch = pattern_learning(light(), TINY, 2), Tubes().batch(5)
+    for stage in m.stages(): m.begin(stage, Tubes().batch)
+    set_modes(m, m.stages()[1])
+    spread, before = m.teacher.tokens.spread, m.teacher.tokens.spread.running_mean.clone()
+    terms = m.finetune_losses(batch, None)
+    terms["seg"]()
+    assert spread.training and (spread.running_mean - before).abs().max() > 1e-4
+    loss, z = terms["cb"](), unit(m.teacher.tokens(batch["student"].image)[0])
+    near = z.movedim(1, -1).flatten(0, -2) @ m.codebook.table.T      # by hand: |z - e|^2 = 2 - 2 cos, mean over channels
+    assert loss.item() == pytest.approx(m.codebook.beta * (2 - 2 * near.amax(1)).mean().item() / 4, rel=1e-3) and loss > 0
+    loss.backward()
+    assert sum(p.grad.abs().sum() for p in m.teacher.tokens.encoder.parameters() if p.grad is not None) > 0
 
 
 def test_tokens_are_gathered_until_they_are_enough():

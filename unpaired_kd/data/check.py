@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAINTS', 'SMALL', 'modalities_of', 'cases_of', 'Look', 'look_at', 'faults_of', 'Finding', 'examine', 'judge',
            'fits_unit', 'judge_labels', 'leaks', 'near_names', 'leftovers', 'table_of', 'meaning_of', 'counted',
-           'common', 'overlay', 'check_data', 'told', 'places', 'check_modality', 'not_used', 'draw']
+           'common', 'outlines', 'check_data', 'told', 'places', 'check_modality', 'not_used', 'draw']
 
 # %% ../../nbs/1_data/21_check.ipynb #863a3547
 import importlib, os, re, sys, warnings
@@ -315,7 +315,7 @@ def common(
     return counted(found, first) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 # %% ../../nbs/1_data/21_check.ipynb #c2915768
-def overlay(
+def outlines(
     f:Finding, # one modality
     n:int=6,   # cases to show, evenly spaced
 ): # matplotlib Figure; None if there is nothing to show
@@ -441,7 +441,7 @@ def draw(
     path,      # the picture, or None
 ):
     "Write the picture of a modality, if there is anything to show."
-    figure = overlay(f) if path is not None else None
+    figure = outlines(f) if path is not None else None
     if figure is None: return
     import matplotlib.pyplot as plt
     with atomic(path) as t: figure.savefig(t, format="png", dpi=120)

@@ -876,7 +876,7 @@ def slices(self,
 # %% ../../nbs/1_data/3_collections.ipynb #42f679da
 @patch_to(Collection)
 def hashes(self)->dict:
-    "`_key` of each image and label -> SHA-256 of its content (64 hexadecimal digits)."
+    "Key of each image and label -> SHA-256 of its content (64 hexadecimal digits)."
     sources = [x for c in self.cases for x in (c.image, c.label) if x is not None]
     arrays = {_key(x): array_hash(x) for x in sources if isinstance(x, np.ndarray)}
     files = dict.fromkeys(str(x) for x in sources if not isinstance(x, np.ndarray))

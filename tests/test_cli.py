@@ -260,6 +260,26 @@ def test_only_runs_of_the_same_data_and_settings_are_merged(tmp_path, capsys):
     assert "'alone (d)' is not 'alone': other images." in capsys.readouterr().err
 
 
+def test_a_sealed_study_is_joined_and_a_changed_one_is_named(tmp_path, capsys):
+    "Seals differ where only seeds do; a changed table, record or list of data is named."
+    from unpaired_kd.runs import keep_tables, write_sealed
+    a, b = tmp_path / "a", tmp_path / "b"
+    for seed, folder in enumerate((a, b)):
+        study(folder, seed)
+        write_sealed(folder / "config.json", json.loads((folder / "config.json").read_text()))
+        write_sealed(folder / "data.json", dict(contents={"ct/x.png": "1"}))
+        keep_tables(folder, ["metrics.csv"])
+    assert arms_of(str(a), str(b)) == {(arm, seed) for arm in ("alone", "kl") for seed in (0, 1)}
+    write_sealed(b / "data.json", dict(contents={"ct/x.png": "2"}))
+    assert ("alone (b)", 1) in arms_of(str(a), str(b))
+    for name, old, new in [("data.json", '"2"', '"1"'), ("config.json", '"epochs": 10', '"epochs": 11'), ("metrics.csv", "0.5", "0.7")]:
+        text = (b / name).read_bytes()
+        (b / name).write_bytes(text.replace(old.encode(), new.encode(), 1))
+        assert cli.main(["report", str(b)]) == 2 and str(b / name) in capsys.readouterr().err
+        (b / name).write_bytes(text)
+    assert cli.main(["report", str(b)]) == 0
+
+
 def test_what_a_table_lacks_and_what_stands_in_it_twice_is_said(tmp_path, capsys):
     folder = study(tmp_path / "a", 0)
     record = json.loads((tmp_path / "a/config.json").read_text())

@@ -10,9 +10,10 @@ __all__ = ['LONGEST', 'DEEPEST', 'NULL', 'TRUTH', 'WHOLE', 'REAL', 'ODD', 'UNSUR
            'parse_value', 'cast_text', 'shown', 'source_of', 'resolve', 'check_names', 'clash', 'set_entry', 'entry_of',
            'run_name', 'differences', 'equal', 'claim', 'check_place', 'is_study', 'make_folder', 'own_kernel',
            'translate_exactly', 'find_notebook', 'check_notebook', 'execute', 'with_papermill', 'say', 'of_the_system',
-           'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'parser', 'data_of', 'settings_of',
-           'Shown', 'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'remarks', 'run', 'sweep',
-           'predict', 'report', 'Stopped', 'stopped_by_signals', 'leave_stdout', 'main', 'bad_input', 'continues']
+           'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'parser', 'record_of', 'data_of',
+           'settings_of', 'Shown', 'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'remarks',
+           'run', 'sweep', 'predict', 'report', 'Stopped', 'stopped_by_signals', 'leave_stdout', 'main', 'bad_input',
+           'continues']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, math, os, re, sys, tokenize
@@ -697,30 +698,40 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
 LEFT_OUT = {"seed", "seeds", "workers", "rows", "arms", "run_folder"} # parameters that choose, and change no arm
 OF_ARMS = {"preset", "options", "weights", "init"} # of a study; each arm's record repeats them
 
-def data_of(
-    folder:Path, # of a study
-)->dict: # side -> fingerprint of its images, as the splits record it
-    "What a study was made from; empty if it does not say."
+def record_of(
+    path, # JSON file of a run
+): # the record
+    "Read a record; one with a seal must be as it was written."
     from unpaired_kd.core import read_json
-    paths = sorted((folder/"splits").glob("*.json"))
-    found = {p: read_json(p) for p in paths}
-    return {p.stem.partition("-")[0]: d["data"] for p, d in found.items() if isinstance(d, dict) and d.get("data")}
+    from unpaired_kd.runs import read_sealed
+    found = read_json(path)
+    return read_sealed(path) if isinstance(found, dict) and "seal" in found else found
+
+def data_of(
+    folder:Path, # a run folder
+)->dict: # side -> fingerprint of images and labels, as `data.json` or else the splits record it
+    "What a study was made from; empty if the folder is no study, or does not say."
+    from unpaired_kd.core import digest
+    folder = Path(folder)
+    if not is_study(folder): return {}
+    if (folder/"data.json").exists(): return {"both": digest(record_of(folder/"data.json").get("contents"))}
+    found = {p.stem.partition("-")[0]: record_of(p) for p in sorted((folder/"splits").glob("*.json"))}
+    return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
 def settings_of(
     folder, # a run folder, or its metrics.csv
     arm:str, # one of its arms
 )->dict: # name -> value of all that makes the arm what it is; None if the run has no record
     "The settings of an arm, from `config.json` or else `parameters.json`. Raises `InputError` for a broken one."
-    from unpaired_kd.core import read_json
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
     if is_study(folder):
-        config, data = read_json(folder/"config.json"), data_of(folder)
+        config, data = record_of(folder/"config.json"), data_of(folder)
         rest = {k: v for k, v in config.items() if k not in ("study", "arms", "seeds", "made by")}
         study = {k: v for k, v in config["study"].items() if k not in OF_ARMS}
         if data: study.pop("data", None) # a path; the fingerprint says more
         return {**study, **rest, "arm": config["arms"].get(arm), "images": data}
     path = folder/"parameters.json"
-    record = read_json(path) if path.exists() else None
+    record = record_of(path) if path.exists() else None
     return {k: v for k, v in record.items() if k not in LEFT_OUT} if isinstance(record, dict) else None
 
 @dataclass(eq=False)
@@ -805,9 +816,9 @@ def missing(
     rows:list, # its rows
 )->list: # sentences
     "Which arms and seeds a study has been given that its table lacks."
-    from unpaired_kd.core import read_json
     if not is_study(folder): return []
-    config, there = read_json(Path(folder)/"config.json"), {(r["arm"], r["seed"]) for r in rows}
+    config = record_of(Path(folder)/"config.json")
+    there = {(r["arm"], r["seed"]) for r in rows}
     out = []
     for arm in config["arms"]:
         seeds = [s for s in config["seeds"] if (arm, s) not in there]

@@ -537,7 +537,7 @@ def with_arms(config, **arms): return replace(config, arms={**ONLY, **{k: dict(m
 def here(monkeypatch):
     "Let studies run in this process: the processes are tested elsewhere."
     def all_here(tasks, folder, config, workers, bar):
-        for kind, name, seed in tasks: study_module._here(kind, name, seed, folder, config, bar)
+        study_module._here(tasks, folder, config, bar)
     monkeypatch.setattr(study_module, "_in_processes", all_here)
 
 

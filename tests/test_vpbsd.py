@@ -24,6 +24,7 @@ from unpaired_kd.methods.single import Single
 from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
                                        pattern_learning, pseudo_loss, random_table, teacher_options)
 from unpaired_kd.networks.volumes_networks import LightUNet, network_cost
+from unpaired_kd.runs import keep_record
 from unpaired_kd.study import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
@@ -576,7 +577,7 @@ def test_a_worker_can_train_and_load_the_teacher(study, monkeypatch):
     from queue import Queue
     queue, name = Queue(), first_name(all_arms(ARMS)["vpbsd"], ARMS)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    study_module._task("first", study[0], ARMS, name, 0, "cpu", queue)
+    study_module._in_worker("first", study[0], ARMS, name, 0, queue)
     assert queue.empty() and study_module.finished(study[0], ("first", name, 0))
 
 
@@ -601,7 +602,7 @@ def test_more_seeds_get_their_own_teacher(study):
 
 
 def test_a_missing_teacher_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"vpbsd teacher .*-0/last\.pt does not exist"): learner_of(tmp_path, ARMS, "vpbsd", 0, "cpu")
+    with pytest.raises(InputError, match=r"vpbsd teacher .*-0 is not finished"): learner_of(tmp_path, ARMS, "vpbsd", 0, "cpu")
 
 
 @pytest.mark.parametrize("damage", ["decoder of another shape", "codebook of another size", "no codebook", "another network", "no checkpoint"])
@@ -617,6 +618,7 @@ def test_a_teacher_that_does_not_fit_is_named(study, tmp_path, damage):
     if damage == "another network": saved["networks"] = {"student": light().state_dict()}
     torch.save(saved, path)
     if damage == "no checkpoint": path.write_bytes(b"nothing")
+    keep_record(path.parent, ["last.pt"], task=["first", name, 0])
     with pytest.raises(InputError, match=r"last\.pt"): first_teacher(tmp_path, ARMS, arm, 0, light(), Tubes().batch)
 
 

@@ -403,3 +403,13 @@ def test_an_iou_of_exactly_a_threshold_is_no_match():
     assert panoptic_quality(pred, target).tp == 0
     target[0, :5], pred[0, :3] = 1, 1                              # IoU 3/5
     assert panoptic_quality(pred, target, threshold=.6).tp == 0 and panoptic_quality(pred, target).tp == 1
+
+
+@pytest.mark.parametrize("tolerance", [None, "3", float("nan"), -1])
+def test_a_tolerance_is_a_number_of_at_least_zero(tolerance):
+    with pytest.raises(InputError, match="tolerance is"): surface_dice(np.eye(4), np.eye(4), tolerance)
+
+
+@pytest.mark.parametrize("spacing", ["a", [[1], [1, 2]], (1, 2, 3), 0, (1, float("inf"))])
+def test_a_spacing_is_a_positive_number_an_axis(spacing):
+    with pytest.raises(InputError, match="one positive number per axis"): hausdorff(np.eye(4), np.eye(4), 95, spacing)

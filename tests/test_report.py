@@ -220,6 +220,25 @@ def test_microscopy_is_printed_in_micrometres():
     assert "HD95, µm" in small and small.replace("HD95, µm", "HD95, mm") == large and "HD95, µm" == forest_plot(evidence(rows, "alone"), rows).axes[1].get_title()
 
 
+@pytest.mark.parametrize("mm, unit, factor", [(25., "mm", 1), (1., "mm", 1), (.999, "µm", 1e3), (.001, "µm", 1e3), (5e-5, "nm", 1e6), (0., "mm", 1)])
+def test_the_unit_of_a_distance_fits_its_size(mm, unit, factor):
+    rows = [dict(hd95_unit="mm", hd95=v) for v in (0., mm / 3, mm, float("nan"))]
+    assert name_of("hd95", rows) == ("HD95", unit, factor)
+
+
+@pytest.mark.parametrize("arm", ["alone", "distilled"])
+def test_a_table_without_any_test_says_why(arm):
+    "One arm has no finite value outside one patient, so nothing is compared: the note must not be silent about it."
+    rows = [r for r in table() if r["arm"] in ("alone", "distilled")]
+    home = rows[0]["group"]
+    rows = [dict(r, dsc=float("nan")) if r["arm"] == arm and r["group"] != home else r for r in rows]
+    text = " ".join(results_table(rows, metrics=("dsc",)).split())
+    assert "against alone" not in text
+    assert "Not tested, because fewer than two patients have finite values: distilled (DSC)." in text
+    one = [r for r in table() if r["group"] == home]
+    assert "One patient only" in " ".join(results_table(one).split()) and "Not tested" not in results_table(one)
+
+
 def test_numbers_as_text():
     assert [p_text(p) for p in (1, .1, .0999, .001, .00099, float("nan"))] == ["1.00", "0.10", "0.100", "0.001", "<0.001", "–"]
     assert name_of("hd95", [dict(hd95_unit="px"), dict(hd95_unit="mm")]) == ("HD95", "mm/px", 1) and name_of("dsc_liver") == ("DSC liver", "%", 100)

@@ -1,4 +1,5 @@
 """16-bit convolutions of short maps on the CPU: torch's gradient of the weights is wrong there and must never be asked for. The values are those of float32."""
+import copy
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.unpaired import Batch
 from unpaired_kd.learner import Learner, Method, Settings, Stage, Update
 from unpaired_kd.networks.registry import build
-from unpaired_kd.networks.unet import Conv3d, UNet, steady
+from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, UNet, steady
 from unpaired_kd.networks.volumes_networks import SplitConv3d, encoder
 
 SIDES = [(1, 4, 4), (2, 4, 4), (3, 4, 4), (4, 4, 4), (4, 2, 4), (4, 4, 2), (2, 2, 2), (1, 1, 1), (2, 8, 8), (8, 2, 8), (2, 3, 5)]
@@ -26,7 +27,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("convolution", "convolution_backward"):
+        if name in ("convolution", "convolution_backward"):  # plain and transposed
             x, w = args[:2] if name == "convolution" else args[1:3]
             if x.ndim == 5:
                 self.calls += 1
@@ -59,6 +60,45 @@ def test_gradients_are_those_of_float32(kind, shape):
             del lost
             found = gradients(conv, x, True)
             for a, b in zip(found, expected): assert (a - b).abs().max() <= .01 * b.abs().max().clamp_min(1e-6), (side, batch)
+
+
+UP = [dict(kernel_size=3, padding=1), dict(kernel_size=2, stride=2), dict(kernel_size=4, stride=2, padding=1),
+      dict(kernel_size=3, stride=2, padding=1, output_padding=1), dict(kernel_size=3, padding=1, groups=4)]
+
+
+@pytest.mark.parametrize("shape", UP, ids=str)
+def test_transposed_gradients_are_those_of_float32(shape):
+    with seeded(0, "short"): conv = steady(nn.ConvTranspose3d(16, 16, **shape))
+    assert type(conv) is ConvTranspose3d
+    with torch.no_grad():
+        for p in conv.parameters(): p.copy_(p.bfloat16())
+    for side in SIDES:
+        x = torch.randn(2, 16, *side, generator=torch_rng(0, *side)).bfloat16().float()
+        expected = gradients(conv, x, False)
+        with Watch() as watch: found = gradients(conv, x, True)
+        assert watch.calls and not watch.bad, side
+        for a, b in zip(found, expected): assert (a - b).abs().max() <= .01 * b.abs().max().clamp_min(1e-6), side
+
+
+def test_a_transposed_layer_keeps_its_size_and_number_format():
+    plain = nn.ConvTranspose3d(4, 6, 3, stride=2, padding=1)
+    ours, x = steady(copy.deepcopy(plain)), torch.randn(1, 4, 2, 4, 4, generator=torch_rng(0, "x"))
+    for size in ((3, 7, 7), (4, 8, 8)):
+        with torch.autocast("cpu", torch.bfloat16): y = ours(x, output_size=size)
+        assert y.dtype == torch.bfloat16 and y.shape[2:] == size
+        assert torch.allclose(y.float(), plain(x, output_size=size), atol=.02)
+    assert ours.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["UNet", "DynUNet", "AttentionUnet"])
+def test_no_network_of_monai_takes_the_broken_path(name):
+    import monai.networks.nets as nets
+    options = {"UNet": ((4, 8, 16), (2, 2)), "DynUNet": ((3, 3, 3), (1, 2, 2), (2, 2)), "AttentionUnet": ((4, 8, 16), (2, 2))}
+    with seeded(0, name): net = steady(getattr(nets, name)(3, 1, 2, *options[name]))
+    for depth in (4, 8, 12):                              # the bottom is 1, 2 and 3 deep
+        with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+            net(torch.rand(2, 1, depth, 8, 8, generator=torch_rng(0, depth))).float().square().mean().backward()
+        assert watch.calls and not watch.bad, depth
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

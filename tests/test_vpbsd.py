@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from unpaired_kd.methods.single import Single
 from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
                                        pattern_learning, pseudo_loss, random_table, teacher_options)
 from unpaired_kd.networks.volumes_networks import LightUNet, network_cost
-from unpaired_kd.runs import keep_record
+from unpaired_kd.runs import DONE, keep_record, read_sealed
 from unpaired_kd.study import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
@@ -685,16 +686,17 @@ def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
     data, read = folders(tmp_path / "data"), []
     config, opened = on_folders(data), images.read_label
     monkeypatch.setattr(images, "read_label", lambda p, *a, **k: (read.append(str(p)), opened(p, *a, **k))[1])
-    d, run = split_data(config, 0, tmp_path / "run"), tmp_path / "run"
+    d, run = split_data(config, 0), tmp_path / "run"
     assert len(set(read)) <= 2 # with names and kind of the classes given, opening looks at one volume of each modality
     assert len(d.student_rest) == 4 and not d.student_rest.has_labels
-    before = len(read)
-    hidden_files = [tmp_path / "data" / "bright" / "labels" / f"{i}.tif" for i in d.student_rest.ids]
-    for f in hidden_files: f.unlink()
+    before, looked = len(read), set(read)
+    hidden_files = {str(tmp_path / "data" / "bright" / "labels" / f"{i}.tif") for i in d.student_rest.ids} - looked
+    assert len(hidden_files) >= 3
+    for f in hidden_files: Path(f).write_bytes(b"nobody can read this")
     train_first(run, config, first_name(all_arms(config)["vpbsd"], config), 0, "cpu")
     train_arm(run, config, "vpbsd", 0, "cpu")
-    assert read and not set(read[before:]) & {str(f) for f in hidden_files}
-    assert {str(p) for p in read[before:]} <= {str(c.label) for part in (d.student_train, d.student_test, d.teacher_train) for c in part.cases}
+    assert read[before:] and not set(read[before:]) & hidden_files
+    assert set(read[before:]) - looked <= {str(c.label) for part in (d.student_train, d.student_test, d.teacher_train) for c in part.cases}
 
 
 def test_what_has_no_label_cannot_be_asked_for_one():
@@ -923,6 +925,8 @@ def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
     place = tmp_path/"checkpoints"/"teacher-0"
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])
+    with pytest.raises(InputError, match="teacher-0 holds no finished training"): study_module.collect(tmp_path, [("teacher", "teacher", 0)])
+    keep_record(place, ["metrics.csv"], cases=[])
     assert study_module.collect(tmp_path, [("teacher", "teacher", 0)]) == []
 
 
@@ -934,4 +938,6 @@ def test_a_student_is_not_resumed_with_the_codebook_of_another_teacher(study, tm
     saved = load_checkpoint(path)
     saved["networks"]["codebook"]["table"] = saved["networks"]["codebook"]["table"].flip(0)
     torch.save(saved, path)
+    record = read_sealed(path.parent/DONE)
+    keep_record(path.parent, record.pop("files"), **record) # a whole training, of another teacher
     with pytest.raises(InputError, match="codebook of another teacher"): learner_of(folder, ARMS, "vpbsd", 0)

@@ -100,7 +100,11 @@ def _box(mask):
 
 def _spacing(spacing, ndim):
     "One positive number per axis."
-    s = np.ones(ndim) if spacing is None else np.broadcast_to(np.asarray(spacing, float), ndim) if np.size(spacing) in (1, ndim) else None
+    try:
+        s = np.ones(ndim) if spacing is None else np.asarray(spacing, float)
+    except (TypeError, ValueError):
+        s = np.array(np.nan) # text, or lists of several lengths
+    s = np.broadcast_to(s, ndim) if s.size in (1, ndim) else None
     if s is None or not (np.isfinite(s) & (s > 0)).all():
         raise InputError(f"spacing is {spacing}; give one positive number per axis ({ndim}), in mm.")
     return s
@@ -149,7 +153,8 @@ SLACK = 1e-6 # a distance this share above a tolerance is still within: spacings
 
 def _near(distances, tolerance):
     "Share of the surface pixels, of both sides together, within the tolerance."
-    if not tolerance >= 0: raise InputError(f"tolerance is {tolerance}; give a distance of 0 or more.")
+    if not isinstance(tolerance, (int, float, np.number)) or not tolerance >= 0:
+        raise InputError(f"tolerance is {tolerance!r}; give a distance of 0 or more.")
     reach = tolerance * (1 + SLACK)
     near = sum(np.count_nonzero(d <= reach) for d in distances)
     return float(near / max(sum(map(len, distances)), 1))

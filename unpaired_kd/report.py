@@ -140,14 +140,17 @@ def name_of(
     metric:str,   # column: dsc, hd95, aji, pq, dsc_<class> ...
     rows:list=(), # rows, for the unit of distances
 )->tuple: # (name, unit, factor from stored to printed)
-    "How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of their rows, and mm become µm when all are below 1 mm."
+    """How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of
+    their rows; mm become µm when all are below 1 mm, and nm when all are below 1 µm."""
     if metric in NAMES: return NAMES[metric]
     head, _, tail = metric.partition("_")
     name = f"{head.upper()} {tail.replace('_', ' ')}".strip()
     if sign_of(metric) > 0: return name, "%", 100
     unit = "/".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")}))
-    small = unit == "mm" and 0 < max((r[metric] for r in rows if np.isfinite(r.get(metric, np.nan))), default=0) < 1
-    return (name, "µm", 1000) if small else (name, unit, 1)
+    largest = max((r[metric] for r in rows if np.isfinite(r.get(metric, np.nan))), default=0)
+    if unit != "mm" or not 0 < largest < 1:
+        return name, unit, 1
+    return (name, "µm", 1000) if largest >= 1e-3 else (name, "nm", 10**6)
 
 def p_text(
     p:float, # p-value, NaN: no test
@@ -267,7 +270,8 @@ def _left_out(rows, metrics, reference, found):
         text += f"Up to {absent} cases without a finite value are left out of a mean. "
     arms = [a for a in dict.fromkeys(r["arm"] for r in home) if a != reference]
     untested = [(a, m) for m in metrics for a in arms if (a, m) not in tested]
-    if found and untested:
+    patients = {str(r["group"]) for r in home if r["arm"] == reference}
+    if untested and len(patients) > 1:
         names = ", ".join(f"{a} ({name_of(m, rows)[0]})" for a, m in untested)
         text += f"Not tested, because fewer than two patients have finite values: {names}. "
     return text

@@ -873,8 +873,12 @@ def collect(
 
 def check_complete(place, rows, name, seed):
     "`InputError` unless every case was scored once, by this arm and seed."
+    record = verified(place)
+    if record is None:
+        raise InputError(f"{place} holds no finished training. Run the study again: it goes on "
+                         "where it stopped.")
     scored = Counter((r["arm"], r["seed"], r["case"]) for r in rows)
-    wanted = Counter((name, seed, case) for case in verified(place)["cases"])
+    wanted = Counter((name, seed, case) for case in record["cases"])
     if scored != wanted:
         raise InputError(f"{place/'metrics.csv'} does not hold every case of {name} {seed} once. "
                          "Delete it: the same command scores again.")

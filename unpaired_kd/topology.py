@@ -53,15 +53,25 @@ _STEPS = ((1, _bits(lambda z, y, x: x > -1), _bits(lambda z, y, x: x < 1)),  # s
           (3, _bits(lambda z, y, x: y > -1), _bits(lambda z, y, x: y < 1)),
           (9, _bits(lambda z, y, x: z > -1), _bits(lambda z, y, x: z < 1)))
 
-def _grown(within, seed, corners):
-    "Grow `seed` inside `within`, one voxel at a time."
+def _spread(half, corners):
+    "All sets of voxels of half a neighbourhood, (16384,) int32, each with its neighbours."
+    new = half
+    for shift, up, down in _STEPS:
+        source = new if corners else half
+        new = new | (source << shift) & up | (source >> shift) & down
+    return new
+
+_HALVES = np.arange(1 << 14, dtype=np.int32), np.arange(1 << 14, dtype=np.int32) << 13
+_BY_CORNERS = [_spread(half, True) for half in _HALVES]  # neighbours by faces, edges and corners
+_BY_FACES = [_spread(half, False) for half in _HALVES]   # by faces alone
+
+def _grown(within, seed, tables):
+    "Grow `seed` inside `within`, one voxel at a time; the two halves share the voxel in the middle."
+    low, high = tables
     while True:
-        new = seed
-        for shift, up, down in _STEPS:
-            source = new if corners else seed
-            new = new | (source << shift) & up | (source >> shift) & down
-        new &= within
-        if np.array_equal(new, seed): return seed
+        new = (low[seed & 16383] | high[seed >> 13]) & within
+        if np.array_equal(new, seed):
+            return seed
         seed = new
 
 def _removable(
@@ -71,10 +81,13 @@ def _removable(
     own = code & _AROUND
     free = ~code & _SIDES
     touching = free & _FACES
-    gone = ((own & (own - 1)) != 0) & (touching != 0)                  # two neighbours at least, and a free face
-    own, free, touching = own[gone], free[gone], touching[gone]
-    one_piece = _grown(own, own & -own, True) == own
-    gone[gone] = one_piece & (touching & ~_grown(free, touching & -touching, False) == 0)
+    left = np.flatnonzero(((own & (own - 1)) != 0) & (touching != 0)) # two neighbours, a free face
+    own = own[left]
+    left = left[_grown(own, own & -own, _BY_CORNERS) == own]          # they hold together
+    free, touching = free[left], touching[left]
+    left = left[touching & ~_grown(free, touching & -touching, _BY_FACES) == 0]
+    gone = np.zeros(len(code), bool)
+    gone[left] = True
     return gone
 
 # %% ../nbs/1_data/15_topology.ipynb #5e8a1c46
@@ -82,8 +95,8 @@ _PLANE = _removable(np.arange(512, dtype=np.int32) << 9) # 2-D: the answer for a
 
 def _may_go(flat, at, near):
     "Whether the voxels at the places `at` of a flattened mask may go, as the mask is now; `near`: steps to the neighbourhood."
-    code = np.zeros(len(at), np.int32)
-    for bit, step in enumerate(near): code |= flat[at + step].astype(np.int32) << bit
+    values = 2.0**np.arange(len(near))
+    code = (values @ flat.take(near[:, None] + at)).astype(np.int32)
     return _removable(code) if len(near) == 27 else _PLANE[code]
 
 def _peel(part):
@@ -100,7 +113,7 @@ def _peel(part):
         for face in faces:
             listed = np.flatnonzero((flat[at] > 0) & (flat[at + face] == 0))
             listed = listed[_may_go(flat, at[listed], near)]
-            for k in range(2**m.ndim):
+            for k in np.unique(when[listed]):
                 now = at[listed[when[listed] == k]]
                 flat[now[_may_go(flat, now, near)]] = 0
         stays = flat[live] > 0

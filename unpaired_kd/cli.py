@@ -9,8 +9,8 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'check_event', 'is_text', 'compose', 'check_repeats', 'unfold', 'read_plain', 'cast', 'sides', 'is_str',
            'cast_first', 'cast_scalar', 'is_str_in_file', 'whole_or_real', 'cast_mapping', 'parse_value', 'cast_text',
            'shown', 'source_of', 'resolve', 'check_names', 'clash', 'set_entry', 'entry_of', 'run_name', 'differences',
-           'equal', 'claim', 'check_place', 'was_refused', 'is_study', 'make_folder', 'own_kernel', 'translate_exactly',
-           'find_notebook', 'check_notebook', 'execute', 'kernel_log', 'with_papermill', 'say', 'of_the_system',
+           'equal', 'claim', 'check_place', 'is_study', 'make_folder', 'was_refused', 'own_kernel', 'translate_exactly',
+           'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill', 'execute', 'say', 'of_the_system',
            'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'Sentence', 'pair', 'join_pairs',
            'parser', 'record_of', 'data_of', 'settings_of', 'Shown', 'by_case', 'case_of', 'tell_apart', 'unlike',
            'join_runs', 'missing', 'remarks', 'run', 'sweep', 'predict', 'report', 'Stopped', 'stopped_by_signals',
@@ -113,6 +113,7 @@ def annotation(
         node = ast.parse(node.value, mode="eval").body
     return ast.unparse(Modern().visit(node))
 
+# %% ../nbs/6_command/1_cli.ipynb #e7eaacf1
 class Modern(ast.NodeTransformer):
     "`typing.Optional[T]` becomes `T | None`, `Union` a bar, `List` and `Dict` small."
     def visit_Attribute(self,
@@ -525,17 +526,6 @@ def check_place(
         raise refuse(f"--out: {folder} was made with other parameters:\n" + "\n".join(differ)
                      + "\nChoose another folder, or --extend to add to this one (say, more seeds).")
 
-def was_refused(
-    folder:Path, # a run folder
-    names:list,  # of what lies in it
-)->bool: # whether a notebook found its parameters bad before it had made anything
-    "Then a corrected command may take the folder: nothing is lost. The error of the notebook says so."
-    if set(names) - {".ukd.lock"} != {"parameters.json", "notebook.ipynb"}: return False
-    try: cells = json.loads((folder/"notebook.ipynb").read_bytes())["cells"]
-    except (ValueError, KeyError, TypeError, OSError): return False
-    outputs = [o for c in cells for o in c.get("outputs", [])]
-    return "InputError" in [o.get("ename") for o in outputs]
-
 def is_study(
     folder, # a folder
 )->bool: # whether `run_study` made it
@@ -556,6 +546,18 @@ def make_folder(
         for p in missing:
             with contextlib.suppress(OSError): p.rmdir()
         raise refuse(f"--out: cannot write to {folder}: {e.strerror}. Choose a folder that you may write to.") from e
+
+# %% ../nbs/6_command/1_cli.ipynb #90728962
+def was_refused(
+    folder:Path, # a run folder
+    names:list,  # of what lies in it
+)->bool: # whether a notebook found its parameters bad before it had made anything
+    "Then a corrected command may take the folder: nothing is lost. The error of the notebook says so."
+    if set(names) - {".ukd.lock"} != {"parameters.json", "notebook.ipynb"}: return False
+    try: cells = json.loads((folder/"notebook.ipynb").read_bytes())["cells"]
+    except (ValueError, KeyError, TypeError, OSError): return False
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    return "InputError" in [o.get("ename") for o in outputs]
 
 # %% ../nbs/6_command/1_cli.ipynb #e6700fc9
 def own_kernel(
@@ -614,36 +616,7 @@ def check_notebook(
         why = str(e).strip().split("\n")[0][:200]
         raise refuse(f"{path} is not a valid notebook ({why}). Open it in JupyterLab and save it again.") from e
 
-# %% ../nbs/6_command/1_cli.ipynb #5ee73290
-def execute(
-    path,        # the notebook
-    values:dict, # all its parameters
-    folder,      # its run folder, already claimed
-)->int: # 0, or 1 if a cell failed
-    "Run the notebook into `folder/notebook.ipynb`; what it prints appears at once."
-    from papermill.exceptions import PapermillExecutionError
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1") # a debugger's remark about frozen modules
-    out = Path(folder)/"notebook.ipynb"
-    try:
-        with kernel_log(folder) as log: with_papermill(path, out, values | {"run_folder": str(folder)}, log)
-    except PapermillExecutionError as e:
-        trace = "\n".join(e.traceback)
-        if not (sys.stderr and sys.stderr.isatty()): trace = re.sub(r"\x1b\[[\d;]*m", "", trace) # no colours in a file
-        say(f"\n{e.evalue if e.ename == 'InputError' else trace}") # bad input needs no traceback
-        say(f"ukd run: {path} failed in cell [{e.exec_count}] with {e.ename}. The notebook up to there: {out}")
-        return 1
-    except RuntimeError as e: # of nbclient and of the kernel manager, which say so
-        if "ernel" not in str(e): raise
-        said = Path(folder)/KERNEL_LOG
-        seen = said if said.exists() else out
-        say(f"ukd run: the kernel that runs {path} ended or did not start ({str(e).strip()}); see {seen}. "
-            "Was the memory full? The same command continues.")
-        return 1
-    except OSError as e: raise refuse(f"cannot run {path} into {out}: {of_the_system(e)}") from e
-    print(f"run folder: {folder}")
-    return 0
-
+# %% ../nbs/6_command/1_cli.ipynb #5ee73281
 KERNEL_LOG = "kernel.log"
 
 @contextlib.contextmanager
@@ -681,6 +654,36 @@ def with_papermill(
             stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python",
             kernel_manager_class=own_kernel(log), extra_arguments=["--log-level=50"])
     finally: logger.setLevel(level)
+
+# %% ../nbs/6_command/1_cli.ipynb #5ee73290
+def execute(
+    path,        # the notebook
+    values:dict, # all its parameters
+    folder,      # its run folder, already claimed
+)->int: # 0, or 1 if a cell failed
+    "Run the notebook into `folder/notebook.ipynb`; what it prints appears at once."
+    from papermill.exceptions import PapermillExecutionError
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1") # a debugger's remark about frozen modules
+    out = Path(folder)/"notebook.ipynb"
+    try:
+        with kernel_log(folder) as log: with_papermill(path, out, values | {"run_folder": str(folder)}, log)
+    except PapermillExecutionError as e:
+        trace = "\n".join(e.traceback)
+        if not (sys.stderr and sys.stderr.isatty()): trace = re.sub(r"\x1b\[[\d;]*m", "", trace) # no colours in a file
+        say(f"\n{e.evalue if e.ename == 'InputError' else trace}") # bad input needs no traceback
+        say(f"ukd run: {path} failed in cell [{e.exec_count}] with {e.ename}. The notebook up to there: {out}")
+        return 1
+    except RuntimeError as e: # of nbclient and of the kernel manager, which say so
+        if "ernel" not in str(e): raise
+        said = Path(folder)/KERNEL_LOG
+        seen = said if said.exists() else out
+        say(f"ukd run: the kernel that runs {path} ended or did not start ({str(e).strip()}); see {seen}. "
+            "Was the memory full? The same command continues.")
+        return 1
+    except OSError as e: raise refuse(f"cannot run {path} into {out}: {of_the_system(e)}") from e
+    print(f"run folder: {folder}")
+    return 0
 
 # %% ../nbs/6_command/1_cli.ipynb #5ee73291
 def say(
@@ -762,9 +765,7 @@ def check(
     from unpaired_kd.data.check import check_data
     return int(check_data(args.data, args.modalities, args.out, args.group, args.classes, args.label_kind, args.some_labels) > 0)
 
-# %% ../nbs/6_command/1_cli.ipynb #87585233
-METRICS = ("dsc", "hd95", "aji", "pq") # columns of `ukd report`
-
+# %% ../nbs/6_command/1_cli.ipynb #87585231
 class Sentence(argparse.ArgumentParser):
     "A parser that says in a sentence what is wrong."
     def error(self,
@@ -794,6 +795,9 @@ def join_pairs(
         joined.append(word)
     if joined and joined[-1] == "-p": joined.append("") # for `pair` to complain about
     return joined
+
+# %% ../nbs/6_command/1_cli.ipynb #87585233
+METRICS = ("dsc", "hd95", "aji", "pq") # columns of `ukd report`
 
 def parser()->argparse.ArgumentParser: # the command line of `ukd`
     "The commands and their arguments."

@@ -94,7 +94,7 @@ def check_sections(
         for key in row:
             if both := clash(key, grid["grid"]): raise InputError(f"{path}: cell {name!r} sets {key!r}, and `grid` sets {both!r} too. Keep one of them.")
 
-# %% ../nbs/6_command/2_sweep.ipynb #3c7fbe72
+# %% ../nbs/6_command/2_sweep.ipynb #3c7fbe71
 def hint_of(
     message:str, # of an `InputError`
     shared:list, # lists of pairs (name, text or node) that all cells share
@@ -110,6 +110,7 @@ def hint_of(
             return " Each value is a list, so write a list of lists."
     return ""
 
+# %% ../nbs/6_command/2_sweep.ipynb #3c7fbe72
 @dataclass(frozen=True)
 class Cell:
     "One run of a grid."

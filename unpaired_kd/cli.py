@@ -10,11 +10,11 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'cast_first', 'cast_scalar', 'is_str_in_file', 'whole_or_real', 'cast_mapping', 'parse_value', 'cast_text',
            'shown', 'source_of', 'resolve', 'check_names', 'clash', 'set_entry', 'entry_of', 'run_name', 'differences',
            'equal', 'claim', 'check_place', 'is_study', 'make_folder', 'was_refused', 'own_kernel', 'translate_exactly',
-           'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill', 'execute', 'say', 'of_the_system',
-           'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'Sentence', 'pair', 'join_pairs',
-           'parser', 'record_of', 'data_of', 'settings_of', 'Shown', 'by_case', 'case_of', 'tell_apart', 'unlike',
-           'join_runs', 'missing', 'remarks', 'run', 'sweep', 'predict', 'report', 'Stopped', 'stopped_by_signals',
-           'leave_stdout', 'main', 'bad_input', 'continues']
+           'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill', 'silence', 'execute', 'say',
+           'of_the_system', 'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'Sentence', 'pair',
+           'join_pairs', 'parser', 'record_of', 'data_of', 'settings_of', 'Shown', 'by_case', 'case_of', 'tell_apart',
+           'unlike', 'join_runs', 'missing', 'remarks', 'run', 'sweep', 'predict', 'report', 'Stopped',
+           'stopped_by_signals', 'leave_stdout', 'main', 'bad_input', 'continues']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, math, os, re, sys, tokenize
@@ -640,20 +640,23 @@ def with_papermill(
     values:dict, # all its parameters, and the run folder
     log=None,    # open file for what the kernel itself complains about
 ):
-    "Hand over to papermill, in our Python. Its own warnings (names it cannot read) are not ours."
-    import logging
+    "Hand over to papermill, in our Python. What it warns of (names it cannot read) is not ours to say."
     import papermill
     translate_exactly()
-    logger = logging.getLogger("papermill")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    silence("papermill", "traitlets", "asyncio")
     braces = str.maketrans({"{": "{{", "}": "}}"}) # papermill would fill them in
-    try:
-        papermill.execute_notebook(
-            str(path).translate(braces), str(out).translate(braces), parameters=values, progress_bar=False,
-            stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python",
-            kernel_manager_class=own_kernel(log), extra_arguments=["--log-level=50"])
-    finally: logger.setLevel(level)
+    papermill.execute_notebook(
+        str(path).translate(braces), str(out).translate(braces), parameters=values, progress_bar=False,
+        stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python",
+        kernel_manager_class=own_kernel(log), extra_arguments=["--log-level=50"])
+
+def silence(
+    *names:str, # of loggers
+):
+    "Let libraries keep their remarks on kernels that end, also those they make as this process ends."
+    import logging
+    if os.environ.get("UKD_DEBUG"): return
+    for name in names: logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 # %% ../nbs/6_command/1_cli.ipynb #5ee73290
 def execute(

@@ -7,6 +7,7 @@ import pytest
 from unpaired_kd import cli, sweep
 from unpaired_kd.core import InputError, read_csv
 
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's `&` would have it ignored
 START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = 'do: str = "score"\nseed: int = 0\nlr: float = .5\nweights: dict = {"kl": 1.}\nworkers: int = 0\nrun_folder: str = ""'
 BODY = """import os, time
@@ -129,7 +130,7 @@ def test_a_sweep_from_failure_to_table(place, capsys):
 def test_stopped_and_continued(place, how, status, monkeypatch):
     "After Ctrl-C and after a kill no process is left, and the same command continues."
     path = grid(place, "grid: {do: [wait, score]}")
-    first = subprocess.Popen([sys.executable, "-c", START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", LISTEN + START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: any(p.read_text() for p in place.glob("runs/g/cells/*/kernel")), first)
     folder, = place.glob("runs/g/cells/*")
     with pytest.raises(InputError, match="at work"): sweep.run_sweep(path)

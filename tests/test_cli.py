@@ -133,7 +133,9 @@ def test_signals_end_a_command_in_order(number):
     "One line and status 128 + number; a hang-up that was to be ignored (`nohup`) is."
     script = f"import os, signal, sys\nfrom unpaired_kd import cli\ndef wait(args):\n    os.kill(os.getpid(), {int(number)})\n    print('went on')\n    return 0\ncli.COMMANDS['sweep'] = wait\n"
     end = "sys.exit(cli.main(['sweep', 'x']))"
-    done = subprocess.run([sys.executable, "-c", script + end], capture_output=True, text=True)
+    usual = "signal.default_int_handler" if number == signal.SIGINT else "signal.SIG_DFL"
+    heard = script + f"signal.signal({int(number)}, {usual})\n" # whatever the tests were started with
+    done = subprocess.run([sys.executable, "-c", heard + end], capture_output=True, text=True)
     assert done.returncode == 128 + number and done.stdout == "" and done.stderr == "\nukd sweep: stopped. The same command continues.\n"
     ignored = subprocess.run([sys.executable, "-c", script + f"signal.signal({int(number)}, signal.SIG_IGN)\n" + end], capture_output=True, text=True)
     assert ignored.returncode == 0 and ignored.stdout == "went on\n"

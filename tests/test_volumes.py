@@ -297,7 +297,7 @@ def test_a_killed_job_continues(tmp_path, out):
     with pytest.raises(InputError, match="another process is at work"): predict_volume(*run, tmp_path / out, tile=16)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (tmp_path / out).exists()
-    with open(log, "a") as f: f.write("3 0")                       # a torn line
+    with open(log, "ab") as f: f.write(b"3 \xff 0\n3 0")             # a damaged and a torn line
     t = predict_volume(*run, tmp_path / out, tile=16)
     assert 3 <= t["resumed"] < t["blocks"] and t["resumed"] + t["computed"] == t["blocks"]
     other = tmp_path / "whole" / out

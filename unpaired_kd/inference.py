@@ -25,7 +25,7 @@ from fastcore.basics import patch_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import InputError, atomic, digest, file_sha256, progress, read_json, read_text, resolve_precision, unknown, write_json
+from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
 from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of

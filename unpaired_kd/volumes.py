@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import PART, InputError, _keep, _swap, clear_parts, digest, file_sha256, progress, read_json, read_text, resolve_precision, unknown, write_json
+from .core import PART, InputError, _keep, _swap, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
@@ -408,9 +408,9 @@ def resume(
 def logged(
     work:Path, # the work folder
 )->set: # places of the blocks that are done
-    "What the log says; a torn line is not a block."
+    "What the log says; a torn or damaged line is not a block."
     log = work / "blocks.log"
-    lines = read_text(log).split("\n")[:-1] if log.exists() else []
+    lines = log.read_bytes().decode(errors="replace").split("\n")[:-1] if log.exists() else []
     return {tuple(map(int, l.split())) for l in lines if re.fullmatch(r"\d+ \d+ \d+", l)}
 
 def log_block(

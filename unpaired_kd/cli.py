@@ -682,7 +682,7 @@ def execute(
         said = Path(folder)/KERNEL_LOG
         seen = said if said.exists() else out
         say(f"ukd run: the kernel that runs {path} ended or did not start ({str(e).strip()}); see {seen}. "
-            "Was the memory full? The same command continues.")
+            "The same command continues; perhaps the memory was full.")
         return 1
     except OSError as e: raise refuse(f"cannot run {path} into {out}: {of_the_system(e)}") from e
     print(f"run folder: {folder}")

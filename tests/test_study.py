@@ -21,7 +21,21 @@ SCRIPT = textwrap.dedent("""
 
 def start(folder, script):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.Popen([sys.executable, str(script), str(folder)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, str(script), str(folder)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def alive(session):
+    "The processes of a session that have not ended, where the system lists them."
+    fields = [p.read_text().rpartition(")")[2].split() for p in readable(Path("/proc").glob("[0-9]*/stat"))]
+    return [f for f in fields if f[3] == str(session) and f[0] != "Z"]
+
+
+def readable(paths):
+    "Those that are still there when it is their turn."
+    for p in paths:
+        try: p.read_text()
+        except OSError: continue
+        yield p
 
 
 
@@ -31,16 +45,16 @@ def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, script).wait() == 0
     victim = start(killed, script)
-    for _ in range(1200):
-        if (killed / "checkpoints/alone-0/last.pt").exists(): break
-        time.sleep(.05)
+    while not (killed / "checkpoints/alone-0/last.pt").exists() and victim.poll() is None: time.sleep(.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert not finished(killed, ("arm", "distilled", 0))
-    time.sleep(3)  # the worker notices and leaves
+    until = time.monotonic() + 300
+    while alive(victim.pid) and time.monotonic() < until: time.sleep(.05)  # the worker notices and leaves
+    assert not alive(victim.pid), "a worker outlived its study"
     before = sorted(p.stat().st_mtime_ns for p in killed.rglob("*") if p.is_file())
     time.sleep(1.5)
-    assert before == sorted(p.stat().st_mtime_ns for p in killed.rglob("*") if p.is_file()), "a worker outlived its study"
+    assert before == sorted(p.stat().st_mtime_ns for p in killed.rglob("*") if p.is_file()), "somebody still writes"
     assert start(killed, script).wait() == 0
     assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
     assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()

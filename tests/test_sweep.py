@@ -7,6 +7,7 @@ import pytest
 from unpaired_kd import cli, sweep
 from unpaired_kd.core import InputError, read_csv
 
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's `&` would have it ignored
 START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = 'do: str = "score"\nseed: int = 0\nlr: float = .5\nweights: dict = {"kl": 1.}\nworkers: int = 0\nrun_folder: str = ""'
 BODY = """import os, time
@@ -15,7 +16,7 @@ here = Path(run_folder)
 (here / "kernel").write_text(str(os.getpid()))
 with open(here / "times", "a") as f: f.write("x")
 if do == "fail": raise ValueError("diverged")
-if do == "wait": time.sleep(60)
+if do == "wait": time.sleep(900)
 if do == "die": os.kill(os.getppid(), 9)
 rows = "arm,seed,case,group,dsc\\n" + "".join(f"a,{seed},{c},{c},{lr}\\n" for c in "xy")
 (here / "metrics.csv").write_text("nonsense" if do == "nonsense" else rows)
@@ -47,9 +48,12 @@ def gone(pid):
     except FileNotFoundError: return True
 
 
-def wait_for(condition, seconds=30):
-    until = time.time() + seconds
-    while not condition() and time.time() < until: time.sleep(.05)
+def wait_for(condition, process=None, seconds=600):
+    "Wait until it holds; the process that brings it about must be alive. The limit only ends a test that hangs."
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        if process is not None and process.poll() is not None: break
+        time.sleep(.05)
     assert condition()
 
 
@@ -126,18 +130,18 @@ def test_a_sweep_from_failure_to_table(place, capsys):
 def test_stopped_and_continued(place, how, status, monkeypatch):
     "After Ctrl-C and after a kill no process is left, and the same command continues."
     path = grid(place, "grid: {do: [wait, score]}")
-    first = subprocess.Popen([sys.executable, "-c", START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(place.glob("runs/g/cells/*/kernel")))
+    first = subprocess.Popen([sys.executable, "-c", LISTEN + START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any(p.read_text() for p in place.glob("runs/g/cells/*/kernel")), first)
     folder, = place.glob("runs/g/cells/*")
     with pytest.raises(InputError, match="at work"): sweep.run_sweep(path)
     first.send_signal(how)
-    assert first.wait(timeout=60) == status
+    assert first.wait(timeout=600) == status
     kernel = int((folder / "kernel").read_text())
-    wait_for(lambda: gone(kernel), 10)
+    wait_for(lambda: gone(kernel))
     assert len(list(place.glob("runs/g/cells/*"))) == 1 and not (folder / "done.json").exists()
     assert "The same command continues" in first.stderr.read() or how == signal.SIGKILL
     if how == signal.SIGINT: # the waiting cell, now with a notebook that does not wait
-        (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("time.sleep(60)", "pass"))
+        (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("time.sleep(900)", "pass"))
         assert sweep.run_sweep(grid(place, "grid: {do: [wait]}")) == 0 and (folder / "done.json").exists()
 
 
@@ -215,3 +219,30 @@ def test_several_calls_fill_one_folder(place, capsys):
     assert [(r["cell"], r["lr"], r["do"]) for r in read_csv("runs/g/results.csv")] == [("first", .5, "score")] * 2 + [("second", .25, "score")] * 2
     assert cli.main(["sweep", path, "--cells", "second"]) == 0 and "1 chosen, of these 1 done, 0 to do" in capsys.readouterr().out
     assert [r["cell"] for r in read_csv("runs/g/results.csv")] == ["first"] * 2 + ["second"] * 2
+
+
+def names_and(values, cells): return [(c.name, *(c.values[v] for v in values)) for c in cells]
+
+
+def test_anchors_of_a_grid_are_read_while_they_repeat_little(place):
+    path = grid(place, "base: {lr: &lr 1e-3}\ncells:\n  a: &a {weights.kl: *lr}\n  b: {seed: 1}\nscales: {s: *a}")
+    assert names_and(["lr", "seed"], sweep.expand(path)[1]) == [("a", .001, 0), ("b", .001, 1)]
+    assert [c.values["weights"] for c in sweep.expand(path)[1]] == [{"kl": .001}, {"kl": 1.}]
+    with pytest.raises(InputError, match="'weights.kl'|same parameters"): sweep.expand(grid(place, "base: {seed: &s 2}\ngrid: {seed: [*s, 2]}"))
+
+
+@pytest.mark.parametrize("text, said", [
+    ("base: &a {weights: *a}\ngrid: {seed: [1]}", "contains itself"), ("grid: {seed: [*nobody]}", "undefined alias"),
+    ("base: {do: &a [" + "x, " * 101 + "]}\nscales:\n" + "".join(f"  s{i}: {{do: *a}}\n" for i in range(100)) + "grid: {seed: [1]}", "repeat more than 10000"),
+    ("base:\n  a0: &a0 [1]\n" + "".join(f"  a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60)) + "grid: {seed: [1]}", "nested more than 50"),
+    ("cells:\n  a: &a {seed: 1}\n  b: {<<: *a, lr: 2}", "not merged"), ("grid: {weights: [{kl:1}]}", "value is missing")])
+def test_anchors_that_are_refused(place, text, said):
+    "A loop, a name of nothing, a hundred and first repetition of a hundred parts, a ladder; at once."
+    with pytest.raises(InputError, match=f"g.yaml.*({said})"): sweep.expand(grid(place, text))
+
+
+def test_a_list_in_the_wrong_place_is_told_the_right_one(place):
+    (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "lr: float = .5\\nnames: list[str] = []"))
+    for text, said in {"grid: {names: [a, b]}": "list of lists", "base: {seed: [1, 2]}\ngrid: {lr: [1]}": "goes under `grid`", "grid: {names: [[a, off]]}": "in quotes"}.items():
+        with pytest.raises(InputError) as e: sweep.expand(grid(place, text))
+        assert said in str(e.value) and ("`grid`" in str(e.value)) == (said == "goes under `grid`")

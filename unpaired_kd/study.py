@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import (InputError, clear_parts, digest, hold, progress, read_csv, read_json, resolve_precision,
+from .core import (InputError, clear_parts, digest, hold, progress, read_csv, read_json, read_text, resolve_precision,
                               seeded, unknown, write_csv, write_json)
 from .data.augment import Augment
 from .data.files import files_of, stamp
@@ -862,7 +862,7 @@ def collect(
     rows, history = [], []
     for _, name, seed in tasks:
         place = place_of(folder, name, seed)
-        mine = load_rows(place/"metrics.csv") if (place/"metrics.csv").read_text().strip() else [] # a teacher that nobody tested has no rows
+        mine = load_rows(place/"metrics.csv") if read_text(place/"metrics.csv").strip() else [] # a teacher that nobody tested has no rows
         check_complete(place, mine, name, seed)
         rows += mine
         if (place/"history.csv").exists(): history += [dict(arm=name, seed=seed, **r) for r in read_csv(place/"history.csv")] # an arm that shares a training has no history of its own

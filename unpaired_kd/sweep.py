@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'MOST', 'OF_DATA', 'read_grid', 'mapping', 'is_null', 'is_text_node', 'name_of_notebook', 'check_sections',
-           'Cell', 'as_text', 'check_values', 'expand', 'choose', 'near_names', 'folders', 'state', 'leave_with',
-           'claim_patiently', 'work', 'run_cell', 'local', 'cluster', 'run_cells', 'varied', 'tidy', 'check_same_data',
-           'write_results', 'run_sweep', 'check_folder', 'cores', 'tell_failed']
+           'hint_of', 'Cell', 'as_text', 'check_values', 'expand', 'choose', 'near_names', 'folders', 'state',
+           'leave_with', 'claim_patiently', 'work', 'run_cell', 'local', 'cluster', 'run_cells', 'varied', 'tidy',
+           'check_same_data', 'write_results', 'run_sweep', 'check_folder', 'cores', 'tell_failed']
 
 # %% ../nbs/6_command/2_sweep.ipynb #7ae7b546
 import contextlib, difflib, itertools, json, math, os, re, subprocess, sys, time
@@ -26,7 +26,7 @@ def read_grid(
     path, # the grid file
 )->dict: # its five sections; those that are absent are empty, values are nodes of `compose`
     "Read a grid file. Raises `InputError` with the file, the key, and what to write."
-    try: tree = compose(read_text(path))
+    try: tree = compose(read_text(path), anchors=True)
     except Misfit as e: raise InputError(f"{path} cannot be taken for a grid. {e}") from None
     if tree.id != "mapping": raise InputError(f"{path} is no grid: write `notebook: NAME` and `grid: {{parameter: [value, value]}}`.")
     found = mapping(str(path), tree)
@@ -48,6 +48,7 @@ def mapping(
     if node.id != "mapping": raise InputError(f"{where} must be a mapping, `{{name: value}}`, not {source_of(node)[:80]!r}.")
     found = {}
     for k, value in node.value:
+        if k.value == "<<": raise InputError(f"{where}: entries are not merged with << here. Write them out.")
         if not is_text_node(k): raise InputError(f"{where}: the key {source_of(k)[:80]!r} is not text. Write it in quotes.")
         if k.value in found: raise InputError(f"{where}: {k.value!r} (line {k.start_mark.line + 1}) stands twice in one place. Keep one, or rename it.")
         found[k.value] = value
@@ -93,6 +94,22 @@ def check_sections(
         for key in row:
             if both := clash(key, grid["grid"]): raise InputError(f"{path}: cell {name!r} sets {key!r}, and `grid` sets {both!r} too. Keep one of them.")
 
+# %% ../nbs/6_command/2_sweep.ipynb #3c7fbe71
+def hint_of(
+    message:str, # of an `InputError`
+    shared:list, # lists of pairs (name, text or node) that all cells share
+    own:list,    # pairs of one cell
+)->str: # a sentence, or nothing
+    "What to do about a list in the wrong place, where that is the trouble."
+    if message.endswith("quotes."): return ""
+    for k, v in itertools.chain(*shared):
+        if getattr(v, "id", "") == "sequence" and f"{k!r} takes" in message:
+            return " A list of values to try goes under `grid`."
+    for k, v in own:
+        if getattr(v, "id", "") == "scalar" and f"{k!r} takes list" in message:
+            return " Each value is a list, so write a list of lists."
+    return ""
+
 # %% ../nbs/6_command/2_sweep.ipynb #3c7fbe72
 @dataclass(frozen=True)
 class Cell:
@@ -125,8 +142,7 @@ def check_values(
     try: values = resolve(notebook, parameters, one, *layers)
     except InputError as e:
         first, *rest = str(e).split("\n")
-        lists = [k for k, v in itertools.chain(*layers) if getattr(v, "id", "") == "sequence" and f"{k!r} takes" in first]
-        hint = " A list of values to try goes under `grid`." if lists else ""
+        hint = hint_of(first, layers[:-1], layers[-1])
         raise InputError("\n".join([f"{where}: {first}{hint}", *rest])) from None
     del values["run_folder"]
     return values
@@ -152,7 +168,7 @@ def expand(
     for row, point in itertools.product(grid["cells"] or [""], points):
         own = point | grid["cells"].get(row, {})
         name = " ".join([row, *(f"{k}={as_text(v)}" for k, v in point.items())]).strip()
-        values = check_values(f"{path}, cell {name!r}", notebook, parameters, [*shared, list(own.items())])
+        values = check_values(f"{path}, cell {name[:80]!r}", notebook, parameters, [*shared, list(own.items())])
         cell = Cell(name, {k: as_text(v) for k, v in own.items()}, values, digest({"notebook": notebook.stem, **values}), row)
         if cell.key in cells: raise InputError(f"{path}: cells {cells[cell.key].name!r} and {name!r} have the same parameters. Remove one of them.")
         cells[cell.key] = cell

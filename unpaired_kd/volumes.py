@@ -408,9 +408,9 @@ def resume(
 def logged(
     work:Path, # the work folder
 )->set: # places of the blocks that are done
-    "What the log says; a torn line is not a block."
+    "What the log says; a torn or damaged line is not a block."
     log = work / "blocks.log"
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    lines = log.read_bytes().decode(errors="replace").split("\n")[:-1] if log.exists() else []
     return {tuple(map(int, l.split())) for l in lines if re.fullmatch(r"\d+ \d+ \d+", l)}
 
 def log_block(

@@ -7,8 +7,8 @@ __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
            'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
-           'student_mark', 'FileJob', 'file_jobs', 'check_outputs', 'PartlyDone', 'segment_file', 'predict_path',
-           'told']
+           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'PartlyDone', 'segment_file',
+           'predict_path', 'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -30,7 +30,7 @@ from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, r
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import check_apart, check_format, check_names, check_new, check_place, check_input, check_room, files_mark, keeping_notes, Notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -343,7 +343,7 @@ def save(self,
     state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
     with atomic(folder / FILES[0]) as t: save_file(state, t)
     n = sum(p.numel() for p in self.network.parameters())
-    with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}))
+    with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}), encoding="utf-8", errors="backslashreplace", newline="\n")
     write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "recipe_digest": digest(asdict(r), 64), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
     return folder
 
@@ -392,6 +392,7 @@ def student_files(
     folder, # of a saved student
 )->tuple: # paths of its weights and its config
     "Where its files are. `InputError` if one is missing."
+    check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
     for f in found:
         if not os.path.isfile(f):
@@ -605,6 +606,13 @@ def file_jobs(
         found.append(FileJob(source, outputs, mark))
     return found
 
+def notes_of(
+    target:Path, # the first label map
+    alone:bool,  # the only one
+)->Path: # the file of the notes
+    "Where a job notes what it has begun and done."
+    return target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
+
 def check_outputs(
     jobs:list,      # of `FileJob`
     source:Path,    # the input as it was given: an image, or the folder that holds them
@@ -671,13 +679,14 @@ def predict_path(
     """Segment files: `ukd predict`. Label maps are written as they are finished, each atomically.
     Raises `InputError` before any work for what can be known, `PartlyDone` at the end if some
     images failed."""
+    check_path("input", input)
+    check_path("output", output)
     precision_now = resolve_precision(precision, resolve_device(device))
     source = Path(input)
     pairs, others = plan(source, Path(output))
     jobs = file_jobs(pairs, instances, student_mark(student), precision_now)
     alone = pairs[0][0] == source
-    target = jobs[0].outputs[0]
-    notes_path = target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
+    notes_path = notes_of(jobs[0].outputs[0], alone)
     check_outputs(jobs, source, student, Notes(notes_path), overwrite)
     if not isinstance(student, Student):
         student = Student.load(student, device, precision)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable', 'check_names', 'nearest', 'check_place',
-           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark', 'check_input']
+           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark', 'check_path',
+           'check_input']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
@@ -15,7 +16,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from .core import OLD, PART, InputError, _lock, _same, clear_parts, digest, read_json
+from .core import OLD, PART, InputError, clear_parts, digest, is_same_file, read_json, take_lock
 from .data.images import check_there, suffix_of
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d
@@ -185,10 +186,10 @@ def locked(
         except OSError as e:
             raise InputError(f"cannot write {path} ({e.strerror}). "
                              "Give a folder that you may write to.") from e
-        if not _lock(file.fileno()):
+        if not take_lock(file.fileno()):
             file.close()
             raise InputError(busy)
-        if _same(file.fileno(), path):
+        if is_same_file(file.fileno(), path):
             return file
         file.close() # deleted between the two steps
 
@@ -284,6 +285,15 @@ def files_mark(
         s = os.stat(f)
         found.append((str(f.relative_to(path.parent)), s.st_size, s.st_mtime_ns))
     return digest(sorted(found))
+
+def check_path(
+    name:str, # of the argument
+    path,     # what was given for it
+):
+    "`InputError` for text that names no place: none at all (an unset variable), or a zero byte."
+    if not str(path).strip() or "\0" in str(path):
+        raise InputError(f"{name} {str(path)!r} is no path. Give a file or folder; "
+                         "`.` is the current folder.")
 
 def check_input(
     path, # to be read

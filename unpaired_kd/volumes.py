@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_logits', 'has_halves', 'bytes_per_voxel',
            'choose_tile', 'Volume', 'zarr_volume', 'tiff_volume', 'nifti_volume', 'open_volume', 'block_input',
-           'as_bytes', 'create_output', 'reserve', 'write_block', 'check_work', 'held', 'plain', 'differences',
-           'resume', 'logged', 'log_block', 'pipeline', 'Job', 'compute_block', 'tidy_memory', 'remote_block',
-           'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'prepared', 'place_of', 'ended', 'told', 'on_disk',
-           'unfinished', 'predict_volume', 'run_blocks', 'goes_in_blocks']
+           'as_bytes', 'create_output', 'reserve', 'open_to_write', 'write_block', 'check_work', 'held', 'plain',
+           'differences', 'resume', 'logged', 'log_block', 'pipeline', 'Job', 'compute_block', 'tidy_memory',
+           'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'prepared', 'place_of', 'ended',
+           'check_arguments', 'told', 'on_disk', 'unfinished', 'predict_volume', 'run_blocks', 'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
 import contextlib, copy, ctypes, errno, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import PART, InputError, _keep, _swap, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
-from .outputs import check_apart, check_new, check_input, check_place, check_room, files_mark, locked, made_folder
+from .outputs import check_apart, check_input, check_new, check_path, check_place, check_room, files_mark, locked, made_folder
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
@@ -248,7 +248,7 @@ def open_volume(
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
     try: return OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)
     except InputError as e: raise InputError(f"{path}: {e}") from e
-    except (MemoryError, KeyboardInterrupt): raise
+    except MemoryError as e: raise InputError(f"{path} needs more memory to open than is free. Close other programs, or save it as .zarr, which is read piece by piece.") from e
     except Exception as e: raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
 
 # %% ../nbs/4_training/6_volumes.ipynb #b6df5d60
@@ -311,6 +311,16 @@ def reserve(
                 raise
 
 # %% ../nbs/4_training/6_volumes.ipynb #3b33d250
+_OPENING = threading.Lock() # zarr's settings belong to the process, and several threads write
+
+def open_to_write(
+    folder:Path, # of a zarr array
+): # the array; empty chunks get their files, too
+    "Open an array of `create_output` for writing; zarr's settings are as before."
+    zarr = extra("zarr", "volumes")
+    with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
+        return zarr.open_array(str(folder), mode="r+")
+
 def write_block(
     path:Path,         # what `create_output` made
     block:Block,       # where
@@ -320,13 +330,12 @@ def write_block(
     "Write a core and wait until it is on the disk."
     box = (..., *(slice(*c) for c in block.core))
     if suffix_of(path) == ".zarr":
-        zarr = extra("zarr", "volumes")
-        with zarr.config.set({"array.write_empty_chunks": True}): array = zarr.open_array(str(path / "0"), mode="r+")
+        array = open_to_write(path / "0")
         file = path / "0" / array.metadata.encode_chunk_key((*[0] * (array.ndim - 3), *block.at))
         file.unlink(missing_ok=True) # what a killed process may have left is not read
         array[box] = values
         for p in (file, *file.parents): # the names of new folders, too
-            _keep(p)
+            sync(p)
             if p == path / "0":
                 break
     else:
@@ -396,7 +405,7 @@ def resume(
     if not ((work / "job.json").exists() and data.exists()):
         for old in (data, work / "blocks.log", work / "job.json"): shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         create()
-        for p in (*data.rglob("*"), data): _keep(p)
+        for p in (*data.rglob("*"), data): sync(p)
         write_json(work / "job.json", plain(record)) # last: it says that all is ready
         return set()
     if differ := differences(work, record):
@@ -657,6 +666,23 @@ def ended(
     "Whether a job was killed when its output had its name already, and only the work folder was left."
     return (work / "job.json").exists() and not data.exists() and os.path.lexists(output)
 
+def check_arguments(
+    input,       # the volume
+    output,      # what was asked for
+    folder,      # of a saved student; None: it is in memory
+    empty,       # largest raw value of the background, or None
+    workers:int, # processes of this machine; 0: this one
+):
+    "`InputError` for what no volume can answer."
+    check_path("input", input)
+    check_path("output", output)
+    if folder is not None:
+        check_path("student", folder)
+    if empty is not None and not math.isfinite(empty):
+        raise InputError(f"empty={empty}: give a finite raw value, for example 0.")
+    if workers < 0:
+        raise InputError(f"workers={workers}: give a number of processes, or 0 for this one.")
+
 def told(
     volume:Volume, # the input
     t:dict,        # what `predict_volume` returns
@@ -679,7 +705,7 @@ def unfinished(
     work:Path,   # the work folder, held
     output:Path, # what it becomes, for messages
 ):
-    "Within the block, faults of disk, memory and cluster become `InputError`. After a fault the work stays if a block of it is finished, and goes if none is."
+    "Within the block, faults of disk, memory, cluster, torch and zarr become `InputError`. After a fault the work stays if a block of it is finished, and goes if none is."
     kept = f"What is finished lies in {work}; the same command continues."
     try:
         yield
@@ -698,6 +724,8 @@ def unfinished(
         if type(e).__module__.startswith("distributed"):
             raise InputError(f"{output}: the cluster failed ({type(e).__name__}: {e}). "
                              f"{kept}") from e
+        if isinstance(e, (RuntimeError, ValueError)): # of torch, zarr, or a process that cannot start
+            raise InputError(f"{output}: a block failed ({type(e).__name__}: {e}). {kept}") from e
         raise
 
 # %% ../nbs/4_training/6_volumes.ipynb #f0c5a32a
@@ -721,6 +749,7 @@ def predict_volume(
 )->dict: # output, tile, halo, blocks, computed, skipped, resumed, and seconds: read, compute, write (they overlap), seconds; voxels_per_second
     "Segment a volume of any size. The same call continues a job that was killed. Raises `InputError`, also for work of another job."
     start, folder = time.perf_counter(), None if isinstance(student, Student) else str(Path(student).resolve())
+    check_arguments(input, output, folder and student, empty, workers)
     resolve_precision(precision, resolve_device(device))
     mark = weights_mark(student)
     output, work, data = place_of(input, output, student, overwrite)
@@ -746,7 +775,7 @@ def predict_volume(
             todo = [b for b in blocks if b.at not in ready]
             spent, skipped = run_blocks(student, volume, job, todo, work, folder, device, scheduler, workers, bars)
             check_new([output], overwrite) # another program may have been quicker
-            _swap(data, output)
+            swap_folder(data, output)
         (work / "job.json").unlink()
     seconds, done = time.perf_counter() - start, sum(math.prod(e - a for a, e in b.core) for b in todo)
     t = dict(output=str(output), tile=tile, halo=halo, blocks=len(blocks), computed=len(todo) - skipped, skipped=skipped, resumed=len(ready), **spent, seconds=seconds, voxels_per_second=done / seconds)
@@ -764,7 +793,7 @@ def run_blocks(
 )->tuple: # seconds of the stages, and how many blocks were empty
     "Do the blocks here, in processes of this machine, or on a cluster; note each one when it is on the disk."
     skipped, channels = [], student.recipe.channels
-    with open(work / "blocks.log", "a") as log, contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown:
+    with open(work / "blocks.log", "a", encoding="utf-8") as log, contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown:
         def done(block, empty):
             log_block(log, block)
             shown.update()

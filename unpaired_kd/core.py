@@ -302,12 +302,18 @@ REFUSALS = {getattr(errno, name) for name in # what a disk or its owner says no 
             "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split() if hasattr(errno, name)}
 
 @contextlib.contextmanager
-def _refusing(path):
-    "Errors of the disk become `InputError`; all others pass."
+def _refusing(path, all_of_them=False):
+    "Errors of the disk become `InputError`; others pass, since they may be of the caller's block."
     try: yield
     except OSError as e:
-        if e.errno not in REFUSALS: raise
+        if e.errno not in REFUSALS and not all_of_them: raise
         raise InputError(f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on the disk.") from e
+
+def _begin(path, make):
+    "The folder of `path`, and a part in it: (path, handle). Every fault is an `InputError`."
+    with _refusing(path, all_of_them=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _new_part(path, make)
 
 def _open_mode(mode):
     "Permissions that the user's mask leaves of `mode`."
@@ -322,8 +328,7 @@ def atomic(
     "Write to the temporary path that this yields; it replaces `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be written."
     path = Path(path)
     with _refusing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, handle = _new_part(path, _make_file)
+        part, handle = _begin(path, _make_file)
         try:
             yield part
             os.chmod(part, _open_mode(0o666))
@@ -344,9 +349,8 @@ def atomic_folder(
     "As `atomic`, for a folder: what the block wrote replaces `path` as a whole when it succeeds and vanishes when it fails."
     path = Path(path)
     with _refusing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.with_name(OLD + path.name))
-        part, handle = _new_part(path, _make_folder)
+        part, handle = _begin(path, _make_folder)
         try:
             yield part
             for inner in [*part.rglob("*"), part]: sync(inner)

@@ -7,8 +7,8 @@ __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
            'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
-           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'PartlyDone', 'segment_file',
-           'predict_path', 'told']
+           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'unpacked_bytes', 'PartlyDone',
+           'segment_file', 'predict_path', 'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import re
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .data.files import header_size
 from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, keeping_notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -635,6 +637,19 @@ def check_outputs(
     check_place(outputs[0].parent)
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10007
+def unpacked_bytes(
+    jobs:list, # of `FileJob`
+)->int: # bytes; of a volume one plane, of an image whose header cannot be read nothing
+    "What the label maps of all images take at least, before they are packed. Only headers are read."
+    total = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # reading the image will say it
+        for job in jobs:
+            if os.path.isfile(job.source) or os.path.isdir(job.source):
+                size = header_size(job.source) or (0, 0)
+                total += math.prod(size) * (5 if len(job.outputs) > 1 else 1)
+    return total
+
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
 
@@ -690,6 +705,10 @@ def predict_path(
     check_outputs(jobs, source, student, Notes(notes_path), overwrite)
     if not isinstance(student, Student):
         student = Student.load(student, device, precision)
+    need, free = unpacked_bytes(jobs), free_bytes(notes_path)
+    if not alone and need > free:
+        print(f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
+              f"{free / 1e6:,.1f} MB are free there: the disk may become full.")
     if others:
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable', 'check_names', 'nearest', 'check_place',
-           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark', 'check_path',
-           'check_input']
+           'free_bytes', 'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark',
+           'check_path', 'check_input']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
 import functools
+import math
 import os
 import shutil
 import tempfile
@@ -142,15 +143,21 @@ def check_place(
     except OSError as e:
         raise InputError(f"cannot write into {folder} ({e.strerror or e}). {advice}") from e
 
+def free_bytes(
+    output, # path that will be written
+)->float: # bytes; infinity if the disk does not say
+    "The room on the disk where an output will lie."
+    try:
+        return shutil.disk_usage(nearest(output)).free
+    except OSError:
+        return math.inf
+
 def check_room(
     output, # path that will be written
     need:float, # bytes, at most
 ):
     "`InputError` if the disk has not that much room."
-    try:
-        free = shutil.disk_usage(nearest(output)).free
-    except OSError: # a disk that does not say
-        return
+    free = free_bytes(output)
     if need > free:
         raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
                          "are free there. Make room, or give a place on another disk.")

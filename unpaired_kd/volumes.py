@@ -8,10 +8,11 @@ __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_
            'as_bytes', 'create_output', 'reserve', 'open_to_write', 'write_block', 'check_work', 'held', 'plain',
            'differences', 'resume', 'logged', 'log_block', 'pipeline', 'Job', 'compute_block', 'tidy_memory',
            'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'prepared', 'place_of', 'ended',
-           'check_arguments', 'told', 'on_disk', 'unfinished', 'predict_volume', 'run_blocks', 'goes_in_blocks']
+           'check_arguments', 'told', 'on_disk', 'unfinished', 'predict_volume', 'own_cluster', 'run_blocks',
+           'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
-import contextlib, copy, ctypes, errno, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
+import contextlib, copy, ctypes, errno, functools, itertools, json, logging, math, os, queue, re, shutil, threading, time, weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -181,9 +182,10 @@ class Volume:
         box, # (start, stop) along D, H, W
     )->np.ndarray: # (C,d,h,w), as stored, in the machine's byte order
         "One box. A fault is an `InputError` that names file and box."
-        try: a = self.box(tuple(slice(int(a), int(b)) for a, b in box))
+        box = [(int(a), int(b)) for a, b in box]
+        try: a = self.box(tuple(slice(*b) for b in box))
         except MemoryError: raise
-        except Exception as e: raise InputError(f"{self.path}: the box {list(map(tuple, box))} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
+        except Exception as e: raise InputError(f"{self.path}: the box {box} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
         return np.ascontiguousarray(a, np.dtype(np.float32) if a.dtype == np.float64 else a.dtype.newbyteorder("="))
 
     def __getitem__(self, index): # `...`, or up to four slices
@@ -783,6 +785,14 @@ def predict_volume(
     return t
 
 # %% ../nbs/4_training/6_volumes.ipynb #dd2cf89f
+def own_cluster(
+    workers:int, # how many processes
+): # a Dask cluster, as a context manager
+    "Processes of this machine. What fails in one is raised here, so they do not print it."
+    distributed = extra("distributed", "scale")
+    return distributed.LocalCluster(n_workers=workers, threads_per_worker=1,
+                                    dashboard_address=None, silence_logs=logging.CRITICAL)
+
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -800,7 +810,7 @@ def run_blocks(
             if empty: skipped.append(block)
         if scheduler or workers:
             with contextlib.ExitStack() as stack:
-                if not scheduler: scheduler = stack.enter_context(extra("distributed", "scale").LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)).scheduler_address
+                if not scheduler: scheduler = stack.enter_context(own_cluster(workers)).scheduler_address
                 return on_cluster(scheduler, folder, device, job, todo, done), len(skipped)
         student.network.to(memory_format=torch.channels_last_3d)
         empty = set()

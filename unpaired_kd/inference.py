@@ -7,8 +7,8 @@ __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
            'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
-           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'unpacked_bytes', 'PartlyDone',
-           'segment_file', 'predict_path', 'told']
+           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'unpacked_bytes', 'foresee_room',
+           'PartlyDone', 'segment_file', 'predict_path', 'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -650,6 +650,16 @@ def unpacked_bytes(
                 total += math.prod(size) * (5 if len(job.outputs) > 1 else 1)
     return total
 
+def foresee_room(
+    jobs:list, # of `FileJob`
+):
+    "Say so if the disk may become full on the way: label maps are packed, so nobody knows before."
+    need = unpacked_bytes(jobs)
+    free = free_bytes(jobs[0].outputs[0])
+    if need > free:
+        print(f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
+              f"{free / 1e6:,.1f} MB are free there: the disk may become full.")
+
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
 
@@ -705,10 +715,8 @@ def predict_path(
     check_outputs(jobs, source, student, Notes(notes_path), overwrite)
     if not isinstance(student, Student):
         student = Student.load(student, device, precision)
-    need, free = unpacked_bytes(jobs), free_bytes(notes_path)
-    if not alone and need > free:
-        print(f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
-              f"{free / 1e6:,.1f} MB are free there: the disk may become full.")
+    if not alone:
+        foresee_room(jobs)
     if others:
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}

@@ -133,7 +133,9 @@ def channels_first(
     dims:int=2, # spatial axes of the network
 )->np.ndarray: # (C,H,W) or (C,D,H,W)
     "Bring an array into the layout of `read_image`."
-    a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    try: a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    except (TypeError, ValueError) as e: raise InputError(f"the image is no array of numbers ({e}). Give a path, or a NumPy array.") from e
+    if a.ndim and (a.dtype.kind not in "biuf" or not a.size): raise InputError(f"an array of type {a.dtype} and shape {a.shape} is not an image. Give real numbers.")
     colours = (1, 3)
     if a.ndim == 2 or (a.ndim == 3 and dims == 3): return a[None]
     if a.ndim in (3, 4) and a.shape[0] in colours: return a
@@ -340,6 +342,7 @@ def save(self,
 )->Path: # the folder
     "Write weights, model card and recipe. Each file appears whole or not at all."
     from safetensors.torch import save_file
+    check_path("folder", folder)
     folder, r = Path(folder), self.recipe
     if not r.network_config: raise InputError("this network has no `config`, so it could not be built again. Register its class (`NETWORKS.register`) and give it a `config`.")
     state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}

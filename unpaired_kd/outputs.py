@@ -298,8 +298,10 @@ def check_path(
     path,     # what was given for it
 ):
     "`InputError` for text that names no place: none at all (an unset variable), or a zero byte."
-    if not str(path).strip() or "\0" in str(path):
-        raise InputError(f"{name} {str(path)!r} is no path. Give a file or folder; "
+    named = isinstance(path, (str, os.PathLike))
+    text = str(path) if named else path
+    if not named or not text.strip() or "\0" in text:
+        raise InputError(f"{name} {text!r} is no path. Give a file or folder; "
                          "`.` is the current folder.")
 
 def check_input(

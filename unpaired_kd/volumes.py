@@ -12,7 +12,7 @@ __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_
            'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
-import contextlib, copy, ctypes, errno, functools, itertools, json, logging, math, os, queue, re, shutil, threading, time, weakref
+import contextlib, copy, ctypes, errno, functools, itertools, json, logging, math, numbers, os, queue, re, shutil, threading, time, weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -571,12 +571,13 @@ def voxel_limit(
     rim,        # as in `block_logits`
 )->tuple: # voxels a block may have, halo included; voxels that its core and rim may have
     "How large a block may be. On the CPU 0.5 GB of `memory` is left to Python, torch and the blocks on their way. Raises `InputError` for other text."
-    device = next(net.parameters(), torch.empty(0)).device
+    device, given = next(net.parameters(), torch.empty(0)).device, memory
     if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 1.5e9
     if isinstance(memory, str):
         found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", memory.strip())
         try: memory = float(found[1]) * 1000.**" kMGT".index(found[2] or " ")
-        except (TypeError, ValueError): raise InputError(f"memory={memory!r}: give a size such as 1.5GB or 800MB.") from None
+        except (TypeError, ValueError): memory = None
+    if not isinstance(memory, numbers.Real): raise InputError(f"memory={given!r}: give a size such as 1.5GB or 800MB.")
     left = max(0, memory - (.5e9 if device.type == "cpu" else 0))
     return left / bytes_per_voxel(net, channels, 3, rim), left / bytes_per_voxel(net, channels, 3)
 
@@ -671,19 +672,19 @@ def ended(
 def check_arguments(
     input,       # the volume
     output,      # what was asked for
-    folder,      # of a saved student; None: it is in memory
+    student,     # folder of a saved student, or a `Student`
     empty,       # largest raw value of the background, or None
     workers:int, # processes of this machine; 0: this one
 ):
     "`InputError` for what no volume can answer."
     check_path("input", input)
     check_path("output", output)
-    if folder is not None:
-        check_path("student", folder)
-    if empty is not None and not math.isfinite(empty):
-        raise InputError(f"empty={empty}: give a finite raw value, for example 0.")
-    if workers < 0:
-        raise InputError(f"workers={workers}: give a number of processes, or 0 for this one.")
+    if not isinstance(student, Student):
+        check_path("student", student)
+    if empty is not None and not (isinstance(empty, numbers.Real) and math.isfinite(empty)):
+        raise InputError(f"empty={empty!r}: give a finite raw value, for example 0.")
+    if not isinstance(workers, numbers.Integral) or workers < 0:
+        raise InputError(f"workers={workers!r}: give a number of processes, or 0 for this one.")
 
 def told(
     volume:Volume, # the input
@@ -750,8 +751,9 @@ def predict_volume(
     overwrite:bool=False, # replace an output that is there, when the new one is whole
 )->dict: # output, tile, halo, blocks, computed, skipped, resumed, and seconds: read, compute, write (they overlap), seconds; voxels_per_second
     "Segment a volume of any size. The same call continues a job that was killed. Raises `InputError`, also for work of another job."
-    start, folder = time.perf_counter(), None if isinstance(student, Student) else str(Path(student).resolve())
-    check_arguments(input, output, folder and student, empty, workers)
+    start = time.perf_counter()
+    check_arguments(input, output, student, empty, workers)
+    folder = None if isinstance(student, Student) else str(Path(student).resolve())
     resolve_precision(precision, resolve_device(device))
     mark = weights_mark(student)
     output, work, data = place_of(input, output, student, overwrite)

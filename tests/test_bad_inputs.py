@@ -547,6 +547,7 @@ API = [
     ("volume: zero byte in the output", [], volume("deep", "v.zarr", "o\0.zarr"), "is no path"),
     ("volume: a student in memory for a cluster", [], lambda: predict_volume(Student.load("deep"), "v.zarr", "o.zarr", workers=1), "not a Student in memory"),
     ("volume: tile of odd type", [], volume("deep", "v.zarr", "o.zarr", tile={"z": 1}), "tile="),
+    ("volume: tile of half voxels", [], volume("deep", "v.zarr", "o.zarr", tile=16.5), "tile=16.5"),
     ("volume: absent unknown", [], volume("deep", "v.zarr", "o.zarr", absent="zero"), "unknown absent 'zero'"),
     ("volume: output is there", [copy("v.tif", "o.tif")], volume("deep", "v.zarr", "o.tif"), "o.tif is there already"),
     ("save: into a file", [], lambda: Student.load("flat").save("file"), "file"),

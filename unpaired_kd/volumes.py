@@ -590,7 +590,9 @@ def triple(
     "Three numbers along D, H, W. Raises `InputError` if they are not positive, or off the stride."
     if value is None: return None
     try:
-        t = tuple(kind(v) for v in (value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()))
+        given = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
+        t = tuple(kind(v) for v in given)
+        if any(a != float(v) for a, v in zip(t, given)): raise ValueError # 16.5 voxels
         if len(t) == 1: t *= 3
         if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)): raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None

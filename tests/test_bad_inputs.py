@@ -3,12 +3,19 @@
 A row is (name, what to prepare, arguments of `ukd`, what the message must say). To add one, write it into the table
 of its command; `check_bad` does the rest. It runs the command in this process, in a folder that `prepare` has filled.
 """
-import contextlib, io, json, os, re, stat, subprocess, sys
+import contextlib, functools, io, json, os, pickle, re, shutil, stat, subprocess, sys, tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from unpaired_kd import cli
+from unpaired_kd.core import InputError, seeded
+from unpaired_kd.data.images import Image, write_image
+from unpaired_kd.inference import Recipe, Student, predict_path
+from unpaired_kd.networks.registry import build
+from unpaired_kd.volumes import predict_volume
 
 START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = '''steps: int = 2  # how many
@@ -332,16 +339,244 @@ REPORT = [(name, prepare_it, ["report", *more], says) for name, prepare_it, more
 ]
 
 
-@pytest.mark.parametrize("arguments, ready, says", [pytest.param(a, r, s, id=f"{kind}: {n}") for kind, rows in dict(run=RUN, sweep=SWEEP, report=REPORT).items() for n, r, a, s in rows])
-def test_bad_input(arguments, ready, says, tmp_path):
+# ---------------------------------------------------------------- ukd predict
+
+@functools.cache
+def stock():
+    "Two students, images and volumes, made once: name -> bytes."
+    r = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as home, seeded(0, "bad inputs"):
+        home = Path(home)
+        flat, deep = build("unet", dict(in_channels=1, classes=1, width=2)), build("light_unet", dict(width=2, levels=2))
+        Student(flat, Recipe(channels=1, in_channels=1, patch=64)).save(home / "flat")
+        Student(deep, Recipe(in_channels=1, dims=3, patch=512)).save(home / "deep")
+        for name in ("im/a.png", "im/b.png", "wide.tif"): write_image(home / name, Image(r.integers(0, 256, (1, 32, 40), np.uint8)))
+        for name in ("v.zarr", "v.tif", "v.nii.gz"): write_image(home / name, Image(r.integers(1, 256, (1, 32, 30, 33), np.uint8)))
+        return {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+
+
+def ready(*more):
+    "Prepare: students, images and volumes, then what is wrong."
+    def make(place):
+        for name, content in stock().items(): write(name, content)(place)
+        for m in more: m(place)
+    return make
+
+
+def copy(name, to, change=bytes):
+    "Prepare: a changed copy of a file, or of a folder as it is."
+    def make(place):
+        if (place / name).is_dir(): shutil.copytree(place / name, place / to, dirs_exist_ok=True)
+        else: write(to, change((place / name).read_bytes()))(place)
+    return make
+
+
+def half(content): return content[:len(content) // 2]
+def alter(name, change):
+    "Prepare: a JSON file with a change."
+    def make(place):
+        data = json.loads((place / name).read_text())
+        change(data)
+        (place / name).write_text(json.dumps(data))
+    return make
+
+
+def reshape(data): data["shape"] = [10**9, 10**9, 10**9]
+def widen(data): data["recipe"]["network_config"]["width"] = 10**12
+def digestless(data): data.pop("recipe_digest")
+
+
+IN, OUT = ["flat", "im"], ["flat", "im", "out"]
+PREDICT = [(name, ready(*more), ["predict", *arguments], says) for name, more, arguments, says in [
+    # the output is, holds or lies in what must stay
+    ("output is the input", [], ["flat", "im/a.png", "im/a.png", "--overwrite"], "im/a.png is the input itself"),
+    ("output is the input on another way", [], ["flat", "im/a.png", "flat/../im/./a.png", "--overwrite"], "is the input itself"),
+    ("output is a link to the input", [link("l.png", "im/a.png")], ["flat", "im/a.png", "l.png", "--overwrite"], "l.png is the input itself"),
+    ("output is another name of the input", [lambda place: os.link(place / "im/a.png", place / "h.png")], ["flat", "im/a.png", "h.png", "--overwrite"], "h.png is the input itself"),
+    ("output folder is the input", [], ["flat", "im", "im/", "--overwrite"], "im/a.png is the input itself"),
+    ("output folder is a link to the input", [link("l", "im")], ["flat", "im", "l", "--overwrite"], "l/a.png is the input itself"),
+    ("output folder in the input", [], ["flat", "im", "im/out"], "im/out/a.png lies in im, the input"),
+    ("output folder is the student", [], ["flat", "im", "flat"], "lies in flat, the student's folder"),
+    ("output is the student's weights", [], ["flat", "im/a.png", "flat/weights.safetensors"], "flat/weights.safetensors"),
+    ("instances replace the input", [copy("im/a.png", "a_instances.png")], ["flat", "a_instances.png", "a.png", "--instances", "--overwrite"], "a_instances.png is the input itself"),
+    ("blocks: output is the input", [], ["deep", "v.zarr", "v.zarr/", "--overwrite"], "v.zarr is the input itself"),
+    ("blocks: output lies in the input", [], ["deep", "v.zarr", "v.zarr/labels.zarr"], "lies in v.zarr, the input"),
+    ("blocks: output holds the input", [copy("v.zarr", "e.zarr/raw.zarr")], ["deep", "e.zarr/raw.zarr", "e.zarr", "--overwrite"], "holds e.zarr/raw.zarr"),
+    ("blocks: the work folder holds the input", [copy("v.zarr", "o.zarr.part/v.zarr")], ["deep", "o.zarr.part/v.zarr", "o.zarr"], "o.zarr.part holds"),
+    ("blocks: the work folder is somebody's", [write("o.zarr.part/thesis.tex", "years")], ["deep", "v.zarr", "o.zarr"], "o.zarr.part is there.*thesis.tex"),
+    # the output is there, or cannot be
+    ("output is there", [], ["flat", "im/a.png", "im/b.png"], "im/b.png is there already.*--overwrite"),
+    ("one output of two is there", [copy("im/a.png", "out/b.png")], OUT, "out/b.png is there already"),
+    ("an instance map is there", [copy("im/a.png", "out/b_instances.png")], [*OUT, "--instances"], "out/b_instances.png is there already"),
+    ("output is a dangling link", [link("l.png", "gone")], ["flat", "im/a.png", "l.png"], "l.png is there already"),
+    ("output is a pipe", [fifo("p.png")], ["flat", "im/a.png", "p.png", "--overwrite"], "p.png is there and is not a file"),
+    ("output is a Zarr with more in it", [copy("v.zarr", "o.zarr"), write("o.zarr/raw/c", "")], ["deep", "v.zarr", "o.zarr", "--overwrite"], "o.zarr is there and is no label map"),
+    ("output below a file", [], [*IN, "file/out"], "cannot write into file/out.*file is not a folder"),
+    ("output folder is a file", [], [*IN, "file"], "output file: it is a file"),
+    ("output of an unset variable", [], [*IN, ""], "output '' is no path"),
+    ("input of an unset variable", [], ["flat", "", "out"], "input '' is no path"),
+    ("student of an unset variable", [], ["", "im", "out"], "student '' is no path"),
+    ("output where nothing can be", [], [*IN, "/proc/out"], "cannot write into /proc/out"),
+    ("output is a device", [], [*IN, "/dev/null/x"], "/dev/null is not a folder"),
+    ("output with a long name", [], ["flat", "im/a.png", "x" * 300 + ".png"], "name is too long"),
+    ("output in a loop of links", [link("l", "l")], [*IN, "l/out"], "cannot write into l/out"),
+    ("output as JPEG", [], ["flat", "im/a.png", "o.jpg"], "JPEG changes pixel values"),
+    ("output as GIF", [], ["flat", "im/a.png", "o.gif"], "o.gif: the ending is not one we write"),
+    ("a volume as PNG", [], ["flat", "v.nii.gz", "o.png"], "PNG holds no volumes"),
+    ("two images of one output", [copy("im/a.png", "im/a.jpg")], OUT, "would both be written to out/a.png"),
+    ("two names of one file on many disks", [copy("im/a.png", "im/A.PNG")], OUT, "the same name on many disks"),
+    ("an image named as an instance map", [copy("im/a.png", "im/a_instances.png")], [*OUT, "--instances"], "would both be written to out/a_instances.png"),
+    # the input
+    ("input absent", [], ["flat", "gone.png", "out"], "gone.png does not exist"),
+    ("input is a dangling link", [link("l.png", "gone")], ["flat", "l.png", "out"], "l.png is a link to gone"),
+    ("input is a pipe", [fifo("p.png")], ["flat", "p.png", "out"], "p.png is neither a file nor a folder"),
+    ("input is a device", [], ["flat", "/dev/zero", "out"], "/dev/zero is neither"),
+    ("input is an empty folder", [folder("e")], ["flat", "e", "out"], "e holds no images"),
+    ("input without images", [], ["flat", "thesis", "out"], "thesis holds no images"),
+    ("input of no format", [], ["flat", "file", "out"], "file: the ending"),
+    ("input is a left-over part", [copy("im/a.png", ".ukd.part.a.png")], ["flat", ".ukd.part.a.png", "out"], "what a killed command left"),
+    ("input is text", [write("t.png", "hello")], ["flat", "t.png", "out"], "t.png"),
+    ("input is nothing", [write("t.tif", "")], ["flat", "t.tif", "out"], "t.tif"),
+    ("input is cut: PNG", [copy("im/a.png", "t.png", half)], ["flat", "t.png", "out"], "t.png"),
+    ("input is cut: TIFF", [copy("v.tif", "t.tif", half)], ["flat", "t.tif", "new/deep/o.tif"], "t.tif"),
+    ("input is cut: NIfTI", [copy("v.nii.gz", "t.nii.gz", half)], ["flat", "t.nii.gz", "out"], "t.nii.gz"),
+    ("a header that promises the world", [alter("v.zarr/0/zarr.json", reshape)], ["flat", "v.zarr", "o.tif"], "v.zarr: its chunk 0/c/.* is not there"),
+    ("volumes only", [], ["deep", "im/a.png", "out"], "im/a.png is 2-D"),
+    # device, options
+    ("device unknown", [], [*OUT, "--device", "potato"], "--device potato.*This machine has cpu"),
+    ("device without a name", [], [*OUT, "--device", ""], "--device"),
+    ("device without numbers", [], [*OUT, "--device", "meta"], "--device meta"),
+    ("precision unknown", [], [*OUT, "--precision", "fp8"], "'fp8'"),
+    ("instances in blocks", [], ["deep", "v.zarr", "o.zarr", "--instances", "--tile", "16"], "--instances needs the whole volume"),
+    ("blocks of a 2-D student", [], ["flat", "v.zarr", "o.zarr", "--blocks"], "this student is 2-D"),
+    ("blocks of a picture", [], ["deep", "im/a.png", "o.zarr", "--blocks"], "im/a.png: blocks are read from"),
+    ("blocks of a folder", [], ["deep", "im", "o.zarr", "--blocks"], "im: blocks are read from"),
+    ("blocks to NIfTI", [], ["deep", "v.zarr", "o.nii.gz", "--blocks"], "blocks are written to .zarr or .tif"),
+    ("blocks to a TIFF by processes", [], ["deep", "v.zarr", "o.tif", "--workers", "1"], "several processes"),
+    ("blocks of a cut TIFF", [copy("v.tif", "t.tif", half)], ["deep", "t.tif", "o.tif", "--blocks"], "t.tif"),
+    ("blocks of a damaged chunk", [write("v.zarr/0/c/0/0/0", "x")], ["deep", "v.zarr", "o.zarr"], "v.zarr: its chunk 0/c/0/0/0 is damaged"),
+    ("blocks of a lost chunk", [lambda place: (place / "v.zarr/0/c/0/0/0").unlink()], ["deep", "v.zarr", "o.zarr", "--blocks"], "v.zarr.*0/c/0/0/0 is not there"),
+    ("tile of nothing", [], ["deep", "v.zarr", "o.zarr", "--tile", ""], "tile=''"),
+    ("tile off the stride", [], ["deep", "v.zarr", "o.zarr", "--tile", "7"], "tile=7: give multiples"),
+    ("halo of a word", [], ["deep", "v.zarr", "o.zarr", "--halo", "x"], "halo='x'"),
+    ("memory of nothing", [], ["deep", "v.zarr", "o.zarr", "--memory", "0"], "does not fit into the memory given"),
+    ("memory of a word", [], ["deep", "v.zarr", "o.zarr", "--memory", "much"], "memory='much'"),
+    ("empty is no number", [], ["deep", "v.zarr", "o.zarr", "--empty", "nan"], "empty=nan"),
+    ("workers below none", [], ["deep", "v.zarr", "o.zarr", "--workers", "-1"], "workers=-1"),
+    ("spacing of nothing", [], ["deep", "v.zarr", "o.zarr", "--spacing", "0,1,1"], "spacing='0,1,1'"),
+    ("scheduler without a port", [], ["deep", "v.zarr", "o.zarr", "--scheduler", "potato"], "--scheduler potato"),
+    # the student
+    ("student absent", [], ["gone", "im", "out"], "gone/weights.safetensors does not exist"),
+    ("student is a file", [], ["file", "im", "out"], "file/weights.safetensors does not exist"),
+    ("student without weights", [lambda place: (place / "flat/weights.safetensors").unlink()], OUT, "flat/weights.safetensors does not exist"),
+    ("student with cut weights", [copy("flat/weights.safetensors", "flat/weights.safetensors", half)], OUT, "flat/weights.safetensors cannot be read"),
+    ("student with other weights", [copy("deep/weights.safetensors", "flat/weights.safetensors")], OUT, "flat/weights.safetensors does not fit"),
+    ("student with a broken config", [write("flat/config.json", "{")], OUT, "flat/config.json is not valid JSON"),
+    ("student of another program", [write("flat/config.json", '{"model_type": "bert"}')], OUT, "flat/config.json is not the config"),
+    ("student changed by hand", [alter("flat/config.json", widen)], OUT, "flat/config.json: the recipe was changed"),
+    ("student that takes all memory", [alter("flat/config.json", widen), alter("flat/config.json", digestless)], OUT, "flat/config.json: no network here has an argument above"),
+]]
+
+
+@pytest.mark.parametrize("bad", ["text.png", "cut.tif", "gone.png", "pipe.nii.gz", "huge.zarr", "odd\n%d{}.png"])
+def test_a_bad_image_is_named_and_the_others_are_finished(bad, tmp_path):
+    ready()(tmp_path)
+    path = tmp_path / "im" / bad
+    if bad == "gone.png": path.symlink_to("nowhere")
+    elif bad == "pipe.nii.gz": os.mkfifo(path)
+    elif bad == "cut.tif": path.write_bytes(half(stock()["v.tif"]))
+    elif bad == "huge.zarr":
+        shutil.copytree(tmp_path / "v.zarr", path)
+        alter(f"im/{bad}/0/zarr.json", reshape)(tmp_path)
+    else: path.write_text("hello")
+    before = tree(tmp_path)
+    status, error = call(["predict", *OUT], tmp_path)
+    assert status == 1 and "2 of 3 images were segmented; 1 were not" in error and "Traceback" not in error
+    assert bad.replace("\n", " ") in error
+    now = tree(tmp_path)
+    assert {k: now[k] for k in before} == before and now.keys() - before.keys() == {"out", "out/a.png", "out/b.png"}
+
+
+def load(name, *more, **options): return list(more), lambda: Student.load(name, **options)
+
+
+def array(shape, kind=np.uint8): return lambda: Student.load("flat").predict(np.zeros(shape, kind))
+
+
+def path(*arguments, **options): return lambda: predict_path(*arguments, bars=False, **options)
+
+
+def volume(*arguments, **options): return lambda: predict_volume(*arguments, **options)
+
+
+def nameless():
+    "A student whose network has no config."
+    Student(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), Recipe(channels=1, in_channels=1)).save("new")
+
+
+API = [
+    ("load: absent", *load("gone"), "gone/weights.safetensors does not exist"),
+    ("load: no path", *load(""), "student '' is no path"),
+    ("load: zero byte", *load("fl\0at"), "is no path"),
+    ("load: no such device", *load("flat", device="tpu"), "--device tpu"),
+    ("load: no such precision", *load("flat", precision="int4"), "'int4'"),
+    ("load: weights are a pipe", *load("flat", lambda place: ((place / "flat/weights.safetensors").unlink(), os.mkfifo(place / "flat/weights.safetensors"))), "flat/weights.safetensors"),
+    ("load: weights are a pickle", *load("flat", write("flat/weights.safetensors", pickle.dumps({"a": 1}))), "flat/weights.safetensors cannot be read"),
+    ("load: config is a bomb of brackets", *load("flat", write("flat/config.json", "[" * 100000)), "flat/config.json is not valid JSON"),
+    ("load: recipe of odd types", *load("flat", alter("flat/config.json", lambda data: (digestless(data), data["recipe"].update(zoom="big")))), "flat/config.json: zoom='big'"),
+    ("load: network unknown", *load("flat", alter("flat/config.json", lambda data: (digestless(data), data["recipe"].update(network="os.system")))), "unknown network 'os.system'"),
+    ("predict: five axes", [], array((1, 1, 4, 32, 32)), "is not an image"),
+    ("predict: one axis", [], array(7), "is not an image"),
+    ("predict: too small", [], array((2, 3)), "needs at least"),
+    ("predict: NaN", [], lambda: Student.load("flat").predict(np.full((32, 32), np.nan, np.float32)), "NaN"),
+    ("predict: text", [], lambda: Student.load("flat").predict(np.full((32, 32), "a")), "type <U1 and shape \\(32, 32\\) is not an image"),
+    ("predict: complex numbers", [], array((32, 32), complex), "type complex128"),
+    ("predict: nothing", [], array((0, 32)), "shape \\(0, 32\\) is not an image"),
+    ("predict: rows of unequal length", [], lambda: Student.load("flat").predict([[1, 2], [3]]), "no array of numbers"),
+    ("path: no input", [], path("flat", None, "out"), "input None is no path"),
+    ("path: a list of inputs", [], path("flat", ["im/a.png"], "out"), "is no path"),
+    ("path: no student", [], path(None, "im", "out"), "student None is no path"),
+    ("volume: zero byte in the student", [], volume("de\0ep", "v.zarr", "o.zarr"), "is no path"),
+    ("volume: empty is text", [], volume("deep", "v.zarr", "o.zarr", empty="x"), "empty='x'"),
+    ("volume: workers are text", [], volume("deep", "v.zarr", "o.zarr", workers="2"), "workers='2'"),
+    ("volume: memory is a list", [], volume("deep", "v.zarr", "o.zarr", memory=[1]), "memory=\\[1\\]"),
+    ("save: nowhere", [], lambda: Student.load("flat").save(""), "folder '' is no path"),
+    ("path: zero byte in the output", [], path("flat", "im", "o\0ut"), "is no path"),
+    ("path: output is there", [], path("flat", "im/a.png", "im/b.png"), "overwrite=True"),
+    ("path: a student in memory, no such device", [], lambda: predict_path(Student.load("flat"), "im", "out", device="cuda:99"), "--device cuda:99"),
+    ("volume: zero byte in the output", [], volume("deep", "v.zarr", "o\0.zarr"), "is no path"),
+    ("volume: a student in memory for a cluster", [], lambda: predict_volume(Student.load("deep"), "v.zarr", "o.zarr", workers=1), "not a Student in memory"),
+    ("volume: tile of odd type", [], volume("deep", "v.zarr", "o.zarr", tile={"z": 1}), "tile="),
+    ("volume: tile of half voxels", [], volume("deep", "v.zarr", "o.zarr", tile=16.5), "tile=16.5"),
+    ("volume: absent unknown", [], volume("deep", "v.zarr", "o.zarr", absent="zero"), "unknown absent 'zero'"),
+    ("volume: output is there", [copy("v.tif", "o.tif")], volume("deep", "v.zarr", "o.tif"), "o.tif is there already"),
+    ("save: into a file", [], lambda: Student.load("flat").save("file"), "file"),
+    ("save: where nothing can be", [], lambda: Student.load("flat").save("/proc/student"), "/proc/student"),
+    ("save: network without a config", [], nameless, "no `config`|not registered"),
+]
+
+
+@pytest.mark.parametrize("more, action, says", [pytest.param(m, a, s, id=n) for n, m, a, s in API])
+def test_bad_input_of_a_function(more, action, says, tmp_path, monkeypatch):
     prepare(tmp_path)
-    if ready: ready(tmp_path)
+    ready(*more)(tmp_path)
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as e: action()
+    check_message(str(e.value), says)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments, make, says", [pytest.param(a, r, s, id=f"{kind}: {n}") for kind, rows in dict(run=RUN, sweep=SWEEP, report=REPORT, predict=PREDICT).items() for n, r, a, s in rows])
+def test_bad_input(arguments, make, says, tmp_path):
+    prepare(tmp_path)
+    if make: make(tmp_path)
     check_bad(arguments, says, tmp_path)
 
 
 def test_the_rows_are_many_and_differ():
-    rows = [*RUN, *SWEEP, *REPORT]
-    assert len(rows) > 180 and len({(n, tuple(a)) for n, _, a, _ in rows}) == len(rows)
+    rows = [*RUN, *SWEEP, *REPORT, *PREDICT]
+    assert len(rows) > 250 and len({(n, tuple(a)) for n, _, a, _ in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("arguments", [given("stepz", "3"), ["sweep", "absent.yaml"], ["report", "absent"]], ids=["run", "sweep", "report"])

@@ -384,6 +384,24 @@ def test_room(home, monkeypatch):
     predict_volume("deep", "v.tif", "p2.tif", tile=16)
 
 
+def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
+    "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
+    from unpaired_kd.inference import FileJob, foresee_room, unpacked_bytes
+    (home / "few").mkdir()
+    write_image(home / "few" / "a.png", Image(np.zeros((1, 30, 41), np.uint8)))
+    write_image(home / "few" / "b.nii.gz", Image(np.zeros((1, 3, 20, 50), np.uint8)))
+    (home / "few" / "c.tif").write_bytes(b"no header")
+    os.mkfifo(home / "few" / "d.png")
+    names = ("a.png", "b.nii.gz", "c.tif", "d.png")
+    def jobs(n): return [FileJob(home / "few" / f, (home / "o" / f,) * n, "") for f in names]
+    need = 30 * 41 + 20 * 50
+    assert unpacked_bytes(jobs(1)) == need and unpacked_bytes(jobs(2)) == 5 * need
+    for free, says in ((need, ""), (need - 1, "the disk may become full")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=free)))
+        foresee_room(jobs(1))
+        assert says in (said := capsys.readouterr().out) and bool(said) == bool(says)
+
+
 def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
     "The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing was finished."
     from unpaired_kd import volumes
@@ -472,9 +490,10 @@ def test_devices(monkeypatch):
 # ---- students that come from anywhere
 
 def edited(folder, **recipe):
-    "Change entries of the recipe in config.json."
+    "Change entries of the recipe in config.json; without its digest, as who means harm would."
     c = json.loads((folder / "config.json").read_text())
     c["recipe"].update(recipe)
+    c.pop("recipe_digest")
     (folder / "config.json").write_text(json.dumps(c))
 
 
@@ -573,3 +592,54 @@ def test_a_device_without_memory_is_named(home, monkeypatch):
     def full(*a): raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
     monkeypatch.setattr(inference, "build", lambda *a, real=inference.build: real(*a) if torch.get_default_device().type == "meta" else full())
     with pytest.raises(InputError, match="flat/weights.safetensors needs more memory"): Student.load("flat", "cpu")
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("Nanny failed to start."), ValueError("bad codec"), RuntimeError("CUDA error: an illegal memory access")])
+def test_a_fault_of_a_block_names_the_output(home, monkeypatch, fault):
+    from unpaired_kd import volumes
+    before = tree(home)
+    def broken(*a): raise fault
+    monkeypatch.setattr(volumes, "compute_block", broken)
+    with pytest.raises(InputError, match="(?s)q.zarr: a block failed.*Nothing of it is kept"): predict_volume("deep", "v.tif", "q.zarr", tile=8)
+    assert tree(home) == before
+    monkeypatch.setattr(volumes, "compute_block", lambda *a: undefined) # a mistake of ours
+    with pytest.raises(NameError): predict_volume("deep", "v.tif", "q.zarr", tile=8)
+    assert tree(home) == before
+
+
+def test_a_volume_that_does_not_fit_is_named(home, monkeypatch):
+    from unpaired_kd import volumes
+    def large(path): raise MemoryError
+    monkeypatch.setitem(volumes.OPENERS, ".tif", large)
+    with pytest.raises(InputError, match="v.tif needs more memory"): volumes.open_volume("v.tif")
+
+
+def test_writers_leave_the_settings_of_zarr(home):
+    "Many threads open at once: each writes its empty block to a file, and zarr's own setting is as before."
+    import concurrent.futures
+    from unpaired_kd.volumes import Block, create_output, write_block
+    create_output(home / "z.zarr", (4, 4, 64), (4, 4, 4))
+    blocks = [Block((0, 0, i), ((0, 4), (0, 4), (4 * i, 4 * i + 4)), None) for i in range(16)]
+    before = zarr.config.get("array.write_empty_chunks")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda b: write_block(home / "z.zarr", b, np.zeros((4, 4, 4), np.uint8), (4, 4, 64)), blocks))
+    assert zarr.config.get("array.write_empty_chunks") is before is False
+    assert sorted(int(p.name) for p in (home / "z.zarr/0/c/0/0").iterdir()) == list(range(16))
+
+
+def test_what_continues_is_said(home):
+    "A stopped command says so where a folder's notes or the blocks of a volume lie."
+    from unpaired_kd.cli import continues, parser
+    def stopped(out): return continues(parser().parse_args(["predict", "flat", "v.tif", out]))
+    (home / "o.zarr.part").mkdir()
+    (home / "folder").mkdir()
+    assert stopped("o.zarr") and stopped("o.zarr/") and not stopped("folder") and not stopped("new")
+    (home / "folder/.ukd.notes").touch()
+    assert stopped("folder/")
+
+
+def test_a_model_card_is_utf8_everywhere(home):
+    "Under an ASCII locale, too; a class whose name is no text is written with its code."
+    Student(flat().network, Recipe(channels=1, in_channels=1, patch=64, classes=("Hintergrund", "Drüse \udce9"))).save(home / "umlaut")
+    text = (home / "umlaut/README.md").read_bytes().decode("utf-8")
+    assert "1 Drüse \\udce9" in text and "\r" not in text

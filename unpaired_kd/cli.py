@@ -1101,5 +1101,7 @@ def bad_input(
 def continues(
     args, # what `parser` read: an argparse.Namespace
 )->bool: # whether the same command goes on where this one stopped
-    "Runs and sweeps continue, and a prediction that works in blocks."
-    return args.command in ("run", "sweep") or args.command == "predict" and Path(args.output + ".part").exists()
+    "Runs and sweeps continue, and a prediction that has finished a block, or an image of a folder."
+    if args.command != "predict": return args.command in ("run", "sweep")
+    output = Path(args.output).absolute()
+    return (output / ".ukd.notes").exists() or output.with_name(output.name + ".part").exists()

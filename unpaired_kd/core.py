@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE', 'REAL', 'InputError', 'Registry', 'unknown', 'extra', 'log_as_error',
-           'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow',
-           'clear_parts', 'atomic', 'atomic_folder', 'hold', 'read_text', 'write_json', 'read_json', 'write_csv',
-           'read_csv', 'digest', 'file_sha256', 'bf16_supported', 'resolve_precision', 'progress']
+           'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
+           'is_same_file', 'clear_parts', 'sync', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'read_text',
+           'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'bf16_supported',
+           'resolve_precision', 'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
 import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil, stat
@@ -204,7 +205,9 @@ def arrow(
 # %% ../nbs/0_core/1_core.ipynb #6c7b9b7b
 PART, OLD = ".ukd.part.", ".ukd.old." # how the names of parts, and of folders that are being replaced, begin
 
-def _lock(handle):
+def take_lock(
+    handle, # open file or folder, a number or an object with `fileno`
+)->bool: # whether it is ours now; it is free again when the handle is closed
     "Lock an open file or folder without waiting; False if somebody else holds it. True where there are no locks."
     try:
         import fcntl
@@ -215,7 +218,10 @@ def _lock(handle):
         pass
     return True
 
-def _same(handle, path):
+def is_same_file(
+    handle:int, # open file or folder
+    path,       # where it was opened
+)->bool:
     "Whether the open file still is what lies at `path`."
     try: return os.path.samestat(os.fstat(handle), os.lstat(path))
     except OSError: return False
@@ -235,7 +241,7 @@ def _sweep(
     except FileNotFoundError: return True
     except OSError: return False # a link, or not ours to open
     try:
-        if not (_lock(handle) and _same(handle, path)): return False # at work
+        if not (take_lock(handle) and is_same_file(handle, path)): return False # at work
         home = path.with_name(path.name.removeprefix(OLD))
         if path.name.startswith(OLD) and not home.exists(): os.replace(path, home)
         else: _remove(path)
@@ -267,7 +273,7 @@ def _new_part(
         if not _sweep(part): continue
         try: handle = make(part)
         except FileExistsError: continue
-        if _lock(handle) and _same(handle, part): return part, handle
+        if take_lock(handle) and is_same_file(handle, part): return part, handle
         os.close(handle) # swept away between the two steps
     raise InputError(f"cannot write {path}: too many parts of it lie in {path.parent}. Remove the files that begin with {PART!r}.")
 
@@ -280,7 +286,9 @@ def _make_folder(part):
     os.mkdir(part, 0o700)
     return os.open(part, os.O_RDONLY)
 
-def _keep(path):
+def sync(
+    path, # a file or folder that is there
+):
     "Ask the disk to keep a file or folder (fsync), where the system can."
     if os.name == "nt" and path.is_dir(): return # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -294,12 +302,18 @@ REFUSALS = {getattr(errno, name) for name in # what a disk or its owner says no 
             "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split() if hasattr(errno, name)}
 
 @contextlib.contextmanager
-def _refusing(path):
-    "Errors of the disk become `InputError`; all others pass."
+def _refusing(path, all_of_them=False):
+    "Errors of the disk become `InputError`; others pass, since they may be of the caller's block."
     try: yield
     except OSError as e:
-        if e.errno not in REFUSALS: raise
+        if e.errno not in REFUSALS and not all_of_them: raise
         raise InputError(f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on the disk.") from e
+
+def _begin(path, make):
+    "The folder of `path`, and a part in it: (path, handle). Every fault is an `InputError`."
+    with _refusing(path, all_of_them=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _new_part(path, make)
 
 def _open_mode(mode):
     "Permissions that the user's mask leaves of `mode`."
@@ -314,19 +328,18 @@ def atomic(
     "Write to the temporary path that this yields; it replaces `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be written."
     path = Path(path)
     with _refusing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, handle = _new_part(path, _make_file)
+        part, handle = _begin(path, _make_file)
         try:
             yield part
             os.chmod(part, _open_mode(0o666))
-            _keep(part)
+            sync(part)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         finally:
             os.close(handle)
-        _keep(path.parent)
+        sync(path.parent)
 
 # %% ../nbs/0_core/1_core.ipynb #b1d0c0a6
 @contextlib.contextmanager
@@ -336,23 +349,22 @@ def atomic_folder(
     "As `atomic`, for a folder: what the block wrote replaces `path` as a whole when it succeeds and vanishes when it fails."
     path = Path(path)
     with _refusing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.with_name(OLD + path.name))
-        part, handle = _new_part(path, _make_folder)
+        part, handle = _begin(path, _make_folder)
         try:
             yield part
-            for inner in [*part.rglob("*"), part]: _keep(inner)
+            for inner in [*part.rglob("*"), part]: sync(inner)
             os.chmod(part, _open_mode(0o777))
-            _swap(part, path)
+            swap_folder(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         finally:
             os.close(handle)
 
-def _swap(
-    new, # a folder
-    path, # where it shall lie, perhaps in the place of another one
+def swap_folder(
+    new:Path,  # a folder, or a file
+    path:Path, # where it shall lie, perhaps in the place of another one, on the same disk
 ):
     "Put a folder into its place; the one that was there goes when the new one has arrived."
     old = path.with_name(OLD + path.name)
@@ -360,10 +372,10 @@ def _swap(
     try:
         if path.is_dir():
             lock = os.open(path, os.O_RDONLY)
-            _lock(lock) # so that nobody puts it back meanwhile
+            take_lock(lock) # so that nobody puts it back meanwhile
             os.replace(path, old)
         os.replace(new, path)
-        _keep(path.parent)
+        sync(path.parent)
         if lock is not None: _remove(old)
     finally:
         if lock is not None: os.close(lock)
@@ -379,7 +391,7 @@ def hold(
     with _refusing(Path(folder)/name):
         handle = os.open(Path(folder)/name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _lock(handle): raise InputError(f"{who} is at work in {folder}. Wait for it, or choose another folder.")
+        if not take_lock(handle): raise InputError(f"{who} is at work in {folder}. Wait for it, or choose another folder.")
         yield
     finally:
         os.close(handle)

@@ -7,8 +7,8 @@ __all__ = ['FILES', 'check_types', 'Recipe', 'checked_standard', 'standardised',
            'logits', 'probabilities', 'devices', 'resolve_device', 'Student', 'evaluating', 'network_input',
            'check_fit', 'model_card', 'student_files', 'read_config', 'whole_numbers', 'draft_of', 'read_weights',
            'faults_named', 'output_name', 'is_image', 'one_series', 'plan', 'instance_name', 'weights_mark',
-           'student_mark', 'FileJob', 'file_jobs', 'check_outputs', 'PartlyDone', 'segment_file', 'predict_path',
-           'told']
+           'student_mark', 'FileJob', 'file_jobs', 'notes_of', 'check_outputs', 'unpacked_bytes', 'foresee_room',
+           'PartlyDone', 'segment_file', 'predict_path', 'told']
 
 # %% ../nbs/4_training/4_inference.ipynb #1e262033
 import contextlib
@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import re
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .data.files import header_size
 from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import check_apart, check_format, check_names, check_new, check_place, check_input, check_room, files_mark, keeping_notes, Notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -131,7 +133,9 @@ def channels_first(
     dims:int=2, # spatial axes of the network
 )->np.ndarray: # (C,H,W) or (C,D,H,W)
     "Bring an array into the layout of `read_image`."
-    a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    try: a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    except (TypeError, ValueError) as e: raise InputError(f"the image is no array of numbers ({e}). Give a path, or a NumPy array.") from e
+    if a.ndim and (a.dtype.kind not in "biuf" or not a.size): raise InputError(f"an array of type {a.dtype} and shape {a.shape} is not an image. Give real numbers.")
     colours = (1, 3)
     if a.ndim == 2 or (a.ndim == 3 and dims == 3): return a[None]
     if a.ndim in (3, 4) and a.shape[0] in colours: return a
@@ -338,12 +342,13 @@ def save(self,
 )->Path: # the folder
     "Write weights, model card and recipe. Each file appears whole or not at all."
     from safetensors.torch import save_file
+    check_path("folder", folder)
     folder, r = Path(folder), self.recipe
     if not r.network_config: raise InputError("this network has no `config`, so it could not be built again. Register its class (`NETWORKS.register`) and give it a `config`.")
     state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
     with atomic(folder / FILES[0]) as t: save_file(state, t)
     n = sum(p.numel() for p in self.network.parameters())
-    with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}))
+    with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}), encoding="utf-8", errors="backslashreplace", newline="\n")
     write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "recipe_digest": digest(asdict(r), 64), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
     return folder
 
@@ -392,6 +397,7 @@ def student_files(
     folder, # of a saved student
 )->tuple: # paths of its weights and its config
     "Where its files are. `InputError` if one is missing."
+    check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
     for f in found:
         if not os.path.isfile(f):
@@ -605,6 +611,13 @@ def file_jobs(
         found.append(FileJob(source, outputs, mark))
     return found
 
+def notes_of(
+    target:Path, # the first label map
+    alone:bool,  # the only one
+)->Path: # the file of the notes
+    "Where a job notes what it has begun and done."
+    return target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
+
 def check_outputs(
     jobs:list,      # of `FileJob`
     source:Path,    # the input as it was given: an image, or the folder that holds them
@@ -627,6 +640,29 @@ def check_outputs(
     check_place(outputs[0].parent)
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10007
+def unpacked_bytes(
+    jobs:list, # of `FileJob`
+)->int: # bytes; of a volume one plane, of an image whose header cannot be read nothing
+    "What the label maps of all images take at least, before they are packed. Only headers are read."
+    total = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # reading the image will say it
+        for job in jobs:
+            if os.path.isfile(job.source) or os.path.isdir(job.source):
+                size = header_size(job.source) or (0, 0)
+                total += math.prod(size) * (5 if len(job.outputs) > 1 else 1)
+    return total
+
+def foresee_room(
+    jobs:list, # of `FileJob`
+):
+    "Say so if the disk may become full on the way: label maps are packed, so nobody knows before."
+    need = unpacked_bytes(jobs)
+    free = free_bytes(jobs[0].outputs[0])
+    if need > free:
+        print(f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
+              f"{free / 1e6:,.1f} MB are free there: the disk may become full.")
+
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
 
@@ -671,16 +707,19 @@ def predict_path(
     """Segment files: `ukd predict`. Label maps are written as they are finished, each atomically.
     Raises `InputError` before any work for what can be known, `PartlyDone` at the end if some
     images failed."""
+    check_path("input", input)
+    check_path("output", output)
     precision_now = resolve_precision(precision, resolve_device(device))
     source = Path(input)
     pairs, others = plan(source, Path(output))
     jobs = file_jobs(pairs, instances, student_mark(student), precision_now)
     alone = pairs[0][0] == source
-    target = jobs[0].outputs[0]
-    notes_path = target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
+    notes_path = notes_of(jobs[0].outputs[0], alone)
     check_outputs(jobs, source, student, Notes(notes_path), overwrite)
     if not isinstance(student, Student):
         student = Student.load(student, device, precision)
+    if not alone:
+        foresee_room(jobs)
     if others:
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}

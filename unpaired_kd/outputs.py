@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_new', 'check_replaceable', 'check_names', 'nearest', 'check_place',
-           'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark', 'check_input']
+           'free_bytes', 'check_room', 'check_format', 'locked', 'Notes', 'made_folder', 'keeping_notes', 'files_mark',
+           'check_path', 'check_input']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
 import functools
+import math
 import os
 import shutil
 import tempfile
 import unicodedata
 from pathlib import Path
 
-from .core import OLD, PART, InputError, _lock, _same, clear_parts, digest, read_json
+from .core import OLD, PART, InputError, clear_parts, digest, is_same_file, read_json, take_lock
 from .data.images import check_there, suffix_of
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d
@@ -141,15 +143,21 @@ def check_place(
     except OSError as e:
         raise InputError(f"cannot write into {folder} ({e.strerror or e}). {advice}") from e
 
+def free_bytes(
+    output, # path that will be written
+)->float: # bytes; infinity if the disk does not say
+    "The room on the disk where an output will lie."
+    try:
+        return shutil.disk_usage(nearest(output)).free
+    except OSError:
+        return math.inf
+
 def check_room(
     output, # path that will be written
     need:float, # bytes, at most
 ):
     "`InputError` if the disk has not that much room."
-    try:
-        free = shutil.disk_usage(nearest(output)).free
-    except OSError: # a disk that does not say
-        return
+    free = free_bytes(output)
     if need > free:
         raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
                          "are free there. Make room, or give a place on another disk.")
@@ -185,10 +193,10 @@ def locked(
         except OSError as e:
             raise InputError(f"cannot write {path} ({e.strerror}). "
                              "Give a folder that you may write to.") from e
-        if not _lock(file.fileno()):
+        if not take_lock(file.fileno()):
             file.close()
             raise InputError(busy)
-        if _same(file.fileno(), path):
+        if is_same_file(file.fileno(), path):
             return file
         file.close() # deleted between the two steps
 
@@ -284,6 +292,17 @@ def files_mark(
         s = os.stat(f)
         found.append((str(f.relative_to(path.parent)), s.st_size, s.st_mtime_ns))
     return digest(sorted(found))
+
+def check_path(
+    name:str, # of the argument
+    path,     # what was given for it
+):
+    "`InputError` for text that names no place: none at all (an unset variable), or a zero byte."
+    named = isinstance(path, (str, os.PathLike))
+    text = str(path) if named else path
+    if not named or not text.strip() or "\0" in text:
+        raise InputError(f"{name} {text!r} is no path. Give a file or folder; "
+                         "`.` is the current folder.")
 
 def check_input(
     path, # to be read

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_logits', 'has_halves', 'bytes_per_voxel',
            'choose_tile', 'Volume', 'zarr_volume', 'tiff_volume', 'nifti_volume', 'open_volume', 'block_input',
-           'as_bytes', 'create_output', 'reserve', 'write_block', 'check_work', 'held', 'plain', 'differences',
-           'resume', 'logged', 'log_block', 'pipeline', 'Job', 'compute_block', 'tidy_memory', 'remote_block',
-           'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'prepared', 'place_of', 'ended', 'told', 'on_disk',
-           'unfinished', 'predict_volume', 'run_blocks', 'goes_in_blocks']
+           'as_bytes', 'create_output', 'reserve', 'open_to_write', 'write_block', 'check_work', 'held', 'plain',
+           'differences', 'resume', 'logged', 'log_block', 'pipeline', 'Job', 'compute_block', 'tidy_memory',
+           'remote_block', 'on_cluster', 'voxel_limit', 'triple', 'check_blocks', 'prepared', 'place_of', 'ended',
+           'check_arguments', 'told', 'on_disk', 'unfinished', 'predict_volume', 'own_cluster', 'run_blocks',
+           'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
-import contextlib, copy, ctypes, errno, functools, itertools, json, math, os, queue, re, shutil, threading, time, weakref
+import contextlib, copy, ctypes, errno, functools, itertools, json, logging, math, numbers, os, queue, re, shutil, threading, time, weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import PART, InputError, _keep, _swap, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
-from .outputs import check_apart, check_new, check_input, check_place, check_room, files_mark, locked, made_folder
+from .outputs import check_apart, check_input, check_new, check_path, check_place, check_room, files_mark, locked, made_folder
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
@@ -181,9 +182,10 @@ class Volume:
         box, # (start, stop) along D, H, W
     )->np.ndarray: # (C,d,h,w), as stored, in the machine's byte order
         "One box. A fault is an `InputError` that names file and box."
-        try: a = self.box(tuple(slice(int(a), int(b)) for a, b in box))
+        box = [(int(a), int(b)) for a, b in box]
+        try: a = self.box(tuple(slice(*b) for b in box))
         except MemoryError: raise
-        except Exception as e: raise InputError(f"{self.path}: the box {list(map(tuple, box))} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
+        except Exception as e: raise InputError(f"{self.path}: the box {box} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
         return np.ascontiguousarray(a, np.dtype(np.float32) if a.dtype == np.float64 else a.dtype.newbyteorder("="))
 
     def __getitem__(self, index): # `...`, or up to four slices
@@ -248,7 +250,7 @@ def open_volume(
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
     try: return OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)
     except InputError as e: raise InputError(f"{path}: {e}") from e
-    except (MemoryError, KeyboardInterrupt): raise
+    except MemoryError as e: raise InputError(f"{path} needs more memory to open than is free. Close other programs, or save it as .zarr, which is read piece by piece.") from e
     except Exception as e: raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
 
 # %% ../nbs/4_training/6_volumes.ipynb #b6df5d60
@@ -311,6 +313,16 @@ def reserve(
                 raise
 
 # %% ../nbs/4_training/6_volumes.ipynb #3b33d250
+_OPENING = threading.Lock() # zarr's settings belong to the process, and several threads write
+
+def open_to_write(
+    folder:Path, # of a zarr array
+): # the array; empty chunks get their files, too
+    "Open an array of `create_output` for writing; zarr's settings are as before."
+    zarr = extra("zarr", "volumes")
+    with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
+        return zarr.open_array(str(folder), mode="r+")
+
 def write_block(
     path:Path,         # what `create_output` made
     block:Block,       # where
@@ -320,13 +332,12 @@ def write_block(
     "Write a core and wait until it is on the disk."
     box = (..., *(slice(*c) for c in block.core))
     if suffix_of(path) == ".zarr":
-        zarr = extra("zarr", "volumes")
-        with zarr.config.set({"array.write_empty_chunks": True}): array = zarr.open_array(str(path / "0"), mode="r+")
+        array = open_to_write(path / "0")
         file = path / "0" / array.metadata.encode_chunk_key((*[0] * (array.ndim - 3), *block.at))
         file.unlink(missing_ok=True) # what a killed process may have left is not read
         array[box] = values
         for p in (file, *file.parents): # the names of new folders, too
-            _keep(p)
+            sync(p)
             if p == path / "0":
                 break
     else:
@@ -396,7 +407,7 @@ def resume(
     if not ((work / "job.json").exists() and data.exists()):
         for old in (data, work / "blocks.log", work / "job.json"): shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         create()
-        for p in (*data.rglob("*"), data): _keep(p)
+        for p in (*data.rglob("*"), data): sync(p)
         write_json(work / "job.json", plain(record)) # last: it says that all is ready
         return set()
     if differ := differences(work, record):
@@ -560,12 +571,13 @@ def voxel_limit(
     rim,        # as in `block_logits`
 )->tuple: # voxels a block may have, halo included; voxels that its core and rim may have
     "How large a block may be. On the CPU 0.5 GB of `memory` is left to Python, torch and the blocks on their way. Raises `InputError` for other text."
-    device = next(net.parameters(), torch.empty(0)).device
+    device, given = next(net.parameters(), torch.empty(0)).device, memory
     if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 1.5e9
     if isinstance(memory, str):
         found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", memory.strip())
         try: memory = float(found[1]) * 1000.**" kMGT".index(found[2] or " ")
-        except (TypeError, ValueError): raise InputError(f"memory={memory!r}: give a size such as 1.5GB or 800MB.") from None
+        except (TypeError, ValueError): memory = None
+    if not isinstance(memory, numbers.Real): raise InputError(f"memory={given!r}: give a size such as 1.5GB or 800MB.")
     left = max(0, memory - (.5e9 if device.type == "cpu" else 0))
     return left / bytes_per_voxel(net, channels, 3, rim), left / bytes_per_voxel(net, channels, 3)
 
@@ -578,7 +590,9 @@ def triple(
     "Three numbers along D, H, W. Raises `InputError` if they are not positive, or off the stride."
     if value is None: return None
     try:
-        t = tuple(kind(v) for v in (value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()))
+        given = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
+        t = tuple(kind(v) for v in given)
+        if any(a != float(v) for a, v in zip(t, given)): raise ValueError # 16.5 voxels
         if len(t) == 1: t *= 3
         if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)): raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None
@@ -657,6 +671,23 @@ def ended(
     "Whether a job was killed when its output had its name already, and only the work folder was left."
     return (work / "job.json").exists() and not data.exists() and os.path.lexists(output)
 
+def check_arguments(
+    input,       # the volume
+    output,      # what was asked for
+    student,     # folder of a saved student, or a `Student`
+    empty,       # largest raw value of the background, or None
+    workers:int, # processes of this machine; 0: this one
+):
+    "`InputError` for what no volume can answer."
+    check_path("input", input)
+    check_path("output", output)
+    if not isinstance(student, Student):
+        check_path("student", student)
+    if empty is not None and not (isinstance(empty, numbers.Real) and math.isfinite(empty)):
+        raise InputError(f"empty={empty!r}: give a finite raw value, for example 0.")
+    if not isinstance(workers, numbers.Integral) or workers < 0:
+        raise InputError(f"workers={workers!r}: give a number of processes, or 0 for this one.")
+
 def told(
     volume:Volume, # the input
     t:dict,        # what `predict_volume` returns
@@ -679,7 +710,7 @@ def unfinished(
     work:Path,   # the work folder, held
     output:Path, # what it becomes, for messages
 ):
-    "Within the block, faults of disk, memory and cluster become `InputError`. After a fault the work stays if a block of it is finished, and goes if none is."
+    "Within the block, faults of disk, memory, cluster, torch and zarr become `InputError`. After a fault the work stays if a block of it is finished, and goes if none is."
     kept = f"What is finished lies in {work}; the same command continues."
     try:
         yield
@@ -698,6 +729,8 @@ def unfinished(
         if type(e).__module__.startswith("distributed"):
             raise InputError(f"{output}: the cluster failed ({type(e).__name__}: {e}). "
                              f"{kept}") from e
+        if isinstance(e, (RuntimeError, ValueError)): # of torch, zarr, or a process that cannot start
+            raise InputError(f"{output}: a block failed ({type(e).__name__}: {e}). {kept}") from e
         raise
 
 # %% ../nbs/4_training/6_volumes.ipynb #f0c5a32a
@@ -720,7 +753,9 @@ def predict_volume(
     overwrite:bool=False, # replace an output that is there, when the new one is whole
 )->dict: # output, tile, halo, blocks, computed, skipped, resumed, and seconds: read, compute, write (they overlap), seconds; voxels_per_second
     "Segment a volume of any size. The same call continues a job that was killed. Raises `InputError`, also for work of another job."
-    start, folder = time.perf_counter(), None if isinstance(student, Student) else str(Path(student).resolve())
+    start = time.perf_counter()
+    check_arguments(input, output, student, empty, workers)
+    folder = None if isinstance(student, Student) else str(Path(student).resolve())
     resolve_precision(precision, resolve_device(device))
     mark = weights_mark(student)
     output, work, data = place_of(input, output, student, overwrite)
@@ -746,7 +781,7 @@ def predict_volume(
             todo = [b for b in blocks if b.at not in ready]
             spent, skipped = run_blocks(student, volume, job, todo, work, folder, device, scheduler, workers, bars)
             check_new([output], overwrite) # another program may have been quicker
-            _swap(data, output)
+            swap_folder(data, output)
         (work / "job.json").unlink()
     seconds, done = time.perf_counter() - start, sum(math.prod(e - a for a, e in b.core) for b in todo)
     t = dict(output=str(output), tile=tile, halo=halo, blocks=len(blocks), computed=len(todo) - skipped, skipped=skipped, resumed=len(ready), **spent, seconds=seconds, voxels_per_second=done / seconds)
@@ -754,6 +789,14 @@ def predict_volume(
     return t
 
 # %% ../nbs/4_training/6_volumes.ipynb #dd2cf89f
+def own_cluster(
+    workers:int, # how many processes
+): # a Dask cluster, as a context manager
+    "Processes of this machine. What fails in one is raised here, so they do not print it."
+    distributed = extra("distributed", "scale")
+    return distributed.LocalCluster(n_workers=workers, threads_per_worker=1,
+                                    dashboard_address=None, silence_logs=logging.CRITICAL)
+
 def run_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -764,14 +807,14 @@ def run_blocks(
 )->tuple: # seconds of the stages, and how many blocks were empty
     "Do the blocks here, in processes of this machine, or on a cluster; note each one when it is on the disk."
     skipped, channels = [], student.recipe.channels
-    with open(work / "blocks.log", "a") as log, contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown:
+    with open(work / "blocks.log", "a", encoding="utf-8") as log, contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown:
         def done(block, empty):
             log_block(log, block)
             shown.update()
             if empty: skipped.append(block)
         if scheduler or workers:
             with contextlib.ExitStack() as stack:
-                if not scheduler: scheduler = stack.enter_context(extra("distributed", "scale").LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)).scheduler_address
+                if not scheduler: scheduler = stack.enter_context(own_cluster(workers)).scheduler_address
                 return on_cluster(scheduler, folder, device, job, todo, done), len(skipped)
         student.network.to(memory_format=torch.channels_last_3d)
         empty = set()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'zarr_parts', 'ome_note', 'inner', 'images_in', 'find_image', 'axis_letters', 'level_scale', 'level_spacing',
-           'chunk_files', 'absent_chunk', 'broken_chunk', 'own_level', 'find_array', 'open_zarr', 'read_zarr']
+           'places', 'chunk_files', 'absent_chunk', 'broken_chunk', 'own_level', 'find_array', 'open_zarr', 'read_zarr']
 
 # %% ../../nbs/1_data/19_ngff.ipynb #2f6b16f8
 import os
@@ -139,22 +139,33 @@ def level_spacing(
 # %% ../../nbs/1_data/19_ngff.ipynb #113dcafe
 ABSENT = ("error", "empty")
 
+def places(
+    grid:tuple, # how many chunks along each axis
+): # yields indices, the last axis fastest; none is kept, so a header may promise any number
+    "Every place in a grid."
+    if not grid:
+        yield ()
+        return
+    for i in range(grid[0]):
+        for rest in places(grid[1:]):
+            yield (i, *rest)
+
 def chunk_files(
     array, # zarr array in a folder
 ): # pairs (index in the grid, Path of the file), one after the other
     "The files of the chunks (or shards) that the array should have."
     grid = tuple(-(-n // m) for n, m in zip(array.shape, array.shards or array.chunks))
     folder = Path(array.store.root) / array.path
-    for at in np.ndindex(grid):
+    for at in places(grid):
         yield at, folder / array.metadata.encode_chunk_key(at)
 
 def absent_chunk(
     array, # zarr array in a folder
 ):
     "The first chunk (or shard) file that does not exist, as a Path; None if all are there."
-    if array.nchunks_initialized == array.nchunks or not hasattr(array.store, "root"):
+    if not hasattr(array.store, "root"):
         return None
-    return next((file for _, file in chunk_files(array) if not file.exists()), None)
+    return next((file for _, file in chunk_files(array) if not os.path.exists(file)), None)
 
 def broken_chunk(
     array, # zarr array in a folder

@@ -145,10 +145,10 @@ MIXED = ("mark the foreground by {}, each by one of them. Write one number in al
 def refuse_ignored(
     where:str,  # file or case
     found:set,  # numbers of its label
-    before:set, # numbers of labels that were read before
+    before:set, # numbers of other labels
 ):
     "`InputError` for 254, 255 or 65535 beside a few small numbers: it is no class, and no object."
-    marks, small = found & set(WHITE), {v for v in found | before if v not in WHITE}
+    marks, small = found & set(WHITE), (found | before) - set(WHITE)
     alone = len(found) == 1 and small <= {1} # black and white here, 0 and 1 there
     if not marks or alone or max(small, default=0) > FEW: return
     raise InputError(f"{where}: the label holds {spelled(marks)} beside {spelled(small) or '0'}. "
@@ -172,6 +172,7 @@ class Evidence:
         self.values, self.counts = set(), set() # numbers above 0; how many a label holds
         self.gapless = self.whole = True        # every label: 1..n; its numbers in one piece each
         self.read, self.most, self.where = 0, 0, "the labels"
+        self.white, self.odd = 0, {} # labels of 0 and one of `WHITE`; such a number -> its label
         self.wide = self.volume = False
 
     def add(self,
@@ -184,15 +185,23 @@ class Evidence:
             raise InputError(f"{where}: the label holds negative values (down to {label.min()}). "
                              + NO_IGNORE)
         found = numbers_in(label)
-        n = len(found)
-        refuse_ignored(where, set(found.tolist()), self.values)
-        self.values |= set(found.tolist())
+        n, values = len(found), set(found.tolist())
+        refuse_ignored(where, values, set())
+        self.values |= values
+        if n == 1 and values <= set(WHITE):
+            self.white += 1
+            self.odd.setdefault(*values, where)
         self.read, self.wide, self.volume = self.read + 1, bool(wide), label.ndim > 2
         if n: self.counts.add(n)
         self.gapless = self.gapless and (not n or int(found[-1]) == n)
         self.whole = self.whole and (n < 2 or in_one_piece(label))
         if n > self.most: self.most, self.where = n, where
         return n
+
+    def black_white(self)->bool:
+        "Whether most labels are 0 and 255 (or its like), or all are, with some of 0 and 1."
+        all_are = self.counts == {1} and self.values <= {1, *WHITE} and self.white > 0
+        return all_are or 2 * self.white > self.read
 
     def means(self, classes, kind, why):
         "A `Meaning` from this evidence."
@@ -217,8 +226,7 @@ def infer_labels(
     seen = Evidence()
     for where, y, wide in labels:
         n = seen.add(where, y, wide)
-        if n == 1 and seen.values <= {1, *WHITE} and seen.values != {1}:
-            return seen.means(names, "semantic", f"a label is 0 and {max(seen.values)} only")
+        if seen.black_white() and seen.read > 2: break # one alone may be the odd one
         if classes and n == 1 and not wide: return seen.means(names, "semantic", "two names")
         if classes and n > 1 and not seen.whole: seen.ask()
         if classes and n > 1: return seen.means(names, "instance", "two names, but more numbers")
@@ -228,7 +236,7 @@ def infer_labels(
 
 # %% ../../nbs/1_data/3_collections.ipynb #8d3c6686
 def decided(
-    seen:Evidence, # of all labels
+    seen:Evidence, # of the labels that were read
     names:tuple,   # of two classes
     kind,          # "semantic", if known
 )->Meaning: # of the numbers
@@ -236,6 +244,9 @@ def decided(
     high, single = max(seen.values, default=0), len(seen.values) == 1
     if not seen.read: return Meaning(names, kind or "semantic", "there are no labels")
     if high < 2: return seen.means(names, "semantic", "the labels hold 0 and 1")
+    if seen.black_white():
+        return seen.means(names, "semantic", f"labels are 0 and {max(seen.odd)} only")
+    for number, where in seen.odd.items(): refuse_ignored(where, {number}, seen.values)
     if single and high > FEW: return seen.means(names, "semantic", f"the labels hold 0 and {high}")
     sparse = high > FEW and 3 * len(seen.values) < high # such as 1, 2, 99: not 99 classes
     named = [f"class {k}" for k in range(1, high + 1)]

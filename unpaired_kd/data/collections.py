@@ -171,7 +171,7 @@ class Evidence:
     def __init__(self):
         self.values, self.counts = set(), set() # numbers above 0; how many a label holds
         self.gapless = self.whole = True        # every label: 1..n; its numbers in one piece each
-        self.read, self.most, self.where = 0, 0, "the labels"
+        self.read, self.top, self.where = 0, (0, 0), "the labels" # top: of the label `where`
         self.white, self.odd = 0, {} # labels of 0 and one of `WHITE`; such a number -> its label
         self.wide = self.volume = False
 
@@ -195,7 +195,8 @@ class Evidence:
         if n: self.counts.add(n)
         self.gapless = self.gapless and (not n or int(found[-1]) == n)
         self.whole = self.whole and (n < 2 or in_one_piece(label))
-        if n > self.most: self.most, self.where = n, where
+        top = (n, int(found[-1]) if n else 0) # how many numbers, and the highest
+        if top > self.top: self.top, self.where = top, where
         return n
 
     def black_white(self)->bool:
@@ -251,7 +252,7 @@ def decided(
     sparse = high > FEW and 3 * len(seen.values) < high # such as 1, 2, 99: not 99 classes
     named = [f"class {k}" for k in range(1, high + 1)]
     several = () if sparse or high > MOST else ("background", *named)
-    numbered = seen.whole and seen.gapless and seen.most > 1
+    numbered = seen.whole and seen.gapless and seen.top[0] > 1
     known = f"the labels hold {spelled(seen.values)}"
     if kind and several: return seen.means(several, "semantic", known)
     if high <= FEW and not numbered:

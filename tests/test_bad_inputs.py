@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unpaired_kd import cli
-from unpaired_kd.core import InputError, seeded
+from unpaired_kd.core import InputError, rng, seeded
 from unpaired_kd.data.images import Image, write_image
 from unpaired_kd.inference import Recipe, Student, predict_path
 from unpaired_kd.networks.registry import build
@@ -244,6 +244,124 @@ RUN = [
     ("out of another run", record(steps=1), out("done"), "done was made with other parameters"),
     ("out of a sweep", write("s/parameters.json", '{"sweep": "g"}'), [*out("s"), "--extend"], "s/parameters.json is not the record"),
 ]
+
+# ---------------------------------------------------------------- ukd check
+
+def sound(place):
+    "A data set of two modalities, each with three images of 24 x 24 pixels and labels 0 to 2."
+    for k, modality in enumerate(("ct", "mr")):
+        for i in range(3):
+            name = f"{modality}/{{}}/{modality}{i}.png"
+            picture(name.format("images"), rng(0, "bad", 3 * k + i).integers(0, 255, (24, 24)))(place)
+            picture(name.format("labels"), np.arange(576).reshape(24, 24) // 30 % 3)(place)
+        write(f"{modality}/groups.csv", f"id,group\n{modality}0,a\n{modality}1,b\n{modality}2,c\n")(place)
+
+
+def picture(name, numbers):
+    "Prepare: a PNG of 8 bits."
+    from PIL import Image
+    found = io.BytesIO()
+    Image.fromarray(np.asarray(numbers).astype(np.uint8)).save(found, format="png")
+    return write(name, found.getvalue())
+
+
+def after(*steps):
+    "Prepare: a sound data set in `data`, and then these steps in it."
+    def make(place):
+        sound(place / "data")
+        for step in steps: step(place / "data")
+    return make
+
+
+def gone(name): return lambda place: (place / name).unlink()
+
+
+def manifest(*changes):
+    "Prepare: the sound data set with a manifest, in which texts are replaced by others."
+    rows = [f"{m},{m}{i},{m}/images/{m}{i}.png,{m}/labels/{m}{i}.png,{g}" for m in ("ct", "mr") for i, g in enumerate("abc")]
+    text = "modality,id,image,label,group\n" + "\n".join(rows) + "\n"
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    return after(write("manifest.csv", text))
+
+
+CHECK = [(name, ready, ["check", "data", *more], says) for name, ready, more, says in [
+    ("data are absent", None, [], "data is not a folder"),
+    ("data are a file", write("data", "x"), [], "data is not a folder"),
+    ("data are a pipe", fifo("data"), [], "data is not a folder"),
+    ("data are a dangling link", link("data", "nowhere"), [], "data is not a folder"),
+    ("data are empty", folder("data"), [], "data holds no images"),
+    ("data of another program", folder("data/imagesTr"), [], "nnU-Net"),
+    ("modality misspelt", after(), ["ctt"], "unknown modality 'ctt'. Did you mean 'ct'"),
+    ("modality is a path", after(), ["../data/ct"], "unknown modality"),
+    ("kind misspelt", after(), ["--label-kind", "objects"], "--label-kind.*'objects'"),
+    ("pictures among the data", after(), ["--out", "data/ct/images"], "--out: data/ct/images lies in data"),
+    ("pictures in the data", after(), ["--out", "data"], "--out: data lies in data"),
+    ("pictures into a file", after(), ["--out", "file"], "file is not a folder"),
+    ("pictures below a file", after(), ["--out", "file/x"], "file is not a folder"),
+    ("pictures without a name", after(), ["--out", ""], "--out: the name is empty"),
+    ("pictures where nothing can be", after(), ["--out", "/proc/x"], "cannot write into /proc/x"),
+    ("pictures that are there", lambda place: (after()(place), write("out/mr.png", "mine")(place)), ["--out", "out"], "out/mr.png is there already"),
+    ("two image folders", after(folder("images"), folder("imgs")), [], "data holds images and imgs"),
+    ("manifest in another encoding", after(write("manifest.csv", "modality,id,image\nct,ü,x\n".encode("cp1252"))), [], "manifest.csv is not UTF-8.*Excel"),
+    ("manifest in UTF-16 without a mark", after(write("manifest.csv", "modality,id,image\nct,a,x\n".encode("utf-16-le"))), [], "manifest.csv holds zero bytes"),
+    ("manifest is a folder", after(folder("manifest.csv")), [], "manifest.csv is a folder"),
+    ("manifest is a pipe", after(fifo("manifest.csv")), [], "manifest.csv is not a file"),
+    ("manifest is a dangling link", after(link("manifest.csv", "gone.csv")), [], "manifest.csv"),
+    ("manifest is empty", after(write("manifest.csv", "")), [], "manifest.csv holds no rows"),
+    ("manifest is a header", after(write("manifest.csv", "modality,id,image\n")), [], "manifest.csv holds no rows"),
+    ("manifest without a column", after(write("manifest.csv", "modality,image\nct,x\n")), [], "column 'id' is missing"),
+    ("manifest with a column twice", after(write("manifest.csv", "modality,id,image,id\nct,a,x,a\n")), [], "two columns are called 'id'"),
+    ("manifest with a short row", manifest((",ct/labels/ct1.png,b", "")), [], "manifest.csv, line 3.*3 cells and the header 5"),
+    ("manifest with a long row", manifest((",b", ",b,c")), [], "manifest.csv, line 3.*6 cells"),
+    ("manifest with an open quote", manifest((",ct1,", ',"ct1,')), [], "quotation"),
+]]
+
+FAULTY = [(name, ready, ["check", "data", *more], says) for name, ready, more, says in [
+    ("image cut", after(lambda p: write("ct/images/ct1.png", (p / "ct/images/ct1.png").read_bytes()[:99])(p)), [], "ct1.png.*damaged"),
+    ("label is text", after(write("ct/labels/ct1.png", "x")), [], "labels/ct1.png.*neither PNG nor JPEG"),
+    ("image is a folder", after(gone("ct/images/ct1.png"), folder("ct/images/ct1.png")), [], "images/ct1.png is a folder"),
+    ("label is a pipe", after(gone("ct/labels/ct1.png"), fifo("ct/labels/ct1.png")), [], "labels/ct1.png is neither a file"),
+    ("image is a dangling link", after(gone("ct/images/ct1.png"), link("ct/images/ct1.png", "x")), [], "images/ct1.png is a link to x"),
+    ("label says ignore", after(picture("ct/labels/ct1.png", np.array([0, 1, 255])[np.arange(576).reshape(24, 24) % 3])), [], "labels/ct1.png.*255 beside 1.*'ignore'"),
+    ("label with a mark", after(picture("ct/labels/ct1.png", np.array([0, 1, 99])[np.arange(576).reshape(24, 24) % 3])), [], "labels/ct1.png.*1-2, 99.*leave out"),
+    ("label of another size", after(picture("ct/labels/ct1.png", np.ones((24, 23)))), [], r"labels/ct1.png.*\(24, 23\)"),
+    ("label absent", after(gone("ct/labels/ct1.png")), [], "images/ct1.png has no label"),
+    ("label twice", after(picture("ct/labels/CT1.png", np.ones((24, 24)))), [], "images/ct1.png has 2 labels"),
+    ("two label folders", after(folder("ct/masks")), [], "holds labels and masks"),
+    ("image too small", after(picture("ct/images/ct1.png", np.eye(9)), picture("ct/labels/ct1.png", np.eye(9))), [], "9 x 9 pixels are too few"),
+    ("image empty", after(picture("ct/images/ct1.png", np.zeros((24, 24)))), [], "every pixel is 0"),
+    ("patient absent", after(write("ct/groups.csv", "id,group\nct0,a\nct1,b\n")), [], "no group for image 'ct2'"),
+    ("group pattern is none", after(), ["ct", "--group", "("], "'.'|no regular expression"),
+    ("one class", after(), ["--classes", "bone"], "give a list of two names"),
+    ("a class twice", after(), ["--classes", "bone", "bone"], "all different"),
+    ("column misspelt", manifest(("label", "labels")), [], "column 'labels' is not known. Did you mean 'label'"),
+    ("modality in two ways", manifest(("ct,ct1", "CT,ct1")), [], "modality '..' is also written '..'"),
+    ("listed file absent", manifest(("ct/images/ct1", "ct/images/ct9")), [], "line 3 lists a file that cannot be read.*ct9"),
+    ("listed file outside", manifest(("ct/images/ct1", "../ct1")), [], "line 3.*leads out of data"),
+]]
+
+
+def lines(arguments, place):
+    "What `ukd check` prints to standard output, and its status."
+    said = io.StringIO()
+    with contextlib.chdir(place), contextlib.redirect_stdout(said): status = cli.main(arguments)
+    return status, said.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("arguments, ready, says", [pytest.param(a, r, s, id=n) for n, r, a, s in FAULTY])
+def test_a_faulty_data_set_is_described_to_its_end(arguments, ready, says, tmp_path):
+    prepare(tmp_path)
+    ready(tmp_path)
+    before = tree(tmp_path)
+    status, said = lines(arguments, tmp_path)
+    faults = [l for l in said if l.strip().startswith("fault: ")]
+    assert status == 1 and faults and re.search(says, faults[0]), said
+    assert all(len(re.findall(r"[.?!] +[A-Z-]", l.strip())) < 3 for l in faults), faults
+    assert "ct" in said and re.fullmatch(r"\d+ faults?; --out FOLDER draws the labels on the images", said[-1])
+    assert tree(tmp_path) == before
+
 
 # ---------------------------------------------------------------- ukd sweep
 
@@ -567,7 +685,7 @@ def test_bad_input_of_a_function(more, action, says, tmp_path, monkeypatch):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments, make, says", [pytest.param(a, r, s, id=f"{kind}: {n}") for kind, rows in dict(run=RUN, sweep=SWEEP, report=REPORT, predict=PREDICT).items() for n, r, a, s in rows])
+@pytest.mark.parametrize("arguments, make, says", [pytest.param(a, r, s, id=f"{kind}: {n}") for kind, rows in dict(run=RUN, check=CHECK, sweep=SWEEP, report=REPORT, predict=PREDICT).items() for n, r, a, s in rows])
 def test_bad_input(arguments, make, says, tmp_path):
     prepare(tmp_path)
     if make: make(tmp_path)
@@ -575,8 +693,8 @@ def test_bad_input(arguments, make, says, tmp_path):
 
 
 def test_the_rows_are_many_and_differ():
-    rows = [*RUN, *SWEEP, *REPORT, *PREDICT]
-    assert len(rows) > 250 and len({(n, tuple(a)) for n, _, a, _ in rows}) == len(rows)
+    rows = [*RUN, *CHECK, *FAULTY, *SWEEP, *REPORT, *PREDICT]
+    assert len(rows) > 300 and len({(n, tuple(a)) for n, _, a, _ in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("arguments", [given("stepz", "3"), ["sweep", "absent.yaml"], ["report", "absent"]], ids=["run", "sweep", "report"])

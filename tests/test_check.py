@@ -89,7 +89,10 @@ FAULTS = [
     (lambda d: link(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "link to nowhere.png"),
     (lambda d: pipe(d / "ct/images/ct2.png"), "ct/images/ct2.png", "neither a file nor a folder"),
     (lambda d: pipe(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "neither a file nor a folder"),
-    (lambda d: folder(d / "ct/labels/ct2.png"), "ct/images/ct2.png", "no label"),
+    (lambda d: folder(d / "ct/labels/ct2.png"), "ct/labels/ct2.png", "is a folder"),
+    (lambda d: folder(d / "ct/images/ct2.png"), "ct/images/ct2.png", "is a folder"),
+    (lambda d: shutil.copy(d / "ct/labels/ct2.png", d / "ct/labels/CT2.png"), "ct/images/ct2.png", "2 labels"),
+    (lambda d: shutil.copytree(d / "ct/labels", d / "ct/masks"), "labels and masks", "Keep one"),
     (lambda d: (d / "ct/labels/ct2.png").unlink(), "ct/images/ct2.png", "no label"),
     (lambda d: blank(d / "ct/images/ct2.png"), "ct/images/ct2.png", "every pixel is 7"),
     (lambda d: tiny(d / "ct/images/ct2.png"), "ct/images/ct2.png", "8 x 8 pixels"),
@@ -158,10 +161,12 @@ def test_what_cannot_be_looked_at_at_all(ward, tmp_path, capsys):
     for args, words in (([tmp_path / "gone"], "is not a folder"), ([tmp_path / "empty"], "no images"), ([tmp_path / "nn"], "nnU-Net"),
                         ([tmp_path / "cut"], "CSV UTF-8"), ([tmp_path / "linked"], "manifest.csv"), ([ward, "pet"], "unknown modality 'pet'"),
                         (["phantom:boat"], "unknown phantom 'boat'"), (["phantom:bone", "ct"], "unknown modality 'ct'"),
-                        ([ward / "ct/groups.csv"], "is not a folder"), ([ward, "--out", ward / "ct/groups.csv"], "--out")):
+                        ([ward / "ct/groups.csv"], "is not a folder"), ([ward, "--out", ward / "ct/groups.csv"], "ct/groups.csv is not a folder"),
+                        ([ward, "--out", ward / "ct/images"], "--out.*lies in"), ([ward, "--out", ward], "--out.*lies in"), ([ward, "--out", ""], "--out: the name is empty"),
+                        ([ward, "--out", "/proc/x"], "cannot write into /proc/x")):
         assert cli.main(["check", *map(str, args)]) == 2
         err = capsys.readouterr().err
-        assert words in err and err.count("\n") == 1 and err.startswith("ukd check: "), err
+        assert re.search(words, err) and err.count("\n") == 1 and err.startswith("ukd check: "), err
 
 
 def test_pictures_are_written_once_and_over_nothing(ward, tmp_path, capsys):

@@ -474,6 +474,30 @@ def test_volumes_of_organs_and_of_cells():
         with pytest.raises(InputError, match="classes or objects"): infer_labels([("a", y, wide)])
 
 
+@pytest.mark.parametrize("kind", [None, "semantic"])
+def test_few_of_many_numbers_are_no_classes(kind):
+    "1, 2 and 99: nobody means 99 classes; the label that holds 99 is named."
+    def volumes(*last): return [(name, np.stack([drawn(*v)] * 3), False) for name, v in zip("abc", [(1, 2), last, (1, 2)])]
+    for mark in (99, 128, 253):
+        with pytest.raises(InputError, match=rf"^b: .* 1-2, {mark} .*leave out"): infer_labels(volumes(1, mark), kind=kind)
+    assert len(infer_labels(volumes(1, 4), kind=kind).classes) == 5
+
+
+def test_one_odd_label_does_not_decide():
+    "Wherever the label stands that differs from the others, it is the one that is named."
+    def meaning_of(labels): return infer_labels([(name, drawn(*v), False) for name, v in zip("abcde", labels)])
+    for at in range(5):
+        labels = [(1, 2)] * 5
+        labels[at] = (255,)
+        with pytest.raises(InputError, match=f"^{'abcde'[at]}: the label holds 255 beside 1-2"): meaning_of(labels)
+        masks = [(255,)] * 5
+        masks[at] = (1, 2)
+        assert meaning_of(masks).classes == ("background", "foreground")
+    assert meaning_of([(255,), (1,)]).classes == meaning_of([(), (255,), ()]).classes == ("background", "foreground")
+    c = Collection.from_arrays([np.eye(24, dtype=np.uint8)] * 4, [drawn(*v)[:24, :24] for v in [(1, 2), (255,), (255,), (255,)]])
+    with pytest.raises(InputError, match=r"1 fault.*\n.*'0000'.*\[2\]"): c.check()
+
+
 def test_the_decision_is_told(tmp_path):
     c = Collection.from_folders(stored(tmp_path, [drawn(1, 2), drawn(2)], "png", np.uint8), group=str)
     assert c.describe_labels() == dict(kind="semantic", classes=["background", "class 1", "class 2"], why="the labels hold 1-2, with gaps",
@@ -655,3 +679,57 @@ def test_real_folders():
     assert set(flat.groups) == {"ct_000", "ct_001"} and flat[0].label.max() > 0
     assert open_collection(DATA / "retina_fundus_octa", "octa").subset(["oc_003"]).check() == {"background": 1, "foreground": 1}
     for f in kfold_groups(he, 5): f.verify(he)
+
+
+# the API: what is refused, and by which word
+
+def toy(n=2): return [np.eye(8, dtype=np.uint8)] * n
+
+
+API = [
+    (lambda d: Collection([]), "is empty"),
+    (lambda d: Collection.from_arrays(toy(), ids=["a", "a"]), "'a' occurs more than once"),
+    (lambda d: Collection.from_arrays(toy(), toy(3)), "labels: 3 values for 2 images"),
+    (lambda d: Collection.from_arrays(toy(), groups=["a"]), "groups: 1 values for 2 images"),
+    (lambda d: Collection.from_arrays(toy(), toy(), classes=["bone"]), "two names or more"),
+    (lambda d: Collection.from_arrays(toy(), toy(), classes=["bone", "bone"]), "all different"),
+    (lambda d: Collection.from_arrays(toy(), toy(), classes=["bone", 1]), "two names or more"),
+    (lambda d: Collection.from_arrays(toy(), toy(), label_kind="objects"), "unknown label_kind 'objects'"),
+    (lambda d: Collection.from_arrays(toy(), [a * .5 for a in toy()]), "label of image '0000'"),
+    (lambda d: Collection.from_arrays(toy(), [a * np.int16(-1) for a in toy()]), "negative values"),
+    (lambda d: Collection.from_arrays([np.zeros((2, 8, 8, 5))]), "has shape"),
+    (lambda d: Collection.from_folders(d / "gone"), "gone is not a folder"),
+    (lambda d: Collection.from_folders(d, group="("), "no regular expression"),
+    (lambda d: Collection.from_folders(d, group="x(y)"), "finds no group in image name"),
+    (lambda d: Collection.from_manifest(d, "xray"), "unknown modality 'xray'"),
+    (lambda d: Collection.from_manifest(d, "grey", split="tset"), "no row of modality 'grey' has split 'tset'"),
+    (lambda d: open_collection(d, "grey", zom=2), "unknown option 'zom'"),
+    (lambda d: open_collection("phantom:bone", "xray"), "xray"),
+    (lambda d: open_collection(d / "manifest.csv", "grey"), "is not a folder"),
+    (lambda d: Collection.from_folders(d).subset(["p9"]), "unknown id 'p9'"),
+    (lambda d: Collection.from_folders(d).of_groups(["p9"]), "unknown group 'p9'"),
+    (lambda d: Collection.from_folders(d).slices(), "only volumes can be cut"),
+    (lambda d: split_groups(Collection.from_folders(d), dict(train=.9, test=.9)), "sum to at most 1"),
+    (lambda d: kfold_groups(Collection.from_folders(d), k=99), "k=99"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*groups.csv")
+@pytest.mark.parametrize("k", range(len(API)))
+def test_the_api_refuses_in_a_sentence(ward, k):
+    call, words = API[k]
+    with pytest.raises(InputError, match=re.escape(words)) as e: call(ward)
+    assert len(re.findall(r"[.?!] +[A-Z]", str(e.value))) < 3, str(e.value)
+
+
+def test_a_manifest_without_patients_is_told(ward):
+    text = (ward / "manifest.csv").read_text()
+    (ward / "manifest.csv").write_text(text.replace("group", "patient", 1))
+    with pytest.warns(UserWarning, match="manifest.csv names no groups"): c = open_collection(ward, "grey")
+    assert c.groups == c.ids
+
+
+def test_columns_that_are_nearly_ours(ward):
+    text = (ward / "manifest.csv").read_text()
+    (ward / "manifest.csv").write_text(text.replace("label", "labels", 1))
+    with pytest.raises(InputError, match="column 'labels' is not known. Did you mean 'label'"): open_collection(ward, "grey")

@@ -766,7 +766,11 @@ def check(
 )->int: # exit status: 0 no fault, 1 faults
     "`ukd check`: read a whole data set, and print what is in it and what is wrong with it."
     from unpaired_kd.data.check import check_data
-    return int(check_data(args.data, args.modalities, args.out, args.group, args.classes, args.label_kind, args.some_labels) > 0)
+    from unpaired_kd.outputs import check_place
+    if args.out: check_place(args.out) # now, not after all files were read
+    n = check_data(args.data, args.modalities, args.out, args.group, args.classes, args.label_kind,
+                   args.some_labels)
+    return int(n > 0)
 
 # %% ../nbs/6_command/1_cli.ipynb #87585231
 class Sentence(argparse.ArgumentParser):

@@ -40,8 +40,10 @@ def modalities_of(
     if os.path.lexists(table):
         rows = read_table(table, ("modality", "id", "image"))
         return sorted({r["modality"] for r in rows} - {""})
-    if sub_folder(folder, IMAGE_DIRS) or images_in(folder): return ["."]
+    if sub_folder(folder, IMAGE_DIRS): return ["."]
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    usual = any(_holds_images(p) for p in inside) # beside them a picture is only a picture
+    if images_in(folder) and not usual: return ["."]
     if (folder/"imagesTr").is_dir(): form_of(folder, "imagesTr") # says what to do instead
     found = [p.name for p in inside if images_in(p) or _holds_images(p)]
     if not found:
@@ -198,6 +200,7 @@ def judge_labels(
     shown, empty = set().union(*found), sum(not n for n in found)
     if labelled and not shown:
         f.faults.append(f"{f.name}: every label is empty, so there is nothing to learn.")
+    elif not labelled: f.notes.append("no image has a label")
     elif empty: f.notes.append(f"{empty} of {len(labelled)} labels are empty (background only)")
     c = f.collection
     masks = c is not None and len(c.classes) == 2 and c.label_kind == "semantic"
@@ -379,8 +382,13 @@ def places(
 )->dict: # modality -> picture to write
     "Where pictures go. `InputError`, before anything is read, if something is there already."
     if out is None: return {}
+    if not str(out): raise InputError("--out: the name is empty. Give a folder.")
     if os.path.lexists(out) and not Path(out).is_dir():
         raise InputError(f"--out: {out} is not a folder. Give another name.")
+    place, home = Path(out).resolve(), Path(data).resolve()
+    if home in (place, *place.parents):
+        raise InputError(f"--out: {out} lies in {data}, where a picture would be one more image. "
+                         "Give a folder elsewhere.")
     found = {}
     for m in chosen:
         name = Path(data).resolve().name if m == "." else m

@@ -9,8 +9,9 @@ __all__ = ['ARMS', 'ARM_KEYS', 'AT_LEAST', 'AT_MOST', 'ABOVE_0', 'StudyConfig', 
            'lessons', 'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name',
            'first_of', 'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of',
            'cores', 'check_guard', 'run_study', 'check_outside', 'holding', 'train_all', 'firsts', 'check_values',
-           'check_seeds', 'check_study', 'check_networks', 'check_arm', 'check_images', 'collect', 'check_complete',
-           'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit', 'export_student']
+           'check_seeds', 'check_study', 'check_networks', 'first_line', 'check_arm', 'check_images', 'collect',
+           'check_complete', 'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit',
+           'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import ast, contextlib, copy, json, math, os, re, sys, warnings
@@ -117,7 +118,7 @@ def all_arms(
     out = {}
     for name, arm in {**ARMS, **config.arms}.items():
         if arm is None: continue # the study leaves this arm out
-        if name == "teacher" or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
+        if name == "teacher" or not isinstance(name, str) or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
         if not isinstance(arm, dict): raise InputError(f"arm {name!r}: {arm!r} is no arm. Give keys and values, e.g. {{method: single}}, or null to leave it out.")
         for k, v in arm.items():
             if k not in ARM_KEYS: raise InputError(f"arm {name!r}: {unknown('key', k, ARM_KEYS)}")
@@ -179,6 +180,8 @@ def share(
     name:str,    # the parameter, for the message
 )->int: # number of groups, at least 1 and fewer than all
     "Turn a share into a number of groups."
+    if value >= 1 and value != int(value):
+        raise InputError(f"{name}={value}: give a share below 1, or a whole number of groups.")
     n = int(value) if value >= 1 else round(value * groups)
     if not 0 < n < groups:
         raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left "
@@ -790,7 +793,11 @@ def check_values(
     for name in ABOVE_0:
         if not getattr(config, name) > 0:
             raise InputError(f"{name}={getattr(config, name)}: give more than 0.")
-    if isinstance(config.intensity, str) and config.intensity not in ("dtype", "percentile"): raise InputError(unknown("intensity", config.intensity, ("dtype", "percentile")))
+    words = {"preset": ARM_KEYS["preset"], "init": ARM_KEYS["init"],
+             "intensity": ("dtype", "percentile")}
+    for name, known in words.items():
+        v = getattr(config, name)
+        if isinstance(v, str) and v not in known: raise InputError(unknown(name, v, known))
     if config.dims not in (2, 3): raise InputError(f"dims={config.dims}: give 2 or 3.")
 
 def check_seeds(
@@ -841,18 +848,25 @@ def check_networks(
     data:Data,          # of any seed
 )->nn.Module: # the network
     "`InputError` for a network that cannot be built, filled, or trained on batches of this size."
-    net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    try: net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    except RuntimeError as e:
+        raise InputError(f"network={config.network!r}, width={config.width}: the network cannot be "
+                         f"built ({first_line(e)}). Give a smaller width.") from e
     recipe(config, data.student_test, net)
     if config.teacher_weights: start_weights(config, net)
     sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
     ghost = copy.deepcopy(net).to("meta").train() # shapes without numbers
     try: ghost(torch.empty(config.batch, channels_of(data), *sides, device="meta"))
     except NotImplementedError: pass # a layer that knows no shapes without numbers
-    except (ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"batch={config.batch}, patch={config.patch}: the network "
-                         f"{config.network!r} cannot be trained on such batches ({e}). Give "
-                         "larger ones.") from e
+                         f"{config.network!r} cannot be trained on such batches ({first_line(e)}). "
+                         "Give others.") from e
     return net
+
+def first_line(e)->str:
+    "What an error says first; torch adds where in C++ it arose."
+    return str(e).partition("\n")[0]
 
 def check_arm(config, data, name, arm, options):
     "`InputError` for an arm whose options, weights or teacher do not fit the study."

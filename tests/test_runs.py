@@ -235,6 +235,43 @@ def test_touched_files_and_a_copy_of_the_data_are_the_same_data(data, tmp_path):
     assert run_study(tmp_path / "run", study(data), [0], workers=1) == rows
 
 
+@pytest.mark.parametrize("found", ["finished", "not scored", "in the middle", "a run folder that was copied"])
+def test_data_that_were_moved_are_the_same_data(data, run, tmp_path, found):
+    folder, place = tmp_path / "run", tmp_path / "run/checkpoints/fine-tuned-0"
+    shutil.copytree(run[1], folder)
+    if found == "not scored": (place / "metrics.csv").unlink()
+    if found == "in the middle":
+        class Stop(Exception): pass
+        def stop(row):
+            if row["epoch"] == 1: raise Stop
+        shutil.rmtree(place)
+        with pytest.raises(Stop): train_arm(folder, study(data), "fine-tuned", 0, "cpu", tell=stop)
+        assert load_checkpoint(place / "last.pt")["position"]["total"] == 1
+    if found == "a run folder that was copied": folder = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    data.rename(tmp_path / "moved")
+    rows = run_study(folder, study(tmp_path / "moved"), [0], workers=1)
+    assert rows == json.loads(run[2])[0] and read_csv(folder / "history.csv") == json.loads(run[2])[1]
+    assert json.loads((folder / "config.json").read_text())["study"]["data"] == str(tmp_path / "moved")
+    turn_round(tmp_path / "moved/ct/labels/ct3.png")
+    with pytest.raises(InputError, match="1 changed: ct/labels/ct3.png"): run_study(folder, study(tmp_path / "moved"), [0], workers=1)
+
+
+def test_weights_that_the_teacher_starts_from_count_by_their_content(run, data, tmp_path):
+    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
+    shutil.copyfile(run[1] / "checkpoints/teacher-0/last.pt", a)
+    rows = run_study(tmp_path / "run", study(data, teacher_weights=str(a)), [0], workers=1)
+    a.rename(b)
+    assert run_study(tmp_path / "run", study(data, teacher_weights=str(b)), [0], workers=1) == rows
+    shutil.copyfile(run[1] / "checkpoints/fine-tuned-0/last.pt", b)
+    with pytest.raises(InputError, match="different: teacher_weights"): run_study(tmp_path / "run", study(data, teacher_weights=str(b)), [0], workers=1)
+
+
+def test_one_and_one_point_nothing_are_the_same_setting(data, tmp_path):
+    assert StudyConfig(zoom=1, lr=1).zoom == 1. and StudyConfig(zoom=1) == StudyConfig(zoom=1.) and type(StudyConfig(zoom=1).zoom) is float and StudyConfig(zoom=True).zoom is True
+    rows = run_study(tmp_path / "run", study(data, zoom=1, foreground=1), [0], workers=1)
+    assert run_study(tmp_path / "run", study(data, zoom=1., foreground=1.), [0], workers=1) == rows
+
+
 def test_corrected_labels_are_read_in_a_process_that_read_the_old_ones(data, tmp_path):
     config = study(data)
     old = split_data(config, 0).student_test
@@ -279,7 +316,61 @@ def test_a_training_in_another_ones_place_is_refused(run, tmp_path):
     data, whole, _ = run
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(tmp_path / "run/checkpoints/fine-tuned-0", tmp_path / "run/checkpoints/fine-tuned-1")
-    with pytest.raises(InputError, match="fine-tuned-1 holds another training"): run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+    with pytest.raises(InputError, match="fine-tuned-1/done.json is that of another training, fine-tuned 0"): run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+
+
+def test_a_record_of_another_kind_is_named(run, tmp_path):
+    data, whole, _ = run
+    for path, other in [("data.json", "tables.json"), ("data.json", "checkpoints/teacher-0/done.json"), ("checkpoints/fine-tuned-0/done.json", "tables.json"), ("checkpoints/fine-tuned-0/done.json", "data.json"),
+                        ("checkpoints/fine-tuned-0/done.json", "checkpoints/teacher-0/done.json"), ("config.json", "data.json")]:
+        folder = Path(shutil.copytree(whole, tmp_path / f"run {len(list(tmp_path.iterdir()))}"))
+        shutil.copyfile(folder / other, folder / path)
+        with pytest.raises(InputError) as e: run_study(folder, study(data), [0], workers=1)
+        assert str(folder / path) in str(e.value), (path, other)
+
+
+def test_a_teacher_that_was_trained_again_with_another_result_fits_no_old_student(run, tmp_path):
+    import torch
+    from unpaired_kd.runs import keep_record, record_of
+    from unpaired_kd.methods.lotus import weights_digest
+    from unpaired_kd.core import digest
+    data, whole, found = run
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    teacher, student = folder / "checkpoints/teacher-0", folder / "checkpoints/fine-tuned-0"
+    assert record_of(student)["lessons"] == {"teacher-0": record_of(teacher)["weights"]}
+    net = train_teacher(folder, study(data), 0, "cpu")
+    assert record_of(teacher)["weights"] == digest({"student": weights_digest(net)}, 64)
+    shutil.rmtree(teacher)
+    assert json.dumps(run_study(folder, study(data), [0], workers=1)) == json.dumps(json.loads(found)[0]) # here it becomes the same again
+    state, record = load_checkpoint(teacher / "last.pt"), record_of(teacher) # another machine: other last digits
+    weights = next(iter(state["networks"]["student"].values()))
+    weights += 1e-6
+    torch.save(state, teacher / "last.pt")
+    net.load_state_dict(state["networks"]["student"])
+    facts = {k: v for k, v in record.items() if k not in ("files", "weights")}
+    keep_record(teacher, record["files"], weights=digest({"student": weights_digest(net)}, 64), **facts)
+    for act in (lambda: run_study(folder, study(data), [0], workers=1), lambda: train_arm(folder, study(data), "fine-tuned", 0, "cpu"), lambda: run_study(folder, study(data), [0, 1], workers=1)):
+        with pytest.raises(InputError, match="fine-tuned-0 learned from other weights than those of .*teacher-0"): act()
+    (student / "done.json").unlink() # and one that stopped half-way does not go on with another teacher
+    with pytest.raises(InputError, match="last.pt was made with"): run_study(folder, study(data), [0], workers=1)
+    shutil.rmtree(student) # what the message advises
+    rows = run_study(folder, study(data), [0], workers=1)
+    assert {r["arm"] for r in rows} == {"teacher", "fine-tuned"} and record_of(student)["lessons"] == {"teacher-0": record_of(teacher)["weights"]}
+
+
+def test_a_run_among_the_images_is_refused(data):
+    for place in (data, data / "ct", data / "mr/images/run"):
+        with pytest.raises(InputError, match="among the images"): run_study(place, study(data), [0], workers=1)
+    assert not list(data.rglob("*.json")) and not (data / "mr/images/run").exists()
+    run_study(data / "run", study(data), [0], workers=1)
+
+
+def test_lost_splits_of_finished_seeds_are_made_again(data, tmp_path):
+    run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run/splits").iterdir()}
+    shutil.rmtree(tmp_path / "run/splits")
+    run_study(tmp_path / "run", study(data), [0, 1], workers=1)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run/splits").iterdir()} and len(before) == 5
 
 
 def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):

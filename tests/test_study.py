@@ -168,6 +168,8 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
     (dict(teacher_weights="nowhere.pt"), "nowhere"), (dict(options={"taps": ["conv11"]}), "conv10"), (dict(options={"head": "conv11"}), "conv10"), (dict(options={"tau": "2"}), "tau"),
     (dict(options={"stride": 0}), "stride"), (dict(options={"stride": "2"}), "stride"), (dict(options={"denoise_share": "a"}), "denoise_share"), (dict(options={"ifv_classes": [5]}), "ifv_classes"),
     (dict(options={"checkpoint": True, "statistics": "all"}), "twice"), (dict(arms={"u": 3}), "no arm"), (dict(arms={"u": dict(method="ummkd", options={"ce": "x"})}), "rarity"),
+    (dict(preset="x"), "preset"), (dict(init="x"), "init"), (dict(arms={1: 2}), "arm 1"), (dict(test=3.7), "test"), (dict(teacher_test=1.5), "teacher_test"), (dict(width=2**63), "width"), (dict(width=10**9), "width"),
+    (dict(patch=2**63), "patch"), (dict(batch=2**63), "batch"),
     (dict(arms={"u": dict(weights={"seg_teacher": 1.})}), "joint"), (dict(instances="x"), "instance"), (dict(epochs=1), "two stages")])
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
     with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(StudyConfig(patch=48, width=4), **bad), [0], workers=1)

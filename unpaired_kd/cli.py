@@ -859,9 +859,11 @@ def data_of(
 )->dict: # side -> fingerprint of images and labels, as `data.json` or else the splits record it
     "What a study was made from; empty if the folder is no study, or does not say."
     from unpaired_kd.core import digest
+    from unpaired_kd.runs import read_sealed
     folder = Path(folder)
     if not is_study(folder): return {}
-    if (folder/"data.json").exists(): return {"both": digest(record_of(folder/"data.json").get("contents"))}
+    path = folder/"data.json"
+    if path.exists(): return {"both": digest(read_sealed(path, "contents")["contents"])}
     found = {p.stem.partition("-")[0]: record_of(p) for p in sorted((folder/"splits").glob("*.json"))}
     return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
@@ -894,11 +896,11 @@ class Shown:
         settings:dict, # its settings
         rows:dict,     # its rows
     )->bool: # whether it is this arm
-        "Whether another run's arm is the same one: no other score, and the same settings or nothing new."
+        "Whether another run's arm is the same one: no other score, and no other settings."
         both = self.rows.keys() & rows.keys()
         if arm != self.arm or not all(equal(self.rows[k], rows[k]) for k in both): return False
         if self.settings is None or settings is None: return bool(both)
-        return equal(self.settings, settings) or both == rows.keys()
+        return equal(self.settings, settings)
 
 # %% ../nbs/6_command/1_cli.ipynb #862a002f
 def by_case(
@@ -1030,7 +1032,8 @@ def report(
     columns = {k for r in rows for k in r} - {"seed", *TEXT}
     for m in args.metrics or ():
         if m not in columns: raise refuse(f"--metrics: {unknown('column', m, columns)}")
-    metrics = args.metrics or [m for m in METRICS if m in columns] or METRICS
+    metrics = args.metrics or [m for m in METRICS if m in columns]
+    if not metrics: raise refuse(f"the tables hold none of {', '.join(METRICS)}. Name others with --metrics, or score again.")
     try: print(results_table(rows, reference=args.reference, metrics=tuple(metrics)))
     except InputError as e: raise refuse(" ".join([str(e), *remarks(runs)])) from e
     twice = sum(map(len, runs.values())) - len(rows)

@@ -36,7 +36,7 @@ def load_rows(
     check_table(path)
     rows = []
     for n, raw in enumerate(_records(path), start=2):
-        row = {k: v for k, v in raw.items() if v != "" or k in TEXT}
+        row = {k: v for k, v in raw.items() if v != "" or k in (*TEXT, "seed")}
         try: rows.append({k: v if k in TEXT else int(v) if k == "seed" else float(v) for k, v in row.items()})
         except ValueError as e: raise InputError(f"{path}, line {n}: {e}. All columns but {', '.join(TEXT)} hold numbers.") from None
     return rows

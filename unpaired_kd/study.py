@@ -6,11 +6,12 @@
 __all__ = ['ARMS', 'ARM_KEYS', 'AT_LEAST', 'AT_MOST', 'ABOVE_0', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share',
            'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe', 'start_weights',
            'settings', 'channels_of', 'identity', 'common', 'place_of', 'finished', 'unfinished', 'keep_scores',
-           'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of',
-           'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of', 'cores',
-           'check_guard', 'run_study', 'holding', 'train_all', 'firsts', 'check_values', 'check_seeds', 'check_study',
-           'check_networks', 'check_arm', 'check_images', 'collect', 'check_complete', 'known_study', 'read_claim',
-           'claim_folder', 'plain', 'environment', 'commit', 'export_student']
+           'lessons', 'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name',
+           'first_of', 'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of',
+           'cores', 'check_guard', 'run_study', 'check_outside', 'holding', 'train_all', 'firsts', 'check_values',
+           'check_seeds', 'check_study', 'check_networks', 'first_line', 'check_arm', 'check_images', 'collect',
+           'check_complete', 'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit',
+           'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import ast, contextlib, copy, json, math, os, re, sys, warnings
@@ -34,11 +35,12 @@ from .inference import Recipe, Student
 from .lessons.pattern_distillation import codebook_digest, same_codebook
 from .learner import Learner, NotSettled, Settings, learning_rate, load_checkpoint, weight_table
 from .methods.kinds import KINDS, make_method, method_options
+from .methods.lotus import weights_digest
 from .methods.single import ShuffledLabels, Single, initialise, placebo
 from .networks.registry import build, load_weights
 from .report import load_rows, save_rows
-from .runs import (DATA, DONE, check_data, keep_record, keep_tables, read_sealed, records, verified,
-                              write_sealed)
+from .runs import (DATA, DONE, check_data, file_sum, keep_record, keep_tables,
+                              read_sealed, record_of, records, verified, write_sealed)
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3257f69e
@@ -92,6 +94,12 @@ class StudyConfig:
     cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
     arms: dict = field(default_factory=dict) # arms added to `ARMS`, or changes to them
 
+    def __post_init__(self):
+        "A whole number is a number: 1 and 1.0 are the same setting."
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if f.type is float and type(v) is int: object.__setattr__(self, f.name, float(v))
+
 # %% ../nbs/5_methods/3_study.ipynb #cc4ae7e7
 ARMS = {
     "alone":      dict(method="single", init="scratch"),
@@ -110,7 +118,7 @@ def all_arms(
     out = {}
     for name, arm in {**ARMS, **config.arms}.items():
         if arm is None: continue # the study leaves this arm out
-        if name == "teacher" or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
+        if name == "teacher" or not isinstance(name, str) or not re.fullmatch(r"[\w][\w .,+-]*", name): raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -; 'teacher' is taken).")
         if not isinstance(arm, dict): raise InputError(f"arm {name!r}: {arm!r} is no arm. Give keys and values, e.g. {{method: single}}, or null to leave it out.")
         for k, v in arm.items():
             if k not in ARM_KEYS: raise InputError(f"arm {name!r}: {unknown('key', k, ARM_KEYS)}")
@@ -172,6 +180,8 @@ def share(
     name:str,    # the parameter, for the message
 )->int: # number of groups, at least 1 and fewer than all
     "Turn a share into a number of groups."
+    if value >= 1 and value != int(value):
+        raise InputError(f"{name}={value}: give a share below 1, or a whole number of groups.")
     n = int(value) if value >= 1 else round(value * groups)
     if not 0 < n < groups:
         raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left "
@@ -267,7 +277,7 @@ def split_data(
     if folder:
         path, made = Path(folder)/"splits"/f"student-{seed}-parts.json", Split(dict(labelled=labelled, validation=valid, unlabelled=rest, scored=scored), s.fingerprint())
         if not path.exists(): made.save(path)
-        elif {k: sorted(v) for k, v in Split.load(path, s).parts.items()} != {k: sorted(v) for k, v in made.parts.items()}: raise InputError(f"{path}: the arms now need other volumes than those on record (score_on='validation' with an arm that learns without labels). Choose another run folder.")
+        elif {k: sorted(v) for k, v in Split.load(path, s).parts.items()} != {k: sorted(v) for k, v in made.parts.items()}: raise InputError(f"{path} does not fit {path.with_name(f'student-{seed}.json')}, or the arms now need other images than those on record (score_on='validation' with an arm that learns without labels). Restore the file, or choose another run folder.")
     return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored), s.subset(valid), nameless(s.subset(rest).unlabelled()))
 
 def nameless(
@@ -349,12 +359,19 @@ def identity(
     config:StudyConfig, # the study
     *more,              # what else decides the result
 )->list: # plain data
-    "What must not change between the beginning of a training and its resumption: all but the list of arms."
-    return [common(config), *more]
+    """What must not change between the beginning of a training and its resumption: all but the
+    list of arms."""
+    return [common(config), digest(contents(config), 64), *more]
 
 def common(config)->dict:
-    "What all arms of a study have in common."
-    return {k: v for k, v in asdict(config).items() if k != "arms"}
+    """What all arms of a study have in common. Files count by their content (that of the data is
+    `contents`), not by their place."""
+    same = {k: v for k, v in asdict(config).items() if k not in ("arms", "data")}
+    if not config.teacher_weights: return same
+    if not Path(config.teacher_weights).is_file():
+        raise InputError(f"teacher_weights={config.teacher_weights} is not there, or is no file. "
+                         "Give the last.pt of a teacher.")
+    return same | {"teacher_weights": file_sum(config.teacher_weights)}
 
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c04
@@ -367,12 +384,14 @@ def finished(
     task,   # (kind, name, seed); kind: teacher | first | arm
 )->bool:
     """Whether a training has its record, with every file as it was. `InputError` for a file that
-    was changed."""
+    was changed, and for a teacher that is another one now."""
     place = place_of(folder, *task[1:])
-    record = verified(place)
-    if record and record["task"] != list(task):
-        raise InputError(f"{place} holds another training, {record['task'][1]} "
-                         f"{record['task'][2]}. Put it back, or delete it.")
+    record = verified(place, task)
+    for other, weights in (record or {}).get("lessons", {}).items():
+        teacher = place.parent/other
+        if (teacher/DONE).exists() and record_of(teacher)["weights"] != weights:
+            raise InputError(f"{place} learned from other weights than those of {teacher}. Restore "
+                             f"those, or delete {place}: the same command trains it again.")
     return record is not None
 
 def unfinished(folder, task)->bool:
@@ -386,6 +405,7 @@ def keep_scores(
     folder,             # run folder
     config:StudyConfig, # the study
     task,               # (kind, name, seed)
+    networks:dict,      # name -> trained network
     rows:list,          # its scores, complete
 ):
     "Write the scores of a training and then, last of all, its record."
@@ -394,8 +414,22 @@ def keep_scores(
     possible = ("last.pt", "best.pt", "history.csv", "codebook.json", "metrics.csv")
     names = [n for n in possible if (place/n).exists()]
     arm = all_arms(config)[task[1]] if task[0] == "arm" else None
-    keep_record(place, names, task=list(task), arm=arm, cases=[r["case"] for r in rows],
-                study=settled(config), data=digest(contents(config), 64))
+    keep_record(place, names, task, arm=arm, cases=[r["case"] for r in rows],
+                study=settled(config), data=digest(contents(config), 64),
+                weights=digest({n: weights_digest(net) for n, net in networks.items()}, 64),
+                lessons=lessons(folder, config, arm, task[2]) if arm else {})
+
+def lessons(
+    folder,             # run folder
+    config:StudyConfig, # the study
+    arm:dict,           # of `all_arms`
+    seed:int,           # seed
+)->dict: # name of a finished training -> digest of its weights
+    "The trainings that an arm learns from, as they are now."
+    names = [f"teacher-{seed % config.teachers}"] if needs_teacher(arm) else []
+    if first_name(arm, config): names.append(f"{first_name(arm, config)}-{seed}")
+    if arm["shares"]: names.append(f"{arm['shares']}-{seed}")
+    return {n: record_of(Path(folder)/"checkpoints"/n)["weights"] for n in names}
 
 def settled(config)->str:
     "Digest of what all arms have in common."
@@ -420,7 +454,7 @@ def train_teacher(
     todo = unfinished(folder, task)
     learner.fit()
     student = Student(net, recipe(config, data.teacher_train, net))
-    if todo: keep_scores(folder, config, task, scored(config, student, data.teacher_test, "teacher", number))
+    if todo: keep_scores(folder, config, task, learner.method.networks, scored(config, student, data.teacher_test, "teacher", number))
     return net.eval()
 
 def scored(
@@ -461,12 +495,13 @@ def learner_of(
     teacher = first_teacher(folder, config, arm, seed, student, lambda i: rest.batch(10**9 + i)) if taught else start(fresh("second")) if concurrent else expert(arm["teacher"]) if arm["teacher"] == "placebo" or KINDS[arm["method"]].expert else None
     if taught: keep_codebook(Path(folder)/"checkpoints"/f"{trained}-{seed}"/"codebook.json", teacher)
     same = {**arm, "shares": "", "options": arms[trained]["options"]}
+    taught_by = lessons(folder, config, same, seed)
     method = method_of(config, same, student, teacher, seed)
     if arm["teacher"] == "shuffled": sources["teacher"] = ShuffledLabels(sources["teacher"], seed)
     if getattr(getattr(method, "options", None), "unlabelled", False): sources["unlabelled"] = source(config, data.student_rest, seed, "unlabelled", channels, KINDS[arm["method"]].weak)
     valid = source(config, data.student_valid, seed, "validation", channels).eval_batches() if config.validation else None
     return Learner(method, Unpaired(sources, pairing=config.pairing), Path(folder)/"checkpoints"/f"{trained}-{seed}", seed=seed, settings=settings(config, epochs_of(config, arm), device),
-                   weights=arm["weights"], valid=valid, identity=identity(config, trained, same, seed), tell=tell)
+                   weights=arm["weights"], valid=valid, identity=identity(config, trained, same, seed, taught_by), tell=tell)
 
 # %% ../nbs/5_methods/3_study.ipynb #889fb1e7
 def train_arm(
@@ -490,7 +525,7 @@ def train_arm(
     learner.method.finish(learner._fixed)
     net = learner.method.student
     result = Student(net, recipe(config, data.student_test, net))
-    if todo: keep_scores(folder, config, task, scored(config, result, data.student_test, name, seed))
+    if todo: keep_scores(folder, config, task, {"student": net}, scored(config, result, data.student_test, name, seed))
     return result
 
 # %% ../nbs/5_methods/3_study.ipynb #872de917
@@ -529,7 +564,7 @@ def train_first(
     learner.fit()
     teacher = learner.method.student.eval()
     tiled = Student(teacher, replace(recipe(config, data.student_test, student), patch=config.patch)) # tiles of the size it knows
-    if todo: keep_scores(folder, config, task, scored(config, tiled, data.student_test, name, seed))
+    if todo: keep_scores(folder, config, task, learner.method.networks, scored(config, tiled, data.student_test, name, seed))
     return learner
 
 def keep_codebook(
@@ -671,11 +706,12 @@ def run_study(
     folder = Path(folder)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
+    check_outside(folder, config)
     check_study(config, seeds, folder)
     with holding(folder):
         known_seeds, known_arms = claim_folder(folder, config, seeds)
-        keep_data(folder, config)
         clear_parts(folder, deep=True)
+        for seed in seeds: split_data(config, seed, folder)
         train_all(folder, config, seeds, workers)
         known = [("teacher", "teacher", n) for n in range(config.teachers)] + firsts(config, known_seeds)
         known += [("arm", a, s) for s in known_seeds for a in known_arms]
@@ -684,6 +720,14 @@ def run_study(
         if lost := sorted({*begun} - {f"{name} {seed}" for _, name, seed in done}):
             warnings.warn(f"not in the tables, because not finished: {', '.join(lost)}. Give their arms and seeds to finish them.")
         return collect(folder, done)
+
+def check_outside(folder, config):
+    "`InputError` for a run folder that lies among the images."
+    place, data = Path(folder).resolve(), Path(config.data).resolve()
+    inside = [data/name in (place, *place.parents) for name in (config.teacher, config.student)]
+    if place == data or any(inside):
+        raise InputError(f"{folder} lies among the images of {config.data}. Choose another run "
+                         "folder.")
 
 @contextlib.contextmanager
 def holding(folder):
@@ -749,7 +793,11 @@ def check_values(
     for name in ABOVE_0:
         if not getattr(config, name) > 0:
             raise InputError(f"{name}={getattr(config, name)}: give more than 0.")
-    if isinstance(config.intensity, str) and config.intensity not in ("dtype", "percentile"): raise InputError(unknown("intensity", config.intensity, ("dtype", "percentile")))
+    words = {"preset": ARM_KEYS["preset"], "init": ARM_KEYS["init"],
+             "intensity": ("dtype", "percentile")}
+    for name, known in words.items():
+        v = getattr(config, name)
+        if isinstance(v, str) and v not in known: raise InputError(unknown(name, v, known))
     if config.dims not in (2, 3): raise InputError(f"dims={config.dims}: give 2 or 3.")
 
 def check_seeds(
@@ -800,18 +848,25 @@ def check_networks(
     data:Data,          # of any seed
 )->nn.Module: # the network
     "`InputError` for a network that cannot be built, filled, or trained on batches of this size."
-    net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    try: net = network(config, 0, "teacher", channels_of(data), len(data.teacher_train.classes))
+    except RuntimeError as e:
+        raise InputError(f"network={config.network!r}, width={config.width}: the network cannot be "
+                         f"built ({first_line(e)}). Give a smaller width.") from e
     recipe(config, data.student_test, net)
     if config.teacher_weights: start_weights(config, net)
     sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
     ghost = copy.deepcopy(net).to("meta").train() # shapes without numbers
     try: ghost(torch.empty(config.batch, channels_of(data), *sides, device="meta"))
     except NotImplementedError: pass # a layer that knows no shapes without numbers
-    except (ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"batch={config.batch}, patch={config.patch}: the network "
-                         f"{config.network!r} cannot be trained on such batches ({e}). Give "
-                         "larger ones.") from e
+                         f"{config.network!r} cannot be trained on such batches ({first_line(e)}). "
+                         "Give others.") from e
     return net
+
+def first_line(e)->str:
+    "What an error says first; torch adds where in C++ it arose."
+    return str(e).partition("\n")[0]
 
 def check_arm(config, data, name, arm, options):
     "`InputError` for an arm whose options, weights or teacher do not fit the study."
@@ -873,12 +928,8 @@ def collect(
 
 def check_complete(place, rows, name, seed):
     "`InputError` unless every case was scored once, by this arm and seed."
-    record = verified(place)
-    if record is None:
-        raise InputError(f"{place} holds no finished training. Run the study again: it goes on "
-                         "where it stopped.")
     scored = Counter((r["arm"], r["seed"], r["case"]) for r in rows)
-    wanted = Counter((name, seed, case) for case in record["cases"])
+    wanted = Counter((name, seed, case) for case in record_of(place)["cases"])
     if scored != wanted:
         raise InputError(f"{place/'metrics.csv'} does not hold every case of {name} {seed} once. "
                          "Delete it: the same command scores again.")
@@ -905,8 +956,8 @@ def known_study(
                          "Choose another run folder, or delete this one.")
     for r in done:
         if r["study"] != settled(config):
-            raise InputError(f"{folder} belongs to another study: {r['task'][1]} {r['task'][2]} "
-                             "was trained with other settings. Choose another run folder.")
+            raise InputError(f"{place_of(folder, *r['task'][1:])/DONE} belongs to another study: it was "
+                             "trained with other settings. Choose another run folder.")
     return known
 
 def read_claim(path)->dict:
@@ -920,7 +971,9 @@ def claim_folder(folder, config, seeds):
     """Write config.json, after a look at the one there. Returns all seeds and arms that the folder
     has been given so far."""
     known = known_study(folder, config)
-    known.update(arms={**known["arms"], **all_arms(config)}, seeds=sorted({*known["seeds"], *seeds}))
+    known["study"] = {"data": config.data, **common(config)}
+    known["arms"] = {**known["arms"], **all_arms(config)}
+    known["seeds"] = sorted({*known["seeds"], *seeds})
     write_sealed(Path(folder)/"config.json", known)
     return known["seeds"], list(known["arms"])
 
@@ -966,6 +1019,6 @@ def export_student(
     own = [r for r in rows if r["arm"] == arm and r["seed"] == seed]
     score = {m: float(np.nanmean([r[m] for r in own if m in r])) for m in ("dsc", "hd95", "aji", "pq")}
     card = dict(data=config.data, modality=config.student, teacher=config.teacher, arm=arm, seed=seed, labelled=len(data.student_train), labelled_groups=len(set(data.student_train.groups)),
-                test_cases=len(own), test_groups=len({r["group"] for r in own}), scores=score, study=digest(asdict(config)))
+                test_cases=len(own), test_groups=len({r["group"] for r in own}), scores=score, study=digest([common(config), config.arms]))
     student.save(Path(folder)/"student", card=card)
     return Path(folder)/"student"

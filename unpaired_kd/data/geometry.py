@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIFT', 'DRIFT', 'FARTHEST', 'Grid', 'grid_of', 'with_depth', 'usable', 'spacing_of', 'letters', 'shear', 'oblique',
-           'describe_grid', 'axes_between', 'way_onto', 'turned', 'lay_on']
+           'describe_grid', 'axes_between', 'way_onto', 'turned', 'unlike', 'lay_on']
 
 # %% ../../nbs/1_data/16_geometry.ipynb #fad7e552
 from dataclasses import dataclass, replace
@@ -37,7 +37,9 @@ def with_depth(
     grid:Grid,
 )->Grid: # of three axes
     "A picture as a volume of one slice, whose thickness is not known."
-    return replace(grid, size=(1,) * (3 - len(grid.size)) + grid.size)
+    more = 3 - len(grid.size)
+    def longer(told): return told and (np.nan,) * more + tuple(told)
+    return Grid((1,) * more + grid.size, longer(grid.spacing), grid.affine, longer(grid.origin))
 
 # %% ../../nbs/1_data/16_geometry.ipynb #feb73f40
 def usable(
@@ -167,20 +169,36 @@ def turned(
     return np.ascontiguousarray(a.transpose(np.argsort(axes)).T)
 
 # %% ../../nbs/1_data/16_geometry.ipynb #2af8cd51
+def unlike(
+    label:Grid, # of the same size as the image
+    image:Grid, # not both with an affine
+)->str: # what differs; "" if nothing that both say
+    "Compare spacings, and places in a frame without sides."
+    if label.spacing is not None and image.spacing is not None:
+        long = np.array(image.size) > 1 # along the others no step is made
+        steps = np.array([label.spacing, image.spacing])[:, long]
+        if not np.allclose(steps[0], steps[1], rtol=1e-3, atol=0):
+            return "has another spacing"
+    if label.origin is not None and image.origin is not None:
+        apart = np.abs(np.subtract(label.origin, image.origin) / image.spacing)
+        if (apart > FARTHEST).any():
+            return "lies elsewhere"
+    return ""
+
 def lay_on(
     label, # `Image` of a label map: array (H,W) or (D,H,W)
     image, # `Image`: array (C,H,W) or (C,D,H,W)
 )->np.ndarray: # the label on the grid of its image
     "Bring a label onto its image. Raises `InputError` with both grids when it lies elsewhere."
     there, here = grid_of(label, True), grid_of(image)
-    shape = here.size
-    if len(there.size) != len(shape):
-        there, here = with_depth(there), with_depth(here)
     name = label.path or "the label"
     both = ""
     if any(g.affine is not None or g.spacing is not None for g in (there, here)):
         both = f" The label: {describe_grid(there)}. Its image {image.path}: {describe_grid(here)}."
     fix = "Take the image that it was drawn on, or resample the label onto it (nearest neighbour)."
+    shape = here.size
+    if len(there.size) != len(shape):
+        there, here = with_depth(there), with_depth(here)
     if sorted(there.size) != sorted(here.size):
         raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
                          f"Both must show the same pixels.{both}")
@@ -195,12 +213,6 @@ def lay_on(
     if there.size != here.size:
         raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
                          "Both must show the same pixels.")
-    dims = min(len(label.array.shape), len(shape)) # a picture does not say how thick it is
-    if there.spacing is not None and here.spacing is not None:
-        if not np.allclose(there.spacing[-dims:], here.spacing[-dims:], rtol=1e-3, atol=0):
-            raise InputError(f"{name}: the label has another spacing than its image.{both} {fix}")
-    if there.origin is not None and here.origin is not None:
-        apart = np.subtract(there.origin[-dims:], here.origin[-dims:]) / here.spacing[-dims:]
-        if np.abs(apart).max() > FARTHEST:
-            raise InputError(f"{name}: the label lies elsewhere than its image.{both} {fix}")
-    return label.array.reshape(shape)
+    if differs := unlike(there, here):
+        raise InputError(f"{name}: the label {differs} than its image.{both} {fix}")
+    return label.array if label.array.shape == shape else label.array.reshape(shape)

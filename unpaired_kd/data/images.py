@@ -456,7 +456,9 @@ def read_label(
     if len(a) == 3 and (a == a[:1]).all(): a = a[:1]
     if len(a) != 1: raise InputError(f"{path} has {len(a)} channels; a label map has one. Turn its colours into numbers (0 background, 1 first class, ...) and save those.")
     whole = np.rint(a[0]) if a.dtype.kind == "f" else a[0]
-    if a.dtype.kind == "f" and np.abs(whole - a[0]).max() > ROUNDING: raise InputError(f"{path} holds values that are not whole numbers, so it is not a label map. Was it smoothed or resampled linearly?")
+    if a.dtype.kind == "f" and np.abs(whole - a[0]).max() > ROUNDING:
+        raise InputError(f"{path} holds values that are not whole numbers, so it is not a label map. Was it "
+                         "smoothed, resampled linearly, or stored with a slope (scl_slope) that rounds?")
     if whole.min() < 0 or whole.max() >= 2**31: raise InputError(f"{path} holds the values {a.min()} to {a.max()}; labels are whole numbers from 0 to 2147483647.")
     kind = {"bool": np.uint8, "uint8": np.uint8, "uint16": np.uint16}.get(a.dtype.name, np.int32)
     return Image(whole.astype(kind), spacing, affine, str(path), header)

@@ -126,8 +126,9 @@ def level_steps(
             elif kind == "translation" and plain:
                 start = start + by
             elif kind != "identity":
-                raise InputError(f"its transformation {t} is not one we read: scale and translation "
-                                 f"with {ndim} numbers, identity. Save it with a plain scale.")
+                raise InputError(f"its transformation {t} is not one we read: scale with {ndim} "
+                                 "numbers, translation with as many, identity. Save it with a plain "
+                                 "scale.")
     return step if given else None, start
 
 def ome_steps(

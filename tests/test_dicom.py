@@ -132,6 +132,13 @@ def test_a_slice_that_differs_is_named(tmp_path):
     assert np.array_equal(read_image(near).array[0], HEAD)
 
 
+def test_a_slice_of_another_frame_of_reference_is_named(tmp_path):
+    scan(tmp_path, FrameOfReferenceUID="1.2.9")
+    assert np.array_equal(read_image(tmp_path).array[0], HEAD)
+    one(tmp_path / names(0)[2], HEAD[2], (-8, -9, 6.), FrameOfReferenceUID="1.2.8")
+    refused(tmp_path, names(0)[2], "frame of reference", "1.2.8 instead of 1.2.9")
+
+
 def test_echoes_times_and_series_are_told_apart(tmp_path):
     echo = scan(tmp_path / "echo")
     for k in range(6): one(echo / f"b{k}.dcm", HEAD[k], (-8, -9, 3 * k), EchoTime=4.6)
@@ -222,7 +229,8 @@ def test_enhanced_files_are_read_frame_by_frame(tmp_path):
     folder = tmp_path / "halves"                                         # two files of one series
     enhanced(folder / "a.dcm", HEAD[:4], corners[:4]); enhanced(folder / "b.dcm", HEAD[4:], corners[4:])
     assert np.array_equal(read_image(folder).array[0], HEAD)
-    refused(enhanced(p, HEAD[:4], corners[[0, 1, 1, 2]]), "x.dcm", "twice")
+    refused(enhanced(p, HEAD[:4], corners[[0, 1, 1, 2]]), "frame 2 of x.dcm and frame 3 of x.dcm", "twice")
+    refused(enhanced(p, HEAD[:4], corners[[0, 1, 2, 4]]), "from frame 3 of x.dcm (slice 3) to frame 4 of x.dcm")
     refused(enhanced(p, HEAD, corners, groups=False), "x.dcm", "multi-frame", "6 frames")
 
 

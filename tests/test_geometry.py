@@ -337,3 +337,88 @@ def test_a_dicom_label_on_a_nifti_image(tmp_path):
     series(tmp_path / "labels/p", y, modality="SEG")                     # counted to the left and the back
     c = Collection.from_folders(tmp_path, classes=("a", "b", "c"))
     assert np.array_equal(c[0].label.numpy(), y[:, ::-1, ::-1]) and np.array_equal(c.native(0).image[0], image)
+
+
+# Pictures and volumes of one slice
+
+def test_a_volume_of_one_slice_is_a_picture(tmp_path):
+    S1 = SPL @ np.array([[-1, 0, 0, 8], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # columns counted from the other side
+    flat = Image(SCAN[:1], (.9, .8), SPL, "i.nii.gz")                     # (1,H,W): one channel
+    thick = Image(SCAN[None, :1], (2.5, .9, .8), SPL, "i.nii.gz")         # (1,1,H,W)
+    for label, affine, spacing in ((LABEL[:1], SPL, (2.5, .9, .8)), (LABEL[:1, :, ::-1], S1, (2.5, .9, .8)),
+                                   (LABEL[0], SPL, (.9, .8)), (LABEL[0, :, ::-1], S1, (.9, .8)), (LABEL[0], None, (.9, .8)),
+                                   (LABEL[:1], None, (9., .9, .8)), (LABEL[0], None, None), (LABEL[:1], None, None)):
+        for image in (flat, thick):
+            got = lay_on(Image(label, spacing, affine, "l.nii.gz"), image)
+            assert got.shape == image.array.shape[1:] and np.array_equal(got.squeeze(), LABEL[0])
+    for image in (flat, thick):
+        for label in (LABEL[:2], LABEL[0, 1:], LABEL[:1, :, :-1]):
+            with pytest.raises(InputError, match="(?s)l.nii.gz.*has shape"): lay_on(Image(label, None, None, "l.nii.gz"), image)
+        far = SPL.copy(); far[1, 3] += 3
+        for label in (LABEL[0], LABEL[:1]):
+            with pytest.raises(InputError, match="elsewhere"): lay_on(Image(label, None, far), image)
+    with pytest.raises(InputError, match="another spacing"): lay_on(Image(LABEL[:1], (2.5, .9, .9)), flat)
+
+
+def test_a_collection_of_pictures_with_labels_of_one_slice(tmp_path):
+    for part in ("images", "labels"): (tmp_path / part).mkdir()
+    write_image(tmp_path / "images/a.png", Image(SCAN[:1]))
+    nib.save(nib.Nifti1Image(LABEL[:1].T, SPL), tmp_path / "labels/a.nii.gz")
+    c = Collection.from_folders(tmp_path, classes=("a", "b", "c"))
+    assert np.array_equal(c[0].label.numpy(), LABEL[0])
+
+
+# Both roads into a NIfTI
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "swapped", "slope", "whole slope", "big", "two", "wide", "one more axis",
+                                  "vector", "channels", "colours", "one slice", "members", "quaternion"])
+def test_blocks_are_what_reading_gives(tmp_path, kind):
+    a = {"one more axis": SCAN.T[..., None], "vector": np.stack([SCAN.T] * 3, -1)[:, :, :, None] * np.uint8([1, 2, 3]),
+         "channels": np.stack([SCAN.T, SCAN.T + 9], -1), "wide": SCAN.T.astype(float), "one slice": SCAN.T[:, :, :1],
+         "big": SCAN.T.astype(">i2")}.get(kind, SCAN.T)
+    if kind == "colours": a = np.stack([SCAN.T, SCAN.T // 2, SCAN.T // 3], -1).view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
+    f = (nib.Nifti2Image if kind == "two" else nib.Nifti1Image)(a, SPL, nib.Nifti1Header(endianness=">") if kind == "big" else None)
+    if "slope" in kind: f.header.set_slope_inter(2 if "whole" in kind else .3, -7)
+    if kind == "quaternion": f = nib.Nifti1Image(a, None); f.set_qform(SPL, 1)
+    p = tmp_path / ("x.nii.gz" if kind == "packed" else "x.nii")
+    nib.save(f, p)
+    if kind == "swapped": (tmp_path / "x.nii.gz").write_bytes(p.read_bytes()); p = tmp_path / "x.nii.gz"
+    if kind == "members":
+        raw = p.read_bytes(); p.write_bytes(gzip.compress(raw[:400]) + gzip.compress(raw[400:]))
+    image, volume = read_image(p), open_volume(p)
+    assert volume.shape == image.array.shape and volume.dtype.kind == image.array.dtype.kind
+    assert np.array_equal(volume[...], image.array)
+    assert np.array_equal(volume[:, 0:1, 3:6, 2:], image.array[:, 0:1, 3:6, 2:])
+    assert np.allclose(volume.affine, image.affine) and np.allclose(volume.spacing, image.spacing)
+    truth = {"slope": .3 * SCAN - 7., "whole slope": 2. * SCAN - 7, "one slice": SCAN[:1], "channels": SCAN}.get(kind, SCAN)
+    assert np.allclose(volume[...][0], truth)
+    if kind == "colours": assert np.array_equal(volume[...][2], SCAN // 3)
+
+
+def test_boxes_are_read_by_several_threads(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    for name in ("x.nii", "x.nii.gz"):
+        nib.save(nib.Nifti1Image(SCAN.T, SPL), tmp_path / name)
+        volume = open_volume(tmp_path / name)
+        with ThreadPoolExecutor(4) as pool: got = list(pool.map(lambda k: volume[:, k % 6:k % 6 + 1], range(120)))
+        assert all(np.array_equal(g[0, 0], SCAN[k % 6]) for k, g in enumerate(got))
+
+
+# Labels whose numbers are stored otherwise
+
+def test_labels_with_a_slope_are_whole_and_large_numbers_stay(tmp_path):
+    p = tmp_path / "l.nii"
+    header = nib.Nifti1Header(); header.set_data_dtype(np.uint8)
+    five = np.array([0, 1, 5])[LABEL]
+    f = nib.Nifti1Image(five.T.astype(float), SPL, header); f.header.set_data_dtype(np.uint8); nib.save(f, p)
+    values = np.unique(nib.load(p).get_fdata())
+    assert (values % 1).any()                                             # 5.00000007: the slope is rounded
+    assert np.array_equal(read_label(p).array, five)
+    huge = LABEL.astype(float); huge[0, 0, 0] = 2**24 + 1                 # float32 has no such number
+    nib.save(nib.Nifti1Image(huge.T, SPL), p)
+    assert np.array_equal(read_label(p).array, huge)
+    tifffile.imwrite(tmp_path / "l.tif", huge)
+    assert np.array_equal(read_label(tmp_path / "l.tif").array, huge)
+    for off in (.01, .5):
+        nib.save(nib.Nifti1Image((LABEL + off * (LABEL == 1)).T, SPL), p)
+        with pytest.raises(InputError, match="(?s)l.nii.*not whole numbers"): read_label(p)

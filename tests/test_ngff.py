@@ -16,8 +16,10 @@ from unpaired_kd.data.images import (
     read_image,
     read_label,
     write_image,
+    write_label,
 )
-from unpaired_kd.data.ngff import axis_letters, level_spacing, zarr_parts
+from unpaired_kd.data.geometry import lay_on
+from unpaired_kd.data.ngff import axis_letters, chunk_files, level_spacing, zarr_parts
 from unpaired_kd.volumes import open_volume
 
 R = np.random.default_rng(0)
@@ -310,7 +312,7 @@ def test_a_damaged_chunk_is_named(tmp_path, version, what):
     )
     with pytest.raises(InputError, match=f"(?s)a.zarr.*chunk {os.path.relpath(chunk, p)}"):
         read_image(p)
-    with pytest.raises(InputError, match="(?s)a.zarr.*box"):
+    with pytest.raises(InputError, match=f"(?s)a.zarr.*chunk {os.path.relpath(chunk, p)}"):
         open_volume(p)[...]
 
 
@@ -389,7 +391,7 @@ def test_a_header_may_promise_any_number_of_chunks(tmp_path):
     import time
     import zarr
     from unpaired_kd.data.ngff import absent_chunk, places
-    assert list(places((2, 3))) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and list(places(())) == [()]
+    assert list(places((range(2), range(3)))) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and list(places(())) == [()]
     a = zarr.create_array(str(tmp_path / "a.zarr"), shape=(4, 4, 4), chunks=(2, 2, 4), dtype="uint8")
     a[...] = 1
     assert absent_chunk(a) is None
@@ -398,3 +400,109 @@ def test_a_header_may_promise_any_number_of_chunks(tmp_path):
     start = time.monotonic()
     assert absent_chunk(zarr.open_array(str(tmp_path / "a.zarr"), mode="r")) == tmp_path / "a.zarr/c/0/0/1"
     assert time.monotonic() - start < 2
+
+
+def test_only_the_chunks_of_a_box_are_sought(tmp_path):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [1, 1, 1], chunks=(2, 10, 10))
+    z = open_zarr(p)[0]
+    box = (slice(1, 4), slice(10, 11), slice(19, 20))
+    names = [str(file.relative_to(p)) for _, file in chunk_files(z, box)]
+    assert names == ["0/c/0/1/1", "0/c/1/1/1"]
+    assert len(list(chunk_files(z))) == 3 * 2 * 3
+    (p / "0/c/1/1/1").write_bytes(b"no chunk")
+    volume = open_volume(p)
+    assert np.array_equal(volume[:, :2], V[None, :2])
+    with pytest.raises(InputError, match="(?s)a.zarr.*chunk 0/c/1/1/1"):
+        volume[:, 1:4, 10:11, 19:20]
+
+
+def move(*by):
+    return [{"type": "translation", "translation": list(by)}]
+
+
+def test_a_label_at_another_translation_is_refused(tmp_path):
+    y = (V > 30000).astype(np.uint8)
+    image = read_image(save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7)))
+    assert image.header.origin == pytest.approx((0.005, 0.006, 0.007))
+    for by, lies in (((5, 6, 7), True), ((6, 6.5, 7.2), True), ((5, 7, 7), False), ((0, 0, 0), False)):
+        p = save(tmp_path / "l.zarr", y.T, axes_of("xyz"), [0.5, 2, 4], more=move(*by[::-1]))
+        if lies:
+            assert np.array_equal(lay_on(read_label(p), image), y)
+        else:
+            with pytest.raises(InputError, match="(?s)l.zarr.*elsewhere.*0.005 x 0.006 x 0.007"):
+                lay_on(read_label(p), image)
+    bare = save(tmp_path / "b.zarr", y)  # says nothing of place
+    assert np.array_equal(lay_on(read_label(bare), image), y)
+    p = save(tmp_path / "s.zarr", y, axes_of("zyx"), [4, 2, 0.5])  # no translation: at zero
+    with pytest.raises(InputError, match="elsewhere"):
+        lay_on(read_label(p), image)
+
+
+def test_scales_after_a_translation_move_it():
+    level = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2]}, *move(3, 4)]}
+    entry = {"axes": axes_of("xy", "millimeter")}
+    entry["coordinateTransformations"] = [{"type": "scale", "scale": [10, 5]}, *move(1, 1)]
+    letters, spacing, origin = level_spacing(entry, level, (7, 8))
+    assert (letters, spacing, origin) == ("xy", (10.0, 10.0), (21.0, 31.0))
+
+
+def test_a_translation_is_written_back(tmp_path):
+    y = (V > 30000).astype(np.uint8)
+    image = read_image(save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7)))
+    write_label(tmp_path / "l.zarr", y, like=image)
+    label = read_label(tmp_path / "l.zarr")
+    assert label.header.origin == pytest.approx((0.005, 0.006, 0.007))
+    assert np.array_equal(lay_on(label, image), y)
+    two = Image(np.stack([V, V]), image.spacing, None, "", image.header)
+    write_image(tmp_path / "c.zarr", two)
+    note = json.loads((tmp_path / "c.zarr/zarr.json").read_text())["attributes"]["ome"]
+    steps = note["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    assert steps[1]["translation"] == pytest.approx([0, 0.005, 0.006, 0.007])
+
+
+def test_an_affine_of_its_own_fits_the_scales_or_is_refused(tmp_path):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [4, 2, 0.5])
+    affine = np.diag([0.0005, 0.002, 0.004, 1])
+    for bad, words in (
+        (np.diag([1.0, 2, 4, 1]), "give the spacing"),
+        (np.eye(3), "4 x 4"),
+        ([[1, 0, 0, 0]] * 4, "4 x 4"),
+        ("text", "4 x 4"),
+    ):
+        zarr.open_group(str(p)).attrs["affine"] = bad if isinstance(bad, str) else np.array(bad).tolist()
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match=f"(?s)a.zarr.*({words})"):
+                read(p)
+    zarr.open_group(str(p)).attrs["affine"] = affine.tolist()
+    for image in (read_image(p), open_volume(p)):
+        assert np.allclose(image.affine, affine)
+        assert image.spacing == pytest.approx((0.004, 0.002, 0.0005))
+    p = save(tmp_path / "b.zarr", V)  # no scale: that of the affine
+    zarr.open_group(str(p)).attrs["affine"] = affine.tolist()
+    assert read_image(p).spacing == pytest.approx((0.004, 0.002, 0.0005))
+
+
+def test_versions_to_come_are_refused(tmp_path):
+    p = save(tmp_path / "a.zarr", V, None, [4, 2, 0.5])
+    note = dict(zarr.open_group(str(p)).attrs["ome"])
+    note["version"] = "0.6"
+    note["multiscales"][0]["coordinateSystems"] = [{"name": "physical", "axes": axes_of("zyx")}]
+    zarr.open_group(str(p)).attrs["ome"] = note
+    for read in (read_image, open_volume):
+        with pytest.raises(InputError, match="(?s)a.zarr.*0.5"):
+            read(p)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a Zarr V3")
+def test_what_is_no_number_is_refused(tmp_path):
+    for k, a in enumerate((V.astype(np.complex64), np.full(V.shape, "ab"))):
+        p = save(tmp_path / f"{k}.zarr", a, axes_of("zyx"), [1, 1, 1])
+        for read in (read_image, read_label, open_volume):
+            with pytest.raises(InputError, match=f"(?s){k}.zarr.*no real numbers"):
+                read(p)
+
+
+def test_the_lengths_of_refused_axes_are_told_in_blocks(tmp_path):
+    p = save(tmp_path / "a.zarr", np.stack([V, V]), axes_of("tzyx"), [1, 1, 1, 1])
+    with pytest.raises(InputError, match=r"(?s)a.zarr.*TZYX.*\(2, 6, 20, 30\)"):
+        open_volume(p)

@@ -1010,3 +1010,28 @@ def test_axes_twice_or_unknown():
     for shape, axes in (((2, 3, 4, 5), "ZZYX"), ((4, 5), "YY"), ((4, 5, 2), "YX")):
         with pytest.raises(InputError):
             arrange(np.zeros(shape), axes)
+
+
+def test_what_is_no_real_number(tmp_path):
+    tifffile.imwrite(tmp_path / "c.tif", np.zeros((5, 12, 16), np.complex64))
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match="(?s)c.tif.*no real numbers"):
+            read(tmp_path / "c.tif")
+
+
+def test_a_fourth_colour_without_a_meaning_is_left_out(tmp_path):
+    p, colours = tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (12, 16, 4), np.uint8)
+    tifffile.imwrite(p, colours, photometric="rgb", extrasamples=["unassalpha"])
+    with tifffile.TiffFile(p) as tif:
+        at = tif.pages[0].tags[338].offset
+    data = bytearray(p.read_bytes())
+    data[at:at + 2] = (33432).to_bytes(2, "little")  # no ExtraSamples any more
+    p.write_bytes(data)
+    assert np.array_equal(read_image(p).array, np.moveaxis(colours[..., :3], -1, 0))
+
+
+def test_a_size_with_a_comma_is_named(tmp_path):
+    text = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros((12, 16), np.uint8), description=text.encode(), metadata=None)
+    with pytest.raises(InputError, match="(?s)a.ome.tif.*PhysicalSizeX='1,5'"):
+        read_image(tmp_path / "a.ome.tif")

@@ -469,3 +469,17 @@ def test_cluster(tmp_path):
         predict_volume(tmp_path / "student", tmp_path / "v.zarr", tmp_path / "other.zarr", tile=16, scheduler=there.scheduler_address)
     assert read_image(tmp_path / "other.zarr").array.mean() > read_image(tmp_path / "there.zarr").array.mean() + 5
     assert t["computed"] == t["blocks"] == 12 and t["compute"] > 0 and tree(tmp_path / "here.zarr") == tree(tmp_path / "there.zarr")
+
+
+def test_an_output_keeps_the_translation_of_its_input(tmp_path):
+    pytest.importorskip("zarr")
+    from unpaired_kd.data.images import read_label
+    from unpaired_kd.volumes import create_output
+    for shape in ((6, 8, 10), (2, 6, 8, 10)):
+        p = tmp_path / f"{len(shape)}.zarr"
+        create_output(p, shape, (8, 8, 16), (.004, .002, .001), origin=(.5, 0., -.25))
+        volume = open_volume(p, "empty")                              # nothing is written yet
+        assert volume.origin == pytest.approx((.5, 0, -.25)) and volume.spacing == pytest.approx((.004, .002, .001))
+    assert read_label(tmp_path / "3.zarr", "empty").header.origin == pytest.approx((.5, 0, -.25))
+    create_output(tmp_path / "zero.zarr", (6, 8, 10), (8, 8, 16), (1., 1, 1), origin=(0., 0., 0.))
+    assert "translation" not in (tmp_path / "zero.zarr/zarr.json").read_text()

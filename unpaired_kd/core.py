@@ -10,7 +10,7 @@ __all__ = ['PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE', 'REAL', 'InputError', 
            'resolve_precision', 'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil, stat
+import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil
 from importlib import import_module
 from pathlib import Path
 

@@ -12,7 +12,7 @@ __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_
            'goes_in_blocks']
 
 # %% ../nbs/4_training/6_volumes.ipynb #6c58fb0c
-import contextlib, copy, ctypes, errno, functools, itertools, json, logging, math, numbers, os, queue, re, shutil, threading, time, weakref
+import contextlib, copy, ctypes, errno, functools, json, logging, math, numbers, os, queue, re, shutil, threading, time, weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
-from .data.images import ABSENT, arrange, check_finite, check_there, extra, match_channels, nifti_place, open_zarr, suffix_of, to_unit, volume_window
+from .data.images import ABSENT, arrange, check_finite, check_there, extra, from_nifti, match_channels, nifti_place, open_nifti, suffix_of, to_unit, volume_window
+from .data.ngff import ome_steps, open_placed, read_box
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
 from .outputs import check_apart, check_input, check_new, check_path, check_place, check_room, files_mark, locked, made_folder
@@ -177,6 +178,7 @@ class Volume:
     affine:object      # (4,4), or None
     mark:str           # fingerprint of the stored bytes: sizes and times of change
     box:object         # function of three slices that gives an array (C,d,h,w)
+    origin:tuple|None=None # mm of the first voxel along D, H, W in OME's frame; None: not known
 
     def read(self,
         box, # (start, stop) along D, H, W
@@ -185,6 +187,7 @@ class Volume:
         box = [(int(a), int(b)) for a, b in box]
         try: a = self.box(tuple(slice(*b) for b in box))
         except MemoryError: raise
+        except InputError as e: raise InputError(f"{self.path}: {e}") from e
         except Exception as e: raise InputError(f"{self.path}: the box {box} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
         return np.ascontiguousarray(a, np.dtype(np.float32) if a.dtype == np.float64 else a.dtype.newbyteorder("="))
 
@@ -193,13 +196,16 @@ class Volume:
         c, *box = [k.indices(n) for k, n in zip((*index, *[slice(None)] * (4 - len(index))), self.shape)]
         return self.read([k[:2] for k in box])[(slice(*c), *(slice(None, None, k[2]) for k in box))]
 
-def _boxed(array, axes):
-    "A function that reads a box of a lazy array and brings it into (C,d,h,w)."
+def _boxed(array, axes, read=None):
+    "A function that reads a box of a lazy array (by `read`, if given) and brings it into (C,d,h,w)."
+    arrange(np.broadcast_to(np.uint8(0), array.shape), axes) # refuses axes that are not ours
     axes = axes.lower()
+    def plain(box): return array[tuple(box)]
+    read = read or plain
     depth = next((a for a, n in zip(axes, array.shape) if a not in "yxcs" and (a == "z" or n > 1)), "z")
     axes = "".join("z" if a == depth else "t" if a == "z" else a for a in axes)
     def box(slices):
-        a = array[tuple(slices["zyx".index(c)] if c in "zyx" else slice(None) for c in axes)]
+        a = read([slices["zyx".index(c)] if c in "zyx" else slice(None) for c in axes])
         a = arrange(np.asarray(a), axes)
         return a if a.ndim == 4 else a[:, None]
     one = box([slice(0, 1)] * 3)
@@ -211,10 +217,11 @@ def zarr_volume(
     absent:str="error",   # error | empty: what a chunk file that is not there means
 )->Volume: # opened
     "A Zarr, lazily."
-    z, axes, spacing, affine = open_zarr(path, absent)
+    z, axes, place = open_placed(path, absent)
     if axes.strip("tc").count("y") != 1 or z.ndim < 3: raise InputError(f"it is an array of {z.ndim} axes; blocks need (D, H, W) or (C, D, H, W).")
-    box, shape, kind = _boxed(z, axes)
-    return Volume(path, shape, kind, spacing, affine, files_mark(path), box)
+    def read(box): return read_box(z, path, box)
+    box, shape, kind = _boxed(z, axes, read)
+    return Volume(path, shape, kind, place.spacing, place.affine, files_mark(path), box, place.origin)
 
 # %% ../nbs/4_training/6_volumes.ipynb #775b4ce2
 def tiff_volume(
@@ -229,13 +236,15 @@ def tiff_volume(
 def nifti_volume(
     path:Path, # .nii or .nii.gz
 )->Volume: # opened
-    "A NIfTI through nibabel's proxy, transposed as `read_nifti` does."
-    import nibabel as nib
-    f = nib.load(path)
-    if len(f.shape) != 3 or f.get_data_dtype().fields or f.get_data_dtype().kind == "c": raise InputError(f"it has the shape {f.shape} and type {f.get_data_dtype()}; blocks need grey volumes (x, y, z).")
-    place = nifti_place(f.header, 3, path)
-    def box(slices): return np.asanyarray(f.dataobj[tuple(slices[::-1])]).T[None]
-    return Volume(path, (1, *f.shape[::-1]), box([slice(0, 1)] * 3).dtype, place.spacing, place.affine, files_mark(path), box)
+    "A NIfTI through nibabel's proxy, its axes as `read_nifti` brings them."
+    f, stored = open_nifti(path, lazy=True)
+    if len(f.shape) < 3:
+        raise InputError(f"it has the shape {f.shape}; blocks need volumes (x, y, z).")
+    place = nifti_place(f.header, 3, path, stored)
+    def box(slices): return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
+    one = box([slice(0, 1)] * 3)
+    shape = (len(one), *f.shape[2::-1])
+    return Volume(path, shape, one.dtype, place.spacing, place.affine, files_mark(path), box)
 
 OPENERS = {".zarr": zarr_volume, ".tif": tiff_volume, ".tiff": tiff_volume, ".nii": nifti_volume, ".nii.gz": nifti_volume}
 
@@ -248,7 +257,10 @@ def open_volume(
     check_there(path)
     if (suffix := suffix_of(path)) not in OPENERS: raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
-    try: return OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)
+    try:
+        volume = OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)
+        check_finite(np.zeros(0, volume.dtype), "it")
+        return volume
     except InputError as e: raise InputError(f"{path}: {e}") from e
     except MemoryError as e: raise InputError(f"{path} needs more memory to open than is free. Close other programs, or save it as .zarr, which is read piece by piece.") from e
     except Exception as e: raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
@@ -281,6 +293,7 @@ def create_output(
     spacing=None, # mm along D, H, W
     affine=None,  # (4,4), Zarr only
     mark:str="",  # makes the file's identifier: equal jobs, equal bytes
+    origin=None,  # mm of the first voxel along D, H, W, Zarr only
 ):
     "An empty uint8 volume on disk: OME-Zarr (v3, one shard a block) or BigTIFF."
     names, scale = list("czyx"[-len(shape):]), [1.] * (len(shape) - 3) + list(spacing or (1.,) * 3)
@@ -290,7 +303,8 @@ def create_output(
         chunk = [next((c for c in (64, 32, 16, 8) if t % c == 0), t) for t in tile]
         group = extra("zarr", "volumes").open_group(str(path), mode="w", zarr_format=3)
         group.create_array("0", shape=shape, dtype="uint8", fill_value=0, chunks=(1, *chunk)[-len(shape):], shards=(*shape[:-3], *tile), config={"write_empty_chunks": True})
-        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}]}]}
+        steps = ome_steps(scale, origin)
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}]}
         if affine is not None: group.attrs["affine"] = np.asarray(affine).tolist()
         return
     import tifffile
@@ -765,12 +779,13 @@ def predict_volume(
     if folder: student = Student.load(folder, device, precision)
     job, tile, halo = prepared(student, volume, mark, data, tile, halo, memory, empty, labels)
     check_room(output, math.prod(job.shape) - on_disk(data))
-    spacing, affine = triple(spacing, "spacing", kind=float) or volume.spacing, None if spacing is not None else volume.affine
+    affine, origin = (None, None) if spacing is not None else (volume.affine, volume.origin)
+    spacing = triple(spacing, "spacing", kind=float) or volume.spacing
     if spacing is None: print(f"{volume.path.name} does not say how large a voxel is: that of the training is assumed. Give it with --spacing z,y,x (mm).")
     record = {"format": 1, "shape": volume.shape, "dtype": str(volume.dtype), "recipe": asdict(student.recipe), "tile": tile, "halo": halo, "spacing": spacing,
               **{k: v for k, v in asdict(job).items() if k not in ("input", "data", "shape")}}
     blocks = blocks_of(volume.shape[1:], tile, halo, job.strides)
-    create = functools.partial(create_output, data, job.shape, tile, spacing, affine, digest(record))
+    create = functools.partial(create_output, data, job.shape, tile, spacing, affine, digest(record), origin)
     with held(work), unfinished(work, output):
         clear_parts(output.parent)
         if ended(work, data, output) and not differences(work, record):

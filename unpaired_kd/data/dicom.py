@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'PLACE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dicom', 'dicom_files', 'as_dicom', 'dicom_header', 'filled',
-           'tag', 'numbers', 'Slice', 'slices_of', 'read_slices', 'check_slice', 'size_of', 'colours_of', 'rescale_of',
-           'but_for_rounding', 'check_alike', 'check_series', 'sort_slices', 'check_gaps', 'sideways', 'same_place',
-           'thickness', 'step_between', 'series_grid', 'with_scale', 'stored_pixels', 'read_dicom']
+           'tag', 'numbers', 'Slice', 'slices_of', 'read_slices', 'check_slice', 'size_of', 'colours_of', 'frame_of',
+           'rescale_of', 'but_for_rounding', 'check_alike', 'check_series', 'sort_slices', 'check_gaps', 'sideways',
+           'same_place', 'thickness', 'step_between', 'series_grid', 'with_scale', 'stored_pixels', 'read_dicom']
 
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
@@ -134,6 +134,11 @@ class Slice:
     slope:float = 1.           # stored numbers times this
     shift:float = 0.           # plus this
 
+    def name(self):
+        "Its file, and which frame of it, if there are several."
+        several = int(filled(self.note.get("NumberOfFrames")) or 1) > 1
+        return f"frame {self.frame + 1} of {self.file.name}" if several else self.file.name
+
     def normal(self):
         "The direction across the slice."
         return np.cross(self.turn[:3], self.turn[3:])
@@ -206,6 +211,7 @@ def check_slice(
 # %% ../../nbs/1_data/17_dicom.ipynb #df72a2e1
 def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
+def frame_of(x): return str(x.note.get("FrameOfReferenceUID") or "none")
 
 def rescale_of(x):
     "Whether a slice has a scale, and in which unit."
@@ -232,6 +238,7 @@ def check_alike(
 ):
     "Raise `InputError` that names a slice which differs from most in size, colours, scale or grid."
     values = {"size": list(map(size_of, slices)), "kind of colour": list(map(colours_of, slices)),
+              "frame of reference": list(map(frame_of, slices)),
               "orientation": but_for_rounding([x.turn for x in slices]),
               "pixel spacing": but_for_rounding([x.spacing for x in slices])}
     if any((x.slope, x.shift) != (1, 0) for x in slices):
@@ -244,7 +251,7 @@ def check_alike(
             if v != usual:
                 localizer = "LOCALIZER" in (x.note.get("ImageType") or ())
                 why = " (it is a localizer)" * localizer
-                raise InputError(f"its slice {x.file.name} has another {what} than the others: {v} "
+                raise InputError(f"its slice {x.name()} has another {what} than the others: {v} "
                                  f"instead of {usual}{why}. Move it out of the folder.")
 
 # %% ../../nbs/1_data/17_dicom.ipynb #5052284e
@@ -270,7 +277,7 @@ def sort_slices(
         return slices
     for x in slices:
         if x.corner is None or x.turn is None:
-            raise InputError(f"its slice {x.file.name} has no position (ImagePositionPatient): "
+            raise InputError(f"its slice {x.name()} has no position (ImagePositionPatient): "
                              "it cannot be sorted. Move it away, or convert the series to NIfTI.")
     normal = slices[0].normal()
     return sorted(slices, key=lambda x: x.corner @ normal)
@@ -293,7 +300,7 @@ def check_gaps(
         if gap <= max(1e-3, .01 * usual):
             raise InputError(same_place(slices[k], slices[k + 1]))
     for k, gap in enumerate(gaps):
-        pair = f"from {slices[k].file.name} (slice {k + 1}) to {slices[k + 1].file.name}"
+        pair = f"from {slices[k].name()} (slice {k + 1}) to {slices[k + 1].name()}"
         if abs(gap - usual) > .1 * usual + 1e-3:
             raise InputError(f"its slices are not evenly spaced: {pair} it is {gap:.2f} mm instead "
                              f"of {usual:.2f}. A file is missing, or one is too many.")
@@ -314,7 +321,7 @@ def same_place(
     "Say that two slices lie at one place, and what may tell them apart."
     told = [t for t in TELLING if a.note.get(t) != b.note.get(t)]
     differ = f"; they differ in {', '.join(told[:3])}" if told else ""
-    return (f"{a.file.name} and {b.file.name} lie at one place, so a slice is there twice{differ}. "
+    return (f"{a.name()} and {b.name()} lie at one place, so a slice is there twice{differ}. "
             "Remove the second, or put each echo, time or acquisition into its own folder.")
 
 # %% ../../nbs/1_data/17_dicom.ipynb #b1be5a35
@@ -345,7 +352,7 @@ def step_between(
     far = np.maximum(along, aside)
     if far.max() > 1:
         k = int(far.argmax())
-        raise InputError(f"its slices drift: {slices[k].file.name} (slice {k + 1}) lies "
+        raise InputError(f"its slices drift: {slices[k].name()} (slice {k + 1}) lies "
                          f"{np.linalg.norm(off[k]):.2f} mm from where even steps put it, so no one "
                          "affine fits. Resample the scan onto an even grid, e.g. with dcm2niix.")
     return step

@@ -10,7 +10,6 @@ __all__ = ['UTF', 'EXCEL', 'FRESH', 'name_key', 'stem', 'table_text', 'Row', 'he
 # %% ../../nbs/1_data/20_files.ipynb #fda803b0
 import codecs, csv, hashlib, io, os, time, unicodedata
 from collections import Counter
-from functools import partial
 from pathlib import Path, PureWindowsPath
 
 import numpy as np

@@ -7,9 +7,9 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of', 'check_memory',
            'open_picture', 'png_header', 'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits',
            'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag',
-           'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'ome_sizes',
-           'tag_sizes', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate', 'read_tiff', 'check_plain',
-           'lazy_tiff']
+           'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'is_number',
+           'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate',
+           'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -495,6 +495,16 @@ def tiff_spacing(
     found = [sizes.get(a) for a in letters]
     return tuple(found) if all(s and np.isfinite(s) and s > 0 for s in found) else None
 
+def is_number(
+    text:str,
+)->bool:
+    "Whether a text is a number."
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
 def ome_sizes(
     root, # root of the OME header
     page, # first page of the image
@@ -507,6 +517,9 @@ def ome_sizes(
         for a in "ZYX":
             unit = unit_length(e.get(f"PhysicalSize{a}Unit", "µm"))
             size = e.get(f"PhysicalSize{a}")
+            if size and not is_number(size):
+                raise InputError(f"its OME header says PhysicalSize{a}={size!r}, which is no number. "
+                                 "Correct it, with a point and not a comma.")
             found[a.lower()] = float(size) * unit if size and unit else None
         return found
     return {}
@@ -528,6 +541,17 @@ def tag_sizes(
     return {a: abs(float(s)) * unit if s else None for a, s in sizes.items()}
 
 # %% ../../nbs/1_data/18_pictures.ipynb #117634bb
+def seen_samples(
+    page, # tifffile page
+)->int: # samples of a pixel that are seen
+    "All but alpha; of a colour picture, whatever it says of the others, three."
+    kind = name_of(page.photometric)
+    if kind in ("RGB", "YCBCR"):
+        return min(3, page.samplesperpixel)
+    if kind in ("PALETTE", "MINISWHITE"):
+        return 1
+    return page.samplesperpixel - sum(e in (1, 2) for e in page.extrasamples) # 1, 2: alpha
+
 def as_seen(
     a:np.ndarray,    # stored numbers
     axes:str,        # one letter an axis
@@ -542,9 +566,8 @@ def as_seen(
     if label and as_jpeg:
         raise InputError("it is compressed as JPEG, which changes pixel values, so it cannot "
                          "hold labels. Save the label map with a compression without loss.")
-    spare = [e for e in page.extrasamples if kind != "MINISBLACK" or e in (1, 2)] # 1, 2: alpha
-    if "S" in axes and spare:
-        a = a.take(range(a.shape[axes.index("S")] - len(spare)), axes.index("S"))
+    if "S" in axes:
+        a = a.take(range(seen_samples(page)), axes.index("S"))
     if kind == "MINISWHITE":
         a = black_is_zero(a, page, label)
     if kind == "PALETTE" and not label:
@@ -653,7 +676,7 @@ def check_plain(
         refuse(f"its colours are stored as {kind}")
     if tag not in (0, 1):
         refuse(f"its orientation is {tag}, to be turned upright")
-    if page.extrasamples and (kind == "RGB" or set(page.extrasamples) & {1, 2}):
+    if seen_samples(page) < page.samplesperpixel:
         refuse("it has an alpha channel")
     if isinstance(bits, int) and 1 < bits < 8:
         refuse(f"it has {bits} bits a sample")

@@ -638,11 +638,10 @@ def _in_worker(kind, folder, config, name, seed, queue):
     def tell(row): queue.put((name, seed, row))
     _task(kind, folder, config, name, seed, "cpu", tell)
 
-def _leave_with_parent():
-    """In a worker: end when the parent process is gone, however it ended, so that nobody goes on
-    writing to the run folder."""
+def _leave_with_parent(parent):
+    """In a helping process: end when the parent with this number is gone, however it ended, so
+    that nobody goes on writing to the run folder."""
     import threading, time
-    parent = os.getppid()
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os._exit(1)
@@ -672,9 +671,13 @@ def _in_processes(tasks, folder, config, workers, bar):
     import multiprocessing
     from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing.managers import SyncManager
     check_guard()
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, context, _leave_with_parent) as pool:
+    me = (os.getpid(),)
+    manager = SyncManager(ctx=context)
+    manager.start(_leave_with_parent, me) # a process too: it must not outlive this one
+    with manager, ProcessPoolExecutor(workers, context, _leave_with_parent, me) as pool:
         queue = manager.Queue()
         waiting = {pool.submit(_in_worker, kind, folder, config, name, seed, queue) for kind, name, seed in tasks}
         try:

@@ -928,7 +928,7 @@ def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])
     with pytest.raises(InputError, match="teacher-0 holds no finished training"): study_module.collect(tmp_path, [("teacher", "teacher", 0)])
-    keep_record(place, ["metrics.csv"], cases=[])
+    keep_record(place, ["metrics.csv"], task=["teacher", "teacher", 0], cases=[])
     assert study_module.collect(tmp_path, [("teacher", "teacher", 0)]) == []
 
 

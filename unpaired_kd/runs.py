@@ -92,6 +92,9 @@ def record_of(
     place, # folder of a training
 )->dict: # what `keep_record` wrote
     "The record of a training, whatever has become of its files."
+    if not (Path(place)/DONE).exists():
+        raise InputError(f"{place} holds no finished training. Run the study again: it goes on "
+                         "where it stopped.")
     return read_sealed(Path(place)/DONE, "task", "files")
 
 def records(

@@ -203,7 +203,7 @@ RUN = [
     ("dict: deep", None, given("options", "[" * 2000 + "]" * 2000), "nested"),
     ("dict: long", None, given("options", "[" + "1, " * 100000 + "]"), "longer than"),
     ("str: bytes that are no UTF-8", None, given("name", os.fsdecode(b"caf\xe9")), "'name'.*broken character"),
-    ("parameter without a value", None, ["run", "./n.ipynb", "-p", "steps"], "-p: expected 2 arguments"),
+    ("parameter without a value", None, ["run", "./n.ipynb", "-p", "steps"], "-p: write name and value apart"),
     ("unknown option", None, ["run", "./n.ipynb", "--epochs", "3"], "--epochs"),
     # the notebook
     ("notebook absent", None, ["run", "./absent.ipynb"], "absent.ipynb does not exist"),

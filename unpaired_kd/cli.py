@@ -105,6 +105,7 @@ def read_line(
     kind = annotation(node.annotation) if typed else type(default).__name__
     return Parameter(target.id, kind, default, notes.get(node.end_lineno, ""))
 
+# %% ../nbs/6_command/1_cli.ipynb #3088dc4e
 def annotation(
     node, # syntax tree of an annotation
 )->str: # its text
@@ -143,6 +144,7 @@ class Misfit(TypeError):
     "A value that is not what its place asks for; the message, which may be empty, says why."
 
 LONGEST, DEEPEST = 200_000, 50 # characters of YAML, levels of brackets
+
 REPEATED = 10_000 # parts of a file that stand there through anchors alone
 
 def check_event(
@@ -168,6 +170,7 @@ def is_text(
     except UnicodeEncodeError: return False
     return True
 
+# %% ../nbs/6_command/1_cli.ipynb #71270a90
 def compose(
     text:str, # YAML
     anchors:bool=False, # whether a part may be named with & and repeated with *
@@ -243,9 +246,13 @@ def read_plain(
 
 # %% ../nbs/6_command/1_cli.ipynb #992c16af
 ANY = ast.Name("object") # the annotation of a value of which nothing is known
+
 FREE = ("object", "Any", "NoneType") # NoneType: a parameter without annotation whose default is None
+
 PLAIN = (*FREE, "int", "float", "bool", "None", "str", "list", "dict")
+
 NO_TYPE = "A parameter is int, float, str, bool, list, dict, or None; change it in the notebook."
+
 SWITCH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 def cast(
@@ -273,6 +280,7 @@ def sides(
     if not (isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.BitOr)): return [kind]
     return sorted([*sides(kind.left), *sides(kind.right)], key=is_str)
 
+# %% ../nbs/6_command/1_cli.ipynb #80306f81
 def is_str(
     kind, # an annotation, as a syntax tree
 )->bool: # whether it is `str`
@@ -331,6 +339,7 @@ def whole_or_real(
     if math.isnan(real): raise Misfit("It is not a number.")
     return real
 
+# %% ../nbs/6_command/1_cli.ipynb #e201f740
 def cast_mapping(
     node,        # of `compose`
     key_kind,    # annotation of its keys
@@ -526,6 +535,7 @@ def check_place(
         raise refuse(f"--out: {folder} was made with other parameters:\n" + "\n".join(differ)
                      + "\nChoose another folder, or --extend to add to this one (say, more seeds).")
 
+# %% ../nbs/6_command/1_cli.ipynb #1293a171
 def is_study(
     folder, # a folder
 )->bool: # whether `run_study` made it
@@ -594,6 +604,7 @@ def translate_exactly():
             return "{" + ", ".join(f"{cls.translate(k)}: {cls.translate(v)}" for k, v in val.items()) + "}"
     papermill_translators.register("python3", Exact)
 
+# %% ../nbs/6_command/1_cli.ipynb #1c06b993
 def find_notebook(
     name:str, # path of a notebook, or the name of an experiment
 )->Path: # where it is
@@ -650,6 +661,7 @@ def with_papermill(
         stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", language="python",
         kernel_manager_class=own_kernel(log), extra_arguments=["--log-level=50"])
 
+# %% ../nbs/6_command/1_cli.ipynb #c4df668d
 def silence(
     *names:str, # of loggers
 ):
@@ -843,6 +855,7 @@ def parser()->argparse.ArgumentParser: # the command line of `ukd`
 
 # %% ../nbs/6_command/1_cli.ipynb #862a002e
 LEFT_OUT = {"seed", "seeds", "workers", "rows", "arms", "run_folder"} # parameters that choose, and change no arm
+
 OF_ARMS = {"preset", "options", "weights", "init"} # of a study; each arm's record repeats them
 
 def record_of(
@@ -867,6 +880,7 @@ def data_of(
     found = {p.stem.partition("-")[0]: record_of(p) for p in sorted((folder/"splits").glob("*.json"))}
     return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
+# %% ../nbs/6_command/1_cli.ipynb #989f577d
 def settings_of(
     folder, # a run folder, or its metrics.csv
     arm:str, # one of its arms
@@ -940,6 +954,7 @@ def tell_apart(
             if first and not same: apart.append((found[folder, arm].name, first.name, unlike(settings, first.settings)))
     return found, apart
 
+# %% ../nbs/6_command/1_cli.ipynb #038a9fe7
 def unlike(
     a, # settings, or None
     b, # settings, or None
@@ -1105,6 +1120,7 @@ def bad_input(
     if isinstance(e, InputError): return str(e)
     if isinstance(e, (OSError, MemoryError)): return of_the_system(e)
 
+# %% ../nbs/6_command/1_cli.ipynb #376b5831
 def continues(
     args, # what `parser` read: an argparse.Namespace
 )->bool: # whether the same command goes on where this one stopped

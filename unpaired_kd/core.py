@@ -321,6 +321,7 @@ def _open_mode(mode):
     os.umask(mask)
     return mode & ~mask
 
+# %% ../nbs/0_core/1_core.ipynb #2676891d
 @contextlib.contextmanager
 def atomic(
     path, # the file to write

@@ -139,6 +139,7 @@ def student_ci(
     half = stdtrit(df, (1 + level) / 2) * se if se > NOISE * abs(mean) else np.nan
     return float(mean - half), float(mean + half)
 
+# %% ../nbs/4_training/2_evaluation.ipynb #8d53aa76
 def bootstrap_ci(
     values,           # one value per case (N,), for instance differences
     groups=None,      # patient of each case (N,); None: each value is its own group

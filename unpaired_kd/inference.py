@@ -431,6 +431,7 @@ def whole_numbers(
         for d in data.values() if isinstance(data, dict) else data:
             yield from whole_numbers(d)
 
+# %% ../nbs/4_training/4_inference.ipynb #8127428c
 def draft_of(
     recipe:Recipe, # names a network and its arguments
     path:Path,     # where it comes from, for messages
@@ -618,6 +619,7 @@ def notes_of(
     "Where a job notes what it has begun and done."
     return target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
 
+# %% ../nbs/4_training/4_inference.ipynb #64f9ba20
 def check_outputs(
     jobs:list,      # of `FileJob`
     source:Path,    # the input as it was given: an image, or the folder that holds them
@@ -666,6 +668,7 @@ def foresee_room(
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
 
+# %% ../nbs/4_training/4_inference.ipynb #4b3a86a2
 def segment_file(
     student:Student, # in memory
     job:FileJob,     # image and outputs
@@ -735,6 +738,7 @@ def predict_path(
             shown.update()
     return told(jobs, failed, fresh, alone)
 
+# %% ../nbs/4_training/4_inference.ipynb #af3418eb
 def told(
     jobs:list,   # of `FileJob`
     failed:dict, # job -> what was wrong

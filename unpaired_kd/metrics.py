@@ -159,6 +159,7 @@ def _near(distances, tolerance):
     near = sum(np.count_nonzero(d <= reach) for d in distances)
     return float(near / max(sum(map(len, distances)), 1))
 
+# %% ../nbs/1_data/7_metrics.ipynb #29f1b3f2
 def surface_dice(
     pred,            # mask (*spatial)
     target,          # the same shape

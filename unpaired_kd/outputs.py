@@ -162,6 +162,7 @@ def check_room(
         raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
                          "are free there. Make room, or give a place on another disk.")
 
+# %% ../nbs/4_training/7_outputs.ipynb #0582e874
 def check_format(
     output,      # path that will be written
     shape:tuple, # of the label map: (H,W) or (D,H,W)

@@ -356,6 +356,7 @@ def published_table(
     notes = _agreement(rows, published, metric), _gains(found)
     return "\n".join([markdown_table(head, lines), "", *notes])
 
+# %% ../nbs/4_training/3_report.ipynb #f96899a9
 def _agreement(rows, published, metric):
     "How the order of the rows agrees with the published one, in words."
     means = {a: v[metric] for a, v in published.items()}

@@ -72,6 +72,7 @@ def keep_record(
     files = {n: file_sum(Path(place)/n) for n in names}
     write_sealed(Path(place)/DONE, {**facts, "task": list(task), "files": files})
 
+# %% ../nbs/4_training/7_runs.ipynb #3d4e3b2b
 def verified(
     place, # folder of a training
     task,  # which training should be there
@@ -103,6 +104,7 @@ def records(
     "The records of all trainings that were finished there."
     return [record_of(p.parent) for p in sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))]
 
+# %% ../nbs/4_training/7_runs.ipynb #54153924
 def check_sums(
     folder,     # where the files lie
     files:dict, # name -> SHA-256
@@ -113,7 +115,6 @@ def check_sums(
         raise InputError(f"{Path(folder)/name} is not what it was when it was finished: its "
                          "SHA-256 is another. Restore it from a copy, or delete it: the same "
                          "command makes it again.")
-
 
 # %% ../nbs/4_training/7_runs.ipynb #52a7c00d
 TABLES = "tables.json"

@@ -174,6 +174,7 @@ def _open(key):
                          f"{config.student!r} {s.dims}-D ones.")
     return t, s, traces(config, t, s)
 
+# %% ../nbs/5_methods/3_study.ipynb #fd05dabd
 def share(
     value:float, # below 1 a share, else a number of groups
     groups:int,  # how many there are
@@ -187,7 +188,6 @@ def share(
         raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left "
                          "on each side.")
     return n
-
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c02
 def traces(
@@ -280,6 +280,7 @@ def split_data(
         elif {k: sorted(v) for k, v in Split.load(path, s).parts.items()} != {k: sorted(v) for k, v in made.parts.items()}: raise InputError(f"{path} does not fit {path.with_name(f'student-{seed}.json')}, or the arms now need other images than those on record (score_on='validation' with an arm that learns without labels). Restore the file, or choose another run folder.")
     return Data(t.subset(taught), t.subset(teacher["test"]), s.subset(labelled), s.subset(scored), s.subset(valid), nameless(s.subset(rest).unlabelled()))
 
+# %% ../nbs/5_methods/3_study.ipynb #09b6161a
 def nameless(
     c:Collection, # a collection
 )->Collection: # the same without label groups
@@ -401,6 +402,7 @@ def unfinished(folder, task)->bool:
     (place_of(folder, *task[1:])/DONE).unlink(missing_ok=True)
     return True
 
+# %% ../nbs/5_methods/3_study.ipynb #dcdfe20a
 def keep_scores(
     folder,             # run folder
     config:StudyConfig, # the study
@@ -434,7 +436,6 @@ def lessons(
 def settled(config)->str:
     "Digest of what all arms have in common."
     return digest(common(config), 64)
-
 
 # %% ../nbs/5_methods/3_study.ipynb #e3330dc4
 def train_teacher(
@@ -567,6 +568,7 @@ def train_first(
     if todo: keep_scores(folder, config, task, learner.method.networks, scored(config, tiled, data.student_test, name, seed))
     return learner
 
+# %% ../nbs/5_methods/3_study.ipynb #2f684435
 def keep_codebook(
     path,    # record beside the student's checkpoints
     teacher, # the student's teacher
@@ -692,10 +694,10 @@ def _in_processes(tasks, folder, config, workers, bar):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+# %% ../nbs/5_methods/3_study.ipynb #9c5e1f4f
 def _advance(bar, config, name, seed, row):
     bar.set_postfix_str(f"{name} {seed}: {row['stage']} {row['epoch'] + 1}, seg {row.get('seg', float('nan')):.3f}", refresh=False)
     bar.update(config.steps)
-
 
 # %% ../nbs/5_methods/3_study.ipynb #bd0d1cce
 def run_study(
@@ -732,6 +734,7 @@ def check_outside(folder, config):
         raise InputError(f"{folder} lies among the images of {config.data}. Choose another run "
                          "folder.")
 
+# %% ../nbs/5_methods/3_study.ipynb #5aefb833
 @contextlib.contextmanager
 def holding(folder):
     """Hold a run folder while a study runs; it is made if missing. `InputError` if another study
@@ -763,7 +766,6 @@ def _here(tasks, folder, config, bar):
         def tell(row): _advance(bar, config, name, seed, row)
         _task(kind, folder, config, name, seed, "auto" if torch.cuda.is_available() else "cpu", tell)
 
-
 # %% ../nbs/5_methods/3_study.ipynb #fb6a3716
 def firsts(config, seeds)->list:
     "The trainings (kind, name, seed) that must be done before the arms that need them."
@@ -772,7 +774,9 @@ def firsts(config, seeds)->list:
 
 AT_LEAST = dict(student_labels=1, epochs=1, teacher_epochs=1, steps=1, batch=1, patch=1, teachers=1, width=1, teacher_test=0,
                 validation=0, early_stop=0, min_size=0, depth=0, unlabelled=0, foreground=0, rich=0)
+
 AT_MOST = dict(foreground=1, rich=1, teacher_share=1)
+
 ABOVE_0 = ("test", "lr", "zoom", "teacher_share")
 
 def check_values(
@@ -803,6 +807,7 @@ def check_values(
         if isinstance(v, str) and v not in known: raise InputError(unknown(name, v, known))
     if config.dims not in (2, 3): raise InputError(f"dims={config.dims}: give 2 or 3.")
 
+# %% ../nbs/5_methods/3_study.ipynb #1af9817b
 def check_seeds(
     seeds, # what was given as seeds
 ):
@@ -815,7 +820,6 @@ def check_seeds(
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds={list(seeds)}: each seed is run once. Leave out what is given "
                          "twice.")
-
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c06
 def check_study(
@@ -846,6 +850,7 @@ def check_study(
     for name, (arm, options) in arms.items(): check_arm(config, parts[0], name, arm, options)
     if not folder or not check_data(folder, contents(config)): check_images(config, parts, net.stride)
 
+# %% ../nbs/5_methods/3_study.ipynb #16ffffc3
 def check_networks(
     config:StudyConfig, # the study
     data:Data,          # of any seed
@@ -871,6 +876,7 @@ def first_line(e)->str:
     "What an error says first; torch adds where in C++ it arose."
     return str(e).partition("\n")[0]
 
+# %% ../nbs/5_methods/3_study.ipynb #a21255a5
 def check_arm(config, data, name, arm, options):
     "`InputError` for an arm whose options, weights or teacher do not fit the study."
     def fresh(stream): return network(config, 0, stream, channels_of(data), len(data.teacher_train.classes))
@@ -887,7 +893,6 @@ def check_arm(config, data, name, arm, options):
         raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's "
                          f"strides {t.strides}.")
     method.check_weights(weight_table(method.weights, arm["weights"]))
-
 
 # %% ../nbs/5_methods/3_study.ipynb #3e0a1c08
 def check_images(
@@ -970,6 +975,7 @@ def read_claim(path)->dict:
         raise InputError(f"{path} is not the record of a study. Choose another run folder.")
     return read_sealed(path)
 
+# %% ../nbs/5_methods/3_study.ipynb #8598053e
 def claim_folder(folder, config, seeds):
     """Write config.json, after a look at the one there. Returns all seeds and arms that the folder
     has been given so far."""
@@ -1006,7 +1012,6 @@ def commit()->str:
         said = git("describe", "--always", "--dirty")
     except OSError: return ""
     return said.stdout.strip() if said.returncode == 0 else ""
-
 
 # %% ../nbs/5_methods/3_study.ipynb #879d7155
 def export_student(

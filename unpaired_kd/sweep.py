@@ -60,6 +60,7 @@ def is_null(
     "An empty place, `null` or `~`."
     return node.id == "scalar" and node.style is None and NULL.fullmatch(node.value) is not None
 
+# %% ../nbs/6_command/2_sweep.ipynb #b3681ed7
 def is_text_node(
     node, # of `compose`
 )->bool: # whether it is text beyond doubt
@@ -367,6 +368,7 @@ def check_same_data(
             raise InputError(f"{places[other.key]} and {places[c.key]}: the data have changed between these two cells. "
                              "Delete the folder of the one with the old data, and give the command again.")
 
+# %% ../nbs/6_command/2_sweep.ipynb #9b41f4a4
 def write_results(
     out,        # sweep folder
     cells:list, # all cells of the grid

@@ -47,8 +47,11 @@ def _bits(rule):
     return sum(1 << i for i, offset in enumerate(around) if rule(*offset))
 
 _FACES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) == 1)          # 6 neighbours
+
 _SIDES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) in (1, 2))     # 18: faces and edges
+
 _AROUND = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) > 0)          # 26
+
 _STEPS = ((1, _bits(lambda z, y, x: x > -1), _bits(lambda z, y, x: x < 1)),  # shift, and where it may arrive
           (3, _bits(lambda z, y, x: y > -1), _bits(lambda z, y, x: y < 1)),
           (9, _bits(lambda z, y, x: z > -1), _bits(lambda z, y, x: z < 1)))
@@ -62,7 +65,9 @@ def _spread(half, corners):
     return new
 
 _HALVES = np.arange(1 << 14, dtype=np.int32), np.arange(1 << 14, dtype=np.int32) << 13
+
 _BY_CORNERS = [_spread(half, True) for half in _HALVES]  # neighbours by faces, edges and corners
+
 _BY_FACES = [_spread(half, False) for half in _HALVES]   # by faces alone
 
 def _grown(within, seed, tables):
@@ -74,6 +79,7 @@ def _grown(within, seed, tables):
             return seed
         seed = new
 
+# %% ../nbs/1_data/15_topology.ipynb #08e8e8ce
 def _removable(
     code:np.ndarray, # 3x3x3 neighbourhoods as bits (see `_bits`), (N,) int32
 )->np.ndarray: # (N,) bool

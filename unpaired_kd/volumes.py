@@ -196,6 +196,7 @@ class Volume:
         c, *box = [k.indices(n) for k, n in zip((*index, *[slice(None)] * (4 - len(index))), self.shape)]
         return self.read([k[:2] for k in box])[(slice(*c), *(slice(None, None, k[2]) for k in box))]
 
+# %% ../nbs/4_training/6_volumes.ipynb #e613c390
 def _boxed(array, axes, read=None):
     "A function that reads a box of a lazy array (by `read`, if given) and brings it into (C,d,h,w)."
     arrange(np.broadcast_to(np.uint8(0), array.shape), axes) # refuses axes that are not ours
@@ -313,6 +314,7 @@ def create_output(
     tifffile.memmap(path, shape=shape, dtype=np.uint8, bigtiff=True, ome=True, photometric="minisblack", metadata=note).flush()
     reserve(path)
 
+# %% ../nbs/4_training/6_volumes.ipynb #3b947e7c
 def reserve(
     path, # a file
 ):
@@ -430,6 +432,7 @@ def resume(
         for stray in data.rglob("*.partial"): stray.unlink() # of a write that was killed
     return logged(work)
 
+# %% ../nbs/4_training/6_volumes.ipynb #bb69f243
 def logged(
     work:Path, # the work folder
 )->set: # places of the blocks that are done
@@ -613,6 +616,7 @@ def triple(
     if strides and any(v % s for v, s in zip(t, strides)): raise InputError(f"{name}={value}: give multiples of the network's stride, {', '.join(map(str, strides))} along z, y, x. Blocks off the stride have other scores.")
     return t
 
+# %% ../nbs/4_training/6_volumes.ipynb #810d345d
 def check_blocks(
     student:Student, # the student
     volume:Volume,   # its input
@@ -685,6 +689,7 @@ def ended(
     "Whether a job was killed when its output had its name already, and only the work folder was left."
     return (work / "job.json").exists() and not data.exists() and os.path.lexists(output)
 
+# %% ../nbs/4_training/6_volumes.ipynb #02e32b77
 def check_arguments(
     input,       # the volume
     output,      # what was asked for

@@ -55,6 +55,7 @@ def _holds_images(folder):
     "Whether a folder of the usual name lies anywhere below."
     return any(p.is_dir() and p.name.lower() in IMAGE_DIRS for p in folder.rglob("*"))
 
+# %% ../../nbs/1_data/21_check.ipynb #8633b78c
 def cases_of(
     data,         # folder or phantom
     modality:str, # of `modalities_of`
@@ -191,6 +192,7 @@ def fits_unit(
     "Unsigned integers, or numbers from 0 to 1."
     return look.dtype in ("uint8", "uint16", "bool") or 0 <= look.low <= look.high <= 1
 
+# %% ../../nbs/1_data/21_check.ipynb #5f543469
 def judge_labels(
     f:Finding,     # of a modality
     labelled:list, # `Look`s with labels
@@ -398,6 +400,7 @@ def places(
                              "--out.")
     return found
 
+# %% ../../nbs/1_data/21_check.ipynb #8fb85ce5
 def check_modality(
     data,          # folder or phantom
     modality:str,  # of `modalities_of`

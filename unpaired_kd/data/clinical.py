@@ -362,6 +362,7 @@ def to_voxels(
     "Where points lie among the voxels of a scan."
     return (np.c_[p * (-1, -1, 1), np.ones(len(p))] @ np.linalg.inv(affine).T)[:, :3]
 
+# %% ../../nbs/1_data/12_clinical.ipynb #8dce7a00
 def contour_masks(
     contours:list,           # of (n,3) corners in DICOM's coordinates (left, back, up), mm
     like:Image,              # the scan: shape and affine

@@ -91,7 +91,9 @@ def one_value(
 
 # %% ../../nbs/1_data/3_collections.ipynb #a9b18fc4
 TWO = ("background", "foreground")
+
 FEW = 16   # more numbers than this are not taken for classes of a picture
+
 MOST = 253 # nor more than this for classes of a volume
 
 def class_names(
@@ -124,6 +126,7 @@ def numbers_in(
     for part in label if label.ndim > 2 else (label,): there[part] = True # a plane at a time
     return np.flatnonzero(there[1:]) + 1
 
+# %% ../../nbs/1_data/3_collections.ipynb #b26c143a
 def in_one_piece(
     label:np.ndarray, # whole numbers (*s)
 )->bool: # whether nine in ten numbers form one connected region each
@@ -701,6 +704,7 @@ def match_labels(
     refuse_first(list(faults.values()))
     return found
 
+# %% ../../nbs/1_data/3_collections.ipynb #a7ee7692
 def label_pairs(
     images:list, # paths
     labels:list, # paths

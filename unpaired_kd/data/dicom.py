@@ -162,6 +162,7 @@ def slices_of(
     with as_dicom(file.name):
         return read_slices(file, s)
 
+# %% ../../nbs/1_data/17_dicom.ipynb #c1ad8d40
 def read_slices(file, s):
     "As `slices_of`; a damaged tag raises what pydicom raises."
     if filled(s.get("Rows")) is None or filled(s.get("Columns")) is None:
@@ -314,6 +315,7 @@ def sideways(
     "How far a slice may lie beside its place: a fifth of a pixel, and what two digits round."
     return .2 * x.spacing.min() + .01
 
+# %% ../../nbs/1_data/17_dicom.ipynb #195b6ad9
 def same_place(
     a:Slice, # one slice
     b:Slice, # the next

@@ -185,6 +185,7 @@ def unlike(
             return "lies elsewhere"
     return ""
 
+# %% ../../nbs/1_data/16_geometry.ipynb #e7bebc80
 def lay_on(
     label, # `Image` of a label map: array (H,W) or (D,H,W)
     image, # `Image`: array (C,H,W) or (C,D,H,W)

@@ -333,6 +333,7 @@ def slabs(
 READERS = {".png": read_pillow, ".jpg": read_pillow, ".jpeg": read_pillow,
            ".tif": read_tiff, ".tiff": read_tiff, ".nii": read_nifti, ".nii.gz": read_nifti,
            ".dcm": read_dicom, ".zarr": read_zarr}
+
 BY_CONTENT = (".png", ".jpg", ".jpeg", ".tif", ".tiff") # here the first bytes decide, not the name
 
 def suffix_of(
@@ -364,6 +365,7 @@ def is_series(
         return False
     return any(is_dicom(p) for p in entries)
 
+# %% ../../nbs/1_data/2_images.ipynb #d9a54ec0
 def reader_of(
     path:Path, # file or folder that is there
 ): # one of `READERS`

@@ -130,6 +130,7 @@ def level_steps(
                                  "scale.")
     return step if given else None, start
 
+# %% ../../nbs/1_data/19_ngff.ipynb #c2195f18
 def ome_steps(
     scale,       # step along each axis
     origin=None, # of the first voxel along the last axes; None: at zero
@@ -193,6 +194,7 @@ def absent_chunk(
         return None
     return next((file for _, file in chunk_files(array) if not os.path.exists(file)), None)
 
+# %% ../../nbs/1_data/19_ngff.ipynb #8d11a521
 def broken_chunk(
     array,    # zarr array in a folder
     box=None, # a slice an axis; None: all of the array
@@ -248,6 +250,7 @@ class ZarrPlace:
     affine:np.ndarray|None = None # (4,4) mm, an attribute that `write_image` adds
     origin:tuple|None = None      # mm of the first voxel along (z), y, x: the translations of OME
 
+# %% ../../nbs/1_data/19_ngff.ipynb #3049abe2
 def add_affine(
     place:ZarrPlace, # its affine is set, and its spacing, if it is not known
     stated,          # what the attribute `affine` says
@@ -267,6 +270,7 @@ def add_affine(
         raise InputError(f"its scales give the spacing {place.spacing} mm and its attribute 'affine' "
                          f"{spacing} mm. Correct the wrong one.")
 
+# %% ../../nbs/1_data/19_ngff.ipynb #d3f4011d
 def find_array(
     path:Path, # .zarr folder, or a group or array inside one
 )->tuple: # zarr array; its group, its image of `multiscales`, its level: None where nothing says
@@ -299,6 +303,7 @@ def open_zarr(
     z, axes, place = open_placed(path, absent)
     return z, axes, place.spacing, place.affine
 
+# %% ../../nbs/1_data/19_ngff.ipynb #3bc34315
 def open_placed(
     path,               # as `open_zarr`
     absent:str="error", # as `open_zarr`

@@ -176,6 +176,7 @@ def png_header(
         head = f.read(26)
     return head[24], head[25]
 
+# %% ../../nbs/1_data/18_pictures.ipynb #69657312
 def read_pillow(
     path:Path,        # PNG or JPEG file
     label:bool=False, # label maps: the stored numbers, or palette indices; JPEG is refused
@@ -208,10 +209,15 @@ def read_pillow(
 
 # %% ../../nbs/1_data/18_pictures.ipynb #3e5236f7
 FAX = (2, 3, 4)        # compressions, by their number in TIFF
+
 JPEG = (6, 7, 34892)
+
 LIBTIFF = (5, 50000)   # LZW and ZSTD
+
 EASY = (1, 8, 32773, 32946) # none, deflate, PackBits: tifffile unpacks them alone
+
 ALONE = (1, 8, 16, 32, 64, 128) # bits a sample that tifffile reads alone
+
 NEEDS = "needs a further package: pip install imagecodecs, or save it uncompressed."
 
 def name_of(
@@ -220,6 +226,7 @@ def name_of(
     "`MINISBLACK`, `LZW`, ..."
     return getattr(code, "name", str(code))
 
+# %% ../../nbs/1_data/18_pictures.ipynb #6d4e1aea
 def unpack_strip(
     data:bytes, # one packed strip
     width:int,  # pixels a row
@@ -248,6 +255,7 @@ def unpack_strip(
                          "it again; or Pillow lacks this compression: pip install "
                          "imagecodecs.") from None
 
+# %% ../../nbs/1_data/18_pictures.ipynb #cca952d0
 def unpack_jpeg(
     data:bytes, # one strip or tile
     page,       # tifffile page
@@ -293,6 +301,7 @@ def undo_predictor(
     ranked = summed.reshape(len(rows), size, -1).swapaxes(1, 2)
     return np.ascontiguousarray(ranked).view(f">u{size}").reshape(len(rows), -1)
 
+# %% ../../nbs/1_data/18_pictures.ipynb #246ba0f9
 def segment_shape(
     page,  # tifffile page
     k:int, # number of the strip or tile
@@ -378,6 +387,7 @@ def plain_copy(
             retag(page, starts, [len(part) for part in plain])
     return io.BytesIO(file.getvalue())
 
+# %% ../../nbs/1_data/18_pictures.ipynb #c97f25d5
 def retag(
     page,        # tifffile page of a file in memory
     starts:list, # where its strips or tiles begin now
@@ -463,6 +473,7 @@ def full_pages(
     "Every page of the chain; tifffile itself often looks at the first only."
     return [page.aspage() for page in tif.pages]
 
+# %% ../../nbs/1_data/18_pictures.ipynb #ba530f19
 def check_alike(
     pages:list, # tifffile pages, with their tags
 ):
@@ -505,6 +516,7 @@ def is_number(
     except ValueError:
         return False
 
+# %% ../../nbs/1_data/18_pictures.ipynb #d7ec5b0b
 def ome_sizes(
     root, # root of the OME header
     page, # first page of the image
@@ -577,6 +589,7 @@ def as_seen(
         a = ((a.astype(np.uint16) * 255 + top // 2) // top).astype(np.uint8)
     return a, axes
 
+# %% ../../nbs/1_data/18_pictures.ipynb #74e02c5c
 def black_is_zero(
     a:np.ndarray, # stored numbers of an image whose 0 is white
     page,         # tifffile page
@@ -642,6 +655,7 @@ def calibrate(
     whole = a.dtype.kind in "bui" and slope % 1 == shift % 1 == 0
     return (a * slope + shift).astype(np.int32 if whole else np.float32)
 
+# %% ../../nbs/1_data/18_pictures.ipynb #f7927ae4
 def read_tiff(
     path:Path,        # TIFF file, one or many pages
     label:bool=False, # label maps keep palette indices
@@ -683,6 +697,7 @@ def check_plain(
     if note.get("cf") == 0 and (note.get("c0"), note.get("c1")) != (0, 1):
         refuse("it has a calibration")
 
+# %% ../../nbs/1_data/18_pictures.ipynb #89942e03
 def lazy_tiff(
     path:Path, # TIFF stack
 )->tuple: # array that reads what is asked for, axes, spacing (mm) or None

@@ -67,12 +67,12 @@ class Taps:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
+# %% ../../nbs/2_networks/2_taps.ipynb #bec0ea14
 def version(
     out, # what a layer gave
 )->int: # how often it was changed in place; 0 where torch does not count
     "PyTorch counts every change in place, for the sake of gradients."
     return out._version if isinstance(out, Tensor) and not out.is_inference() else 0
-
 
 # %% ../../nbs/2_networks/2_taps.ipynb #7935e420
 def tap_channels(

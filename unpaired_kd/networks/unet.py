@@ -41,6 +41,7 @@ class Conv3d(nn.Conv3d):
             y = self._conv_forward(x.float(), self.weight.float(), _float(self.bias))
         return y.to(kind)
 
+# %% ../../nbs/2_networks/1_unet.ipynb #9e225953
 class ConvTranspose3d(nn.ConvTranspose3d):
     "`nn.ConvTranspose3d`, with the same exception."
     def forward(self,

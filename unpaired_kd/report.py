@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, read_text, rng, to_display, unknown, write_csv
-from .evaluation import FEW, compare, pair_rows, settled, sign_of
+from .evaluation import FEW, compare, pair_rows, without_noise, sign_of
 from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
@@ -311,7 +311,7 @@ def rank_agreement(
     from scipy.stats import spearmanr
     def agree(means):
         "Rank correlation with the published means; 0 if all are equal but for rounding."
-        means = settled(means)
+        means = without_noise(means)
         return float(spearmanr(means, theirs).statistic) if np.ptp(means) and np.ptp(theirs) else 0.
     paired = pair_rows([r for r in rows if r["arm"] in published], next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]

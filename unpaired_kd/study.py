@@ -6,11 +6,11 @@
 __all__ = ['ARMS', 'ARM_KEYS', 'AT_LEAST', 'AT_MOST', 'ABOVE_0', 'StudyConfig', 'all_arms', 'Data', 'open_both', 'share',
            'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe', 'start_weights',
            'settings', 'channels_of', 'identity', 'common', 'place_of', 'finished', 'unfinished', 'keep_scores',
-           'lessons', 'settled', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm', 'first_name',
-           'first_of', 'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of',
-           'cores', 'check_guard', 'run_study', 'check_outside', 'holding', 'train_all', 'firsts', 'check_values',
-           'check_seeds', 'check_study', 'check_networks', 'first_line', 'check_arm', 'check_images', 'collect',
-           'check_complete', 'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit',
+           'lessons', 'study_digest', 'train_teacher', 'scored', 'needs_teacher', 'learner_of', 'train_arm',
+           'first_name', 'first_of', 'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher', 'method_of',
+           'epochs_of', 'cores', 'check_guard', 'run_study', 'check_outside', 'holding', 'train_all', 'firsts',
+           'check_values', 'check_seeds', 'check_study', 'check_networks', 'first_line', 'check_arm', 'check_images',
+           'collect', 'check_complete', 'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit',
            'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
@@ -417,7 +417,7 @@ def keep_scores(
     names = [n for n in possible if (place/n).exists()]
     arm = all_arms(config)[task[1]] if task[0] == "arm" else None
     keep_record(place, names, task, arm=arm, cases=[r["case"] for r in rows],
-                study=settled(config), data=digest(contents(config), 64),
+                study=study_digest(config), data=digest(contents(config), 64),
                 weights=digest({n: weights_digest(net) for n, net in networks.items()}, 64),
                 lessons=lessons(folder, config, arm, task[2]) if arm else {})
 
@@ -433,7 +433,7 @@ def lessons(
     if arm["shares"]: names.append(f"{arm['shares']}-{seed}")
     return {n: record_of(Path(folder)/"checkpoints"/n)["weights"] for n in names}
 
-def settled(config)->str:
+def study_digest(config)->str:
     "Digest of what all arms have in common."
     return digest(common(config), 64)
 
@@ -963,7 +963,7 @@ def known_study(
         raise InputError(f"{folder} belongs to another study; different: {', '.join(differ)}. "
                          "Choose another run folder, or delete this one.")
     for r in done:
-        if r["study"] != settled(config):
+        if r["study"] != study_digest(config):
             raise InputError(f"{place_of(folder, *r['task'][1:])/DONE} belongs to another study: it was "
                              "trained with other settings. Choose another run folder.")
     return known

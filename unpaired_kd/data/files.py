@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UTF', 'EXCEL', 'FRESH', 'name_key', 'stem', 'table_text', 'Row', 'header_of', 'read_table', 'whole_row', 'find_file',
-           'alike', 'stamp', 'settled', 'files_of', 'cache_file', 'remembered', 'hash_of', 'hashes_of', 'array_hash',
-           'header_size']
+           'alike', 'stamp', 'unchanged_lately', 'files_of', 'cache_file', 'remembered', 'hash_of', 'hashes_of',
+           'array_hash', 'header_size']
 
 # %% ../../nbs/1_data/20_files.ipynb #fda803b0
 import codecs, csv, hashlib, io, os, time, unicodedata
@@ -159,7 +159,7 @@ def stamp(
     s = os.stat(path)
     return [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns]
 
-def settled(
+def unchanged_lately(
     stamps:list, # of `stamp`
 )->bool: # whether any later change would show
     "Whether none of the files was changed just now, or in the future."
@@ -219,7 +219,7 @@ def hashes_of(
             except OSError as e:
                 raise InputError(f"{p} cannot be read ({e.strerror}). Check that it is there and "
                                  "that you may read it.") from e
-            if not fits and settled([s[1:] for s in stamps]): new[p.name] = [mark, found[str(p)]]
+            if not fits and unchanged_lately([s[1:] for s in stamps]): new[p.name] = [mark, found[str(p)]]
         if new and cache is not None: _keep(cache, memory | new)
     return found
 

@@ -7,9 +7,9 @@ __all__ = ['PERCENTILES', 'CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'NE
            'check_hu', 'window_hu', 'lung_mask', 'mr_landmarks', 'piecewise', 'HistogramStandard', 'Scan', 'load_scans',
            'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order', 'match_slices', 'chaos_label',
            'chaos_scans', 'read_chaos', 'patient_folds', 'to_voxels', 'contour_masks', 'outline', 'runs_along',
-           'same_contour', 'inside', 'joined', 'fill_contours', 'check_frame', 'whole', 'roi_contours', 'rtstruct_mask',
-           'seg_frames', 'seg_mask', 'seg_voxels', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise',
-           'source_mark', 'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
+           'same_contour', 'inside', 'joined', 'fill_contours', 'whole', 'roi_contours', 'rtstruct_mask',
+           'chosen_segment', 'seg_mask', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark',
+           'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
 
 # %% ../../nbs/1_data/12_clinical.ipynb #795580e7
 import os
@@ -24,9 +24,9 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, file_sha256, progress, read_json, unknown, write_csv, write_json
 from .collections import Case, Collection, Split, kfold_groups
-from .dicom import (Slice, as_dicom, dicom_files, dicom_header, filled, series_grid, slices_of,
-                                    sort_slices, stored_pixels, tag)
-from .geometry import DRIFT, FARTHEST, SHIFT, describe_grid, grid_of, lay_on
+from .dicom import (as_dicom, dicom_files, dicom_header, filled, read_segments, segment_names,
+                                    slices_of, sort_slices)
+from .geometry import check_frame, grid_of, lay_on
 from .images import Image, check_finite, list_images, read_image, read_label, to_unit, write_image, write_label
 
 # %% ../../nbs/1_data/12_clinical.ipynb #60ddad80
@@ -398,7 +398,8 @@ def contour_masks(
     return found
 
 # %% ../../nbs/1_data/12_clinical.ipynb #5c40cc5a
-NEAR, TOUCH = .5, .05 # pixels: two outlines that are one, but for redrawing; and that meet, but for rounding
+NEAR = .5   # pixels: outlines that are nowhere farther apart may be one, drawn again
+TOUCH = .05 # pixels: outlines as close as this meet
 
 def outline(
     corners:np.ndarray,  # (m,2) of a closed polygon, pixels
@@ -469,15 +470,6 @@ def fill_contours(
         mask[plane] = np.logical_xor.reduce([m for _, m in drawn]) if xor else joined(drawn)
     return mask
 
-# %% ../../nbs/1_data/12_clinical.ipynb #ea31ffc5
-def check_frame(
-    stated:str, # frame of reference that the label names, "" if none
-    frame:str,  # of the scan, "" if unknown
-    name:str,   # file of the label, for the message
-):
-    "Raise `InputError` when a label names another frame of reference than its scan has."
-    if stated and frame and stated != frame: raise InputError(f"{name} was drawn in another frame of reference ({stated}) than the scan has ({frame}). Use the series that it was drawn on.")
-
 # %% ../../nbs/1_data/12_clinical.ipynb #f1fbdc11
 CLOSED = {"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"} # types of contours that enclose something
 
@@ -513,12 +505,12 @@ def rtstruct_mask(
     path,             # RTSTRUCT file
     like:Image,       # the CT, from `read_image`
     roi:str="GTV-1",  # name of the region, upper or lower case
-    frame:str="",     # frame of reference of the CT; "": not checked
+    frame:str="",     # frame of reference of the CT; "": as its file names it
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
     "The mask of a region on the grid of its CT. `InputError` for all that cannot be filled."
     with as_dicom(path):
         name = f"{path}, ROI {roi!r}"
-        found = roi_contours(path, dicom_header(path), roi, frame)
+        found = roi_contours(path, dicom_header(path), roi, frame or grid_of(like).frame)
         kinds = {str(c.get("ContourGeometricType") or "unknown") for c in found} - {"POINT"}
         kinds = {k.replace("CLOSED_PLANAR_XOR", "CLOSEDPLANAR_XOR") for k in kinds}
         if kinds - CLOSED:
@@ -539,82 +531,46 @@ def rtstruct_mask(
                          "with skip=.")
     return mask.astype(np.uint8)
 
-# %% ../../nbs/1_data/12_clinical.ipynb #be9f18fd
-def seg_frames(
-    path,        # DICOM SEG file
-    s,           # its data set, with pixels
-    chosen:list, # numbers of segments
-): # yields (number of the frame, mask (H,W) bool) of every frame that may show them
-    "The pictures of some segments. Fractional ones are cut at one half."
-    kind = str(s.get("SegmentationType", "BINARY"))
-    half = float(s.get("MaximumFractionalValue", 255)) / 2 if kind == "FRACTIONAL" else .5
-    for i, picture in enumerate(stored_pixels(Path(path), s)[..., 0]):
-        if kind == "LABELMAP":
-            yield i, np.isin(picture, chosen)
-            continue
-        number = tag(s, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
-        if number is None:
-            raise InputError(f"{path}: frame {i} does not say which segment it shows. Write the file "
-                             "again, e.g. with highdicom.")
-        if int(number) in chosen:
-            yield i, picture > half
-
 # %% ../../nbs/1_data/12_clinical.ipynb #cbca087f
+def chosen_segment(
+    path,    # DICOM SEG file
+    s,       # its data set
+    roi:str, # label or description of a segment, upper or lower case
+)->int: # its number
+    "The segment of a name; labels go before descriptions. `InputError` for none and for two."
+    names, name = segment_names(s), roi.strip().lower()
+    found = [[k for k, words in names.items() if words[i].lower() == name] for i in (0, 1)]
+    chosen = found[0] or found[1]
+    if not chosen or not name:
+        known = sorted({v for words in names.values() for v in words if v})
+        raise InputError(f"{path}: {unknown('segment', roi, known)}")
+    if len(chosen) > 1:
+        raise InputError(f"{path} holds {len(chosen)} segments called {roi!r} (numbers "
+                         f"{', '.join(map(str, chosen))}). Rename one, or leave the patient out.")
+    return chosen[0]
+
 def seg_mask(
     path,             # DICOM SEG file
     like:Image,       # the scan, from `read_image`
     roi:str="GTV-1",  # label or description of the segment, upper or lower case
-    frame:str="",     # frame of reference of the scan; "": not checked
+    frame:str="",     # frame of reference of the scan; "": as its file names it
 )->np.ndarray: # (D,H,W) uint8, 0 or 1
     "The mask of a segment on its scan. `InputError` with the names that are there; for another grid."
-    s, names = dicom_header(path, pixels=True), {}
-    for g in s.get("SegmentSequence") or []:
-        words = [str(g.get(k, "")).strip() for k in ("SegmentLabel", "SegmentDescription")]
-        names[whole(g, "SegmentNumber")] = [w for w in words if w]
-    chosen = [k for k, n in names.items() if roi.strip().lower() in map(str.lower, n)]
-    if not chosen:
-        known = sorted({v for n in names.values() for v in n})
-        raise InputError(f"{path}: {unknown('segment', roi, known)}")
-    check_frame(str(s.get("FrameOfReferenceUID", "")), frame, str(path))
+    s = dicom_header(path, pixels=True)
+    number = chosen_segment(path, s, roi)
     if like.affine is None:
         raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {path} cannot be "
                          "placed. Use the DICOM series.")
-    places, mask = slices_of(Path(path), s), np.zeros(like.array.shape[-3:], bool)
-    with as_dicom(path):
-        for i, picture in seg_frames(path, s, chosen):
-            mask[seg_voxels(places[i], like, str(path))] |= picture
+    try:
+        with as_dicom(path):
+            array, spacing, affine, place = read_segments(Path(path), s, number)
+    except InputError as e:
+        raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
+    check_frame(place.frame, frame, str(path))
+    mask = lay_on(Image(array[0] > 0, spacing, affine, str(path), place), like)
     if not mask.any():
         raise InputError(f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=.")
     return mask.astype(np.uint8)
-
-# %% ../../nbs/1_data/12_clinical.ipynb #4fb4903e
-def seg_voxels(
-    place:Slice, # of one frame
-    like:Image,  # the scan
-    name:str,    # file, for the message
-)->tuple: # slice, row and column of the scan for each pixel of the frame, (H,W) each
-    "The voxels that a frame covers, in whatever order it counts them. `InputError` for another grid."
-    affine = series_grid([place])[1]
-    if affine is None:
-        raise InputError(f"{name}: frame {place.frame} does not say where it lies. Convert it on the "
-                         "grid of the scan.")
-    H, W = int(place.note.Rows), int(place.note.Columns)
-    size = np.array(like.array.shape[-3:])[::-1]
-    across, down, _, first = (np.linalg.inv(like.affine) @ affine)[:3].T
-    right, below, start = (np.rint(v).astype(int) for v in (across, down, first))
-    off = [first - start + c * (across - right) + r * (down - below)
-           for c in (0, W - 1) for r in (0, H - 1)]
-    exact = np.abs(off[0]).max() <= SHIFT
-    exact = exact and np.abs(off).max() <= min(SHIFT + DRIFT * size.max(), FARTHEST)
-    covers = np.abs(right) @ size == W and np.abs(below) @ size == H
-    c, r = np.arange(W), np.arange(H)[:, None]
-    voxel = [start[k] + right[k] * c + below[k] * r for k in range(3)]
-    inside = all(v.min() >= 0 and v.max() < n for v, n in zip(voxel, size))
-    if not (exact and covers and inside):
-        raise InputError(f"{name}: a frame of {H} x {W} pixels does not lie on a slice of the scan "
-                         f"({describe_grid(grid_of(like))}). Resample it onto the scan, or use the "
-                         "series that it was drawn on.")
-    return tuple(voxel[::-1])
 
 # %% ../../nbs/1_data/12_clinical.ipynb #d9a9c505
 LABEL_SERIES = {"rtstruct": ("RTSTRUCT", rtstruct_mask), "seg": ("SEG", seg_mask)}
@@ -639,7 +595,7 @@ def nsclc_scans(
             kind, function = LABEL_SERIES[labels]
             files = dicom_files(series[kind][0])
             if len(files) != 1: raise InputError(f"{series[kind][0]} holds {len(files)} {kind} files, but one is needed. Keep the right one.")
-            label = partial(function, files[0], roi=roi, frame=str(dicom_header(dicom_files(ct)[0]).get("FrameOfReferenceUID", "")))
+            label = partial(function, files[0], roi=roi)
         out.append(Scan(p.name, p.name, ct, label))
     if not out: raise InputError(f"{folder} holds no patient folders. Expected <patient>/<study>/<series>/*.dcm.")
     return out

@@ -458,26 +458,25 @@ def segment_frames(
     file:Path,   # DICOM SEG
     s,           # its data set, with pixels
     chosen=None, # number of a segment, others are left out; None: all
-): # yields number of the frame, and (H,W) uint16: number of the segment of each pixel, 0 for none
+): # yields number of the frame, number of a segment that it shows, and where: (H,W) bool
     "What each frame shows. `InputError` for a segment that the file does not describe."
     kind, names = str(s.get("SegmentationType") or "BINARY"), segment_names(s)
     half = float(s.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else .5
     empty = int(s.get("PixelPaddingValue") or 0) # of a label map
     for i, picture in enumerate(stored_pixels(file, s)[..., 0]):
         if kind == "LABELMAP":
-            numbers = np.where(picture == empty, 0, picture).astype(np.uint16)
             found = set(np.unique(picture).tolist()) - {empty}
         else:
-            told = int(tag(s, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber") or 0)
-            numbers, found = np.where(picture > half, told, 0).astype(np.uint16), {told}
+            told = tag(s, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
+            found = {int(told or 0)}
         if 0 in found:
             raise InputError(f"its frame {i + 1} does not say which segment it shows, or calls "
                              "it 0. Write the file again, e.g. with highdicom.")
         if found - set(names):
             raise InputError(f"its frame {i + 1} shows segment {max(found - set(names))}, but it "
                              f"describes {sorted(names)}. Export it again.")
-        if chosen is None or chosen in found:
-            yield i, numbers if chosen is None else np.where(numbers == chosen, numbers, 0)
+        for number in found if chosen is None else found & {chosen}:
+            yield i, number, picture == number if kind == "LABELMAP" else picture > half
 
 # %% ../../nbs/1_data/17_dicom.ipynb #53865adb
 def has_place(
@@ -514,15 +513,15 @@ def read_segments(
     their steps are not even. `InputError` for two segments in one voxel."""
     places, number = segment_slices(file, s)
     names, out = segment_names(s), np.zeros((len(places), s.Rows, s.Columns), np.uint16)
-    for i, picture in segment_frames(file, s, chosen):
-        there = out[number[i]]
-        twice = (there > 0) & (picture > 0) & (there != picture)
-        if twice.any():
-            a, b = (f"{k} ({names[k][0]})" for k in (int(there[twice][0]), int(picture[twice][0])))
-            raise InputError(f"its segments {a} and {b} overlap in {twice.sum()} pixels of a "
+    for i, segment, mask in segment_frames(file, s, chosen):
+        plane = out[number[i]]
+        others = plane[mask & (plane != 0) & (plane != segment)]
+        if others.size:
+            a, b = (f"{k} ({names[k][0]})" for k in (int(others[0]), segment))
+            raise InputError(f"its segments {a} and {b} overlap in {others.size} pixels of a "
                              "slice, but a voxel of a label map has one class. Export them as two "
                              "files, or without the overlap.")
-        there[picture > 0] = picture[picture > 0]
+        plane[mask] = segment
     planes = tuple(affine_along(x, x.normal()) for x in places if has_place(x))
     place = DicomPlace(str(s.get("FrameOfReferenceUID") or ""), planes)
     return out.astype(np.min_scalar_type(out.max()))[None], *even_grid(places), place

@@ -434,7 +434,8 @@ def test_segment_numbers_in_shared_groups_or_nowhere(tmp_path):
     def forget(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.SegmentIdentificationSequence
     assert np.array_equal(seg_mask(edit(seg(f, MASK), share), like), MASK)
-    with pytest.raises(InputError, match="(?s)s.dcm.*frame 1 does not say which segment"): seg_mask(edit(seg(f, MASK), forget), like)
+    with pytest.raises(InputError, match="(?s)s.dcm.*frame 1 does not say which segment"):
+        seg_mask(edit(seg(f, MASK), forget), like)
     def no_place(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.PlanePositionSequence
     with pytest.raises(InputError, match="(?s)s.dcm.*does not say where it lies"): seg_mask(edit(seg(f, MASK), no_place), like)

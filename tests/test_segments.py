@@ -4,11 +4,12 @@ import pytest
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset
-from test_clinical import CORNER, STEP, D, H, PX, W, base, circle, put, rtstruct, scan_image, series
+from test_clinical import (CORNER, PX, STEP, D, H, W, base, circle, hu, put, rtstruct, scan_image,
+                           series)
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.check import check_data
-from unpaired_kd.data.clinical import rtstruct_mask, seg_mask
+from unpaired_kd.data.clinical import read_nsclc, rtstruct_mask, seg_mask
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.geometry import lay_on
 from unpaired_kd.data.images import read_image, read_label, write_image
@@ -216,3 +217,26 @@ def test_a_label_of_another_frame_of_reference_is_refused(tmp_path):
     assert np.array_equal(lay_on(read_label(f), nifti), TRUTH)
     refused(lambda: seg_mask(f, nifti, "node", frame=FRAME), "another frame of reference")
     refused(lambda: rtstruct_mask(tmp_path / "r.dcm", nifti, frame=FRAME), "another frame")
+
+
+# Two series in one folder
+
+@pytest.mark.parametrize("name", ["0.dcm", "z.dcm"]) # sorted before the CT, after it
+@pytest.mark.parametrize("labels", ["rtstruct", "seg"])
+def test_a_folder_of_two_series_is_named(tmp_path, name, labels):
+    ct = series(tmp_path / "n/p1/ct", hu(), offset=1024, modality="CT")
+    if labels == "seg":
+        write(ct / name, frames_of(TRUTH), FrameOfReferenceUID=FRAME)
+    else:
+        rtstruct(ct / name, [("GTV-1", [circle(0, -10, 8, CORNER[2] + STEP * 2)])])
+    kind = labels.upper()
+    refused(lambda: read_nsclc(tmp_path / "n", labels), str(tmp_path / "n/p1"),
+            f"{ct} holds CT ({D} files), {kind} (1 file): put each series into its own folder")
+    (tmp_path / "n/p1/label").mkdir()
+    (ct / name).rename(tmp_path / "n/p1/label" / name)
+    roi = "node" if labels == "seg" else "GTV-1"
+    label = read_nsclc(tmp_path / "n", labels, roi).native(0).label
+    if labels == "seg":
+        assert np.array_equal(label, TRUTH == 7)
+    else:
+        assert label[2].any() and not label[3].any()

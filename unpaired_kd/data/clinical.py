@@ -8,13 +8,14 @@ __all__ = ['PERCENTILES', 'CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'NE
            'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order', 'match_slices', 'chaos_label',
            'chaos_scans', 'read_chaos', 'patient_folds', 'to_voxels', 'contour_masks', 'outline', 'runs_along',
            'same_contour', 'inside', 'joined', 'fill_contours', 'whole', 'roi_contours', 'rtstruct_mask',
-           'chosen_segment', 'seg_mask', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise', 'source_mark',
-           'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
+           'chosen_segment', 'seg_mask', 'mixed_folder', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'standardise',
+           'source_mark', 'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
 
 # %% ../../nbs/1_data/12_clinical.ipynb #795580e7
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -216,7 +217,7 @@ def slice_files(
 def series_of(
     folder, # of one patient
 )->dict: # modality -> list of series folders, sorted
-    "All DICOM series below a folder by their modality (CT, RTSTRUCT, SEG, ...)."
+    "All DICOM series below a folder by the modality of their first file: CT, RTSTRUCT, SEG, ..."
     found = {}
     for d in sorted([Path(folder), *(p for p in Path(folder).rglob("*") if p.is_dir())]):
         files = dicom_files(d)
@@ -575,6 +576,17 @@ def seg_mask(
 # %% ../../nbs/1_data/12_clinical.ipynb #d9a9c505
 LABEL_SERIES = {"rtstruct": ("RTSTRUCT", rtstruct_mask), "seg": ("SEG", seg_mask)}
 
+def mixed_folder(
+    series:dict, # of `series_of`
+)->str: # what to do about the first folder that holds more than one modality; "": there is none
+    "Look at every file, where the first ones of the folders do not explain what is missing."
+    for d in sorted({d for folders in series.values() for d in folders}):
+        kinds = Counter(str(dicom_header(f).get("Modality", "")) for f in dicom_files(d))
+        if len(kinds) > 1:
+            held = ", ".join(f"{k} ({n} file{'s' * (n > 1)})" for k, n in sorted(kinds.items()))
+            return f"{d} holds {held}: put each series into its own folder"
+    return ""
+
 def nsclc_scans(
     folder,                # one sub-folder for each patient, as the archive gives it
     labels:str="rtstruct", # rtstruct | seg | "" (none)
@@ -589,7 +601,11 @@ def nsclc_scans(
         series, label = series_of(p), None
         for kind in ("CT", *([LABEL_SERIES[labels][0]] if labels else [])):
             have = series.get(kind, [])
-            if len(have) != 1: raise InputError(f"{p} holds {len(have)} series of modality {kind}, but one is needed (found: {', '.join(f'{k} {len(v)}' for k, v in series.items()) or 'none'}). Move the others away, or pass skip=({p.name!r},).")
+            if len(have) != 1:
+                found = ", ".join(f"{k} {len(v)}" for k, v in series.items()) or "none"
+                fix = mixed_folder(series) or "Move the others away"
+                raise InputError(f"{p} holds {len(have)} series of modality {kind}, but one is "
+                                 f"needed (found: {found}). {fix}, or pass skip=({p.name!r},).")
         ct = series["CT"][0]
         if labels:
             kind, function = LABEL_SERIES[labels]

@@ -181,10 +181,10 @@ write_csv({str(tmp_path / "a.csv")!r}, [dict(case="M\\u00fcller", dsc=.5)])
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "does not exist"),
     (lambda p: p.mkdir(), "is a folder; a text file is needed here"),
-    (lambda p: os.mkfifo(p), "is not a file; a text file is needed here"),
+    (lambda p: os.mkfifo(p), "is neither a file nor a folder, but a pipe"),
     (lambda p: p.write_bytes(b"a\xfcb"), r"is not UTF-8 text \(byte 1 is 0xfc\)\. Save it as UTF-8"),
     (lambda p: p.write_bytes("a".encode("utf-16")), r"is not UTF-8 text \(byte 0 is 0xff\)"),
-    (lambda p: p.symlink_to(p.with_name("nowhere")), "does not exist"),
+    (lambda p: p.symlink_to(p.with_name("nowhere")), "is a link to .*nowhere, which is not there"),
 ], ids=["missing", "folder", "fifo", "latin-1", "utf-16", "dangling"])
 @pytest.mark.parametrize("read", [read_text, read_json, read_csv])
 def test_what_is_no_text_is_refused_by_name(tmp_path, make, message, read):

@@ -13,7 +13,7 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill', 'silence', 'execute', 'say',
            'of_the_system', 'run_notebook', 'need', 'volume_options', 'check_options', 'check', 'Sentence', 'pair',
            'join_pairs', 'parser', 'record_of', 'data_of', 'settings_of', 'Shown', 'by_case', 'case_of', 'tell_apart',
-           'unlike', 'join_runs', 'missing', 'remarks', 'run', 'sweep', 'predict', 'report', 'Stopped',
+           'unlike', 'join_runs', 'missing', 'cut', 'remarks', 'run', 'sweep', 'predict', 'report', 'Stopped',
            'stopped_by_signals', 'leave_stdout', 'main', 'bad_input', 'continues']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
@@ -479,9 +479,9 @@ def differences(
     asked:dict,  # the record of this run
 ): # list of lines, empty if the folder's record is the same; None if it has no record
     "Where the record of an earlier run in this folder differs. Raises `InputError` for the record of another program."
-    from unpaired_kd.core import read_json
+    from unpaired_kd.core import given, read_json
     path = Path(folder)/"parameters.json"
-    if not path.exists(): return None
+    if not given(path): return None
     before, now = read_json(path), json.loads(json.dumps(asked))
     kinds = {"notebook", "sweep"} # a run's record has the one, a sweep's the other
     if not isinstance(before, dict) or kinds & before.keys() != kinds & now.keys():
@@ -540,11 +540,13 @@ def is_study(
     folder, # a folder
 )->bool: # whether `run_study` made it
     "Whether a folder has the `config.json` of a study; that of any other program is none."
-    from unpaired_kd.core import read_json
+    from unpaired_kd.core import given, read_json
     path = Path(folder)/"config.json"
-    config = read_json(path) if path.exists() else None
+    config = read_json(path) if given(path) else None
     parts = [config.get(k) for k in ("study", "arms", "seeds")] if isinstance(config, dict) else []
-    return [type(p) for p in parts] == [dict, dict, list]
+    if [type(p) for p in parts] != [dict, dict, list]:
+        return False
+    return all(type(seed) is int for seed in parts[2])
 
 def make_folder(
     folder:Path, # to be made, with those above it
@@ -871,12 +873,12 @@ def data_of(
     folder:Path, # a run folder
 )->dict: # side -> fingerprint of images and labels, as `data.json` or else the splits record it
     "What a study was made from; empty if the folder is no study, or does not say."
-    from unpaired_kd.core import digest
+    from unpaired_kd.core import digest, given
     from unpaired_kd.runs import read_sealed
     folder = Path(folder)
     if not is_study(folder): return {}
     path = folder/"data.json"
-    if path.exists(): return {"both": digest(read_sealed(path, "contents")["contents"])}
+    if given(path): return {"both": digest(read_sealed(path, "contents")["contents"])}
     found = {p.stem.partition("-")[0]: record_of(p) for p in sorted((folder/"splits").glob("*.json"))}
     return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
@@ -886,6 +888,7 @@ def settings_of(
     arm:str, # one of its arms
 )->dict: # name -> value of all that makes the arm what it is; None if the run has no record
     "The settings of an arm, from `config.json` or else `parameters.json`. Raises `InputError` for a broken one."
+    from unpaired_kd.core import given
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
     if is_study(folder):
         config, data = record_of(folder/"config.json"), data_of(folder)
@@ -894,7 +897,7 @@ def settings_of(
         if data: study.pop("data", None) # a path; the fingerprint says more
         return {**study, **rest, "arm": config["arms"].get(arm), "images": data}
     path = folder/"parameters.json"
-    record = record_of(path) if path.exists() else None
+    record = record_of(path) if given(path) else None
     return {k: v for k, v in record.items() if k not in LEFT_OUT} if isinstance(record, dict) else None
 
 @dataclass(eq=False)
@@ -987,6 +990,22 @@ def missing(
     for arm in config["arms"]:
         seeds = [s for s in config["seeds"] if (arm, s) not in there]
         if seeds: out.append(f"{folder}: arm {arm!r} has no scores of seed {', '.join(map(str, seeds))} yet.")
+    return out + cut(folder, rows)
+
+def cut(
+    folder,    # run folder of a study
+    rows:list, # its rows
+)->list: # sentences
+    "Which finished trainings have cases that the table lacks."
+    from unpaired_kd.runs import records
+    scored = {(r["arm"], r["seed"], r["case"]) for r in rows}
+    trainings, out = {(a, s) for a, s, _ in scored}, []
+    for record in records(folder):
+        name, seed = record["task"][1:]
+        lost = [c for c in record["cases"] if (name, seed, c) not in scored]
+        if lost and (name, seed) in trainings:
+            out.append(f"{folder}: metrics.csv lacks {len(lost)} of {len(record['cases'])} cases of "
+                       f"{name} {seed}, e.g. {lost[0]}. The same command writes it again.")
     return out
 
 def remarks(

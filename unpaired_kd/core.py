@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE', 'REAL', 'InputError', 'Registry', 'unknown', 'extra', 'log_as_error',
            'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
-           'is_same_file', 'clear_parts', 'sync', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'read_text',
-           'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'bf16_supported',
-           'resolve_precision', 'progress']
+           'is_same_file', 'clear_parts', 'sync', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'check_there',
+           'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256',
+           'bf16_supported', 'resolve_precision', 'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil
+import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil, stat
 from importlib import import_module
 from pathlib import Path
 
@@ -397,15 +397,58 @@ def hold(
     finally:
         os.close(handle)
 
+# %% ../nbs/0_core/1_core.ipynb #c0a1d002
+def check_there(
+    path, # what is to be read
+):
+    """`InputError`, with the cause, for what is absent, a link to nothing, a pointer of Git LFS, a
+    pipe, or not to be read."""
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        if os.path.islink(path):
+            raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. Fetch "
+                             "the file (e.g. datalad get, git annex get, dvc pull), or remove the "
+                             "link.") from None
+        if isinstance(e, (FileNotFoundError, NotADirectoryError)):
+            raise InputError(f"{path} does not exist.") from None
+        raise InputError(f"{path} cannot be looked at: {e.strerror}. Check its name and the rights "
+                         "of the folders above it, e.g. with chmod +x.") from None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise InputError(f"{path} is neither a file nor a folder, but a pipe or a device. Give a "
+                         "file.")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
+    if stat.S_ISREG(found.st_mode) and found.st_size < 1024:
+        with open(path, "rb") as f:
+            if f.read(24) == b"version https://git-lfs.":
+                raise InputError(f"{path} is the pointer that stands for a file in Git LFS. Fetch "
+                                 "the file: git lfs pull.")
+
+def given(
+    path, # a file that may be left out
+)->bool: # whether it is there
+    """Whether an optional file is there. `InputError`, as from `check_there`, for one that is there
+    and cannot be read."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass # `check_there` says why
+    check_there(path)
+    return True
+
 # %% ../nbs/0_core/1_core.ipynb #b1d0c0ac
 def read_text(
     path, # a text file
 )->str: # what it says, without a byte order mark
     "Read UTF-8. Raises `InputError`, naming the file, for everything that is not a readable file of UTF-8 text."
     path = Path(path)
-    if path.exists() and not path.is_file(): raise InputError(f"{path} is {'a folder' if path.is_dir() else 'not a file'}; a text file is needed here.")
+    check_there(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a text file is needed here.")
     try: return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError: raise InputError(f"{path} does not exist.") from None
     except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from e
     except UnicodeDecodeError as e: raise InputError(f"{path} is not UTF-8 text (byte {e.start} is {path.read_bytes()[e.start]:#04x}). Save it as UTF-8.") from e
 

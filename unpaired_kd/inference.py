@@ -26,7 +26,7 @@ from fastcore.basics import patch_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .core import InputError, atomic, digest, file_sha256, given, progress, read_json, resolve_precision, unknown, write_json
 from .data.files import header_size
 from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
@@ -399,8 +399,9 @@ def student_files(
     "Where its files are. `InputError` if one is missing."
     check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
+    given(folder)
     for f in found:
-        if not os.path.isfile(f):
+        if not given(f):
             raise InputError(f"{f} does not exist. Give the folder of a saved student; "
                              f"it holds {', '.join(FILES)}.")
     return found

@@ -410,14 +410,20 @@ def keep_scores(
     networks:dict,      # name -> trained network
     rows:list,          # its scores, complete
 ):
-    "Write the scores of a training and then, last of all, its record."
-    place = place_of(folder, *task[1:])
+    """Write the scores of a training and then, last of all, its record. `InputError` if images or
+    labels were changed meanwhile."""
+    place, now = place_of(folder, *task[1:]), contents(config)
+    try:
+        check_data(folder, now)
+    except InputError as e:
+        raise InputError(f"{e} Then delete {place}, which may have learned from the changed ones: "
+                         "the same command trains it again.") from None
     save_rows(place/"metrics.csv", rows)
     possible = ("last.pt", "best.pt", "history.csv", "codebook.json", "metrics.csv")
     names = [n for n in possible if (place/n).exists()]
     arm = all_arms(config)[task[1]] if task[0] == "arm" else None
     keep_record(place, names, task, arm=arm, cases=[r["case"] for r in rows],
-                study=study_digest(config), data=digest(contents(config), 64),
+                study=study_digest(config), data=digest(now, 64),
                 weights=digest({n: weights_digest(net) for n, net in networks.items()}, 64),
                 lessons=lessons(folder, config, arm, task[2]) if arm else {})
 

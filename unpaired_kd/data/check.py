@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, atomic, progress, show_images, unknown
+from ..core import InputError, atomic, given, progress, show_images, unknown
 from unpaired_kd.data.collections import (
     IMAGE_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
     images_in, label_map, lotus_cases, manifest_cases, numbers_in, open_collection, spelled,
@@ -432,7 +432,7 @@ def not_used(
     "What lies in the folder and is used by no modality; what a fault names already is left out."
     cases = [c for f in findings for c in f.cases]
     names = {f.name for f in findings}
-    listed = (folder/"manifest.csv").exists()
+    listed = given(folder/"manifest.csv")
     for m in known if listed else ():
         if m not in names: cases += cases_of(folder, m)[0] # the table lists their files too
     whole = listed or names == set(known)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch_to
 
-from ..core import InputError, digest, read_json, rng, unknown, write_json
+from ..core import InputError, digest, given, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
                                     stem)
 from .geometry import lay_on
@@ -804,7 +804,7 @@ def entries(
 # %% ../../nbs/1_data/3_collections.ipynb #dfb495ae
 def _groups(folder, ids, group):
     "id -> (group, label group), and faults of ids that have none."
-    if group is None and (folder/"groups.csv").exists(): return _listed_groups(folder/"groups.csv", ids)
+    if group is None and given(folder/"groups.csv"): return _listed_groups(folder/"groups.csv", ids)
     if group is None:
         if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, pass group=r\"^(pattern)\" or write the table.", stacklevel=5)
         return {i: (i, "") for i in ids}, []
@@ -906,7 +906,7 @@ def form_of(
     modality:str, # which modality of it
 )->tuple: # name of the way in, and its arguments
     "Which of the three ways into a folder fits. `InputError` where none does."
-    if (folder/"manifest.csv").exists(): return "from_manifest", (folder, modality)
+    if given(folder/"manifest.csv"): return "from_manifest", (folder, modality)
     if (folder/"imagesTr").is_dir():
         raise InputError(f"{folder} is a data set of nnU-Net (imagesTr, labelsTr), which is not read. "
                          "Put the files of one channel into <modality>/images and <modality>/labels, "

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY', 'ALONE', 'NEEDS', 'REVERSED', 'unit_length',
-           'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of', 'check_memory',
-           'open_picture', 'png_header', 'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits',
-           'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag',
-           'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'is_number',
-           'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate',
-           'read_tiff', 'check_plain', 'lazy_tiff']
+           'arrange', 'turn', 'turn_spacing', 'visible', 'first_bytes', 'content_of', 'check_memory', 'open_picture',
+           'png_header', 'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits', 'undo_predictor',
+           'segment_shape', 'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header',
+           'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes',
+           'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate', 'read_tiff',
+           'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ..core import InputError, extra, log_as_error
+from ..core import InputError, check_there, extra, log_as_error
 
 # %% ../../nbs/1_data/18_pictures.ipynb #45f77804
 NAMES = dict(yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deca=1,
@@ -89,21 +89,6 @@ def turn_spacing(
     return (*spacing[:-2], spacing[-1], spacing[-2])
 
 # %% ../../nbs/1_data/18_pictures.ipynb #0a0e2ad0
-def check_there(
-    path, # what is to be read
-):
-    "`InputError`, with the cause, for what is absent, a dangling link, a pipe, or not to be read."
-    if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. Fetch the "
-                         "file (e.g. datalad get, git annex get, dvc pull), or remove the link.")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist.")
-    if not (os.path.isfile(path) or os.path.isdir(path)):
-        raise InputError(f"{path} is neither a file nor a folder, but a pipe or a device. Give a "
-                         "file.")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
-
 def visible(
     folder:Path, # a folder
 )->list: # its entries, sorted; hidden ones are left out

@@ -506,3 +506,56 @@ def test_the_lengths_of_refused_axes_are_told_in_blocks(tmp_path):
     p = save(tmp_path / "a.zarr", np.stack([V, V]), axes_of("tzyx"), [1, 1, 1, 1])
     with pytest.raises(InputError, match=r"(?s)a.zarr.*TZYX.*\(2, 6, 20, 30\)"):
         open_volume(p)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("names", ["zyx", "xyz", "yxc", "cxyz", "tczyx", "XY", ["channel", "y", "x"]])
+def test_a_plain_array_is_read_by_the_names_of_its_axes(tmp_path, names, version):
+    full = np.stack([V, V // 2])[None]  # t, c, z, y, x
+    letters = "".join(n[0] for n in names).lower()
+    seen = full[tuple(slice(None) if k in letters else 0 for k in "tczyx")]
+    order = [k for k in "tczyx" if k in letters]
+    a = seen.transpose([order.index(k) for k in letters])
+    said = {"dimension_names": list(names)} if version == 3 else {}
+    z = zarr.create_array(str(tmp_path / "a.zarr"), data=a, zarr_format=version, **said)
+    if version == 2:
+        z.attrs["_ARRAY_DIMENSIONS"] = list(names)  # as xarray does
+    want = seen[0] if "t" in letters else seen
+    image = read_image(tmp_path / "a.zarr")
+    assert np.array_equal(image.array, want if "c" in letters else want[None])
+    assert image.spacing is None
+    if "z" in letters:
+        same(tmp_path / "a.zarr", image.array, None)
+
+
+def test_names_that_are_not_ours_or_contradict_are_refused(tmp_path):
+    def plain(names):
+        return zarr.create_array(
+            str(tmp_path / "a.zarr"), data=V, dimension_names=names, overwrite=True
+        )
+
+    for names in (["a", "b", "c"], ["z", "y", None], ["y", "y", "x"], ["z", "y", "c"]):
+        plain(names)
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match="(?s)a.zarr.*its axes are"):
+                read(tmp_path / "a.zarr")
+    plain([None] * 3)  # none is said
+    same(tmp_path / "a.zarr", V[None], None)
+    five = zarr.create_array(str(tmp_path / "5.zarr"), data=V[None, None])
+    with pytest.raises(InputError, match="(?s)5.zarr.*5 axes without names"):
+        read_image(tmp_path / "5.zarr")
+    five.attrs["_ARRAY_DIMENSIONS"] = 3  # no list: nothing is said
+    with pytest.raises(InputError, match="(?s)5.zarr.*5 axes without names"):
+        read_image(tmp_path / "5.zarr")
+
+
+@pytest.mark.parametrize("names,fits", [("zyx", True), ("xyz", False), (["a", "b", "c"], True)])
+def test_an_array_may_not_contradict_its_group(tmp_path, names, fits):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    file = p / "0/zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dimension_names": list(names)}))
+    if fits:
+        same(p, V[None], (0.005, 0.002, 0.0005))
+    for read in () if fits else (read_image, open_volume):
+        with pytest.raises(InputError, match="(?s)a.zarr.*axes are zyx in 'multiscales' and xyz"):
+            read(p)

@@ -267,7 +267,9 @@ def test_levels(tmp_path):
     same(tmp_path / "a.zarr/s1", V[None, :, ::2, ::2], (0.005, 0.004, 0.001))
 
 
-@pytest.mark.parametrize("name", ["../out", "/etc", "a/../../out", "file:///tmp/x", "..\\out", ""])
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc", "a/../../out", "file:///tmp/x", "..\\out", "", ".", ".//etc"]
+)
 def test_nothing_outside_is_opened(tmp_path, name):
     zarr.create_array(str(tmp_path / "out"), data=V)
     g = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
@@ -559,3 +561,50 @@ def test_an_array_may_not_contradict_its_group(tmp_path, names, fits):
     for read in () if fits else (read_image, open_volume):
         with pytest.raises(InputError, match="(?s)a.zarr.*axes are zyx in 'multiscales' and xyz"):
             read(p)
+
+
+@pytest.mark.parametrize("what", ["array", "group", "rows", "labels", "row of chunks"])
+def test_a_folder_that_is_a_link_out_is_not_opened(tmp_path, what):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    root.attrs["ome"] = {"plate": {"wells": [{"path": "A/1"}]}, "labels": ["A/1/0"]}
+    well = root.create_group("A/1")
+    well.attrs["ome"] = {"well": {"images": [{"path": "0"}]}}
+    add(well.create_group("0"), V, axes_of("zyx"), [5, 2, 0.5], chunks=(2, 10, 10))
+    same(tmp_path / "a.zarr", V[None], (0.005, 0.002, 0.0005))
+    if what == "labels":
+        root.attrs["ome"] = {"labels": ["A/1/0"]}
+    inside = {"array": "A/1/0/0", "group": "A/1/0", "rows": "A", "row of chunks": "A/1/0/0/c/1"}
+    folder = tmp_path / "a.zarr" / inside.get(what, "A/1/0")
+    folder.rename(tmp_path / "out")
+    folder.symlink_to(tmp_path / "out")
+    for path in ("a.zarr", "a.zarr/A/1/0", "a.zarr/A/1/0/0"):
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match="(?s)a.zarr.*its folder A.* leads out of a.zarr"):
+                read(tmp_path / path)
+        with pytest.raises(InputError, match="leads out"):
+            open_zarr(tmp_path / path, absent="empty")
+
+
+def test_links_of_files_and_of_the_whole_are_followed(tmp_path):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], chunks=(2, 10, 10))
+    (tmp_path / "kept").mkdir()
+    for k, file in enumerate(sorted(f for f in p.rglob("*") if f.is_file())):  # as git-annex does
+        file.rename(tmp_path / "kept" / str(k))
+        file.symlink_to(os.path.relpath(tmp_path / "kept" / str(k), file.parent))
+    same(p, V[None], (0.005, 0.002, 0.0005))
+    (p / "alias").symlink_to("0")  # a folder, but inside
+    same(p / "alias", V[None], None)
+    p.rename(tmp_path / "b.zarr")
+    p.symlink_to(tmp_path / "b.zarr")
+    same(p, V[None], (0.005, 0.002, 0.0005))
+    same(p / "0", V[None], (0.005, 0.002, 0.0005))
+
+
+@pytest.mark.parametrize("name", ["./0", "0/", "0/.", "././0"])
+def test_a_path_in_a_header_may_be_written_in_another_way(tmp_path, name):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    note = dict(zarr.open_group(str(p)).attrs["ome"])
+    note["multiscales"][0]["datasets"][0]["path"] = name
+    zarr.open_group(str(p)).attrs["ome"] = note
+    for path in (p, p / "0"):
+        same(path, V[None], (0.005, 0.002, 0.0005))

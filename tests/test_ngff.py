@@ -511,7 +511,9 @@ def test_the_lengths_of_refused_axes_are_told_in_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("names", ["zyx", "xyz", "yxc", "cxyz", "tczyx", "XY", ["channel", "y", "x"]])
+@pytest.mark.parametrize(
+    "names", ["zyx", "xyz", "yxc", "cxyz", "tczyx", "XY", ["channel", "y", "x"]]
+)
 def test_a_plain_array_is_read_by_the_names_of_its_axes(tmp_path, names, version):
     full = np.stack([V, V // 2])[None]  # t, c, z, y, x
     letters = "".join(n[0] for n in names).lower()

@@ -610,3 +610,45 @@ def test_a_path_in_a_header_may_be_written_in_another_way(tmp_path, name):
     zarr.open_group(str(p)).attrs["ome"] = note
     for path in (p, p / "0"):
         same(path, V[None], (0.005, 0.002, 0.0005))
+
+
+@pytest.mark.parametrize("absent", ["error", "empty"])
+@pytest.mark.parametrize("separator", ["/", "."])
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunks_with_another_separator_than_the_header_says(tmp_path, version, separator, absent):
+    p, wrong = tmp_path / "a.zarr", {"/": ".", ".": "/"}[separator]
+    keys = {"name": "v2" if version == 2 else "default", "separator": separator}
+    root = zarr.open_group(str(p), mode="w", zarr_format=version)
+    root.create_array("raw", data=V, chunks=(3, 10, 10), chunk_key_encoding=keys)
+    file = p / "raw" / (".zarray" if version == 2 else "zarr.json")
+    said = file.read_text()
+    head = json.loads(said)
+    if version == 3:
+        head["chunk_key_encoding"]["configuration"]["separator"] = wrong
+    elif wrong == ".":
+        head.pop("dimension_separator")  # as NestedDirectoryStore wrote it
+    else:
+        head["dimension_separator"] = wrong
+    file.write_text(json.dumps(head))
+    key = "dimension_separator" if version == 2 else "separator"
+    words = f'(?s)a.zarr.*Set "{key}" to "[{separator}]" in {file.name}'
+    for read in (read_image, open_volume):
+        with pytest.raises(InputError, match=words):
+            read(p / "raw", absent=absent)
+    file.write_text(said)  # what the message asks for
+    same(p / "raw", V[None], None)
+
+
+def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
+    for separator in "/.":
+        p = tmp_path / f"{ord(separator)}.zarr"
+        keys = {"name": "v2", "separator": separator}
+        zarr.create_array(
+            str(p), data=V, chunks=(3, 20, 30), zarr_format=2, chunk_key_encoding=keys
+        )
+        (p / f"0{separator}0{separator}0").unlink()
+        (p / "notes.1.txt").write_text("no chunk")
+        with pytest.raises(InputError, match="(?s)chunk 0.0.0 is not there.*absent='empty'"):
+            read_image(p)
+        assert np.array_equal(read_image(p, absent="empty").array[0, 3:], V[3:])
+        assert not read_image(p, absent="empty").array[0, :3].any()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ABSENT', 'zarr_parts', 'ome_note', 'check_link', 'inner', 'images_in', 'find_image', 'axis_letters', 'level_steps',
            'axis_names', 'plain_axes', 'check_names', 'ome_steps', 'level_spacing', 'places', 'chunk_files',
-           'check_chunk_folders', 'absent_chunk', 'broken_chunk', 'read_box', 'own_level', 'ZarrPlace', 'add_affine',
-           'find_array', 'open_zarr', 'open_placed', 'read_zarr']
+           'check_chunk_folders', 'absent_chunk', 'misnamed_chunk', 'check_separator', 'broken_chunk', 'read_box',
+           'own_level', 'ZarrPlace', 'add_affine', 'find_array', 'open_zarr', 'open_placed', 'read_zarr']
 
 # %% ../../nbs/1_data/19_ngff.ipynb #2f6b16f8
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def chunk_files(
 def check_chunk_folders(
     array, # zarr array in a folder
 ):
-    "`InputError` for nested chunks (files such as 0/0) of which a folder is a link out of the .zarr."
+    "`InputError` for nested chunks (files such as 0/0) in a folder that is a link out of the .zarr."
     if hasattr(array.store, "root"):
         for at, folders, _ in os.walk(Path(array.store.root) / array.path):
             for folder in (os.path.join(at, name) for name in folders):
@@ -249,6 +250,41 @@ def absent_chunk(
     if not hasattr(array.store, "root"):
         return None
     return next((file for _, file in chunk_files(array) if not os.path.exists(file)), None)
+
+# %% ../../nbs/1_data/19_ngff.ipynb #7c41d9e2
+def misnamed_chunk(
+    array, # zarr array in a folder
+)->str|None: # where it lies in the folder of the array; None if there is none
+    "A chunk whose name has the other separator: 0/0 where the header says 0.0."
+    key = array.metadata.encode_chunk_key((0,) * array.ndim)
+    other = key.translate(str.maketrans("./", "/."))
+    if other == key:
+        return None
+    pattern = re.compile(re.escape(other).replace("0", r"\d+"))
+    folder = Path(array.store.root) / array.path
+    for at, _, files in os.walk(folder):
+        within = Path(at).relative_to(folder).as_posix()
+        for file in files:
+            name = file if within == "." else f"{within}/{file}"
+            if pattern.fullmatch(name):
+                return name
+    return None
+
+def check_separator(
+    array, # zarr array in a folder
+    path,  # as the user gave it, for the message
+):
+    "`InputError`, with the fix, for chunks whose names are not those of the header."
+    name = misnamed_chunk(array)
+    if not name:
+        return
+    folder = Path(array.store.root) / array.path
+    old = array.metadata.zarr_format == 2
+    header = os.path.relpath(folder / (".zarray" if old else "zarr.json"), path)
+    key = "dimension_separator" if old else "separator"
+    separator = "/" if "/" in name else "."
+    raise InputError(f"its chunk {os.path.relpath(folder / name, path)} is named with another "
+                     f'separator than its header says. Set "{key}" to "{separator}" in {header}.')
 
 # %% ../../nbs/1_data/19_ngff.ipynb #8d11a521
 def broken_chunk(
@@ -381,6 +417,8 @@ def open_placed(
     note = dict((group or z).attrs)
     empty = "empty" in (absent, note.get("absent_chunks"), z.attrs.get("absent_chunks"))
     lost = None if empty else absent_chunk(z)
+    if hasattr(z.store, "root") and (lost or empty):
+        check_separator(z, path)
     if lost:
         raise InputError(f"its chunk {os.path.relpath(lost, path)} is not there, and would be read "
                          f"as {z.fill_value}. Copy the volume again. If absent chunks are empty "

@@ -652,3 +652,35 @@ def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
             read_image(p)
         assert np.array_equal(read_image(p, absent="empty").array[0, 3:], V[3:])
         assert not read_image(p, absent="empty").array[0, :3].any()
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("name", ["sample", "s2.ngff"])
+def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
+    from unpaired_kd.data.check import check_data
+    from unpaired_kd.data.collections import Collection
+    from unpaired_kd.inference import plan
+
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
+    p = p.rename(tmp_path / name)
+    words = f"(?s){name}: the folder {name} is a Zarr.*Rename it to {name}.zarr"
+    for read in (read_image, read_label, open_volume, open_zarr):
+        with pytest.raises(InputError, match=words):
+            read(p)
+        with pytest.raises(InputError, match=f"(?s){name}/0: the folder {name} is a Zarr"):
+            read(p / "0")
+    assert list_images(tmp_path) == ([p], [])
+    with pytest.raises(InputError, match=words):
+        Collection.from_folders(tmp_path, labels=False)
+    assert check_data(tmp_path) == 1
+    assert f"fault: {p}: the folder {name} is a Zarr" in capsys.readouterr().out
+    assert [pair[0] for pair in plan(p, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in plan(tmp_path, tmp_path / "out")[0]] == [p]
+    (tmp_path / "link.zarr").symlink_to(p)  # as the message proposes
+    same(tmp_path / "link.zarr", V[None], (0.005, 0.002, 0.0005))
+
+
+def test_a_path_from_inside_a_zarr(tmp_path, monkeypatch):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    monkeypatch.chdir(p)
+    assert np.array_equal(read_image("0").array, V[None])

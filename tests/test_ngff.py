@@ -684,3 +684,20 @@ def test_a_path_from_inside_a_zarr(tmp_path, monkeypatch):
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
     monkeypatch.chdir(p)
     assert np.array_equal(read_image("0").array, V[None])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_group_without_a_header_names_what_it_holds(tmp_path, version):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=version)
+    for k in range(2):  # as bioformats2raw, without its attribute
+        g = root.create_group(f"row/{k}")
+        add(g, V + k, axes_of("zyx"), [5, 2, 0.5], version="0.5" if version == 3 else "0.4")
+    for inside, words in (("", "It holds row. .*a.zarr/row"), ("row", "It holds 0, 1. .*row/0")):
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match=f"(?s)a.zarr.*{words}[.]$"):
+                read(tmp_path / "a.zarr" / inside)
+    same(tmp_path / "a.zarr/row/1", V[None] + 1, (0.005, 0.002, 0.0005))
+    for k in range(9):
+        root.create_array(f"{k}", data=V)
+    with pytest.raises(InputError, match="It holds 0, 1, 2, 3, 4, 5, 6, 7 and 2 more[.] .*a.zarr/0[.]$"):
+        read_image(tmp_path / "a.zarr")

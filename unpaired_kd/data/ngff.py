@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEADERS', 'ABSENT', 'zarr_parts', 'is_zarr', 'check_zarr_name', 'ome_note', 'check_link', 'inner', 'images_in',
-           'find_image', 'axis_letters', 'level_steps', 'axis_names', 'plain_axes', 'check_names', 'ome_steps',
-           'level_spacing', 'places', 'chunk_files', 'check_chunk_folders', 'absent_chunk', 'misnamed_chunk',
-           'check_separator', 'broken_chunk', 'read_box', 'own_level', 'ZarrPlace', 'add_affine', 'find_array',
-           'open_zarr', 'open_placed', 'read_zarr']
+           'listed', 'find_image', 'axis_letters', 'level_steps', 'axis_names', 'plain_axes', 'check_names',
+           'ome_steps', 'level_spacing', 'places', 'chunk_files', 'check_chunk_folders', 'absent_chunk',
+           'misnamed_chunk', 'check_separator', 'broken_chunk', 'read_box', 'own_level', 'ZarrPlace', 'add_affine',
+           'find_array', 'open_zarr', 'open_placed', 'read_zarr']
 
 # %% ../../nbs/1_data/19_ngff.ipynb #2f6b16f8
 import os
@@ -105,6 +105,13 @@ def images_in(
         return list(named or sorted((n for n, _ in group.groups() if n.isdigit()), key=int))
     return []
 
+def listed(
+    names:list, # any number
+)->str:
+    "The first eight, for a message."
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
 def find_image(
     group,     # zarr group
     path:Path, # where it is, for messages
@@ -116,13 +123,13 @@ def find_image(
     if len(inside) == 1:
         return find_image(inner(group, inside[0]), path / inside[0])
     if inside:
-        some = ", ".join(inside[:8]) + ", ..." * (len(inside) > 8)
-        raise InputError(f"it holds {len(inside)} images: {some}. Name one, e.g. "
+        raise InputError(f"it holds {len(inside)} images: {listed(inside)}. Name one, e.g. "
                          f"{path / inside[0]}.")
-    arrays = [name for name, _ in group.arrays()]
+    members = sorted(group.array_keys()) + sorted(group.group_keys())
     hint = "It holds no array either."
-    if arrays:
-        hint = f"Give the path of one array inside it, e.g. {path / arrays[0]}."
+    if members:
+        hint = (f"It holds {listed(members)}. Give the path of one array or image inside it, "
+                f"e.g. {path / members[0]}.")
     raise InputError(f"it is a Zarr group without 'multiscales'. {hint}")
 
 # %% ../../nbs/1_data/19_ngff.ipynb #486c0e58

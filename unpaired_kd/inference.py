@@ -30,6 +30,7 @@ from .core import InputError, atomic, digest, file_sha256, given, progress, read
 from .data.files import header_size
 from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
+from .data.ngff import is_zarr
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
 from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
@@ -505,11 +506,11 @@ def output_name(
 def is_image(
     path:Path, # a file, a folder, or a link
 )->bool:
-    "Whether it is to be segmented, by its name; a folder if it is a .zarr or holds DICOM files."
+    "Whether it is to be segmented, by its name; a folder if it is a Zarr or holds DICOM files."
     if suffix_of(path) == ".zarr" or not os.path.isdir(path):
         return bool(suffix_of(path))
     try:
-        return bool(dicom_files(path))
+        return is_zarr(path) or bool(dicom_files(path))
     except (OSError, InputError):
         return True # something is wrong in it: reading it will say what
 
@@ -537,7 +538,8 @@ def plan(
 )->tuple: # list of (input, output), list of files that are no images
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
     check_input(source)
-    single = os.path.isfile(source) or suffix_of(source) == ".zarr" or one_series(source)
+    zarr = suffix_of(source) == ".zarr" or is_zarr(source)
+    single = os.path.isfile(source) or zarr or one_series(source)
     suffix = suffix_of(target)
     if single and suffix in (".jpg", ".jpeg"):
         check_format(target, (), 0)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, check_there, extra, from_nifti, match_channels, nifti_place, open_nifti, suffix_of, to_unit, volume_window
-from .data.ngff import ome_steps, open_placed, read_box
+from .data.ngff import check_zarr_name, ome_steps, open_placed, read_box
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
 from .outputs import check_apart, check_input, check_new, check_path, check_place, check_room, files_mark, locked, made_folder
@@ -256,6 +256,7 @@ def open_volume(
     "Open a volume to read boxes from. Every fault is an `InputError` that names the file."
     path = Path(path)
     check_there(path)
+    check_zarr_name(path)
     if (suffix := suffix_of(path)) not in OPENERS: raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
     try:

@@ -22,7 +22,7 @@ import torch
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
 from .geometry import Grid, letters, shear, spacing_of, usable, way_onto
-from .ngff import ABSENT, ome_steps, open_zarr, read_zarr, zarr_parts
+from .ngff import ABSENT, is_zarr, ome_steps, open_zarr, read_zarr, zarr_parts
 from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
                                        read_tiff, visible)
 
@@ -371,6 +371,8 @@ def reader_of(
 ): # one of `READERS`
     "The reader, by the ending; for pictures, by the content. `InputError` for what none can read."
     suffix = suffix_of(path)
+    if not suffix and is_zarr(path):
+        return read_zarr # which asks for another name
     if os.path.isdir(path) and suffix in ("", ".dcm"):
         mixed = [p.name for p in visible(path) if suffix_of(p) not in ("", ".dcm")]
         if mixed and any(map(is_dicom, visible(path))):
@@ -604,7 +606,8 @@ def is_image(
     "Whether an entry is one image: a file with an ending of ours, a Zarr, or a DICOM series."
     suffix = suffix_of(path)
     if os.path.isdir(path):
-        return suffix == ".zarr" or (suffix in ("", ".dcm") and is_series(path))
+        series = suffix in ("", ".dcm") and is_series(path)
+        return suffix == ".zarr" or is_zarr(path) or series
     return os.path.isfile(path) and suffix not in ("", ".zarr")
 
 def list_images(

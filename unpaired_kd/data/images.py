@@ -540,12 +540,18 @@ def write_nifti(
     image,        # the `Image` that they belong to: its spacing, affine and header
 ):
     "NIfTI from (C,H,W) or (C,D,H,W), transposed back, at the place of its image."
+    import gzip
     import nibabel as nib
     if a.ndim == 3 and len(a) > 1:
         raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
     f = nib.Nifti1Image(a[0].T if len(a) == 1 else a.T, None)
     set_place(f.header, image, a.ndim - 1)
-    nib.save(f, t)
+    with open(t, "wb") as out: # never by name: nibabel writes `x.Nii` as x.nii
+        if not t.name.lower().endswith(".gz"):
+            f.to_stream(out)
+            return
+        with gzip.GzipFile("", "wb", 1, out, mtime=0) as packed: # equal numbers, equal file
+            f.to_stream(packed)
 
 # %% ../../nbs/1_data/2_images.ipynb #262dd1e9
 def write_zarr(

@@ -266,6 +266,43 @@ def test_a_label_that_was_drawn_by_the_qform_is_at_home(tmp_path):
     assert np.array_equal(c[0].label.numpy(), LABEL)
 
 
+MIRROR = np.diag([-.8, .9, 2.5, 1]); MIRROR[:3, 3] = S[0, 3] + .8 * 8, 5, 123      # the box of S, counted from the other side
+ROLLED = np.diag([.8, -.9, 2.5, 1]); ROLLED[:3, 3] = -11, 5 + .9 * 6, 123          # and from front to back
+
+
+def laid(folder, image, label):
+    "A label, stored as LABEL, laid on its image; each file has (sform, qform)."
+    folder.mkdir()
+    place, drawn = ((a, 2, b, 1) for a, b in (image, label))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = lay_on(read_label(save(folder / "y.nii", *drawn, a=LABEL)), read_image(save(folder / "x.nii", *place)))
+    return found, [str(w.message) for w in heard if "laid on its image by a qform" in str(w.message)]
+
+
+@pytest.mark.parametrize("image, label, warned", [
+    ((S, MIRROR), (MIRROR, MIRROR), True),     # drawn in a program that goes by the qform
+    ((S, MIRROR), (S, S), False),              # by the sform
+    ((S, MIRROR), (S, MIRROR), False),         # the header copied
+    ((MIRROR, S), (S, None), True),
+    ((S, S), (Q, S), True),                    # only the qform of the label is at home
+    ((S, None), (None, S), False),
+])
+def test_a_label_drawn_voxel_for_voxel_stays_so(tmp_path, image, label, warned):
+    found, heard = laid(tmp_path / "a", image, label)
+    assert np.array_equal(found, LABEL) and bool(heard) == warned
+
+
+def test_two_places_that_differ_are_refused_unless_one_turns_nothing(tmp_path):
+    found, heard = laid(tmp_path / "a", (S, S), (MIRROR, MIRROR))                  # one answer: counted from the other side
+    assert np.array_equal(found, LABEL[:, :, ::-1]) and not heard
+    for n, (image, label) in enumerate([((S, MIRROR), (ROLLED, ROLLED)), ((S, S), (MIRROR, S)), ((S, S), (S, MIRROR))]):
+        with pytest.raises(InputError, match="(?s)y.nii: the label lies on its image in two ways.*by its qform .*into both forms"):
+            laid(tmp_path / f"b{n}", image, label)
+    with pytest.raises(InputError, match="lies elsewhere.*by its qform .*SAR.*Its image .*SAL.*by its qform"):
+        laid(tmp_path / "c", (MIRROR, Q), (oblique_affine(), S + np.diag([.1, 0, 0, 0])))
+
+
 def test_singular_forms_are_not_written_on(tmp_path):
     save(tmp_path / "x.nii", np.zeros((4, 4)), 1, Q, 1)
     with pytest.warns(UserWarning): image = read_image(tmp_path / "x.nii")

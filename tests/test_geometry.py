@@ -246,7 +246,8 @@ def test_what_is_written_without_a_nifti_header(tmp_path):
     assert np.allclose(f.get_qform(), SPL) and np.allclose(f.get_sform(), SPL) and (f.header["sform_code"], f.header["qform_code"]) == (1, 1)
     assert np.allclose(f.header["pixdim"][1:4], (.8, .9, 2.5)) and f.header.get_xyzt_units()[0] == "mm"
     tilted = SPL.copy(); tilted[1, 2] = -1.7                             # no right angles: a qform cannot say it
-    write_image(p, Image(SCAN[None], spacing_of(tilted), tilted))
+    with pytest.warns(UserWarning, match="scan.dcm: its axes are 34 degrees off .*built on ITK do not open"):
+        write_image(p, Image(SCAN[None], spacing_of(tilted), tilted, "scan.dcm"))
     f = nib.load(p)
     assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(quiet(p).affine, tilted)
     write_image(p, Image(SCAN[None], (2.5, .9, .8)))
@@ -255,6 +256,37 @@ def test_what_is_written_without_a_nifti_header(tmp_path):
     assert quiet(p).spacing is None
     write_image(p, Image(SCAN[None, 0], (.9, .8), SPL))
     assert quiet(p).array.shape == (1, 7, 9) and np.allclose(quiet(p).affine[:3, [0, 1, 3]], SPL[:3, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("k, stated", [(0, True), (.019, True), (.021, False)])
+def test_the_nearest_qform_is_written_if_it_moves_no_voxel_by_a_tenth(tmp_path, k, stated):
+    """Half of a small shear goes to either axis: of 11 voxels the far corner moves by 10 k / 2 voxels."""
+    affine = np.eye(4); affine[0, 2] = k
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        write_image(tmp_path / "x.nii", Image(np.zeros((1, 11, 11, 11), np.uint8), (1, 1, 1), affine))
+    f = nib.load(tmp_path / "x.nii")
+    assert np.allclose(f.get_sform(), affine) and (f.header["sform_code"], f.header["qform_code"]) == (1, stated)
+    assert bool(heard) == (not stated)
+    if stated: assert np.isclose(np.abs((f.get_qform() - affine) @ [10, 10, 10, 1]).max(), 5 * k, atol=2e-3)
+
+
+@pytest.mark.parametrize("digits", [2, 3, 4])
+def test_rounded_cosines_still_get_a_qform(tmp_path, digits):
+    turn = rotation(3)
+    affine = np.eye(4); affine[:3, :2] = np.round(turn[:, :2], digits); affine[:3, 2] = np.round(5 * turn[:, 2] * 3, 2) / 5
+    assert shear(affine) > .001
+    write_label(tmp_path / "x.nii", LABEL, Image(SCAN[None], spacing_of(affine), affine))
+    q = nib.load(tmp_path / "x.nii").get_qform(coded=True)[0][:3, :3]
+    q /= np.linalg.norm(q, axis=0)
+    assert np.allclose(q.T @ q, np.eye(3), atol=1e-6) and np.allclose(q, turn, atol=.02)
+    assert np.array_equal(lay_on(quiet_label(tmp_path / "x.nii"), Image(SCAN[None], None, affine)), LABEL)
+
+
+def quiet_label(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_label(path)
 
 
 def test_a_label_that_was_drawn_by_the_qform_is_at_home(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIFT', 'DRIFT', 'FARTHEST', 'FIX', 'Grid', 'grid_of', 'with_depth', 'usable', 'spacing_of', 'letters', 'shear',
-           'oblique', 'describe_grid', 'axes_between', 'way_onto', 'turned', 'unlike', 'places_of', 'is_still',
+           'oblique', 'describe_grid', 'axes_between', 'apart', 'way_onto', 'turned', 'unlike', 'places_of', 'is_still',
            'ways_between', 'describe_places', 'way_by_place', 'lay_on']
 
 # %% ../../nbs/1_data/16_geometry.ipynb #fad7e552
@@ -138,6 +138,18 @@ def axes_between(
     return axes, ways
 
 # %% ../../nbs/1_data/16_geometry.ipynb #84a653e1
+def apart(
+    a,          # (4,4)
+    b,          # (4,4)
+    size:tuple, # spatial shape of the array
+)->float: # voxels of `b`
+    "How far from one another two affines put one voxel, at most: at a corner."
+    corners = np.array(list(product(*[(0, n - 1) for n in size[::-1]])))
+    to_b = np.linalg.inv(b) @ a
+    lies = corners @ to_b[:3, :len(size)].T + to_b[:3, 3]
+    lies[:, :len(size)] -= corners
+    return float(np.abs(lies).max())
+
 def way_onto(
     label:Grid, # with an affine
     image:Grid, # with an affine

@@ -21,7 +21,8 @@ import torch
 
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
-from .geometry import Grid, letters, shear, spacing_of, usable, way_onto
+from .geometry import (SHIFT, Grid, apart, letters, shear, spacing_of, usable,
+                                       way_onto)
 from .ngff import ABSENT, ome_steps, open_zarr, read_zarr, zarr_parts
 from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
                                        read_tiff, visible)
@@ -518,7 +519,7 @@ def set_place(
     image,    # the `Image` that it belongs to
     dims:int, # spatial axes
 ):
-    "Say where the voxels lie: as the image's own NIfTI header did, else by affine, else by spacing."
+    "Say where the voxels lie: as the image's own NIfTI header did, else by affine or spacing."
     kept = image.header
     if isinstance(kept, NiftiPlace) and kept.spacing == image.spacing and np.array_equal(kept.affine, image.affine):
         for name, value in kept.fields.items():
@@ -531,8 +532,15 @@ def set_place(
         return
     header["pixdim"][1:4] = spacing_of(image.affine)[::-1]
     header.set_sform(image.affine, 1)
-    if shear(image.affine) < .01: # a qform has right angles
+    right = type(header)() # a qform has right angles: the nearest ones
+    right.set_qform(image.affine, 1)
+    size = header.get_data_shape()[:dims][::-1]
+    if apart(right.get_qform(), image.affine, size) <= SHIFT:
         header.set_qform(image.affine, 1)
+        return
+    warnings.warn(f"{image.path or 'the image'}: its axes are {shear(image.affine):.2g} degrees off "
+                  "right angles, which only the sform of a NIfTI can say. Programs built on ITK do "
+                  "not open what is written on it; resample it first if you need them.", stacklevel=4)
 
 def write_nifti(
     t:Path,       # the file that is written

@@ -1,5 +1,7 @@
 """Geometry: labels in every orientation, what NIfTI says of place and what is written back, pairs that lie elsewhere."""
+import copy
 import gzip
+import pickle
 import struct
 import warnings
 from itertools import permutations, product
@@ -11,9 +13,9 @@ import tifffile
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import Collection
-from unpaired_kd.data.geometry import (Grid, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
-                                       way_onto)
-from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label
+from unpaired_kd.data.geometry import (Grid, Spacing, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
+                                       way_onto, with_steps, without_axis)
+from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label, zoom_spacing
 from unpaired_kd.volumes import open_volume
 
 R = np.random.default_rng(0)
@@ -150,6 +152,74 @@ def test_words():
     assert not usable(np.full((4, 4), np.inf)) and not usable(np.diag([1., 1, 0, 1])) and usable(np.diag([1e-6, 1e-6, 1e-3, 1]))
 
 
+# Grids without right angles
+
+def sheared(degrees, within=False):
+    "SPL, its slices (or its rows) inclined."
+    a = SPL.copy()
+    j, k = (1, 0) if within else (2, 1)
+    a[k, j] = abs(a[j, j]) * np.tan(np.radians(degrees))
+    return a
+
+
+def distances(a, b, affine):
+    "Hausdorff distance of two sets of voxels, each of which is surface, by comparing all pairs in mm."
+    a, b = (np.c_[np.argwhere(m)[:, ::-1], np.ones(m.sum())] @ affine.T[:, :3] for m in (a, b))
+    d = np.linalg.norm(a[:, None] - b[None], axis=2)
+    return max(d.min(0).max(), d.min(1).max())
+
+
+@pytest.mark.parametrize("degrees, within, cause", [(30, False, "a tilted gantry"), (-12, False, "a tilted gantry"), (20, True, "a sheared affine"), (.9, False, ""), (0, False, "")])
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.zarr"])
+def test_distances_follow_the_true_axes(tmp_path, degrees, within, cause, name):
+    from unpaired_kd.metrics import hausdorff, surface_dice
+    affine = sheared(degrees, within)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_image(tmp_path / name, Image(SCAN[None], spacing_of(affine), affine))
+    image = loud(tmp_path / name, f"axes are {abs(degrees):.1f} degrees off right angles .{cause}") if cause else quiet(tmp_path / name)
+    assert isinstance(image.spacing, Spacing) == bool(cause) and np.allclose(image.spacing, spacing_of(affine))
+    a, b = np.zeros((2, *SCAN.shape), bool)
+    a[1, 1:3, 2:4] = b[3, 4:6, 4] = True                                 # one voxel thick: all is surface
+    true = distances(a, b, affine)
+    assert np.isclose(hausdorff(a, b, spacing=image.spacing), true, rtol=1e-6 if cause else .01)
+    if abs(degrees) > 10: assert not np.isclose(hausdorff(a, b, spacing=tuple(image.spacing)), true, rtol=.01)
+    assert surface_dice(a, b, true * 1.02, image.spacing) == 1 > surface_dice(a, b, true * .98, image.spacing)
+    corners = np.array([[*c, 1] for c in product((0, 8), (0, 6), (0, 5))]) @ affine.T[:, :3]
+    longest = np.linalg.norm(corners[:, None] - corners[None], axis=2).max() # a miss costs the longest diagonal
+    assert np.isclose(hausdorff(a, np.zeros_like(a), spacing=image.spacing), longest, rtol=1e-6 if cause else .01)
+
+
+def test_a_study_measures_a_tilted_scan_along_its_axes(tmp_path):
+    from types import SimpleNamespace
+    from unpaired_kd.data.check import examine
+    from unpaired_kd.evaluation import evaluate
+    from unpaired_kd.metrics import hausdorff
+    a, b = np.zeros((2, *SCAN.shape), np.uint8)
+    a[1, 1:3, 2:4] = b[3, 4:6, 4] = 1
+    affine = sheared(25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = pair(tmp_path, affine, a.T, affine)
+        row, = evaluate(SimpleNamespace(predict=lambda image: b), c, "arm", 0)
+        found = examine("ct", c.cases, [])
+    assert row["hd95_unit"] == "mm" and np.isclose(row["hd95"], distances(a > 0, b > 0, affine), rtol=.05)
+    assert abs(row["hd95"] / hausdorff(a, b, 95, spacing_of(affine)) - 1) > .1 # what the lengths alone would say
+    assert any("axes of 1 of 1 images are not at right angles" in n and "p.nii.gz" in n for n in found.notes)
+
+
+def test_a_spacing_with_angles_is_a_tuple_that_survives():
+    s = Spacing([[0, 1, 2.], [0, 3, 0], [4, 0, 0]])
+    assert s == (5 ** .5, 3, 4) and np.allclose(np.asarray(s) * 2, [20 ** .5, 6, 8])
+    for again in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s), copy.copy(s)):
+        assert type(again) is Spacing and np.array_equal(again.steps, s.steps)
+    assert without_axis(s, 0) == (3, 4) and np.array_equal(without_axis(s, 1).steps, s.steps[[0, 2]])
+    assert without_axis((1., 2., 3.), 1) == (1, 3) and without_axis(None, 0) is None
+    half = zoom_spacing(s, (5, 8, 10), .5)
+    assert np.array_equal(half.steps, [[0, 1, 2], [0, 6, 0], [8, 0, 0]])
+    assert with_steps(None, SPL, "x") is None and with_steps((1, 2), None, "x") == (1, 2)
+
+
 # What NIfTI says
 
 def save(path, sform=None, scode=0, qform=None, qcode=0, pixdim=None, unit=None, cls=nib.Nifti1Image, a=SCAN):
@@ -249,7 +319,7 @@ def test_what_is_written_without_a_nifti_header(tmp_path):
     with pytest.warns(UserWarning, match="scan.dcm: its axes are 34 degrees off .*built on ITK do not open"):
         write_image(p, Image(SCAN[None], spacing_of(tilted), tilted, "scan.dcm"))
     f = nib.load(p)
-    assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(quiet(p).affine, tilted)
+    assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(loud(p, "34.2 degrees off").affine, tilted)
     write_image(p, Image(SCAN[None], (2.5, .9, .8)))
     assert (nib.load(p).header["sform_code"], nib.load(p).header["qform_code"]) == (0, 0) and quiet(p).affine is None and quiet(p).spacing == pytest.approx((2.5, .9, .8))
     write_image(p, Image(SCAN[None]))

@@ -21,8 +21,8 @@ import torch
 
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
-from .geometry import (SHIFT, Grid, apart, letters, shear, spacing_of, usable,
-                                       way_onto)
+from .geometry import (SHIFT, Grid, Spacing, apart, letters, shear, spacing_of, usable,
+                                       way_onto, with_steps)
 from .ngff import ABSENT, ome_steps, open_zarr, read_zarr, zarr_parts
 from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
                                        read_tiff, visible)
@@ -139,6 +139,10 @@ def zoom_spacing(
 ): # pixel size after zooming, or None
     "The pixel size that belongs to a zoomed image: the extent in mm stays the same."
     if spacing is None: return None
+    if isinstance(spacing, Spacing):
+        steps = spacing.steps.copy()
+        steps[-2:] *= np.divide(shape[-2:], zoomed_size(shape, zoom))[:, None]
+        return Spacing(steps)
     plane = tuple(p * s / n for p, s, n in zip(spacing[-2:], shape[-2:], zoomed_size(shape, zoom)))
     return (*spacing[:-2], *plane)
 
@@ -412,6 +416,7 @@ def decode(
     if not array.size:
         raise InputError(f"{path} is empty: its shape is {array.shape}.")
     check_finite(array, str(path))
+    spacing = with_steps(spacing, affine, path)
     return native(array, label), spacing, affine, header[0] if header else None
 
 def native(

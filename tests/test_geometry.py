@@ -413,6 +413,57 @@ def test_singular_forms_are_not_written_on(tmp_path):
     assert f.header["sform_code"] == 0 and np.allclose(f.get_qform(), Q) and np.allclose(quiet(tmp_path / "y.nii").affine, Q)
 
 
+def patched(path, at, form, *values, **place):
+    "A NIfTI-1 with some bytes of its header changed."
+    raw = bytearray(save(path, unit="mm", **place).read_bytes())
+    struct.pack_into("<" + form, raw, at, *values)
+    path.write_bytes(raw)
+    return path
+
+
+BY_Q, BY_S = dict(qform=Q, qcode=1), dict(sform=S, scode=1)
+PIXDIM, QUATERNION, QCODE, SCODE = 80, 256, 252, 254                     # where they stand
+
+
+@pytest.mark.parametrize("at, form, values, place, word, affine, spacing", [
+    (PIXDIM, "3f", (.8, .9, 0), BY_Q, "qform .code 1. is no place", None, None),
+    (QUATERNION, "3f", (.9, .9, .9), BY_Q, "qform .code 1. is no place", None, (2.5, .9, .8)),
+    (QUATERNION, "3f", (.9, .9, .9), BY_Q | BY_S, "qform .code 1. is no place", S, (2.5, .9, .8)),
+    (PIXDIM, "3f", (.8, .9, 0), BY_Q | BY_S, "qform .code 1. is no place", S, (2.5, .9, .8)),
+    (QCODE, "h", (200,), BY_Q, "qform_code is 200, which NIfTI does not know; 2 is taken", Q, (2.5, .9, .8)),
+    (SCODE, "h", (6,), BY_S, "sform_code is 6, ", S, (2.5, .9, .8)),
+    (SCODE, "h", (-1,), BY_Q | BY_S, "sform_code is -1, .*0 is taken", Q, (2.5, .9, .8)),
+])
+@pytest.mark.filterwarnings("ignore:.*x.nii", "ignore:.*y.nii")
+def test_damaged_places_are_named_and_nothing_is_invented(tmp_path, capfd, at, form, values, place, word, affine, spacing):
+    image = loud(patched(tmp_path / "x.nii", at, form, *values, **place), word)
+    write_label(tmp_path / "y.nii", LABEL, image)
+    for found in (image, read_label(tmp_path / "y.nii")):                # a label says no more than its image
+        assert found.affine is None if affine is None else np.allclose(found.affine, affine)
+        assert found.spacing is None if spacing is None else np.allclose(found.spacing, spacing)
+    assert np.array_equal(image.array[0], SCAN) and np.array_equal(open_volume(tmp_path / "x.nii")[...][0], SCAN)
+    assert capfd.readouterr().err == ""                                  # nibabel says nothing without a name
+
+
+def test_a_series_in_time_is_no_colour_image(tmp_path):
+    f = nib.Nifti1Image(np.stack([SCAN.T] * 3, -1), S)
+    nib.save(f, tmp_path / "colours.nii")
+    assert quiet(tmp_path / "colours.nii").array.shape == (3, *SCAN.shape)
+    for unit in ("sec", "msec", "hz"):
+        f.header.set_xyzt_units("mm", unit)
+        nib.save(f, tmp_path / "times.nii")
+        for read in (read_image, read_label, open_volume):
+            with pytest.raises(InputError, match="times.nii: its last axis is time .3 points.*own file"): read(tmp_path / "times.nii")
+    one = nib.Nifti1Image(SCAN.T[..., None], S)                          # one point in time is a volume
+    one.header.set_xyzt_units("mm", "sec")
+    nib.save(one, tmp_path / "one.nii")
+    image = quiet(tmp_path / "one.nii")
+    assert image.array.shape == (1, *SCAN.shape)
+    image.array = np.concatenate([image.array] * 3)                      # channels on its grid are no times
+    write_image(tmp_path / "y.nii", image)
+    assert np.array_equal(quiet(tmp_path / "y.nii").array, image.array)
+
+
 def test_kinds_of_nifti(tmp_path):
     p = tmp_path / "x.nii"
     nib.save(nib.Nifti1Image(SCAN.T.astype(np.complex64), S), p)

@@ -102,6 +102,7 @@ def test_clearing_spares_writers_at_work_and_everybody_elses_files(tmp_path):
         assert (tmp_path / "sub" / (PART + "dead.pt")).exists()
         clear_parts(tmp_path, deep=True)
         assert t.exists() and not (tmp_path / "sub" / (PART + "dead.pt")).exists()
+        t.write_text("alive")
     assert (outside / "keep").read_text() == "x" and (tmp_path / ".download.part").exists()
 
 
@@ -123,6 +124,13 @@ def test_many_threads_leave_one_whole_file(tmp_path):
     for t in threads: t.join()
     text = (tmp_path / "a").read_text()
     assert text == text[0] * 10000 and names(tmp_path) == ["a"]
+
+
+def test_a_writer_that_puts_nothing_into_the_part_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(InputError, match="cannot write .*a.txt: its writer put nothing into"):
+        with atomic(tmp_path / "a.txt") as t: (tmp_path / "other.txt").write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt", "other.txt"]
 
 
 def test_long_names_and_strange_ones(tmp_path):

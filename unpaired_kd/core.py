@@ -326,12 +326,15 @@ def _open_mode(mode):
 def atomic(
     path, # the file to write
 ): # a temporary Path in the same folder
-    "Write to the temporary path that this yields; it replaces `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be written."
+    "Write to the temporary path that this yields; it replaces `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be, or was, written."
     path = Path(path)
     with _refusing(path):
         part, handle = _begin(path, _make_file)
         try:
             yield part
+            if not part.stat().st_size:
+                raise InputError(f"cannot write {path}: its writer put nothing into {part}. Give the "
+                                 "file another name, with an ending in small letters.")
             os.chmod(part, _open_mode(0o666))
             sync(part)
             os.replace(part, path)

@@ -241,7 +241,7 @@ def nifti_volume(
     f, stored = open_nifti(path, lazy=True)
     if len(f.shape) < 3:
         raise InputError(f"it has the shape {f.shape}; blocks need volumes (x, y, z).")
-    place = nifti_place(f.header, 3, path, stored)
+    place = nifti_place(f.header, stored, 3, path)
     def box(slices): return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
     one = box([slice(0, 1)] * 3)
     shape = (len(one), *f.shape[2::-1])

@@ -21,6 +21,7 @@ from unpaired_kd.data.collections import (
     images_in, label_map, lotus_cases, manifest_cases, numbers_in, open_collection, spelled,
     sub_folder)
 from .files import array_hash, name_key, read_table
+from .geometry import Spacing
 from .images import suffix_of, to_unit
 
 # %% ../../nbs/1_data/21_check.ipynb #10bd7318
@@ -185,6 +186,11 @@ def judge(
     if any(not fits_unit(k) for k in f.looks):
         f.notes.append("its numbers are neither 8- or 16-bit nor in 0 to 1: a study needs "
                        "intensity=percentile, or a window such as [-160, 240]")
+    skew = [_name(k.case, k.case.image) for k in f.looks if isinstance(k.spacing, Spacing)]
+    if skew:
+        f.notes.append(f"the axes of {len(skew)} of {len(f.looks)} images are not at right angles "
+                       f"(such as {skew[0]}): distances in mm follow them, and programs built on "
+                       "ITK do not open label maps on such a grid")
 
 def fits_unit(
     look:Look, # a case

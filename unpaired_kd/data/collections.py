@@ -26,7 +26,7 @@ from fastcore.basics import patch_to
 from ..core import InputError, digest, given, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
                                     stem)
-from .geometry import lay_on
+from .geometry import lay_on, without_axis
 from .pictures import check_there, visible
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
@@ -296,7 +296,7 @@ class Decoded:
     ): # `Decoded` with one axis less, sharing this one's memory
         "One slice of a volume."
         cut = lambda a, first=0: None if a is None else a[(slice(None),) * (axis + first) + (index,)]
-        spacing = None if self.spacing is None else tuple(s for k, s in enumerate(self.spacing) if k != axis)
+        spacing = without_axis(self.spacing, axis)
         return replace(self, pixels=cut(self.pixels, 1), label=cut(self.label), instances=cut(self.instances), spacing=spacing)
 
 # %% ../../nbs/1_data/3_collections.ipynb #68f0b776

@@ -11,7 +11,6 @@ __all__ = ['GROUPS', 'PLACE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dicom', 'dico
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
 import os
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, extra, log_as_error
-from .geometry import shear, spacing_of
+from .geometry import spacing_of, with_steps
 from .pictures import check_there, first_bytes, visible
 
 # %% ../../nbs/1_data/17_dicom.ipynb #fc3397a2
@@ -374,11 +373,7 @@ def series_grid(
     affine = np.eye(4)
     affine[:3] = np.c_[x.turn[:3] * columns, x.turn[3:] * rows, step_between(slices), x.corner]
     affine = np.diag([-1., -1, 1, 1]) @ affine
-    if shear(affine) > .1:
-        warnings.warn(f"{name}: its slices are shifted against one another by {shear(affine):.1f} "
-                      "degrees (tilted gantry). They are kept as they are, and the affine says "
-                      "where they lie.", stacklevel=2)
-    return spacing_of(affine), affine
+    return with_steps(spacing_of(affine), affine, name), affine
 
 # %% ../../nbs/1_data/17_dicom.ipynb #a6b31224
 def with_scale(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'PLACE', 'READERS', 'BY_CONTENT', 'ROUNDING', 'WRITERS', 'Image', 'orientation', 'check_finite', 'window',
            'to_unit', 'zoomed_size', 'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'is_dicom', 'NiftiPlace',
-           'nifti_form', 'nifti_forms', 'nifti_place', 'open_nifti', 'parse_nifti', 'from_nifti', 'read_nifti',
-           'volume_window', 'slabs', 'suffix_of', 'stem_of', 'is_series', 'reader_of', 'decode', 'native',
+           'nifti_code', 'nifti_form', 'nifti_forms', 'nifti_place', 'open_nifti', 'parse_nifti', 'from_nifti',
+           'read_nifti', 'volume_window', 'slabs', 'suffix_of', 'stem_of', 'is_series', 'reader_of', 'decode', 'native',
            'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow', 'write_jpeg', 'write_tiff',
            'set_place', 'write_nifti', 'write_zarr', 'write_image', 'write_label', 'is_image', 'list_images']
 
@@ -21,7 +21,8 @@ import torch
 
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
 from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
-from .geometry import Grid, letters, shear, spacing_of, usable, way_onto
+from .geometry import (SHIFT, Grid, Spacing, apart, letters, shear, spacing_of, usable,
+                                       way_onto, with_steps)
 from .ngff import ABSENT, is_zarr, ome_steps, open_zarr, read_zarr, zarr_parts
 from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
                                        read_tiff, visible)
@@ -138,6 +139,10 @@ def zoom_spacing(
 ): # pixel size after zooming, or None
     "The pixel size that belongs to a zoomed image: the extent in mm stays the same."
     if spacing is None: return None
+    if isinstance(spacing, Spacing):
+        steps = spacing.steps.copy()
+        steps[-2:] *= np.divide(shape[-2:], zoomed_size(shape, zoom))[:, None]
+        return Spacing(steps)
     plane = tuple(p * s / n for p, s, n in zip(spacing[-2:], shape[-2:], zoomed_size(shape, zoom)))
     return (*spacing[:-2], *plane)
 
@@ -162,16 +167,27 @@ class NiftiPlace:
     other:np.ndarray|None = None  # (4,4) mm of the form that was not taken
     notes:tuple = ()              # what the header says twice or in vain, and what was taken
 
+def nifti_code(
+    stored,   # nibabel header as in the file
+    name:str, # "sform" or "qform"
+)->int: # 0: the form is not set
+    "Which frame a form is in. NIfTI knows 1 to 5; a larger code says only that there is one: 2."
+    code = int(stored[f"{name}_code"])
+    return 2 if code > 5 else max(code, 0)
+
 def nifti_form(
     header,    # nibabel header
+    stored,    # the same as in the file, where nibabel has mended nothing
     name:str,  # "sform" or "qform"
     flat:bool, # True: one slice only, so the third axis may have no length
 )->np.ndarray|None: # (4,4) mm; None: it is no place
     "One of the two places that a header may state."
     try:
         affine = np.array(getattr(header, f"get_{name}")(), float)
-    except Exception: # a quaternion longer than one, a negative pixdim
+    except Exception: # a quaternion longer than one
         return None
+    if name == "qform":
+        affine[:3, :3] *= stored["pixdim"][1:4] != 0 # nibabel has made 1 mm of 0
     if flat and np.isfinite(affine).all() and not affine[:3, 2].any():
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.linalg.norm(normal) or 1)
@@ -181,19 +197,22 @@ def nifti_form(
 # %% ../../nbs/1_data/2_images.ipynb #aabbb1c0
 def nifti_forms(
     header,     # nibabel header
+    stored,     # the same as in the file, where nibabel has mended nothing
     dims:int=3, # spatial axes of the image
 )->tuple: # name -> (4,4) mm of each form that is set and a place; notes
     "The places that a header states: none, one, or two."
     found, notes = {}, []
     n = tuple(int(v) for v in header.get_data_shape()[:dims])
     for name in ("sform", "qform"):
-        code = int(header[f"{name}_code"])
-        affine = nifti_form(header, name, n[2:] in ((), (1,))) if code > 0 else None
+        code, told = nifti_code(stored, name), int(stored[f"{name}_code"])
+        affine = nifti_form(header, stored, name, n[2:] in ((), (1,))) if code else None
         if affine is not None:
             found[name] = affine
-        elif code > 0:
-            notes.append(f"its {name} (code {code}) is no place (zero, singular or not finite) "
+        elif code:
+            notes.append(f"its {name} (code {told}) is no place (zero, singular or not finite) "
                          "and is not used")
+        if told != code:
+            notes.append(f"its {name}_code is {told}, which NIfTI does not know; {code} is taken")
     grids = [Grid(n[::-1], None, a) for a in found.values()]
     if len(grids) == 2 and way_onto(*grids) != (list(range(dims)), [1] * dims):
         notes.append("its sform and its qform are two different places; the sform is taken, and "
@@ -202,17 +221,17 @@ def nifti_forms(
 
 # %% ../../nbs/1_data/2_images.ipynb #7b97a94d
 def nifti_place(
-    header,      # nibabel header
-    dims:int=3,  # spatial axes of the image
-    path="",     # file, for the warning
-    pixdim=None, # its spacings as stored; None: those of the header
+    header,     # nibabel header
+    stored,     # the same as in the file, where nibabel has mended nothing
+    dims:int=3, # spatial axes of the image
+    path="",    # file, for the warning
 )->NiftiPlace:
     "Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they disagree."
-    fields = {k: np.array(header[k]) for k in PLACE}
-    found, notes = nifti_forms(header, dims)
-    for name in {"sform", "qform"} - set(found):
-        fields[f"{name}_code"] = np.array(0)
-    sizes = np.abs(np.array(header["pixdim"] if pixdim is None else pixdim, float))[1:dims + 1]
+    fields = {k: np.array(stored[k]) for k in PLACE}
+    found, notes = nifti_forms(header, stored, dims)
+    for name in ("sform", "qform"):
+        fields[f"{name}_code"] = np.array(nifti_code(stored, name) if name in found else 0)
+    sizes = np.abs(np.array(stored["pixdim"], float))[1:dims + 1]
     unit = int(header["xyzt_units"]) & 7
     told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.))
     if not (np.isfinite(sizes).all() and sizes.all()):
@@ -234,7 +253,7 @@ def nifti_place(
 def open_nifti(
     path:Path,       # .nii or .nii.gz, packed or not: its first bytes decide
     lazy:bool=False, # True: the file stays open, and boxes are read from it
-)->tuple: # nibabel image, nothing decoded yet; its pixdim as stored (nibabel mends it)
+)->tuple: # nibabel image, nothing decoded yet; its header as in the file (nibabel mends it)
     "Unpack and parse a NIfTI. `InputError` for a pair of files, complex numbers, too few bytes."
     import gzip
     import io
@@ -252,13 +271,16 @@ def parse_nifti(
     held=None, # bytes in it; None: not known
 )->tuple: # as `open_nifti`
     "Look at the header of a NIfTI, whose numbers are read later."
+    import logging
     import nibabel as nib
     head = source.read(540)
     source.seek(0)
     two = 540 in (int.from_bytes(head[:4], e) for e in ("little", "big"))
     kind = nib.Nifti2Image if two else nib.Nifti1Image
-    f = kind.from_stream(source)
-    stored = kind.header_class(head[:kind.header_class.sizeof_hdr], check=False)["pixdim"]
+    stored = kind.header_class(head[:kind.header_class.sizeof_hdr], check=False)
+    header = stored.copy()
+    header.check_fix(logging.Logger("", logging.CRITICAL)) # what matters is told by `nifti_place`
+    f = kind(kind.ImageArrayProxy(source, header), None, header) # an affine may be damaged
     if (head[4:6] if two else head[344:346]) == b"ni":
         raise InputError("it is the header of a pair of files (.hdr, .img). Save both as one .nii.gz.")
     number, shape = f.get_data_dtype(), f.header.get_data_shape()
@@ -266,6 +288,10 @@ def parse_nifti(
     if held is not None and need > held:
         raise InputError(f"its header promises {need} bytes ({shape}, {number}), but it holds {held}. "
                          "It is cut short: copy it again from its source.")
+    timed = int(header["xyzt_units"]) & 56 # these bits hold a unit of time or of frequency
+    if len(shape) == 4 and shape[3] > 1 and timed:
+        raise InputError(f"its last axis is time ({shape[3]} points, by xyzt_units), and no channels. "
+                         "Save each time as its own file, or channels without a unit of time.")
     if number.kind == "c":
         raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
     return f, stored
@@ -292,7 +318,7 @@ def read_nifti(
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
     f, stored = open_nifti(path)
     a = from_nifti(np.asanyarray(f.dataobj))
-    place = nifti_place(f.header, a.ndim - 1, path, stored)
+    place = nifti_place(f.header, stored, a.ndim - 1, path)
     return a, place.spacing, place.affine, place
 
 # %% ../../nbs/1_data/2_images.ipynb #61af187d
@@ -413,6 +439,7 @@ def decode(
     if not array.size:
         raise InputError(f"{path} is empty: its shape is {array.shape}.")
     check_finite(array, str(path))
+    spacing = with_steps(spacing, affine, path)
     return native(array, label), spacing, affine, header[0] if header else None
 
 def native(
@@ -520,11 +547,13 @@ def set_place(
     image,    # the `Image` that it belongs to
     dims:int, # spatial axes
 ):
-    "Say where the voxels lie: as the image's own NIfTI header did, else by affine, else by spacing."
+    "Say where the voxels lie: as the image's own NIfTI header did, else by affine or spacing."
     kept = image.header
     if isinstance(kept, NiftiPlace) and kept.spacing == image.spacing and np.array_equal(kept.affine, image.affine):
         for name, value in kept.fields.items():
             header[name] = value
+        if len(header.get_data_shape()) > dims:
+            header["xyzt_units"] &= 7 # channels, no times
         return
     if image.spacing is not None or image.affine is not None:
         header.set_xyzt_units("mm")
@@ -533,8 +562,15 @@ def set_place(
         return
     header["pixdim"][1:4] = spacing_of(image.affine)[::-1]
     header.set_sform(image.affine, 1)
-    if shear(image.affine) < .01: # a qform has right angles
+    right = type(header)() # a qform has right angles: the nearest ones
+    right.set_qform(image.affine, 1)
+    size = header.get_data_shape()[:dims][::-1]
+    if apart(right.get_qform(), image.affine, size) <= SHIFT:
         header.set_qform(image.affine, 1)
+        return
+    warnings.warn(f"{image.path or 'the image'}: its axes are {shear(image.affine):.2g} degrees off "
+                  "right angles, which only the sform of a NIfTI can say. Programs built on ITK do "
+                  "not open what is written on it; resample it first if you need them.", stacklevel=4)
 
 def write_nifti(
     t:Path,       # the file that is written
@@ -542,12 +578,18 @@ def write_nifti(
     image,        # the `Image` that they belong to: its spacing, affine and header
 ):
     "NIfTI from (C,H,W) or (C,D,H,W), transposed back, at the place of its image."
+    import gzip
     import nibabel as nib
     if a.ndim == 3 and len(a) > 1:
         raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
     f = nib.Nifti1Image(a[0].T if len(a) == 1 else a.T, None)
     set_place(f.header, image, a.ndim - 1)
-    nib.save(f, t)
+    with open(t, "wb") as out: # never by name: nibabel writes `x.Nii` as x.nii
+        if not t.name.lower().endswith(".gz"):
+            f.to_stream(out)
+            return
+        with gzip.GzipFile("", "wb", 1, out, mtime=0) as packed: # equal numbers, equal file
+            f.to_stream(packed)
 
 # %% ../../nbs/1_data/2_images.ipynb #262dd1e9
 def write_zarr(

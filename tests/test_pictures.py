@@ -747,7 +747,11 @@ def png(path, a, bits, colour=0, more=b""):
 def test_grey_png(tmp_path, bits, clear):
     a = R.integers(0, 2**bits, (5, 11)).astype(np.uint16)
     p = png(tmp_path / "x.png", a, bits, more=clear)
-    assert np.array_equal(read_label(p).array, a)
+    if clear and (a == 1).any():  # in a label it may be the object, or not
+        with pytest.raises(InputError, match="(?s)x.png.*alpha"):
+            read_label(p)
+    else:
+        assert np.array_equal(read_label(p).array, a)
     seen = read_image(p).array[0]
     assert np.array_equal(
         seen, a * (255 // (2**bits - 1)) if bits in (2, 4) else a
@@ -768,6 +772,57 @@ def test_palette_png(tmp_path, bits):
     )
     assert np.array_equal(read_label(p).array, a)
     assert np.array_equal(read_image(p).array, np.moveaxis(colours[a], -1, 0))
+
+
+MASK = np.pad(np.full((3, 4), 255, np.uint8), ((1, 2), (1, 3)))
+ALPHAS = {  # colour, alpha, and whether the colour alone says what is drawn
+    "the same everywhere": (MASK, np.full_like(MASK, 7), True),
+    "fully transparent": (MASK, np.zeros_like(MASK), True),
+    "background is transparent": (MASK, MASK // 2, True),
+    "white, drawn in alpha": (np.full_like(MASK, 255), MASK, False),
+    "black, drawn in alpha": (np.zeros_like(MASK), MASK, False),
+    "transparent white around black": (255 - MASK, MASK, False),
+    "soft edge": (MASK, MASK // 255 * np.arange(8, dtype=np.uint8), False),
+}
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alpha_of_labels(tmp_path, name, channels):
+    "A mask may be drawn in the alpha: then the numbers alone are no label."
+    colour, alpha, told = ALPHAS[name]
+    both = np.stack([colour] * channels + [alpha], -1)
+    grey = channels == 1
+    png(tmp_path / "x.png", both, 8, 4 if grey else 6)
+    tags = {256: 8, 257: 6, 258: [8] * (channels + 1), 259: 5, 262: 1 if grey else 2}
+    tags |= {277: channels + 1, 338: 2}
+    tiff(tmp_path / "x.tif", (tags, lzw(both.tobytes())))
+    paths = [tmp_path / "x.png", tmp_path / "x.tif"]
+    if not grey:
+        nib = pytest.importorskip("nibabel")
+        pixels = both.view([(c, "u1") for c in "RGBA"])[..., 0].T
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(pixels)[:, :, None], None), tmp_path / "x.nii")
+        paths.append(tmp_path / "x.nii")
+    for p in paths:
+        assert np.array_equal(read_image(p).array.reshape(channels, 6, 8)[0], colour)
+        if told:
+            assert np.array_equal(read_label(p).array.reshape(6, 8), colour)
+        else:
+            with pytest.raises(InputError, match=f"(?s){p.name}.*alpha"):
+                read_label(p)
+
+
+@pytest.mark.parametrize("key, told", [(0, True), (255, False), (9, True)])
+def test_a_transparent_grey_or_colour_of_labels(tmp_path, key, told):
+    for colour, n in ((0, 1), (2, 3)):
+        a = np.stack([MASK] * n, -1)
+        clear = chunk(b"tRNS", struct.pack(">H", key) * n)
+        p = png(tmp_path / "x.png", a, 8, colour, clear)
+        if told:
+            assert np.array_equal(read_label(p).array, MASK)
+        else:
+            with pytest.raises(InputError, match="(?s)x.png.*alpha"):
+                read_label(p)
 
 
 def test_other_png(tmp_path):

@@ -23,8 +23,8 @@ from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unkno
 from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
 from .geometry import Grid, letters, shear, spacing_of, usable, way_onto
 from .ngff import ABSENT, ome_steps, open_zarr, read_zarr, zarr_parts
-from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
-                                       read_tiff, visible)
+from .pictures import (UNITS, arrange, check_alpha, check_there, content_of,
+                                       first_bytes, read_pillow, read_tiff, visible)
 
 # %% ../../nbs/1_data/2_images.ipynb #875f3842
 @dataclass
@@ -287,11 +287,15 @@ def from_nifti(
 
 def read_nifti(
     path:Path,        # .nii or .nii.gz
-    label:bool=False, # not used: NIfTI has no palette
+    label:bool=False, # label maps: an alpha may say no more than the numbers
 )->tuple: # array (C,D,H,W) or (C,H,W), spacing, affine, `NiftiPlace`
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
     f, stored = open_nifti(path)
-    a = from_nifti(np.asanyarray(f.dataobj))
+    numbers = np.asanyarray(f.dataobj)
+    if label and len(numbers.dtype.names or ()) == 4: # red, green, blue, alpha
+        channels = np.stack([numbers[c] for c in numbers.dtype.names])
+        check_alpha(channels[:3], channels[3:], 0)
+    a = from_nifti(numbers)
     place = nifti_place(f.header, a.ndim - 1, path, stored)
     return a, place.spacing, place.affine, place
 

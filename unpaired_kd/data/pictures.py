@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY', 'ALONE', 'NEEDS', 'REVERSED', 'unit_length',
            'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of', 'check_memory',
-           'open_picture', 'png_header', 'read_pillow', 'name_of', 'unpack_strip', 'unpack_jpeg', 'unpack_bits',
-           'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag',
-           'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing', 'is_number',
-           'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate',
-           'read_tiff', 'check_plain', 'lazy_tiff']
+           'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow', 'name_of', 'unpack_strip',
+           'unpack_jpeg', 'unpack_bits', 'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed',
+           'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing',
+           'is_number', 'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff',
+           'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -177,6 +177,33 @@ def png_header(
     return head[24], head[25]
 
 # %% ../../nbs/1_data/18_pictures.ipynb #69657312
+def check_alpha(
+    numbers:np.ndarray, # numbers of a label map, with the channels that are seen along `axis`
+    alpha:np.ndarray,   # the channels of the same array that are left out, such as alpha
+    axis:int,           # number of the channels' axis
+):
+    """`InputError` if the label may be drawn in the alpha instead. It is not if the alpha is the
+    same everywhere, or 0 where the numbers are 0 and the same elsewhere."""
+    drawn = numbers.any(axis)
+    for a in np.moveaxis(alpha, axis, 0):
+        if a.max() > a.min() and (a[~drawn].any() or np.ptp(a[drawn].astype(float)) > 0):
+            raise InputError("it has an alpha channel that says something else than its numbers, "
+                             "so object and background are not certain. Save the label map "
+                             "without alpha.")
+
+def alpha_of(
+    picture,      # Pillow image, decoded
+    a:np.ndarray, # its numbers (H,W) or (H,W,3) without alpha
+    key,          # what its `transparency` was; None: nothing
+)->np.ndarray|None: # (H,W), 0 is transparent; None: it has no alpha
+    "The alpha of a PNG of numbers: a channel of its own, or one grey or colour that is not seen."
+    if "A" in picture.getbands():
+        return np.asarray(picture.getchannel("A"))
+    if key is None or picture.mode == "P": # in a palette, an index is what it is
+        return None
+    seen = a != np.asarray(key).astype(a.dtype)
+    return seen.any(-1) if a.ndim == 3 else seen
+
 def read_pillow(
     path:Path,        # PNG or JPEG file
     label:bool=False, # label maps: the stored numbers, or palette indices; JPEG is refused
@@ -195,16 +222,20 @@ def read_pillow(
                          "bits. Save it as 16-bit TIFF.")
     with open_picture(path, kind) as picture:
         picture.load()
-        picture.info.pop("transparency", None) # left out, as alpha is
+        key = picture.info.pop("transparency", None) # left out, as alpha is
         tag = picture.getexif().get(274, 1)
         keep = {"1", "L", "RGB", "I", "I;16", "I;16B"} | ({"P"} if label else set())
+        seen = picture
         if picture.mode not in keep:
-            picture = picture.convert("L" if picture.mode == "LA" else "RGB")
-        a = np.asarray(picture)
+            seen = picture.convert("L" if picture.mode == "LA" else "RGB")
+        a = np.asarray(seen)
     if bits == 16:
         a = a.astype(np.uint16)
     if label and colour == 0 and bits in (2, 4):
         a = a // (255 // (2**bits - 1))
+    alpha = alpha_of(picture, a, key) if label else None
+    if alpha is not None:
+        check_alpha(np.atleast_3d(a), alpha[..., None], 2)
     return turn(arrange(a, "YXS"[:a.ndim]), tag), None, None
 
 # %% ../../nbs/1_data/18_pictures.ipynb #3e5236f7
@@ -579,7 +610,10 @@ def as_seen(
         raise InputError("it is compressed as JPEG, which changes pixel values, so it cannot "
                          "hold labels. Save the label map with a compression without loss.")
     if "S" in axes:
-        a = a.take(range(seen_samples(page)), axes.index("S"))
+        at, seen = axes.index("S"), seen_samples(page)
+        if label and kind != "PALETTE": # in a palette, an index is what it is
+            check_alpha(a.take(range(seen), at), a.take(range(seen, a.shape[at]), at), at)
+        a = a.take(range(seen), at)
     if kind == "MINISWHITE":
         a = black_is_zero(a, page, label)
     if kind == "PALETTE" and not label:

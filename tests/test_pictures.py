@@ -163,7 +163,7 @@ def test_turn_is_what_pillow_shows():
 
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 32])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 17, 20, 23, 31, 32])
 def test_bit_depths(tmp_path, bits, order, packing):
     a = R.integers(0, 2**bits, (5, 11)).astype(np.uint32)
     p = grey(tmp_path / "x.tif", a, bits, packing, order)
@@ -174,6 +174,35 @@ def test_bit_depths(tmp_path, bits, order, packing):
     assert seen.dtype == (
         bool if bits == 1 else np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
     )
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({258: 24}, "24 bits.*first"),  # libtiff and imagecodecs begin with another byte
+        ({258: 40}, "40 bits"),
+        ({258: 12, 339: 2}, r"12 bits \(SampleFormat 2\)"),  # a sign, and no reader
+        ({258: 12, 259: 8, 317: 2}, "predictor.*12 bits"),
+    ],
+)
+def test_numbers_that_nobody_reads_alike(tmp_path, more, words):
+    tags = {256: 4, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1, **more}
+    data = PACK[tags[259]](bytes(range(4 * 2 * tags[258] // 8)))
+    p = tiff(tmp_path / "x.tif", (tags, data), (tags, data))
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{words}"):
+            read(p)
+
+
+def test_short_floats(tmp_path):
+    "1.5 in 24 bits: a sign, 7 bits of exponent less 63, 16 bits of fraction."
+    tags = {256: 1, 257: 1, 258: 24, 259: 1, 262: 1, 277: 1, 339: 3}
+    p = tiff(tmp_path / "x.tif", (tags, (63 << 16 | 1 << 15).to_bytes(3, "little")))
+    if find_spec("imagecodecs"):
+        assert read_image(p).array.tolist() == [[[1.5]]]
+    else:
+        with pytest.raises(InputError, match="(?s)x.tif.*24 bits.*imagecodecs"):
+            read_image(p)
 
 
 @pytest.mark.parametrize("packing", PACK)

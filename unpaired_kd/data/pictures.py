@@ -6,10 +6,10 @@
 __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY', 'ALONE', 'NEEDS', 'REVERSED', 'unit_length',
            'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of', 'check_memory',
            'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow', 'name_of', 'unpack_strip',
-           'unpack_jpeg', 'unpack_bits', 'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file', 'is_packed',
-           'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image', 'full_pages', 'check_alike', 'tiff_spacing',
-           'is_number', 'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff',
-           'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
+           'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape', 'plain_segment', 'tiff_file',
+           'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image', 'full_pages', 'check_numbers',
+           'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes', 'tag_sizes', 'seen_samples', 'as_seen',
+           'black_is_zero', 'paint', 'open_tiff', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -302,14 +302,20 @@ def unpack_jpeg(
     return a.reshape(*a.shape[:2], -1)
 
 # %% ../../nbs/1_data/18_pictures.ipynb #4296c256
+def whole_bits(
+    bits:int, # bits a number, up to 32
+)->int: # 8, 16 or 32
+    "The bits of the smallest whole number that holds it."
+    return next(n for n in (8, 16, 32) if bits <= n)
+
 def unpack_bits(
     rows:np.ndarray, # (rows, bytes): numbers packed one after the other, each row from a new byte
-    bits:int,        # bits a number, up to 16
+    bits:int,        # bits a number, up to 32
     n:int,           # numbers a row
-)->np.ndarray: # (rows, n) uint8 or uint16
-    "Numbers of 2 to 15 bits; the first bit is the highest, as TIFF has it."
+)->np.ndarray: # (rows, n) uint8, uint16 or uint32
+    "Numbers of 2 to 31 bits; the first bit is the highest, as TIFF has it."
     each = np.unpackbits(rows, 1)[:, :n * bits].reshape(len(rows), n, bits)
-    kind = np.uint8 if bits <= 8 else np.uint16
+    kind = np.dtype(f"u{whole_bits(bits) // 8}").type
     total = np.zeros((len(rows), n), kind)
     for k in range(bits):
         total = (total << kind(1)) | each[:, :, k]
@@ -362,6 +368,9 @@ def plain_segment(
                          f"{NEEDS}")
     if packing in JPEG:
         return unpack_jpeg(data, page)[:rows].tobytes()
+    if bits not in ALONE and page.sampleformat == 3:
+        raise InputError(f"its floating-point numbers of {bits} bits need a further package: pip "
+                         "install imagecodecs, or save it with 32 bits.")
     if page.fillorder == 2:
         data = data.translate(REVERSED)
     wide = -(-width * samples * bits // 8) # bytes a row
@@ -428,7 +437,7 @@ def retag(
     tags, samples = page.tags, page.samplesperpixel
     new = {259: 1, 266: 1, 317: 1, 273: starts, 279: sizes, 324: starts, 325: sizes}
     if page.bitspersample not in ALONE:
-        new[258] = [8 if page.bitspersample < 8 else 16] * samples
+        new[258] = [whole_bits(page.bitspersample)] * samples
     if page.photometric.name == "YCBCR" and page.compression in JPEG:
         new |= {262: 2, 530: (1, 1)}
     for code, value in new.items():
@@ -505,14 +514,28 @@ def full_pages(
     return [page.aspage() for page in tif.pages]
 
 # %% ../../nbs/1_data/18_pictures.ipynb #ba530f19
+def check_numbers(
+    page, # tifffile page, with its tags
+):
+    "`InputError` for numbers that no reader knows, or that readers take in two ways."
+    bits = page.bitspersample
+    if page.dtype is None:
+        raise InputError(f"its numbers have {bits} bits (SampleFormat {int(page.sampleformat)}), "
+                         "which readers do not know. Save it with 8, 16 or 32 bits.")
+    if bits == 24 and page.dtype.kind == "u":
+        raise InputError("its numbers have 24 bits, and programs differ in which byte is the "
+                         "first. Save it with 32 bits.")
+    if page.predictor != 1 and (page.compression == 1 or bits not in ALONE):
+        raise InputError("its numbers are said to be differences (predictor) although they are "
+                         f"not compressed, or have {bits} bits, which programs read in two ways. "
+                         "Save it again without predictor.")
+
 def check_alike(
     pages:list, # tifffile pages, with their tags
 ):
     "`InputError` when pages differ in what their numbers mean, or readers would differ."
-    if any(p.compression == 1 and p.predictor != 1 for p in pages):
-        raise InputError("its numbers are said to be differences (predictor) although they are "
-                         "not compressed, which programs read in two ways. Save it again without "
-                         "predictor.")
+    for page in pages:
+        check_numbers(page)
     def meaning(p):
         palette = None if p.colormap is None else p.colormap.tobytes()
         return p.photometric, p.tags.valueof(274, 1), p.bitspersample, palette

@@ -419,6 +419,25 @@ def test_jpeg_inside_tiff(tmp_path, mode):
         read_label(tmp_path / "x.tif")
 
 
+def test_jpeg_of_rgb_with_a_tag_for_subsampling(tmp_path):
+    "tifffile and slide scanners write the tag, though it is about YCbCr only."
+    rgb = np.kron(R.integers(0, 256, (2, 2, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+    data = io.BytesIO()
+    Pillow.fromarray(rgb).save(data, "JPEG", quality=100, subsampling=0, keep_rgb=True)
+    tags = {256: 32, 257: 32, 258: [8] * 3, 259: 7, 262: 2, 277: 3, 530: [2, 2]}
+    tiff(tmp_path / "x.tif", (tags, data.getvalue()))
+    a = read_image(tmp_path / "x.tif").array
+    assert np.abs(np.moveaxis(a, 0, -1) - rgb.astype(float)).max() <= 2
+
+
+def test_palette_of_one_bit(tmp_path):
+    a = R.integers(0, 2, (5, 11)).astype(np.uint8)
+    table = np.array([[9, 200], [0, 30], [255, 7]])
+    p = grey(tmp_path / "x.tif", a, 1, photometric=3, t320=(table * 257).ravel().tolist())
+    assert np.array_equal(read_image(p).array, table[:, a])
+    assert np.array_equal(read_label(p).array, a)
+
+
 def test_colours_that_are_not_ours(tmp_path):
     for code, name, n in (
         (5, "SEPARATED", 4),

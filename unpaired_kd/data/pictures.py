@@ -438,8 +438,10 @@ def retag(
     new = {259: 1, 266: 1, 317: 1, 273: starts, 279: sizes, 324: starts, 325: sizes}
     if page.bitspersample not in ALONE:
         new[258] = [whole_bits(page.bitspersample)] * samples
-    if page.photometric.name == "YCBCR" and page.compression in JPEG:
-        new |= {262: 2, 530: (1, 1)}
+    if page.compression in JPEG:
+        new[530] = (1, 1) # the decoder has widened the colours
+    if page.compression in JPEG and page.photometric.name == "YCBCR":
+        new[262] = 2 # ... and made them RGB
     for code, value in new.items():
         if code in tags:
             single = isinstance(value, list) and len(value) == 1
@@ -677,7 +679,7 @@ def paint(
     table = page.colormap
     if table.max() > 255: # some writers fill the table with 8-bit numbers
         table = table >> 8
-    return table.T[a].astype(np.uint8), axes + "S"
+    return np.take(table.T, a, 0).astype(np.uint8), axes + "S"
 
 # %% ../../nbs/1_data/18_pictures.ipynb #c816ad8c
 @contextlib.contextmanager

@@ -459,10 +459,38 @@ def test_packing_that_needs_more(tmp_path):
     for code, name in ((50001, "WEBP"), (34712, "JPEG2000"), (34887, "LERC")):
         tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
         tiff(tmp_path / "x.tif", (tags, b"whatever"), (tags, b"whatever"))
-        for read in (read_image, read_label, open_volume):
+        for read in (read_image, open_volume):
             with pytest.raises(InputError, match="(?s)x.tif.*imagecodecs") as e:
                 read(tmp_path / "x.tif")
             assert "damaged" not in str(e.value)
+
+
+LOSSY = {
+    33003: "APERIO_JP2000_YCBC",
+    34712: "JPEG2000",
+    34887: "LERC",
+    34934: "JPEGXR",
+    50001: "WEBP",
+    50002: "JPEGXL",
+    65000: "EER_V0",
+    60001: "60001",  # not known, so not known to be without loss
+}
+
+
+@pytest.mark.parametrize("code", LOSSY)
+def test_labels_are_stored_without_loss(tmp_path, code):
+    "Whether imagecodecs is there or not: installing it is no remedy."
+    tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
+    with pytest.raises(InputError, match=f"(?s)x.tif.*{LOSSY[code]}.*without loss"):
+        read_label(tiff(tmp_path / "x.tif", (tags, b"whatever")))
+
+
+@pytest.mark.skipif(find_spec("imagecodecs") is None, reason="imagecodecs packs them")
+@pytest.mark.parametrize("packing", ["zlib", "lzw", "packbits", "zstd", "lzma", "png"])
+def test_packings_without_loss(tmp_path, packing):
+    a = R.integers(0, 256, (32, 48), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", a, compression=packing, photometric="minisblack")
+    assert np.array_equal(read_label(tmp_path / "x.tif").array, a)
 
 
 def test_pages_of_several_kinds(tmp_path):

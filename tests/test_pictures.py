@@ -538,6 +538,9 @@ def test_calibration_of_imagej(tmp_path):
     [
         ("micron", 1e-3),
         ("\\u00B5m", 1e-3),
+        ("\\u03bcm", 1e-3),
+        ("\\u00C5", 1e-7),
+        ("\\u212B", 1e-7),
         ("nm", 1e-6),
         ("inch", 25.4),
         ("cm", 10.0),
@@ -555,6 +558,32 @@ def test_units_of_imagej(tmp_path, unit, mm):
     assert read_image(tmp_path / "x.tif").spacing == (
         None if mm is None else pytest.approx((3 * mm, mm / 2, mm / 4))
     )
+
+
+@pytest.mark.parametrize(
+    "lines, spacing",
+    [
+        ("unit=micron\nzunit=mm\nspacing=2.0\n", (2.0, 0.0005, 0.00025)),
+        ("unit=mm\nyunit=cm\nzunit=nm\nspacing=2.0\n", (2e-6, 5.0, 0.25)),
+        ("unit=mm\n", (1.0, 0.5, 0.25)),  # ImageJ writes no depth of 1
+        ("unit=mm\nzunit=pixel\nspacing=2.0\n", None),
+        ("zunit=mm\nspacing=2.0\n", None),
+    ],
+)
+def test_a_unit_an_axis_in_imagej(tmp_path, lines, spacing):
+    note = "ImageJ=1.54f\nimages=3\nslices=3\n" + lines
+    stack = R.integers(0, 256, (3, 8, 9), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        stack,
+        description=note,
+        metadata=None,
+        photometric="minisblack",
+        resolution=(4, 2),
+    )
+    want = spacing and pytest.approx(spacing)
+    assert read_image(tmp_path / "x.tif").spacing == want
+    assert open_volume(tmp_path / "x.tif").spacing == want
 
 
 def ome(

@@ -9,13 +9,14 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
            'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image',
            'full_pages', 'check_numbers', 'check_lossless', 'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes',
-           'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate', 'read_tiff',
-           'check_plain', 'lazy_tiff']
+           'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate',
+           'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
 import io
 import os
+import re
 import struct
 import unicodedata
 from importlib.util import find_spec
@@ -604,6 +605,14 @@ def ome_sizes(
         return found
     return {}
 
+def unescape(
+    text, # a value of ImageJ's header, as in "\\u00B5m"
+)->str: # as in "µm"
+    "ImageJ writes a letter that is not ASCII by its number."
+    parts = re.split(r"\\u([0-9a-fA-F]{4})", str(text))
+    parts[1::2] = [chr(int(number, 16)) for number in parts[1::2]]
+    return "".join(parts)
+
 def tag_sizes(
     tif, # open tifffile.TiffFile
 )->dict: # axis: mm, or None
@@ -612,13 +621,15 @@ def tag_sizes(
     def step(code):
         top, bottom = tags.valueof(code, (0, 1))
         return bottom / top if top and bottom else None
-    unit = 10. if tags.valueof(296) == 3 else None
+    sizes = {"x": step(282), "y": step(283), "z": note.get("spacing", 1)} # ImageJ leaves out a 1
+    units = {}
     if tif.is_imagej:
-        unit = unit_length(str(note.get("unit", "")).replace("\\u00B5", "µ"))
-    if unit is None:
-        return {}
-    sizes = {"x": step(282), "y": step(283), "z": note.get("spacing")}
-    return {a: abs(float(s)) * unit if s else None for a, s in sizes.items()}
+        first = note.get("unit", "")
+        names = {"x": first, "y": note.get("yunit", first), "z": note.get("zunit", first)}
+        units = {a: unit_length(unescape(name)) for a, name in names.items()}
+    elif tags.valueof(296) == 3:
+        units = {"x": 10., "y": 10.}
+    return {a: abs(float(sizes[a])) * mm for a, mm in units.items() if mm and sizes[a]}
 
 # %% ../../nbs/1_data/18_pictures.ipynb #117634bb
 def seen_samples(

@@ -560,6 +560,22 @@ def test_units_of_imagej(tmp_path, unit, mm):
     )
 
 
+@pytest.mark.parametrize("per_cm", [28.3465, 28.35, 28, 37.795, 38, 39.37, 59.06, 118, 118.11, 236.2])
+def test_dots_per_inch_counted_per_centimetre(tmp_path, per_cm):
+    tifffile.imwrite(
+        tmp_path / "x.tif", MASK, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
+    )
+    assert read_image(tmp_path / "x.tif").spacing is None
+
+
+@pytest.mark.parametrize("per_cm", [1, 10, 20, 28.57, 40, 50, 100, 117.65, 400, 1000, 20000])
+def test_pixels_per_centimetre(tmp_path, per_cm):
+    tifffile.imwrite(
+        tmp_path / "x.tif", MASK, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
+    )
+    assert read_image(tmp_path / "x.tif").spacing == pytest.approx((10 / per_cm,) * 2)
+
+
 @pytest.mark.parametrize(
     "lines, spacing",
     [

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY', 'LOSSLESS', 'ALONE', 'NEEDS', 'REVERSED',
-           'unit_length', 'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes', 'content_of',
-           'check_memory', 'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow', 'name_of',
-           'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
+           'PRINT', 'unit_length', 'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes',
+           'content_of', 'check_memory', 'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow',
+           'name_of', 'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
            'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image',
            'full_pages', 'check_numbers', 'check_lossless', 'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes',
-           'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff', 'calibrate',
-           'read_tiff', 'check_plain', 'lazy_tiff']
+           'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff',
+           'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -566,7 +566,7 @@ def tiff_spacing(
     dims:int, # spatial axes of the image
 ): # mm along (depth), height, width as stored; None if the file does not say
     """Pixel size from the OME header, the ImageJ header, or pixels per centimetre. Dots per inch
-    are meant for printers and ignored."""
+    are meant for printers and ignored, also where a program has counted them per centimetre."""
     letters, root = "zyx"[-dims:], ome_header(tif)
     if root is not None:
         sizes = ome_sizes(root, tif.pages[0])
@@ -605,6 +605,15 @@ def ome_sizes(
         return found
     return {}
 
+PRINT = (72, 96, 100, 144, 150, 200, 300, 600, 1200) # dots per inch that say nothing of the object
+
+def for_print(
+    per_cm:float, # pixels per centimetre
+)->bool:
+    "Whether it is a printer's number, rounded to a whole one or less."
+    exact = [dots / 2.54 for dots in PRINT]
+    return any(per_cm == round(e) or abs(per_cm - e) < 1e-3 * e for e in exact)
+
 def unescape(
     text, # a value of ImageJ's header, as in "\\u00B5m"
 )->str: # as in "µm"
@@ -628,7 +637,7 @@ def tag_sizes(
         names = {"x": first, "y": note.get("yunit", first), "z": note.get("zunit", first)}
         units = {a: unit_length(unescape(name)) for a, name in names.items()}
     elif tags.valueof(296) == 3:
-        units = {"x": 10., "y": 10.}
+        units = {a: 10. for a in "xy" if sizes[a] and not for_print(1 / sizes[a])}
     return {a: abs(float(sizes[a])) * mm for a, mm in units.items() if mm and sizes[a]}
 
 # %% ../../nbs/1_data/18_pictures.ipynb #117634bb

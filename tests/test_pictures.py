@@ -533,6 +533,23 @@ def test_calibration_of_imagej(tmp_path):
         open_volume(tmp_path / "s.tif")
 
 
+@pytest.mark.parametrize("curve, told", [(1, False), (8, False), (21, False), (20, True)])
+def test_curves_of_imagej(tmp_path, curve, told):
+    "A polynomial, a gamma, a density: ImageJ shows other numbers than are stored. 20 is none."
+    note = f"ImageJ=1.54f\nimages=3\nslices=3\ncf={curve}\nc0=1.0\nc1=2.0\nc2=3.0\n"
+    stack = R.integers(0, 256, (3, 8, 9), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif", stack, description=note, metadata=None, photometric="minisblack"
+    )
+    if told:
+        assert np.array_equal(read_image(tmp_path / "x.tif").array[0], stack)
+        assert np.array_equal(open_volume(tmp_path / "x.tif")[...][0], stack)
+        return
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*curve.*cf={curve}"):
+            read(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize(
     "unit, mm",
     [

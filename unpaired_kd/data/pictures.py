@@ -10,7 +10,7 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image',
            'full_pages', 'check_numbers', 'check_lossless', 'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes',
            'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff',
-           'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
+           'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -734,15 +734,28 @@ def open_tiff(
             with tiff_file(plain_copy(path)) as copy:
                 yield one_image(copy, pages), page, tif
 
+def straight_line(
+    note, # ImageJ's header, or None
+)->tuple: # shift, slope; (0, 1): the stored numbers are the values
+    "ImageJ's calibration. `InputError` for its curves (cf is not 0), which are not applied here."
+    note = note or {}
+    if note.get("cf", 20) not in (0, 20): # 20: none
+        raise InputError(f"its numbers are calibrated by a curve of ImageJ (cf={note['cf']}), which "
+                         "is not read here. In ImageJ, convert it to 32 bits (Image > Type), which "
+                         "stores the values, or take the curve away (Analyze > Calibrate: None).")
+    line = note.get("c0"), note.get("c1")
+    if note.get("cf") != 0 or None in line:
+        return 0., 1.
+    return float(line[0]), float(line[1])
+
 def calibrate(
     a:np.ndarray, # stored numbers
-    note:dict,    # ImageJ's header, or None
+    note,         # ImageJ's header, or None
 )->np.ndarray: # values; whole numbers stay whole
     "Apply ImageJ's straight line: signed 16-bit images are stored as unsigned, 32768 higher."
-    line = [(note or {}).get(k) for k in ("cf", "c0", "c1")]
-    if line[0] != 0 or None in line or line[1:] == [0, 1]:
+    shift, slope = straight_line(note)
+    if (shift, slope) == (0, 1):
         return a
-    shift, slope = float(line[1]), float(line[2])
     whole = a.dtype.kind in "bui" and slope % 1 == shift % 1 == 0
     return (a * slope + shift).astype(np.int32 if whole else np.float32)
 
@@ -769,7 +782,7 @@ def check_plain(
     series, # its image
 ):
     "`InputError` unless the stored numbers are the values: what is read block by block."
-    page, note = series.keyframe, tif.imagej_metadata or {}
+    page = series.keyframe
     kind, tag, bits = name_of(page.photometric), page.tags.valueof(274, 1), page.bitspersample
     def refuse(what):
         raise InputError(f"{what}; blocks are read from plain numbers. Save it as plain grey or "
@@ -785,7 +798,7 @@ def check_plain(
         refuse("it has an alpha channel")
     if isinstance(bits, int) and 1 < bits < 8:
         refuse(f"it has {bits} bits a sample")
-    if note.get("cf") == 0 and (note.get("c0"), note.get("c1")) != (0, 1):
+    if straight_line(tif.imagej_metadata) != (0, 1):
         refuse("it has a calibration")
 
 # %% ../../nbs/1_data/18_pictures.ipynb #89942e03

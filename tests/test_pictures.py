@@ -509,6 +509,51 @@ def test_pages_of_several_kinds(tmp_path):
     assert np.array_equal(read_image(tiff(tmp_path / "x.tif", page, small)).array[0], SMALL)
 
 
+@pytest.mark.parametrize("packings", [(8, 1, 8), (1, 8, 5), (5, 5, 1)])
+def test_slices_that_are_packed_in_several_ways(tmp_path, packings):
+    "They are slices in the order of the file; formats with a header promise one packing."
+    stack = np.stack([SMALL + 10 * k for k in range(3)])
+    base = {256: 3, 257: 2, 258: 8, 262: 1, 277: 1}
+    pages = [({**base, 259: c}, PACK[c](plane.tobytes())) for c, plane in zip(packings, stack)]
+    tiff(tmp_path / "x.tif", *pages)
+    assert np.array_equal(read_image(tmp_path / "x.tif").array[0], stack)
+    assert np.array_equal(read_label(tmp_path / "x.tif").array, stack)
+    pages[0][0][270] = b"ImageJ=1.54f\nimages=3\nslices=3\n\0"
+    with pytest.raises(InputError, match="(?s)x.tif.*compressed in several ways"):
+        read_image(tiff(tmp_path / "x.tif", *pages))
+
+
+def test_two_volumes_in_one_file(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "x.tif") as t:
+        for k in range(2):
+            t.write(np.stack([SMALL] * 3), photometric="minisblack")
+    with pytest.raises(InputError, match=r"(?s)x.tif.*2 images, of sizes \(3, 2, 3\), \(3, 2, 3\)"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_thumbnail_needs_no_decoder(tmp_path, packing, first):
+    base = {256: 3, 257: 2, 258: 8, 262: 1, 277: 1}
+    image = ({**base, 259: packing}, PACK[packing](SMALL.tobytes()))
+    small = ({**base, 256: 1, 257: 1, 254: 1, 259: 34712}, b"JPEG 2000")
+    p = tiff(tmp_path / "x.tif", *([small, image] if first else [image, small]))
+    assert np.array_equal(read_image(p).array[0], SMALL)
+    assert np.array_equal(read_label(p).array, SMALL)
+
+
+def test_pages_that_say_too_little(tmp_path):
+    full = {256: 3, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1}
+    bare = {k: v for k, v in full.items() if k != 262}
+    for pages, words in (
+        ([(bare, SMALL.tobytes())], "no photometric tag"),
+        ([({257: 2}, b"")], "page 1 has no width"),
+        ([(full, SMALL.tobytes()), ({257: 2}, b"")], "page 2 has no width"),
+    ):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{words}"):
+            read_image(tiff(tmp_path / "x.tif", *pages))
+
+
 def test_pyramid_in_sub_ifds(tmp_path):
     a = R.integers(0, 256, (64, 96), np.uint8)
     with tifffile.TiffWriter(tmp_path / "x.ome.tif", ome=True) as t:
@@ -630,8 +675,9 @@ def ome(
     more="",
     uuid=None,
     images=1,
+    **way,
 ):
-    "An OME-TIFF with a header of its own; `a` (planes, H, W)."
+    "An OME-TIFF with a header of its own; `a` (planes, H, W). `way`: how tifffile writes pages."
     sizes = sizes or {"Z": len(a), "C": 1, "T": 1}
     size = " ".join(f'Size{k}="{v}"' for k, v in sizes.items())
     data = planes if planes is not None else f'<TiffData IFD="0" PlaneCount="{len(a)}"/>'
@@ -653,7 +699,7 @@ def ome(
                 description=xml.encode() if k == 0 else None,
                 metadata=None,
                 contiguous=False,
-                photometric="minisblack",
+                **{"photometric": "minisblack", **way},
             )
     return path
 
@@ -763,6 +809,93 @@ def test_sets_of_ome_files(tmp_path):
         for read in (read_image, open_volume):
             with pytest.raises(InputError, match="not opened"):
                 read(first)
+
+
+def pair(folder, second, names=("a.ome.tif", "b.ome.tif"), known=("urn:1", "urn:2"), told=None):
+    "A set of two files of two slices each; `second` changes the second one; `told`: their roots."
+    a = R.integers(1, 256, (4, 6, 7), np.uint8)
+    planes = "".join(
+        f'<TiffData FirstZ="{2 * k}" IFD="0" PlaneCount="2">'
+        f'<UUID FileName="{n}">{u}</UUID></TiffData>'
+        for k, (n, u) in enumerate(zip(("a.ome.tif", "b.ome.tif"), known))
+    )
+    for k, name in enumerate(names):
+        way = dict(sizes={"Z": 4, "C": 1, "T": 1}, planes=planes, uuid=(told or known)[k])
+        part = a[2 * k : 2 * k + 2]
+        if k == 1:
+            part = second.pop("pages", part)
+            way |= second
+        ome(folder / name, part, **way)
+    return folder / "a.ome.tif", a
+
+
+@pytest.mark.parametrize("told", [None, (None, None)])
+def test_files_of_a_set_are_read_by_their_names(tmp_path, told):
+    p, a = pair(tmp_path, {"compression": "zlib"}, told=told)
+    for name in ("a.ome.tif", "b.ome.tif"):
+        assert np.array_equal(read_image(tmp_path / name).array[0], a)
+
+
+@pytest.mark.parametrize(
+    "second, words",
+    [
+        ({"uuid": "urn:3"}, "another file.*urn:3.*urn:2"),  # of another acquisition
+        ({"uuid": None}, "another file"),
+        ({"photometric": "miniswhite"}, "photometric"),
+        ({"pages": np.ones((2, 6, 8), np.uint8)}, "size or type"),
+        ({"pages": np.ones((2, 6, 7), np.uint16)}, "size or type"),
+    ],
+)
+def test_other_files_of_a_set_are_looked_at(tmp_path, second, words):
+    p, _ = pair(tmp_path, second)
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)a.ome.tif: b.ome.tif.*{words}") as e:
+            read(p)
+        assert "damaged" not in str(e.value)
+
+
+def test_files_of_a_set_that_are_no_tiff_packed_or_exchanged(tmp_path):
+    p, a = pair(tmp_path, {})
+    other = tmp_path / "b.ome.tif"
+    whole = other.read_bytes()
+    other.write_bytes(b"hello")
+    with pytest.raises(InputError, match="(?s)a.ome.tif: b.ome.tif.*cannot be read"):
+        read_image(p)
+    with tifffile.TiffFile(io.BytesIO(whole)) as tif:
+        header = tif.pages[0].description
+    tags = {256: 7, 257: 6, 258: 8, 259: 5, 262: 1, 277: 1}
+    pages = [(dict(tags), lzw(plane.tobytes())) for plane in a[2:]]
+    pages[0][0][270] = header.encode() + b"\0"
+    tiff(other, *pages)
+    if find_spec("imagecodecs"):
+        assert np.array_equal(read_image(p).array[0], a)
+    else:
+        with pytest.raises(InputError, match="(?s)a.ome.tif: b.ome.tif.*LZW.*imagecodecs"):
+            read_image(p)
+    pair(tmp_path, {}, names=("b.ome.tif", "a.ome.tif"))
+    with pytest.raises(InputError, match="(?s)a.ome.tif.*another file.*own names"):
+        read_image(p)
+
+
+@pytest.mark.parametrize("known", [("urn:1", "urn:1"), ("urn:1", "")])
+def test_files_of_a_set_that_have_no_uuid_of_their_own(tmp_path, known):
+    "tifffile would take the planes of the first file twice."
+    p, _ = pair(tmp_path, {}, known=known, told=(None, None))
+    with pytest.raises(InputError, match="(?s)a.ome.tif.*b.ome.tif.*UUID of its own"):
+        read_image(p)
+
+
+@pytest.mark.parametrize("packing", [1, 5])
+def test_a_renamed_file_without_uuid_of_its_own(tmp_path, packing):
+    "All its planes are in one file, so that is this one, and not another of the old name."
+    planes = '<TiffData IFD="0"><UUID FileName="old.ome.tif">urn:1</UUID></TiffData>'
+    old = ome(tmp_path / "old.ome.tif", SMALL[None] + 9, planes=planes)
+    with tifffile.TiffFile(old) as tif:
+        header = tif.pages[0].description
+    tags = {256: 3, 257: 2, 258: 8, 259: packing, 262: 1, 277: 1, 270: header.encode() + b"\0"}
+    p = tiff(tmp_path / "new.ome.tif", (tags, PACK[packing](SMALL.tobytes())))
+    assert np.array_equal(read_image(old).array[0], SMALL + 9)
+    assert np.array_equal(read_image(p).array[0], SMALL)
 
 
 def test_an_ome_file_that_was_renamed(tmp_path):

@@ -7,10 +7,11 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'PRINT', 'unit_length', 'arrange', 'turn', 'turn_spacing', 'check_there', 'visible', 'first_bytes',
            'content_of', 'check_memory', 'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow',
            'name_of', 'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
-           'plain_segment', 'tiff_file', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'other_files', 'one_image',
-           'full_pages', 'check_numbers', 'check_lossless', 'check_alike', 'tiff_spacing', 'is_number', 'ome_sizes',
-           'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint', 'open_tiff',
-           'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
+           'plain_segment', 'tiff_file', 'image_pages', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'elements',
+           'sole_header', 'open_own', 'other_files', 'check_member', 'check_set', 'loose_slices', 'place_of',
+           'one_image', 'check_numbers', 'check_lossless', 'check_packing', 'check_alike', 'tiff_spacing', 'is_number',
+           'ome_sizes', 'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint',
+           'open_tiff', 'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -206,6 +207,7 @@ def alpha_of(
     seen = a != np.asarray(key).astype(a.dtype)
     return seen.any(-1) if a.ndim == 3 else seen
 
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c11
 def read_pillow(
     path:Path,        # PNG or JPEG file
     label:bool=False, # label maps: the stored numbers, or palette indices; JPEG is refused
@@ -398,12 +400,21 @@ def plain_segment(
 
 # %% ../../nbs/1_data/18_pictures.ipynb #532c079a
 def tiff_file(
-    source, # path, or a file in memory
+    source,      # path, or a file in memory
+    header=None, # OME header to go by instead of the file's own
 ): # tifffile.TiffFile
     "Open with tifffile. Of all sets of files only OME-TIFF is followed: its header names them."
     import tifffile
-    return tifffile.TiffFile(source, is_mmstack=False, is_ndtiff=False)
+    return tifffile.TiffFile(source, is_mmstack=False, is_ndtiff=False, omexml=header)
 
+def image_pages(
+    tif, # open tifffile.TiffFile
+)->list: # its pages, with their tags, but for thumbnails and masks (unless all are)
+    "Every page of the chain; tifffile itself often looks at the first only."
+    pages = [page.aspage() for page in tif.pages]
+    return [p for p in pages if not (p.is_reduced or p.is_mask)] or pages
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c19
 def is_packed(
     pages:list, # tifffile pages, with their tags
 )->bool:
@@ -420,8 +431,7 @@ def plain_copy(
     "A copy in memory that tifffile reads alone."
     file = io.BytesIO(path.read_bytes())
     with tiff_file(file) as tif:
-        pages = list(tif.pages)
-        for page in pages:
+        for page in image_pages(tif):
             parts = tif.filehandle.read_segments(page.dataoffsets, page.databytecounts)
             plain = [plain_segment(data, page, k) for data, k in parts]
             starts = []
@@ -465,20 +475,57 @@ def ome_header(
         raise InputError(f"its OME header cannot be read ({e}). Save it again, e.g. as "
                          "plain TIFF.") from None
 
+def elements(
+    root,     # root of an OME header
+    kind:str, # name without namespace
+)->list: # elements
+    "All elements of a kind."
+    return [e for e in root.iter() if e.tag.rpartition("}")[2] == kind]
+
+def sole_header(
+    root, # root of an OME header
+)->str|None: # the header without file names; None: the names are needed
+    """For a file that has no UUID to know itself by: if all planes are in one file, it is this one,
+    whatever it is called now."""
+    planes, named = elements(root, "TiffData"), elements(root, "UUID")
+    files = {(e.get("FileName"), e.text) for e in named}
+    if root.get("UUID") or len(named) != len(planes) or len(files) != 1:
+        return None
+    for plane in planes:
+        plane[:] = []
+    return ElementTree.tostring(root, "unicode")
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c1a
+def open_own(
+    path:Path, # TIFF file
+): # tifffile.TiffFile
+    "Open a file that may have been renamed."
+    tif = tiff_file(path)
+    root = ome_header(tif)
+    header = None if root is None else sole_header(root)
+    if header is None:
+        return tif
+    tif.close()
+    return tiff_file(path, header)
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c12
 def other_files(
     root,     # root of an OME header
     path:Path, # the file that holds it
-)->list: # names of the other files of the set
+)->dict: # name: UUID of the other files of the set
     "The files of the set. `InputError` for a path that leads elsewhere, and for a missing file."
-    names = []
-    for e in root.iter():
-        kind, name = e.tag.rpartition("}")[2], e.get("FileName", "")
-        if kind == "BinaryOnly":
-            raise InputError(f"it is part of a set that {e.get('MetadataFile')} describes. Make "
-                             "one OME-TIFF of it, e.g. with bfconvert.")
+    elsewhere = elements(root, "BinaryOnly")
+    if elsewhere:
+        raise InputError(f"it is part of a set that {elsewhere[0].get('MetadataFile')} describes. "
+                         "Make one OME-TIFF of it, e.g. with bfconvert.")
+    names, called = {}, {}
+    for e in elements(root, "UUID"):
+        name = e.get("FileName", "")
         unnamed = root.get("UUID") is None and name.lower() == path.name.lower()
-        own = unnamed or e.text == root.get("UUID")
-        if kind != "UUID" or own or name in names:
+        if called.setdefault(e.text, name) != name or not (e.text or unnamed):
+            raise InputError(f"its OME header gives {name!r} no UUID of its own, so its planes are "
+                             "not certain. Make one OME-TIFF of the set, e.g. with bfconvert.")
+        if unnamed or e.text == root.get("UUID") or name in names:
             continue
         if not name or name in (".", "..") or set(name) & set("/\\:"):
             raise InputError(f"its OME header names a file in another place, {name!r}, which is "
@@ -486,38 +533,98 @@ def other_files(
         if not os.path.isfile(path.parent / name):
             raise InputError(f"it is part of a set, and {name} of the same set is not beside it. "
                              "Copy all files of the set into one folder.")
-        names.append(name)
+        names[name] = e.text
     return names
 
 # %% ../../nbs/1_data/18_pictures.ipynb #f80f8e4c
+def check_member(
+    path:Path, # another file of an OME set
+    uuid:str,  # what the header calls it
+    known,     # UUID of the file that holds the header, or None
+    first,     # tifffile page of that file
+    label:bool, # label map: it must be stored without loss
+):
+    "`InputError` if it is not the file that is meant, or its pages are of another kind."
+    with tiff_file(path) as tif:
+        root, pages = ome_header(tif), image_pages(tif)
+        own = None if root is None else root.get("UUID")
+        if own != uuid and (own or known):
+            raise InputError(f"it is another file (UUID {own}) than the header means ({uuid}). "
+                             "Copy all files of the set again, under their own names.")
+        for page in pages:
+            check_numbers(page)
+        if any((p.shape, p.dtype) != (first.shape, first.dtype) for p in pages):
+            raise InputError("its pages have another size or type. Copy the set again.")
+        check_packing(pages)
+        if label:
+            check_lossless(pages)
+        check_alike(pages, first)
+        if is_packed(pages):
+            raise InputError(f"its compression ({name_of(pages[0].compression)}, "
+                             f"{pages[0].bitspersample} bits) {NEEDS}")
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c18
+def check_set(
+    tif,       # open tifffile.TiffFile
+    path:Path, # its file
+    first,     # its first page
+    label:bool=False, # label map: it must be stored without loss
+)->bool: # whether it is one of several files
+    "`InputError`, naming it, for another file of an OME set that is not as the header says."
+    root = ome_header(tif)
+    others = {} if root is None else other_files(root, path)
+    for name, uuid in others.items():
+        try:
+            check_member(path.parent / name, uuid, root.get("UUID"), first, label)
+        except InputError as e:
+            raise InputError(f"{name}, of the same set: {e}") from e
+        except Exception as e:
+            raise InputError(f"{name}, of the same set, cannot be read ({type(e).__name__}: {e}). "
+                             "Copy it again from its source.") from e
+    return bool(others)
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c13
+def loose_slices(
+    many:list, # several series of one file
+)->list: # their pages, in the order of the file
+    "Slices written one by one, or packed in several ways. `InputError` for several images."
+    pages = [page for s in many for page in s.pages]
+    def plain(s):
+        written = s.kind.lower() == "generic" or (len(s.pages) == 1 and s.kind.lower() != "ome")
+        return written and np.prod(s.shape) == len(s.pages) * np.prod(s.keyframe.shape)
+    if not all(map(plain, many)) or len({(p.shape, p.dtype, p.axes) for p in pages}) > 1:
+        sizes = ", ".join(str(s.shape) for s in many[:4])
+        raise InputError(f"it holds {len(many)} images, of sizes {sizes}. Save the one to use as "
+                         "its own file.")
+    return sorted(pages, key=place_of)
+
+def place_of(
+    page, # tifffile page
+)->list: # its number in the file, and its number in that page if it lies inside one
+    "For sorting."
+    return np.atleast_1d(page.index).tolist()
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c14
 def one_image(
     tif,        # open tifffile.TiffFile
-    pages:list, # its `full_pages`
-)->list: # its series: one, or one a slice for slices that were written one by one
+    pages:list, # its `image_pages`
+)->list: # its series; or its pages, if they are slices that were written one by one
     """The image of the file, without its smaller copies. `InputError` if there are several, or
     pages of several kinds, or missing ones."""
+    for page in pages:
+        check_numbers(page)
     small = [s for s in tif.series if s.keyframe.is_reduced or s.keyframe.is_mask]
     many = [s for s in tif.series if s not in small] or list(tif.series)
-    first = many[0]
-    def kind(s): return len(s), s.shape, s.dtype, s.axes
-    alone = not tif.is_ome and {kind(s) for s in many} == {(1, *kind(first)[1:])}
-    if len(many) > 1 and not alone:
-        sizes = ", ".join(str(s.shape) for s in many[:4])
-        raise InputError(f"it holds {len(many)} images of different size or type: {sizes}. "
-                         "Save the one to use as its own file.")
     lost = sum(page is None for s in many for page in s.pages)
     if lost:
         raise InputError(f"{lost} of its planes are not in the file. Copy it again from its "
                          "source, with all files of its set.")
-    whole = [p for p in pages if not (p.is_reduced or p.is_mask)]
-    check_alike(whole if small else pages)
+    if len(many) > 1:
+        many = loose_slices(many)
+    else:
+        check_packing(pages)
+    check_alike(pages, pages[0])
     return many
-
-def full_pages(
-    tif, # open tifffile.TiffFile
-)->list: # its pages, with their tags
-    "Every page of the chain; tifffile itself often looks at the first only."
-    return [page.aspage() for page in tif.pages]
 
 # %% ../../nbs/1_data/18_pictures.ipynb #ba530f19
 def check_numbers(
@@ -525,6 +632,12 @@ def check_numbers(
 ):
     "`InputError` for numbers that no reader knows, or that readers take in two ways."
     bits = page.bitspersample
+    if not (page.imagewidth and page.imagelength):
+        raise InputError(f"its page {place_of(page)[0] + 1} has no width or no height. Copy it "
+                         "again from its source, or save the image as its own file.")
+    if 262 not in page.tags:
+        raise InputError("it does not say whether its numbers are grey, colours or indices (it has "
+                         "no photometric tag). Save it again as grey or RGB.")
     if page.dtype is None:
         raise InputError(f"its numbers have {bits} bits (SampleFormat {int(page.sampleformat)}), "
                          "which readers do not know. Save it with 8, 16 or 32 bits.")
@@ -536,29 +649,39 @@ def check_numbers(
                          f"not compressed, or have {bits} bits, which programs read in two ways. "
                          "Save it again without predictor.")
 
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c15
 def check_lossless(
-    page, # tifffile page of a label map
+    pages:list, # tifffile pages of a label map
 ):
     "`InputError` for a compression that may change numbers."
-    if page.compression not in LOSSLESS:
-        raise InputError(f"it is compressed as {name_of(page.compression)}, which may change pixel "
-                         "values, so it cannot hold labels. Save the label map with a compression "
-                         "without loss, such as deflate or LZW.")
+    for page in pages:
+        if page.compression not in LOSSLESS:
+            raise InputError(f"it is compressed as {name_of(page.compression)}, which may change "
+                             "pixel values, so it cannot hold labels. Save the label map with a "
+                             "compression without loss, such as deflate or LZW.")
+
+def check_packing(
+    pages:list, # tifffile pages of one series, with their tags
+):
+    "`InputError` if they are packed in several ways, since tifffile looks at the first only."
+    if len({(p.compression, p.predictor, p.fillorder) for p in pages}) > 1:
+        raise InputError("its slices are compressed in several ways. Save all slices alike.")
 
 def check_alike(
     pages:list, # tifffile pages, with their tags
+    first,      # the page that they must be like
 ):
-    "`InputError` when pages differ in what their numbers mean, or readers would differ."
-    for page in pages:
-        check_numbers(page)
+    "`InputError` when pages differ in what their numbers mean."
     def meaning(p):
         palette = None if p.colormap is None else p.colormap.tobytes()
-        return p.photometric, p.tags.valueof(274, 1), p.bitspersample, palette
-    kinds = [meaning(p) for p in pages]
-    for k, other in enumerate(kinds):
-        if other != kinds[0]:
-            raise InputError(f"its page {k + 1} has another photometric, orientation, bit depth "
-                             "or palette than page 1. Save all slices alike.")
+        upright = p.tags.valueof(274, 1)
+        return p.photometric, tuple(p.extrasamples), upright, p.bitspersample, palette
+    wanted = meaning(first)
+    for page in pages:
+        if meaning(page) != wanted:
+            raise InputError(f"its page {place_of(page)[0] + 1} has another photometric, alpha, "
+                             "orientation, bit depth or palette than the first. Save all slices "
+                             "alike.")
 
 # %% ../../nbs/1_data/18_pictures.ipynb #a0403265
 def tiff_spacing(
@@ -599,12 +722,13 @@ def ome_sizes(
             unit = unit_length(e.get(f"PhysicalSize{a}Unit", "µm"))
             size = e.get(f"PhysicalSize{a}")
             if size and not is_number(size):
-                raise InputError(f"its OME header says PhysicalSize{a}={size!r}, which is no number. "
-                                 "Correct it, with a point and not a comma.")
+                raise InputError(f"its OME header says PhysicalSize{a}={size!r}, which is no "
+                                 "number. Correct it, with a point and not a comma.")
             found[a.lower()] = float(size) * unit if size and unit else None
         return found
     return {}
 
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c16
 PRINT = (72, 96, 100, 144, 150, 200, 300, 600, 1200) # dots per inch that say nothing of the object
 
 def for_print(
@@ -717,32 +841,33 @@ def open_tiff(
     label:bool=False, # label map: it must be stored without loss
 ): # series with the numbers, as in `one_image`; the page that says what they mean; the open file
     "Open the image of a TIFF; what tifffile's log calls an error is raised at the end."
-    with log_as_error("tifffile"), tiff_file(path) as tif:
-        root = ome_header(tif)
-        others = other_files(root, path) if root is not None else []
-        pages = full_pages(tif)
+    with log_as_error("tifffile"), open_own(path) as tif:
+        pages = image_pages(tif)
+        others = check_set(tif, path, pages[0], label)
         many = one_image(tif, pages)
         page = many[0].keyframe
         if label:
-            check_lossless(page)
+            check_lossless(pages)
         if not is_packed(pages):
             yield many, page, tif
         elif others:
             raise InputError("its compression, in a set of files, needs a further package: pip "
                              "install imagecodecs, or save the set uncompressed.")
         else:
-            with tiff_file(plain_copy(path)) as copy:
-                yield one_image(copy, pages), page, tif
+            with tiff_file(plain_copy(path), tif.ome_metadata) as copy:
+                yield one_image(copy, image_pages(copy)), page, tif
 
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c17
 def straight_line(
     note, # ImageJ's header, or None
 )->tuple: # shift, slope; (0, 1): the stored numbers are the values
     "ImageJ's calibration. `InputError` for its curves (cf is not 0), which are not applied here."
     note = note or {}
     if note.get("cf", 20) not in (0, 20): # 20: none
-        raise InputError(f"its numbers are calibrated by a curve of ImageJ (cf={note['cf']}), which "
-                         "is not read here. In ImageJ, convert it to 32 bits (Image > Type), which "
-                         "stores the values, or take the curve away (Analyze > Calibrate: None).")
+        raise InputError(f"its numbers are calibrated by a curve of ImageJ (cf={note['cf']}), "
+                         "which is not read here. In ImageJ, convert it to 32 bits (Image > Type), "
+                         "which stores the values, or take the curve away (Analyze > Calibrate: "
+                         "None).")
     line = note.get("c0"), note.get("c1")
     if note.get("cf") != 0 or None in line:
         return 0., 1.
@@ -807,11 +932,10 @@ def lazy_tiff(
 )->tuple: # array that reads what is asked for, axes, spacing (mm) or None
     "Open a stack to be read in blocks: mapped if its numbers lie in one piece, else page by page."
     with log_as_error("tifffile"):
-        tif = tiff_file(path)
-        root = ome_header(tif)
-        if root is not None:
-            other_files(root, path)
-        many = one_image(tif, full_pages(tif))
+        tif = open_own(path)
+        pages = image_pages(tif)
+        check_set(tif, path, pages[0])
+        many = one_image(tif, pages)
     if len(many) > 1:
         raise InputError(f"its {len(many)} slices were written one by one. Save it as one stack, "
                          "e.g. with write_image(path, read_image(file)).")

@@ -594,7 +594,9 @@ def loose_slices(
         return written and np.prod(s.shape) == len(s.pages) * np.prod(s.keyframe.shape)
     if not all(map(plain, many)) or len({(p.shape, p.dtype, p.axes) for p in pages}) > 1:
         sizes = ", ".join(str(s.shape) for s in many[:4])
-        raise InputError(f"it holds {len(many)} images, of sizes {sizes}. Save the one to use as "
+        alike = len({(s.shape, s.dtype) for s in many}) == 1
+        kind = "one size and type" if alike else "different size or type"
+        raise InputError(f"it holds {len(many)} images of {kind}: {sizes}. Save the one to use as "
                          "its own file.")
     return sorted(pages, key=place_of)
 

@@ -454,7 +454,7 @@ def read_image(
 ROUNDING = 1e-3 # how far a label may lie from a whole number: NIfTI stores some with a slope
 
 def read_label(
-    path, # as `read_image`; nothing compressed as JPEG
+    path, # as `read_image`; nothing compressed with loss
     absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
 )->Image: # array (H,W) or (D,H,W), whole numbers: uint8 and uint16 as stored, all others as int32
     "Read a label map of classes or instances: whole numbers, not negative, one channel (or three equal ones)."

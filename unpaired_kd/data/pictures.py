@@ -187,9 +187,11 @@ def check_alpha(
 ):
     """`InputError` if the label may be drawn in the alpha instead. It is not if the alpha is the
     same everywhere, or 0 where the numbers are 0 and the same elsewhere."""
+    if alpha.max() == alpha.min():
+        return
     drawn = numbers.any(axis)
     for a in np.moveaxis(alpha, axis, 0):
-        if a.max() > a.min() and (a[~drawn].any() or np.ptp(a[drawn].astype(float)) > 0):
+        if a.max() > a.min() and (a[~drawn].any() or len(np.unique(a[drawn])) > 1):
             raise InputError("it has an alpha channel that says something else than its numbers, "
                              "so object and background are not certain. Save the label map "
                              "without alpha.")

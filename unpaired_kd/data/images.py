@@ -24,8 +24,8 @@ from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
 from .geometry import (SHIFT, Grid, Spacing, apart, letters, shear, spacing_of, usable,
                                        way_onto, with_steps)
 from .ngff import ABSENT, is_zarr, ome_steps, open_zarr, read_zarr, zarr_parts
-from .pictures import (UNITS, arrange, check_there, content_of, first_bytes, read_pillow,
-                                       read_tiff, visible)
+from .pictures import (UNITS, arrange, check_alpha, check_there, content_of,
+                                       first_bytes, read_pillow, read_tiff, visible)
 
 # %% ../../nbs/1_data/2_images.ipynb #875f3842
 @dataclass
@@ -313,11 +313,15 @@ def from_nifti(
 
 def read_nifti(
     path:Path,        # .nii or .nii.gz
-    label:bool=False, # not used: NIfTI has no palette
+    label:bool=False, # label maps: an alpha may say no more than the numbers
 )->tuple: # array (C,D,H,W) or (C,H,W), spacing, affine, `NiftiPlace`
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
     f, stored = open_nifti(path)
-    a = from_nifti(np.asanyarray(f.dataobj))
+    numbers = np.asanyarray(f.dataobj)
+    if label and len(numbers.dtype.names or ()) == 4: # red, green, blue, alpha
+        channels = np.stack([numbers[c] for c in numbers.dtype.names])
+        check_alpha(channels[:3], channels[3:], 0)
+    a = from_nifti(numbers)
     place = nifti_place(f.header, stored, a.ndim - 1, path)
     return a, place.spacing, place.affine, place
 
@@ -479,7 +483,7 @@ def read_image(
 ROUNDING = 1e-3 # how far a label may lie from a whole number: NIfTI stores some with a slope
 
 def read_label(
-    path, # as `read_image`; nothing compressed as JPEG
+    path, # as `read_image`; nothing compressed with loss
     absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
 )->Image: # array (H,W) or (D,H,W), whole numbers: uint8 and uint16 as stored, all others as int32
     "Read a label map of classes or instances: whole numbers, not negative, one channel (or three equal ones)."

@@ -9,7 +9,8 @@ import pytest
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import images as image_files
 from unpaired_kd.core import read_json, write_json
-from unpaired_kd.data.collections import Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, open_collection, split_groups
+from unpaired_kd.data.collections import (Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, match_labels, open_collection,
+                                          split_groups)
 
 
 def picture(k, shape=(20, 24)):
@@ -557,6 +558,73 @@ def test_folders_that_are_not_clear(ward, edit, words):
 def test_numbers_in_names_need_a_number(tmp_path):
     for name in ("images/cat", "images/dog_1", "labels/cow", "labels/ape_1"): save(tmp_path / f"{name}.png", picture(1)[1])
     with pytest.raises(InputError, match="images/cat.png has no label"): Collection.from_folders(tmp_path, group=str)
+
+
+def matched(images, labels):
+    "What `match_labels` finds for names without endings: image -> label."
+    pairs = zip(images, match_labels([Path(f"images/{i}.png") for i in images], [Path(f"labels/{i}.png") for i in labels]))
+    return {i: y and y.stem for i, y in pairs}
+
+
+@pytest.mark.parametrize("pairs", [                                    # names as people write them; image before label
+    "img_001 mask_001, img_002 mask_002, img_010 mask_010",
+    "img_001 label_001, img_002 label_002",
+    "001 001_mask, 002 002_mask",
+    "case_0001_0000 case_0001, case_0002_0000 case_0002",
+    "p1_s2_img p1_s2_seg, p2_s1_img p2_s1_seg",
+    "image1 gt1, image2 gt2, image12 gt12",
+    "IMG_1 IMG_1_segmentation, IMG_2 IMG_2_segmentation",
+    "sub-01_T1w sub-01_T1w_label, sub-02_T1w sub-02_T1w_label",
+    "sub-01_T1w sub-01_dseg, sub-02_T1w sub-02_dseg",
+    "T1w T1w_label", "T1w label", "imaging segmentation", "histo mask",
+    "volume-0 segmentation-0, volume-1 segmentation-1",
+    "Image_01L Image_01L_1stHO, Image_01R Image_01R_1stHO",
+    "01_test 01_test_manual1, 02_test 02_test_manual1, 21_test 21_test_manual1",
+    "left_1 gt_left_01, right_2 gt_right_02",
+    "a_img_1 a_mask_1, a_img_2 a_mask_2, b_img_1 b_mask_1",
+    "scan-1 tumour_1, scan-2 tumour_2",
+    "a1 a1, a2 a2_gt, a3 Seg.a3",
+    "x_1 x_1_gt, x_01 x_01_gt",
+    "1 v2_1, 2 v2_2, 3 v2_3",
+    "Left-Eye_1 left_eye_1x, Right-Eye_1 right_eye_1x",
+])
+def test_labels_are_matched_as_a_person_would(pairs):
+    wanted = dict(p.split() for p in pairs.split(", "))
+    assert matched(wanted, [*wanted.values()][::-1]) == wanted
+
+
+@pytest.mark.parametrize("images,labels", [
+    ("left_1 right_2", "right_1_gt left_2_gt"), ("left_1 right_2", "right_1_x left_2_x"),
+    ("p1_s2 p2_s1", "s1_p2_gt s2_p1_gt"), ("liver", "kidney"), ("ct_1 ct_2", "mr_1 mr_2"), ("dog_1", "ape_1"),
+    ("left_1 left_2", "right_mask_1 right_mask_2"), ("x_1 x_01", "x_001_mask"),
+    ("left_1 right_2 mid_3", "right_1_gt left_2_gt mid_3_gt"),
+])
+def test_numbers_alone_are_no_match(images, labels):
+    "The first image and the label that it might get are named, and what to do."
+    with pytest.raises(InputError) as e: matched(images.split(), labels.split())
+    image, label = images.split()[0], labels.split()[0]
+    for words in (f"images/{image}.png and labels/{label}.png", f"call the label {image}.png", "manifest.csv"): assert words in str(e.value)
+
+
+@pytest.mark.parametrize("images,labels", [
+    ("p1_s1 p1_s2", "p2_s1_seg p2_s2_seg"),           # another patient, whatever the rule
+    ("1 2", "1_1 1_2"),                               # both may belong to 1
+    ("case_1_0000 case_1_0001", "case_1"),            # two channels
+    ("sub-01_T1w sub-02_T1w", "sub-01_T2w_seg sub-02_T2w_seg"), ("cat dog", "cow ape"), ("scan_1", "mask_2"),
+    ("का_1 का_2", "कि_1x कि_2x"),                        # vowel signs are letters
+])
+def test_names_that_do_not_agree_are_not_matched(images, labels):
+    try: found = matched(images.split(), labels.split())
+    except InputError: return
+    assert not any(found.values()), found
+
+
+def test_ten_thousand_names_take_no_time():
+    import time
+    names = [f"case_{k // 7:04d}_z{k % 7}" for k in range(10_000)]
+    start = time.perf_counter()
+    assert matched([f"{n}_0000" for n in names], names) == {f"{n}_0000": n for n in names}
+    assert time.perf_counter() - start < 10
 
 
 def row(d, old, new):

@@ -11,6 +11,7 @@ import pytest
 from unpaired_kd import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
+from unpaired_kd.data.collections import open_collection
 from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, modalities_of
 
 
@@ -200,6 +201,36 @@ def test_options_answer_what_is_asked(ward, capsys):
     assert "each image counts as its own patient" in run(capsys, ward, "mr", "--some-labels")[2][0]
     assert "of 1 group\n" in run(capsys, ward, "mr", "--some-labels", "--group", "^(mr)")[3]
     assert run(capsys, ward, "mr", "--group", "^x")[0] == 1
+
+
+def other_names(d):
+    for k in range(4): (d / f"ct/labels/ct{k}.png").rename(d / f"ct/labels/rat{'abcd'[k]}.png")
+def no_files(d): [p.unlink() for p in (d / "ct/labels").iterdir()]
+def no_group(d): other_names(d) or (d / "ct/groups.csv").write_text("id,group\n" + "".join(f"ct{i},{i}\n" for i in range(3)))
+
+
+@pytest.mark.parametrize("edit,n", [(other_names, 4), (no_files, 4), (no_group, 5), (lambda d: (d / "ct/labels/ct2.png").unlink(), 1), (lambda d: (d / "ct/labels/ct2.png").rename(d / "ct/labels/ratb.png"), 1)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_check_finds_what_a_study_refuses(ward, capsys, edit, n, alone):
+    "A label folder that fits no image, or not all: the first fault of a study is among those of the check."
+    edit(ward)
+    with pytest.raises(InputError) as e: open_collection(ward, "ct")
+    status, faults, _, out = run(capsys, *([ward / "ct"] if alone else [ward, "ct"]))
+    assert status == 1 and len(faults) == n and "fault: " + str(e.value).split(" (")[0] in [f.split(" (")[0] for f in faults], out
+    assert "images        4, of 4 groups" in out or edit is no_group
+    few = n - sum("has no label" in f for f in faults)
+    assert len(run(capsys, ward, "ct", "--some-labels")[1]) == few == (edit is no_group)
+    shutil.rmtree(ward / "ct/labels")
+    assert len(run(capsys, ward, "ct")[1]) == few
+
+
+def test_a_manifest_that_names_a_label_for_some(ward, capsys):
+    listed(ward)
+    row(ward, "ct/labels/ct2.png", "")
+    with pytest.raises(InputError, match="manifest.csv, line 4: .*ct/images/ct2.png has no label") as e: open_collection(ward, "ct")
+    status, faults, _, out = run(capsys, ward)
+    assert faults == [f"fault: {e.value}"] and "labels        3 with, 1 without" in out
+    assert run(capsys, ward, "--some-labels")[:2] == (0, [])
 
 
 def test_notes_are_no_faults(ward, capsys):

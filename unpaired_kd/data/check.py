@@ -60,17 +60,18 @@ def cases_of(
     data,         # folder or phantom
     modality:str, # of `modalities_of`
     group=None,   # pattern for the patient, as in `Collection.from_folders`
+    some:bool=False, # images without labels are meant
 )->tuple: # list of `Case`, and list of faults
-    "What is listed or lies in the folder; images without labels are taken too."
+    "What is listed or lies in the folder, and the faults that a study would name."
     if str(data).startswith("phantom:"): return open_collection(data, modality).cases, []
-    data = Path(data)
-    if modality == ".": return folder_cases(data, group, "some")
+    data, labels = Path(data), "some" if some else None
+    if modality == ".": return folder_cases(data, group, labels)
     form, place = form_of(data, modality)
-    if form == "from_folders": return folder_cases(*place, group, "some")
+    if form == "from_folders": return folder_cases(*place, group, labels)
     if group:
         raise InputError(f"{data}: the table or the folders name the patients, so no pattern "
                          "(group) can be given. Leave it out.")
-    return (manifest_cases if form == "from_manifest" else lotus_cases)(*place, "some")
+    return (manifest_cases if form == "from_manifest" else lotus_cases)(*place, labels)
 
 # %% ../../nbs/1_data/21_check.ipynb #44df6c51
 @dataclass
@@ -157,10 +158,11 @@ def examine(
         try: f.looks.append(look_at(c))
         except InputError as e: f.faults.append(str(e))
     labelled = [k for k in f.looks if k.numbers is not None]
+    said = "\n".join(faults)
     for k in f.looks if labelled and not some else ():
-        if k.numbers is None:
-            f.faults.append(f"{_name(k.case, k.case.image)} has no label, while others have. Add "
-                            "it, or pass --some-labels.")
+        bare = f"{_name(k.case, k.case.image)} has no label"
+        if k.numbers is None and bare not in said:
+            f.faults.append(f"{bare}, while others have. Add it, or pass --some-labels.")
     if f.looks: judge(f, labelled, **kw)
     return f
 
@@ -412,7 +414,7 @@ def check_modality(
     try:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            cases, faults = cases_of(data, modality, group)
+            cases, faults = cases_of(data, modality, group, some)
             if str(data).startswith("phantom:"):
                 c = open_collection(data, modality)
                 kw = dict(classes=c.classes, label_kind=c.label_kind)

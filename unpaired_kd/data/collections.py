@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WHITE', 'TWO', 'FEW', 'MOST', 'NO_IGNORE', 'MIXED', 'WIDE', 'COLUMNS', 'IMAGE_DIRS', 'LABEL_DIRS', 'IMAGE_WORDS',
-           'LABEL_WORDS', 'PHANTOMS', 'Case', 'Sample', 'Native', 'label_map', 'one_value', 'class_names', 'Meaning',
-           'numbers_in', 'in_one_piece', 'refuse_ignored', 'spelled', 'Evidence', 'infer_labels', 'decided', 'Decoded',
-           'Store', 'Collection', 'refuse_first', 'manifest_cases', 'check_columns', 'shared_files', 'images_in',
-           'sub_folder', 'label_names', 'name_parts', 'match_labels', 'cuts', 'by_one_rule', 'label_pairs', 'doubts',
-           'folder_cases', 'absent', 'entries', 'lotus_cases', 'open_collection', 'form_of', 'checksum_faults', 'deck',
-           'Split', 'split_groups', 'kfold_groups', 'label_budget']
+           'LABEL_WORDS', 'SOME', 'PHANTOMS', 'Case', 'Sample', 'Native', 'label_map', 'one_value', 'class_names',
+           'Meaning', 'numbers_in', 'in_one_piece', 'refuse_ignored', 'spelled', 'Evidence', 'infer_labels', 'decided',
+           'Decoded', 'Store', 'Collection', 'refuse_first', 'manifest_cases', 'check_columns', 'shared_files',
+           'images_in', 'sub_folder', 'label_names', 'name_parts', 'match_labels', 'cuts', 'by_one_rule', 'label_pairs',
+           'doubts', 'folder_cases', 'absent', 'entries', 'lotus_cases', 'open_collection', 'form_of',
+           'checksum_faults', 'deck', 'Split', 'split_groups', 'kfold_groups', 'label_budget']
 
 # %% ../../nbs/1_data/3_collections.ipynb #c66c014e
 import importlib, inspect, os, re, warnings, zlib
@@ -608,8 +608,13 @@ def manifest_cases(
         warnings.warn(f"{table} names no groups: each image counts as its own patient. If a "
                       "patient has several, fill a column 'group'.", stacklevel=3)
     for r in sorted(mine, key=itemgetter("id")):
-        try: cases.append(_listed(folder, table, r, wanted, labels, grouped))
+        try: cases.append(_listed(folder, table, r, wanted, grouped))
         except InputError as e: faults.append(str(e))
+        else:
+            if cases[-1].label is None and wanted and labels != "some":
+                faults.append(f"{table}, line {r.line}: {cases[-1].image} has no label. Fill the "
+                              "column, remove the row, or pass labels=False (no labels) or "
+                              f"labels='some' ({SOME}).")
     return cases, faults + shared_files(table, cases)
 
 # %% ../../nbs/1_data/3_collections.ipynb #3cc59d24
@@ -627,7 +632,7 @@ def check_columns(
         if meant:
             raise InputError(f"{table}: column {c!r} is not known. Did you mean {meant[0]!r}?")
 
-def _listed(folder, table, r, wanted, labels, grouped):
+def _listed(folder, table, r, wanted, grouped):
     "The case of one row."
     where = f"{table}, line {r.line}"
     for c in ("id", "image"):
@@ -636,10 +641,6 @@ def _listed(folder, table, r, wanted, labels, grouped):
     if grouped and not r.get("group"):
         raise InputError(f"{where}: image {r['image']} has no group, while others have. Fill the "
                          "column: an image without a patient may land on both sides of a split.")
-    if wanted and not r.get("label") and labels != "some":
-        raise InputError(f"{table}: image {r['image']} (id {r['id']}) has no label. Fill the "
-                         "column, remove the row, or pass labels=False (no labels) or "
-                         "labels='some'.")
     label = find_file(folder, r["label"], where) if wanted and r.get("label") else None
     return Case(r["id"], find_file(folder, r["image"], where), label, r.get("group") or r["id"],
                 r.get("label_group", ""),
@@ -811,6 +812,8 @@ def from_folders(cls,
     return cls(cases, **dict(dict(name=folder.name), **kw))
 
 # %% ../../nbs/1_data/3_collections.ipynb #4437f827
+SOME = "`ukd check`: --some-labels"
+
 def folder_cases(
     folder,      # holds images/ and perhaps labels/ (or images only)
     group=None,  # as in `from_folders`
@@ -834,11 +837,11 @@ def folder_cases(
     cases = []
     for p, y in zip(images, label):
         if p in wrong: faults.append(wrong[p])
-        bare = label_dir and y is None and labels != "some" and p not in wrong
-        if bare: faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some'.")
+        elif label_dir and y is None and labels != "some":
+            faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some' ({SOME}).")
         lost = absent(p, y)
         faults += lost
-        sound = not bare and not lost and p not in wrong and len(by_id[stem(p)]) == 1
+        sound = not lost and p not in wrong and len(by_id[stem(p)]) == 1
         if sound and stem(p) in who: cases.append(Case(stem(p), p, y, *who[stem(p)]))
     return cases, faults + no_group + shared_files(folder, cases)
 
@@ -926,13 +929,14 @@ def lotus_cases(
         images, more = entries(at)
         drawn, lost = entries(label_dir) if label_dir else ([], [])
         label, wrong = label_pairs(images, drawn) if label_dir else ([None] * len(images), {})
-        faults += [*more, *lost, *wrong.values()]
+        faults += [*more, *lost]
         for p, y in zip(images, label):
-            bare = y is None and (label_dir or labels) and labels != "some"
-            if bare and p not in wrong: faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False.")
+            if p in wrong: faults.append(wrong[p])
+            elif y is None and (label_dir or labels) and labels != "some":
+                faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False (no labels) or labels='some' ({SOME}).")
             lost = absent(p, y)
             faults += lost
-            if bare or lost or p in wrong: continue
+            if lost or p in wrong: continue
             tiles = bool({"train", "val", "test"} & set(parts)) or not parts
             group = re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", stem(p)) if tiles else parts[-1]
             above = "" if tiles else parts[-2] if len(parts) > 1 else re.sub(r"[\W_]*\d.*$", "", parts[-1])

@@ -539,6 +539,21 @@ def test_labels_match_whatever_their_case(ward):
     with pytest.raises(InputError, match="images/p1_2.png has no label"): Collection.from_folders(ward)
 
 
+@pytest.mark.parametrize("image,label", [(".ome.tif", ".png"), (".ome.tif", "_mask.ome.tif"), (".OME.TIFF", ".ome.png"), (".png", ".ome.tif"), (".ome.tif", ".ome.tif")])
+def test_ome_is_part_of_the_ending(tmp_path, image, label):
+    import tifffile
+    for d, ending in (("images", image), ("labels", label)):
+        (tmp_path / d).mkdir()
+        for i in range(2):
+            path = tmp_path / d / f"cell{'AB'[i]}{ending}"
+            a = picture(i)[d == "labels"]
+            save(path, a) if path.suffix == ".png" else tifffile.imwrite(path, a, ome=True, photometric="minisblack")
+    (tmp_path / "groups.csv").write_text("id,group\ncellA,a\ncellB.ome.tif,b\n")
+    c = Collection.from_folders(tmp_path)
+    assert (c.ids, c.groups) == (["cellA", "cellB"], ["a", "b"])
+    for i in range(2): assert np.array_equal(c[i].label.numpy(), picture(i)[1])
+
+
 @pytest.mark.parametrize("edit,words", [
     (lambda d: shutil.copy(d / "labels/p1_2.png", d / "labels/p1_2_mask.png"), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2_mask.png"]),
     (lambda d: save(d / "labels/p1_2.tif", picture(2)[1]), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2.tif"]),

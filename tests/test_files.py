@@ -83,6 +83,8 @@ def test_names(tmp_path):
     assert name_key("a") != name_key("A")
     assert stem(Path(f"x/{NFD} .nii.gz")) == NFC and stem(Path("a.b.png")) == "a.b"
     with pytest.raises(InputError, match="not UTF-8"): stem(Path(os.fsdecode(b"\xfc.png")))
+    for name in ("a.ome.tif", "a.ome.tiff", "a.OME.TIF", "a.ome.zarr", "a.ome.png", "a.ome"): assert stem(Path(name)) == "a"
+    for name, want in ((".ome.tif", ".ome"), ("rome.tif", "rome"), ("a.ome.b.tif", "a.ome.b")): assert stem(Path(name)) == want
 
 
 # the file that a table means

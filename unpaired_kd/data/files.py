@@ -8,7 +8,7 @@ __all__ = ['UTF', 'EXCEL', 'FRESH', 'name_key', 'stem', 'table_text', 'Row', 'he
            'array_hash', 'header_size']
 
 # %% ../../nbs/1_data/20_files.ipynb #fda803b0
-import codecs, csv, hashlib, io, os, time, unicodedata
+import codecs, csv, hashlib, io, os, re, time, unicodedata
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
@@ -29,8 +29,9 @@ def name_key(
 def stem(
     path:Path, # file or folder of an image
 )->str: # its name for matching, and its id
-    "The file's name without its ending (both parts of .nii.gz), as `name_key` writes it."
+    "The file's name without its ending (all of .nii.gz, .ome.tif), as `name_key` writes it."
     name = path.name[:len(path.name) - len(suffix_of(path))]
+    name = re.sub(r"(?<=.)\.ome$", "", name, flags=re.I) # also of what was made of x.ome.tif
     try: name.encode("utf-8")
     except UnicodeEncodeError:
         raw = os.fsencode(path.name)

@@ -245,6 +245,23 @@ def test_notes_are_no_faults(ward, capsys):
     assert "2 files are not used: ct/protocol.pdf, ct/labels/ct9.png" in "".join(notes)
 
 
+def test_tables_that_nobody_reads_are_named(ward, capsys):
+    shutil.copy(ward / "ct/groups.csv", ward / "groups.csv")
+    assert run(capsys, ward)[2] == [f"note: {ward}: 1 file is not used: groups.csv"]
+    listed(ward)
+    assert run(capsys, ward)[2] == [f"note: {ward}: 3 files are not used: groups.csv, ct/groups.csv, mr/groups.csv"]
+    (ward / "manifest.csv").unlink()
+    (ward / "ct/groups.csv").rename(ward / "ct/Groups.csv")
+    status, faults, _, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and "ct/Groups.csv is not read" in faults[0] and "mr\n  images        4, of 4 groups" in out
+
+
+def test_what_a_mac_adds_is_no_modality(ward, capsys):
+    shutil.copytree(ward / "ct", ward / "__MACOSX/ct")
+    for p in [p for p in (ward / "__MACOSX").rglob("*") if p.is_file()]: p.rename(p.with_name("._" + p.name))
+    assert modalities_of(ward) == ["ct", "mr"] and run(capsys, ward)[:3] == (0, [], [])
+
+
 def test_copies_in_other_formats_and_groups_are_leaks(ward):
     import tifffile
     tifffile.imwrite(ward / "ct/images/ct3.tif", picture(0)[0])

@@ -184,6 +184,10 @@ def test_missing_groups_are_a_warning(ward):
     (ward / "groups.csv").unlink()
     with pytest.warns(UserWarning, match="groups.csv"): c = Collection.from_folders(ward)
     assert c.groups == c.ids
+    (ward / "ct").mkdir()
+    for d in ("images", "labels"): (ward / d).rename(ward / "ct" / d)
+    (ward / "groups.csv").write_text("id,group\n")
+    with pytest.warns(UserWarning, match="ct has no groups.csv.*groups.csv is not read"): Collection.from_folders(ward / "ct")
 
 
 # labels and intensities
@@ -564,6 +568,9 @@ def test_ome_is_part_of_the_ending(tmp_path, image, label):
     (lambda d: (d / "labels/p0_0.png").unlink() or (d / "labels/p0_0.png").symlink_to("gone.png"), ["labels/p0_0.png is a link to gone.png"]),
     (lambda d: (d / "labels/p0_0.png").unlink() or os.mkfifo(d / "labels/p0_0.png"), ["labels/p0_0.png is neither"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,a\np0_0,b\n"), ["groups.csv, line 3", "'p0_0'"]),
+    (lambda d: (d / "groups.csv").write_text("id,group,Label group\np0_0,a,x\n"), ["groups.csv: column 'label group'", "Did you mean 'label_group'?"]),
+    (lambda d: (d / "groups.csv").write_text("id,group,label_grup\np0_0,a,x\n"), ["groups.csv: column 'label_grup'", "Did you mean 'label_group'?"]),
+    (lambda d: (d / "groups.csv").rename(d / "Groups.csv"), ["Groups.csv is not read", "groups.csv"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,\n"), ["groups.csv names no group", "'p0_0'", "5 more"]),
 ])
 def test_folders_that_are_not_clear(ward, edit, words):
@@ -658,6 +665,8 @@ def row(d, old, new):
     (lambda d: row(d, "p0_1,images/p0_1.png,labels/p0_1.png", "p0_1,images/p0_0.png,labels/p0_0.png"), ["images/p0_0.png is listed twice", "'p0_0'", "'p0_1'"]),
     (lambda d: row(d, "labels/p1_2.png", "labels/p0_0.png"), ["labels/p0_0.png belongs", "'p0'", "'p1'"]),
     (lambda d: row(d, "images/p1_2.png", "../p1_2.png"), ["manifest.csv, line 4", "leads out"]),
+    (lambda d: row(d, "images/p1_2.png", "images/P1_2.png"), ["manifest.csv, line 4", "images/P1_2.png does not exist. Did you mean images/p1_2.png?"]),
+    (lambda d: (d / "manifest.csv").rename(d / "Manifest.csv"), ["Manifest.csv is not read", "manifest.csv"]),
     (lambda d: row(d, ",p1,", ",p1\ngrey,short\n,"), ["manifest.csv, line 4", "header"]),
     (lambda d: (d / "images/p1_2.png").unlink() or (d / "images/p1_2.png").symlink_to("gone.png"), ["p1_2.png", "link to gone.png"]),
 ])

@@ -26,7 +26,7 @@ from fastcore.basics import patch_to
 
 from ..core import InputError, digest, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
-                                    stem)
+                                    stem, table_in)
 from .geometry import lay_on
 from .pictures import check_there, visible
 
@@ -624,11 +624,12 @@ COLUMNS = ("modality", "id", "image", "label", "group", "label_group", "split", 
 def check_columns(
     table:Path, # for the message
     header,     # names of its columns
+    ours:tuple=COLUMNS, # names that mean something
 ):
     "`InputError` for a column whose name is nearly one of ours. Others belong to the user."
-    free = [c for c in COLUMNS if c not in header]
+    free = [c for c in ours if c not in header]
     for c in header:
-        meant = get_close_matches(c, free, 1, .8) if c not in COLUMNS else []
+        meant = get_close_matches(c, free, 1, .8) if c not in ours else []
         if meant:
             raise InputError(f"{table}: column {c!r} is not known. Did you mean {meant[0]!r}?")
 
@@ -874,9 +875,11 @@ def entries(
 # %% ../../nbs/1_data/3_collections.ipynb #dfb495ae
 def _groups(folder, ids, group):
     "id -> (group, label group), and faults of ids that have none."
-    if group is None and (folder/"groups.csv").exists(): return _listed_groups(folder/"groups.csv", ids)
+    if group is None and (table := table_in(folder, "groups.csv")): return _listed_groups(table, ids)
     if group is None:
-        if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, pass group=r\"^(pattern)\" or write the table.", stacklevel=5)
+        other = folder.parent/"groups.csv"
+        unread = f" {other} is not read: write one for each modality." if other.is_file() else ""
+        if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, pass group=r\"^(pattern)\" or write the table.{unread}", stacklevel=5)
         return {i: (i, "") for i in ids}, []
     if callable(group): return {i: (str(group(i)), "") for i in ids}, []
     try: found = {i: re.search(group, i) for i in ids}
@@ -887,8 +890,9 @@ def _groups(folder, ids, group):
 # %% ../../nbs/1_data/3_collections.ipynb #1e4251b4
 def _listed_groups(table, ids):
     "The same from groups.csv, whose ids are names of images with or without their endings."
-    who, faults = {}, []
-    for r in read_table(table, ("id", "group")):
+    who, faults, rows = {}, [], read_table(table, ("id", "group"))
+    check_columns(table, rows[0], ("id", "group", "label_group"))
+    for r in rows:
         i = r["id"] if r["id"] in ids else stem(Path(r["id"]))
         new = (r["group"], r.get("label_group", ""))
         if who.setdefault(i, new) != new:
@@ -977,7 +981,7 @@ def form_of(
     modality:str, # which modality of it
 )->tuple: # name of the way in, and its arguments
     "Which of the three ways into a folder fits. `InputError` where none does."
-    if (folder/"manifest.csv").exists(): return "from_manifest", (folder, modality)
+    if table_in(folder, "manifest.csv"): return "from_manifest", (folder, modality)
     if (folder/"imagesTr").is_dir():
         raise InputError(f"{folder} is a data set of nnU-Net (imagesTr, labelsTr), which is not read. "
                          "Put the files of one channel into <modality>/images and <modality>/labels, "

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,21 @@ def test_notes_are_no_faults(ward, capsys):
     assert "1 of 4 labels are empty" in notes[0]
     assert "'P1', 'p01' have nearly the same name" in "".join(notes) and "P101" not in "".join(notes)
     assert "2 files are not used: ct/protocol.pdf, ct/labels/ct9.png" in "".join(notes)
+
+
+def test_a_patient_with_two_names_in_two_modalities(ward, capsys):
+    from unpaired_kd.study import StudyConfig, open_both
+    for m, names in (("ct", "P01 P02 x y"), ("mr", "p1 P02 p-10 z")):
+        (ward / f"{m}/groups.csv").write_text("id,group\n" + "".join(f"{m}{i},{g}\n" for i, g in enumerate(names.split())))
+    assert run(capsys, ward)[1:3] == ([], ["note: ct, mr: groups 'P01', 'p1' have nearly the same name; are they one patient?"])
+    config = StudyConfig(data=str(ward), teacher="ct", student="mr")
+    with pytest.warns(UserWarning, match="groups 'P01', 'p1' have nearly the same name. If they are one patient") as told: open_both(config)
+    assert len(told) == 1
+    (ward / "mr/groups.csv").write_text((ward / "mr/groups.csv").read_text().replace("p1", "P01").replace("z", "p10"))
+    assert [n.split(";")[0] for n in run(capsys, ward)[2]] == ["note: mr: groups 'p-10', 'p10' have nearly the same name"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                # within one modality nothing is kept apart
+        open_both(config)
 
 
 def test_tables_that_nobody_reads_are_named(ward, capsys):

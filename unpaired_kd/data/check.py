@@ -19,8 +19,8 @@ import numpy as np
 from ..core import InputError, atomic, progress, show_images, unknown
 from unpaired_kd.data.collections import (
     IMAGE_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
-    images_in, label_map, lotus_cases, manifest_cases, numbers_in, open_collection, spelled,
-    sub_folder)
+    images_in, label_map, lotus_cases, manifest_cases, near_groups, numbers_in, open_collection,
+    spelled, sub_folder)
 from .files import array_hash, name_key, read_table, table_in
 from .images import suffix_of, to_unit
 from .pictures import visible
@@ -237,7 +237,7 @@ def leaks(
                 continue
             faults.append(f"{both}, in groups {a.group!r} ({name}) and {b.group!r} ({f.name}). One "
                           "patient must have one group: remove one, or mend the groups.")
-        notes += near_names(f)
+    notes += near_names(findings)
     known = [f.collection for f in findings if f.collection is not None and f.collection.has_labels]
     if len({(c.label_kind, c.classes) for c in known}) > 1:
         notes.append("the labels of the modalities mean different things; teacher and student need "
@@ -245,15 +245,16 @@ def leaks(
     return faults, notes
 
 def near_names(
-    f:Finding, # of a modality
+    findings:list, # of `Finding`
 )->list: # notes
-    "Groups whose names differ only in case, signs and leading zeros."
-    near = {}
-    for g in dict.fromkeys(c.group for c in f.cases):
-        plain = re.sub(r"[\W_]", "", name_key(g).casefold())
-        near.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", plain), []).append(repr(g))
-    return [f"{f.name}: groups {', '.join(gs)} have nearly the same name; are they one patient?"
-            for plain, gs in near.items() if plain and len(gs) > 1]
+    "Groups of one modality or of several whose names are nearly the same."
+    groups = {f.name: {c.group for c in f.cases} for f in findings}
+    notes = []
+    for gs in near_groups(*(sorted(names) for names in groups.values())):
+        where = ", ".join(m for m, names in groups.items() if names & set(gs))
+        notes.append(f"{where}: groups {', '.join(map(repr, gs))} have nearly the same name; are "
+                     "they one patient?")
+    return notes
 
 # %% ../../nbs/1_data/21_check.ipynb #456210f1
 def leftovers(

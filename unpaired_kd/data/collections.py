@@ -8,7 +8,7 @@ __all__ = ['WHITE', 'TWO', 'FEW', 'MOST', 'NO_IGNORE', 'MIXED', 'WIDE', 'COLUMNS
            'Meaning', 'numbers_in', 'in_one_piece', 'refuse_ignored', 'spelled', 'Evidence', 'infer_labels', 'decided',
            'Decoded', 'Store', 'Collection', 'refuse_first', 'manifest_cases', 'check_columns', 'shared_files',
            'images_in', 'sub_folder', 'label_names', 'name_parts', 'match_labels', 'cuts', 'by_one_rule', 'label_pairs',
-           'doubts', 'folder_cases', 'absent', 'entries', 'lotus_cases', 'open_collection', 'form_of',
+           'doubts', 'folder_cases', 'absent', 'entries', 'near_groups', 'lotus_cases', 'open_collection', 'form_of',
            'checksum_faults', 'deck', 'Split', 'split_groups', 'kfold_groups', 'label_budget']
 
 # %% ../../nbs/1_data/3_collections.ipynb #c66c014e
@@ -25,8 +25,8 @@ import torch
 from fastcore.basics import patch_to
 
 from ..core import InputError, digest, read_json, rng, unknown, write_json
-from .files import (array_hash, find_file, hashes_of, header_size, name_key, read_table,
-                                    stem, table_in)
+from .files import (array_hash, find_file, hashes_of, header_size, name_key, plain_key,
+                                    read_table, stem, table_in)
 from .geometry import lay_on
 from .pictures import check_there, visible
 
@@ -886,6 +886,15 @@ def _groups(folder, ids, group):
     except re.error as e: raise InputError(f"group pattern {group!r} is no regular expression ({e}). Write e.g. ^(p[0-9]+).") from None
     lost = [f"group pattern {group!r} finds no group in image name {i!r}. It needs one bracket that matches in every name." for i, m in found.items() if not m or not m.groups()]
     return {i: (m.group(1), "") for i, m in found.items() if m and m.groups()}, lost
+
+def near_groups(
+    *sets, # of group names, one a modality
+)->list: # tuples of different names, in the order of the first set
+    "Groups whose names differ only in case, signs and leading zeros: P-01 and p1."
+    near = {}
+    for g in dict.fromkeys(g for names in sets for g in names):
+        near.setdefault(plain_key(g), []).append(g)
+    return [tuple(gs) for plain, gs in near.items() if plain and len(gs) > 1]
 
 # %% ../../nbs/1_data/3_collections.ipynb #1e4251b4
 def _listed_groups(table, ids):

@@ -246,6 +246,15 @@ def test_notes_are_no_faults(ward, capsys):
     assert "2 files are not used: ct/protocol.pdf, ct/labels/ct9.png" in "".join(notes)
 
 
+def test_labels_without_background_are_told(ward, capsys):
+    save(ward / "ct/labels/ct2.png", np.full((32, 40), 2, np.uint8))
+    note = f"labels hold no 0 (background), as {ward}/ct/labels/ct2.png; is all of the image meant?"
+    assert run(capsys, ward)[1:3] == ([], [f"note: 1 of 4 {note}"])
+    for k in range(4): save(ward / f"ct/labels/ct{k}.png", np.full((32, 40), 255, np.uint8))
+    status, faults, notes, out = run(capsys, ward)
+    assert notes[0] == f"note: 4 of 4 {note.replace('ct2', 'ct0')}" and "because labels are 255 only\n" in out
+
+
 def test_a_patient_with_two_names_in_two_modalities(ward, capsys):
     from unpaired_kd.study import StudyConfig, open_both
     for m, names in (("ct", "P01 P02 x y"), ("mr", "p1 P02 p-10 z")):

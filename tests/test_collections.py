@@ -512,6 +512,15 @@ def test_the_decision_is_told(tmp_path):
     assert (given["why"], given["values"], given["read"]) == ("as given", "", 0)
 
 
+@pytest.mark.parametrize("labels,why", [
+    ([[[0, 1]]], "the labels hold 0 and 1"), ([[[1, 1]]], "the labels hold 1"), ([[[0, 0]]], "the labels hold 0"),
+    ([[[255, 255]]] * 3, "labels are 255 only"), ([[[255, 255]], [[255, 255]], [[0, 255]]], "labels are 0 and 255 only"),
+    ([[[77, 77]]], "the labels hold 77"), ([[[77, 77]], [[77, 0]]], "the labels hold 0 and 77"),
+])
+def test_the_reason_names_no_0_that_is_not_there(labels, why):
+    assert infer_labels([("a", np.array(y, np.uint8), False) for y in labels]).why == why
+
+
 def test_two_ways_of_marking_the_foreground():
     images = [np.eye(8, dtype=np.uint8)] * 2
     mixed = Collection.from_arrays(images, [np.eye(8, dtype=np.uint8) * v for v in (1, 255)])

@@ -206,13 +206,18 @@ def judge_labels(
     f:Finding,     # of a modality
     labelled:list, # `Look`s with labels
 ):
-    "Labels that are empty, and masks that mark the foreground in two ways."
+    "Labels that are empty or full, and masks that mark the foreground in two ways."
     found = [set(k.numbers) - {0} for k in labelled]
     shown, empty = set().union(*found), sum(not n for n in found)
     if labelled and not shown:
         f.faults.append(f"{f.name}: every label is empty, so there is nothing to learn.")
     elif not labelled: f.notes.append("no image has a label")
     elif empty: f.notes.append(f"{empty} of {len(labelled)} labels are empty (background only)")
+    full = [k for k in labelled if 0 not in k.numbers]
+    if full:
+        first = _name(full[0].case, full[0].case.label)
+        f.notes.append(f"{len(full)} of {len(labelled)} labels hold no 0 (background), as {first}; "
+                       "is all of the image meant?")
     c = f.collection
     masks = c is not None and len(c.classes) == 2 and c.label_kind == "semantic"
     one_each = max(map(len, found), default=0) < 2

@@ -177,7 +177,7 @@ class Evidence:
         self.gapless = self.whole = True        # every label: 1..n; its numbers in one piece each
         self.read, self.top, self.where = 0, (0, 0), "the labels" # top: of the label `where`
         self.white, self.odd = 0, {} # labels of 0 and one of `WHITE`; such a number -> its label
-        self.wide = self.volume = False
+        self.wide = self.volume = self.zero = False # zero: some label holds 0
 
     def add(self,
         where:str,        # file or case
@@ -192,6 +192,7 @@ class Evidence:
         n, values = len(found), set(found.tolist())
         refuse_ignored(where, values, set())
         self.values |= values
+        self.zero = self.zero or not label.all()
         if n == 1 and values <= set(WHITE):
             self.white += 1
             self.odd.setdefault(*values, where)
@@ -207,6 +208,10 @@ class Evidence:
         "Whether most labels are 0 and 255 (or its like), or all are, with some of 0 and 1."
         all_are = self.counts == {1} and self.values <= {1, *WHITE} and self.white > 0
         return all_are or 2 * self.white > self.read
+
+    def held(self, *numbers)->str:
+        "These numbers, after 0 if any label holds it: such as 0 and 255."
+        return " and ".join(map(str, (0, *numbers) if self.zero else numbers))
 
     def means(self, classes, kind, why):
         "A `Meaning` from this evidence."
@@ -248,11 +253,12 @@ def decided(
     "The rest of the table: what is known when all labels were read."
     high, single = max(seen.values, default=0), len(seen.values) == 1
     if not seen.read: return Meaning(names, kind or "semantic", "there are no labels")
-    if high < 2: return seen.means(names, "semantic", "the labels hold 0 and 1")
+    if high < 2: return seen.means(names, "semantic", f"the labels hold {seen.held(*seen.values)}")
     if seen.black_white():
-        return seen.means(names, "semantic", f"labels are 0 and {max(seen.odd)} only")
+        return seen.means(names, "semantic", f"labels are {seen.held(max(seen.odd))} only")
     for number, where in seen.odd.items(): refuse_ignored(where, {number}, seen.values)
-    if single and high > FEW: return seen.means(names, "semantic", f"the labels hold 0 and {high}")
+    if single and high > FEW:
+        return seen.means(names, "semantic", f"the labels hold {seen.held(high)}")
     sparse = high > FEW and 3 * len(seen.values) < high # such as 1, 2, 99: not 99 classes
     named = [f"class {k}" for k in range(1, high + 1)]
     several = () if sparse or high > MOST else ("background", *named)
@@ -839,7 +845,8 @@ def folder_cases(
     for p, y in zip(images, label):
         if p in wrong: faults.append(wrong[p])
         elif label_dir and y is None and labels != "some":
-            faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass labels=False (no labels) or labels='some' ({SOME}).")
+            faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass "
+                          f"labels=False (no labels) or labels='some' ({SOME}).")
         lost = absent(p, y)
         faults += lost
         sound = not lost and p not in wrong and len(by_id[stem(p)]) == 1
@@ -946,7 +953,8 @@ def lotus_cases(
         for p, y in zip(images, label):
             if p in wrong: faults.append(wrong[p])
             elif y is None and (label_dir or labels) and labels != "some":
-                faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass labels=False (no labels) or labels='some' ({SOME}).")
+                faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass "
+                              f"labels=False (no labels) or labels='some' ({SOME}).")
             lost = absent(p, y)
             faults += lost
             if lost or p in wrong: continue

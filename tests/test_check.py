@@ -13,7 +13,7 @@ from unpaired_kd import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
 from unpaired_kd.data.collections import open_collection
-from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, modalities_of
+from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, marks_of, modalities_of
 
 
 def save(path, array):
@@ -297,6 +297,58 @@ def test_copies_in_other_formats_and_groups_are_leaks(ward):
     (ward / "ct/groups.csv").write_text("id,group\nct0,a\nct1,b\nct2,c\nct3,a\n")
     faults, notes = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
     assert not faults and "both are of group 'a'" in notes[0]
+
+
+def as_type(name): return lambda x: (x.astype(name), np.eye(4))
+def as_rgb(x): return np.stack([x] * 3, -1), None
+
+
+@pytest.mark.parametrize("copy", [as_type("uint16"), as_type("int16"), as_type("float32"), as_rgb])
+def test_copies_of_another_type_are_leaks(ward, copy):
+    import tifffile
+    (ward / "ct/images/ct3.png").unlink()
+    tifffile.imwrite(ward / "ct/images/ct3.tif", copy(picture(0)[0])[0], photometric="rgb" if copy is as_rgb else "minisblack")
+    faults, _ = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
+    assert len(faults) == 1 and "ct0.png and" in faults[0] and "ct3.tif show the same pixels" in faults[0]
+
+
+def turned(axes, signs):
+    "Another storage of a volume (x, y, z): its axes in another order and direction, and the affine that says so."
+    def store(x):
+        a, affine = x.transpose(axes), np.zeros((4, 4))
+        for j, (k, s) in enumerate(zip(axes, signs)):
+            affine[k, j], affine[k, 3] = s * (k + 1.), affine[k, 3] + (s < 0) * (k + 1.) * (x.shape[k] - 1)
+        affine[3, 3] = 1
+        return a[tuple(slice(None, None, s) for s in signs)], affine
+    return store
+
+
+@pytest.mark.parametrize("copy", [turned((0, 1, 2), (1, 1, 1)), turned((0, 1, 2), (-1, 1, 1)), turned((0, 1, 2), (-1, -1, 1)), turned((2, 0, 1), (1, -1, 1)), turned((1, 2, 0), (-1, -1, -1)),
+                                  as_type("float32"), as_type("int32"), lambda x: (x, np.diag([-1., 1, 1, 1]))])
+@pytest.mark.parametrize("least", [0, -700])
+def test_volumes_are_known_however_they_are_stored(tmp_path, copy, least):
+    import nibabel as nib
+    x = rng(0, "stored").integers(least, 200, (20, 22, 18)).astype(np.int16)
+    rows = ["modality,id,image,group"]
+    for name, (a, affine) in dict(a=turned((0, 1, 2), (1, 1, 1))(x), b=copy(x), c=(x + 1, np.eye(4)), d=(x[:, :, ::-1], np.diag([1., 2, 3, 1]))).items():
+        nib.save(nib.Nifti1Image(a, affine), tmp_path / f"{name}.nii.gz")
+        rows.append(f"ct,{name},{name}.nii.gz,{name}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+    faults, _ = leaks([examine("ct", *checking.cases_of(tmp_path, "ct"))])
+    assert len(faults) == 1 and "a.nii.gz and" in faults[0] and "b.nii.gz show the same pixels" in faults[0], faults
+
+
+def test_marks_stand_for_values():
+    half = np.array([[[0, .5], [1, 2]]])
+    assert marks_of(half, None) == marks_of(half.astype(np.float32), None) != marks_of(half.astype(np.uint8), None)
+    a = np.arange(-5, 7).reshape(1, 3, 4)
+    assert len({marks_of(a.astype(t), None) for t in (np.int8, np.int32, np.float32, np.int64)}) == 1
+    assert marks_of(a, None) == marks_of(a[:, None], None) != marks_of(a + 1, None)
+    big = np.float32([[[0, 1e30]]])
+    assert marks_of(big, None) != marks_of(big * 2, None) and len(marks_of(a[:, None], np.diag([1, -1, 1, 1]))) == 2
+    for singular in (np.zeros((4, 4)), np.full((4, 4), np.nan)): assert marks_of(a[:, None], singular) == marks_of(a, None)
+    rgb = np.stack([a[0], a[0], a[0] + 1])
+    assert marks_of(rgb, None) != marks_of(a, None)
 
 
 def test_volumes_and_scanner_units(tmp_path, capsys):

@@ -392,17 +392,22 @@ def has_labels(self)->bool:
 # %% ../../nbs/1_data/3_collections.ipynb #29fbcd58
 @patch_to(Collection)
 def _raw(self, case):
-    "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing; opens the files, or finds them in the store."
+    "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing."
+    return self._placed(case)[:3]
+
+@patch_to(Collection)
+def _placed(self, case):
+    "The same and the image's affine, or None; opens the files, or finds them in the store."
     def make():
-        image, label, spacing = case.image, case.label, case.spacing
+        image, label, spacing, affine = case.image, case.label, case.spacing, None
         picture, drawn = (None if s is None or isinstance(s, np.ndarray) else _read(f, s) for f, s in (("read_image", image), ("read_label", label)))
-        if picture is not None: image, spacing = picture.array, picture.spacing
+        if picture is not None: image, spacing, affine = picture.array, picture.spacing, picture.affine
         if drawn is not None: label = drawn.array if picture is None else np.ascontiguousarray(lay_on(drawn, picture))
         if self.channels and image.shape[0] != self.channels:
             raise InputError(f"{_where(case.image, case)}: the image has {image.shape[0]} channels where {self.channels} are expected in collection {self.name!r}. Convert it, or pass channels={image.shape[0]} if all images are so.")
         if label is not None and label.shape != image.shape[1:]:
             raise InputError(f"{_where(case.label, case)}: the label has shape {label.shape} and its image {image.shape[1:]}. Both must show the same pixels.")
-        return (image, label, spacing), 0 if isinstance(case.image, np.ndarray) else _bytes(image, label)
+        return (image, label, spacing, affine), 0 if isinstance(case.image, np.ndarray) else _bytes(image, label)
     return self._store.get(("raw", _key(case.image), _key(case.label)), make)
 
 def _where(source, case): return f"case {case.id!r}" if isinstance(source, np.ndarray) else str(source)

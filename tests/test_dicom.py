@@ -274,6 +274,62 @@ def test_white_is_zero_is_turned_once_for_the_whole_series(tmp_path):
     refused(mixed, "1.dcm", "number of bits")
 
 
+WHITE = dict(PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+
+
+@pytest.mark.parametrize("modality, scales, want", [
+    ("CT", [(1, 0), (2, 0), (3, 0)], [100, 200, 300]),                   # HU, with a slope of 1 too
+    ("CT", [(1, 0), (1, 0), (1, -1)], [100, 100, 99]),
+    ("PT", [(1, 0), (.5, 0), (2, 0)], [100, 50, 200]),                   # BQML, of the tag Units
+    ("DX", [(1, 0), (1, 0), (1, 0)], [3995, 3995, 3995]),                # 4095 - 100
+    ("DX", [(.25, 0), (.25, 0), (.25, 0)], [998.75] * 3),                # 1023.75 - 25
+    ("DX", [(1, 7), (1, 7), (1, 7)], [4002] * 3),                        # 7 to 4102: 4109 - 107
+    ("DX", [(1, 0), (2, 0), (-1, 0)], [3995, 3895, 4195]),               # -4095 to 8190: one mirror for all
+    ("DX", [(1, 0), (.5, 0), (1, 0)], [3995, 4045, 3995]),               # 0 to 4095
+])
+def test_a_unit_and_not_a_number_decides_what_is_mirrored(tmp_path, modality, scales, want):
+    for kind in ({}, dict(RescaleType="US")) if modality == "DX" else ({},):
+        for k, (slope, shift) in enumerate(scales):
+            one(tmp_path / f"{k}.dcm", np.full((8, 10), 100), (0, 0, 3 * k), modality=modality, RescaleSlope=slope, RescaleIntercept=shift,
+                **(dict(Units="BQML") if modality == "PT" else kind), **WHITE)
+        a = read_image(tmp_path).array[0, :, 0, 0]
+        assert a.tolist() == want
+        assert (a.dtype.kind == "f") == any(float(slope) % 1 for slope, _ in scales)
+
+
+@pytest.mark.parametrize("kind, want", [("US", 65535 - 700), ("OD", 700)])
+def test_the_unit_of_a_table_decides_too(tmp_path, kind, want):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], kind
+    table.add_new("LUTData", "OW", (7 * np.arange(4096)).astype("<u2").tobytes())
+    im = read_image(one(tmp_path / "x.dcm", np.full((8, 10), 100), modality="CR", ModalityLUTSequence=Sequence([table]), **WHITE))
+    assert (im.array == want).all() and im.array.dtype == np.uint16
+
+
+def test_a_mirrored_scan_has_one_kind_of_number(tmp_path):
+    scan(tmp_path / "sign", modality="DX", **WHITE)
+    one(tmp_path / "sign" / "1.dcm", HEAD[3], (-8, -9, 9), modality="DX", PixelRepresentation=1, **WHITE)
+    refused(tmp_path / "sign", "1.dcm", "another PixelRepresentation")
+    scan(tmp_path / "unit", RescaleSlope=1, RescaleIntercept=0, **WHITE)
+    one(tmp_path / "unit" / "1.dcm", HEAD[3], (-8, -9, 9), **WHITE)         # equal numbers, but one is no HU
+    refused(tmp_path / "unit", "1.dcm", "no rescale instead of")
+
+
+@pytest.mark.parametrize("tags", [dict(RescaleSlope=1, RescaleIntercept=None), dict(RescaleSlope=1), dict(RescaleIntercept=-1024), dict(RescaleSlope=None, RescaleIntercept=-1024)])
+def test_half_a_scale_is_named(tmp_path, tags):
+    scan(tmp_path, RescaleSlope=1, RescaleIntercept=-1024)
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), **tags)
+    refused(tmp_path, "1.dcm", "another rescale", "instead of RescaleSlope and RescaleIntercept in HU")
+
+
+def test_a_ct_that_names_no_unit_has_hounsfield_units(tmp_path):
+    scan(tmp_path, RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), RescaleSlope=1, RescaleIntercept=-1024)
+    assert np.array_equal(read_image(tmp_path).array[0], HEAD.astype(int) - 1024)
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), RescaleSlope=1, RescaleIntercept=-1024, RescaleType="US")
+    refused(tmp_path, "1.dcm", "in no known unit instead of RescaleSlope and RescaleIntercept in HU")
+
+
 def test_colours(tmp_path):
     index = np.arange(80).reshape(8, 10)
     colours = R.integers(0, 256, (256, 3))

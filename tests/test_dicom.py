@@ -351,6 +351,38 @@ def test_colours(tmp_path):
     assert np.abs(read_image(p).array - np.clip(rgb, 0, 255)).max() <= 1.5
 
 
+def palette(path, index, entries, first=0, bits=16, **tags):
+    "A picture of indices (H,W) with one grey palette for red, green and blue."
+    for name in ("Red", "Green", "Blue"):
+        tags |= {f"{name}PaletteColorLookupTableDescriptor": [len(entries), first, bits], f"{name}PaletteColorLookupTableData": np.asarray(entries).astype("<u2").tobytes()}
+    return one(path, index, bits=8, PhotometricInterpretation="PALETTE COLOR", **tags)
+
+
+@pytest.mark.parametrize("entries, want", [
+    ((np.arange(256) ** 2).tolist(), 225 >> 8),                          # 16 bits, dark ones below 256
+    ([k // 2 for k in range(256)], 7),                                   # 8 bits, whatever the descriptor says
+    ([k * 257 for k in range(256)], 15),
+])
+def test_the_palette_says_how_many_bits_it_has(tmp_path, entries, want):
+    dark = np.full((8, 10), 15)
+    bright = dark.copy(); bright[0, 0] = 255
+    for k, index in enumerate((dark, bright)): palette(tmp_path / "s" / f"{k}.dcm", index, entries, corner=(0, 0, 3 * k))
+    im = read_image(tmp_path / "s")
+    assert im.array.dtype == np.uint8 and (im.array[:, :, 4, 4] == want).all()
+    assert (im.array[:, 1, 0, 0] == (entries[255] >> 8 if max(entries) > 255 else entries[255])).all()
+
+
+def test_indices_outside_a_palette_take_its_ends(tmp_path):
+    p = palette(tmp_path / "x.dcm", np.arange(80).reshape(8, 10), [6000 * k for k in range(10)], first=5)
+    want = [6000 * min(max(i - 5, 0), 9) >> 8 for i in range(80)]        # C.7.6.3.1.5
+    assert read_image(p).array[1].ravel().tolist() == want
+    wide = palette(tmp_path / "wide.dcm", np.zeros((8, 10)), np.arange(150) + 256 * np.arange(150), bits=8)
+    s = pydicom.dcmread(wide)
+    for name in ("Red", "Green", "Blue"): setattr(s, f"{name}PaletteColorLookupTableDescriptor", [300, 0, 8])
+    s.save_as(wide)
+    refused(wide, "wide.dcm", "300 entries", "RGB")
+
+
 # Contours by the rules of the standard
 
 def square(r0, r1, c0, c1, k=2):

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'PLACE', 'SCALE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dico
            'filled', 'tag', 'numbers', 'Slice', 'slices_of', 'read_slices', 'check_slice', 'size_of', 'colours_of',
            'frame_of', 'but_for_rounding', 'table_of', 'unit_of', 'rescale_of', 'check_alike', 'check_series',
            'sort_slices', 'check_gaps', 'sideways', 'same_place', 'thickness', 'step_between', 'series_grid', 'ends_of',
-           'mirror_of', 'mirrored', 'with_scale', 'stored_pixels', 'read_dicom']
+           'mirror_of', 'mirrored', 'palette_of', 'with_scale', 'stored_pixels', 'read_dicom']
 
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
@@ -439,6 +439,20 @@ def mirrored(
     fits = kept.min <= turned.min() and turned.max() <= kept.max
     return turned.astype(a.dtype if fits else np.int32)
 
+# %% ../../nbs/1_data/17_dicom.ipynb #5ca1e003
+def palette_of(
+    x:Slice, # of a file with a palette
+)->tuple: # the index of its first colour, and its colours (n,3) uint8
+    """The whole palette. Of entries with 16 bits the upper 8 are kept; where none is above 255, the
+    entries have 8, as some programs write them in spite of what they say."""
+    n, first, _ = x.note.RedPaletteColorLookupTableDescriptor
+    index = np.arange(first, first + (n or 2**16))
+    colours = extra("pydicom.pixels", "dicom").apply_color_lut(index, x.note)
+    if colours.dtype == np.uint8 and len(index) > 256: # pydicom counts its entries with 8 bits
+        raise InputError(f"{x.file.name} has a palette of {len(index)} entries with 8 bits, which "
+                         "cannot be read. Convert it to RGB.")
+    return first, (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+
 # %% ../../nbs/1_data/17_dicom.ipynb #a6b31224
 def with_scale(
     a:np.ndarray, # stored numbers of one slice (H,W,S)
@@ -447,12 +461,11 @@ def with_scale(
     mirror:float|None=None, # of `mirror_of`
 )->np.ndarray: # (H,W,S'), in the unit of the scale
     "Apply the scale or the palette of a slice; whole numbers stay whole."
-    processing = extra("pydicom.pixels", "dicom")
     if colours_of(x) == "PALETTE COLOR" and not label:
-        colours = processing.apply_color_lut(a[..., 0], x.note)
-        return (colours >> 8).astype(np.uint8) if colours.max() > 255 else colours.astype(np.uint8)
+        first, colours = palette_of(x)
+        return colours[np.clip(a[..., 0].astype(np.int64) - first, 0, len(colours) - 1)]
     if table_of(x) is not None:
-        a = processing.apply_modality_lut(a, x.note)
+        a = extra("pydicom.pixels", "dicom").apply_modality_lut(a, x.note)
     elif (x.slope, x.shift) != (1, 0):
         whole = x.slope % 1 == 0 and x.shift % 1 == 0
         a = (a * x.slope + x.shift).astype(np.int32 if whole else np.float32)

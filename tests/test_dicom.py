@@ -139,6 +139,38 @@ def test_a_slice_of_another_frame_of_reference_is_named(tmp_path):
     refused(tmp_path, names(0)[2], "frame of reference", "1.2.8 instead of 1.2.9")
 
 
+@pytest.mark.parametrize("tags, words", [
+    (dict(modality="PT"), ("another modality", "PT instead of CT")),
+    (dict(PatientID="other"), ("another patient", "other instead of p")),
+    (dict(StudyInstanceUID="9.9"), ("another study", "9.9 instead of 1.1")),
+    (dict(PatientID=None), ("another patient", "None instead of p")),
+])
+def test_one_series_is_of_one_patient_study_and_modality(tmp_path, tags, words):
+    who = dict(PatientID="p", StudyInstanceUID="1.1")
+    scan(tmp_path, **who)
+    assert np.array_equal(read_image(tmp_path).array[0], HEAD)
+    one(tmp_path / "o.dcm", HEAD[0], (-8, -9, 18.), **who | tags)
+    refused(tmp_path, "its slice o.dcm", *words)
+
+
+def test_a_mosaic_is_no_slice(tmp_path):
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    refused(one(tmp_path / "m.dcm", HEAD[0], modality="MR", ImageType=kind), "m.dcm is a mosaic", "dcm2niix")
+    refused(one(tmp_path / "f/m.dcm", HEAD[0], modality="MR", ImageType=kind).parent, "m.dcm is a mosaic")
+
+
+def test_a_single_slice_of_unknown_thickness(tmp_path):
+    p = one(tmp_path / "f/x.dcm", HEAD[0], (1, 2, 3))
+    im = read_image(p.parent)
+    assert im.array.shape == (1, 1, 8, 10) and im.spacing is None        # nobody said 1 mm
+    assert np.allclose(im.affine, [[-.25, 0, 0, -1], [0, -.5, 0, -2], [0, 0, 1, 3], [0, 0, 0, 1]])
+    assert read_image(p).spacing == (.5, .25)
+    write_label(tmp_path / "y.nii.gz", HEAD[:1] % 3, im)                 # its place is still compared
+    assert np.array_equal(lay_on(read_label(tmp_path / "y.nii.gz"), im), HEAD[:1] % 3)
+    mirrored = read_image(one(tmp_path / "g/x.dcm", HEAD[0], (3.25, 2, 3), (-1, 0, 0, 0, 1, 0)).parent)
+    assert np.array_equal(lay_on(read_label(tmp_path / "y.nii.gz"), mirrored), HEAD[:1, :, ::-1] % 3)
+
+
 def test_echoes_times_and_series_are_told_apart(tmp_path):
     echo = scan(tmp_path / "echo")
     for k in range(6): one(echo / f"b{k}.dcm", HEAD[k], (-8, -9, 3 * k), EchoTime=4.6)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'PLACE', 'SCALE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dicom', 'dicom_files', 'as_dicom', 'dicom_header',
-           'filled', 'tag', 'numbers', 'Slice', 'slices_of', 'read_slices', 'check_slice', 'size_of', 'colours_of',
-           'frame_of', 'but_for_rounding', 'table_of', 'unit_of', 'rescale_of', 'check_alike', 'check_series',
-           'sort_slices', 'check_gaps', 'sideways', 'same_place', 'thickness', 'step_between', 'series_grid', 'ends_of',
-           'mirror_of', 'mirrored', 'palette_of', 'with_scale', 'stored_pixels', 'read_dicom']
+           'filled', 'tag', 'numbers', 'Slice', 'slices_of', 'frames_of', 'read_slices', 'check_slice', 'size_of',
+           'colours_of', 'told_by', 'but_for_rounding', 'table_of', 'unit_of', 'rescale_of', 'check_alike',
+           'check_series', 'sort_slices', 'check_gaps', 'sideways', 'same_place', 'thickness', 'step_between',
+           'series_grid', 'ends_of', 'mirror_of', 'mirrored', 'palette_of', 'with_scale', 'stored_pixels', 'read_dicom']
 
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
@@ -166,19 +166,30 @@ def slices_of(
     with as_dicom(file.name):
         return read_slices(file, s)
 
-# %% ../../nbs/1_data/17_dicom.ipynb #c1ad8d40
-def read_slices(file, s):
-    "As `slices_of`; a damaged tag raises what pydicom raises."
+# %% ../../nbs/1_data/17_dicom.ipynb #5ca1e004
+def frames_of(
+    file:Path, # DICOM file
+    s,         # its data set
+)->int: # how many slices it holds
+    "Count its frames. `InputError` for a file without pictures, a film, and a mosaic."
     if filled(s.get("Rows")) is None or filled(s.get("Columns")) is None:
         kind = getattr(s.get("SOPClassUID", ""), "name", "unknown")
         raise InputError(f"{file.name} holds no picture: it is {s.get('Modality', 'DICOM')} "
-                         f"({kind}). Move it out of the folder.")
+                         f"({kind}). Leave it out.")
+    if "MOSAIC" in (s.get("ImageType") or ()):
+        raise InputError(f"{file.name} is a mosaic: the slices of a volume, side by side in one "
+                         "picture. Convert it to NIfTI, e.g. with dcm2niix.")
     frames = int(filled(s.get("NumberOfFrames")) or 1)
     if frames > 1 and len(s.get("PerFrameFunctionalGroupsSequence") or []) != frames:
         raise InputError(f"{file.name} is a multi-frame file that does not say where its {frames} "
                          "frames lie (a film?). Convert it to NIfTI, e.g. with dcm2niix.")
+    return frames
+
+# %% ../../nbs/1_data/17_dicom.ipynb #c1ad8d40
+def read_slices(file, s):
+    "As `slices_of`; a damaged tag raises what pydicom raises."
     out = []
-    for i in range(frames):
+    for i in range(frames_of(file, s)):
         x = Slice(file, s, i)
         for field, group, name, n in PLACE:
             setattr(x, field, numbers(x.get(group, name), n, f"{name} of {file.name}"))
@@ -216,7 +227,7 @@ def check_slice(
 # %% ../../nbs/1_data/17_dicom.ipynb #df72a2e1
 def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
-def frame_of(x): return str(x.note.get("FrameOfReferenceUID") or "none")
+def told_by(slices, name): return [str(filled(x.note.get(name))) for x in slices]
 
 def but_for_rounding(
     values, # of arrays, or None
@@ -265,15 +276,18 @@ def check_alike(
 ):
     "Raise `InputError` that names a slice which differs from most in size, colours, scale or grid."
     values = {"size": list(map(size_of, slices)), "kind of colour": list(map(colours_of, slices)),
-              "frame of reference": list(map(frame_of, slices)),
+              "modality": told_by(slices, "Modality"),
+              "patient (PatientID)": told_by(slices, "PatientID"),
+              "study (StudyInstanceUID)": told_by(slices, "StudyInstanceUID"),
+              "frame of reference": told_by(slices, "FrameOfReferenceUID"),
               "orientation": but_for_rounding([x.turn for x in slices]),
               "pixel spacing": but_for_rounding([x.spacing for x in slices])}
     white = colours_of(slices[0]) == "MONOCHROME1"
     if white or any((x.slope, x.shift) != (1, 0) or table_of(x) is not None for x in slices):
         values["rescale"] = list(map(rescale_of, slices))
     if white and not unit_of(slices[0]):
-        values["number of bits"] = [str(x.note.get("BitsStored")) for x in slices]
-        values["PixelRepresentation"] = [str(x.note.get("PixelRepresentation")) for x in slices]
+        values["number of bits"] = told_by(slices, "BitsStored")
+        values["PixelRepresentation"] = told_by(slices, "PixelRepresentation")
     for what, found in values.items():
         usual = Counter(found).most_common(1)[0][0]
         for x, v in zip(slices, found):
@@ -392,7 +406,8 @@ def series_grid(
     slices:list, # of `Slice`, sorted
     name:str="", # folder or file, for the warning
 )->tuple: # spacing (3,) in mm, and affine (4,4); None for what is not known
-    "Spacing and affine. A tilted gantry gives an affine without right angles, and a warning."
+    """Spacing and affine. A tilted gantry gives an affine without right angles, and a warning.
+    The affine of a single slice whose thickness is not known has 1 mm for it."""
     x = slices[0]
     if x.spacing is None:
         return None, None
@@ -406,7 +421,8 @@ def series_grid(
         warnings.warn(f"{name}: its slices are shifted against one another by {shear(affine):.1f} "
                       "degrees (tilted gantry). They are kept as they are, and the affine says "
                       "where they lie.", stacklevel=2)
-    return spacing_of(affine), affine
+    depth = thickness(x) if len(slices) == 1 else spacing_of(affine)[0]
+    return (depth, *spacing_of(affine)[1:]), affine
 
 # %% ../../nbs/1_data/17_dicom.ipynb #5ca1e002
 def ends_of(

@@ -107,6 +107,45 @@ def test_positions_that_do_not_fit_are_named(tmp_path):
     assert np.isclose(read_image(scan(tmp_path / "rounded", corners=rounded)).spacing[0], 16.7 / 5, atol=1e-3)
 
 
+def many(folder, corners, **tags):
+    for k, c in enumerate(corners): one(folder / f"{k}.dcm", np.full((8, 10), k), c, **tags)
+    return folder
+
+
+@pytest.mark.parametrize("step, start", [(.625, -100), (.625, .03), (1 / 1.3, 7), (.45, 2)])
+def test_positions_with_one_digit_are_even(tmp_path, step, start):
+    im = read_image(many(tmp_path, [(-8, -8, round(start + step * k, 1)) for k in range(20)]))
+    assert np.isclose(im.spacing[0], step, atol=.1 / 19)
+    assert im.array[0, :, 0, 0].tolist() == list(range(20))
+
+
+def test_an_oblique_stack_with_one_digit_is_even(tmp_path):
+    o = np.array([np.cos(.4), np.sin(.4), 0, -np.sin(.4) * np.cos(.3), np.cos(.4) * np.cos(.3), -np.sin(.3)])
+    corners = np.round(np.cross(o[:3], o[3:]) * .5 * np.arange(60)[:, None], 1)
+    im = read_image(many(tmp_path, corners, turn=np.round(o, 5), spacing=(.3, .3)))
+    assert np.isclose(im.spacing[0], .5, atol=.005)
+
+
+@pytest.mark.parametrize("step", [.625, .45, 1., 5.])
+@pytest.mark.parametrize("start", [0, .037])
+@pytest.mark.parametrize("n, lost", [(4, 1), (4, 2), (5, 2), (20, 9), (20, 18)])
+def test_rounding_excuses_no_lost_slice(tmp_path, step, start, n, lost):
+    at = [k for k in range(n) if k != lost]
+    folder = many(tmp_path, [(0, 0, round(start + step * k, 1)) for k in at])
+    refused(folder, "missing", *(() if n == 4 else (f"from {lost - 1}.dcm", f"to {lost}.dcm")))
+
+
+def test_rounding_is_taken_as_written(tmp_path):
+    corners = [(0, 0, v) for v in (0, 5, 10, 16, 21, 26)]                 # 5.25 mm without digits, or 5 mm and a fault
+    for k, c in enumerate(corners): one(tmp_path / "whole" / f"{k}.dcm", HEAD[k], ImagePositionPatient=list(map(str, c)))
+    assert np.isclose(read_image(tmp_path / "whole").spacing[0], 5.2)
+    refused(many(tmp_path / "digit", corners), "6.00 mm instead of 5.00")  # written as 16.0
+    for k, x in enumerate("0010"): one(tmp_path / "aside" / f"{k}.dcm", HEAD[k], ImagePositionPatient=[x, "0", str(5 * k)])
+    refused(tmp_path / "aside", "1.00 mm sideways")
+    coarse = [(0, 0, round(.3 * k + .05, 1)) for k in (0, 1, 2, 4, 5)]
+    refused(many(tmp_path / "coarse", coarse), "missing", "rounded (0.1 mm)")
+
+
 def test_a_slice_that_differs_is_named(tmp_path):
     def odd(name, a=HEAD[3], corner=(-8, -9, 9), **tags):
         scan(tmp_path / name)
@@ -262,7 +301,28 @@ def test_enhanced_files_are_read_frame_by_frame(tmp_path):
     enhanced(folder / "a.dcm", HEAD[:4], corners[:4]); enhanced(folder / "b.dcm", HEAD[4:], corners[4:])
     assert np.array_equal(read_image(folder).array[0], HEAD)
     refused(enhanced(p, HEAD[:4], corners[[0, 1, 1, 2]]), "frame 2 of x.dcm and frame 3 of x.dcm", "twice")
-    refused(enhanced(p, HEAD[:4], corners[[0, 1, 2, 4]]), "from frame 3 of x.dcm (slice 3) to frame 4 of x.dcm")
+    refused(enhanced(p, HEAD[:4], corners[[0, 1, 2, 4]]), "from frame 3 of x.dcm (slice 3) to frame 4 of x.dcm", "A frame is missing")
+    def refused_frames(*words):
+        refused(p, "Split the file", "dcm2niix", *words)
+        with pytest.raises(InputError) as e: read_image(p)
+        assert "folder" not in str(e.value)                              # frames cannot be moved
+    def echoes(s):
+        for k, f in enumerate(s.PerFrameFunctionalGroupsSequence):
+            f.MREchoSequence = Sequence([Dataset()])
+            f.MREchoSequence[0].EffectiveEchoTime = 2.3 * (1 + k // 2)
+    enhanced(p, HEAD[:4], corners[[0, 1, 0, 1]])
+    refused_frames("frame 1 of x.dcm and frame 3 of x.dcm", "twice.")
+    edit(p, echoes)
+    refused_frames("frame 1 of x.dcm and frame 3 of x.dcm", "they differ in EffectiveEchoTime")
+    def planes(s):
+        del s.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        for f, turn in zip(s.PerFrameFunctionalGroupsSequence, (AXIAL, AXIAL, (1, 0, 0, 0, 0, -1))):
+            f.PlaneOrientationSequence = Sequence([Dataset()])
+            f.PlaneOrientationSequence[0].ImageOrientationPatient = list(map(float, turn))
+    edit(enhanced(p, HEAD[:3], corners[:3]), planes)
+    refused_frames("frame 3 of x.dcm", "another orientation")
+    enhanced(p, HEAD[:3], [(0, 0, 0), (2, 0, 3), (0, 0, 6)])
+    refused_frames("from frame 1 of x.dcm", "sideways")
     refused(enhanced(p, HEAD, corners, groups=False), "x.dcm", "multi-frame", "6 frames")
 
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'PLACE', 'SCALE', 'RADIOGRAPHS', 'TELLING', 'starts_as_dicom', 'dicom_files', 'as_dicom', 'dicom_header',
            'filled', 'tag', 'numbers', 'Slice', 'slices_of', 'frames_of', 'read_slices', 'check_slice', 'size_of',
-           'colours_of', 'told_by', 'but_for_rounding', 'table_of', 'unit_of', 'rescale_of', 'check_alike',
-           'check_series', 'sort_slices', 'check_gaps', 'sideways', 'same_place', 'thickness', 'step_between',
-           'series_grid', 'ends_of', 'mirror_of', 'mirrored', 'palette_of', 'with_scale', 'stored_pixels', 'read_dicom']
+           'colours_of', 'in_one_file', 'told_by', 'but_for_rounding', 'table_of', 'unit_of', 'rescale_of', 'way_out',
+           'check_alike', 'check_series', 'sort_slices', 'check_twice', 'decimals', 'rounding', 'evenly_rounded',
+           'check_gaps', 'sideways', 'thickness', 'step_between', 'series_grid', 'ends_of', 'mirror_of', 'mirrored',
+           'palette_of', 'with_scale', 'stored_pixels', 'read_dicom']
 
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
@@ -227,6 +228,7 @@ def check_slice(
 # %% ../../nbs/1_data/17_dicom.ipynb #df72a2e1
 def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
+def in_one_file(slices): return len({x.file for x in slices}) == 1
 def told_by(slices, name): return [str(filled(x.note.get(name))) for x in slices]
 
 def but_for_rounding(
@@ -270,6 +272,15 @@ def rescale_of(
     parts = "a table" if table_of(x) is not None else " and ".join(x.stated)
     return f"{parts} in {unit_of(x) or 'no known unit'}" if parts else "no rescale"
 
+# %% ../../nbs/1_data/17_dicom.ipynb #5ca1e005
+def way_out(
+    slices:list, # of `Slice`, of which one does not belong
+)->str: # for a message
+    "What can be done about it: a file can be moved, a frame of a file cannot."
+    if in_one_file(slices):
+        return "Split the file by kind of frame, e.g. with dcm2niix."
+    return "Move it out of the folder."
+
 # %% ../../nbs/1_data/17_dicom.ipynb #0ecb01e4
 def check_alike(
     slices:list, # of `Slice`
@@ -295,7 +306,7 @@ def check_alike(
                 localizer = "LOCALIZER" in (x.note.get("ImageType") or ())
                 why = " (it is a localizer)" * localizer
                 raise InputError(f"its slice {x.name()} has another {what} than the others: {v} "
-                                 f"instead of {usual}{why}. Move it out of the folder.")
+                                 f"instead of {usual}{why}. {way_out(slices)}")
 
 # %% ../../nbs/1_data/17_dicom.ipynb #5052284e
 def check_series(
@@ -325,48 +336,92 @@ def sort_slices(
     normal = slices[0].normal()
     return sorted(slices, key=lambda x: x.corner @ normal)
 
-# %% ../../nbs/1_data/17_dicom.ipynb #1b35e1af
-TELLING = ("AcquisitionNumber", "TemporalPositionIdentifier", "EchoNumbers", "EchoTime",
-           "TriggerTime", "DiffusionBValue", "AcquisitionTime", "ImageType")
+# %% ../../nbs/1_data/17_dicom.ipynb #195b6ad9
+TELLING = (("", "AcquisitionNumber"), ("", "TemporalPositionIdentifier"), ("", "EchoNumbers"),
+           ("", "EchoTime"), ("", "TriggerTime"), ("", "DiffusionBValue"), ("", "AcquisitionTime"),
+           ("", "ImageType"), ("MREchoSequence", "EffectiveEchoTime"),
+           ("FrameContentSequence", "TemporalPositionIndex"), ("FrameContentSequence", "StackID"),
+           ("MRDiffusionSequence", "DiffusionBValue"),
+           ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"))
 
+def check_twice(
+    slices:list, # of `Slice`, sorted
+    steps,       # (n-1,3) mm from each to the next
+):
+    "Raise `InputError` for two slices at one place, with what may tell them apart."
+    gaps = steps @ slices[0].normal()
+    for a, b, gap in zip(slices, slices[1:], gaps):
+        if gap <= max(1e-3, .01 * float(np.median(gaps))):
+            told = [name for group, name in TELLING if a.get(group, name) != b.get(group, name)]
+            differ = f"; they differ in {', '.join(told[:3])}" if told else ""
+            fix = "Split the file by echo, time or stack, e.g. with dcm2niix."
+            if not in_one_file((a, b)):
+                fix = ("Remove the second, or put each echo, time or acquisition into its own "
+                       "folder.")
+            raise InputError(f"{a.name()} and {b.name()} lie at one place, so a slice is there "
+                             f"twice{differ}. {fix}")
+
+# %% ../../nbs/1_data/17_dicom.ipynb #5ca1e007
+def decimals(
+    value, # a number as its file writes it
+)->int:
+    "Digits after the point; fewer by the power of ten, if there is one."
+    digits, _, power = str(value).strip().lower().partition("e")
+    return len(digits.partition(".")[2]) - int(power or 0)
+
+def rounding(
+    slices:list, # of `Slice`, with positions
+)->np.ndarray: # (3,) mm
+    "The last digit that the files give of their positions, in each coordinate."
+    told = [x.get(*PLACE[0][1:3]) for x in slices]
+    return 10. ** -np.max([[decimals(v) for v in corner] for corner in told], axis=0)
+
+def evenly_rounded(
+    corners:np.ndarray, # (n,3) mm, in order
+    digit:np.ndarray,   # (3,) mm, of `rounding`
+)->bool:
+    "Whether even steps give these positions, up to rounding that could not hide a lost slice."
+    steps = np.abs(corners[-1] - corners[0]) / (len(corners) - 1)
+    along = steps.argmax()
+    if digit[along] >= steps[along] / 4:
+        return False
+    low, high = np.full(3, -np.inf), np.full(3, np.inf)
+    for d in range(1, len(corners)):
+        way = corners[d:] - corners[:-d]
+        low = np.maximum(low, (way.max(0) - digit) / d)
+        high = np.minimum(high, (way.min(0) + digit) / d)
+    slack = np.where(steps > 0, 1e-6, -1e-6) * digit # halves go either way, but one number alike
+    return bool((low < high + slack).all())
+
+# %% ../../nbs/1_data/17_dicom.ipynb #1b35e1af
 def check_gaps(
     slices:list, # of `Slice`, sorted
     steps,       # (n-1,3) mm from each to the next
 ):
-    "Raise `InputError` for two slices at one place, one that is missing, and one that is shifted."
+    "Raise `InputError` for a slice that is missing, and one that is shifted."
     normal = slices[0].normal()
     gaps = steps @ normal
     usual = float(np.median(gaps))
     aside = steps - np.outer(gaps, normal)
     aside = np.linalg.norm(aside - np.median(aside, 0), axis=1)
-    for k, gap in enumerate(gaps):
-        if gap <= max(1e-3, .01 * usual):
-            raise InputError(same_place(slices[k], slices[k + 1]))
-    for k, gap in enumerate(gaps):
+    for odd, most in ((np.abs(gaps - usual), .1 * usual + 1e-3), (aside, sideways(slices[0]))):
+        k = int(odd.argmax())
+        if odd[k] <= most:
+            continue
         pair = f"from {slices[k].name()} (slice {k + 1}) to {slices[k + 1].name()}"
-        if abs(gap - usual) > .1 * usual + 1e-3:
-            raise InputError(f"its slices are not evenly spaced: {pair} it is {gap:.2f} mm instead "
-                             f"of {usual:.2f}. A file is missing, or one is too many.")
-        if aside[k] > sideways(slices[0]):
+        if odd is aside:
             raise InputError(f"its slices are shifted: {pair} it is {aside[k]:.2f} mm sideways, "
-                             "unlike between the others. Leave out the one from another scan.")
+                             f"unlike between the others. {way_out(slices)}")
+        kind, digit = "frame" if in_one_file(slices) else "file", rounding(slices).max()
+        coarse = f", or positions were rounded ({digit:g} mm)" if digit > .1 * usual else ""
+        raise InputError(f"its slices are not evenly spaced: {pair} it is {gaps[k]:.2f} mm instead "
+                         f"of {usual:.2f}. A {kind} is missing, or one is too many{coarse}.")
 
 def sideways(
     x:Slice, # of the scan
 )->float: # mm
     "How far a slice may lie beside its place: a fifth of a pixel, and what two digits round."
     return .2 * x.spacing.min() + .01
-
-# %% ../../nbs/1_data/17_dicom.ipynb #195b6ad9
-def same_place(
-    a:Slice, # one slice
-    b:Slice, # the next
-)->str: # message
-    "Say that two slices lie at one place, and what may tell them apart."
-    told = [t for t in TELLING if a.note.get(t) != b.note.get(t)]
-    differ = f"; they differ in {', '.join(told[:3])}" if told else ""
-    return (f"{a.name()} and {b.name()} lie at one place, so a slice is there twice{differ}. "
-            "Remove the second, or put each echo, time or acquisition into its own folder.")
 
 # %% ../../nbs/1_data/17_dicom.ipynb #b1be5a35
 def thickness(
@@ -388,8 +443,11 @@ def step_between(
     if len(slices) == 1:
         return normal * (thickness(slices[0]) or 1.)
     corners = np.array([x.corner for x in slices])
-    check_gaps(slices, np.diff(corners, axis=0))
+    check_twice(slices, np.diff(corners, axis=0))
     step = (corners[-1] - corners[0]) / (len(slices) - 1)
+    if evenly_rounded(corners, rounding(slices)):
+        return step
+    check_gaps(slices, np.diff(corners, axis=0))
     off = corners - corners[0] - np.arange(len(slices))[:, None] * step
     along = np.abs(off @ normal) / (.1 * (step @ normal) + 1e-3)
     aside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1) / sideways(slices[0])

@@ -1,4 +1,5 @@
 """DICOM: every slice where its file says, numbers in the unit of their scale, files that do not belong, contours and segments by the rules of the standard."""
+import gzip
 import shutil
 import warnings
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 pydicom = pytest.importorskip("pydicom")
+import torch
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from skimage.draw import polygon2mask
@@ -13,9 +15,10 @@ from test_clinical import CORNER, D, H, PX, STEP, W, base, circle, put, rtstruct
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
-from unpaired_kd.data.dicom import dicom_files
+from unpaired_kd.data.dicom import dicom_files, split_folder
 from unpaired_kd.data.geometry import lay_on, shear, spacing_of
-from unpaired_kd.data.images import Image, read_image, read_label, write_label
+from unpaired_kd.data.images import Image, list_images, read_image, read_label, write_label
+from unpaired_kd.inference import PartlyDone, Recipe, Student, one_series, predict_path
 
 R = np.random.default_rng(0)
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -245,6 +248,98 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
     assert len(slice_files(folder)) == 6
     (folder / "IM3").write_bytes((folder / "IM3").read_bytes()[:150])
     with pytest.raises(InputError, match="IM3"): read_image(folder)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("6.dcm.gz", lambda raw: gzip.compress(raw)),
+    ("rest.zip", lambda raw: b"PK" + raw[:40]),
+    ("IM6", lambda raw: bytes(200) + raw),                               # its first bytes are lost
+    ("IM6", lambda raw: bytes(132) + raw[132:]),
+    ("IM6", lambda raw: raw[140:]),
+])
+def test_what_may_be_a_slice_is_not_left_out(tmp_path, name, content):
+    folder = scan(tmp_path / "s")
+    (folder / name).write_bytes(content((folder / "0.dcm").read_bytes()))
+    for road in (read_image, dicom_files, slice_files, one_series):
+        with pytest.raises(InputError, match=f"(?s){name}.*out of the folder"): road(folder)
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    folder = scan(tmp_path / "s")
+    size = (folder / "0.dcm").stat().st_size
+    (folder / "S.seg.nrrd").write_bytes(b"NRRD0004\n" + b"x" * 200 + bytes(size - 209))
+    (folder / "note.txt").write_text("n" * size)
+    (folder / "big.bin").write_bytes(bytes(2 * size))
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * size)
+    assert len(dicom_files(folder)) == 6 and split_folder(folder)[1] == [folder / n for n in ("S.seg.nrrd", "big.bin", "note.txt")]
+    for road in (read_image, lambda f: predict_path(bright(), f, tmp_path / "o.nii.gz", bars=False)):
+        with pytest.warns(UserWarning, match="s: not DICOM, left out: S.seg.nrrd, big.bin, note.txt"): road(folder)
+
+
+class Bright(torch.nn.Module):
+    "A network for pictures of any size."
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x): return x[:, :1] - .5 + self.weight
+
+
+def bright(): return Student(Bright(), Recipe(channels=1, in_channels=1, dims=2, intensity="percentile"))
+
+
+UNPLACED = dict(ImagePositionPatient=..., ImageOrientationPatient=...)
+
+
+@pytest.mark.parametrize("name", ["p{}.dcm", "IM_000{}", "p{}.IMA", "1.2.{}"])
+def test_a_folder_of_pictures_is_no_series(tmp_path, name):
+    names = [name.format(k) for k in range(3)]
+    for k, n in enumerate(names): one(tmp_path / "images" / n, HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k}", **UNPLACED)
+    (tmp_path / "images" / "note.txt").write_text("three patients")
+    images, others = list_images(tmp_path / "images")
+    assert [p.name for p in images] == sorted(names) and [p.name for p in others] == ["note.txt"]
+    assert not one_series(tmp_path / "images")
+    done = predict_path(bright(), tmp_path / "images", tmp_path / "out", bars=False)
+    assert [p.name for p in done] == [n.removesuffix(".dcm") + ".nii.gz" for n in sorted(names)]
+    for k, n in enumerate(names):
+        assert np.array_equal(read_image(tmp_path / "images" / n).array[0], HEAD[k])
+        assert read_label(tmp_path / "out" / (n.removesuffix(".dcm") + ".nii.gz")).array.shape == (8, 10)
+
+
+def test_which_folders_are_a_series(tmp_path):
+    series = scan(tmp_path / "series")
+    assert one_series(series)
+    one(series / "pet.dcm", HEAD[0], (-8, -9, 40), modality="PT", SeriesInstanceUID="1.2.4")
+    assert one_series(series)                                            # reading it names the two series
+    refused(series, "2 DICOM series")
+    assert one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
+    assert not one_series(one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent)
+    views = tmp_path / "views"                                           # two views of each patient
+    for k in range(4): one(views / f"{k}.dcm", HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k // 2}", **UNPLACED)
+    assert not one_series(views)
+    stripped = scan(tmp_path / "stripped", **UNPLACED)                   # slices whose order is lost
+    assert one_series(stripped)
+    refused(stripped, "no position")
+    corners = np.array([[-8, -9, 3. * k] for k in range(6)])
+    enhanced(tmp_path / "one/p.dcm", HEAD, corners)
+    assert one_series(tmp_path / "one")
+    def other(s): s.SeriesInstanceUID = "1.2.5"
+    edit(enhanced(tmp_path / "one/q", HEAD[:3], corners[:3]), other)
+    assert not one_series(tmp_path / "one")                              # a volume of each patient
+    done = predict_path(bright(), tmp_path / "one", tmp_path / "out", bars=False)
+    assert [read_label(p).array.shape for p in done] == [(6, 8, 10), (3, 8, 10)]
+    assert not one_series(tmp_path / "out")
+    (series / "pet.dcm").unlink()
+    (series / "7.dcm").write_bytes(b"")
+    with pytest.raises(InputError, match="7.dcm is cut short"): one_series(series)
+
+
+def test_a_damaged_picture_does_not_stop_the_others(tmp_path):
+    for k in range(3): one(tmp_path / f"images/p{k}.dcm", HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k}", **UNPLACED)
+    f = tmp_path / "images/p1.dcm"
+    f.write_bytes(f.read_bytes()[:300])
+    with pytest.raises(PartlyDone, match="(?s)2 of 3.*p1.dcm"): predict_path(bright(), f.parent, tmp_path / "out", bars=False)
+    assert sorted(p.name for p in (tmp_path / "out").glob("p*")) == ["p0.nii.gz", "p2.nii.gz"]
 
 
 def test_single_slices(tmp_path):

@@ -311,11 +311,12 @@ def rescale_of(
 # %% ../../nbs/1_data/17_dicom.ipynb #5ca1e005
 def way_out(
     slices:list, # of `Slice`, of which one does not belong
+    it:str="it", # what to call that one
 )->str: # for a message
     "What can be done about it: a file can be moved, a frame of a file cannot."
     if in_one_file(slices):
         return "Split the file by kind of frame, e.g. with dcm2niix."
-    return "Move it out of the folder."
+    return f"Move {it} out of the folder."
 
 # %% ../../nbs/1_data/17_dicom.ipynb #0ecb01e4
 def check_alike(
@@ -456,7 +457,7 @@ def check_gaps(
     "Raise `InputError` for a slice that is missing, and one that is shifted."
     normal = slices[0].normal()
     gaps = steps @ normal
-    usual = float(np.median(gaps))
+    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2]) # the median, and of two the smaller one
     aside = steps - np.outer(gaps, normal)
     aside = np.linalg.norm(aside - np.median(aside, 0), axis=1)
     for odd, most in ((np.abs(gaps - usual), .1 * usual + 1e-3), (aside, sideways(slices[0]))):
@@ -466,7 +467,8 @@ def check_gaps(
         pair = f"from {slices[k].name()} (slice {k + 1}) to {slices[k + 1].name()}"
         if odd is aside:
             raise InputError(f"its slices are shifted: {pair} it is {aside[k]:.2f} mm sideways, "
-                             f"unlike between the others. {way_out(slices)}")
+                             f"unlike between the others. "
+                             f"{way_out(slices, 'the one from another scan')}")
         kind, digit = "frame" if in_one_file(slices) else "file", rounding(slices).max()
         coarse = f", or positions were rounded ({digit:g} mm)" if digit > .1 * usual else ""
         raise InputError(f"its slices are not evenly spaced: {pair} it is {gaps[k]:.2f} mm instead "

@@ -536,8 +536,9 @@ def series_grid(
         warnings.warn(f"{name}: its slices are shifted against one another by {shear(affine):.1f} "
                       "degrees (tilted gantry). They are kept as they are, and the affine says "
                       "where they lie.", stacklevel=2)
-    depth = thickness(x) if len(slices) == 1 else spacing_of(affine)[0]
-    return (depth, *spacing_of(affine)[1:]), affine
+    if len(slices) == 1 and thickness(x) is None:
+        return (None, rows, columns), affine
+    return spacing_of(affine), affine
 
 # %% ../../nbs/1_data/17_dicom.ipynb #5ca1e002
 def ends_of(

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import InputError, atomic, digest, file_sha256, given, progress, read_json, resolve_precision, unknown, write_json
+from .data.dicom import dicom_files, is_dicom, is_scan
 from .data.files import header_size
-from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
+from .data.images import WRITERS, Image, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .data.ngff import is_zarr
 from .networks.registry import build, load_weights, name_of
@@ -506,9 +507,10 @@ def output_name(
 def is_image(
     path:Path, # a file, a folder, or a link
 )->bool:
-    "Whether it is to be segmented, by its name; a folder if it is a Zarr or holds DICOM files."
+    """Whether it is to be segmented: by its name, or as DICOM by its first bytes; a folder if it is
+    a .zarr or holds DICOM files."""
     if suffix_of(path) == ".zarr" or not os.path.isdir(path):
-        return bool(suffix_of(path))
+        return bool(suffix_of(path)) or is_dicom(path)
     try:
         return is_zarr(path) or bool(dicom_files(path))
     except (OSError, InputError):
@@ -517,19 +519,18 @@ def is_image(
 def one_series(
     folder:Path, # an input
 )->bool: # True: a DICOM series; False: a folder of images
-    "Whether a folder is one image. `InputError` if it holds a series and other images."
-    try:
-        series = dicom_files(folder)
-    except OSError: # one of its files may not be read: that file is named when it is its turn
-        series = sorted(folder.glob("*.dcm"))
-    names = {p.name for p in series}
-    inside = [p for p in visible(folder) if p.name not in names]
+    "Whether a folder is one image. `InputError` if it holds a series and what does not belong to it."
+    series = [p for p in visible(folder) if is_dicom(p)]
+    if not is_scan(series):
+        return False
+    inside = [p for p in visible(folder) if p not in series]
     images = [p.name for p in inside if is_image(p) and suffix_of(p) != ".dcm"]
-    if series and images:
+    if images:
         raise InputError(f"{folder} holds DICOM files ({series[0].name}) and other images: "
                          f"{', '.join(images[:5])}{' ...' if len(images) > 5 else ''}. "
                          "Put the series into a folder of its own.")
-    return bool(series)
+    dicom_files(folder) # says what may be a slice and cannot be read
+    return True
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10006
 def plan(

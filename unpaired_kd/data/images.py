@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'PLACE', 'READERS', 'BY_CONTENT', 'ROUNDING', 'WRITERS', 'Image', 'orientation', 'check_finite', 'window',
-           'to_unit', 'zoomed_size', 'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'is_dicom', 'NiftiPlace',
-           'nifti_code', 'nifti_form', 'nifti_forms', 'nifti_place', 'open_nifti', 'parse_nifti', 'from_nifti',
-           'read_nifti', 'volume_window', 'slabs', 'suffix_of', 'stem_of', 'is_series', 'reader_of', 'decode', 'native',
+           'to_unit', 'zoomed_size', 'resize', 'prepare', 'zoom_label', 'zoom_spacing', 'NiftiPlace', 'nifti_code',
+           'nifti_form', 'nifti_forms', 'nifti_place', 'open_nifti', 'parse_nifti', 'from_nifti', 'read_nifti',
+           'volume_window', 'slabs', 'suffix_of', 'stem_of', 'is_series', 'reader_of', 'decode', 'native',
            'match_channels', 'read_image', 'read_label', 'smallest', 'write_pillow', 'write_jpeg', 'write_tiff',
            'set_place', 'write_nifti', 'write_zarr', 'write_image', 'write_label', 'is_image', 'list_images']
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..core import InputError, atomic, atomic_folder, extra, log_as_error, unknown
-from .dicom import dicom_files, read_dicom, sort_slices, starts_as_dicom
+from .dicom import dicom_files, is_dicom, read_dicom, sort_slices
 from .geometry import (SHIFT, Grid, Spacing, apart, letters, shear, spacing_of, usable,
                                        way_onto, with_steps)
 from .ngff import ABSENT, is_zarr, ome_steps, open_zarr, read_zarr, zarr_parts
@@ -145,13 +145,6 @@ def zoom_spacing(
         return Spacing(steps)
     plane = tuple(p * s / n for p, s, n in zip(spacing[-2:], shape[-2:], zoomed_size(shape, zoom)))
     return (*spacing[:-2], *plane)
-
-# %% ../../nbs/1_data/2_images.ipynb #db1dc681
-def is_dicom(
-    path, # any entry of a folder
-)->bool:
-    "Whether a file starts like DICOM; what cannot be opened does not."
-    return starts_as_dicom(first_bytes(path))
 
 # %% ../../nbs/1_data/2_images.ipynb #789dfb28
 LENGTHS = {1: 1e3, 2: 1., 3: 1e-3} # NIfTI's codes of metre, millimetre and micrometre, in mm
@@ -399,7 +392,8 @@ def is_series(
 def reader_of(
     path:Path, # file or folder that is there
 ): # one of `READERS`
-    "The reader, by the ending; for pictures, by the content. `InputError` for what none can read."
+    """The reader, by the ending; for pictures and for DICOM, by the content. `InputError` for what
+    none can read."""
     suffix = suffix_of(path)
     if not suffix and is_zarr(path):
         return read_zarr # which asks for another name
@@ -409,6 +403,8 @@ def reader_of(
             raise InputError("the folder holds DICOM files and other images "
                              f"({', '.join(mixed[:5])}). Give one file, or put the series into "
                              "its own folder.")
+        return read_dicom
+    if not suffix and is_dicom(path):
         return read_dicom
     if not suffix:
         raise InputError(f"the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, "
@@ -649,17 +645,18 @@ def write_label(
 def is_image(
     path:Path, # an entry of a folder
 )->bool:
-    "Whether an entry is one image: a file with an ending of ours, a Zarr, or a DICOM series."
+    """Whether an entry is one image: a file with an ending of ours, DICOM with any name, a Zarr, or
+    a folder with a DICOM series."""
     suffix = suffix_of(path)
     if os.path.isdir(path):
         series = suffix in ("", ".dcm") and is_series(path)
         return suffix == ".zarr" or is_zarr(path) or series
-    return os.path.isfile(path) and suffix not in ("", ".zarr")
+    return os.path.isfile(path) and suffix != ".zarr" and (suffix != "" or is_dicom(path))
 
 def list_images(
     folder, # a folder
 )->tuple: # (images, others): sorted paths; hidden files are in neither
-    """The images in a folder (by their ending; a .zarr folder or a DICOM series folder is one image),
+    """The images in a folder (see `is_image`; a .zarr folder or a DICOM series folder is one image),
     and everything else in it, such as links that lead nowhere."""
     folder = Path(folder)
     if not os.path.isdir(folder):

@@ -654,10 +654,37 @@ def test_damaged_structures_name_the_file(tmp_path):
 def test_one_contour_and_two_close_ones():
     a = circle(30, 30, 20, 0)[:, :2]
     pair = lambda p: (p, polygon2mask((64, 64), p))
-    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1])) and same_contour(pair(a), pair(circle(30, 30, 20.2, 0, 200)[:, :2]))
-    wall = circle(30, 30, 18.5, 0)[:, :2]                                # a wall of 1.5 pixels is a wall
-    assert not same_contour(pair(a), pair(wall))
-    assert np.array_equal(joined([pair(a), pair(wall)]), pair(a)[1] & ~pair(wall)[1])
+    again = circle(30.2, 30, 20, 0, 200)[:, :2]                        # .2 pixels aside: they cross
+    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
+    assert same_contour(pair(a), pair(again))
+    assert same_contour(pair(a), pair(a[::2]))                      # inside, but they meet
+    for thin in (.1, .3, .45, .55, 1.5):                                 # a wall is a wall
+        wall = circle(30, 30, 20 - thin, 0)[:, :2]
+        assert not same_contour(pair(a), pair(wall))
+        for order in (1, -1):
+            both = joined([pair(a), pair(wall)][::order])
+            assert np.array_equal(both, pair(a)[1] & ~pair(wall)[1])
+
+
+@pytest.mark.parametrize("with_outer, with_hole, truth", [
+    (False, False, drawn((1, *A), (0, *HOLE))),
+    (True, False, drawn((1, *A))),                                       # joined: the whole
+    (True, True, drawn((1, *A), (0, *HOLE))),
+    (False, True, drawn((1, *A)))])                            # a region of its own
+@pytest.mark.parametrize("off", [0, .02, .2]) # pixels: drawn again, not quite alike
+def test_a_keyhole_beside_its_outlines(tmp_path, with_outer, with_hole, off, truth):
+    like, a, h = scan_image(tmp_path), square(*A), square(*HOLE)
+    key = np.r_[a, a[:1], h[:1], h[::-1], a[:1]]
+    again = np.array([[1, 1, 0], [1, -1, 0], [-1, 1, 0], [-1, -1, 0]]) * off * PX
+    contours = [key] + [a + again] * with_outer + [h] * with_hole
+    for order in (1, -1):
+        assert np.array_equal(fill_contours(contours[::order], like), truth)
+
+
+def test_a_hole_may_touch_the_outline(tmp_path):
+    hole = (6, 11, A[2], 13)  # its left side lies on that of A
+    found = fill_contours([square(*A), square(*hole)], scan_image(tmp_path))
+    assert np.array_equal(found, drawn((1, *A), (0, *hole)))
 
 
 # Segments
@@ -682,7 +709,8 @@ def test_segment_numbers_in_shared_groups_or_nowhere(tmp_path):
     def forget(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.SegmentIdentificationSequence
     assert np.array_equal(seg_mask(edit(seg(f, MASK), share), like), MASK)
-    with pytest.raises(InputError, match="(?s)s.dcm.*frame 0 does not say which segment"): seg_mask(edit(seg(f, MASK), forget), like)
+    with pytest.raises(InputError, match="(?s)s.dcm.*frame 1 does not say which segment"):
+        seg_mask(edit(seg(f, MASK), forget), like)
     def no_place(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.PlanePositionSequence
     with pytest.raises(InputError, match="(?s)s.dcm.*does not say where it lies"): seg_mask(edit(seg(f, MASK), no_place), like)

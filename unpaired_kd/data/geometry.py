@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SKEW', 'SHIFT', 'DRIFT', 'FARTHEST', 'FIX', 'Grid', 'grid_of', 'with_depth', 'usable', 'spacing_of', 'letters',
            'shear', 'oblique', 'describe_grid', 'Spacing', 'without_axis', 'with_steps', 'axes_between', 'apart',
-           'way_onto', 'turned', 'unlike', 'places_of', 'is_still', 'ways_between', 'describe_places', 'way_by_place',
-           'lay_on']
+           'way_onto', 'turned', 'check_frame', 'unlike', 'plane_voxels', 'planes_on', 'lay_planes', 'places_of',
+           'is_still', 'ways_between', 'describe_places', 'way_by_place', 'lay_on']
 
 # %% ../../nbs/1_data/16_geometry.ipynb #fad7e552
 import warnings
@@ -25,6 +25,7 @@ class Grid:
     spacing:tuple|None = None     # mm along these axes
     affine:np.ndarray|None = None # (4,4), from (column, row, slice) to (right, front, up) in mm
     origin:tuple|None = None      # mm of the first voxel along these axes, in a frame without sides
+    frame:str = ""                # name of the frame of reference of the affine; "": not stated
 
 def grid_of(
     image,            # `Image`, or anything with array, spacing and affine
@@ -33,8 +34,9 @@ def grid_of(
     "The grid of an image or of a label. An affine that is no place is not known."
     size = image.array.shape if label else image.array.shape[1:]
     known = image.affine is not None and usable(image.affine)
-    origin = getattr(getattr(image, "header", None), "origin", None)
-    return Grid(tuple(size), image.spacing, image.affine if known else None, origin)
+    header = getattr(image, "header", None)
+    origin, frame = getattr(header, "origin", None), getattr(header, "frame", "")
+    return Grid(tuple(size), image.spacing, image.affine if known else None, origin, frame)
 
 def with_depth(
     grid:Grid,
@@ -42,7 +44,8 @@ def with_depth(
     "A picture as a volume of one slice, whose thickness is not known."
     more = 3 - len(grid.size)
     def longer(told): return told and (np.nan,) * more + tuple(told)
-    return Grid((1,) * more + grid.size, longer(grid.spacing), grid.affine, longer(grid.origin))
+    size, spacing, origin = (1,) * more + grid.size, longer(grid.spacing), longer(grid.origin)
+    return replace(grid, size=size, spacing=spacing, origin=origin)
 
 # %% ../../nbs/1_data/16_geometry.ipynb #feb73f40
 def usable(
@@ -227,6 +230,17 @@ def turned(
     return np.ascontiguousarray(a.transpose(np.argsort(axes)).T)
 
 # %% ../../nbs/1_data/16_geometry.ipynb #2af8cd51
+def check_frame(
+    stated:str, # frame of reference that a label names; "": none
+    frame:str,  # that of its image; "": not known
+    name:str,   # file of the label, for the message
+):
+    "Raise `InputError` when both name a frame of reference, and not the same one."
+    if stated and frame and stated != frame:
+        raise InputError(f"{name} was drawn in another frame of reference ({stated}) than its "
+                         f"image has ({frame}). Use the image that it was drawn on; if you know "
+                         "that the two agree, convert one to NIfTI, which names none.")
+
 def unlike(
     label:Grid, # of the same size as the image
     image:Grid, # not both with an affine
@@ -242,6 +256,60 @@ def unlike(
         if (apart > FARTHEST).any():
             return "lies elsewhere"
     return ""
+
+# %% ../../nbs/1_data/16_geometry.ipynb #112c8e83
+def plane_voxels(
+    affine,    # (4,4) of one slice
+    size,      # (H,W) of it
+    grid:Grid, # of the image, three axes, with an affine
+)->tuple|None: # slice, row and column of the image for each pixel, (H,W) each; None: no slice of it
+    "The voxels that a whole slice of a label covers."
+    (H, W), n = size, np.array(grid.size[::-1])
+    across, down, _, first = (np.linalg.inv(grid.affine) @ affine)[:3].T
+    right, below, start = (np.rint(v).astype(int) for v in (across, down, first))
+    off = [first - start + c * (across - right) + r * (down - below)
+           for c in (0, W - 1) for r in (0, H - 1)]
+    exact = np.abs(off[0]).max() <= SHIFT
+    exact = exact and np.abs(off).max() <= min(SHIFT + DRIFT * n.max(), FARTHEST)
+    covers = np.abs(right) @ n == W and np.abs(below) @ n == H
+    c, r = np.arange(W), np.arange(H)[:, None]
+    voxel = [start[k] + right[k] * c + below[k] * r for k in range(3)]
+    within = all(v.min() >= 0 and v.max() < m for v, m in zip(voxel, n))
+    return tuple(voxel[::-1]) if exact and covers and within else None
+
+# %% ../../nbs/1_data/16_geometry.ipynb #30049093
+def planes_on(
+    label,     # `Image` of a label map (P,H,W); its header holds the affine of each of its P slices
+    grid:Grid, # of the image, three axes, with an affine
+)->tuple: # the label on that grid, 0 where it has no slice; None, or (4,4) of a slice off the grid
+    "Lay each slice of a label where it belongs."
+    out, taken = np.zeros(grid.size, label.array.dtype), np.zeros(grid.size, bool)
+    for plane, affine in zip(label.array, label.header.planes):
+        voxels = plane_voxels(affine, plane.shape, grid)
+        if voxels is None or taken[voxels].any():
+            return None, affine
+        out[voxels], taken[voxels] = plane, True
+    return out, None
+
+def lay_planes(
+    label,       # as `planes_on`
+    places:list, # of `Grid` of three axes: where the image may lie
+    image:str,   # its name, for messages
+)->np.ndarray: # the label on its grid
+    "The one way to lay slices on an image. `InputError`: there is none, or more than one."
+    name, laid = label.path or "the label", [planes_on(label, grid) for grid in places]
+    found = [out for out, _ in laid if out is not None]
+    if not found:
+        corner = ", ".join(f"{v + 0:.4g}" for v in np.round(laid[0][1][:3, 3], 2))
+        H, W = label.array.shape[1:]
+        raise InputError(f"{name}: its slice of {H} x {W} pixels at ({corner}) mm right, front, up "
+                         f"does not lie on a slice of {image or 'its image'}, or another one lies "
+                         f"there ({describe_grid(places[0])}). Resample it onto the image, or use "
+                         "the image that it was drawn on.")
+    if any((out != found[0]).any() for out in found):
+        raise InputError(f"{name}: its slices lie on {image or 'its image'} in two ways, by its "
+                         "sform and by its qform. Write the right place into both forms.")
+    return found[0]
 
 # %% ../../nbs/1_data/16_geometry.ipynb #5c0f2a71
 def places_of(
@@ -313,6 +381,9 @@ def lay_on(
     "Bring a label onto its image. `InputError`, with both grids, where it is not sure to lie."
     there, here = grid_of(label, True), grid_of(image)
     name = label.path or "the label"
+    check_frame(there.frame, here.frame, name)
+    if getattr(getattr(label, "header", None), "planes", None) and here.affine is not None:
+        return lay_planes(label, [with_depth(here)], image.path).reshape(here.size)
     both = ""
     if any(g.affine is not None or g.spacing is not None for g in (there, here)):
         both = (f" The label: {describe_places(places_of(label, there))}. Its image {image.path}: "

@@ -35,7 +35,7 @@ class Image:
     spacing:tuple|None = None  # mm along the spatial axes of `array`; None: the file does not say
     affine:np.ndarray|None = None # (4,4); None: not known
     path:str = ""              # where it came from
-    header:object = None       # what its header says of place (`NiftiPlace`, `ZarrPlace`), written back as it came
+    header:object = None       # what it says of place: `NiftiPlace`, `DicomPlace`, `ZarrPlace`
 
 def orientation(
     image:Image, # an image with an affine
@@ -419,7 +419,7 @@ def decode(
     path,             # file, or folder of a DICOM series
     label:bool=False, # label map instead of a picture
     absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
-)->tuple: # array (C,*s), spacing, affine, header (a `NiftiPlace`, a `ZarrPlace` or None)
+)->tuple: # array (C,*s), spacing, affine, header (`NiftiPlace`, `DicomPlace`, `ZarrPlace` or None)
     "Read any format; every fault is an `InputError` that names the file."
     path = Path(path)
     check_there(path)

@@ -643,3 +643,66 @@ def test_a_model_card_is_utf8_everywhere(home):
     Student(flat().network, Recipe(channels=1, in_channels=1, patch=64, classes=("Hintergrund", "Drüse \udce9"))).save(home / "umlaut")
     text = (home / "umlaut/README.md").read_bytes().decode("utf-8")
     assert "1 Drüse \\udce9" in text and "\r" not in text
+
+
+# ---- talk is not the work: a reader who leaves, a full disk under a log, closed streams
+
+def stream_of(kind):
+    "A text stream that takes nothing: its reader has left, its disk is full, or there is none."
+    if kind == "closed": return None
+    if kind == "full": return open("/dev/full", "w")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1 if kind == "lines" else -1)
+
+
+@pytest.fixture
+def unheard(monkeypatch):
+    "Runs `ukd` with such streams."
+    def run(out, err, *argv):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "stdout", stream_of(out)); m.setattr(sys, "stderr", stream_of(err))
+            return cli.main([str(a) for a in argv])
+    return run
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device")
+@pytest.mark.parametrize("out, err", [("left", "left"), ("lines", "lines"), ("full", "full"), ("closed", "closed"), ("lines", "closed")])
+def test_work_is_finished_though_nobody_listens(home, unheard, out, err):
+    (home / "images" / "notes.txt").write_text("left out, and said so")
+    assert unheard(out, err, "predict", "flat", "images", "new") == 0
+    assert sorted(p.name for p in (home / "new").iterdir()) == ["a.png", "b.png", "b_instances.png", "c.png"]
+    assert unheard(out, err, "predict", "flat", "v.nii.gz", "l.nii.gz") == 0 and read_label("l.nii.gz").array.shape == (4, 32, 40)
+    assert unheard(out, err, "predict", "deep", "v.tif", "l.zarr", "--tile", "16") == 0 and not (home / "l.zarr.part").exists()
+    (home / "images" / "a.png").write_bytes(b"no picture")
+    assert unheard(out, err, "predict", "flat", "images", "some") == 1 and len(list((home / "some").iterdir())) == 3
+    assert unheard(out, err, "predict", "flat", "images", "some") == 2 # they are there
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device")
+@pytest.mark.parametrize("out, good, bad", [("left", 0, 1), ("lines", 0, 1), ("closed", 0, 1), ("full", 2, 2)])
+def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad):
+    "Where its table is lost to a full disk, the check has failed."
+    (home / "images" / "b_instances.png").unlink()
+    for name in "abc": write_label(home / "labels" / f"{name}.png", np.eye(32, 40, dtype=np.uint8))
+    (home / "data").mkdir(); (home / "images").rename(home / "data" / "images"); (home / "labels").rename(home / "data" / "labels")
+    assert unheard(out, "closed", "check", "data", "--out", "pictures") == good and len(list((home / "pictures").iterdir())) == 1
+    (home / "data" / "images" / "a.png").write_bytes(b"no picture")
+    assert unheard(out, "left", "check", "data") == bad
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors")
+def test_a_run_and_a_sweep_without_any_stream(home):
+    "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."
+    cells = ['x: int = 1\nrun_folder: str = ""', 'print(x)\nopen(f"{run_folder}/metrics.csv", "w").write(f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n")']
+    body = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"][i:]}, source=c, outputs=[], execution_count=None) for i, c in enumerate(cells)]
+    Path("n.ipynb").write_text(json.dumps(dict(cells=body, metadata={}, nbformat=4, nbformat_minor=5)))
+    Path("g.yaml").write_text("notebook: ./n.ipynb\ngrid: {x: [1, 2]}\n")
+    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))'"
+    assert subprocess.run(f"exec {ukd} run ./n.ipynb --out run <&- >&- 2>&-", shell=True).returncode == 0
+    assert (home / "run" / "metrics.csv").exists()
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(f"exec {ukd} sweep g.yaml --out many --workers 1", shell=True, stdout=writer, stderr=writer).returncode == 0
+    os.close(writer)
+    assert (home / "many" / "results.csv").read_text().count("0.5") == 2

@@ -7,10 +7,10 @@ __all__ = ['PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE', 'REAL', 'InputError', 
            'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
            'is_same_file', 'clear_parts', 'sync', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'read_text',
            'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'bf16_supported',
-           'resolve_precision', 'progress']
+           'resolve_precision', 'watched', 'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil
+import contextlib, csv, difflib, errno, hashlib, json, logging, os, random, re, shutil, sys
 from importlib import import_module
 from pathlib import Path
 
@@ -502,14 +502,17 @@ def resolve_precision(
     return precision
 
 # %% ../nbs/0_core/1_core.ipynb #dcbc9a3e
+def watched()->bool: # whether standard error is a terminal; False also where it is closed
+    "Whether somebody sees a bar move."
+    return sys.stderr is not None and sys.stderr.isatty()
+
 def progress(
     total:int,      # steps in all
     desc:str="",    # what is going on
     initial:int=0,  # steps already done (resumed run)
     enabled:bool=True, # False: silent
 ): # a tqdm bar; call `.update()` and `.set_postfix_str()`
-    "A text progress bar for terminals, notebooks and papermill."
-    import sys
+    "A text progress bar for terminals, notebooks and papermill; none where standard error is closed."
     from tqdm import tqdm
-    live = sys.stderr.isatty()
-    return tqdm(total=total, desc=desc, initial=initial, disable=not enabled, ascii=True, ncols=100, mininterval=.2 if live else 5, maxinterval=10, miniters=1, leave=True)
+    off = not enabled or sys.stderr is None
+    return tqdm(total=total, desc=desc, initial=initial, disable=off, ascii=True, ncols=100, mininterval=.2 if watched() else 5, maxinterval=10, miniters=1, leave=True)

@@ -715,6 +715,9 @@ def of_the_system(
     "What the system refused, and for which file."
     if isinstance(e, MemoryError): return "the memory is full. Close other programs, or take smaller images, patches or batches."
     names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, (str, bytes))]
+    try: os.getcwd()
+    except OSError:
+        if not names: return "the current folder is not there any more. Change to another one (cd)."
     return f"{' and '.join(names) or 'the system refused a file or device'}: {e.strerror or e}."
 
 # %% ../nbs/6_command/1_cli.ipynb #951aef9e

@@ -706,3 +706,101 @@ def test_a_run_and_a_sweep_without_any_stream(home):
     assert subprocess.run(f"exec {ukd} sweep g.yaml --out many --workers 1", shell=True, stdout=writer, stderr=writer).returncode == 0
     os.close(writer)
     assert (home / "many" / "results.csv").read_text().count("0.5") == 2
+
+
+# ---- what lies in the way
+
+@pytest.mark.parametrize("make", [lambda p: os.symlink(p.parents[1] / "mine.txt", p), os.mkfifo, os.mkdir], ids=["link", "pipe", "folder"])
+@pytest.mark.parametrize("source", ["images", "images/a.png"])
+def test_notes_are_a_plain_file(home, capsys, make, source):
+    "Refused at once, in a line of its own; nothing is read from it or written through it."
+    (home / "mine.txt").write_text("x\n"); (home / "new").mkdir()
+    make(inference.notes_of(home / "new" / "a.png", source != "images"))
+    before = tree(home)
+    assert cli.main(["predict", "flat", source, "new"]) == 2
+    said = capsys.readouterr().err.replace("\r", "\n")
+    assert said.startswith("ukd predict: ") and "is no file of ours" in said and said.count("\n") == 1
+    assert tree(home) == before
+
+
+def test_a_lock_of_blocks_is_a_plain_file(home, capsys):
+    (home / "mine.txt").write_text("x\n"); (home / "l.zarr.part").mkdir()
+    os.symlink("../mine.txt", home / "l.zarr.part" / "lock")
+    before = tree(home)
+    assert cli.main(["predict", "deep", "v.tif", "l.zarr", "--tile", "16"]) == 2 and "lock is there and is no file of ours" in capsys.readouterr().err
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("student, source, output", [
+    ("flat", "images", "exp.zarr"), ("flat", "images", "exp.zarr/labels"), ("flat", "images", "new.zarr"), ("flat", "images/a.png", "raw/labels/a.png"),
+    ("flat", "images/a.png", "link/a.png"), ("deep", "v.tif", "exp.zarr/raw.zarr/labels.zarr"), ("deep", "v.tif", "raw/labels.tif")])
+def test_nothing_is_written_into_a_zarr(home, capsys, student, source, output):
+    "A Zarr by its name, or by what lies in it; also behind a link."
+    write_image(home / "raw.zarr", Image(noise(1, 16, 16, 16)))
+    (home / "raw.zarr").rename(home / "raw"); os.symlink("raw", home / "link")
+    before = tree(home)
+    assert cli.main(["predict", student, source, output, "--overwrite"]) == 2
+    assert "nothing is written into one" in capsys.readouterr().err and tree(home) == before
+
+
+def test_only_a_signed_zarr_is_replaced(home, monkeypatch):
+    "A raw volume looks as a label map does; the label map says that it is one."
+    write_image("raw.zarr", Image(noise(1, 16, 16, 16))); write_label("mine.zarr", noise(16, 16, 16))
+    predict_volume("deep", "v.tif", "blocks.zarr", tile=16, labels=True)
+    with pytest.raises(InputError, match="raw.zarr is there and is no label map"): check_new(["raw.zarr"], True)
+    check_new(["mine.zarr", "blocks.zarr"], True)
+    for text in ("[]", '{"attributes": null}', '{"attributes": {"ome": {}}}'):
+        (home / "mine.zarr" / "zarr.json").write_text(text)
+        with pytest.raises(InputError, match="mine.zarr is there and is no label map"): check_new(["mine.zarr"], True)
+    monkeypatch.setattr(outputs.os, "access", lambda folder, mode: Path(folder).name != "c")
+    with pytest.raises(InputError, match="may not delete what lies in blocks.zarr/0/c"): check_new(["blocks.zarr"], True)
+
+
+@pytest.mark.parametrize("source, output", [("images/a.png", "l.png"), ("v.nii.gz", "l.nii.gz"), ("v.tif", "l.tif"), ("exp.zarr/raw.zarr", "l.zarr")])
+def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, output):
+    "Between the last look and the name. The notes say that it is not ours, also for the next try."
+    from unpaired_kd.data import images
+    suffix, path = images.suffix_of(output), Path(output)
+    write = images.WRITERS[suffix]
+    def late(t, a, image):
+        write(t, a, image)
+        if suffix == ".zarr": path.mkdir()
+        (path / "theirs" if suffix == ".zarr" else path).write_text("theirs")
+    monkeypatch.setitem(images.WRITERS, suffix, late)
+    with pytest.raises(InputError, match=f"{output} is there already.*--overwrite"): predict_path("flat", source, output, bars=False)
+    monkeypatch.setitem(images.WRITERS, suffix, write)
+    assert (path / "theirs" if suffix == ".zarr" else path).read_text() == "theirs"
+    with pytest.raises(InputError, match="is there already"): predict_path("flat", source, output, bars=False)
+
+
+def test_notes_tell_what_failed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), keeping_notes(tmp_path / ".notes") as notes:
+        for name in "ab": notes.add("begun", "f00d", name)
+        notes.add("failed", "f00d", "b")
+        raise KeyboardInterrupt
+    notes = Notes(tmp_path / ".notes")
+    assert [notes.mine("f00d", name) for name in "abc"] == [True, False, False] and not notes.mine("beef", "a")
+
+
+def test_a_tile_longer_than_the_volume_is_the_whole_axis(home):
+    t = predict_volume("deep", "v.tif", "l.zarr", tile=10**9, labels=True)
+    assert t["tile"] == (64, 64, 64) and t["blocks"] == 1
+    predict_volume("deep", "v.tif", "m.zarr", tile=16, labels=True)
+    assert (read_label("l.zarr").array == read_label("m.zarr").array).all()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 0}'])
+def test_work_without_a_finished_block_is_begun_again(home, text):
+    "There is nothing to lose, so nobody is asked to delete it."
+    work = home / "l.zarr.part"
+    (work / "data.zarr").mkdir(parents=True); (work / "lock").touch(); (work / "job.json").write_text(text)
+    assert predict_volume("deep", "v.tif", "l.zarr", tile=16)["resumed"] == 0 and not work.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use can be deleted")
+def test_a_current_folder_that_is_gone_is_named(home, capsys):
+    (home / "gone").mkdir()
+    os.chdir(home / "gone"); (home / "gone").rmdir()
+    assert cli.main(["predict", str(home / "flat"), str(home / "images"), "new"]) == 2
+    assert capsys.readouterr().err == "ukd predict: the current folder is not there any more. Change to another one (cd).\n"
+    os.chdir(home)

@@ -76,12 +76,12 @@ def check_outside(
 ):
     "`InputError` for an output inside a Zarr, there or to be made."
     heads = ("zarr.json", ".zgroup", ".zarray")
-    for folder in {Path(output).parent: None for output in outputs}:
+    for folder, output in {Path(output).parent: output for output in outputs}.items():
         named, _ = zarr_parts(folder)
         real = Path(os.path.realpath(folder))
         found = [p for p in (real, *real.parents) if any((p / h).is_file() for h in heads)]
         if named or found:
-            raise InputError(f"output {folder} lies in the Zarr {named or found[0]}, and nothing is "
+            raise InputError(f"output {output} lies in the Zarr {named or found[0]}, and nothing is "
                              "written into one. Give another folder.")
 
 # %% ../nbs/4_training/7_outputs.ipynb #f9ad461e

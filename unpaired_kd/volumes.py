@@ -665,8 +665,8 @@ def place_of(
 )->tuple: # output, work folder, and the data in it; all absolute
     "Check where an output goes. `InputError` if it is there already, would touch the input or the student, or cannot be written."
     check_input(input)
-    check_outside([output])
-    output = Path(output).absolute()
+    asked = Path(output)
+    output = asked.absolute()
     suffix = suffix_of(output)
     if suffix not in (".zarr", ".tif", ".tiff"):
         raise InputError(f"output {output}: blocks are written to .zarr or .tif. Choose one of these endings.")
@@ -676,6 +676,7 @@ def place_of(
     if not isinstance(student, Student):
         kept.append((Path(student), "the student's folder"))
     check_apart([output, work], kept)
+    check_outside([asked])
     check_work(work)
     if work.exists() and not (work / "job.json").exists():
         with held(work): # what a job left that was killed before its first block, or after its last: it goes

@@ -723,12 +723,16 @@ def test_notes_are_a_plain_file(home, capsys, make, source):
     assert tree(home) == before
 
 
-def test_a_lock_of_blocks_is_a_plain_file(home, capsys):
+@pytest.mark.parametrize("name", ["lock", "job.json", "blocks.log", "data.zarr"])
+@pytest.mark.parametrize("make", [lambda p: os.symlink("../mine.txt", p), os.mkfifo], ids=["link", "pipe"])
+def test_the_files_of_blocks_are_plain_ones(home, capsys, name, make):
     (home / "mine.txt").write_text("x\n"); (home / "l.zarr.part").mkdir()
-    os.symlink("../mine.txt", home / "l.zarr.part" / "lock")
+    (home / "l.zarr.part" / "lock").touch()
+    (home / "l.zarr.part" / name).unlink(missing_ok=True)
+    make(home / "l.zarr.part" / name)
     before = tree(home)
-    assert cli.main(["predict", "deep", "v.tif", "l.zarr", "--tile", "16"]) == 2 and "lock is there and is no file of ours" in capsys.readouterr().err
-    assert tree(home) == before
+    assert cli.main(["predict", "deep", "v.tif", "l.zarr", "--tile", "16"]) == 2
+    assert f"is no unfinished work of `ukd predict` ({name})" in capsys.readouterr().err and tree(home) == before
 
 
 @pytest.mark.parametrize("student, source, output", [

@@ -372,10 +372,11 @@ def check_work(
     "`InputError` if something else has its name: in the end it is deleted."
     if not os.path.lexists(work):
         return
-    inside = {work.name}
+    inside, odd = {work.name}, set()
     if work.is_dir() and not work.is_symlink():
         inside = {p.name for p in work.iterdir()}
-    strangers = sorted(n for n in inside if n not in OURS and not n.startswith(PART))
+        odd = {n for n in inside if (work / n).is_symlink() or (work / n).is_fifo()}
+    strangers = sorted(n for n in inside if n in odd or n not in OURS and not n.startswith(PART))
     if strangers or (inside and "lock" not in inside):
         found = sorted(strangers or inside)[0]
         raise InputError(f"{work} is there and is no unfinished work of `ukd predict` ({found}). "

@@ -19,7 +19,7 @@ from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.images import Image, read_label, write_image, write_label
 from unpaired_kd.inference import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
-from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, keeping_notes, lineage
+from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
 from unpaired_kd.volumes import predict_volume
 
 R = np.random.default_rng(0)
@@ -783,7 +783,7 @@ def test_notes_tell_what_failed(tmp_path):
         notes.add("failed", "f00d", "b")
         raise KeyboardInterrupt
     notes = Notes(tmp_path / ".notes")
-    assert [notes.mine("f00d", name) for name in "abc"] == [True, False, False] and not notes.mine("beef", "a")
+    assert [is_ours(notes, "f00d", name) for name in "abc"] == [True, False, False] and not is_ours(notes, "beef", "a")
 
 
 def test_a_tile_longer_than_the_volume_is_the_whole_axis(home):

@@ -1124,6 +1124,7 @@ class Talk:
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
+# %% ../nbs/6_command/1_cli.ipynb #633c27e1
 @contextlib.contextmanager
 def talking():
     "Within the block, nothing that is printed can stop the work. Yields standard output."
@@ -1151,6 +1152,7 @@ def main(
             return 2
         return status
 
+# %% ../nbs/6_command/1_cli.ipynb #633c27e2
 PRINTED = ("check", "report") # the commands whose work is what they print
 
 def obey(

@@ -391,6 +391,7 @@ def atomic_folder(
         finally:
             os.close(handle)
 
+# %% ../nbs/0_core/1_core.ipynb #b1d0c0b3
 def swap_folder(
     new:Path,  # a folder, or a file
     path:Path, # where it shall lie, perhaps in the place of another one, on the same disk

@@ -32,7 +32,7 @@ from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, r
 from .data.instances import INSTANCES, instances_of
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -636,7 +636,7 @@ def check_outputs(
     check_names(pairs)
     check_apart(outputs, kept)
     check_outside(outputs)
-    ours = {str(o) for j in jobs for o in j.outputs if notes.mine(j.mark, o)}
+    ours = {str(o) for j in jobs for o in j.outputs if is_ours(notes, j.mark, o)}
     check_new(outputs, overwrite, ours)
     check_place(outputs[0].parent)
 
@@ -688,14 +688,15 @@ def segment_file(
         maps.append(student.instances(image, label=maps[0]))
         check_format(job.outputs[1], shape, int(maps[1].max()))
     for output, numbers in zip(job.outputs, maps):
-        begun = notes.mine(job.mark, output)
+        begun = is_ours(notes, job.mark, output)
         if not begun:
             check_new([output], overwrite)
             notes.add("begun", job.mark, output)
         try:
             write_label(output, numbers, image, overwrite or begun)
         except InputError:
-            notes.add("failed", job.mark, output) # what lies there is not ours
+            if not begun and os.path.lexists(output): # it came meanwhile, and is not ours
+                notes.add("failed", job.mark, output)
             raise
         notes.add("done", job.mark, output)
     return True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['identity', 'lineage', 'check_apart', 'check_outside', 'check_new', 'is_signed', 'check_replaceable', 'check_names',
-           'nearest', 'check_place', 'free_bytes', 'check_room', 'check_format', 'locked', 'Notes', 'made_folder',
-           'keeping_notes', 'files_mark', 'check_path', 'check_input']
+           'nearest', 'check_place', 'free_bytes', 'check_room', 'check_format', 'locked', 'Notes', 'is_ours',
+           'made_folder', 'keeping_notes', 'files_mark', 'check_path', 'check_input']
 
 # %% ../nbs/4_training/7_outputs.ipynb #dd35a54c
 import contextlib
@@ -101,6 +101,7 @@ def check_new(
     for output in there:
         check_replaceable(output)
 
+# %% ../nbs/4_training/7_outputs.ipynb #57790ca3
 def is_signed(
     folder:Path, # a .zarr folder
 )->bool:
@@ -255,13 +256,6 @@ class Notes:
         "Whether it was noted."
         return f"{word} {mark} {output}" in self.lines
 
-    def mine(self,
-        mark:str, # fingerprint of the work
-        output,   # path
-    )->bool:
-        "Whether what lies there is ours: it was begun, and has not failed."
-        return self.has("begun", mark, output) and not self.has("failed", mark, output)
-
     def add(self,
         word:str, # begun | failed | done
         mark:str, # fingerprint of the work
@@ -273,6 +267,15 @@ class Notes:
         self.file.write("\n" + line + "\n") # a new line first: a torn one stays alone
         self.file.flush()
         os.fsync(self.file.fileno())
+
+# %% ../nbs/4_training/7_outputs.ipynb #57790ca4
+def is_ours(
+    notes:Notes, # of this try and the one before
+    mark:str,    # fingerprint of the work
+    output,      # path
+)->bool:
+    "Whether what lies there was written by this job: it was begun, and has not failed."
+    return notes.has("begun", mark, output) and not notes.has("failed", mark, output)
 
 # %% ../nbs/4_training/7_outputs.ipynb #8358091d
 @contextlib.contextmanager

@@ -249,3 +249,80 @@ def test_cut_tables_are_refused_by_name(tmp_path, text, message):
 def test_an_empty_table_has_no_rows(tmp_path):
     write_csv(tmp_path / "a.csv", [])
     assert read_csv(tmp_path / "a.csv") == []
+
+
+# ---- nothing is replaced that appears meanwhile
+
+def came_late(tmp_path, name, write, overwrite):
+    "Write a file or folder while somebody else writes one of the same name."
+    with (atomic_folder if name == "folder" else atomic)(tmp_path / name, overwrite) as t:
+        write(t, "mine")
+        write(tmp_path / name, "theirs")
+
+
+def write_file(path, text): path.write_text(text)
+
+
+def write_folder(path, text):
+    path.mkdir(exist_ok=True)
+    (path / "block").write_text(text)
+
+
+def said_in(path): return (path / "block" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("name, write", [("file", write_file), ("folder", write_folder)])
+def test_what_came_meanwhile_stays_unless_it_may_be_replaced(tmp_path, monkeypatch, name, write, links):
+    def refuse(*a): raise PermissionError(1, "Operation not permitted")
+    if not links: monkeypatch.setattr(core.os, "link", refuse)
+    with pytest.raises(InputError, match=f"{name} is there already"): came_late(tmp_path, name, write, False)
+    assert said_in(tmp_path / name) == "theirs" and [p.name for p in tmp_path.iterdir()] == [name]
+    came_late(tmp_path, name, write, True)
+    assert said_in(tmp_path / name) == "mine" and [p.name for p in tmp_path.iterdir()] == [name]
+    with (atomic_folder if name == "folder" else atomic)(tmp_path / "new", False) as t: write(t, "first")
+    assert said_in(tmp_path / "new") == "first" and sorted(p.name for p in tmp_path.iterdir()) == [name, "new"]
+
+
+def test_a_dangling_link_is_there(tmp_path):
+    os.symlink("gone", tmp_path / "file")
+    with pytest.raises(InputError, match="is there already"), atomic(tmp_path / "file", False) as t: t.write_text("mine")
+    assert os.readlink(tmp_path / "file") == "gone" and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of groups")
+def test_a_folder_keeps_to_its_group(tmp_path):
+    (tmp_path / "group").mkdir()
+    os.chmod(tmp_path / "group", 0o2755)
+    with atomic_folder(tmp_path / "group" / "v.zarr") as t: (t / "0").mkdir()
+    assert [oct((tmp_path / "group" / p).stat().st_mode & 0o7777) for p in ("v.zarr", "v.zarr/0")] == ["0o2755", "0o2755"]
+    with atomic_folder(tmp_path / "plain") as t: pass
+    assert oct((tmp_path / "plain").stat().st_mode & 0o7777) == "0o755"
+
+
+def test_a_folder_that_may_only_be_put_into(tmp_path, monkeypatch):
+    "Rights 0333: such a folder cannot be opened, and what was written into it is there."
+    opened = os.open
+    def refuse(path, *a, **k):
+        if os.path.isdir(path): raise PermissionError(13, "Permission denied")
+        return opened(path, *a, **k)
+    monkeypatch.setattr(core.os, "open", refuse)
+    monkeypatch.setattr(core.os, "access", lambda path, mode: not os.path.isdir(path))
+    with atomic(tmp_path / "file") as t: t.write_text("mine")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_replaced_folder_leaves_is_named(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "v.zarr") as t: write_folder(t, "old")
+    monkeypatch.setattr(core, "_remove", lambda path: None)
+    with pytest.warns(UserWarning, match=f"{OLD}v.zarr, which .*v.zarr has replaced"), atomic_folder(tmp_path / "v.zarr") as t: write_folder(t, "new")
+    assert said_in(tmp_path / "v.zarr") == "new"
+
+
+@pytest.mark.parametrize("make", [lambda p: os.symlink("mine.txt", p), lambda p: os.symlink("gone", p), os.mkfifo, os.mkdir], ids=["link", "dangling link", "pipe", "folder"])
+def test_a_lock_is_a_plain_file(tmp_path, make):
+    (tmp_path / "mine.txt").write_text("x")
+    make(tmp_path / ".ukd.lock")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(InputError, match="ukd.lock is there and is no file of ours"), hold(tmp_path): pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and (tmp_path / "mine.txt").read_text() == "x"

@@ -34,7 +34,7 @@ from .data.instances import INSTANCES, instances_of
 from .data.ngff import is_zarr
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -567,8 +567,6 @@ def instance_name(
 )->Path: # where its instance map goes
     "`a.nii.gz` gives `a_instances.nii.gz`, in the same folder."
     suffix = suffix_of(path)
-    if not path.name.lower().endswith(suffix): # a group inside a Zarr
-        suffix = ""
     return path.with_name(path.name[:len(path.name) - len(suffix)] + "_instances" + suffix)
 
 def weights_mark(
@@ -641,7 +639,8 @@ def check_outputs(
         kept.append((student, "the student's folder"))
     check_names(pairs)
     check_apart(outputs, kept)
-    ours = {str(o) for j in jobs for o in j.outputs if notes.has("begun", j.mark, o)}
+    check_outside(outputs)
+    ours = {str(o) for j in jobs for o in j.outputs if is_ours(notes, j.mark, o)}
     check_new(outputs, overwrite, ours)
     check_place(outputs[0].parent)
 
@@ -693,10 +692,16 @@ def segment_file(
         maps.append(student.instances(image, label=maps[0]))
         check_format(job.outputs[1], shape, int(maps[1].max()))
     for output, numbers in zip(job.outputs, maps):
-        if not notes.has("begun", job.mark, output):
+        begun = is_ours(notes, job.mark, output)
+        if not begun:
             check_new([output], overwrite)
             notes.add("begun", job.mark, output)
-        write_label(output, numbers, like=image)
+        try:
+            write_label(output, numbers, image, overwrite or begun)
+        except InputError:
+            if not begun and os.path.lexists(output): # it came meanwhile, and is not ours
+                notes.add("failed", job.mark, output)
+            raise
         notes.add("done", job.mark, output)
     return True
 
@@ -731,8 +736,9 @@ def predict_path(
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}
     fresh = 0
-    bar = progress(len(jobs), "images", enabled=bars and not alone)
-    with keeping_notes(notes_path) as notes, contextlib.closing(bar) as shown:
+    with contextlib.ExitStack() as held:
+        notes = held.enter_context(keeping_notes(notes_path))
+        shown = held.enter_context(progress(len(jobs), "images", enabled=bars and not alone))
         for job in jobs:
             try:
                 with faults_named(job.source):

@@ -9,14 +9,14 @@ __all__ = ['PAINTS', 'SMALL', 'modalities_of', 'cases_of', 'form_in', 'plain_num
            'check_modality', 'not_used', 'draw']
 
 # %% ../../nbs/1_data/21_check.ipynb #863a3547
-import importlib, os, re, sys, warnings
+import importlib, os, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, atomic, given, progress, show_images, unknown
+from ..core import InputError, atomic, progress, show_images, unknown, watched
 from unpaired_kd.data.collections import (
     IMAGE_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
     images_in, label_map, lotus_cases, manifest_cases, near_groups, numbers_in, open_collection,
@@ -482,8 +482,7 @@ def check_modality(
             if str(data).startswith("phantom:"):
                 c = open_collection(data, modality)
                 kw = dict(classes=c.classes, label_kind=c.label_kind)
-            live = sys.stderr.isatty()
-            with progress(len(cases), modality, enabled=live) as bar:
+            with progress(len(cases), modality, enabled=watched()) as bar:
                 f = examine(modality, cases, faults, some, bar, **kw)
     except (InputError, OSError) as e: return Finding(modality, faults=[str(e)])
     f.notes += [str(w.message) for w in heard if issubclass(w.category, UserWarning)]

@@ -17,8 +17,8 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from .core import OLD, PART, InputError, clear_parts, digest, is_same_file, open_own, read_json, take_lock
-from .data.images import SIGN, check_there, suffix_of
+from .core import OLD, PART, InputError, check_there, clear_parts, digest, is_same_file, open_own, read_json, take_lock
+from .data.images import SIGN, suffix_of
 from .data.ngff import zarr_parts
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
-from .data.images import ABSENT, arrange, check_finite, check_there, extra, from_nifti, match_channels, nifti_place, open_nifti, sign, suffix_of, to_unit, volume_window
+from .core import PART, InputError, check_there, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
+from .data.images import ABSENT, arrange, check_finite, extra, from_nifti, match_channels, nifti_place, open_nifti, sign, suffix_of, to_unit, volume_window
 from .data.ngff import check_zarr_name, ome_steps, open_placed, read_box
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch_to
 
-from ..core import InputError, digest, read_json, rng, unknown, write_json
+from ..core import InputError, check_there, digest, read_json, rng, unknown, write_json
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, plain_key,
                                     read_table, stem, table_in)
 from .geometry import lay_on, without_axis
-from .pictures import check_there, visible
+from .pictures import visible
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)

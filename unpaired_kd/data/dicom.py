@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, extra, log_as_error
+from ..core import InputError, check_there, extra, log_as_error
 from .geometry import spacing_of, with_steps
-from .pictures import check_there, first_bytes, visible
+from .pictures import first_bytes, visible
 
 # %% ../../nbs/1_data/17_dicom.ipynb #fc3397a2
 def starts_as_dicom(

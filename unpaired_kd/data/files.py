@@ -14,10 +14,10 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ..core import InputError, digest, file_sha256, read_json, read_text, write_json
+from ..core import InputError, check_there, digest, file_sha256, read_json, read_text, write_json
 from .dicom import dicom_files
 from .images import open_zarr, suffix_of
-from .pictures import check_there, visible
+from .pictures import visible
 
 # %% ../../nbs/1_data/20_files.ipynb #f4adb076
 def name_key(

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, extra, unknown
+from ..core import InputError, check_there, extra, unknown
 from .geometry import spacing_of, usable
-from .pictures import arrange, check_there, unit_length
+from .pictures import arrange, unit_length
 
 # %% ../../nbs/1_data/19_ngff.ipynb #081c1683
 HEADERS = ("zarr.json", ".zgroup", ".zarray")

@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ..core import InputError, check_there, extra, log_as_error
+from ..core import InputError, extra, log_as_error
 
 # %% ../../nbs/1_data/18_pictures.ipynb #45f77804
 NAMES = dict(yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deca=1,

@@ -32,6 +32,7 @@ from .data.files import header_size
 from .data.images import WRITERS, Image, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
 from .data.ngff import is_zarr
+from .data.pictures import companions, one_of_each_set
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
 from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
@@ -554,7 +555,7 @@ def plan(
                          "Give a folder.")
     if single:
         return [(source, target / output_name(source))], []
-    inside = visible(source)
+    inside = one_of_each_set(visible(source))
     images = {p: is_image(p) for p in inside}
     if not any(images.values()):
         raise InputError(f"{source} holds no images that we can read.")
@@ -632,7 +633,7 @@ def check_outputs(
     "All that can be known before any work. Raises `InputError`."
     pairs = [(job.source, o) for job in jobs for o in job.outputs]
     outputs = [o for _, o in pairs]
-    kept = [(job.source, "the input") for job in jobs]
+    kept = [(p, "the input") for job in jobs for p in (job.source, *companions(job.source))]
     if os.path.isdir(source):
         kept.append((source, "the input"))
     if not isinstance(student, Student):

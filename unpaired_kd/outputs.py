@@ -20,6 +20,7 @@ from pathlib import Path
 from .core import OLD, PART, InputError, check_there, clear_parts, digest, is_same_file, open_own, read_json, take_lock
 from .data.images import SIGN, suffix_of
 from .data.ngff import zarr_parts
+from .data.pictures import companions
 
 # %% ../nbs/4_training/7_outputs.ipynb #2d15b02d
 def identity(
@@ -319,11 +320,12 @@ def keeping_notes(
 
 # %% ../nbs/4_training/7_outputs.ipynb #7a753655
 def files_mark(
-    path, # a file, or a folder with all that is in it
+    path, # a file with its companions, or a folder with all that is in it
 )->str: # a fingerprint: names, sizes and times of change
     "What tells one state of a file or folder from another, without reading it."
     path = Path(path)
-    files = [Path(at) / name for at, _, names in os.walk(path) for name in names] or [path]
+    files = [Path(at) / name for at, _, names in os.walk(path) for name in names]
+    files = files or [path, *companions(path)]
     found = []
     for f in files:
         s = os.stat(f)

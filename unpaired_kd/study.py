@@ -30,6 +30,7 @@ from .data.augment import Augment
 from .data.files import files_of, stamp
 from .data.collections import (Collection, Split, label_budget, near_groups, open_collection,
                                           split_groups)
+from .data.pictures import companions
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
 from .inference import Recipe, Student
@@ -215,7 +216,7 @@ def traces(
     sources = [p for c in collections for case in c.cases for p in (case.image, case.label)]
     images = {Path(p) for p in sources if isinstance(p, (str, Path))}
     tables = [Path(config.data)/t for t in ("manifest.csv", f"{config.teacher}/groups.csv", f"{config.student}/groups.csv")]
-    inside = [f for p in images if p.exists() for f in files_of(p).values()]
+    inside = [f for p in images if p.exists() for f in (*files_of(p).values(), *companions(p))]
     there = [p for p in {*inside, *tables, *[p.parent for p in images]} if p.exists()]
     return sorted((str(p), stamp(p)) for p in there)
 

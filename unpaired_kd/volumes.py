@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from .core import PART, InputError, check_there, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
 from .data.images import ABSENT, arrange, check_finite, extra, from_nifti, match_channels, nifti_place, open_nifti, sign, suffix_of, to_unit, volume_window
 from .data.ngff import check_zarr_name, ome_steps, open_placed, read_box
-from .data.pictures import lazy_tiff
+from .data.pictures import companions, lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
 from .outputs import check_apart, check_input, check_new, check_outside, check_path, check_place, check_room, files_mark, identity, locked, made_folder
 
@@ -674,7 +674,7 @@ def place_of(
         raise InputError(f"output {output}: blocks are written to .zarr or .tif. Choose one of these endings.")
     work = output.with_name(output.name + ".part")
     data = work / f"data{suffix}"
-    kept = [(Path(input), "the input")]
+    kept = [(p, "the input") for p in (Path(input), *companions(input))]
     if not isinstance(student, Student):
         kept.append((Path(student), "the student's folder"))
     check_apart([output, work], kept)

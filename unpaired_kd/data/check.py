@@ -24,7 +24,7 @@ from unpaired_kd.data.collections import (
 from .files import array_hash, name_key, read_table, table_in
 from .geometry import Spacing, usable
 from .images import suffix_of, to_unit
-from .pictures import visible
+from .pictures import companions, visible
 
 # %% ../../nbs/1_data/21_check.ipynb #10bd7318
 PAINTS = {"bone": "PAINT", "chest": "CHEST_PAINT", "vessels": "MICROSCOPES"} # tables of modalities
@@ -310,6 +310,7 @@ def leftovers(
 )->tuple: # faults (links that lead nowhere), and names of files that are not used
     "Files below the folder that belong to no case, and other tables; hidden ones are left out."
     sources = [x for c in cases for x in (c.image, c.label) if isinstance(x, (str, Path))]
+    sources += [p for x in sources for p in companions(x)]
     used = {os.path.abspath(x) for x in (*sources, *tables)}
     faults, unused = [], []
     for at, folders, files in os.walk(folder):

@@ -28,7 +28,7 @@ from ..core import InputError, check_there, digest, read_json, rng, unknown, wri
 from .files import (array_hash, find_file, hashes_of, header_size, name_key, plain_key,
                                     read_table, stem, table_in)
 from .geometry import lay_on, without_axis
-from .pictures import visible
+from .pictures import companions, one_of_each_set, visible
 
 # %% ../../nbs/1_data/3_collections.ipynb #a7af2db9
 @dataclass(frozen=True, eq=False)
@@ -879,7 +879,7 @@ def entries(
 )->tuple: # as `images_in` those whose names are text, and faults of the others
     "Old disks and archives hold names that are not UTF-8; no id can be made of them."
     good, faults = [], []
-    for p in images_in(folder):
+    for p in one_of_each_set(images_in(folder)):
         try: good.append((stem(p), p))
         except InputError as e: faults.append(str(e))
     return [p for _, p in good], faults
@@ -1039,8 +1039,9 @@ def hashes(self)->dict:
     "Key of each image and label -> SHA-256 of its content (64 hexadecimal digits)."
     sources = [x for c in self.cases for x in (c.image, c.label) if x is not None]
     arrays = {_key(x): array_hash(x) for x in sources if isinstance(x, np.ndarray)}
-    files = dict.fromkeys(str(x) for x in sources if not isinstance(x, np.ndarray))
-    return arrays | hashes_of(files)
+    files = [x for x in sources if not isinstance(x, np.ndarray)]
+    others = [p for x in files for p in companions(x)]
+    return arrays | hashes_of(dict.fromkeys(map(str, [*files, *others])))
 
 @patch_to(Collection)
 def contents(self)->dict:
@@ -1050,7 +1051,7 @@ def contents(self)->dict:
         whole = c.id if c.plane is None else c.id.rsplit("/", 1)[0] # slices share their volume
         for what, x in (("image", c.image), ("label", c.label)):
             if isinstance(x, np.ndarray): named[f"{whole} ({what})"] = found[_key(x)]
-            elif x is not None: paths.add(str(x))
+            elif x is not None: paths.update(map(str, [x, *companions(x)]))
     root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["/"])
     named |= {Path(os.path.relpath(p, root)).as_posix(): found[p] for p in paths}
     return {name: named[name][:16] for name in sorted(named)}
@@ -1059,7 +1060,11 @@ def contents(self)->dict:
 def fingerprint(self)->str:
     "16 digits that stand for the cases: ids, groups, label groups, contents of images and labels."
     found = self.hashes() | {"": ""}
-    def mark(source): return found["" if source is None else _key(source)]
+    def mark(source):
+        own = found["" if source is None else _key(source)]
+        if source is None or isinstance(source, np.ndarray): return own
+        others = [found[str(p)] for p in companions(source)]
+        return digest([own, *others], 64) if others else own
     rows = [[c.id, c.group, c.label_group, mark(c.image), mark(c.label)] for c in self.cases]
     return digest(sorted(rows), 16)
 

@@ -8,10 +8,10 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'check_memory', 'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow', 'name_of',
            'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
            'plain_segment', 'tiff_file', 'image_pages', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'elements',
-           'sole_header', 'open_own', 'other_files', 'check_member', 'check_set', 'loose_slices', 'place_of',
-           'one_image', 'check_numbers', 'check_lossless', 'check_packing', 'check_alike', 'tiff_spacing', 'is_number',
-           'ome_sizes', 'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen', 'black_is_zero', 'paint',
-           'open_tiff', 'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
+           'sole_header', 'open_own', 'other_files', 'companions', 'one_of_each_set', 'check_member', 'check_set',
+           'loose_slices', 'place_of', 'one_image', 'check_numbers', 'check_lossless', 'check_packing', 'check_alike',
+           'tiff_spacing', 'is_number', 'ome_sizes', 'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen',
+           'black_is_zero', 'paint', 'open_tiff', 'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
 
 # %% ../../nbs/1_data/18_pictures.ipynb #113b24f0
 import contextlib
@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import unicodedata
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -522,6 +523,39 @@ def other_files(
                              "Copy all files of the set into one folder.")
         names[name] = e.text
     return names
+
+# %% ../../nbs/1_data/18_pictures.ipynb #5b0e7d02
+def companions(
+    path, # any file or folder
+)->list: # Paths
+    """The other files of an OME-TIFF set, which are read with it. None of anything else, and none
+    where reading will say what is wrong."""
+    path = Path(path)
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return []
+    try:
+        s = os.stat(path)
+        return [path.parent / name for name in _companions(path, s.st_size, s.st_mtime_ns)]
+    except Exception:
+        return []
+
+@lru_cache(maxsize=2**16)
+def _companions(path, size, changed):
+    "Their names; a file is opened once a process unless it changes."
+    with tiff_file(path) as tif:
+        root = ome_header(tif)
+        return () if root is None else tuple(other_files(root, path))
+
+def one_of_each_set(
+    paths:list, # files and folders, sorted
+)->list: # the same without those that are read with an earlier one
+    "The first file of each OME-TIFF set, and everything else."
+    found, known = [], set()
+    for p in paths:
+        if p not in known:
+            found.append(p)
+            known.update(companions(p))
+    return found
 
 # %% ../../nbs/1_data/18_pictures.ipynb #f80f8e4c
 def check_member(

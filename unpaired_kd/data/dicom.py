@@ -15,6 +15,7 @@ __all__ = ['PACKED', 'GROUPS', 'PLACE', 'SCALE', 'RADIOGRAPHS', 'TELLING', 'SEGM
 # %% ../../nbs/1_data/17_dicom.ipynb #bc3ed4df
 import contextlib
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

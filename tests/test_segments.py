@@ -173,6 +173,16 @@ def test_slices_of_another_scan_are_refused(tmp_path, move):
         refused(read, str(f), "does not lie on a slice", str(tmp_path / "ct"))
 
 
+def test_two_slices_for_one_of_the_image_are_refused(tmp_path):
+    frames = frames_of(TRUTH)
+    number, corner, picture = frames[-1]
+    frames[-1] = number, np.add(corner, (.05 * PX, 0, 0)), picture     # no longer that of segment 1
+    f = write(tmp_path / "s.dcm", frames)
+    assert len(read_label(f).array) == 5 # for four slices
+    image = scan_image(tmp_path)
+    refused(lambda: lay_on(read_label(f), image), str(f), "or another one lies there")
+
+
 def test_a_name_means_one_segment(tmp_path):
     f, image = write(tmp_path / "s.dcm", frames_of(TRUTH)), scan_image(tmp_path)
     refused(lambda: seg_mask(f, image, "lesion"), str(f), "2 segments called 'lesion'", "2, 7")

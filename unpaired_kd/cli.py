@@ -224,7 +224,7 @@ REAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?
 ODD = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 UNSURE = "YAML's versions differ on {!r}: write {}."
 
-CLEARLY = {"int": "digits only, for example 1000", "float": "digits only, for example 1000.5",
+CLEARLY = {"int": "a number like 1000 or -3", "float": "a number like 0.001 or 1e-3",
            "bool": "true or false", "": "it in quotes if it is text, else in another way"}
 
 def read_plain(

@@ -657,9 +657,15 @@ def _task(kind, folder, config, name, seed, device, tell):
     finally: torch.set_num_threads(threads)
 
 def _in_worker(kind, folder, config, name, seed, queue):
-    "A training in a worker process. Reports each epoch through the queue."
-    def tell(row): queue.put((name, seed, row))
+    "A training in a worker process. Reports each epoch through the queue, while somebody is there to pass it on."
+    def tell(row):
+        with contextlib.suppress(OSError, EOFError): queue.put((name, seed, row))
     _task(kind, folder, config, name, seed, "cpu", tell)
+
+def _heard(queue):
+    "What the workers have reported since; nothing when nobody passes it on any more."
+    with contextlib.suppress(OSError, EOFError):
+        while not queue.empty(): yield queue.get()
 
 def _leave_with_parent(parent):
     """In a helping process: end when the parent with this number is gone, however it ended, so
@@ -706,7 +712,7 @@ def _in_processes(tasks, folder, config, workers, bar):
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=.5, return_when=FIRST_EXCEPTION)
-                while not queue.empty(): _advance(bar, config, *queue.get())
+                for report in _heard(queue): _advance(bar, config, *report)
                 for f in done: f.result()
         except BrokenProcessPool as e:
             raise InputError("a worker process was killed; most often the memory was full. Give "

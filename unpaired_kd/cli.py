@@ -413,7 +413,7 @@ def resolve(
     parameters:dict, # its parameters (`read_parameters`)
     *layers:list,    # pairs (name, text as typed or node of a YAML file), later layers over earlier ones
 )->dict: # name -> value, for all parameters
-    "Defaults, overlaid with what was given. Raises `InputError` for unknown names, names given twice in a layer, and values that do not fit."
+    "Defaults, overlaid with what was given. Raises `InputError` for unknown names, names given twice in a layer, a dict that would undo an entry set before it, and values that do not fit."
     from unpaired_kd.core import unknown
     values = {n: p.default for n, p in parameters.items()}
     before = []

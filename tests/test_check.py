@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from unpaired_kd import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
-from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, modalities_of
+from unpaired_kd.data.collections import open_collection
+from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, marks_of, modalities_of
 
 
 def save(path, array):
@@ -202,6 +204,36 @@ def test_options_answer_what_is_asked(ward, capsys):
     assert run(capsys, ward, "mr", "--group", "^x")[0] == 1
 
 
+def other_names(d):
+    for k in range(4): (d / f"ct/labels/ct{k}.png").rename(d / f"ct/labels/rat{'abcd'[k]}.png")
+def no_files(d): [p.unlink() for p in (d / "ct/labels").iterdir()]
+def no_group(d): other_names(d) or (d / "ct/groups.csv").write_text("id,group\n" + "".join(f"ct{i},{i}\n" for i in range(3)))
+
+
+@pytest.mark.parametrize("edit,n", [(other_names, 4), (no_files, 4), (no_group, 5), (lambda d: (d / "ct/labels/ct2.png").unlink(), 1), (lambda d: (d / "ct/labels/ct2.png").rename(d / "ct/labels/ratb.png"), 1)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_check_finds_what_a_study_refuses(ward, capsys, edit, n, alone):
+    "A label folder that fits no image, or not all: the first fault of a study is among those of the check."
+    edit(ward)
+    with pytest.raises(InputError) as e: open_collection(ward, "ct")
+    status, faults, _, out = run(capsys, *([ward / "ct"] if alone else [ward, "ct"]))
+    assert status == 1 and len(faults) == n and "fault: " + str(e.value).split(" (")[0] in [f.split(" (")[0] for f in faults], out
+    assert "images        4, of 4 groups" in out or edit is no_group
+    few = n - sum("has no label" in f for f in faults)
+    assert len(run(capsys, ward, "ct", "--some-labels")[1]) == few == (edit is no_group)
+    shutil.rmtree(ward / "ct/labels")
+    assert len(run(capsys, ward, "ct")[1]) == few
+
+
+def test_a_manifest_that_names_a_label_for_some(ward, capsys):
+    listed(ward)
+    row(ward, "ct/labels/ct2.png", "")
+    with pytest.raises(InputError, match="manifest.csv, line 4: .*ct/images/ct2.png has no label") as e: open_collection(ward, "ct")
+    status, faults, _, out = run(capsys, ward)
+    assert faults == [f"fault: {e.value}"] and "labels        3 with, 1 without" in out
+    assert run(capsys, ward, "--some-labels")[:2] == (0, [])
+
+
 def test_notes_are_no_faults(ward, capsys):
     shutil.copy(ward / "ct/labels/ct2.png", ward / "ct/labels/ct9.png")
     (ward / "ct/protocol.pdf").write_bytes(b"x")
@@ -214,6 +246,47 @@ def test_notes_are_no_faults(ward, capsys):
     assert "2 files are not used: ct/protocol.pdf, ct/labels/ct9.png" in "".join(notes)
 
 
+def test_labels_without_background_are_told(ward, capsys):
+    save(ward / "ct/labels/ct2.png", np.full((32, 40), 2, np.uint8))
+    note = f"labels hold no 0 (background), as {ward}/ct/labels/ct2.png; is all of the image meant?"
+    assert run(capsys, ward)[1:3] == ([], [f"note: 1 of 4 {note}"])
+    for k in range(4): save(ward / f"ct/labels/ct{k}.png", np.full((32, 40), 255, np.uint8))
+    status, faults, notes, out = run(capsys, ward)
+    assert notes[0] == f"note: 4 of 4 {note.replace('ct2', 'ct0')}" and "because labels are 255 only\n" in out
+
+
+def test_a_patient_with_two_names_in_two_modalities(ward, capsys):
+    from unpaired_kd.study import StudyConfig, open_both
+    for m, names in (("ct", "P01 P02 x y"), ("mr", "p1 P02 p-10 z")):
+        (ward / f"{m}/groups.csv").write_text("id,group\n" + "".join(f"{m}{i},{g}\n" for i, g in enumerate(names.split())))
+    assert run(capsys, ward)[1:3] == ([], ["note: ct, mr: groups 'P01', 'p1' have nearly the same name; are they one patient?"])
+    config = StudyConfig(data=str(ward), teacher="ct", student="mr")
+    with pytest.warns(UserWarning, match="groups 'P01', 'p1' have nearly the same name. If they are one patient") as told: open_both(config)
+    assert len(told) == 1
+    (ward / "mr/groups.csv").write_text((ward / "mr/groups.csv").read_text().replace("p1", "P01").replace("z", "p10"))
+    assert [n.split(";")[0] for n in run(capsys, ward)[2]] == ["note: mr: groups 'p-10', 'p10' have nearly the same name"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                # within one modality nothing is kept apart
+        open_both(config)
+
+
+def test_tables_that_nobody_reads_are_named(ward, capsys):
+    shutil.copy(ward / "ct/groups.csv", ward / "groups.csv")
+    assert run(capsys, ward)[2] == [f"note: {ward}: 1 file is not used: groups.csv"]
+    listed(ward)
+    assert run(capsys, ward)[2] == [f"note: {ward}: 3 files are not used: groups.csv, ct/groups.csv, mr/groups.csv"]
+    (ward / "manifest.csv").unlink()
+    (ward / "ct/groups.csv").rename(ward / "ct/Groups.csv")
+    status, faults, _, out = run(capsys, ward)
+    assert status == 1 and len(faults) == 1 and "ct/Groups.csv is not read" in faults[0] and "mr\n  images        4, of 4 groups" in out
+
+
+def test_what_a_mac_adds_is_no_modality(ward, capsys):
+    shutil.copytree(ward / "ct", ward / "__MACOSX/ct")
+    for p in [p for p in (ward / "__MACOSX").rglob("*") if p.is_file()]: p.rename(p.with_name("._" + p.name))
+    assert modalities_of(ward) == ["ct", "mr"] and run(capsys, ward)[:3] == (0, [], [])
+
+
 def test_copies_in_other_formats_and_groups_are_leaks(ward):
     import tifffile
     tifffile.imwrite(ward / "ct/images/ct3.tif", picture(0)[0])
@@ -224,6 +297,58 @@ def test_copies_in_other_formats_and_groups_are_leaks(ward):
     (ward / "ct/groups.csv").write_text("id,group\nct0,a\nct1,b\nct2,c\nct3,a\n")
     faults, notes = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
     assert not faults and "both are of group 'a'" in notes[0]
+
+
+def as_type(name): return lambda x: (x.astype(name), np.eye(4))
+def as_rgb(x): return np.stack([x] * 3, -1), None
+
+
+@pytest.mark.parametrize("copy", [as_type("uint16"), as_type("int16"), as_type("float32"), as_rgb])
+def test_copies_of_another_type_are_leaks(ward, copy):
+    import tifffile
+    (ward / "ct/images/ct3.png").unlink()
+    tifffile.imwrite(ward / "ct/images/ct3.tif", copy(picture(0)[0])[0], photometric="rgb" if copy is as_rgb else "minisblack")
+    faults, _ = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
+    assert len(faults) == 1 and "ct0.png and" in faults[0] and "ct3.tif show the same pixels" in faults[0]
+
+
+def turned(axes, signs):
+    "Another storage of a volume (x, y, z): its axes in another order and direction, and the affine that says so."
+    def store(x):
+        a, affine = x.transpose(axes), np.zeros((4, 4))
+        for j, (k, s) in enumerate(zip(axes, signs)):
+            affine[k, j], affine[k, 3] = s * (k + 1.), affine[k, 3] + (s < 0) * (k + 1.) * (x.shape[k] - 1)
+        affine[3, 3] = 1
+        return a[tuple(slice(None, None, s) for s in signs)], affine
+    return store
+
+
+@pytest.mark.parametrize("copy", [turned((0, 1, 2), (1, 1, 1)), turned((0, 1, 2), (-1, 1, 1)), turned((0, 1, 2), (-1, -1, 1)), turned((2, 0, 1), (1, -1, 1)), turned((1, 2, 0), (-1, -1, -1)),
+                                  as_type("float32"), as_type("int32"), lambda x: (x, np.diag([-1., 1, 1, 1]))])
+@pytest.mark.parametrize("least", [0, -700])
+def test_volumes_are_known_however_they_are_stored(tmp_path, copy, least):
+    import nibabel as nib
+    x = rng(0, "stored").integers(least, 200, (20, 22, 18)).astype(np.int16)
+    rows = ["modality,id,image,group"]
+    for name, (a, affine) in dict(a=turned((0, 1, 2), (1, 1, 1))(x), b=copy(x), c=(x + 1, np.eye(4)), d=(x[:, :, ::-1], np.diag([1., 2, 3, 1]))).items():
+        nib.save(nib.Nifti1Image(a, affine), tmp_path / f"{name}.nii.gz")
+        rows.append(f"ct,{name},{name}.nii.gz,{name}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+    faults, _ = leaks([examine("ct", *checking.cases_of(tmp_path, "ct"))])
+    assert len(faults) == 1 and "a.nii.gz and" in faults[0] and "b.nii.gz show the same pixels" in faults[0], faults
+
+
+def test_marks_stand_for_values():
+    half = np.array([[[0, .5], [1, 2]]])
+    assert marks_of(half, None) == marks_of(half.astype(np.float32), None) != marks_of(half.astype(np.uint8), None)
+    a = np.arange(-5, 7).reshape(1, 3, 4)
+    assert len({marks_of(a.astype(t), None) for t in (np.int8, np.int32, np.float32, np.int64)}) == 1
+    assert marks_of(a, None) == marks_of(a[:, None], None) != marks_of(a + 1, None)
+    big = np.float32([[[0, 1e30]]])
+    assert marks_of(big, None) != marks_of(big * 2, None) and len(marks_of(a[:, None], np.diag([1, -1, 1, 1]))) == 2
+    for singular in (np.zeros((4, 4)), np.full((4, 4), np.nan)): assert marks_of(a[:, None], singular) == marks_of(a, None)
+    rgb = np.stack([a[0], a[0], a[0] + 1])
+    assert marks_of(rgb, None) != marks_of(a, None)
 
 
 def test_volumes_and_scanner_units(tmp_path, capsys):

@@ -9,7 +9,8 @@ import pytest
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import images as image_files
 from unpaired_kd.core import read_json, write_json
-from unpaired_kd.data.collections import Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, open_collection, split_groups
+from unpaired_kd.data.collections import (Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, match_labels, open_collection,
+                                          split_groups)
 
 
 def picture(k, shape=(20, 24)):
@@ -183,6 +184,10 @@ def test_missing_groups_are_a_warning(ward):
     (ward / "groups.csv").unlink()
     with pytest.warns(UserWarning, match="groups.csv"): c = Collection.from_folders(ward)
     assert c.groups == c.ids
+    (ward / "ct").mkdir()
+    for d in ("images", "labels"): (ward / d).rename(ward / "ct" / d)
+    (ward / "groups.csv").write_text("id,group\n")
+    with pytest.warns(UserWarning, match="ct has no groups.csv.*groups.csv is not read"): Collection.from_folders(ward / "ct")
 
 
 # labels and intensities
@@ -507,6 +512,15 @@ def test_the_decision_is_told(tmp_path):
     assert (given["why"], given["values"], given["read"]) == ("as given", "", 0)
 
 
+@pytest.mark.parametrize("labels,why", [
+    ([[[0, 1]]], "the labels hold 0 and 1"), ([[[1, 1]]], "the labels hold 1"), ([[[0, 0]]], "the labels hold 0"),
+    ([[[255, 255]]] * 3, "labels are 255 only"), ([[[255, 255]], [[255, 255]], [[0, 255]]], "labels are 0 and 255 only"),
+    ([[[77, 77]]], "the labels hold 77"), ([[[77, 77]], [[77, 0]]], "the labels hold 0 and 77"),
+])
+def test_the_reason_names_no_0_that_is_not_there(labels, why):
+    assert infer_labels([("a", np.array(y, np.uint8), False) for y in labels]).why == why
+
+
 def test_two_ways_of_marking_the_foreground():
     images = [np.eye(8, dtype=np.uint8)] * 2
     mixed = Collection.from_arrays(images, [np.eye(8, dtype=np.uint8) * v for v in (1, 255)])
@@ -538,6 +552,21 @@ def test_labels_match_whatever_their_case(ward):
     with pytest.raises(InputError, match="images/p1_2.png has no label"): Collection.from_folders(ward)
 
 
+@pytest.mark.parametrize("image,label", [(".ome.tif", ".png"), (".ome.tif", "_mask.ome.tif"), (".OME.TIFF", ".ome.png"), (".png", ".ome.tif"), (".ome.tif", ".ome.tif")])
+def test_ome_is_part_of_the_ending(tmp_path, image, label):
+    import tifffile
+    for d, ending in (("images", image), ("labels", label)):
+        (tmp_path / d).mkdir()
+        for i in range(2):
+            path = tmp_path / d / f"cell{'AB'[i]}{ending}"
+            a = picture(i)[d == "labels"]
+            save(path, a) if path.suffix == ".png" else tifffile.imwrite(path, a, ome=True, photometric="minisblack")
+    (tmp_path / "groups.csv").write_text("id,group\ncellA,a\ncellB.ome.tif,b\n")
+    c = Collection.from_folders(tmp_path)
+    assert (c.ids, c.groups) == (["cellA", "cellB"], ["a", "b"])
+    for i in range(2): assert np.array_equal(c[i].label.numpy(), picture(i)[1])
+
+
 @pytest.mark.parametrize("edit,words", [
     (lambda d: shutil.copy(d / "labels/p1_2.png", d / "labels/p1_2_mask.png"), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2_mask.png"]),
     (lambda d: save(d / "labels/p1_2.tif", picture(2)[1]), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2.tif"]),
@@ -548,6 +577,9 @@ def test_labels_match_whatever_their_case(ward):
     (lambda d: (d / "labels/p0_0.png").unlink() or (d / "labels/p0_0.png").symlink_to("gone.png"), ["labels/p0_0.png is a link to gone.png"]),
     (lambda d: (d / "labels/p0_0.png").unlink() or os.mkfifo(d / "labels/p0_0.png"), ["labels/p0_0.png is neither"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,a\np0_0,b\n"), ["groups.csv, line 3", "'p0_0'"]),
+    (lambda d: (d / "groups.csv").write_text("id,group,Label group\np0_0,a,x\n"), ["groups.csv: column 'label group'", "Did you mean 'label_group'?"]),
+    (lambda d: (d / "groups.csv").write_text("id,group,label_grup\np0_0,a,x\n"), ["groups.csv: column 'label_grup'", "Did you mean 'label_group'?"]),
+    (lambda d: (d / "groups.csv").rename(d / "Groups.csv"), ["Groups.csv is not read", "groups.csv"]),
     (lambda d: (d / "groups.csv").write_text("id,group\np0_0,\n"), ["groups.csv names no group", "'p0_0'", "5 more"]),
 ])
 def test_folders_that_are_not_clear(ward, edit, words):
@@ -557,6 +589,73 @@ def test_folders_that_are_not_clear(ward, edit, words):
 def test_numbers_in_names_need_a_number(tmp_path):
     for name in ("images/cat", "images/dog_1", "labels/cow", "labels/ape_1"): save(tmp_path / f"{name}.png", picture(1)[1])
     with pytest.raises(InputError, match="images/cat.png has no label"): Collection.from_folders(tmp_path, group=str)
+
+
+def matched(images, labels):
+    "What `match_labels` finds for names without endings: image -> label."
+    pairs = zip(images, match_labels([Path(f"images/{i}.png") for i in images], [Path(f"labels/{i}.png") for i in labels]))
+    return {i: y and y.stem for i, y in pairs}
+
+
+@pytest.mark.parametrize("pairs", [                                    # names as people write them; image before label
+    "img_001 mask_001, img_002 mask_002, img_010 mask_010",
+    "img_001 label_001, img_002 label_002",
+    "001 001_mask, 002 002_mask",
+    "case_0001_0000 case_0001, case_0002_0000 case_0002",
+    "p1_s2_img p1_s2_seg, p2_s1_img p2_s1_seg",
+    "image1 gt1, image2 gt2, image12 gt12",
+    "IMG_1 IMG_1_segmentation, IMG_2 IMG_2_segmentation",
+    "sub-01_T1w sub-01_T1w_label, sub-02_T1w sub-02_T1w_label",
+    "sub-01_T1w sub-01_dseg, sub-02_T1w sub-02_dseg",
+    "T1w T1w_label", "T1w label", "imaging segmentation", "histo mask",
+    "volume-0 segmentation-0, volume-1 segmentation-1",
+    "Image_01L Image_01L_1stHO, Image_01R Image_01R_1stHO",
+    "01_test 01_test_manual1, 02_test 02_test_manual1, 21_test 21_test_manual1",
+    "left_1 gt_left_01, right_2 gt_right_02",
+    "a_img_1 a_mask_1, a_img_2 a_mask_2, b_img_1 b_mask_1",
+    "scan-1 tumour_1, scan-2 tumour_2",
+    "a1 a1, a2 a2_gt, a3 Seg.a3",
+    "x_1 x_1_gt, x_01 x_01_gt",
+    "1 v2_1, 2 v2_2, 3 v2_3",
+    "Left-Eye_1 left_eye_1x, Right-Eye_1 right_eye_1x",
+])
+def test_labels_are_matched_as_a_person_would(pairs):
+    wanted = dict(p.split() for p in pairs.split(", "))
+    assert matched(wanted, [*wanted.values()][::-1]) == wanted
+
+
+@pytest.mark.parametrize("images,labels", [
+    ("left_1 right_2", "right_1_gt left_2_gt"), ("left_1 right_2", "right_1_x left_2_x"),
+    ("p1_s2 p2_s1", "s1_p2_gt s2_p1_gt"), ("liver", "kidney"), ("ct_1 ct_2", "mr_1 mr_2"), ("dog_1", "ape_1"),
+    ("left_1 left_2", "right_mask_1 right_mask_2"), ("x_1 x_01", "x_001_mask"),
+    ("left_1 right_2 mid_3", "right_1_gt left_2_gt mid_3_gt"),
+])
+def test_numbers_alone_are_no_match(images, labels):
+    "The first image and the label that it might get are named, and what to do."
+    with pytest.raises(InputError) as e: matched(images.split(), labels.split())
+    image, label = images.split()[0], labels.split()[0]
+    for words in (f"images/{image}.png and labels/{label}.png", f"call the label {image}.png", "manifest.csv"): assert words in str(e.value)
+
+
+@pytest.mark.parametrize("images,labels", [
+    ("p1_s1 p1_s2", "p2_s1_seg p2_s2_seg"),           # another patient, whatever the rule
+    ("1 2", "1_1 1_2"),                               # both may belong to 1
+    ("case_1_0000 case_1_0001", "case_1"),            # two channels
+    ("sub-01_T1w sub-02_T1w", "sub-01_T2w_seg sub-02_T2w_seg"), ("cat dog", "cow ape"), ("scan_1", "mask_2"),
+    ("का_1 का_2", "कि_1x कि_2x"),                        # vowel signs are letters
+])
+def test_names_that_do_not_agree_are_not_matched(images, labels):
+    try: found = matched(images.split(), labels.split())
+    except InputError: return
+    assert not any(found.values()), found
+
+
+def test_ten_thousand_names_take_no_time():
+    import time
+    names = [f"case_{k // 7:04d}_z{k % 7}" for k in range(10_000)]
+    start = time.perf_counter()
+    assert matched([f"{n}_0000" for n in names], names) == {f"{n}_0000": n for n in names}
+    assert time.perf_counter() - start < 10
 
 
 def row(d, old, new):
@@ -575,6 +674,8 @@ def row(d, old, new):
     (lambda d: row(d, "p0_1,images/p0_1.png,labels/p0_1.png", "p0_1,images/p0_0.png,labels/p0_0.png"), ["images/p0_0.png is listed twice", "'p0_0'", "'p0_1'"]),
     (lambda d: row(d, "labels/p1_2.png", "labels/p0_0.png"), ["labels/p0_0.png belongs", "'p0'", "'p1'"]),
     (lambda d: row(d, "images/p1_2.png", "../p1_2.png"), ["manifest.csv, line 4", "leads out"]),
+    (lambda d: row(d, "images/p1_2.png", "images/P1_2.png"), ["manifest.csv, line 4", "images/P1_2.png does not exist. Did you mean images/p1_2.png?"]),
+    (lambda d: (d / "manifest.csv").rename(d / "Manifest.csv"), ["Manifest.csv is not read", "manifest.csv"]),
     (lambda d: row(d, ",p1,", ",p1\ngrey,short\n,"), ["manifest.csv, line 4", "header"]),
     (lambda d: (d / "images/p1_2.png").unlink() or (d / "images/p1_2.png").symlink_to("gone.png"), ["p1_2.png", "link to gone.png"]),
 ])

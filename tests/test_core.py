@@ -102,6 +102,7 @@ def test_clearing_spares_writers_at_work_and_everybody_elses_files(tmp_path):
         assert (tmp_path / "sub" / (PART + "dead.pt")).exists()
         clear_parts(tmp_path, deep=True)
         assert t.exists() and not (tmp_path / "sub" / (PART + "dead.pt")).exists()
+        t.write_text("alive")
     assert (outside / "keep").read_text() == "x" and (tmp_path / ".download.part").exists()
 
 
@@ -123,6 +124,13 @@ def test_many_threads_leave_one_whole_file(tmp_path):
     for t in threads: t.join()
     text = (tmp_path / "a").read_text()
     assert text == text[0] * 10000 and names(tmp_path) == ["a"]
+
+
+def test_a_writer_that_puts_nothing_into_the_part_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(InputError, match="cannot write .*a.txt: its writer put nothing into"):
+        with atomic(tmp_path / "a.txt") as t: (tmp_path / "other.txt").write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt", "other.txt"]
 
 
 def test_long_names_and_strange_ones(tmp_path):
@@ -181,10 +189,10 @@ write_csv({str(tmp_path / "a.csv")!r}, [dict(case="M\\u00fcller", dsc=.5)])
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "does not exist"),
     (lambda p: p.mkdir(), "is a folder; a text file is needed here"),
-    (lambda p: os.mkfifo(p), "is not a file; a text file is needed here"),
+    (lambda p: os.mkfifo(p), "is neither a file nor a folder, but a pipe"),
     (lambda p: p.write_bytes(b"a\xfcb"), r"is not UTF-8 text \(byte 1 is 0xfc\)\. Save it as UTF-8"),
     (lambda p: p.write_bytes("a".encode("utf-16")), r"is not UTF-8 text \(byte 0 is 0xff\)"),
-    (lambda p: p.symlink_to(p.with_name("nowhere")), "does not exist"),
+    (lambda p: p.symlink_to(p.with_name("nowhere")), "is a link to .*nowhere, which is not there"),
 ], ids=["missing", "folder", "fifo", "latin-1", "utf-16", "dangling"])
 @pytest.mark.parametrize("read", [read_text, read_json, read_csv])
 def test_what_is_no_text_is_refused_by_name(tmp_path, make, message, read):
@@ -241,3 +249,80 @@ def test_cut_tables_are_refused_by_name(tmp_path, text, message):
 def test_an_empty_table_has_no_rows(tmp_path):
     write_csv(tmp_path / "a.csv", [])
     assert read_csv(tmp_path / "a.csv") == []
+
+
+# ---- nothing is replaced that appears meanwhile
+
+def came_late(tmp_path, name, write, overwrite):
+    "Write a file or folder while somebody else writes one of the same name."
+    with (atomic_folder if name == "folder" else atomic)(tmp_path / name, overwrite) as t:
+        write(t, "mine")
+        write(tmp_path / name, "theirs")
+
+
+def write_file(path, text): path.write_text(text)
+
+
+def write_folder(path, text):
+    path.mkdir(exist_ok=True)
+    (path / "block").write_text(text)
+
+
+def said_in(path): return (path / "block" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("name, write", [("file", write_file), ("folder", write_folder)])
+def test_what_came_meanwhile_stays_unless_it_may_be_replaced(tmp_path, monkeypatch, name, write, links):
+    def refuse(*a): raise PermissionError(1, "Operation not permitted")
+    if not links: monkeypatch.setattr(core.os, "link", refuse)
+    with pytest.raises(InputError, match=f"{name} is there already"): came_late(tmp_path, name, write, False)
+    assert said_in(tmp_path / name) == "theirs" and [p.name for p in tmp_path.iterdir()] == [name]
+    came_late(tmp_path, name, write, True)
+    assert said_in(tmp_path / name) == "mine" and [p.name for p in tmp_path.iterdir()] == [name]
+    with (atomic_folder if name == "folder" else atomic)(tmp_path / "new", False) as t: write(t, "first")
+    assert said_in(tmp_path / "new") == "first" and sorted(p.name for p in tmp_path.iterdir()) == [name, "new"]
+
+
+def test_a_dangling_link_is_there(tmp_path):
+    os.symlink("gone", tmp_path / "file")
+    with pytest.raises(InputError, match="is there already"), atomic(tmp_path / "file", False) as t: t.write_text("mine")
+    assert os.readlink(tmp_path / "file") == "gone" and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of groups")
+def test_a_folder_keeps_to_its_group(tmp_path):
+    (tmp_path / "group").mkdir()
+    os.chmod(tmp_path / "group", 0o2755)
+    with atomic_folder(tmp_path / "group" / "v.zarr") as t: (t / "0").mkdir()
+    assert [oct((tmp_path / "group" / p).stat().st_mode & 0o7777) for p in ("v.zarr", "v.zarr/0")] == ["0o2755", "0o2755"]
+    with atomic_folder(tmp_path / "plain") as t: pass
+    assert oct((tmp_path / "plain").stat().st_mode & 0o7777) == "0o755"
+
+
+def test_a_folder_that_may_only_be_put_into(tmp_path, monkeypatch):
+    "Rights 0333: such a folder cannot be opened, and what was written into it is there."
+    opened = os.open
+    def refuse(path, *a, **k):
+        if os.path.isdir(path): raise PermissionError(13, "Permission denied")
+        return opened(path, *a, **k)
+    monkeypatch.setattr(core.os, "open", refuse)
+    monkeypatch.setattr(core.os, "access", lambda path, mode: not os.path.isdir(path))
+    with atomic(tmp_path / "file") as t: t.write_text("mine")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_replaced_folder_leaves_is_named(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "v.zarr") as t: write_folder(t, "old")
+    monkeypatch.setattr(core, "_remove", lambda path: None)
+    with pytest.warns(UserWarning, match=f"{OLD}v.zarr, which .*v.zarr has replaced"), atomic_folder(tmp_path / "v.zarr") as t: write_folder(t, "new")
+    assert said_in(tmp_path / "v.zarr") == "new"
+
+
+@pytest.mark.parametrize("make", [lambda p: os.symlink("mine.txt", p), lambda p: os.symlink("gone", p), os.mkfifo, os.mkdir], ids=["link", "dangling link", "pipe", "folder"])
+def test_a_lock_is_a_plain_file(tmp_path, make):
+    (tmp_path / "mine.txt").write_text("x")
+    make(tmp_path / ".ukd.lock")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(InputError, match="ukd.lock is there and is no file of ours"), hold(tmp_path): pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and (tmp_path / "mine.txt").read_text() == "x"

@@ -1,4 +1,5 @@
 """DICOM: every slice where its file says, numbers in the unit of their scale, files that do not belong, contours and segments by the rules of the standard."""
+import gzip
 import shutil
 import warnings
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 pydicom = pytest.importorskip("pydicom")
+import torch
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from skimage.draw import polygon2mask
@@ -13,9 +15,10 @@ from test_clinical import CORNER, D, H, PX, STEP, W, base, circle, put, rtstruct
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
-from unpaired_kd.data.dicom import dicom_files
+from unpaired_kd.data.dicom import dicom_files, split_folder
 from unpaired_kd.data.geometry import lay_on, shear, spacing_of
-from unpaired_kd.data.images import Image, read_image, read_label, write_label
+from unpaired_kd.data.images import Image, list_images, read_image, read_label, write_label
+from unpaired_kd.inference import PartlyDone, Recipe, Student, one_series, predict_path
 
 R = np.random.default_rng(0)
 AXIAL = (1, 0, 0, 0, 1, 0)
@@ -107,6 +110,45 @@ def test_positions_that_do_not_fit_are_named(tmp_path):
     assert np.isclose(read_image(scan(tmp_path / "rounded", corners=rounded)).spacing[0], 16.7 / 5, atol=1e-3)
 
 
+def many(folder, corners, **tags):
+    for k, c in enumerate(corners): one(folder / f"{k}.dcm", np.full((8, 10), k), c, **tags)
+    return folder
+
+
+@pytest.mark.parametrize("step, start", [(.625, -100), (.625, .03), (1 / 1.3, 7), (.45, 2)])
+def test_positions_with_one_digit_are_even(tmp_path, step, start):
+    im = read_image(many(tmp_path, [(-8, -8, round(start + step * k, 1)) for k in range(20)]))
+    assert np.isclose(im.spacing[0], step, atol=.1 / 19)
+    assert im.array[0, :, 0, 0].tolist() == list(range(20))
+
+
+def test_an_oblique_stack_with_one_digit_is_even(tmp_path):
+    o = np.array([np.cos(.4), np.sin(.4), 0, -np.sin(.4) * np.cos(.3), np.cos(.4) * np.cos(.3), -np.sin(.3)])
+    corners = np.round(np.cross(o[:3], o[3:]) * .5 * np.arange(60)[:, None], 1)
+    im = read_image(many(tmp_path, corners, turn=np.round(o, 5), spacing=(.3, .3)))
+    assert np.isclose(im.spacing[0], .5, atol=.005)
+
+
+@pytest.mark.parametrize("step", [.625, .45, 1., 5.])
+@pytest.mark.parametrize("start", [0, .037])
+@pytest.mark.parametrize("n, lost", [(4, 1), (4, 2), (5, 2), (20, 9), (20, 18)])
+def test_rounding_excuses_no_lost_slice(tmp_path, step, start, n, lost):
+    at = [k for k in range(n) if k != lost]
+    folder = many(tmp_path, [(0, 0, round(start + step * k, 1)) for k in at])
+    refused(folder, "missing", f"from {lost - 1}.dcm", f"to {lost}.dcm")
+
+
+def test_rounding_is_taken_as_written(tmp_path):
+    corners = [(0, 0, v) for v in (0, 5, 10, 16, 21, 26)]                 # 5.25 mm without digits, or 5 mm and a fault
+    for k, c in enumerate(corners): one(tmp_path / "whole" / f"{k}.dcm", HEAD[k], ImagePositionPatient=list(map(str, c)))
+    assert np.isclose(read_image(tmp_path / "whole").spacing[0], 5.2)
+    refused(many(tmp_path / "digit", corners), "6.00 mm instead of 5.00")  # written as 16.0
+    for k, x in enumerate("0010"): one(tmp_path / "aside" / f"{k}.dcm", HEAD[k], ImagePositionPatient=[x, "0", str(5 * k)])
+    refused(tmp_path / "aside", "1.00 mm sideways")
+    coarse = [(0, 0, round(.3 * k + .05, 1)) for k in (0, 1, 2, 4, 5)]
+    refused(many(tmp_path / "coarse", coarse), "missing", "rounded (0.1 mm)")
+
+
 def test_a_slice_that_differs_is_named(tmp_path):
     def odd(name, a=HEAD[3], corner=(-8, -9, 9), **tags):
         scan(tmp_path / name)
@@ -137,6 +179,38 @@ def test_a_slice_of_another_frame_of_reference_is_named(tmp_path):
     assert np.array_equal(read_image(tmp_path).array[0], HEAD)
     one(tmp_path / names(0)[2], HEAD[2], (-8, -9, 6.), FrameOfReferenceUID="1.2.8")
     refused(tmp_path, names(0)[2], "frame of reference", "1.2.8 instead of 1.2.9")
+
+
+@pytest.mark.parametrize("tags, words", [
+    (dict(modality="PT"), ("another modality", "PT instead of CT")),
+    (dict(PatientID="other"), ("another patient", "other instead of p")),
+    (dict(StudyInstanceUID="9.9"), ("another study", "9.9 instead of 1.1")),
+    (dict(PatientID=None), ("another patient", "None instead of p")),
+])
+def test_one_series_is_of_one_patient_study_and_modality(tmp_path, tags, words):
+    who = dict(PatientID="p", StudyInstanceUID="1.1")
+    scan(tmp_path, **who)
+    assert np.array_equal(read_image(tmp_path).array[0], HEAD)
+    one(tmp_path / "o.dcm", HEAD[0], (-8, -9, 18.), **who | tags)
+    refused(tmp_path, "its slice o.dcm", *words)
+
+
+def test_a_mosaic_is_no_slice(tmp_path):
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    refused(one(tmp_path / "m.dcm", HEAD[0], modality="MR", ImageType=kind), "m.dcm is a mosaic", "dcm2niix")
+    refused(one(tmp_path / "f/m.dcm", HEAD[0], modality="MR", ImageType=kind).parent, "m.dcm is a mosaic")
+
+
+def test_a_single_slice_of_unknown_thickness(tmp_path):
+    p = one(tmp_path / "f/x.dcm", HEAD[0], (1, 2, 3))
+    im = read_image(p.parent)
+    assert im.array.shape == (1, 1, 8, 10) and im.spacing is None        # nobody said 1 mm
+    assert np.allclose(im.affine, [[-.25, 0, 0, -1], [0, -.5, 0, -2], [0, 0, 1, 3], [0, 0, 0, 1]])
+    assert read_image(p).spacing == (.5, .25)
+    write_label(tmp_path / "y.nii.gz", HEAD[:1] % 3, im)                 # its place is still compared
+    assert np.array_equal(lay_on(read_label(tmp_path / "y.nii.gz"), im), HEAD[:1] % 3)
+    mirrored = read_image(one(tmp_path / "g/x.dcm", HEAD[0], (3.25, 2, 3), (-1, 0, 0, 0, 1, 0)).parent)
+    assert np.array_equal(lay_on(read_label(tmp_path / "y.nii.gz"), mirrored), HEAD[:1, :, ::-1] % 3)
 
 
 def test_echoes_times_and_series_are_told_apart(tmp_path):
@@ -174,6 +248,98 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
     assert len(slice_files(folder)) == 6
     (folder / "IM3").write_bytes((folder / "IM3").read_bytes()[:150])
     with pytest.raises(InputError, match="IM3"): read_image(folder)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("6.dcm.gz", lambda raw: gzip.compress(raw)),
+    ("rest.zip", lambda raw: b"PK" + raw[:40]),
+    ("IM6", lambda raw: bytes(200) + raw),                               # its first bytes are lost
+    ("IM6", lambda raw: bytes(132) + raw[132:]),
+    ("IM6", lambda raw: raw[140:]),
+])
+def test_what_may_be_a_slice_is_not_left_out(tmp_path, name, content):
+    folder = scan(tmp_path / "s")
+    (folder / name).write_bytes(content((folder / "0.dcm").read_bytes()))
+    for road in (read_image, dicom_files, slice_files, one_series):
+        with pytest.raises(InputError, match=f"(?s){name}.*out of the folder"): road(folder)
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    folder = scan(tmp_path / "s")
+    size = (folder / "0.dcm").stat().st_size
+    (folder / "S.seg.nrrd").write_bytes(b"NRRD0004\n" + b"x" * 200 + bytes(size - 209))
+    (folder / "note.txt").write_text("n" * size)
+    (folder / "big.bin").write_bytes(bytes(2 * size))
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * size)
+    assert len(dicom_files(folder)) == 6 and split_folder(folder)[1] == [folder / n for n in ("S.seg.nrrd", "big.bin", "note.txt")]
+    for road in (read_image, lambda f: predict_path(bright(), f, tmp_path / "o.nii.gz", bars=False)):
+        with pytest.warns(UserWarning, match="s: not DICOM, left out: S.seg.nrrd, big.bin, note.txt"): road(folder)
+
+
+class Bright(torch.nn.Module):
+    "A network for pictures of any size."
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x): return x[:, :1] - .5 + self.weight
+
+
+def bright(): return Student(Bright(), Recipe(channels=1, in_channels=1, dims=2, intensity="percentile"))
+
+
+UNPLACED = dict(ImagePositionPatient=..., ImageOrientationPatient=...)
+
+
+@pytest.mark.parametrize("name", ["p{}.dcm", "IM_000{}", "p{}.IMA", "1.2.{}"])
+def test_a_folder_of_pictures_is_no_series(tmp_path, name):
+    names = [name.format(k) for k in range(3)]
+    for k, n in enumerate(names): one(tmp_path / "images" / n, HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k}", **UNPLACED)
+    (tmp_path / "images" / "note.txt").write_text("three patients")
+    images, others = list_images(tmp_path / "images")
+    assert [p.name for p in images] == sorted(names) and [p.name for p in others] == ["note.txt"]
+    assert not one_series(tmp_path / "images")
+    done = predict_path(bright(), tmp_path / "images", tmp_path / "out", bars=False)
+    assert [p.name for p in done] == [n.removesuffix(".dcm") + ".nii.gz" for n in sorted(names)]
+    for k, n in enumerate(names):
+        assert np.array_equal(read_image(tmp_path / "images" / n).array[0], HEAD[k])
+        assert read_label(tmp_path / "out" / (n.removesuffix(".dcm") + ".nii.gz")).array.shape == (8, 10)
+
+
+def test_which_folders_are_a_series(tmp_path):
+    series = scan(tmp_path / "series")
+    assert one_series(series)
+    one(series / "pet.dcm", HEAD[0], (-8, -9, 40), modality="PT", SeriesInstanceUID="1.2.4")
+    assert one_series(series)                                            # reading it names the two series
+    refused(series, "2 DICOM series")
+    assert one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
+    assert not one_series(one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent)
+    views = tmp_path / "views"                                           # two views of each patient
+    for k in range(4): one(views / f"{k}.dcm", HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k // 2}", **UNPLACED)
+    assert not one_series(views)
+    stripped = scan(tmp_path / "stripped", **UNPLACED)                   # slices whose order is lost
+    assert one_series(stripped)
+    refused(stripped, "no position")
+    corners = np.array([[-8, -9, 3. * k] for k in range(6)])
+    enhanced(tmp_path / "one/p.dcm", HEAD, corners)
+    assert one_series(tmp_path / "one")
+    def other(s): s.SeriesInstanceUID = "1.2.5"
+    edit(enhanced(tmp_path / "one/q", HEAD[:3], corners[:3]), other)
+    assert not one_series(tmp_path / "one")                              # a volume of each patient
+    done = predict_path(bright(), tmp_path / "one", tmp_path / "out", bars=False)
+    assert [read_label(p).array.shape for p in done] == [(6, 8, 10), (3, 8, 10)]
+    assert not one_series(tmp_path / "out")
+    (series / "pet.dcm").unlink()
+    (series / "7.dcm").write_bytes(b"")
+    with pytest.raises(InputError, match="7.dcm is cut short"): one_series(series)
+
+
+def test_a_damaged_picture_does_not_stop_the_others(tmp_path):
+    for k in range(3): one(tmp_path / f"images/p{k}.dcm", HEAD[k], modality="DX", SeriesInstanceUID=f"1.2.{k}", **UNPLACED)
+    f = tmp_path / "images/p1.dcm"
+    f.write_bytes(f.read_bytes()[:300])
+    with pytest.raises(PartlyDone, match="(?s)2 of 3.*p1.dcm"): predict_path(bright(), f.parent, tmp_path / "out", bars=False)
+    assert sorted(p.name for p in (tmp_path / "out").glob("p*")) == ["p0.nii.gz", "p2.nii.gz"]
 
 
 def test_single_slices(tmp_path):
@@ -230,7 +396,28 @@ def test_enhanced_files_are_read_frame_by_frame(tmp_path):
     enhanced(folder / "a.dcm", HEAD[:4], corners[:4]); enhanced(folder / "b.dcm", HEAD[4:], corners[4:])
     assert np.array_equal(read_image(folder).array[0], HEAD)
     refused(enhanced(p, HEAD[:4], corners[[0, 1, 1, 2]]), "frame 2 of x.dcm and frame 3 of x.dcm", "twice")
-    refused(enhanced(p, HEAD[:4], corners[[0, 1, 2, 4]]), "from frame 3 of x.dcm (slice 3) to frame 4 of x.dcm")
+    refused(enhanced(p, HEAD[:4], corners[[0, 1, 2, 4]]), "from frame 3 of x.dcm (slice 3) to frame 4 of x.dcm", "A frame is missing")
+    def refused_frames(*words):
+        refused(p, "Split the file", "dcm2niix", *words)
+        with pytest.raises(InputError) as e: read_image(p)
+        assert "folder" not in str(e.value)                              # frames cannot be moved
+    def echoes(s):
+        for k, f in enumerate(s.PerFrameFunctionalGroupsSequence):
+            f.MREchoSequence = Sequence([Dataset()])
+            f.MREchoSequence[0].EffectiveEchoTime = 2.3 * (1 + k // 2)
+    enhanced(p, HEAD[:4], corners[[0, 1, 0, 1]])
+    refused_frames("frame 1 of x.dcm and frame 3 of x.dcm", "twice.")
+    edit(p, echoes)
+    refused_frames("frame 1 of x.dcm and frame 3 of x.dcm", "they differ in EffectiveEchoTime")
+    def planes(s):
+        del s.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        for f, turn in zip(s.PerFrameFunctionalGroupsSequence, (AXIAL, AXIAL, (1, 0, 0, 0, 0, -1))):
+            f.PlaneOrientationSequence = Sequence([Dataset()])
+            f.PlaneOrientationSequence[0].ImageOrientationPatient = list(map(float, turn))
+    edit(enhanced(p, HEAD[:3], corners[:3]), planes)
+    refused_frames("frame 3 of x.dcm", "another orientation")
+    enhanced(p, HEAD[:3], [(0, 0, 0), (2, 0, 3), (0, 0, 6)])
+    refused_frames("from frame 1 of x.dcm", "sideways")
     refused(enhanced(p, HEAD, corners, groups=False), "x.dcm", "multi-frame", "6 frames")
 
 
@@ -274,6 +461,62 @@ def test_white_is_zero_is_turned_once_for_the_whole_series(tmp_path):
     refused(mixed, "1.dcm", "number of bits")
 
 
+WHITE = dict(PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+
+
+@pytest.mark.parametrize("modality, scales, want", [
+    ("CT", [(1, 0), (2, 0), (3, 0)], [100, 200, 300]),                   # HU, with a slope of 1 too
+    ("CT", [(1, 0), (1, 0), (1, -1)], [100, 100, 99]),
+    ("PT", [(1, 0), (.5, 0), (2, 0)], [100, 50, 200]),                   # BQML, of the tag Units
+    ("DX", [(1, 0), (1, 0), (1, 0)], [3995, 3995, 3995]),                # 4095 - 100
+    ("DX", [(.25, 0), (.25, 0), (.25, 0)], [998.75] * 3),                # 1023.75 - 25
+    ("DX", [(1, 7), (1, 7), (1, 7)], [4002] * 3),                        # 7 to 4102: 4109 - 107
+    ("DX", [(1, 0), (2, 0), (-1, 0)], [3995, 3895, 4195]),               # -4095 to 8190: one mirror for all
+    ("DX", [(1, 0), (.5, 0), (1, 0)], [3995, 4045, 3995]),               # 0 to 4095
+])
+def test_a_unit_and_not_a_number_decides_what_is_mirrored(tmp_path, modality, scales, want):
+    for kind in ({}, dict(RescaleType="US")) if modality == "DX" else ({},):
+        for k, (slope, shift) in enumerate(scales):
+            one(tmp_path / f"{k}.dcm", np.full((8, 10), 100), (0, 0, 3 * k), modality=modality, RescaleSlope=slope, RescaleIntercept=shift,
+                **(dict(Units="BQML") if modality == "PT" else kind), **WHITE)
+        a = read_image(tmp_path).array[0, :, 0, 0]
+        assert a.tolist() == want
+        assert (a.dtype.kind == "f") == any(float(slope) % 1 for slope, _ in scales)
+
+
+@pytest.mark.parametrize("kind, want", [("US", 65535 - 700), ("OD", 700)])
+def test_the_unit_of_a_table_decides_too(tmp_path, kind, want):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], kind
+    table.add_new("LUTData", "OW", (7 * np.arange(4096)).astype("<u2").tobytes())
+    im = read_image(one(tmp_path / "x.dcm", np.full((8, 10), 100), modality="CR", ModalityLUTSequence=Sequence([table]), **WHITE))
+    assert (im.array == want).all() and im.array.dtype == np.uint16
+
+
+def test_a_mirrored_scan_has_one_kind_of_number(tmp_path):
+    scan(tmp_path / "sign", modality="DX", **WHITE)
+    one(tmp_path / "sign" / "1.dcm", HEAD[3], (-8, -9, 9), modality="DX", PixelRepresentation=1, **WHITE)
+    refused(tmp_path / "sign", "1.dcm", "another PixelRepresentation")
+    scan(tmp_path / "unit", RescaleSlope=1, RescaleIntercept=0, **WHITE)
+    one(tmp_path / "unit" / "1.dcm", HEAD[3], (-8, -9, 9), **WHITE)         # equal numbers, but one is no HU
+    refused(tmp_path / "unit", "1.dcm", "no rescale instead of")
+
+
+@pytest.mark.parametrize("tags", [dict(RescaleSlope=1, RescaleIntercept=None), dict(RescaleSlope=1), dict(RescaleIntercept=-1024), dict(RescaleSlope=None, RescaleIntercept=-1024)])
+def test_half_a_scale_is_named(tmp_path, tags):
+    scan(tmp_path, RescaleSlope=1, RescaleIntercept=-1024)
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), **tags)
+    refused(tmp_path, "1.dcm", "another rescale", "instead of RescaleSlope and RescaleIntercept in HU")
+
+
+def test_a_ct_that_names_no_unit_has_hounsfield_units(tmp_path):
+    scan(tmp_path, RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), RescaleSlope=1, RescaleIntercept=-1024)
+    assert np.array_equal(read_image(tmp_path).array[0], HEAD.astype(int) - 1024)
+    one(tmp_path / "1.dcm", HEAD[3], (-8, -9, 9), RescaleSlope=1, RescaleIntercept=-1024, RescaleType="US")
+    refused(tmp_path, "1.dcm", "in no known unit instead of RescaleSlope and RescaleIntercept in HU")
+
+
 def test_colours(tmp_path):
     index = np.arange(80).reshape(8, 10)
     colours = R.integers(0, 256, (256, 3))
@@ -293,6 +536,38 @@ def test_colours(tmp_path):
     y, b, r = (ybr[..., k].astype(float) for k in range(3))              # C.7.6.3.1.2
     rgb = np.stack([y + 1.402 * (r - 128), y - .344136 * (b - 128) - .714136 * (r - 128), y + 1.772 * (b - 128)])
     assert np.abs(read_image(p).array - np.clip(rgb, 0, 255)).max() <= 1.5
+
+
+def palette(path, index, entries, first=0, bits=16, **tags):
+    "A picture of indices (H,W) with one grey palette for red, green and blue."
+    for name in ("Red", "Green", "Blue"):
+        tags |= {f"{name}PaletteColorLookupTableDescriptor": [len(entries), first, bits], f"{name}PaletteColorLookupTableData": np.asarray(entries).astype("<u2").tobytes()}
+    return one(path, index, bits=8, PhotometricInterpretation="PALETTE COLOR", **tags)
+
+
+@pytest.mark.parametrize("entries, want", [
+    ((np.arange(256) ** 2).tolist(), 225 >> 8),                          # 16 bits, dark ones below 256
+    ([k // 2 for k in range(256)], 7),                                   # 8 bits, whatever the descriptor says
+    ([k * 257 for k in range(256)], 15),
+])
+def test_the_palette_says_how_many_bits_it_has(tmp_path, entries, want):
+    dark = np.full((8, 10), 15)
+    bright = dark.copy(); bright[0, 0] = 255
+    for k, index in enumerate((dark, bright)): palette(tmp_path / "s" / f"{k}.dcm", index, entries, corner=(0, 0, 3 * k))
+    im = read_image(tmp_path / "s")
+    assert im.array.dtype == np.uint8 and (im.array[:, :, 4, 4] == want).all()
+    assert (im.array[:, 1, 0, 0] == (entries[255] >> 8 if max(entries) > 255 else entries[255])).all()
+
+
+def test_indices_outside_a_palette_take_its_ends(tmp_path):
+    p = palette(tmp_path / "x.dcm", np.arange(80).reshape(8, 10), [6000 * k for k in range(10)], first=5)
+    want = [6000 * min(max(i - 5, 0), 9) >> 8 for i in range(80)]        # C.7.6.3.1.5
+    assert read_image(p).array[1].ravel().tolist() == want
+    wide = palette(tmp_path / "wide.dcm", np.zeros((8, 10)), np.arange(150) + 256 * np.arange(150), bits=8)
+    s = pydicom.dcmread(wide)
+    for name in ("Red", "Green", "Blue"): setattr(s, f"{name}PaletteColorLookupTableDescriptor", [300, 0, 8])
+    s.save_as(wide)
+    refused(wide, "wide.dcm", "300 entries", "RGB")
 
 
 # Contours by the rules of the standard
@@ -379,10 +654,37 @@ def test_damaged_structures_name_the_file(tmp_path):
 def test_one_contour_and_two_close_ones():
     a = circle(30, 30, 20, 0)[:, :2]
     pair = lambda p: (p, polygon2mask((64, 64), p))
-    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1])) and same_contour(pair(a), pair(circle(30, 30, 20.2, 0, 200)[:, :2]))
-    wall = circle(30, 30, 18.5, 0)[:, :2]                                # a wall of 1.5 pixels is a wall
-    assert not same_contour(pair(a), pair(wall))
-    assert np.array_equal(joined([pair(a), pair(wall)]), pair(a)[1] & ~pair(wall)[1])
+    again = circle(30.2, 30, 20, 0, 200)[:, :2]                        # .2 pixels aside: they cross
+    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
+    assert same_contour(pair(a), pair(again))
+    assert same_contour(pair(a), pair(a[::2]))                      # inside, but they meet
+    for thin in (.1, .3, .45, .55, 1.5):                                 # a wall is a wall
+        wall = circle(30, 30, 20 - thin, 0)[:, :2]
+        assert not same_contour(pair(a), pair(wall))
+        for order in (1, -1):
+            both = joined([pair(a), pair(wall)][::order])
+            assert np.array_equal(both, pair(a)[1] & ~pair(wall)[1])
+
+
+@pytest.mark.parametrize("with_outer, with_hole, truth", [
+    (False, False, drawn((1, *A), (0, *HOLE))),
+    (True, False, drawn((1, *A))),                                       # joined: the whole
+    (True, True, drawn((1, *A), (0, *HOLE))),
+    (False, True, drawn((1, *A)))])                            # a region of its own
+@pytest.mark.parametrize("off", [0, .02, .2]) # pixels: drawn again, not quite alike
+def test_a_keyhole_beside_its_outlines(tmp_path, with_outer, with_hole, off, truth):
+    like, a, h = scan_image(tmp_path), square(*A), square(*HOLE)
+    key = np.r_[a, a[:1], h[:1], h[::-1], a[:1]]
+    again = np.array([[1, 1, 0], [1, -1, 0], [-1, 1, 0], [-1, -1, 0]]) * off * PX
+    contours = [key] + [a + again] * with_outer + [h] * with_hole
+    for order in (1, -1):
+        assert np.array_equal(fill_contours(contours[::order], like), truth)
+
+
+def test_a_hole_may_touch_the_outline(tmp_path):
+    hole = (6, 11, A[2], 13)  # its left side lies on that of A
+    found = fill_contours([square(*A), square(*hole)], scan_image(tmp_path))
+    assert np.array_equal(found, drawn((1, *A), (0, *hole)))
 
 
 # Segments
@@ -407,7 +709,8 @@ def test_segment_numbers_in_shared_groups_or_nowhere(tmp_path):
     def forget(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.SegmentIdentificationSequence
     assert np.array_equal(seg_mask(edit(seg(f, MASK), share), like), MASK)
-    with pytest.raises(InputError, match="(?s)s.dcm.*frame 0 does not say which segment"): seg_mask(edit(seg(f, MASK), forget), like)
+    with pytest.raises(InputError, match="(?s)s.dcm.*frame 1 does not say which segment"):
+        seg_mask(edit(seg(f, MASK), forget), like)
     def no_place(s):
         for p in s.PerFrameFunctionalGroupsSequence: del p.PlanePositionSequence
     with pytest.raises(InputError, match="(?s)s.dcm.*does not say where it lies"): seg_mask(edit(seg(f, MASK), no_place), like)

@@ -424,3 +424,7 @@ def test_evaluate_with_a_true_student_and_collection():
     assert [r["case"] for r in rows] == list(c.ids) and [r["group"] for r in rows] == ["a", "a", "b", "b"]
     assert all(math.isfinite(r[m]) for r in rows for m in ("dsc", "hd95", "aji", "pq"))
     assert compare(rows + [dict(r, arm="again") for r in rows], "random")[1]["difference"] == 0
+
+
+def test_one_difference_has_no_t_test():
+    with pytest.raises(InputError, match="at least 2 differences, got 1"): t_test([.1])

@@ -12,7 +12,7 @@ import pytest
 from unpaired_kd.core import InputError
 from unpaired_kd.data import files
 from unpaired_kd.data.files import (array_hash, cache_file, find_file, hashes_of, header_size, name_key,
-                                    read_table, stem)
+                                    plain_key, read_table, stem, table_in)
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
 WANT = [{"id": "1", "group": "Müller"}, {"id": "2", "group": "b"}]
@@ -69,6 +69,24 @@ def test_a_quoted_newline_is_part_of_its_cell(tmp_path):
     assert [(r["id"], r["group"], r.line) for r in rows] == [("1\n2", "a, b", 3), ("3", "c", 4)]
 
 
+@pytest.mark.parametrize("before", [b"", b"sep=;\n", b"SEP=;\r\n", b"sep=;\r"], ids=range(4))
+def test_lines_are_counted_as_an_editor_does(tmp_path, before):
+    path, first = table(tmp_path, before + b"id;group\n1;a\n\n2;b\n"), 2 + bool(before)
+    assert [r.line for r in read_table(path, ("id",))] == [first, first + 2]
+    with pytest.raises(InputError, match=f"line {first + 1}: the row has 1 cells"): read_table(table(tmp_path, before + b"id;group\n1;a\n2\n"), ("id",))
+
+
+def test_a_table_in_capitals_is_refused(tmp_path):
+    assert table_in(tmp_path, "groups.csv") is None
+    (tmp_path / "groups.csv").symlink_to("gone.csv")
+    (tmp_path / "my groups.csv").touch()
+    assert table_in(tmp_path, "groups.csv") == tmp_path / "groups.csv"
+    for name in ("Groups.csv", "GROUPS.CSV"):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match=f"{name} is not read.*small letters, groups.csv"): table_in(tmp_path, "groups.csv")
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("made", ["fifo", "folder", "link", "nothing"])
 def test_a_table_that_is_no_file(tmp_path, made):
     path = tmp_path / "t.csv"
@@ -81,8 +99,11 @@ def test_a_table_that_is_no_file(tmp_path, made):
 def test_names(tmp_path):
     assert NFC != NFD and name_key(NFC) == name_key(NFD) == name_key(f" {NFD}\u00a0") == NFC
     assert name_key("a") != name_key("A")
+    assert len({plain_key(n) for n in ("P-01", "p1", "p_001", " P 1")}) == 1 and len({plain_key(n) for n in ("p1", "p10", "p", "q1", "1p")}) == 5
     assert stem(Path(f"x/{NFD} .nii.gz")) == NFC and stem(Path("a.b.png")) == "a.b"
     with pytest.raises(InputError, match="not UTF-8"): stem(Path(os.fsdecode(b"\xfc.png")))
+    for name in ("a.ome.tif", "a.ome.tiff", "a.OME.TIF", "a.ome.zarr", "a.ome.png", "a.ome"): assert stem(Path(name)) == "a"
+    for name, want in ((".ome.tif", ".ome"), ("rome.tif", "rome"), ("a.ome.b.tif", "a.ome.b")): assert stem(Path(name)) == want
 
 
 # the file that a table means
@@ -111,6 +132,12 @@ def test_a_listed_file_is_found(place, name, found):
 def test_a_listed_file_that_is_not_there(place, name, words):
     with pytest.raises(InputError, match=words) as e: find_file(place, name, "t.csv, line 7")
     assert "t.csv, line 7" in str(e.value)
+
+
+@pytest.mark.parametrize("name,meant", [("in/A.png", "in/a.png"), ("In/a.PNG", "in/a.png"), ("in/b_c.png", "in/b c.png"), ("in/b.png", None), ("in/aa.png", None)])
+def test_the_file_that_was_meant_is_offered(place, name, meant):
+    with pytest.raises(InputError) as e: find_file(place, name, "t.csv, line 7")
+    assert str(e.value).endswith(f"{name} does not exist." + (f" Did you mean {meant}?" if meant else ""))
 
 
 def test_links_fifos_and_two_forms_of_one_name(place):

@@ -1,5 +1,7 @@
 """Geometry: labels in every orientation, what NIfTI says of place and what is written back, pairs that lie elsewhere."""
+import copy
 import gzip
+import pickle
 import struct
 import warnings
 from itertools import permutations, product
@@ -11,9 +13,9 @@ import tifffile
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import Collection
-from unpaired_kd.data.geometry import (Grid, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
-                                       way_onto)
-from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label
+from unpaired_kd.data.geometry import (Grid, Spacing, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
+                                       way_onto, with_steps, without_axis)
+from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label, zoom_spacing
 from unpaired_kd.volumes import open_volume
 
 R = np.random.default_rng(0)
@@ -150,6 +152,74 @@ def test_words():
     assert not usable(np.full((4, 4), np.inf)) and not usable(np.diag([1., 1, 0, 1])) and usable(np.diag([1e-6, 1e-6, 1e-3, 1]))
 
 
+# Grids without right angles
+
+def sheared(degrees, within=False):
+    "SPL, its slices (or its rows) inclined."
+    a = SPL.copy()
+    j, k = (1, 0) if within else (2, 1)
+    a[k, j] = abs(a[j, j]) * np.tan(np.radians(degrees))
+    return a
+
+
+def distances(a, b, affine):
+    "Hausdorff distance of two sets of voxels, each of which is surface, by comparing all pairs in mm."
+    a, b = (np.c_[np.argwhere(m)[:, ::-1], np.ones(m.sum())] @ affine.T[:, :3] for m in (a, b))
+    d = np.linalg.norm(a[:, None] - b[None], axis=2)
+    return max(d.min(0).max(), d.min(1).max())
+
+
+@pytest.mark.parametrize("degrees, within, cause", [(30, False, "a tilted gantry"), (-12, False, "a tilted gantry"), (20, True, "a sheared affine"), (.9, False, ""), (0, False, "")])
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.zarr"])
+def test_distances_follow_the_true_axes(tmp_path, degrees, within, cause, name):
+    from unpaired_kd.metrics import hausdorff, surface_dice
+    affine = sheared(degrees, within)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_image(tmp_path / name, Image(SCAN[None], spacing_of(affine), affine))
+    image = loud(tmp_path / name, f"axes are {abs(degrees):.1f} degrees off right angles .{cause}") if cause else quiet(tmp_path / name)
+    assert isinstance(image.spacing, Spacing) == bool(cause) and np.allclose(image.spacing, spacing_of(affine))
+    a, b = np.zeros((2, *SCAN.shape), bool)
+    a[1, 1:3, 2:4] = b[3, 4:6, 4] = True                                 # one voxel thick: all is surface
+    true = distances(a, b, affine)
+    assert np.isclose(hausdorff(a, b, spacing=image.spacing), true, rtol=1e-6 if cause else .01)
+    if abs(degrees) > 10: assert not np.isclose(hausdorff(a, b, spacing=tuple(image.spacing)), true, rtol=.01)
+    assert surface_dice(a, b, true * 1.02, image.spacing) == 1 > surface_dice(a, b, true * .98, image.spacing)
+    corners = np.array([[*c, 1] for c in product((0, 8), (0, 6), (0, 5))]) @ affine.T[:, :3]
+    longest = np.linalg.norm(corners[:, None] - corners[None], axis=2).max() # a miss costs the longest diagonal
+    assert np.isclose(hausdorff(a, np.zeros_like(a), spacing=image.spacing), longest, rtol=1e-6 if cause else .01)
+
+
+def test_a_study_measures_a_tilted_scan_along_its_axes(tmp_path):
+    from types import SimpleNamespace
+    from unpaired_kd.data.check import examine
+    from unpaired_kd.evaluation import evaluate
+    from unpaired_kd.metrics import hausdorff
+    a, b = np.zeros((2, *SCAN.shape), np.uint8)
+    a[1, 1:3, 2:4] = b[3, 4:6, 4] = 1
+    affine = sheared(25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c = pair(tmp_path, affine, a.T, affine)
+        row, = evaluate(SimpleNamespace(predict=lambda image: b), c, "arm", 0)
+        found = examine("ct", c.cases, [])
+    assert row["hd95_unit"] == "mm" and np.isclose(row["hd95"], distances(a > 0, b > 0, affine), rtol=.05)
+    assert abs(row["hd95"] / hausdorff(a, b, 95, spacing_of(affine)) - 1) > .1 # what the lengths alone would say
+    assert any("axes of 1 of 1 images are not at right angles" in n and "p.nii.gz" in n for n in found.notes)
+
+
+def test_a_spacing_with_angles_is_a_tuple_that_survives():
+    s = Spacing([[0, 1, 2.], [0, 3, 0], [4, 0, 0]])
+    assert s == (5 ** .5, 3, 4) and np.allclose(np.asarray(s) * 2, [20 ** .5, 6, 8])
+    for again in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s), copy.copy(s)):
+        assert type(again) is Spacing and np.array_equal(again.steps, s.steps)
+    assert without_axis(s, 0) == (3, 4) and np.array_equal(without_axis(s, 1).steps, s.steps[[0, 2]])
+    assert without_axis((1., 2., 3.), 1) == (1, 3) and without_axis(None, 0) is None
+    half = zoom_spacing(s, (5, 8, 10), .5)
+    assert np.array_equal(half.steps, [[0, 1, 2], [0, 6, 0], [8, 0, 0]])
+    assert with_steps(None, SPL, "x") is None and with_steps((1, 2), None, "x") == (1, 2)
+
+
 # What NIfTI says
 
 def save(path, sform=None, scode=0, qform=None, qcode=0, pixdim=None, unit=None, cls=nib.Nifti1Image, a=SCAN):
@@ -246,15 +316,47 @@ def test_what_is_written_without_a_nifti_header(tmp_path):
     assert np.allclose(f.get_qform(), SPL) and np.allclose(f.get_sform(), SPL) and (f.header["sform_code"], f.header["qform_code"]) == (1, 1)
     assert np.allclose(f.header["pixdim"][1:4], (.8, .9, 2.5)) and f.header.get_xyzt_units()[0] == "mm"
     tilted = SPL.copy(); tilted[1, 2] = -1.7                             # no right angles: a qform cannot say it
-    write_image(p, Image(SCAN[None], spacing_of(tilted), tilted))
+    with pytest.warns(UserWarning, match="scan.dcm: its axes are 34 degrees off .*built on ITK do not open"):
+        write_image(p, Image(SCAN[None], spacing_of(tilted), tilted, "scan.dcm"))
     f = nib.load(p)
-    assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(quiet(p).affine, tilted)
+    assert np.allclose(f.get_sform(), tilted) and f.header["qform_code"] == 0 and np.allclose(loud(p, "34.2 degrees off").affine, tilted)
     write_image(p, Image(SCAN[None], (2.5, .9, .8)))
     assert (nib.load(p).header["sform_code"], nib.load(p).header["qform_code"]) == (0, 0) and quiet(p).affine is None and quiet(p).spacing == pytest.approx((2.5, .9, .8))
     write_image(p, Image(SCAN[None]))
     assert quiet(p).spacing is None
     write_image(p, Image(SCAN[None, 0], (.9, .8), SPL))
     assert quiet(p).array.shape == (1, 7, 9) and np.allclose(quiet(p).affine[:3, [0, 1, 3]], SPL[:3, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("k, stated", [(0, True), (.019, True), (.021, False)])
+def test_the_nearest_qform_is_written_if_it_moves_no_voxel_by_a_tenth(tmp_path, k, stated):
+    """Half of a small shear goes to either axis: of 11 voxels the far corner moves by 10 k / 2 voxels."""
+    affine = np.eye(4); affine[0, 2] = k
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        write_image(tmp_path / "x.nii", Image(np.zeros((1, 11, 11, 11), np.uint8), (1, 1, 1), affine))
+    f = nib.load(tmp_path / "x.nii")
+    assert np.allclose(f.get_sform(), affine) and (f.header["sform_code"], f.header["qform_code"]) == (1, stated)
+    assert bool(heard) == (not stated)
+    if stated: assert np.isclose(np.abs((f.get_qform() - affine) @ [10, 10, 10, 1]).max(), 5 * k, atol=2e-3)
+
+
+@pytest.mark.parametrize("digits", [2, 3, 4])
+def test_rounded_cosines_still_get_a_qform(tmp_path, digits):
+    turn = rotation(3)
+    affine = np.eye(4); affine[:3, :2] = np.round(turn[:, :2], digits); affine[:3, 2] = np.round(5 * turn[:, 2] * 3, 2) / 5
+    assert shear(affine) > .001
+    write_label(tmp_path / "x.nii", LABEL, Image(SCAN[None], spacing_of(affine), affine))
+    q = nib.load(tmp_path / "x.nii").get_qform(coded=True)[0][:3, :3]
+    q /= np.linalg.norm(q, axis=0)
+    assert np.allclose(q.T @ q, np.eye(3), atol=1e-6) and np.allclose(q, turn, atol=.02)
+    assert np.array_equal(lay_on(quiet_label(tmp_path / "x.nii"), Image(SCAN[None], None, affine)), LABEL)
+
+
+def quiet_label(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_label(path)
 
 
 def test_a_label_that_was_drawn_by_the_qform_is_at_home(tmp_path):
@@ -266,12 +368,100 @@ def test_a_label_that_was_drawn_by_the_qform_is_at_home(tmp_path):
     assert np.array_equal(c[0].label.numpy(), LABEL)
 
 
+MIRROR = np.diag([-.8, .9, 2.5, 1]); MIRROR[:3, 3] = S[0, 3] + .8 * 8, 5, 123      # the box of S, counted from the other side
+ROLLED = np.diag([.8, -.9, 2.5, 1]); ROLLED[:3, 3] = -11, 5 + .9 * 6, 123          # and from front to back
+
+
+def laid(folder, image, label):
+    "A label, stored as LABEL, laid on its image; each file has (sform, qform)."
+    folder.mkdir()
+    place, drawn = ((a, 2, b, 1) for a, b in (image, label))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = lay_on(read_label(save(folder / "y.nii", *drawn, a=LABEL)), read_image(save(folder / "x.nii", *place)))
+    return found, [str(w.message) for w in heard if "laid on its image by a qform" in str(w.message)]
+
+
+@pytest.mark.parametrize("image, label, warned", [
+    ((S, MIRROR), (MIRROR, MIRROR), True),     # drawn in a program that goes by the qform
+    ((S, MIRROR), (S, S), False),              # by the sform
+    ((S, MIRROR), (S, MIRROR), False),         # the header copied
+    ((MIRROR, S), (S, None), True),
+    ((S, S), (Q, S), True),                    # only the qform of the label is at home
+    ((S, None), (None, S), False),
+])
+def test_a_label_drawn_voxel_for_voxel_stays_so(tmp_path, image, label, warned):
+    found, heard = laid(tmp_path / "a", image, label)
+    assert np.array_equal(found, LABEL) and bool(heard) == warned
+
+
+def test_two_places_that_differ_are_refused_unless_one_turns_nothing(tmp_path):
+    found, heard = laid(tmp_path / "a", (S, S), (MIRROR, MIRROR))                  # one answer: counted from the other side
+    assert np.array_equal(found, LABEL[:, :, ::-1]) and not heard
+    for n, (image, label) in enumerate([((S, MIRROR), (ROLLED, ROLLED)), ((S, S), (MIRROR, S)), ((S, S), (S, MIRROR))]):
+        with pytest.raises(InputError, match="(?s)y.nii: the label lies on its image in two ways.*by its qform .*into both forms"):
+            laid(tmp_path / f"b{n}", image, label)
+    with pytest.raises(InputError, match="lies elsewhere.*by its qform .*SAR.*Its image .*SAL.*by its qform"):
+        laid(tmp_path / "c", (MIRROR, Q), (oblique_affine(), S + np.diag([.1, 0, 0, 0])))
+
+
 def test_singular_forms_are_not_written_on(tmp_path):
     save(tmp_path / "x.nii", np.zeros((4, 4)), 1, Q, 1)
     with pytest.warns(UserWarning): image = read_image(tmp_path / "x.nii")
     write_label(tmp_path / "y.nii", LABEL, image)
     f = nib.load(tmp_path / "y.nii")
     assert f.header["sform_code"] == 0 and np.allclose(f.get_qform(), Q) and np.allclose(quiet(tmp_path / "y.nii").affine, Q)
+
+
+def patched(path, at, form, *values, **place):
+    "A NIfTI-1 with some bytes of its header changed."
+    raw = bytearray(save(path, unit="mm", **place).read_bytes())
+    struct.pack_into("<" + form, raw, at, *values)
+    path.write_bytes(raw)
+    return path
+
+
+BY_Q, BY_S = dict(qform=Q, qcode=1), dict(sform=S, scode=1)
+PIXDIM, QUATERNION, QCODE, SCODE = 80, 256, 252, 254                     # where they stand
+
+
+@pytest.mark.parametrize("at, form, values, place, word, affine, spacing", [
+    (PIXDIM, "3f", (.8, .9, 0), BY_Q, "qform .code 1. is no place", None, None),
+    (QUATERNION, "3f", (.9, .9, .9), BY_Q, "qform .code 1. is no place", None, (2.5, .9, .8)),
+    (QUATERNION, "3f", (.9, .9, .9), BY_Q | BY_S, "qform .code 1. is no place", S, (2.5, .9, .8)),
+    (PIXDIM, "3f", (.8, .9, 0), BY_Q | BY_S, "qform .code 1. is no place", S, (2.5, .9, .8)),
+    (QCODE, "h", (200,), BY_Q, "qform_code is 200, which NIfTI does not know; 2 is taken", Q, (2.5, .9, .8)),
+    (SCODE, "h", (6,), BY_S, "sform_code is 6, ", S, (2.5, .9, .8)),
+    (SCODE, "h", (-1,), BY_Q | BY_S, "sform_code is -1, .*0 is taken", Q, (2.5, .9, .8)),
+])
+@pytest.mark.filterwarnings("ignore:.*x.nii", "ignore:.*y.nii")
+def test_damaged_places_are_named_and_nothing_is_invented(tmp_path, capfd, at, form, values, place, word, affine, spacing):
+    image = loud(patched(tmp_path / "x.nii", at, form, *values, **place), word)
+    write_label(tmp_path / "y.nii", LABEL, image)
+    for found in (image, read_label(tmp_path / "y.nii")):                # a label says no more than its image
+        assert found.affine is None if affine is None else np.allclose(found.affine, affine)
+        assert found.spacing is None if spacing is None else np.allclose(found.spacing, spacing)
+    assert np.array_equal(image.array[0], SCAN) and np.array_equal(open_volume(tmp_path / "x.nii")[...][0], SCAN)
+    assert capfd.readouterr().err == ""                                  # nibabel says nothing without a name
+
+
+def test_a_series_in_time_is_no_colour_image(tmp_path):
+    f = nib.Nifti1Image(np.stack([SCAN.T] * 3, -1), S)
+    nib.save(f, tmp_path / "colours.nii")
+    assert quiet(tmp_path / "colours.nii").array.shape == (3, *SCAN.shape)
+    for unit in ("sec", "msec", "hz"):
+        f.header.set_xyzt_units("mm", unit)
+        nib.save(f, tmp_path / "times.nii")
+        for read in (read_image, read_label, open_volume):
+            with pytest.raises(InputError, match="times.nii: its last axis is time .3 points.*own file"): read(tmp_path / "times.nii")
+    one = nib.Nifti1Image(SCAN.T[..., None], S)                          # one point in time is a volume
+    one.header.set_xyzt_units("mm", "sec")
+    nib.save(one, tmp_path / "one.nii")
+    image = quiet(tmp_path / "one.nii")
+    assert image.array.shape == (1, *SCAN.shape)
+    image.array = np.concatenate([image.array] * 3)                      # channels on its grid are no times
+    write_image(tmp_path / "y.nii", image)
+    assert np.array_equal(quiet(tmp_path / "y.nii").array, image.array)
 
 
 def test_kinds_of_nifti(tmp_path):

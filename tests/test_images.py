@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.images import (Image, arrange, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
+from unpaired_kd.data.images import (WRITERS, Image, arrange, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
                                      write_image, write_label, zoom_label, zoomed_size)
 
 R = np.random.default_rng(0)
@@ -260,6 +260,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     monkeypatch.setitem(images.WRITERS, suffix_of(name), broken)
     with pytest.raises(InputError, match=f"(?s){name}.*No space left"): write_image(path, old)
     assert np.array_equal(read_image(path).array, old.array) and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("ending", [e for e in WRITERS if "jp" not in e])
+@pytest.mark.parametrize("change", [str.lower, str.upper, str.title, str.swapcase])
+def test_the_ending_may_be_written_in_any_way(tmp_path, ending, change):
+    path = tmp_path / f"a{change(ending)}"
+    label = STACK[0] if ending == ".png" else STACK
+    write_label(path, label)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]           # nothing beside it
+    assert np.array_equal(read_label(path).array, label)
+    if ending == ".nii.gz": assert path.read_bytes()[:2] == b"\x1f\x8b"
+    if ending == ".nii": assert path.read_bytes()[344:347] == b"n+1"
 
 
 def test_unwritable_place(tmp_path):

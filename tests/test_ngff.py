@@ -267,7 +267,9 @@ def test_levels(tmp_path):
     same(tmp_path / "a.zarr/s1", V[None, :, ::2, ::2], (0.005, 0.004, 0.001))
 
 
-@pytest.mark.parametrize("name", ["../out", "/etc", "a/../../out", "file:///tmp/x", "..\\out", ""])
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc", "a/../../out", "file:///tmp/x", "..\\out", "", ".", ".//etc"]
+)
 def test_nothing_outside_is_opened(tmp_path, name):
     zarr.create_array(str(tmp_path / "out"), data=V)
     g = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
@@ -506,3 +508,196 @@ def test_the_lengths_of_refused_axes_are_told_in_blocks(tmp_path):
     p = save(tmp_path / "a.zarr", np.stack([V, V]), axes_of("tzyx"), [1, 1, 1, 1])
     with pytest.raises(InputError, match=r"(?s)a.zarr.*TZYX.*\(2, 6, 20, 30\)"):
         open_volume(p)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "names", ["zyx", "xyz", "yxc", "cxyz", "tczyx", "XY", ["channel", "y", "x"]]
+)
+def test_a_plain_array_is_read_by_the_names_of_its_axes(tmp_path, names, version):
+    full = np.stack([V, V // 2])[None]  # t, c, z, y, x
+    letters = "".join(n[0] for n in names).lower()
+    seen = full[tuple(slice(None) if k in letters else 0 for k in "tczyx")]
+    order = [k for k in "tczyx" if k in letters]
+    a = seen.transpose([order.index(k) for k in letters])
+    said = {"dimension_names": list(names)} if version == 3 else {}
+    z = zarr.create_array(str(tmp_path / "a.zarr"), data=a, zarr_format=version, **said)
+    if version == 2:
+        z.attrs["_ARRAY_DIMENSIONS"] = list(names)  # as xarray does
+    want = seen[0] if "t" in letters else seen
+    image = read_image(tmp_path / "a.zarr")
+    assert np.array_equal(image.array, want if "c" in letters else want[None])
+    assert image.spacing is None
+    if "z" in letters:
+        same(tmp_path / "a.zarr", image.array, None)
+
+
+def test_names_that_are_not_ours_or_contradict_are_refused(tmp_path):
+    def plain(names):
+        return zarr.create_array(
+            str(tmp_path / "a.zarr"), data=V, dimension_names=names, overwrite=True
+        )
+
+    for names in (["a", "b", "c"], ["z", "y", None], ["y", "y", "x"], ["z", "y", "c"]):
+        plain(names)
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match="(?s)a.zarr.*its axes are"):
+                read(tmp_path / "a.zarr")
+    plain([None] * 3)  # none is said
+    same(tmp_path / "a.zarr", V[None], None)
+    five = zarr.create_array(str(tmp_path / "5.zarr"), data=V[None, None])
+    with pytest.raises(InputError, match="(?s)5.zarr.*5 axes without names"):
+        read_image(tmp_path / "5.zarr")
+    five.attrs["_ARRAY_DIMENSIONS"] = 3  # no list: nothing is said
+    with pytest.raises(InputError, match="(?s)5.zarr.*5 axes without names"):
+        read_image(tmp_path / "5.zarr")
+
+
+@pytest.mark.parametrize("names,fits", [("zyx", True), ("xyz", False), (["a", "b", "c"], True)])
+def test_an_array_may_not_contradict_its_group(tmp_path, names, fits):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    file = p / "0/zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dimension_names": list(names)}))
+    if fits:
+        same(p, V[None], (0.005, 0.002, 0.0005))
+    for read in () if fits else (read_image, open_volume):
+        with pytest.raises(InputError, match="(?s)a.zarr.*axes are zyx in 'multiscales' and xyz"):
+            read(p)
+
+
+@pytest.mark.parametrize("what", ["array", "group", "rows", "labels", "row of chunks"])
+def test_a_folder_that_is_a_link_out_is_not_opened(tmp_path, what):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    root.attrs["ome"] = {"plate": {"wells": [{"path": "A/1"}]}, "labels": ["A/1/0"]}
+    well = root.create_group("A/1")
+    well.attrs["ome"] = {"well": {"images": [{"path": "0"}]}}
+    add(well.create_group("0"), V, axes_of("zyx"), [5, 2, 0.5], chunks=(2, 10, 10))
+    same(tmp_path / "a.zarr", V[None], (0.005, 0.002, 0.0005))
+    if what == "labels":
+        root.attrs["ome"] = {"labels": ["A/1/0"]}
+    inside = {"array": "A/1/0/0", "group": "A/1/0", "rows": "A", "row of chunks": "A/1/0/0/c/1"}
+    folder = tmp_path / "a.zarr" / inside.get(what, "A/1/0")
+    folder.rename(tmp_path / "out")
+    folder.symlink_to(tmp_path / "out")
+    for path in ("a.zarr", "a.zarr/A/1/0", "a.zarr/A/1/0/0"):
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match="(?s)a.zarr.*its folder A.* leads out of a.zarr"):
+                read(tmp_path / path)
+        with pytest.raises(InputError, match="leads out"):
+            open_zarr(tmp_path / path, absent="empty")
+
+
+def test_links_of_files_and_of_the_whole_are_followed(tmp_path):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], chunks=(2, 10, 10))
+    (tmp_path / "kept").mkdir()
+    for k, file in enumerate(sorted(f for f in p.rglob("*") if f.is_file())):  # as git-annex does
+        file.rename(tmp_path / "kept" / str(k))
+        file.symlink_to(os.path.relpath(tmp_path / "kept" / str(k), file.parent))
+    same(p, V[None], (0.005, 0.002, 0.0005))
+    (p / "alias").symlink_to("0")  # a folder, but inside
+    same(p / "alias", V[None], None)
+    p.rename(tmp_path / "b.zarr")
+    p.symlink_to(tmp_path / "b.zarr")
+    same(p, V[None], (0.005, 0.002, 0.0005))
+    same(p / "0", V[None], (0.005, 0.002, 0.0005))
+
+
+@pytest.mark.parametrize("name", ["./0", "0/", "0/.", "././0"])
+def test_a_path_in_a_header_may_be_written_in_another_way(tmp_path, name):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    note = dict(zarr.open_group(str(p)).attrs["ome"])
+    note["multiscales"][0]["datasets"][0]["path"] = name
+    zarr.open_group(str(p)).attrs["ome"] = note
+    for path in (p, p / "0"):
+        same(path, V[None], (0.005, 0.002, 0.0005))
+
+
+@pytest.mark.parametrize("absent", ["error", "empty"])
+@pytest.mark.parametrize("separator", ["/", "."])
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunks_with_another_separator_than_the_header_says(tmp_path, version, separator, absent):
+    p, wrong = tmp_path / "a.zarr", {"/": ".", ".": "/"}[separator]
+    keys = {"name": "v2" if version == 2 else "default", "separator": separator}
+    root = zarr.open_group(str(p), mode="w", zarr_format=version)
+    root.create_array("raw", data=V, chunks=(3, 10, 10), chunk_key_encoding=keys)
+    file = p / "raw" / (".zarray" if version == 2 else "zarr.json")
+    said = file.read_text()
+    head = json.loads(said)
+    if version == 3:
+        head["chunk_key_encoding"]["configuration"]["separator"] = wrong
+    elif wrong == ".":
+        head.pop("dimension_separator")  # as NestedDirectoryStore wrote it
+    else:
+        head["dimension_separator"] = wrong
+    file.write_text(json.dumps(head))
+    key = "dimension_separator" if version == 2 else "separator"
+    words = f'(?s)a.zarr.*Set "{key}" to "[{separator}]" in {file.name}'
+    for read in (read_image, open_volume):
+        with pytest.raises(InputError, match=words):
+            read(p / "raw", absent=absent)
+    file.write_text(said)  # what the message asks for
+    same(p / "raw", V[None], None)
+
+
+def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
+    for separator in "/.":
+        p = tmp_path / f"{ord(separator)}.zarr"
+        keys = {"name": "v2", "separator": separator}
+        zarr.create_array(
+            str(p), data=V, chunks=(3, 20, 30), zarr_format=2, chunk_key_encoding=keys
+        )
+        (p / f"0{separator}0{separator}0").unlink()
+        (p / "notes.1.txt").write_text("no chunk")
+        with pytest.raises(InputError, match="(?s)chunk 0.0.0 is not there.*absent='empty'"):
+            read_image(p)
+        assert np.array_equal(read_image(p, absent="empty").array[0, 3:], V[3:])
+        assert not read_image(p, absent="empty").array[0, :3].any()
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("name", ["sample", "s2.ngff"])
+def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
+    from unpaired_kd.data.check import check_data
+    from unpaired_kd.data.collections import Collection
+    from unpaired_kd.inference import plan
+
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
+    p = p.rename(tmp_path / name)
+    words = f"(?s){name}: the folder {name} is a Zarr.*Rename it to {name}.zarr"
+    for read in (read_image, read_label, open_volume, open_zarr):
+        with pytest.raises(InputError, match=words):
+            read(p)
+        with pytest.raises(InputError, match=f"(?s){name}/0: the folder {name} is a Zarr"):
+            read(p / "0")
+    assert list_images(tmp_path) == ([p], [])
+    with pytest.raises(InputError, match=words):
+        Collection.from_folders(tmp_path, labels=False)
+    assert check_data(tmp_path) == 1
+    assert f"fault: {p}: the folder {name} is a Zarr" in capsys.readouterr().out
+    assert [pair[0] for pair in plan(p, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in plan(tmp_path, tmp_path / "out")[0]] == [p]
+    (tmp_path / "link.zarr").symlink_to(p)  # as the message proposes
+    same(tmp_path / "link.zarr", V[None], (0.005, 0.002, 0.0005))
+
+
+def test_a_path_from_inside_a_zarr(tmp_path, monkeypatch):
+    p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5])
+    monkeypatch.chdir(p)
+    assert np.array_equal(read_image("0").array, V[None])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_group_without_a_header_names_what_it_holds(tmp_path, version):
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=version)
+    for k in range(2):  # as bioformats2raw, without its attribute
+        g = root.create_group(f"row/{k}")
+        add(g, V + k, axes_of("zyx"), [5, 2, 0.5], version="0.5" if version == 3 else "0.4")
+    for inside, words in (("", "It holds row. .*a.zarr/row"), ("row", "It holds 0, 1. .*row/0")):
+        for read in (read_image, open_volume):
+            with pytest.raises(InputError, match=f"(?s)a.zarr.*{words}[.]$"):
+                read(tmp_path / "a.zarr" / inside)
+    same(tmp_path / "a.zarr/row/1", V[None] + 1, (0.005, 0.002, 0.0005))
+    for k in range(9):
+        root.create_array(f"{k}", data=V)
+    with pytest.raises(InputError, match="It holds 0, 1, 2, 3, 4, 5, 6, 7 and 2 more[.] .*a.zarr/0[.]$"):
+        read_image(tmp_path / "a.zarr")

@@ -19,7 +19,7 @@ from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.images import Image, read_label, write_image, write_label
 from unpaired_kd.inference import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
-from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, keeping_notes, lineage
+from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
 from unpaired_kd.volumes import predict_volume
 
 R = np.random.default_rng(0)
@@ -643,3 +643,168 @@ def test_a_model_card_is_utf8_everywhere(home):
     Student(flat().network, Recipe(channels=1, in_channels=1, patch=64, classes=("Hintergrund", "Drüse \udce9"))).save(home / "umlaut")
     text = (home / "umlaut/README.md").read_bytes().decode("utf-8")
     assert "1 Drüse \\udce9" in text and "\r" not in text
+
+
+# ---- talk is not the work: a reader who leaves, a full disk under a log, closed streams
+
+def stream_of(kind):
+    "A text stream that takes nothing: its reader has left, its disk is full, or there is none."
+    if kind == "closed": return None
+    if kind == "full": return open("/dev/full", "w")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1 if kind == "lines" else -1)
+
+
+@pytest.fixture
+def unheard(monkeypatch):
+    "Runs `ukd` with such streams."
+    def run(out, err, *argv):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "stdout", stream_of(out)); m.setattr(sys, "stderr", stream_of(err))
+            return cli.main([str(a) for a in argv])
+    return run
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device")
+@pytest.mark.parametrize("out, err", [("left", "left"), ("lines", "lines"), ("full", "full"), ("closed", "closed"), ("lines", "closed")])
+def test_work_is_finished_though_nobody_listens(home, unheard, out, err):
+    (home / "images" / "notes.txt").write_text("left out, and said so")
+    assert unheard(out, err, "predict", "flat", "images", "new") == 0
+    assert sorted(p.name for p in (home / "new").iterdir()) == ["a.png", "b.png", "b_instances.png", "c.png"]
+    assert unheard(out, err, "predict", "flat", "v.nii.gz", "l.nii.gz") == 0 and read_label("l.nii.gz").array.shape == (4, 32, 40)
+    assert unheard(out, err, "predict", "deep", "v.tif", "l.zarr", "--tile", "16") == 0 and not (home / "l.zarr.part").exists()
+    (home / "images" / "a.png").write_bytes(b"no picture")
+    assert unheard(out, err, "predict", "flat", "images", "some") == 1 and len(list((home / "some").iterdir())) == 3
+    assert unheard(out, err, "predict", "flat", "images", "some") == 2 # they are there
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device")
+@pytest.mark.parametrize("out, good, bad", [("left", 0, 1), ("lines", 0, 1), ("closed", 0, 1), ("full", 2, 2)])
+def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad):
+    "Where its table is lost to a full disk, the check has failed."
+    (home / "images" / "b_instances.png").unlink()
+    for name in "abc": write_label(home / "labels" / f"{name}.png", np.eye(32, 40, dtype=np.uint8))
+    (home / "data").mkdir(); (home / "images").rename(home / "data" / "images"); (home / "labels").rename(home / "data" / "labels")
+    assert unheard(out, "closed", "check", "data", "--out", "pictures") == good and len(list((home / "pictures").iterdir())) == 1
+    (home / "data" / "images" / "a.png").write_bytes(b"no picture")
+    assert unheard(out, "left", "check", "data") == bad
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors")
+def test_a_run_and_a_sweep_without_any_stream(home):
+    "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."
+    cells = ['x: int = 1\nrun_folder: str = ""', 'print(x)\nopen(f"{run_folder}/metrics.csv", "w").write(f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n")']
+    body = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"][i:]}, source=c, outputs=[], execution_count=None) for i, c in enumerate(cells)]
+    Path("n.ipynb").write_text(json.dumps(dict(cells=body, metadata={}, nbformat=4, nbformat_minor=5)))
+    Path("g.yaml").write_text("notebook: ./n.ipynb\ngrid: {x: [1, 2]}\n")
+    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))'"
+    assert subprocess.run(f"exec {ukd} run ./n.ipynb --out run <&- >&- 2>&-", shell=True).returncode == 0
+    assert (home / "run" / "metrics.csv").exists()
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(f"exec {ukd} sweep g.yaml --out many --workers 1", shell=True, stdout=writer, stderr=writer).returncode == 0
+    os.close(writer)
+    assert (home / "many" / "results.csv").read_text().count("0.5") == 2
+
+
+# ---- what lies in the way
+
+@pytest.mark.parametrize("make", [lambda p: os.symlink(p.parents[1] / "mine.txt", p), os.mkfifo, os.mkdir], ids=["link", "pipe", "folder"])
+@pytest.mark.parametrize("source", ["images", "images/a.png"])
+def test_notes_are_a_plain_file(home, capsys, make, source):
+    "Refused at once, in a line of its own; nothing is read from it or written through it."
+    (home / "mine.txt").write_text("x\n"); (home / "new").mkdir()
+    make(inference.notes_of(home / "new" / "a.png", source != "images"))
+    before = tree(home)
+    assert cli.main(["predict", "flat", source, "new"]) == 2
+    said = capsys.readouterr().err.replace("\r", "\n")
+    assert said.startswith("ukd predict: ") and "is no file of ours" in said and said.count("\n") == 1
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("name", ["lock", "job.json", "blocks.log", "data.zarr"])
+@pytest.mark.parametrize("make", [lambda p: os.symlink("../mine.txt", p), os.mkfifo], ids=["link", "pipe"])
+def test_the_files_of_blocks_are_plain_ones(home, capsys, name, make):
+    (home / "mine.txt").write_text("x\n"); (home / "l.zarr.part").mkdir()
+    (home / "l.zarr.part" / "lock").touch()
+    (home / "l.zarr.part" / name).unlink(missing_ok=True)
+    make(home / "l.zarr.part" / name)
+    before = tree(home)
+    assert cli.main(["predict", "deep", "v.tif", "l.zarr", "--tile", "16"]) == 2
+    assert f"is no unfinished work of `ukd predict` ({name})" in capsys.readouterr().err and tree(home) == before
+
+
+@pytest.mark.parametrize("student, source, output", [
+    ("flat", "images", "exp.zarr"), ("flat", "images", "exp.zarr/labels"), ("flat", "images", "new.zarr"), ("flat", "images/a.png", "raw/labels/a.png"),
+    ("flat", "images/a.png", "link/a.png"), ("deep", "v.tif", "exp.zarr/raw.zarr/labels.zarr"), ("deep", "v.tif", "raw/labels.tif")])
+def test_nothing_is_written_into_a_zarr(home, capsys, student, source, output):
+    "A Zarr by its name, or by what lies in it; also behind a link."
+    write_image(home / "raw.zarr", Image(noise(1, 16, 16, 16)))
+    (home / "raw.zarr").rename(home / "raw"); os.symlink("raw", home / "link")
+    before = tree(home)
+    assert cli.main(["predict", student, source, output, "--overwrite"]) == 2
+    assert "nothing is written into one" in capsys.readouterr().err and tree(home) == before
+
+
+def test_only_a_signed_zarr_is_replaced(home, monkeypatch):
+    "A raw volume looks as a label map does; the label map says that it is one."
+    write_image("raw.zarr", Image(noise(1, 16, 16, 16))); write_label("mine.zarr", noise(16, 16, 16))
+    predict_volume("deep", "v.tif", "blocks.zarr", tile=16, labels=True)
+    with pytest.raises(InputError, match="raw.zarr is there and is no label map"): check_new(["raw.zarr"], True)
+    check_new(["mine.zarr", "blocks.zarr"], True)
+    for text in ("[]", '{"attributes": null}', '{"attributes": {"ome": {}}}'):
+        (home / "mine.zarr" / "zarr.json").write_text(text)
+        with pytest.raises(InputError, match="mine.zarr is there and is no label map"): check_new(["mine.zarr"], True)
+    monkeypatch.setattr(outputs.os, "access", lambda folder, mode: Path(folder).name != "c")
+    with pytest.raises(InputError, match="may not delete what lies in blocks.zarr/0/c"): check_new(["blocks.zarr"], True)
+
+
+@pytest.mark.parametrize("source, output", [("images/a.png", "l.png"), ("v.nii.gz", "l.nii.gz"), ("v.tif", "l.tif"), ("exp.zarr/raw.zarr", "l.zarr")])
+def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, output):
+    "Between the last look and the name. The notes say that it is not ours, also for the next try."
+    from unpaired_kd.data import images
+    suffix, path = images.suffix_of(output), Path(output)
+    write = images.WRITERS[suffix]
+    def late(t, a, image):
+        write(t, a, image)
+        if suffix == ".zarr": path.mkdir()
+        (path / "theirs" if suffix == ".zarr" else path).write_text("theirs")
+    monkeypatch.setitem(images.WRITERS, suffix, late)
+    with pytest.raises(InputError, match=f"{output} is there already.*--overwrite"): predict_path("flat", source, output, bars=False)
+    monkeypatch.setitem(images.WRITERS, suffix, write)
+    assert (path / "theirs" if suffix == ".zarr" else path).read_text() == "theirs"
+    with pytest.raises(InputError, match="is there already"): predict_path("flat", source, output, bars=False)
+
+
+def test_notes_tell_what_failed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), keeping_notes(tmp_path / ".notes") as notes:
+        for name in "ab": notes.add("begun", "f00d", name)
+        notes.add("failed", "f00d", "b")
+        raise KeyboardInterrupt
+    notes = Notes(tmp_path / ".notes")
+    assert [is_ours(notes, "f00d", name) for name in "abc"] == [True, False, False] and not is_ours(notes, "beef", "a")
+
+
+def test_a_tile_longer_than_the_volume_is_the_whole_axis(home):
+    t = predict_volume("deep", "v.tif", "l.zarr", tile=10**9, labels=True)
+    assert t["tile"] == (64, 64, 64) and t["blocks"] == 1
+    predict_volume("deep", "v.tif", "m.zarr", tile=16, labels=True)
+    assert (read_label("l.zarr").array == read_label("m.zarr").array).all()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 0}'])
+def test_work_without_a_finished_block_is_begun_again(home, text):
+    "There is nothing to lose, so nobody is asked to delete it."
+    work = home / "l.zarr.part"
+    (work / "data.zarr").mkdir(parents=True); (work / "lock").touch(); (work / "job.json").write_text(text)
+    assert predict_volume("deep", "v.tif", "l.zarr", tile=16)["resumed"] == 0 and not work.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use can be deleted")
+def test_a_current_folder_that_is_gone_is_named(home, capsys):
+    (home / "gone").mkdir()
+    os.chdir(home / "gone"); (home / "gone").rmdir()
+    assert cli.main(["predict", str(home / "flat"), str(home / "images"), "new"]) == 2
+    assert capsys.readouterr().err == "ukd predict: the current folder is not there any more. Change to another one (cd).\n"
+    os.chdir(home)

@@ -163,7 +163,7 @@ def test_turn_is_what_pillow_shows():
 
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 32])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16, 17, 20, 23, 31, 32])
 def test_bit_depths(tmp_path, bits, order, packing):
     a = R.integers(0, 2**bits, (5, 11)).astype(np.uint32)
     p = grey(tmp_path / "x.tif", a, bits, packing, order)
@@ -174,6 +174,35 @@ def test_bit_depths(tmp_path, bits, order, packing):
     assert seen.dtype == (
         bool if bits == 1 else np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
     )
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({258: 24}, "24 bits.*first"),  # libtiff and imagecodecs begin with another byte
+        ({258: 40}, "40 bits"),
+        ({258: 12, 339: 2}, r"12 bits \(SampleFormat 2\)"),  # a sign, and no reader
+        ({258: 12, 259: 8, 317: 2}, "predictor.*12 bits"),
+    ],
+)
+def test_numbers_that_nobody_reads_alike(tmp_path, more, words):
+    tags = {256: 4, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1, **more}
+    data = PACK[tags[259]](bytes(range(4 * 2 * tags[258] // 8)))
+    p = tiff(tmp_path / "x.tif", (tags, data), (tags, data))
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{words}"):
+            read(p)
+
+
+def test_short_floats(tmp_path):
+    "1.5 in 24 bits: a sign, 7 bits of exponent less 63, 16 bits of fraction."
+    tags = {256: 1, 257: 1, 258: 24, 259: 1, 262: 1, 277: 1, 339: 3}
+    p = tiff(tmp_path / "x.tif", (tags, (63 << 16 | 1 << 15).to_bytes(3, "little")))
+    if find_spec("imagecodecs"):
+        assert read_image(p).array.tolist() == [[[1.5]]]
+    else:
+        with pytest.raises(InputError, match="(?s)x.tif.*24 bits.*imagecodecs"):
+            read_image(p)
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -390,6 +419,25 @@ def test_jpeg_inside_tiff(tmp_path, mode):
         read_label(tmp_path / "x.tif")
 
 
+def test_jpeg_of_rgb_with_a_tag_for_subsampling(tmp_path):
+    "tifffile and slide scanners write the tag, though it is about YCbCr only."
+    rgb = np.kron(R.integers(0, 256, (2, 2, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+    data = io.BytesIO()
+    Pillow.fromarray(rgb).save(data, "JPEG", quality=100, subsampling=0, keep_rgb=True)
+    tags = {256: 32, 257: 32, 258: [8] * 3, 259: 7, 262: 2, 277: 3, 530: [2, 2]}
+    tiff(tmp_path / "x.tif", (tags, data.getvalue()))
+    a = read_image(tmp_path / "x.tif").array
+    assert np.abs(np.moveaxis(a, 0, -1) - rgb.astype(float)).max() <= 2
+
+
+def test_palette_of_one_bit(tmp_path):
+    a = R.integers(0, 2, (5, 11)).astype(np.uint8)
+    table = np.array([[9, 200], [0, 30], [255, 7]])
+    p = grey(tmp_path / "x.tif", a, 1, photometric=3, t320=(table * 257).ravel().tolist())
+    assert np.array_equal(read_image(p).array, table[:, a])
+    assert np.array_equal(read_label(p).array, a)
+
+
 def test_colours_that_are_not_ours(tmp_path):
     for code, name, n in (
         (5, "SEPARATED", 4),
@@ -411,10 +459,38 @@ def test_packing_that_needs_more(tmp_path):
     for code, name in ((50001, "WEBP"), (34712, "JPEG2000"), (34887, "LERC")):
         tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
         tiff(tmp_path / "x.tif", (tags, b"whatever"), (tags, b"whatever"))
-        for read in (read_image, read_label, open_volume):
+        for read in (read_image, open_volume):
             with pytest.raises(InputError, match="(?s)x.tif.*imagecodecs") as e:
                 read(tmp_path / "x.tif")
             assert "damaged" not in str(e.value)
+
+
+LOSSY = {
+    33003: "APERIO_JP2000_YCBC",
+    34712: "JPEG2000",
+    34887: "LERC",
+    34934: "JPEGXR",
+    50001: "WEBP",
+    50002: "JPEGXL",
+    65000: "EER_V0",
+    60001: "60001",  # not known, so not known to be without loss
+}
+
+
+@pytest.mark.parametrize("code", LOSSY)
+def test_labels_are_stored_without_loss(tmp_path, code):
+    "Whether imagecodecs is there or not: installing it is no remedy."
+    tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
+    with pytest.raises(InputError, match=f"(?s)x.tif.*{LOSSY[code]}.*without loss"):
+        read_label(tiff(tmp_path / "x.tif", (tags, b"whatever")))
+
+
+@pytest.mark.skipif(find_spec("imagecodecs") is None, reason="imagecodecs packs them")
+@pytest.mark.parametrize("packing", ["zlib", "lzw", "packbits", "zstd", "lzma", "png"])
+def test_packings_without_loss(tmp_path, packing):
+    a = R.integers(0, 256, (32, 48), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", a, compression=packing, photometric="minisblack")
+    assert np.array_equal(read_label(tmp_path / "x.tif").array, a)
 
 
 def test_pages_of_several_kinds(tmp_path):
@@ -431,6 +507,51 @@ def test_pages_of_several_kinds(tmp_path):
         read_image(tiff(tmp_path / "x.tif", *pages))
     small = ({**base, 256: 1, 257: 1, 254: 1}, b"\1")  # a thumbnail is no second image
     assert np.array_equal(read_image(tiff(tmp_path / "x.tif", page, small)).array[0], SMALL)
+
+
+@pytest.mark.parametrize("packings", [(8, 1, 8), (1, 8, 5), (5, 5, 1)])
+def test_slices_that_are_packed_in_several_ways(tmp_path, packings):
+    "They are slices in the order of the file; formats with a header promise one packing."
+    stack = np.stack([SMALL + 10 * k for k in range(3)])
+    base = {256: 3, 257: 2, 258: 8, 262: 1, 277: 1}
+    pages = [({**base, 259: c}, PACK[c](plane.tobytes())) for c, plane in zip(packings, stack)]
+    tiff(tmp_path / "x.tif", *pages)
+    assert np.array_equal(read_image(tmp_path / "x.tif").array[0], stack)
+    assert np.array_equal(read_label(tmp_path / "x.tif").array, stack)
+    pages[0][0][270] = b"ImageJ=1.54f\nimages=3\nslices=3\n\0"
+    with pytest.raises(InputError, match="(?s)x.tif.*compressed in several ways"):
+        read_image(tiff(tmp_path / "x.tif", *pages))
+
+
+def test_two_volumes_in_one_file(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "x.tif") as t:
+        for k in range(2):
+            t.write(np.stack([SMALL] * 3), photometric="minisblack")
+    with pytest.raises(InputError, match=r"(?s)x.tif.*2 images of one size.*: \(3, 2, 3\), \(3, 2, 3\)"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_thumbnail_needs_no_decoder(tmp_path, packing, first):
+    base = {256: 3, 257: 2, 258: 8, 262: 1, 277: 1}
+    image = ({**base, 259: packing}, PACK[packing](SMALL.tobytes()))
+    small = ({**base, 256: 1, 257: 1, 254: 1, 259: 34712}, b"JPEG 2000")
+    p = tiff(tmp_path / "x.tif", *([small, image] if first else [image, small]))
+    assert np.array_equal(read_image(p).array[0], SMALL)
+    assert np.array_equal(read_label(p).array, SMALL)
+
+
+def test_pages_that_say_too_little(tmp_path):
+    full = {256: 3, 257: 2, 258: 8, 259: 1, 262: 1, 277: 1}
+    bare = {k: v for k, v in full.items() if k != 262}
+    for pages, words in (
+        ([(bare, SMALL.tobytes())], "no photometric tag"),
+        ([({257: 2}, b"")], "page 1 has no width"),
+        ([(full, SMALL.tobytes()), ({257: 2}, b"")], "page 2 has no width"),
+    ):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*{words}"):
+            read_image(tiff(tmp_path / "x.tif", *pages))
 
 
 def test_pyramid_in_sub_ifds(tmp_path):
@@ -457,11 +578,31 @@ def test_calibration_of_imagej(tmp_path):
         open_volume(tmp_path / "s.tif")
 
 
+@pytest.mark.parametrize("curve, told", [(1, False), (8, False), (21, False), (20, True)])
+def test_curves_of_imagej(tmp_path, curve, told):
+    "A polynomial, a gamma, a density: ImageJ shows other numbers than are stored. 20 is none."
+    note = f"ImageJ=1.54f\nimages=3\nslices=3\ncf={curve}\nc0=1.0\nc1=2.0\nc2=3.0\n"
+    stack = R.integers(0, 256, (3, 8, 9), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif", stack, description=note, metadata=None, photometric="minisblack"
+    )
+    if told:
+        assert np.array_equal(read_image(tmp_path / "x.tif").array[0], stack)
+        assert np.array_equal(open_volume(tmp_path / "x.tif")[...][0], stack)
+        return
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)x.tif.*curve.*cf={curve}"):
+            read(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize(
     "unit, mm",
     [
         ("micron", 1e-3),
         ("\\u00B5m", 1e-3),
+        ("\\u03bcm", 1e-3),
+        ("\\u00C5", 1e-7),
+        ("\\u212B", 1e-7),
         ("nm", 1e-6),
         ("inch", 25.4),
         ("cm", 10.0),
@@ -481,6 +622,48 @@ def test_units_of_imagej(tmp_path, unit, mm):
     )
 
 
+@pytest.mark.parametrize("per_cm", [28.3465, 28.35, 28, 37.795, 38, 39.37, 59.06, 118, 118.11, 236.2])
+def test_dots_per_inch_counted_per_centimetre(tmp_path, per_cm):
+    tifffile.imwrite(
+        tmp_path / "x.tif", MASK, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
+    )
+    assert read_image(tmp_path / "x.tif").spacing is None
+
+
+@pytest.mark.parametrize("per_cm", [1, 10, 20, 28.57, 40, 50, 100, 117.65, 400, 1000, 20000])
+def test_pixels_per_centimetre(tmp_path, per_cm):
+    tifffile.imwrite(
+        tmp_path / "x.tif", MASK, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
+    )
+    assert read_image(tmp_path / "x.tif").spacing == pytest.approx((10 / per_cm,) * 2)
+
+
+@pytest.mark.parametrize(
+    "lines, spacing",
+    [
+        ("unit=micron\nzunit=mm\nspacing=2.0\n", (2.0, 0.0005, 0.00025)),
+        ("unit=mm\nyunit=cm\nzunit=nm\nspacing=2.0\n", (2e-6, 5.0, 0.25)),
+        ("unit=mm\n", (1.0, 0.5, 0.25)),  # ImageJ writes no depth of 1
+        ("unit=mm\nzunit=pixel\nspacing=2.0\n", None),
+        ("zunit=mm\nspacing=2.0\n", None),
+    ],
+)
+def test_a_unit_an_axis_in_imagej(tmp_path, lines, spacing):
+    note = "ImageJ=1.54f\nimages=3\nslices=3\n" + lines
+    stack = R.integers(0, 256, (3, 8, 9), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        stack,
+        description=note,
+        metadata=None,
+        photometric="minisblack",
+        resolution=(4, 2),
+    )
+    want = spacing and pytest.approx(spacing)
+    assert read_image(tmp_path / "x.tif").spacing == want
+    assert open_volume(tmp_path / "x.tif").spacing == want
+
+
 def ome(
     path,
     a,
@@ -492,8 +675,9 @@ def ome(
     more="",
     uuid=None,
     images=1,
+    **way,
 ):
-    "An OME-TIFF with a header of its own; `a` (planes, H, W)."
+    "An OME-TIFF with a header of its own; `a` (planes, H, W). `way`: how tifffile writes pages."
     sizes = sizes or {"Z": len(a), "C": 1, "T": 1}
     size = " ".join(f'Size{k}="{v}"' for k, v in sizes.items())
     data = planes if planes is not None else f'<TiffData IFD="0" PlaneCount="{len(a)}"/>'
@@ -515,7 +699,7 @@ def ome(
                 description=xml.encode() if k == 0 else None,
                 metadata=None,
                 contiguous=False,
-                photometric="minisblack",
+                **{"photometric": "minisblack", **way},
             )
     return path
 
@@ -625,6 +809,93 @@ def test_sets_of_ome_files(tmp_path):
         for read in (read_image, open_volume):
             with pytest.raises(InputError, match="not opened"):
                 read(first)
+
+
+def pair(folder, second, names=("a.ome.tif", "b.ome.tif"), known=("urn:1", "urn:2"), told=None):
+    "A set of two files of two slices each; `second` changes the second one; `told`: their roots."
+    a = R.integers(1, 256, (4, 6, 7), np.uint8)
+    planes = "".join(
+        f'<TiffData FirstZ="{2 * k}" IFD="0" PlaneCount="2">'
+        f'<UUID FileName="{n}">{u}</UUID></TiffData>'
+        for k, (n, u) in enumerate(zip(("a.ome.tif", "b.ome.tif"), known))
+    )
+    for k, name in enumerate(names):
+        way = dict(sizes={"Z": 4, "C": 1, "T": 1}, planes=planes, uuid=(told or known)[k])
+        part = a[2 * k : 2 * k + 2]
+        if k == 1:
+            part = second.pop("pages", part)
+            way |= second
+        ome(folder / name, part, **way)
+    return folder / "a.ome.tif", a
+
+
+@pytest.mark.parametrize("told", [None, (None, None)])
+def test_files_of_a_set_are_read_by_their_names(tmp_path, told):
+    p, a = pair(tmp_path, {"compression": "zlib"}, told=told)
+    for name in ("a.ome.tif", "b.ome.tif"):
+        assert np.array_equal(read_image(tmp_path / name).array[0], a)
+
+
+@pytest.mark.parametrize(
+    "second, words",
+    [
+        ({"uuid": "urn:3"}, "another file.*urn:3.*urn:2"),  # of another acquisition
+        ({"uuid": None}, "another file"),
+        ({"photometric": "miniswhite"}, "photometric"),
+        ({"pages": np.ones((2, 6, 8), np.uint8)}, "size or type"),
+        ({"pages": np.ones((2, 6, 7), np.uint16)}, "size or type"),
+    ],
+)
+def test_other_files_of_a_set_are_looked_at(tmp_path, second, words):
+    p, _ = pair(tmp_path, second)
+    for read in (read_image, read_label, open_volume):
+        with pytest.raises(InputError, match=f"(?s)a.ome.tif: b.ome.tif.*{words}") as e:
+            read(p)
+        assert "damaged" not in str(e.value)
+
+
+def test_files_of_a_set_that_are_no_tiff_packed_or_exchanged(tmp_path):
+    p, a = pair(tmp_path, {})
+    other = tmp_path / "b.ome.tif"
+    whole = other.read_bytes()
+    other.write_bytes(b"hello")
+    with pytest.raises(InputError, match="(?s)a.ome.tif: b.ome.tif.*cannot be read"):
+        read_image(p)
+    with tifffile.TiffFile(io.BytesIO(whole)) as tif:
+        header = tif.pages[0].description
+    tags = {256: 7, 257: 6, 258: 8, 259: 5, 262: 1, 277: 1}
+    pages = [(dict(tags), lzw(plane.tobytes())) for plane in a[2:]]
+    pages[0][0][270] = header.encode() + b"\0"
+    tiff(other, *pages)
+    if find_spec("imagecodecs"):
+        assert np.array_equal(read_image(p).array[0], a)
+    else:
+        with pytest.raises(InputError, match="(?s)a.ome.tif: b.ome.tif.*LZW.*imagecodecs"):
+            read_image(p)
+    pair(tmp_path, {}, names=("b.ome.tif", "a.ome.tif"))
+    with pytest.raises(InputError, match="(?s)a.ome.tif.*another file.*own names"):
+        read_image(p)
+
+
+@pytest.mark.parametrize("known", [("urn:1", "urn:1"), ("urn:1", "")])
+def test_files_of_a_set_that_have_no_uuid_of_their_own(tmp_path, known):
+    "tifffile would take the planes of the first file twice."
+    p, _ = pair(tmp_path, {}, known=known, told=(None, None))
+    with pytest.raises(InputError, match="(?s)a.ome.tif.*b.ome.tif.*UUID of its own"):
+        read_image(p)
+
+
+@pytest.mark.parametrize("packing", [1, 5])
+def test_a_renamed_file_without_uuid_of_its_own(tmp_path, packing):
+    "All its planes are in one file, so that is this one, and not another of the old name."
+    planes = '<TiffData IFD="0"><UUID FileName="old.ome.tif">urn:1</UUID></TiffData>'
+    old = ome(tmp_path / "old.ome.tif", SMALL[None] + 9, planes=planes)
+    with tifffile.TiffFile(old) as tif:
+        header = tif.pages[0].description
+    tags = {256: 3, 257: 2, 258: 8, 259: packing, 262: 1, 277: 1, 270: header.encode() + b"\0"}
+    p = tiff(tmp_path / "new.ome.tif", (tags, PACK[packing](SMALL.tobytes())))
+    assert np.array_equal(read_image(old).array[0], SMALL + 9)
+    assert np.array_equal(read_image(p).array[0], SMALL)
 
 
 def test_an_ome_file_that_was_renamed(tmp_path):
@@ -747,7 +1018,11 @@ def png(path, a, bits, colour=0, more=b""):
 def test_grey_png(tmp_path, bits, clear):
     a = R.integers(0, 2**bits, (5, 11)).astype(np.uint16)
     p = png(tmp_path / "x.png", a, bits, more=clear)
-    assert np.array_equal(read_label(p).array, a)
+    if clear and (a == 1).any():  # in a label it may be the object, or not
+        with pytest.raises(InputError, match="(?s)x.png.*alpha"):
+            read_label(p)
+    else:
+        assert np.array_equal(read_label(p).array, a)
     seen = read_image(p).array[0]
     assert np.array_equal(
         seen, a * (255 // (2**bits - 1)) if bits in (2, 4) else a
@@ -768,6 +1043,57 @@ def test_palette_png(tmp_path, bits):
     )
     assert np.array_equal(read_label(p).array, a)
     assert np.array_equal(read_image(p).array, np.moveaxis(colours[a], -1, 0))
+
+
+MASK = np.pad(np.full((3, 4), 255, np.uint8), ((1, 2), (1, 3)))
+ALPHAS = {  # colour, alpha, and whether the colour alone says what is drawn
+    "the same everywhere": (MASK, np.full_like(MASK, 7), True),
+    "fully transparent": (MASK, np.zeros_like(MASK), True),
+    "background is transparent": (MASK, MASK // 2, True),
+    "white, drawn in alpha": (np.full_like(MASK, 255), MASK, False),
+    "black, drawn in alpha": (np.zeros_like(MASK), MASK, False),
+    "transparent white around black": (255 - MASK, MASK, False),
+    "soft edge": (MASK, MASK // 255 * np.arange(8, dtype=np.uint8), False),
+}
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_alpha_of_labels(tmp_path, name, channels):
+    "A mask may be drawn in the alpha: then the numbers alone are no label."
+    colour, alpha, told = ALPHAS[name]
+    both = np.stack([colour] * channels + [alpha], -1)
+    grey = channels == 1
+    png(tmp_path / "x.png", both, 8, 4 if grey else 6)
+    tags = {256: 8, 257: 6, 258: [8] * (channels + 1), 259: 5, 262: 1 if grey else 2}
+    tags |= {277: channels + 1, 338: 2}
+    tiff(tmp_path / "x.tif", (tags, lzw(both.tobytes())))
+    paths = [tmp_path / "x.png", tmp_path / "x.tif"]
+    if not grey:
+        nib = pytest.importorskip("nibabel")
+        pixels = both.view([(c, "u1") for c in "RGBA"])[..., 0].T
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(pixels)[:, :, None], None), tmp_path / "x.nii")
+        paths.append(tmp_path / "x.nii")
+    for p in paths:
+        assert np.array_equal(read_image(p).array.reshape(channels, 6, 8)[0], colour)
+        if told:
+            assert np.array_equal(read_label(p).array.reshape(6, 8), colour)
+        else:
+            with pytest.raises(InputError, match=f"(?s){p.name}.*alpha"):
+                read_label(p)
+
+
+@pytest.mark.parametrize("key, told", [(0, True), (255, False), (9, True)])
+def test_a_transparent_grey_or_colour_of_labels(tmp_path, key, told):
+    for colour, n in ((0, 1), (2, 3)):
+        a = np.stack([MASK] * n, -1)
+        clear = chunk(b"tRNS", struct.pack(">H", key) * n)
+        p = png(tmp_path / "x.png", a, 8, colour, clear)
+        if told:
+            assert np.array_equal(read_label(p).array, MASK)
+        else:
+            with pytest.raises(InputError, match="(?s)x.png.*alpha"):
+                read_label(p)
 
 
 def test_other_png(tmp_path):

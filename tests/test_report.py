@@ -241,7 +241,43 @@ def test_a_table_without_any_test_says_why(arm):
 
 def test_numbers_as_text():
     assert [p_text(p) for p in (1, .1, .0999, .001, .00099, float("nan"))] == ["1.00", "0.10", "0.100", "0.001", "<0.001", "–"]
-    assert name_of("hd95", [dict(hd95_unit="px"), dict(hd95_unit="mm")]) == ("HD95", "mm/px", 1) and name_of("dsc_liver") == ("DSC liver", "%", 100)
+    assert name_of("hd95", [dict(hd95_unit="px"), dict(hd95_unit="mm")]) == ("HD95", "mm or px", 1) and name_of("dsc_liver") == ("DSC liver", "%", 100)
+
+
+def test_lengths_in_two_units_are_not_averaged():
+    "Two of four patients lack a spacing: their HD95 is in px. It is left out and named; DSC stays."
+    rows = [dict(r, hd95_unit="px" if r["group"] < "002" else "mm") for r in table()]
+    text = results_table(rows, metrics=("dsc", "hd95"))
+    assert "HD95, m" not in text.partition("Not shown")[0] and "DSC, %" in text
+    assert "Not shown: HD95, in mm for some cases and in px for others" in note(text)
+    with pytest.raises(InputError, match="hd95 is in mm in some rows and in px in others"):
+        compare([r for r in rows if r["arm"] != "teacher"], "alone", "hd95")
+
+
+def test_a_teacher_in_pixels_stands_beside_students_in_mm():
+    "The teacher's images have no spacing: its cell says px, the column stays mm, in its own factor."
+    rows = [dict(r, hd95=.25, hd95_unit="mm") for r in table()]
+    rows = [dict(r, hd95=7., hd95_unit="px") if r["arm"] == "teacher" else r for r in rows]
+    text = results_table(rows, metrics=("hd95",))
+    assert "HD95, µm" in text and "250.0 ± 0.0" in text
+    assert lines(text, "teacher")[0][-1] == "7.0 ± 0.0 px"
+    assert lines(text, "alone")[0][-1] == "250.0 ± 0.0"
+
+
+@pytest.mark.parametrize("seeds,patients,said", [(2, 4, "With two seeds"), (3, 4, None),
+                                                 (3, 2, "With two patients"), (1, 2, None)])
+def test_two_seeds_or_patients_are_said_to_be_few(seeds, patients, said):
+    text = note(results_table(table(seeds=seeds, patients=patients), metrics=("dsc",)))
+    found = [w for w in ("With two seeds", "With two patients") if w in text]
+    assert found == [said] * (said is not None)
+
+
+def test_cases_missing_in_a_mean_are_counted_also_where_a_difference_lacks_them():
+    rows = [dict(r, hd95=float("inf")) if (r["arm"], r["case"]) == ("alone", "10") else r
+            for r in table()]
+    text = note(results_table(rows, metrics=("hd95",)))
+    assert "Up to 1 cases without a finite value are left out of a difference. " in text
+    assert "Up to 1 cases without a finite value are left out of a mean. " in text
 
 
 # ---------------------------------------------------------------- figures

@@ -486,3 +486,84 @@ def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
             place.mkdir(parents=True); (place / "last.pt").write_bytes(path.read_bytes())
             with pytest.raises(InputError, match="last.pt"): train_teacher(tmp_path / path.stem, study(run[0]), 0, "cpu")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_label_edited_while_a_training_runs_is_never_scored(data, run, tmp_path, monkeypatch):
+    "The label of a test image changes after the last batch. Restored, the run ends as if nothing had been."
+    from unpaired_kd import study as module
+    config, folder = study(data), tmp_path / "run"
+    label = Path(split_data(config, 0).student_test.cases[0].label)
+    kept, fit = label.read_bytes(), module.Learner.fit
+    def fit_and_edit(self):
+        out = fit(self)
+        if (folder / "checkpoints/teacher-0/done.json").exists(): turn_round(label)
+        return out
+    monkeypatch.setattr(module.Learner, "fit", fit_and_edit)
+    with pytest.raises(InputError) as e: run_study(folder, config, [0], workers=1)
+    place = folder / "checkpoints/fine-tuned-0"
+    assert f"1 changed: ct/labels/{label.name}" in str(e.value) and f"delete {place}" in str(e.value)
+    assert not (place / "done.json").exists() and not (place / "metrics.csv").exists()
+    monkeypatch.setattr(module.Learner, "fit", fit)
+    with pytest.raises(InputError, match="1 changed"): run_study(folder, config, [0], workers=1)
+    label.write_bytes(kept)
+    shutil.rmtree(place)
+    assert run_study(folder, config, [0], workers=1) == load_rows(run[1])
+
+
+def test_a_training_on_other_data_is_named(data, run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "run")
+    turn_round(data / "ct/labels/ct3.png")
+    run_study(tmp_path / "other", study(data), [0], workers=1)
+    place = tmp_path / "run/checkpoints/fine-tuned-0"
+    shutil.rmtree(place)
+    shutil.copytree(tmp_path / "other/checkpoints/fine-tuned-0", place)
+    with pytest.raises(InputError, match=f"{place} was trained with other data than .*Delete it"):
+        run_study(tmp_path / "run", study(run[0]), [0], workers=1)
+    shutil.rmtree(place)
+    assert run_study(tmp_path / "run", study(run[0]), [0], workers=1) == load_rows(run[1])
+
+
+def test_a_table_that_was_cut_is_reported_as_cut(run, tmp_path, capsys):
+    from unpaired_kd.cli import main
+    shutil.copytree(run[1], tmp_path / "run")
+    table, rows = tmp_path / "run/metrics.csv", load_rows(run[1])
+    (tmp_path / "run/tables.json").unlink()
+    text = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(text[:-1]))
+    assert main(["report", str(tmp_path / "run"), "--reference", "fine-tuned"]) == 0
+    said = capsys.readouterr().out
+    cases = [r["case"] for r in rows if r["arm"] == "fine-tuned"]
+    assert f"metrics.csv lacks 1 of {len(cases)} cases of fine-tuned 0, e.g. {cases[-1]}" in said
+
+
+def test_a_table_that_is_gone_is_written_again(run, tmp_path, capsys):
+    from unpaired_kd.cli import main
+    shutil.copytree(run[1], tmp_path / "run")
+    table = tmp_path / "run/metrics.csv"
+    table.unlink()
+    assert main(["report", str(tmp_path / "run"), "--reference", "fine-tuned"]) == 2
+    assert "metrics.csv is gone. The same command writes it again" in capsys.readouterr().err
+    run_study(tmp_path / "run", study(run[0]), [0], workers=1)
+    assert table.read_bytes() == (run[1] / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ct/groups.csv", "manifest.csv"])
+def test_a_table_of_patients_that_was_not_fetched_is_not_a_missing_one(data, name, capsys):
+    from unpaired_kd.cli import main
+    (data / name).unlink(missing_ok=True)
+    (data / name).symlink_to("../.git/annex/objects/4f.csv")
+    with pytest.raises(InputError, match=f"{name} is a link to .*which is not there. Fetch"):
+        check_study(study(data), [0])
+    assert main(["check", str(data)]) in (1, 2)
+    assert f"{name} is a link to" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "parameters.json", "tables.json"])
+def test_a_record_that_was_not_fetched_is_not_a_missing_one(run, tmp_path, name, capsys):
+    from unpaired_kd.cli import main
+    shutil.copytree(run[1], tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).symlink_to("nowhere")
+    if name == "parameters.json": (tmp_path / "run/config.json").unlink()
+    assert main(["report", str(tmp_path / "run"), "--reference", "fine-tuned"]) == 2
+    assert f"{name} is a link to nowhere, which is not there" in capsys.readouterr().err

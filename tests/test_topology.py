@@ -429,3 +429,24 @@ def test_recall_sees_misses_and_not_additions():
     assert skeleton_recall_loss(torch.full((2, 1, *y.shape[1:]), 50.), y).item() == pytest.approx(0, abs=1e-6)
     half = torch.where(y[:, None] > 0, 50., -50.); half[:, :, 8:] = -50
     assert .3 < skeleton_recall_loss(half, y) < .7
+
+
+# ---------------------------------------------------------------- memory
+@pytest.mark.parametrize("lay", [np.asfortranarray, lambda m: m.copy().T, lambda m: m[::-1],
+                                 lambda m: np.stack([m, m])[1], lambda m: np.repeat(m, 2, -1)[..., ::2]],
+                         ids=["columns", "transposed", "backwards", "view", "steps"])
+@pytest.mark.parametrize("shape", [(17, 24), (9, 12, 14)])
+def test_how_an_array_lies_in_memory_does_not_matter(shape, lay):
+    "Masks of NIfTI files lie in columns. Each function equals itself on a copy that lies in rows."
+    noise = np.random.default_rng(1).random(shape)
+    mask = lay((noise > .3).astype(np.uint8))
+    other = lay((noise > .4).astype(np.uint8))
+    rows, others = np.array(mask, order="C"), np.array(other, order="C")
+    assert np.array_equal(skeleton(mask), skeleton(rows))
+    assert topology_scores(mask, other) == topology_scores(rows, others)
+    assert betti_numbers(mask) == betti_numbers(rows)
+
+
+@pytest.mark.parametrize("what", [skeleton, betti_numbers])
+def test_an_array_without_pixels_is_refused(what):
+    with pytest.raises(InputError, match=r"shape \(0, 5\): it holds no pixel"): what(np.zeros((0, 5)))

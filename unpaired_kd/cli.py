@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', 'ODD', 'UNSURE', 'CLEARLY', 'ANY', 'FREE', 'PLAIN',
-           'NO_TYPE', 'SWITCH', 'KERNEL_LOG', 'BLOCK_OPTIONS', 'METRICS', 'LEFT_OUT', 'OF_ARMS', 'COMMANDS',
+           'NO_TYPE', 'SWITCH', 'KERNEL_LOG', 'BLOCK_OPTIONS', 'METRICS', 'LEFT_OUT', 'OF_ARMS', 'PRINTED', 'COMMANDS',
            'Parameter', 'table', 'comments', 'refuse', 'parameters_cell', 'read_parameters', 'read_line', 'annotation',
            'Modern', 'Misfit', 'check_event', 'is_text', 'compose', 'check_repeats', 'unfold', 'read_plain', 'cast',
            'sides', 'is_str', 'cast_first', 'cast_scalar', 'is_str_in_file', 'whole_or_real', 'cast_mapping',
@@ -13,8 +13,9 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'own_kernel', 'translate_exactly', 'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill',
            'silence', 'execute', 'say', 'of_the_system', 'run_notebook', 'need', 'volume_options', 'check_options',
            'check', 'Sentence', 'pair', 'join_pairs', 'parser', 'record_of', 'data_of', 'settings_of', 'Shown',
-           'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'remarks', 'run', 'sweep', 'predict',
-           'report', 'Stopped', 'stopped_by_signals', 'leave_stdout', 'main', 'bad_input', 'continues']
+           'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'cut', 'remarks', 'run', 'sweep',
+           'predict', 'report', 'Stopped', 'stopped_by_signals', 'fill_descriptors', 'Talk', 'talking', 'main', 'obey',
+           'bad_input', 'continues']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, math, os, re, sys, tokenize
@@ -493,9 +494,9 @@ def differences(
     asked:dict,  # the record of this run
 ): # list of lines, empty if the folder's record is the same; None if it has no record
     "Where the record of an earlier run in this folder differs. Raises `InputError` for the record of another program."
-    from unpaired_kd.core import read_json
+    from unpaired_kd.core import given, read_json
     path = Path(folder)/"parameters.json"
-    if not path.exists(): return None
+    if not given(path): return None
     before, now = read_json(path), json.loads(json.dumps(asked))
     kinds = {"notebook", "sweep"} # a run's record has the one, a sweep's the other
     if not isinstance(before, dict) or kinds & before.keys() != kinds & now.keys():
@@ -554,11 +555,13 @@ def is_study(
     folder, # a folder
 )->bool: # whether `run_study` made it
     "Whether a folder has the `config.json` of a study; that of any other program is none."
-    from unpaired_kd.core import read_json
+    from unpaired_kd.core import given, read_json
     path = Path(folder)/"config.json"
-    config = read_json(path) if path.exists() else None
+    config = read_json(path) if given(path) else None
     parts = [config.get(k) for k in ("study", "arms", "seeds")] if isinstance(config, dict) else []
-    return [type(p) for p in parts] == [dict, dict, list]
+    if [type(p) for p in parts] != [dict, dict, list]:
+        return False
+    return all(type(seed) is int for seed in parts[2])
 
 def make_folder(
     folder:Path, # to be made, with those above it
@@ -692,6 +695,7 @@ def execute(
 )->int: # 0, or 1 if a cell failed
     "Run the notebook into `folder/notebook.ipynb`; what it prints appears at once."
     from papermill.exceptions import PapermillExecutionError
+    from unpaired_kd.core import watched
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1") # a debugger's remark about frozen modules
     out = Path(folder)/"notebook.ipynb"
@@ -699,7 +703,7 @@ def execute(
         with kernel_log(folder) as log: with_papermill(path, out, values | {"run_folder": str(folder)}, log)
     except PapermillExecutionError as e:
         trace = "\n".join(e.traceback)
-        if not (sys.stderr and sys.stderr.isatty()): trace = re.sub(r"\x1b\[[\d;]*m", "", trace) # no colours in a file
+        if not watched(): trace = re.sub(r"\x1b\[[\d;]*m", "", trace) # no colours in a file
         say(f"\n{e.evalue if e.ename == 'InputError' else trace}") # bad input needs no traceback
         say(f"ukd run: {path} failed in cell [{e.exec_count}] with {e.ename}. The notebook up to there: {out}")
         return 1
@@ -727,6 +731,9 @@ def of_the_system(
     "What the system refused, and for which file."
     if isinstance(e, MemoryError): return "the memory is full. Close other programs, or take smaller images, patches or batches."
     names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, (str, bytes))]
+    try: os.getcwd()
+    except OSError:
+        if not names: return "the current folder is not there any more. Change to another one (cd)."
     return f"{' and '.join(names) or 'the system refused a file or device'}: {e.strerror or e}."
 
 # %% ../nbs/6_command/1_cli.ipynb #951aef9e
@@ -885,12 +892,12 @@ def data_of(
     folder:Path, # a run folder
 )->dict: # side -> fingerprint of images and labels, as `data.json` or else the splits record it
     "What a study was made from; empty if the folder is no study, or does not say."
-    from unpaired_kd.core import digest
+    from unpaired_kd.core import digest, given
     from unpaired_kd.runs import read_sealed
     folder = Path(folder)
     if not is_study(folder): return {}
     path = folder/"data.json"
-    if path.exists(): return {"both": digest(read_sealed(path, "contents")["contents"])}
+    if given(path): return {"both": digest(read_sealed(path, "contents")["contents"])}
     found = {p.stem.partition("-")[0]: record_of(p) for p in sorted((folder/"splits").glob("*.json"))}
     return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
@@ -900,6 +907,7 @@ def settings_of(
     arm:str, # one of its arms
 )->dict: # name -> value of all that makes the arm what it is; None if the run has no record
     "The settings of an arm, from `config.json` or else `parameters.json`. Raises `InputError` for a broken one."
+    from unpaired_kd.core import given
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
     if is_study(folder):
         config, data = record_of(folder/"config.json"), data_of(folder)
@@ -908,7 +916,7 @@ def settings_of(
         if data: study.pop("data", None) # a path; the fingerprint says more
         return {**study, **rest, "arm": config["arms"].get(arm), "images": data}
     path = folder/"parameters.json"
-    record = record_of(path) if path.exists() else None
+    record = record_of(path) if given(path) else None
     return {k: v for k, v in record.items() if k not in LEFT_OUT} if isinstance(record, dict) else None
 
 @dataclass(eq=False)
@@ -1001,6 +1009,22 @@ def missing(
     for arm in config["arms"]:
         seeds = [s for s in config["seeds"] if (arm, s) not in there]
         if seeds: out.append(f"{folder}: arm {arm!r} has no scores of seed {', '.join(map(str, seeds))} yet.")
+    return out + cut(folder, rows)
+
+def cut(
+    folder,    # run folder of a study
+    rows:list, # its rows
+)->list: # sentences
+    "Which finished trainings have cases that the table lacks."
+    from unpaired_kd.runs import records
+    scored = {(r["arm"], r["seed"], r["case"]) for r in rows}
+    trainings, out = {(a, s) for a, s, _ in scored}, []
+    for record in records(folder):
+        name, seed = record["task"][1:]
+        lost = [c for c in record["cases"] if (name, seed, c) not in scored]
+        if lost and (name, seed) in trainings:
+            out.append(f"{folder}: metrics.csv lacks {len(lost)} of {len(record['cases'])} cases of "
+                       f"{name} {seed}, e.g. {lost[0]}. The same command writes it again.")
     return out
 
 def remarks(
@@ -1092,28 +1116,84 @@ def stopped_by_signals():
     finally:
         for n in mine: signal.signal(n, signal.SIG_DFL)
 
-def leave_stdout():
-    "Send what is still to be printed nowhere, so that the interpreter does not try again when it ends."
-    try: sys.stdout.flush()
-    except (OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except AttributeError: pass # no output at all
+def fill_descriptors():
+    "Let standard input, output and error lead nowhere where they are closed: a kernel cannot start without them."
+    for number in (0, 1, 2):
+        try: os.fstat(number)
+        except OSError: os.set_inheritable(os.open(os.devnull, os.O_RDWR), True) # takes the lowest free number
+
+# %% ../nbs/6_command/1_cli.ipynb #633c27df
+class Talk:
+    "A text stream that cannot stop the work: what can no longer be written is dropped."
+    def __init__(self,
+        stream, # standard output or error; None: it is closed
+    ):
+        self.stream = stream or open(os.devnull, "w")
+        self.fault = None # the error that ended it
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace") # a terminal that has no ±
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self,
+        text:str, # to be said
+    )->int: # its length
+        "Write text."
+        self.do(self.stream.write, text)
+        return len(text)
+    def writelines(self,
+        texts, # to be said
+    ):
+        "Write several texts."
+        for text in texts: self.write(text)
+    def flush(self):
+        "Send what was written."
+        self.do(self.stream.flush)
+    def do(self,
+        method, # of the stream
+        *args,  # for it
+    ):
+        "Do it, or let the stream lead nowhere from now on."
+        try: method(*args)
+        except (OSError, ValueError) as e: # ValueError: the stream was closed
+            self.fault = self.fault or e
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+# %% ../nbs/6_command/1_cli.ipynb #633c27e1
+@contextlib.contextmanager
+def talking():
+    "Within the block, nothing that is printed can stop the work. Yields standard output."
+    before = sys.stdout, sys.stderr
+    out, err = Talk(sys.stdout), Talk(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    try: yield out
+    finally:
+        for stream in (out, err): stream.flush()
+        sys.stdout, sys.stderr = before
 
 # %% ../nbs/6_command/1_cli.ipynb #633c27dc
 def main(
     argv:list=None, # arguments (default: those of the process)
 )->int: # exit status: 0 done, 1 a cell or an image failed, 2 bad input, 128 + number: stopped by a signal (130: Ctrl-C)
     "The command `ukd`. With `UKD_DEBUG=1` in the environment, every error shows where it arose."
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace") # a terminal that has no ±
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(join_pairs(argv) if argv[:1] in (["run"], ["sweep"]) else argv)
-    try:
-        with stopped_by_signals(): status = COMMANDS[args.command](args)
-        if sys.stdout: sys.stdout.flush()
+    fill_descriptors()
+    with talking() as out:
+        args = parser().parse_args(join_pairs(argv) if argv[:1] in (["run"], ["sweep"]) else argv)
+        status = obey(args)
+        out.flush()
+        if args.command in PRINTED and out.fault and not isinstance(out.fault, BrokenPipeError):
+            say(f"ukd {args.command}: cannot print the table: {of_the_system(out.fault)}")
+            return 2
         return status
-    except BrokenPipeError: # the reader left: `ukd report x | head`
-        leave_stdout()
-        return 0
+
+# %% ../nbs/6_command/1_cli.ipynb #633c27e2
+PRINTED = ("check", "report") # the commands whose work is what they print
+
+def obey(
+    args, # what `parser` read: an argparse.Namespace
+)->int: # exit status, as of `main`
+    "Do what a command says. What the user can mend is told in a sentence."
+    try:
+        with stopped_by_signals(): return COMMANDS[args.command](args)
     except KeyboardInterrupt as e:
         say(f"\nukd {args.command}: stopped." + (" The same command continues." if continues(args) else ""))
         return 128 + (e.number if isinstance(e, Stopped) else 2)
@@ -1121,7 +1201,6 @@ def main(
         message = bad_input(e)
         if message is None or os.environ.get("UKD_DEBUG"): raise
         say(f"ukd {args.command}: {message}")
-        leave_stdout()
         return 2
 
 COMMANDS = {"check": check, "run": run, "sweep": sweep, "predict": predict, "report": report}

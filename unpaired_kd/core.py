@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE', 'REAL', 'InputError', 'Registry', 'unknown', 'Range', 'check_settings',
            'as_python', 'extra', 'log_as_error', 'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images',
-           'outlined', 'box', 'arrow', 'take_lock', 'is_same_file', 'clear_parts', 'sync', 'atomic', 'atomic_folder',
-           'swap_folder', 'hold', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest',
-           'file_sha256', 'bf16_supported', 'resolve_precision', 'progress']
+           'outlined', 'box', 'arrow', 'take_lock', 'is_same_file', 'clear_parts', 'sync', 'open_own', 'put', 'atomic',
+           'atomic_folder', 'swap_folder', 'hold', 'check_there', 'given', 'read_text', 'write_json', 'read_json',
+           'write_csv', 'read_csv', 'digest', 'file_sha256', 'bf16_supported', 'resolve_precision', 'watched',
+           'progress']
 
 # %% ../nbs/0_core/1_core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil
+import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat, sys, warnings
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -336,7 +337,8 @@ def sync(
     path, # a file or folder that is there
 ):
     "Ask the disk to keep a file or folder (fsync), where the system can."
-    if os.name == "nt" and path.is_dir(): return # Windows cannot open folders
+    if path.is_dir() and (os.name == "nt" or not os.access(path, os.R_OK)):
+        return # a folder that cannot be opened: Windows, or rights that allow only to put things into it
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try: os.fsync(handle)
     except OSError as e:
@@ -355,6 +357,15 @@ def _refusing(path, all_of_them=False):
         if e.errno not in REFUSALS and not all_of_them: raise
         raise InputError(f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on the disk.") from e
 
+def open_own(
+    path, # a file in which a program of ours notes something; made if it is not there
+)->int: # its handle, to read and to append
+    "Open a plain file. `InputError` for what somebody else has put there: a link, a pipe, a folder."
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    foreign = os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode)
+    if foreign: raise InputError(f"{path} is there and is no file of ours, but a link, a folder or a device. Remove or rename it, or choose another folder.")
+    with _refusing(path, all_of_them=True): return os.open(path, flags, 0o666)
+
 def _begin(path, make):
     "The folder of `path`, and a part in it: (path, handle). Every fault is an `InputError`."
     with _refusing(path, all_of_them=True):
@@ -367,20 +378,39 @@ def _open_mode(mode):
     os.umask(mask)
     return mode & ~mask
 
+# %% ../nbs/0_core/1_core.ipynb #b1d0c0b2
+def put(
+    part:Path, # a finished file or folder
+    path:Path, # where it shall lie, on the same disk
+    overwrite:bool, # a file that is there is replaced; else it is an `InputError`
+):
+    "Give a part its name, in one step."
+    if overwrite: return os.replace(part, path)
+    there = InputError(f"{path} is there already. Choose another name, or allow that it is replaced (--overwrite, overwrite=True).")
+    if os.path.lexists(path): raise there
+    try: os.link(part, path)
+    except FileExistsError: raise there from None
+    except OSError: os.rename(part, path) # a folder, or a disk without hard links
+    else: part.unlink()
+
 # %% ../nbs/0_core/1_core.ipynb #2676891d
 @contextlib.contextmanager
 def atomic(
     path, # the file to write
+    overwrite:bool=True, # a file that is there is replaced; else it stays, also one that appears meanwhile
 ): # a temporary Path in the same folder
-    "Write to the temporary path that this yields; it replaces `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be written."
+    "Write to the temporary path that this yields; it becomes `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be, or was, written."
     path = Path(path)
     with _refusing(path):
         part, handle = _begin(path, _make_file)
         try:
             yield part
+            if not part.stat().st_size:
+                raise InputError(f"cannot write {path}: its writer put nothing into {part}. Give the "
+                                 "file another name, with an ending in small letters.")
             os.chmod(part, _open_mode(0o666))
             sync(part)
-            os.replace(part, path)
+            put(part, path, overwrite)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -392,6 +422,7 @@ def atomic(
 @contextlib.contextmanager
 def atomic_folder(
     path, # the folder to write
+    overwrite:bool=True, # as in `atomic`
 ): # a temporary Path beside it
     "As `atomic`, for a folder: what the block wrote replaces `path` as a whole when it succeeds and vanishes when it fails."
     path = Path(path)
@@ -401,29 +432,33 @@ def atomic_folder(
         try:
             yield part
             for inner in [*part.rglob("*"), part]: sync(inner)
-            os.chmod(part, _open_mode(0o777))
-            swap_folder(part, path)
+            group = os.stat(part).st_mode & stat.S_ISGID # what is written into it stays with the folder's group
+            os.chmod(part, _open_mode(0o777) | group)
+            swap_folder(part, path, overwrite)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         finally:
             os.close(handle)
 
+# %% ../nbs/0_core/1_core.ipynb #b1d0c0b3
 def swap_folder(
     new:Path,  # a folder, or a file
     path:Path, # where it shall lie, perhaps in the place of another one, on the same disk
+    overwrite:bool=True, # as in `atomic`
 ):
     "Put a folder into its place; the one that was there goes when the new one has arrived."
     old = path.with_name(OLD + path.name)
     lock = None
     try:
-        if path.is_dir():
+        if overwrite and path.is_dir():
             lock = os.open(path, os.O_RDONLY)
             take_lock(lock) # so that nobody puts it back meanwhile
             os.replace(path, old)
-        os.replace(new, path)
+        put(new, path, overwrite)
         sync(path.parent)
         if lock is not None: _remove(old)
+        if os.path.lexists(old): warnings.warn(f"{old}, which {path} has replaced, could not be deleted whole. Delete it.")
     finally:
         if lock is not None: os.close(lock)
 
@@ -435,13 +470,54 @@ def hold(
     name:str=".ukd.lock",   # the file that carries the lock
 ):
     "Hold a folder while the block runs. `InputError` if somebody else does. The system frees it when this process ends, however it ends."
-    with _refusing(Path(folder)/name):
-        handle = os.open(Path(folder)/name, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = open_own(Path(folder)/name)
     try:
         if not take_lock(handle): raise InputError(f"{who} is at work in {folder}. Wait for it, or choose another folder.")
         yield
     finally:
         os.close(handle)
+
+# %% ../nbs/0_core/1_core.ipynb #c0a1d002
+def check_there(
+    path, # what is to be read
+):
+    """`InputError`, with the cause, for what is absent, a link to nothing, a pointer of Git LFS, a
+    pipe, or not to be read."""
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        if os.path.islink(path):
+            raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. Fetch "
+                             "the file (e.g. datalad get, git annex get, dvc pull), or remove the "
+                             "link.") from None
+        if isinstance(e, (FileNotFoundError, NotADirectoryError)):
+            raise InputError(f"{path} does not exist.") from None
+        raise InputError(f"{path} cannot be looked at: {e.strerror}. Check its name and the rights "
+                         "of the folders above it, e.g. with chmod +x.") from None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise InputError(f"{path} is neither a file nor a folder, but a pipe or a device. Give a "
+                         "file.")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
+    if stat.S_ISREG(found.st_mode) and found.st_size < 1024:
+        with open(path, "rb") as f:
+            if f.read(24) == b"version https://git-lfs.":
+                raise InputError(f"{path} is the pointer that stands for a file in Git LFS. Fetch "
+                                 "the file: git lfs pull.")
+
+def given(
+    path, # a file that may be left out
+)->bool: # whether it is there
+    """Whether an optional file is there. `InputError`, as from `check_there`, for one that is there
+    and cannot be read."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass # `check_there` says why
+    check_there(path)
+    return True
 
 # %% ../nbs/0_core/1_core.ipynb #b1d0c0ac
 def read_text(
@@ -449,9 +525,10 @@ def read_text(
 )->str: # what it says, without a byte order mark
     "Read UTF-8. Raises `InputError`, naming the file, for everything that is not a readable file of UTF-8 text."
     path = Path(path)
-    if path.exists() and not path.is_file(): raise InputError(f"{path} is {'a folder' if path.is_dir() else 'not a file'}; a text file is needed here.")
+    check_there(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a text file is needed here.")
     try: return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError: raise InputError(f"{path} does not exist.") from None
     except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from e
     except UnicodeDecodeError as e: raise InputError(f"{path} is not UTF-8 text (byte {e.start} is {path.read_bytes()[e.start]:#04x}). Save it as UTF-8.") from e
 
@@ -548,14 +625,17 @@ def resolve_precision(
     return precision
 
 # %% ../nbs/0_core/1_core.ipynb #dcbc9a3e
+def watched()->bool: # whether standard error is a terminal; False also where it is closed
+    "Whether somebody sees a bar move."
+    return sys.stderr is not None and sys.stderr.isatty()
+
 def progress(
     total:int,      # steps in all
     desc:str="",    # what is going on
     initial:int=0,  # steps already done (resumed run)
     enabled:bool=True, # False: silent
 ): # a tqdm bar; call `.update()` and `.set_postfix_str()`
-    "A text progress bar for terminals, notebooks and papermill."
-    import sys
+    "A text progress bar for terminals, notebooks and papermill; none where standard error is closed."
     from tqdm import tqdm
-    live = sys.stderr.isatty()
-    return tqdm(total=total, desc=desc, initial=initial, disable=not enabled, ascii=True, ncols=100, mininterval=.2 if live else 5, maxinterval=10, miniters=1, leave=True)
+    off = not enabled or sys.stderr is None
+    return tqdm(total=total, desc=desc, initial=initial, disable=off, ascii=True, ncols=100, mininterval=.2 if watched() else 5, maxinterval=10, miniters=1, leave=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'FEW', 'UNITS', 'evaluate', 'p_value', 't_test', 'without_noise', 'wilcoxon', 'two_way', 'holm', 'student_ci',
-           'bootstrap_ci', 'Paired', 'pair_rows', 'sign_of', 'compare']
+           'bootstrap_ci', 'Paired', 'pair_rows', 'units_of', 'sign_of', 'compare']
 
 # %% ../nbs/4_training/2_evaluation.ipynb #99ed67f9
 import math
@@ -69,6 +69,8 @@ def t_test(
     "Paired t-test on differences; NaN if all are equal."
     d = np.asarray(d, float)
     n = d.shape[-1]
+    if n < 2:
+        raise InputError(f"a t-test needs at least 2 differences, got {n}.")
     return p_value(d.mean(-1), d.std(-1, ddof=1) / np.sqrt(n), n - 1)
 
 # %% ../nbs/4_training/2_evaluation.ipynb #8053c3a0
@@ -232,7 +234,21 @@ def pair_rows(
         raise InputError(f"arm {arms[a]!r}, seed {keys[n][0]}, case {keys[n][1]!r}: {metric} is {values[a, n]}. Choose a metric that is defined for empty masks, or pass missing='drop'.")
     keys = [k for k, ok in zip(keys, good) if ok]
     if not keys: raise InputError(f"no case has a finite {metric} in every arm.")
+    units = units_of([row for arm in table.values() for row in arm.values()], metric)
+    if len(units) > 1:
+        raise InputError(f"{metric} is in {' in some rows and in '.join(units)} in others: there is "
+                         "nothing to average. Compare the cases of one unit, or another metric.")
     return Paired(arms, values[:, good], np.array([k[0] for k in keys]), np.array([k[1] for k in keys]), np.array([str(base[k]["group"]) for k in keys]))
+
+def units_of(
+    rows:list,  # rows of `evaluate`
+    metric:str, # column name
+)->list: # "mm", "px", or both; empty for a metric that knows no length
+    "The units of length in which rows state a metric: distances, and the surface Dice's tolerance."
+    if not metric.startswith(("hd", "assd", "sdsc")):
+        return []
+    there = [r for r in rows if np.isfinite(r.get(metric, np.nan))]
+    return sorted({str(r["hd95_unit"]) for r in there if r.get("hd95_unit")})
 
 # %% ../nbs/4_training/2_evaluation.ipynb #6f3f096a
 def sign_of(

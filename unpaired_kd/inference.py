@@ -26,13 +26,15 @@ from fastcore.basics import patch_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import InputError, atomic, digest, file_sha256, progress, read_json, resolve_precision, unknown, write_json
+from .core import InputError, atomic, digest, file_sha256, given, progress, read_json, resolve_precision, unknown, write_json
+from .data.dicom import dicom_files, is_dicom, is_scan
 from .data.files import header_size
-from .data.images import WRITERS, Image, dicom_files, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
+from .data.images import WRITERS, Image, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
 from .data.instances import INSTANCES, instances_of
+from .data.ngff import is_zarr
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_path, check_place, check_room, files_mark, free_bytes, keeping_notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -399,8 +401,9 @@ def student_files(
     "Where its files are. `InputError` if one is missing."
     check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
+    given(folder)
     for f in found:
-        if not os.path.isfile(f):
+        if not given(f):
             raise InputError(f"{f} does not exist. Give the folder of a saved student; "
                              f"it holds {', '.join(FILES)}.")
     return found
@@ -504,30 +507,30 @@ def output_name(
 def is_image(
     path:Path, # a file, a folder, or a link
 )->bool:
-    "Whether it is to be segmented, by its name; a folder if it is a .zarr or holds DICOM files."
+    """Whether it is to be segmented: by its name, or as DICOM by its first bytes; a folder if it is
+    a .zarr or holds DICOM files."""
     if suffix_of(path) == ".zarr" or not os.path.isdir(path):
-        return bool(suffix_of(path))
+        return bool(suffix_of(path)) or is_dicom(path)
     try:
-        return bool(dicom_files(path))
+        return is_zarr(path) or bool(dicom_files(path))
     except (OSError, InputError):
         return True # something is wrong in it: reading it will say what
 
 def one_series(
     folder:Path, # an input
 )->bool: # True: a DICOM series; False: a folder of images
-    "Whether a folder is one image. `InputError` if it holds a series and other images."
-    try:
-        series = dicom_files(folder)
-    except OSError: # one of its files may not be read: that file is named when it is its turn
-        series = sorted(folder.glob("*.dcm"))
-    names = {p.name for p in series}
-    inside = [p for p in visible(folder) if p.name not in names]
+    "Whether a folder is one image. `InputError` if it holds a series and what does not belong to it."
+    series = [p for p in visible(folder) if is_dicom(p)]
+    if not is_scan(series):
+        return False
+    inside = [p for p in visible(folder) if p not in series]
     images = [p.name for p in inside if is_image(p) and suffix_of(p) != ".dcm"]
-    if series and images:
+    if images:
         raise InputError(f"{folder} holds DICOM files ({series[0].name}) and other images: "
                          f"{', '.join(images[:5])}{' ...' if len(images) > 5 else ''}. "
                          "Put the series into a folder of its own.")
-    return bool(series)
+    dicom_files(folder) # says what may be a slice and cannot be read
+    return True
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10006
 def plan(
@@ -536,7 +539,8 @@ def plan(
 )->tuple: # list of (input, output), list of files that are no images
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
     check_input(source)
-    single = os.path.isfile(source) or suffix_of(source) == ".zarr" or one_series(source)
+    zarr = suffix_of(source) == ".zarr" or is_zarr(source)
+    single = os.path.isfile(source) or zarr or one_series(source)
     suffix = suffix_of(target)
     if single and suffix in (".jpg", ".jpeg"):
         check_format(target, (), 0)
@@ -563,8 +567,6 @@ def instance_name(
 )->Path: # where its instance map goes
     "`a.nii.gz` gives `a_instances.nii.gz`, in the same folder."
     suffix = suffix_of(path)
-    if not path.name.lower().endswith(suffix): # a group inside a Zarr
-        suffix = ""
     return path.with_name(path.name[:len(path.name) - len(suffix)] + "_instances" + suffix)
 
 def weights_mark(
@@ -637,7 +639,8 @@ def check_outputs(
         kept.append((student, "the student's folder"))
     check_names(pairs)
     check_apart(outputs, kept)
-    ours = {str(o) for j in jobs for o in j.outputs if notes.has("begun", j.mark, o)}
+    check_outside(outputs)
+    ours = {str(o) for j in jobs for o in j.outputs if is_ours(notes, j.mark, o)}
     check_new(outputs, overwrite, ours)
     check_place(outputs[0].parent)
 
@@ -689,10 +692,16 @@ def segment_file(
         maps.append(student.instances(image, label=maps[0]))
         check_format(job.outputs[1], shape, int(maps[1].max()))
     for output, numbers in zip(job.outputs, maps):
-        if not notes.has("begun", job.mark, output):
+        begun = is_ours(notes, job.mark, output)
+        if not begun:
             check_new([output], overwrite)
             notes.add("begun", job.mark, output)
-        write_label(output, numbers, like=image)
+        try:
+            write_label(output, numbers, image, overwrite or begun)
+        except InputError:
+            if not begun and os.path.lexists(output): # it came meanwhile, and is not ours
+                notes.add("failed", job.mark, output)
+            raise
         notes.add("done", job.mark, output)
     return True
 
@@ -727,8 +736,9 @@ def predict_path(
         print(f"not images, left out: {', '.join(p.name for p in others)}")
     failed = {}
     fresh = 0
-    bar = progress(len(jobs), "images", enabled=bars and not alone)
-    with keeping_notes(notes_path) as notes, contextlib.closing(bar) as shown:
+    with contextlib.ExitStack() as held:
+        notes = held.enter_context(keeping_notes(notes_path))
+        shown = held.enter_context(progress(len(jobs), "images", enabled=bars and not alone))
         for job in jobs:
             try:
                 with faults_named(job.source):

@@ -9,6 +9,7 @@ __all__ = ['SLACK', 'dice', 'iou', 'surface', 'surface_distances', 'hausdorff', 
            'betti_errors', 'betti_numbers', 'cl_dice', 'topology_precision', 'topology_scores', 'topology_sensitivity']
 
 # %% ../nbs/1_data/7_metrics.ipynb #258b6629
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -109,17 +110,22 @@ def _spacing(spacing, ndim):
         raise InputError(f"spacing is {spacing}; give one positive number per axis ({ndim}), in mm.")
     return s
 
+def _places(at, spacing):
+    "Voxel numbers (n, ndim) in mm; of a `Spacing` along its steps."
+    lengths, steps = _spacing(spacing, at.shape[1]), getattr(spacing, "steps", None)
+    return at * lengths if steps is None else at @ steps
+
 def surface_distances(
     pred,         # mask (*spatial), not empty
     target,       # the same shape, not empty
-    spacing=None, # mm per pixel along each axis of the array, or one number; None: pixels
+    spacing=None, # mm per pixel along each axis of the array (a `Spacing`: with their angles), or one number; None: pixels
 )->tuple: # two float arrays: pred's surface to target's, target's surface to pred's
     "Distance of every surface pixel of one mask to the nearest surface pixel of the other."
     from scipy.spatial import cKDTree
     p, t = _pair(pred, target)
     if not (p.any() and t.any()): raise InputError("pred or target is empty: it has no surface. `hausdorff` has a policy for this.")
-    box, scale = _box(p | t), _spacing(spacing, p.ndim)
-    a, b = (np.argwhere(surface(m[box])) * scale for m in (p, t))
+    box = _box(p | t)
+    a, b = (_places(np.argwhere(surface(m[box])), spacing) for m in (p, t))
     tree = lambda x: cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
     return tree(b).query(a)[0], tree(a).query(b)[0]
 
@@ -130,7 +136,8 @@ def _no_surface(p, t, spacing, empty):
     if empty not in known: raise InputError(unknown("policy for empty masks", empty, known))
     if empty == "nan": return float("nan")
     if empty == "zero" or not (p.any() or t.any()): return 0.0
-    return float(np.linalg.norm((np.array(p.shape) - 1) * _spacing(spacing, p.ndim)))
+    diagonals = (np.array(p.shape) - 1) * list(product((1, -1), repeat=p.ndim))
+    return float(max(map(np.linalg.norm, _places(diagonals, spacing)))) # at right angles all are alike
 
 def hausdorff(
     pred,                  # mask (*spatial)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, read_text, rng, to_display, unknown, write_csv
-from .evaluation import FEW, compare, pair_rows, without_noise, sign_of
+from .evaluation import FEW, compare, pair_rows, without_noise, sign_of, units_of
 from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
@@ -146,7 +146,7 @@ def name_of(
     head, _, tail = metric.partition("_")
     name = f"{head.upper()} {tail.replace('_', ' ')}".strip()
     if sign_of(metric) > 0: return name, "%", 100
-    unit = "/".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")}))
+    unit = " or ".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")}))
     largest = max((r[metric] for r in rows if np.isfinite(r.get(metric, np.nan))), default=0)
     if unit != "mm" or not 0 < largest < 1:
         return name, unit, 1
@@ -174,8 +174,10 @@ def markdown_table(
     header:list, # column names
     lines:list,  # lists of text, one per row
 )->str: # aligned Markdown: first column left, the others right
-    "A Markdown table whose source is also readable in a terminal."
-    widths = [max(3, *(len(str(r[c])) for r in [header, *lines])) for c in range(len(header))]
+    "A Markdown table whose source is also readable in a terminal. Bars and line ends are escaped."
+    header, *lines = [[" ".join(str(x).replace("|", r"\|").split("\n")) for x in r]
+                      for r in (header, *lines)]
+    widths = [max(3, *(len(r[c]) for r in [header, *lines])) for c in range(len(header))]
     def line(cells): return "| " + " | ".join(str(x).ljust(w) if c == 0 else str(x).rjust(w) for c, (x, w) in enumerate(zip(cells, widths))) + " |"
     rule = "|" + "|".join(":" + "-" * (w + 1) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, lines)])
@@ -184,11 +186,17 @@ def markdown_table(
 def _means(rows, metrics, arms, away):
     "First table: mean and standard deviation over cases. Where structures were missed: HD95 without those images, and their number."
     lines, lost = [], _lost(rows, metrics)
-    head = [h for m in metrics for h in ["{}, {}".format(*name_of(m, rows)).rstrip(", "), *(["found only", "missed"] if lost and m == "hd95" else [])]]
+    home = {m: _of_one_unit(rows, m, away) for m in metrics}
+    head = [h for m in metrics for h in ["{}, {}".format(*name_of(m, home[m])).rstrip(", "), *(["found only", "missed"] if lost and m == "hd95" else [])]]
     def cell(some, m):
+        "Mean and spread; where a guest has a unit of its own, with it."
         mean, sd, _ = summarise(some, m)
-        k = name_of(m, rows)[2]
-        return f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–")
+        known, own = units_of(home[m], m), units_of(some, m)
+        if len(own) > 1:
+            return "–"
+        unit = f" {own[0]}" if own and own != known else ""
+        k = 1 if unit else name_of(m, home[m])[2]
+        return f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–") + unit
     for arm in arms:
         mine, cells = [r for r in rows if r["arm"] == arm], []
         for m in metrics:
@@ -197,15 +205,20 @@ def _means(rows, metrics, arms, away):
         lines.append([f"{arm} (on {away[arm]})" if arm in away else arm, len({r["case"] for r in mine}), len({r["seed"] for r in mine}), *cells])
     return markdown_table(["arm", "cases", "seeds", *head], lines)
 
+def _of_one_unit(rows, metric, away):
+    "The rows whose unit is that of the arms that are compared."
+    units = units_of([r for r in rows if r["arm"] not in away], metric)
+    return [r for r in rows if not units or str(r.get("hd95_unit")) in units]
+
 def _lost(rows, metrics):
     "Is HD95 shown, and was a structure missed in any image?"
     return "hd95" in metrics and any(r.get("missed", 0) > 0 for r in rows)
 
 def _differences(found, arms, reference, rows):
     "Second table: the evidence for each arm and metric."
-    lines = []
+    lines, away = [], guests(rows, reference)
     for c in sorted((c for c in found if c["arm"] in arms), key=lambda c: arms.index(c["arm"])):
-        name, unit, k = name_of(c["metric"], rows)
+        name, unit, k = name_of(c["metric"], _of_one_unit(rows, c["metric"], away))
         lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", interval_text(c, k),
             *[p_text(c[p + "_holm"]) for p in ("p_t", "p_wilcoxon", "p_both")], f"{c['seeds_won']}/{c['n_seeds']}"])
     return markdown_table([f"against {reference}", "metric", "difference", "95 % interval", "p (t)", "p (Wilcoxon)", "p (with seeds)", "seeds won"], lines)
@@ -240,6 +253,11 @@ def _tests(found):
     if max(tested) * smallest > .05:
         text += (f"Over {fewest} patients Wilcoxon's p, before Holm's correction, is never "
                  f"below {smallest:.3g}. ")
+    pairs = [(c["n_seeds"], c["n_groups"]) for c in found if not np.isnan(c["p_both"])]
+    if any(2 in pair for pair in pairs):
+        two = "seeds" if any(n == 2 for n, _ in pairs) else "patients"
+        text += (f"With two {two} 'with seeds' may give a p below 0.05 in 12 of 100 studies "
+                 "in which there is no difference. ")
     if any(c["interval"] == "none" for c in found):
         text += ("Where the difference is the same in every patient there is neither an "
                  "interval nor a p. ")
@@ -263,11 +281,10 @@ def _left_out(rows, metrics, reference, found):
     tested = {(c["arm"], c["metric"]) for c in found}
     holes = [_shared(home, reference, m)[2] for m in metrics if any(m == k for _, k in tested)]
     dropped = max([len({case for _, case, _ in h}) for h in holes], default=0)
-    if dropped:
-        text += f"Up to {dropped} cases without a finite value are left out of a difference. "
     absent = _without_value(rows, metrics)
-    if absent > dropped:
-        text += f"Up to {absent} cases without a finite value are left out of a mean. "
+    for cases, out_of in ((dropped, "difference"), (absent, "mean")):
+        if cases:
+            text += f"Up to {cases} cases without a finite value are left out of a {out_of}. "
     arms = [a for a in dict.fromkeys(r["arm"] for r in home) if a != reference]
     untested = [(a, m) for m in metrics for a in arms if (a, m) not in tested]
     patients = {str(r["group"]) for r in home if r["arm"] == reference}
@@ -283,8 +300,12 @@ def results_table(
     metrics=("dsc", "hd95", "aji", "pq"), # columns
     order:list=None,                      # arms to show, in this order; all arms count in Holm's correction
 )->str: # Markdown, aligned: means, then differences with p-values, then what the numbers are
-    "The results of an experiment. Arms on other images than the reference (the teacher) have no p-value."
+    """The results of an experiment. Arms on other images than the reference (the teacher) have no
+    p-value; a metric in mm for some cases and in px for others is left out, and that is said."""
     arms, away = arrange(rows, reference, order), guests(rows, reference)
+    home = [r for r in rows if r["arm"] not in away]
+    mixed = [m for m in metrics if len(units_of(home, m)) > 1]
+    metrics = [m for m in metrics if m not in mixed]
     parts, found = [_means(rows, metrics, arms, away)], evidence(rows, reference, metrics)
     base = [r for r in rows if r["arm"] == reference]
     n = {k: len({r[k] for r in base}) for k in ("case", "group", "seed")}
@@ -295,6 +316,10 @@ def results_table(
     elif n["group"] < 2:
         note += "One patient only: no interval and no p-value. "
     note += _left_out(rows, metrics, reference, found)
+    if mixed:
+        names = ", ".join(name_of(m)[0] for m in mixed)
+        note += (f"Not shown: {names}, in mm for some cases and in px for others, because not "
+                 "every image states its spacing. ")
     if _lost(rows, metrics): note += "Missed: structures of the labels that the predictions lack, over all cases and seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 over the images without one. "
     if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
     return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])

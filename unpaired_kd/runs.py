@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DONE', 'TABLES', 'DATA', 'write_sealed', 'read_sealed', 'file_sum', 'keep_record', 'verified', 'record_of', 'records',
-           'check_sums', 'keep_tables', 'check_table', 'changes', 'check_data']
+           'done_in', 'check_sums', 'keep_tables', 'check_table', 'changes', 'check_data']
 
 # %% ../nbs/4_training/7_runs.ipynb #52a7c003
 import json, os, time
 from functools import lru_cache
 from pathlib import Path
 
-from .core import InputError, digest, file_sha256, read_json, write_json
+from .core import InputError, digest, file_sha256, given, read_json, write_json
 
 
 # %% ../nbs/4_training/7_runs.ipynb #52a7c007
@@ -80,12 +80,12 @@ def verified(
     """The record of a training whose files are all there and as they were. `InputError` that names
     a file which is not."""
     place = Path(place)
-    if not (place/DONE).exists(): return None
+    if not given(place/DONE): return None
     record = record_of(place)
     if record["task"] != list(task):
         raise InputError(f"{place/DONE} is that of another training, {record['task'][1]} "
                          f"{record['task'][2]}. Put {place} back, or delete it.")
-    if not all((place/n).exists() for n in record["files"]): return None
+    if not all(given(place/n) for n in record["files"]): return None
     check_sums(place, record["files"])
     return record
 
@@ -93,7 +93,7 @@ def record_of(
     place, # folder of a training
 )->dict: # what `keep_record` wrote
     "The record of a training, whatever has become of its files."
-    if not (Path(place)/DONE).exists():
+    if not given(Path(place)/DONE):
         raise InputError(f"{place} holds no finished training. Run the study again: it goes on "
                          "where it stopped.")
     return read_sealed(Path(place)/DONE, "task", "files")
@@ -102,7 +102,13 @@ def records(
     folder, # run folder
 )->list: # dicts
     "The records of all trainings that were finished there."
-    return [record_of(p.parent) for p in sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))]
+    return [record_of(p.parent) for p in done_in(folder)]
+
+def done_in(
+    folder, # run folder
+)->list: # paths of records, sorted
+    "Where its finished trainings have their records."
+    return sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))
 
 # %% ../nbs/4_training/7_runs.ipynb #54153924
 def check_sums(
@@ -131,8 +137,10 @@ def check_table(
 ):
     "`InputError` if the folder has a checksum of this table and it is another."
     folder, name = Path(path).parent, Path(path).name
-    if not (folder/TABLES).exists(): return
+    if not given(folder/TABLES): return
     files = read_sealed(folder/TABLES, "files")["files"]
+    if name in files and not given(path):
+        raise InputError(f"{path} is gone. The same command writes it again, from what is finished.")
     if name in files: check_sums(folder, {name: files[name]})
 
 
@@ -157,11 +165,16 @@ def check_data(
 )->bool: # whether the folder has a record of its data
     "`InputError` that lists what has changed since the run was begun. Writes nothing."
     path = Path(folder)/DATA
-    before = read_sealed(path, "contents")["contents"] if path.exists() else contents
+    there = given(path)
+    before = read_sealed(path, "contents")["contents"] if there else contents
     found = changes(before, contents)
-    others = [r for r in records(folder) if r["data"] != digest(contents, 64)]
+    now = digest(contents, 64)
+    others = [p.parent for p in done_in(folder) if record_of(p.parent)["data"] != now]
+    if others and there and not found:
+        raise InputError(f"{others[0]} was trained with other data than {path} lists. Delete it: "
+                         "the same command trains it again.")
     if others and not found: found = [f"{DATA}, which listed them, is gone"]
-    if not found: return path.exists()
+    if not found: return there
     raise InputError(f"the data are not those that {folder} was made with: {'; '.join(found)}. "
                      "Choose another run folder, or restore the files.")
 

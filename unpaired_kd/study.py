@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_KEYS', 'STUDY_RANGES', 'STUDY_WORDS', 'StudyConfig', 'check_arm_names', 'all_arms', 'Data', 'open_both',
-           'share', 'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source', 'network', 'recipe',
-           'start_weights', 'settings', 'channels_of', 'identity', 'common', 'place_of', 'finished', 'unfinished',
-           'keep_scores', 'lessons', 'study_digest', 'train_teacher', 'scored', 'needs_teacher', 'learner_of',
-           'train_arm', 'first_name', 'first_of', 'train_first', 'keep_codebook', 'first_teacher', 'frozen_teacher',
-           'method_of', 'epochs_of', 'cores', 'check_guard', 'run_study', 'check_outside', 'holding', 'train_all',
-           'firsts', 'check_values', 'check_seeds', 'check_study', 'check_networks', 'building', 'first_line',
-           'check_arm', 'check_images', 'collect', 'check_complete', 'known_study', 'read_claim', 'claim_folder',
-           'plain', 'environment', 'commit', 'export_student']
+           'warn_of_near_groups', 'share', 'traces', 'contents', 'keep_data', 'split_data', 'nameless', 'source',
+           'network', 'recipe', 'start_weights', 'settings', 'channels_of', 'identity', 'common', 'place_of',
+           'finished', 'unfinished', 'keep_scores', 'lessons', 'study_digest', 'train_teacher', 'scored',
+           'needs_teacher', 'learner_of', 'train_arm', 'first_name', 'first_of', 'train_first', 'keep_codebook',
+           'first_teacher', 'frozen_teacher', 'method_of', 'epochs_of', 'cores', 'check_guard', 'run_study',
+           'check_outside', 'holding', 'train_all', 'firsts', 'check_values', 'check_seeds', 'check_study',
+           'check_networks', 'building', 'first_line', 'check_arm', 'check_images', 'collect', 'check_complete',
+           'known_study', 'read_claim', 'claim_folder', 'plain', 'environment', 'commit', 'export_student']
 
 # %% ../nbs/5_methods/3_study.ipynb #ccadb48c
 import ast, contextlib, copy, json, math, os, re, sys, warnings
@@ -28,7 +28,8 @@ from .core import (InputError, Range, as_python, check_settings, clear_parts, di
                               resolve_precision, seeded, unknown, write_csv, write_json)
 from .data.augment import Augment
 from .data.files import files_of, name_key, stamp
-from .data.collections import Collection, Split, label_budget, open_collection, split_groups
+from .data.collections import (Collection, Split, label_budget, near_groups, open_collection,
+                                          split_groups)
 from .data.unpaired import Patches, Unpaired
 from .evaluation import evaluate
 from .inference import Recipe, Student
@@ -193,7 +194,23 @@ def _open(key):
     if t.dims != s.dims:
         raise InputError(f"{config.data}: {config.teacher!r} has {t.dims}-D images, "
                          f"{config.student!r} {s.dims}-D ones.")
+    warn_of_near_groups(config, set(t.groups), set(s.groups))
     return t, s, traces(config, t, s)
+
+def warn_of_near_groups(
+    config:StudyConfig, # the study
+    teacher:set,        # groups of one modality
+    student:set,        # and of the other
+):
+    "A patient of both is kept from the teacher. Is P-01 of the one p1 of the other?"
+    near = [gs for gs in near_groups(sorted(teacher), sorted(student))
+            if teacher & set(gs) and student & set(gs)]
+    if not near: return
+    names, more = ", ".join(map(repr, near[0])), len(near) - 1
+    warnings.warn(f"{config.data}: groups {names} have nearly the same name"
+                  + (f" ({more} more: `ukd check` lists them)" if more else "")
+                  + ". If they are one patient, write it in one way: a patient of both modalities "
+                    "is kept from the teacher.", stacklevel=3)
 
 # %% ../nbs/5_methods/3_study.ipynb #fd05dabd
 def share(
@@ -431,14 +448,20 @@ def keep_scores(
     networks:dict,      # name -> trained network
     rows:list,          # its scores, complete
 ):
-    "Write the scores of a training and then, last of all, its record."
-    place = place_of(folder, *task[1:])
+    """Write the scores of a training and then, last of all, its record. `InputError` if images or
+    labels were changed meanwhile."""
+    place, now = place_of(folder, *task[1:]), contents(config)
+    try:
+        check_data(folder, now)
+    except InputError as e:
+        raise InputError(f"{e} Then delete {place}, which may have learned from the changed ones: "
+                         "the same command trains it again.") from None
     save_rows(place/"metrics.csv", rows)
     possible = ("last.pt", "best.pt", "history.csv", "codebook.json", "metrics.csv")
     names = [n for n in possible if (place/n).exists()]
     arm = all_arms(config)[task[1]] if task[0] == "arm" else None
     keep_record(place, names, task, arm=arm, cases=[r["case"] for r in rows],
-                study=study_digest(config), data=digest(contents(config), 64),
+                study=study_digest(config), data=digest(now, 64),
                 weights=digest({n: weights_digest(net) for n, net in networks.items()}, 64),
                 lessons=lessons(folder, config, arm, task[2]) if arm else {})
 

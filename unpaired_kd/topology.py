@@ -26,6 +26,8 @@ def _mask(x, name="mask"):
         raise InputError(f"{name} holds fractions or NaN; threshold a probability map first, e.g. `{name} > 0.5`.")
     if a.dtype.kind in "if" and a.size and a.min() < 0: raise InputError(f"{name} holds negative labels; background is 0 and classes are 1, 2, ...")
     if a.ndim not in (2, 3): raise InputError(f"{name} has shape {a.shape}; give one case at a time, with two or three axes and no channel axis.")
+    if not a.size:
+        raise InputError(f"{name} has shape {a.shape}: it holds no pixel.")
     return a > 0
 
 def _pair(pred, target):
@@ -107,7 +109,7 @@ def _may_go(flat, at, near):
 
 def _peel(part):
     "Thinning of a boolean array with two or three axes, down to what may not go."
-    m = np.pad(part, 1).astype(np.uint8)
+    m = np.ascontiguousarray(np.pad(part, 1), np.uint8) # in rows: steps count along them
     flat, steps = m.reshape(-1), np.array(m.strides)
     near = np.array(list(itertools.product((-1, 0, 1), repeat=m.ndim))) @ steps
     faces = [sign * step for step in steps for sign in (-1, 1)]

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import PART, InputError, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
-from .data.images import ABSENT, arrange, check_finite, check_there, extra, from_nifti, match_channels, nifti_place, open_nifti, suffix_of, to_unit, volume_window
-from .data.ngff import ome_steps, open_placed, read_box
+from .core import PART, InputError, check_there, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
+from .data.images import ABSENT, arrange, check_finite, extra, from_nifti, match_channels, nifti_place, open_nifti, sign, suffix_of, to_unit, volume_window
+from .data.ngff import check_zarr_name, ome_steps, open_placed, read_box
 from .data.pictures import lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
-from .outputs import check_apart, check_input, check_new, check_path, check_place, check_room, files_mark, locked, made_folder
+from .outputs import check_apart, check_input, check_new, check_outside, check_path, check_place, check_room, files_mark, identity, locked, made_folder
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
@@ -241,7 +241,7 @@ def nifti_volume(
     f, stored = open_nifti(path, lazy=True)
     if len(f.shape) < 3:
         raise InputError(f"it has the shape {f.shape}; blocks need volumes (x, y, z).")
-    place = nifti_place(f.header, 3, path, stored)
+    place = nifti_place(f.header, stored, 3, path)
     def box(slices): return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
     one = box([slice(0, 1)] * 3)
     shape = (len(one), *f.shape[2::-1])
@@ -256,6 +256,7 @@ def open_volume(
     "Open a volume to read boxes from. Every fault is an `InputError` that names the file."
     path = Path(path)
     check_there(path)
+    check_zarr_name(path)
     if (suffix := suffix_of(path)) not in OPENERS: raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
     if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
     try:
@@ -307,6 +308,7 @@ def create_output(
         steps = ome_steps(scale, origin)
         group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}]}
         if affine is not None: group.attrs["affine"] = np.asarray(affine).tolist()
+        sign(path)
         return
     import tifffile
     note = {"axes": "CZYX"[-len(shape):], "UUID": f"urn:uuid:{digest(mark, 32)}"}
@@ -371,10 +373,11 @@ def check_work(
     "`InputError` if something else has its name: in the end it is deleted."
     if not os.path.lexists(work):
         return
-    inside = {work.name}
+    inside, odd = {work.name}, set()
     if work.is_dir() and not work.is_symlink():
         inside = {p.name for p in work.iterdir()}
-    strangers = sorted(n for n in inside if n not in OURS and not n.startswith(PART))
+        odd = {n for n in inside if (work / n).is_symlink() or (work / n).is_fifo()}
+    strangers = sorted(n for n in inside if n in odd or n not in OURS and not n.startswith(PART))
     if strangers or (inside and "lock" not in inside):
         found = sorted(strangers or inside)[0]
         raise InputError(f"{work} is there and is no unfinished work of `ukd predict` ({found}). "
@@ -420,7 +423,7 @@ def resume(
 )->set: # places of the blocks that are done
     "Begin a job, or continue it. Raises `InputError` if the folder belongs to another job."
     record = json.loads(json.dumps(record, default=str))
-    if not ((work / "job.json").exists() and data.exists()):
+    if not ((work / "job.json").exists() and data.exists() and logged(work)): # nothing to go on with
         for old in (data, work / "blocks.log", work / "job.json"): shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         create()
         for p in (*data.rglob("*"), data): sync(p)
@@ -648,6 +651,8 @@ def prepared(
     if (tile := triple(tile, "tile", strides)) is None:
         limit = voxel_limit(memory, net, r.in_channels, rim)
         tile = choose_tile(volume.shape[1:], halo, strides, limit[0], rim, limit[1])
+    whole = [-(-n // u) * u for n, u in zip(volume.shape[1:], (math.lcm(64, s) for s in strides))]
+    tile = tuple(min(t, n) for t, n in zip(tile, whole)) # a longer one is the whole axis, too
     rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
     shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])
@@ -662,7 +667,8 @@ def place_of(
 )->tuple: # output, work folder, and the data in it; all absolute
     "Check where an output goes. `InputError` if it is there already, would touch the input or the student, or cannot be written."
     check_input(input)
-    output = Path(output).absolute()
+    asked = Path(output)
+    output = asked.absolute()
     suffix = suffix_of(output)
     if suffix not in (".zarr", ".tif", ".tiff"):
         raise InputError(f"output {output}: blocks are written to .zarr or .tif. Choose one of these endings.")
@@ -672,6 +678,7 @@ def place_of(
     if not isinstance(student, Student):
         kept.append((Path(student), "the student's folder"))
     check_apart([output, work], kept)
+    check_outside([asked])
     check_work(work)
     if work.exists() and not (work / "job.json").exists():
         with held(work): # what a job left that was killed before its first block, or after its last: it goes
@@ -687,7 +694,9 @@ def ended(
     output:Path, # what it becomes
 )->bool:
     "Whether a job was killed when its output had its name already, and only the work folder was left."
-    return (work / "job.json").exists() and not data.exists() and os.path.lexists(output)
+    if not (work / "job.json").exists() or not os.path.lexists(output):
+        return False
+    return identity(data) in (None, identity(output)) # the same: it had both names when it was killed
 
 # %% ../nbs/4_training/6_volumes.ipynb #02e32b77
 def check_arguments(
@@ -801,7 +810,7 @@ def predict_volume(
             todo = [b for b in blocks if b.at not in ready]
             spent, skipped = run_blocks(student, volume, job, todo, work, folder, device, scheduler, workers, bars)
             check_new([output], overwrite) # another program may have been quicker
-            swap_folder(data, output)
+            swap_folder(data, output, overwrite)
         (work / "job.json").unlink()
     seconds, done = time.perf_counter() - start, sum(math.prod(e - a for a, e in b.core) for b in todo)
     t = dict(output=str(output), tile=tile, halo=halo, blocks=len(blocks), computed=len(todo) - skipped, skipped=skipped, resumed=len(ready), **spent, seconds=seconds, voxels_per_second=done / seconds)

@@ -367,7 +367,9 @@ def test_nothing_as_people_write_it(kind, text, want):
 
 @pytest.mark.parametrize("kind, text, said", [
     ("dict", "{a:1}", "missing"), ("dict", "{a}", "missing"), ("dict", "{a: {b: }}", "missing"), ("tuple[int, int]", "7", "change it in the notebook"), ("Path", "a", "change it in the notebook"),
-    ("dict", "&a {x: 1}", "anchors"), ("list[str]", "[&a, b]", "anchors")])
+    ("dict", "&a {x: 1}", "anchors"), ("list[str]", "[&a, b]", "anchors"), ("int", "1_000", "write a number like 1000"), ("float", "010", "write a number like 0.001"),
+    ("list[int]", "[1:30]", "write a number like 1000"), ("int | None", "1_000", "write a number like 1000"), ("bool | None", "010", "write true or false"), ("dict", "{a: 1_000}", "in quotes if it is text"),
+    ("dict", "{<<: {a: 1}, b: 2}", "not merged with <<"), ("dict", "{a: {<<: {a: 1}}}", "not merged with <<")])
 def test_values_that_are_refused(kind, text, said):
     with pytest.raises(InputError, match=f"'x' takes .*does not fit.*{said}"): cli.parse_value(cli.Parameter("x", kind, None, ""), text)
 

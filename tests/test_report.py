@@ -360,6 +360,8 @@ def test_published_table_shows_both_and_refuses_what_was_not_run():
     text = published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(dsc=56.)))
     assert "+1.0" in text and "+6.00" in text and "Holm" in text
     with pytest.raises(InputError, match="z"): published_table(ordered("ab"), dict(a=dict(dsc=50.), z=dict(dsc=56.)))
+    with pytest.raises(InputError, match="no arm"): published_table(ordered("ab"), {})
+    with pytest.raises(InputError, match="'b' has no dsc"): published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(aji=56.)))
 
 
 @pytest.mark.parametrize("patients", [1, 2, 5, 9])

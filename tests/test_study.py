@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study import ARMS, StudyConfig, all_arms, check_study, finished, run_study, share, split_data, train_teacher
+from unpaired_kd.study import ARMS, StudyConfig, all_arms, check_seeds, check_study, finished, run_study, share, split_data, train_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
@@ -58,6 +58,20 @@ def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     assert start(killed, script).wait() == 0
     assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
     assert (whole / "history.csv").read_text() == (killed / "history.csv").read_text()
+
+
+def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
+    from unpaired_kd import study
+    class Gone:
+        def put(self, report): raise FileNotFoundError("listener")
+        def empty(self): raise ConnectionRefusedError
+    told = []
+    def task(kind, folder, config, name, seed, device, tell):
+        tell({"epoch": 0})
+        told.append(name)
+    monkeypatch.setattr(study, "_task", task)
+    study._in_worker("arm", "", TINY, "alone", 0, Gone())
+    assert told == ["alone"] and list(study._heard(Gone())) == []
 
 
 def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
@@ -170,7 +184,11 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
     (dict(options={"checkpoint": True, "statistics": "all"}), "twice"), (dict(arms={"u": 3}), "no arm"), (dict(arms={"u": dict(method="ummkd", options={"ce": "x"})}), "rarity"),
     (dict(preset="x"), "preset"), (dict(init="x"), "init"), (dict(arms={1: 2}), "arm 1"), (dict(test=3.7), "test"), (dict(teacher_test=1.5), "teacher_test"), (dict(width=2**63), "width"), (dict(width=10**9), "width"),
     (dict(patch=2**63), "patch"), (dict(batch=2**63), "batch"),
-    (dict(arms={"u": dict(weights={"seg_teacher": 1.})}), "joint"), (dict(instances="x"), "instance"), (dict(epochs=1), "two stages")])
+    (dict(arms={"u": dict(weights={"seg_teacher": 1.})}), "joint"), (dict(instances="x"), "instance"), (dict(epochs=1), "two stages"),
+    (dict(lr=10**400), "lr"), (dict(data_options={"zoom": .5}), "Set zoom"), (dict(data_options={"invert": True}), "Set invert_student"), (dict(data_options={"cache_gb": float("nan")}), "cache_gb"),
+    (dict(network_options={"width": 3.5}), "cannot be built"), (dict(options={"ifv_classes": ["a"]}), "ifv_classes|cannot be built"),
+    (dict(arms={"y" * 254: {}}), "too long"), (dict(arms={"é" * 101: {}}), "too long"), (dict(arms={"Alone": {}}), "'alone' is taken"), (dict(arms={"TEACHER": {}}), "'teacher' is taken"),
+    (dict(arms={"a": {}, "a ": {}}), "'a' is taken"), (dict(arms=dict.fromkeys(ARMS)), "every arm")])
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
     with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(StudyConfig(patch=48, width=4), **bad), [0], workers=1)
     assert not (tmp_path / "run").exists()
@@ -179,6 +197,28 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, b
 @pytest.mark.parametrize("seeds", [[], [-1], [True], [0, 0], [1.5], ["0"], [2**40], 3, "01", None])
 def test_odd_seeds_are_refused(seeds):
     with pytest.raises(InputError, match="seed"): check_study(StudyConfig(), seeds)
+
+
+def test_numpy_counts_as_python_does(tmp_path):
+    mine = StudyConfig(epochs=np.int64(2), lr=np.float64(.5), rich=np.float32(.5), options={"tau": np.int32(4)}, intensity=np.array([0., 2.]), topology=np.bool_(True))
+    theirs = StudyConfig(epochs=2, lr=.5, rich=.5, options={"tau": 4}, intensity=[0., 2.], topology=True)
+    assert mine == theirs and json.dumps(mine.options) == '{"tau": 4}' and type(mine.epochs) is int and type(mine.rich) is float
+    for seeds in ([np.int64(0), 1], np.arange(2), range(2), (0, 1)): assert check_seeds(seeds) == [0, 1] and all(type(s) is int for s in check_seeds(seeds))
+    for bad in (np.array([.5]), np.array([True]), np.array([1, 1]), np.array([])):
+        with pytest.raises(InputError, match="seed"): check_seeds(bad)
+    alone = replace(TINY, epochs=np.int64(1), steps=1, arms=dict.fromkeys(set(ARMS) - {"alone"}))
+    assert {r["seed"] for r in run_study(tmp_path, alone, np.arange(1), workers=np.int64(1))} == {0}
+    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0]
+
+
+def test_an_arm_that_a_notebook_needs():
+    with pytest.raises(InputError, match="placebo"): check_study(TINY, [0], needs=("alone", "placebo"))
+    check_study(TINY, [0], needs=("alone", "distilled"))
+
+
+def test_names_of_arms_that_a_disk_can_tell_apart():
+    assert set(all_arms(StudyConfig(arms={"y" * 200: {}, "alone 2": {}, "distilled": None}))) == {"alone", "fine-tuned", "placebo", "y" * 200, "alone 2"}
+    assert set(all_arms(StudyConfig(arms={"alone": None, "Alone": {}}))) == {"Alone", "fine-tuned", "placebo", "distilled"}
 
 
 def test_shuffled_labels_are_a_function_of_the_step():

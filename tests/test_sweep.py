@@ -246,3 +246,17 @@ def test_a_list_in_the_wrong_place_is_told_the_right_one(place):
     for text, said in {"grid: {names: [a, b]}": "list of lists", "base: {seed: [1, 2]}\ngrid: {lr: [1]}": "goes under `grid`", "grid: {names: [[a, off]]}": "in quotes"}.items():
         with pytest.raises(InputError) as e: sweep.expand(grid(place, text))
         assert said in str(e.value) and ("`grid`" in str(e.value)) == (said == "goes under `grid`")
+
+
+@pytest.mark.parametrize("text", ["base: {weights.kl: 3}\ngrid: {seed: [1]}\nscales: {x: {weights: {kl: 1}}}", "base: {weights.kl: 3}\ngrid: {weights: [{kl: 1}]}",
+    "scales: {x: {weights.kl: 3}}\ncells: {a: {weights: {}}}"])
+def test_a_dict_does_not_silently_undo_its_entries(place, text):
+    with pytest.raises(InputError, match="g.yaml.*'weights' would undo 'weights.kl'"): sweep.expand(grid(place, text), scale="x" if "scales" in text else None)
+    whole = grid(place, "base: {weights: {kl: 3}}\ngrid: {weights.kl: [2]}\nscales: {x: {weights: {kl: 1}}}")
+    assert [c.values["weights"] for c in sweep.expand(whole, scale="x")[1]] == [{"kl": 2.}]
+    assert [c.values["weights"] for c in sweep.expand(grid(place, "base: {weights.kl: 3}\ngrid: {weights.kl: [2]}"))[1]] == [{"kl": 2.}]
+
+
+def test_entries_are_not_merged_anywhere_in_a_grid(place):
+    for text in ("base: {<<: {lr: 1}}\ngrid: {seed: [1]}", "base: {weights: {<<: {kl: 1}}}\ngrid: {seed: [1]}", "grid: {weights: [{<<: {kl: 1}}]}"):
+        with pytest.raises(InputError, match="not merged with <<"): sweep.expand(grid(place, text))

@@ -356,6 +356,9 @@ def published_table(
     metric:str="dsc", # column
 )->str: # Markdown
     "Our means and gains over the first published arm, beside the published ones, with the agreement of the order."
+    if not published: raise InputError("published holds no arm: give at least the reference.")
+    if lacking := [a for a, v in published.items() if metric not in v]:
+        raise InputError(f"published: {lacking[0]!r} has no {metric}. Give one for every arm.")
     reference = next(iter(published))
     away = guests(rows, reference)
     ours = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] not in away))

@@ -48,7 +48,7 @@ def mapping(
     if node.id != "mapping": raise InputError(f"{where} must be a mapping, `{{name: value}}`, not {source_of(node)[:80]!r}.")
     found = {}
     for k, value in node.value:
-        if k.value == "<<": raise InputError(f"{where}: entries are not merged with << here. Write them out.")
+        if k.value == "<<" and k.style is None: raise InputError(f"{where}: entries are not merged with << here. Write them out.")
         if not is_text_node(k): raise InputError(f"{where}: the key {source_of(k)[:80]!r} is not text. Write it in quotes.")
         if k.value in found: raise InputError(f"{where}: {k.value!r} (line {k.start_mark.line + 1}) stands twice in one place. Keep one, or rename it.")
         found[k.value] = value

@@ -313,6 +313,8 @@ class Store:
     def __init__(self,
         gigabytes:float, # memory that the values may take
     ):
+        if not gigabytes >= 0:
+            raise InputError(f"cache_gb={gigabytes}: give a number of gigabytes, 0 or larger.")
         self.limit, self.used, self.items, self.seen = gigabytes * 2**30, 0, OrderedDict(), set()
 
     def get(self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError, seeded, unknown
+from ..core import InputError, Range, check_settings, seeded
 from ..learner import Update
 from .cmedl import CmedlOptions, Translating
 from ..translation.cyclegan import to_unit
@@ -36,7 +36,7 @@ class Fusion(Translating):
         epochs:int=10,       # length of the whole run
         seed:int=0,          # seed of all first weights
     ):
-        if options.fuse not in ("concat", "weighted"): raise InputError(unknown("fuse", options.fuse, ("concat", "weighted")))
+        check_settings(options, dict(alpha_width=Range(least=1)), dict(fuse=("concat", "weighted")))
         if options.i2i != "cyclegan" or options.unlabelled or not options.translate_first: raise InputError("fusion is written for i2i='cyclegan', translate_first=True, without unlabelled images.")
         super().__init__(student, options, epochs, seed)
         with seeded(seed, "fusion"):

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from ..core import InputError, unknown
+from ..core import InputError, as_python, unknown
 from ..learner import Method
 from .cmedl import CMEDL, CMEDL_PRESETS, CMEDL_PRESET_WEIGHTS, check_cmedl, cmedl_weights
 from .fusion import FUSION_WEIGHTS, Fusion, FusionOptions
-from .lotus import LOTUS, PRESETS, WEIGHTS, check_options
+from .lotus import LOTUS, PRESETS, WEIGHTS, check_options, fit_options
 from .mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from .single import Single
-from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions
-from .vpbsd import PAINT_WEIGHTS, Painted, PaintOptions, Recalibrated, RecalibrateOptions, VPBSD, VPBSD_PRESETS, check_vpbsd, pattern_learning, teacher_options, vpbsd_weights
+from .ummkd import UMMKD, UMMKD_WEIGHTS, UmmkdOptions, check_ummkd
+from .vpbsd import PAINT_WEIGHTS, Painted, PaintOptions, Recalibrated, RecalibrateOptions, VPBSD, VPBSD_PRESETS, check_painted, check_recalibrated, check_vpbsd, pattern_learning, teacher_options, vpbsd_weights
 
 # %% ../../nbs/5_methods/8_kinds.ipynb #3d9830f9
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Kind:
 KINDS = {
     "single": Kind(lambda s, t, o, epochs, seed, learns: Single(s), {}, lambda o, preset: {"seg": 1.}),
     "lotus": Kind(lambda s, t, o, epochs, seed, learns: LOTUS(s, t, o, epochs, seed), PRESETS, lambda o, preset: WEIGHTS,
-                  lambda o, patch: replace(o, side=patch // o.stride), check_options, expert=True),
-    "ummkd": Kind(lambda s, t, o, epochs, seed, learns: UMMKD(s, o), {"recommended": UmmkdOptions()}, lambda o, preset: UMMKD_WEIGHTS),
+                  fit_options, check_options, expert=True),
+    "ummkd": Kind(lambda s, t, o, epochs, seed, learns: UMMKD(s, o), {"recommended": UmmkdOptions()}, lambda o, preset: UMMKD_WEIGHTS, check=check_ummkd),
     "cmedl": Kind(CMEDL, CMEDL_PRESETS, lambda o, preset: {**cmedl_weights(o), **{k: v for k, v in CMEDL_PRESET_WEIGHTS[preset].items() if k in cmedl_weights(o)}},
                   lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True),
     "mutual": Kind(lambda s, t, o, epochs, seed, learns: Mutual(s, t, o, epochs, seed), {"recommended": MUTUAL_OPTIONS}, lambda o, preset: MUTUAL_WEIGHTS,
@@ -51,8 +51,8 @@ KINDS = {
                    lambda o, patch: replace(o, side=patch), check_cmedl, concurrent=True, teachers=("true",), inits=("scratch",)),
     "vpbsd": Kind(lambda s, t, o, epochs, seed, learns: VPBSD(s, t, o, epochs, seed), VPBSD_PRESETS, lambda o, preset: vpbsd_weights(o), check=check_vpbsd,
                   teachers=("true", "placebo"), first=pattern_learning, first_options=teacher_options, weak=True),
-    "painted": Kind(lambda s, t, o, epochs, seed, learns: Painted(s, o, epochs, seed), {"recommended": PaintOptions()}, lambda o, preset: PAINT_WEIGHTS, teachers=("true",), inits=("scratch",), weak=True),
-    "recalibrated": Kind(lambda s, t, o, epochs, seed, learns: Recalibrated(s, o), {"recommended": RecalibrateOptions()}, lambda o, preset: {"seg": 1.}, weak=True),
+    "painted": Kind(lambda s, t, o, epochs, seed, learns: Painted(s, o, epochs, seed), {"recommended": PaintOptions()}, lambda o, preset: PAINT_WEIGHTS, check=check_painted, teachers=("true",), inits=("scratch",), weak=True),
+    "recalibrated": Kind(lambda s, t, o, epochs, seed, learns: Recalibrated(s, o), {"recommended": RecalibrateOptions()}, lambda o, preset: {"seg": 1.}, check=check_recalibrated, weak=True),
 }
 
 # %% ../../nbs/5_methods/8_kinds.ipynb #80d225bc
@@ -68,13 +68,15 @@ def method_options(
     if len(kind.presets) > 1 and preset not in kind.presets: raise InputError(unknown(f"preset of {method}", preset, kind.presets))
     base = kind.presets.get(preset, next(iter(kind.presets.values()), None))
     known = {f.name for f in fields(base)} if base else {}
+    changes = as_python(changes)
     for k, v in changes.items():
         if k not in known: raise InputError(unknown(f"option of {method}", k, known))
         given, wanted = (tuple if isinstance(v, list) else type(v)), type(getattr(base, k))
         if given is not wanted and not (wanted is float and given is int): raise InputError(f"option {k}={v!r} of {method} must be a {wanted.__name__}, like {getattr(base, k)!r}.")
     if not base: return None
     options = kind.check(replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}))
-    return options if "side" in changes or "side" not in known else kind.fit(options, patch)
+    fitted = kind.fit(options, patch)
+    return options if "side" in changes else fitted
 
 def make_method(
     method:str,        # a key of `KINDS`

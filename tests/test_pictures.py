@@ -26,7 +26,8 @@ from unpaired_kd.data.images import (
     write_image,
     write_label,
 )
-from unpaired_kd.data.pictures import arrange, content_of, turn, unit_length
+from unpaired_kd.data.pictures import (arrange, companions, content_of, one_of_each_set, turn,
+                                       unit_length)
 from unpaired_kd.volumes import open_volume
 
 R = np.random.default_rng(0)
@@ -1361,3 +1362,39 @@ def test_a_size_with_a_comma_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros((12, 16), np.uint8), description=text.encode(), metadata=None)
     with pytest.raises(InputError, match="(?s)a.ome.tif.*PhysicalSizeX='1,5'"):
         read_image(tmp_path / "a.ome.tif")
+
+
+def test_the_files_of_a_set_are_one_image(tmp_path):
+    "Its others are named, hashed, counted once in a folder, and never written to."
+    from unpaired_kd.data.collections import Collection
+    from unpaired_kd.inference import Recipe, Student, plan, predict_path
+    from unpaired_kd.networks.registry import build
+    from unpaired_kd.outputs import files_mark
+    from unpaired_kd.volumes import predict_volume
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    for f in (images, labels):
+        f.mkdir()
+    first, a = pair(images, {})
+    second = images / "b.ome.tif"
+    tifffile.imwrite(labels / "a.tif", (a > 128).astype(np.uint8), photometric="minisblack")
+    assert companions(first) == [second] and companions(second) == [first]
+    assert companions(labels / "a.tif") == companions(images) == companions(tmp_path / "c.tif") == []
+    assert one_of_each_set([first, second, labels / "a.tif"]) == [first, labels / "a.tif"]
+    def seen():
+        c = Collection.from_folders(tmp_path, group="(.*)")
+        assert [case.id for case in c.cases] == ["a"]
+        return c.contents(), c.fingerprint(), files_mark(first)
+    before = seen()
+    assert set(before[0]) == {"images/a.ome.tif", "images/b.ome.tif", "labels/a.tif"}
+    assert [p.name for p, _ in plan(images, tmp_path / "out")[0]] == ["a.ome.tif"]
+    kept = second.read_bytes()
+    kinds = (("unet", dict(in_channels=1, classes=1), 2, predict_path),
+             ("light_unet", dict(levels=2), 3, predict_volume))
+    for name, config, dims, predict in kinds:
+        net = build(name, dict(config, width=2))
+        student = Student(net.eval(), Recipe(in_channels=1, dims=dims, patch=512))
+        with pytest.raises(InputError, match="b.ome.tif is the input itself"):
+            predict(student, first, second, overwrite=True)
+    assert second.read_bytes() == kept
+    second.write_bytes(kept[:-5] + bytes(b ^ 1 for b in kept[-5:]))
+    assert all(x != y for x, y in zip(before, seen()))

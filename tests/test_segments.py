@@ -12,7 +12,7 @@ from unpaired_kd.data.check import check_data
 from unpaired_kd.data.clinical import read_nsclc, rtstruct_mask, seg_mask
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.geometry import lay_on
-from unpaired_kd.data.images import read_image, read_label, write_image
+from unpaired_kd.data.images import Image, NiftiPlace, read_image, read_label, write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no groups.csv")
 FRAME = "1.2.9"
@@ -116,6 +116,20 @@ def test_segments_on_a_nifti_and_on_one_slice(tmp_path):
     y = read_label(write(tmp_path / "s.dcm", frames_of(TRUTH)[:1]))
     assert one.array.shape == (1, H, W)
     assert np.array_equal(lay_on(y, one), TRUTH[4] * (TRUTH[4] == 7))
+
+
+def test_segments_on_a_nifti_of_two_places(tmp_path):
+    image, y = scan_image(tmp_path), read_label(write(tmp_path / "s.dcm", frames_of(TRUTH)))
+    template, upwards = image.affine.copy(), image.affine.copy()
+    template[1, 3] += 30                                               # mm: another place
+    upwards[:3, 3] += upwards[:3, 1] * (H - 1)                         # the same box from below
+    upwards[:3, 1] *= -1
+    def stored(sform, qform):
+        header = NiftiPlace({}, image.spacing, sform, qform)
+        return Image(image.array, image.spacing, sform, "x.nii.gz", header)
+    assert np.array_equal(lay_on(y, stored(template, image.affine)), TRUTH)
+    assert np.array_equal(lay_on(y, stored(template, upwards)), TRUTH[:, ::-1])
+    refused(lambda: lay_on(y, stored(image.affine, upwards)), "in two ways", "qform")
 
 
 def test_sagittal_segments_on_an_axial_scan(tmp_path):

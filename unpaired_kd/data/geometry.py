@@ -383,7 +383,8 @@ def lay_on(
     name = label.path or "the label"
     check_frame(there.frame, here.frame, name)
     if getattr(getattr(label, "header", None), "planes", None) and here.affine is not None:
-        return lay_planes(label, [with_depth(here)], image.path).reshape(here.size)
+        places = places_of(image, with_depth(here))
+        return lay_planes(label, places, image.path).reshape(here.size)
     both = ""
     if any(g.affine is not None or g.spacing is not None for g in (there, here)):
         both = (f" The label: {describe_places(places_of(label, there))}. Its image {image.path}: "

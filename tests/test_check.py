@@ -398,3 +398,24 @@ def test_a_name_that_is_no_text(ward, capsys):
 
 def test_common():
     assert common("aabbbcd") == "b (3), a (2), c (1), d (1)" and common("aa") == "a" and common("abcdef") == "a (1), b (1), c (1), d (1) and 2 more"
+
+
+def test_a_modality_that_may_not_be_listed_stops_no_other(ward, capsys, monkeypatch):
+    whole = Path.iterdir
+    def listing(self):
+        if self == ward / "ct": raise PermissionError(13, "Permission denied", str(self))
+        return whole(self)
+    monkeypatch.setattr(Path, "iterdir", listing)
+    assert cli.main(["check", str(ward)]) == 1
+    said = capsys.readouterr().out
+    assert f"fault: {ward / 'ct'} cannot be listed (Permission denied)" in said
+    assert "4, of 4 groups" in said and "\n1 fault" in said
+
+
+def test_labels_are_no_modality_and_a_file_is_no_folder_of_images(ward):
+    ct = ward / "ct"
+    shutil.rmtree(ct / "images")
+    with pytest.raises(InputError, match="holds no images"): modalities_of(ct)
+    (ct / "images").write_text("../elsewhere/images")  # what git leaves where links are off
+    with pytest.raises(InputError, match=f"{ct / 'images'} should be the folder of the images"):
+        modalities_of(ct)

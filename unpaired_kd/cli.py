@@ -799,7 +799,8 @@ def check(
 )->int: # exit status: 0 no fault, 1 faults
     "`ukd check`: read a whole data set, and print what is in it and what is wrong with it."
     from unpaired_kd.data.check import check_data
-    from unpaired_kd.outputs import check_place
+    from unpaired_kd.outputs import check_path, check_place
+    check_path("DATA", args.data)
     if args.out: check_place(args.out) # now, not after all files were read
     n = check_data(args.data, args.modalities, args.out, args.group, args.classes, args.label_kind,
                    args.some_labels)
@@ -1079,7 +1080,9 @@ def report(
 )->int: # exit status, 0
     "`ukd report`: the table of one or more run folders."
     from unpaired_kd.core import InputError, unknown
+    from unpaired_kd.outputs import check_path
     from unpaired_kd.report import TEXT, load_rows, results_table
+    for r in args.runs: check_path("RUN", r)
     runs = {str(r): load_rows(r) for r in args.runs}
     rows = join_runs(runs)
     columns = {k for r in rows for k in r} - {"seed", *TEXT}

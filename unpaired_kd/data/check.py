@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import InputError, atomic, progress, show_images, unknown, watched
 from unpaired_kd.data.collections import (
-    IMAGE_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
+    IMAGE_DIRS, LABEL_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
     images_in, label_map, lotus_cases, manifest_cases, near_groups, numbers_in, open_collection,
     spelled, sub_folder)
 from .files import array_hash, name_key, read_table, table_in
@@ -43,15 +43,27 @@ def modalities_of(
         rows = read_table(table, ("modality", "id", "image"))
         return sorted({r["modality"] for r in rows} - {""})
     if sub_folder(folder, IMAGE_DIRS): return ["."]
-    inside = [p for p in visible(folder) if p.is_dir() and p.name != "__MACOSX"] # of a Mac's zip
+    for p in visible(folder):
+        if p.name.lower() in IMAGE_DIRS:
+            raise InputError(f"{p} should be the folder of the images, but it is none. Copy the "
+                             "data again (a link may have become a file), or remove it.")
+    beside = ("__MACOSX", *LABEL_DIRS) # what a Mac's zip holds besides, and labels
+    inside = [p for p in visible(folder) if p.is_dir() and p.name not in beside]
     usual = any(_holds_images(p) for p in inside) # beside them a picture is only a picture
-    if images_in(folder) and not usual: return ["."]
+    try: here = images_in(folder)
+    except InputError: here = [] # one of its folders cannot be listed: that modality will say so
+    if here and not usual: return ["."]
     if (folder/"imagesTr").is_dir(): form_of(folder, "imagesTr") # says what to do instead
-    found = [p.name for p in inside if images_in(p) or _holds_images(p)]
+    found = [p.name for p in inside if _may_hold_images(p)]
     if not found:
         raise InputError(f"{folder} holds no images: neither a manifest.csv, nor a folder for each "
                          "modality with images/ (and labels/) in it.")
     return found
+
+def _may_hold_images(folder):
+    "Whether it is a modality; one that cannot be looked at may be: reading it says what is wrong."
+    try: return bool(images_in(folder)) or _holds_images(folder)
+    except InputError: return True
 
 def _holds_images(folder):
     "Whether a folder of the usual name lies anywhere below."
@@ -319,8 +331,9 @@ def leftovers(
         for name in sorted(files):
             path = Path(at)/name
             if name.startswith(".") or os.path.abspath(path) in used: continue
-            if path.exists(): unused.append(os.path.relpath(path, folder))
-            else: faults.append(f"{path} is a link that leads nowhere. Fetch the file.")
+            lost = os.path.islink(path) and not os.path.exists(path)
+            if lost: faults.append(f"{path} is a link that leads nowhere. Fetch the file.")
+            else: unused.append(os.path.relpath(path, folder))
     return faults, unused
 
 def tables_of(
@@ -485,7 +498,10 @@ def check_modality(
                 kw = dict(classes=c.classes, label_kind=c.label_kind)
             with progress(len(cases), modality, enabled=watched()) as bar:
                 f = examine(modality, cases, faults, some, bar, **kw)
-    except (InputError, OSError) as e: return Finding(modality, faults=[str(e)])
+    except InputError as e: return Finding(modality, faults=[str(e)])
+    except OSError as e:
+        return Finding(modality, faults=[f"{e.filename} cannot be read: {e.strerror}. Check its "
+                                         "rights, and those of its folder."])
     f.notes += [str(w.message) for w in heard if issubclass(w.category, UserWarning)]
     return f
 

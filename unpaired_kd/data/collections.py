@@ -695,7 +695,7 @@ def images_in(folder):
 
 def sub_folder(folder, names):
     "The sub-folder that has one of these names, or None. `InputError` if there are several."
-    found = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in names]
+    found = [p for p in visible(folder) if p.is_dir() and p.name.lower() in names]
     if len(found) > 1:
         names = " and ".join(p.name for p in found)
         raise InputError(f"{folder} holds {names}, and nobody can know which is meant. Keep one, "
@@ -893,7 +893,7 @@ def _groups(folder, ids, group):
     if group is None:
         other = folder.parent/"groups.csv"
         unread = f" {other} is not read: write one for each modality." if other.is_file() else ""
-        if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, pass group=r\"^(pattern)\" or write the table.{unread}", stacklevel=5)
+        if len(ids) > 1: warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a patient has several, say what the names of one have in common (group=r\"^(pattern)\", or --group of ukd check), or write the table.{unread}", stacklevel=5)
         return {i: (i, "") for i in ids}, []
     if callable(group): return {i: (str(group(i)), "") for i in ids}, []
     try: found = {i: re.search(group, i) for i in ids}

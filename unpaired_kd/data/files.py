@@ -147,8 +147,8 @@ def find_file(
             raise InputError(f"{where}: {name} leads out of {folder}. Put the file into the "
                              "folder, and write its path relative to the table.")
         path = Path(folder)/os.path.relpath(full, root)
-        found = [path] if path.exists() else found or alike(Path(folder), path.relative_to(folder))
-        if path.exists(): break
+        found = [path] if os.path.exists(path) else found or alike(Path(folder), path.relative_to(folder))
+        if os.path.exists(path): break
     if len(found) > 1:
         raise InputError(f"{where}: {name} may be any of {len(found)} files whose names differ "
                          "only in their Unicode form or in spaces. Rename all but one.")

@@ -234,8 +234,8 @@ def test_the_extractor_passes_gradient_and_never_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(contextual, "load_vgg19", lambda *a, **k: {f"features.{k}": .05 * torch.randn(v.shape, generator=torch_rng(0, k)) for k, v in contextual.vgg19_body().state_dict().items()})
     for options in (SMALL, replace(SMALL, cx_on="vgg19", vgg="not read")):
         r = alone(tmp_path, options, "cx")
-        before = state(r, "unknown cx_on")
-        assert before and flow(r)[:2] == ({"generators": {"g_st"}}, {"g_st"}) and same(before, state(r, "unknown cx_on"))
+        before = state(r, "extractor")
+        assert before and flow(r)[:2] == ({"generators": {"g_st"}}, {"g_st"}) and same(before, state(r, "extractor"))
 
 
 # ---------------------------------------------------------------- what a step leaves alone
@@ -533,7 +533,7 @@ def test_the_teacher_on_translations_leaves_with_its_translator(tmp_path, option
     r.fit()
     net, x = r.best_student().eval(), Two(options.side).one("student", 7).image
     kept = Student.load(Student(net, Recipe(channels=1, in_channels=1, network="translated", network_config=net.config, patch=64)).save(tmp_path / "s"), device="cpu").network
-    assert not [k for k in net.state_dict() if k.startswith(("student", "d_", "g_ts", "pool", "unknown cx_on"))]
+    assert not [k for k in net.state_dict() if k.startswith(("student", "d_", "g_ts", "pool", "extractor"))]
     n = r.method.networks
     with torch.no_grad():
         if options.i2i == "cyclegan": assert torch.allclose(net(x), n["teacher"].eval()((n["g_st"](2 * x - 1) + 1) / 2), atol=1e-6)

@@ -281,7 +281,7 @@ def test_a_sharing_arm_is_its_source_with_another_output():
     (dict(validation=1, stop_on="hd95"), "stop_on"), (dict(network="unett"), "unet"), (dict(network="densefcn"), "32"),
     (dict(student_labels=10**6, label_unit="groups"), "label budget"), (dict(arms={"x": dict(shares="distilled", options=dict(infer="student"))}), "infer"),
     (dict(arms={"x": {**CMEDL_ARM, "options": dict(i2i="drit", unlabelled=True)}}), "one to one"), (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, cx_on="vgg19", vgg="nowhere.pth")}}), "nowhere"),
-    (dict(arms={"x": {**CMEDL_ARM, "weights": {"adv": 0}}}), "adv"), (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, hint="top")}}), "hint level"),
+    (dict(arms={"x": {**CMEDL_ARM, "weights": {"adv": 0}}}), "adv"), (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, hint="top")}}), "unknown hint"),
     (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, gan="x")}}), "gan|GAN"),
     (dict(arms={"x": dict(method="fusion", init="teacher", options=TINY)}), "init"), (dict(arms={"x": dict(method="mutual", teacher="placebo", options=TINY)}), "placebo"), (dict(arms={"x": dict(method="fusion", init="scratch", options=dict(TINY, fuse="x"))}), "fuse")])
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):

@@ -575,6 +575,8 @@ def make_folder(
         raise refuse(f"--out: cannot write to {folder}: {e.strerror}. Choose a folder that you may write to.") from e
 
 # %% ../nbs/6_command/1_cli.ipynb #90728962
+KERNEL_LOG = "kernel.log" # what a kernel says that is not for the notebook
+
 def was_refused(
     folder:Path, # a run folder
     names:list,  # of what lies in it
@@ -645,8 +647,6 @@ def check_notebook(
         raise refuse(f"{path} is not a valid notebook ({why}). Open it in JupyterLab and save it again.") from e
 
 # %% ../nbs/6_command/1_cli.ipynb #5ee73281
-KERNEL_LOG = "kernel.log"
-
 @contextlib.contextmanager
 def kernel_log(
     folder, # a run folder

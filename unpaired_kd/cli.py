@@ -329,6 +329,7 @@ def cast_scalar(
     if name == "float" and number: return whole_or_real(value)
     raise Misfit
 
+# %% ../nbs/6_command/1_cli.ipynb #9b59d0a9
 def is_str_in_file(
     text:str, # a scalar without quotes
 )->bool: # True; else `Misfit`
@@ -433,6 +434,7 @@ def resolve(
         before += [name for name, _ in layer]
     return values
 
+# %% ../nbs/6_command/1_cli.ipynb #b16400ea
 def check_names(
     names:list, # of parameters, perhaps with entries, as they were given
 ):
@@ -1075,6 +1077,7 @@ def predict(
         return 1
     return 0
 
+# %% ../nbs/6_command/1_cli.ipynb #9c2dd7fa
 def report(
     args, # what `parser` read: an argparse.Namespace
 )->int: # exit status, 0

@@ -505,6 +505,7 @@ def check_there(
                 raise InputError(f"{path} is the pointer that stands for a file in Git LFS. Fetch "
                                  "the file: git lfs pull.")
 
+# %% ../nbs/0_core/1_core.ipynb #78769a91
 def given(
     path, # a file that may be left out
 )->bool: # whether it is there

@@ -200,6 +200,7 @@ class Overlaps(NamedTuple):
         "(n,) intersection over union of each pair."
         return self.inter / self.union
 
+# %% ../nbs/1_data/7_metrics.ipynb #395502f1
 def _objects(label, length):
     "Labels and areas in order of appearance, and the index of every run (-1: background)."
     inside = np.flatnonzero(label > 0)

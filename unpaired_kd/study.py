@@ -130,6 +130,7 @@ def check_arm_names(
                              "spaces at the end. Choose another name.")
         taken[key] = name
 
+# %% ../nbs/5_methods/3_study.ipynb #6764f671
 def all_arms(
     config:StudyConfig, # the study
 )->dict: # arm -> {"method", "init", "teacher", "start", "preset", "shares", "options", "weights"}
@@ -176,6 +177,7 @@ def open_both(
     if _open(key)[2] != traces(config, *_open(key)[:2]): _open.cache_clear()
     return _open(key)[:2]
 
+# %% ../nbs/5_methods/3_study.ipynb #d0a106af
 @lru_cache(maxsize=4)
 def _open(key):
     config = StudyConfig(**json.loads(key))

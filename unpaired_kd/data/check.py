@@ -60,6 +60,7 @@ def modalities_of(
                          "modality with images/ (and labels/) in it.")
     return found
 
+# %% ../../nbs/1_data/21_check.ipynb #944daaae
 def _may_hold_images(folder):
     "Whether it is a modality; one that cannot be looked at may be: reading it says what is wrong."
     try: return bool(images_in(folder)) or _holds_images(folder)

@@ -587,6 +587,7 @@ def mixed_folder(
             return f"{d} holds {held}: put each series into its own folder"
     return ""
 
+# %% ../../nbs/1_data/12_clinical.ipynb #fd3d3caa
 def nsclc_scans(
     folder,                # one sub-folder for each patient, as the archive gives it
     labels:str="rtstruct", # rtstruct | seg | "" (none)

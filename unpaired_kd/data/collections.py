@@ -413,6 +413,8 @@ def _placed(self, case):
     return self._store.get(("raw", _key(case.image), _key(case.label)), make)
 
 def _where(source, case): return f"case {case.id!r}" if isinstance(source, np.ndarray) else str(source)
+
+# %% ../../nbs/1_data/3_collections.ipynb #7fc16f96
 def _read(function, path):
     from unpaired_kd.data import images
     found = getattr(images, function)(path)
@@ -789,6 +791,7 @@ def label_pairs(
                  "the others away." for p, ps in zip(images, found) if len(ps) > 1}
     return [ps[0] if len(ps) == 1 else None for ps in found], doubts(images, labels, found) | faults
 
+# %% ../../nbs/1_data/3_collections.ipynb #2af9ea0d
 def doubts(
     images:list, # paths
     labels:list, # paths
@@ -1058,6 +1061,7 @@ def contents(self)->dict:
     named |= {Path(os.path.relpath(p, root)).as_posix(): found[p] for p in paths}
     return {name: named[name][:16] for name in sorted(named)}
 
+# %% ../../nbs/1_data/3_collections.ipynb #edf2e2d0
 @patch_to(Collection)
 def fingerprint(self)->str:
     "16 digits that stand for the cases: ids, groups, label groups, contents of images and labels."

@@ -67,6 +67,7 @@ def check_no_slice(
                          "beside it: it may be a damaged slice. Copy it again, or move it out of "
                          "the folder.")
 
+# %% ../../nbs/1_data/17_dicom.ipynb #c1a30373
 def split_folder(
     folder:Path, # any folder
 )->tuple: # its DICOM files, and its other entries but for DICOMDIR; sorted by name
@@ -701,6 +702,7 @@ def segment_slices(
         number[x.frame] = len(places) - 1
     return places, number
 
+# %% ../../nbs/1_data/17_dicom.ipynb #7f852194
 def read_segments(
     file:Path,   # DICOM SEG
     s,           # its data set, with pixels

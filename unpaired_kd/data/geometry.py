@@ -145,6 +145,7 @@ def without_axis(
         return Spacing(np.delete(spacing.steps, axis, 0))
     return spacing and tuple(s for k, s in enumerate(spacing) if k != axis)
 
+# %% ../../nbs/1_data/16_geometry.ipynb #ea2a2c44
 def with_steps(
     spacing, # mm along the axes of an array, or None
     affine,  # (4,4), or None
@@ -197,6 +198,7 @@ def apart(
     lies[:, :len(size)] -= corners
     return float(np.abs(lies).max())
 
+# %% ../../nbs/1_data/16_geometry.ipynb #b3fcf374
 def way_onto(
     label:Grid, # with an affine
     image:Grid, # with an affine

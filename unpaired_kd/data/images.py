@@ -259,6 +259,7 @@ def open_nifti(
         data = gzip.decompress(data)
     return parse_nifti(io.BytesIO(data), len(data))
 
+# %% ../../nbs/1_data/2_images.ipynb #c1a7615e
 def parse_nifti(
     source,    # open file, unpacked
     held=None, # bytes in it; None: not known
@@ -572,6 +573,7 @@ def set_place(
                   "right angles, which only the sform of a NIfTI can say. Programs built on ITK do "
                   "not open what is written on it; resample it first if you need them.", stacklevel=4)
 
+# %% ../../nbs/1_data/2_images.ipynb #bc430fa3
 def write_nifti(
     t:Path,       # the file that is written
     a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)

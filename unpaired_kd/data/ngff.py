@@ -52,6 +52,7 @@ def check_zarr_name(
     raise InputError(f"{path}: the folder {top.name} is a Zarr, but its name does not end in "
                      f".zarr. Rename it to {top.name}.zarr, or give a link of that name.")
 
+# %% ../../nbs/1_data/19_ngff.ipynb #41948964
 def ome_note(
     node, # zarr group or array
 )->dict: # what OME says about it
@@ -112,6 +113,7 @@ def listed(
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
 
+# %% ../../nbs/1_data/19_ngff.ipynb #088a4dc9
 def find_image(
     group,     # zarr group
     path:Path, # where it is, for messages
@@ -153,6 +155,7 @@ def axis_letters(
                          "c or t. Save it with these axes.")
     return letters, [unit_length(a.get("unit", "")) for a in axes]
 
+# %% ../../nbs/1_data/19_ngff.ipynb #63770c28
 def level_steps(
     entry:dict, # one image of `multiscales`
     level:dict, # one of its `datasets`
@@ -261,6 +264,7 @@ def chunk_files(
         piece = tuple(slice(i * m, (i + 1) * m) for i, m in zip(at, size))
         yield piece, folder / array.metadata.encode_chunk_key(at)
 
+# %% ../../nbs/1_data/19_ngff.ipynb #f9af3e35
 def check_chunk_folders(
     array, # zarr array in a folder
 ):
@@ -458,6 +462,7 @@ def open_placed(
         add_affine(place, note["affine"], sum(a in axes for a in "zyx"))
     return z, axes, place
 
+# %% ../../nbs/1_data/19_ngff.ipynb #9874170c
 def read_zarr(
     path:Path,          # .zarr folder, or a group or array inside one
     label:bool=False,   # not used

@@ -13,9 +13,9 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'own_kernel', 'translate_exactly', 'find_notebook', 'check_notebook', 'kernel_log', 'with_papermill',
            'silence', 'execute', 'say', 'of_the_system', 'run_notebook', 'need', 'volume_options', 'check_options',
            'check', 'Sentence', 'pair', 'join_pairs', 'parser', 'record_of', 'data_of', 'settings_of', 'Shown',
-           'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'cut', 'remarks', 'run', 'sweep',
-           'predict', 'report', 'Stopped', 'stopped_by_signals', 'fill_descriptors', 'Talk', 'talking', 'main', 'obey',
-           'bad_input', 'continues']
+           'by_case', 'case_of', 'tell_apart', 'unlike', 'join_runs', 'missing', 'lost_cases', 'remarks', 'run',
+           'sweep', 'predict', 'report', 'Stopped', 'stopped_by_signals', 'fill_descriptors', 'Talk', 'talking', 'main',
+           'obey', 'bad_input', 'continues']
 
 # %% ../nbs/6_command/1_cli.ipynb #598b7c1a
 import argparse, ast, contextlib, io, json, math, os, re, sys, tokenize
@@ -1012,9 +1012,9 @@ def missing(
     for arm in config["arms"]:
         seeds = [s for s in config["seeds"] if (arm, s) not in there]
         if seeds: out.append(f"{folder}: arm {arm!r} has no scores of seed {', '.join(map(str, seeds))} yet.")
-    return out + cut(folder, rows)
+    return out + lost_cases(folder, rows)
 
-def cut(
+def lost_cases(
     folder,    # run folder of a study
     rows:list, # its rows
 )->list: # sentences

@@ -35,7 +35,7 @@ from .data.ngff import is_zarr
 from .data.pictures import companions, one_of_each_set
 from .networks.registry import build, load_weights, name_of
 from .networks.unet import best_layout
-from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
+from .outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
 
 # %% ../nbs/4_training/4_inference.ipynb #a7c10001
 def check_types(
@@ -640,7 +640,7 @@ def check_outputs(
         kept.append((student, "the student's folder"))
     check_names(pairs)
     check_apart(outputs, kept)
-    check_outside(outputs)
+    check_outside_zarr(outputs)
     ours = {str(o) for j in jobs for o in j.outputs if is_ours(notes, j.mark, o)}
     check_new(outputs, overwrite, ours)
     check_place(outputs[0].parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, PALETTE, atomic, outlined, read_csv, read_text, rng, to_display, unknown, write_csv
-from .evaluation import FEW, compare, pair_rows, without_noise, sign_of, units_of
+from .evaluation import ALARMS_OF_TWO, FEW, compare, pair_rows, without_noise, sign_of, units_of
 from .runs import check_table
 
 # %% ../nbs/4_training/3_report.ipynb #e6601545
@@ -256,8 +256,8 @@ def _tests(found):
     pairs = [(c["n_seeds"], c["n_groups"]) for c in found if not np.isnan(c["p_both"])]
     if any(2 in pair for pair in pairs):
         two = "seeds" if any(n == 2 for n, _ in pairs) else "patients"
-        text += (f"With two {two} 'with seeds' may give a p below 0.05 in 12 of 100 studies "
-                 "in which there is no difference. ")
+        text += (f"With two {two} 'with seeds' may give a p below 0.05 in up to "
+                 f"{ALARMS_OF_TWO} of 100 studies in which there is no difference. ")
     if any(c["interval"] == "none" for c in found):
         text += ("Where the difference is the same in every patient there is neither an "
                  "interval nor a p. ")

@@ -27,7 +27,7 @@ from .data.images import ABSENT, arrange, check_finite, extra, from_nifti, match
 from .data.ngff import check_zarr_name, ome_steps, open_placed, read_box
 from .data.pictures import companions, lazy_tiff
 from .inference import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
-from .outputs import check_apart, check_input, check_new, check_outside, check_path, check_place, check_room, files_mark, identity, locked, made_folder
+from .outputs import check_apart, check_input, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, identity, locked, made_folder
 
 # %% ../nbs/4_training/6_volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
@@ -678,7 +678,7 @@ def place_of(
     if not isinstance(student, Student):
         kept.append((Path(student), "the student's folder"))
     check_apart([output, work], kept)
-    check_outside([asked])
+    check_outside_zarr([asked])
     check_work(work)
     if work.exists() and not (work / "job.json").exists():
         with held(work): # what a job left that was killed before its first block, or after its last: it goes

@@ -272,8 +272,18 @@ def check_slice(
 # %% ../../nbs/1_data/17_dicom.ipynb #df72a2e1
 def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
-def in_one_file(slices): return len({x.file for x in slices}) == 1
-def told_by(slices, name): return [str(filled(x.note.get(name))) for x in slices]
+def in_one_file(
+    slices:list, # of `Slice`
+)->bool:
+    "Whether they are frames of one file, which nobody can move to another folder."
+    return len({x.file for x in slices}) == 1
+
+def told_by(
+    slices:list, # of `Slice`
+    name:str,    # of a tag
+)->list: # text, "None" where a slice does not say
+    "What the slices say of something."
+    return [str(filled(x.note.get(name))) for x in slices]
 
 def but_for_rounding(
     values, # of arrays, or None

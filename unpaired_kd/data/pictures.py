@@ -8,7 +8,7 @@ __all__ = ['NAMES', 'SYMBOLS', 'UNITS', 'MARKS', 'FAX', 'JPEG', 'LIBTIFF', 'EASY
            'check_memory', 'open_picture', 'png_header', 'check_alpha', 'alpha_of', 'read_pillow', 'name_of',
            'unpack_strip', 'unpack_jpeg', 'whole_bits', 'unpack_bits', 'undo_predictor', 'segment_shape',
            'plain_segment', 'tiff_file', 'image_pages', 'is_packed', 'plain_copy', 'retag', 'ome_header', 'elements',
-           'sole_header', 'open_own', 'other_files', 'companions', 'one_of_each_set', 'check_member', 'check_set',
+           'sole_header', 'open_renamed', 'other_files', 'companions', 'one_of_each_set', 'check_member', 'check_set',
            'loose_slices', 'place_of', 'one_image', 'check_numbers', 'check_lossless', 'check_packing', 'check_alike',
            'tiff_spacing', 'is_number', 'ome_sizes', 'for_print', 'unescape', 'tag_sizes', 'seen_samples', 'as_seen',
            'black_is_zero', 'paint', 'open_tiff', 'straight_line', 'calibrate', 'read_tiff', 'check_plain', 'lazy_tiff']
@@ -484,7 +484,7 @@ def sole_header(
     return ElementTree.tostring(root, "unicode")
 
 # %% ../../nbs/1_data/18_pictures.ipynb #5b0e7c1a
-def open_own(
+def open_renamed(
     path:Path, # TIFF file
 ): # tifffile.TiffFile
     "Open a file that may have been renamed."
@@ -864,7 +864,7 @@ def open_tiff(
     label:bool=False, # label map: it must be stored without loss
 ): # series with the numbers, as in `one_image`; the page that says what they mean; the open file
     "Open the image of a TIFF; what tifffile's log calls an error is raised at the end."
-    with log_as_error("tifffile"), open_own(path) as tif:
+    with log_as_error("tifffile"), open_renamed(path) as tif:
         pages = image_pages(tif)
         others = check_set(tif, path, pages[0], label)
         many = one_image(tif, pages)
@@ -955,7 +955,7 @@ def lazy_tiff(
 )->tuple: # array that reads what is asked for, axes, spacing (mm) or None
     "Open a stack to be read in blocks: mapped if its numbers lie in one piece, else page by page."
     with log_as_error("tifffile"):
-        tif = open_own(path)
+        tif = open_renamed(path)
         pages = image_pages(tif)
         check_set(tif, path, pages[0])
         many = one_image(tif, pages)

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from unpaired_kd.agreement import agreement_rows, as_arms, case_means, pair_scores, rater_table, tolerance_from_raters
+from unpaired_kd.metrics.agreement import agreement_rows, as_arms, case_means, pair_scores, rater_table, tolerance_from_raters
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.evaluation import compare, holm, wilcoxon
-from unpaired_kd.metrics import dice, hausdorff, surface_dice, surface_distances
+from unpaired_kd.study.statistics import compare, holm, wilcoxon
+from unpaired_kd.metrics.segmentation import dice, hausdorff, surface_dice, surface_distances
 
 THICK = (3., 1., 1.)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from unpaired_kd import cli
+from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, rng, seeded
-from unpaired_kd.data.images import Image, write_image
-from unpaired_kd.inference import Recipe, Student, predict_path
+from unpaired_kd.data.formats.images import Image, write_image
+from unpaired_kd.inference.student import Recipe, Student, predict_path
 from unpaired_kd.networks.registry import build
-from unpaired_kd.volumes import predict_volume
+from unpaired_kd.inference.volumes import predict_volume
 
-START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = '''steps: int = 2  # how many
 rate: float = 0.5
 name: str = "x"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unpaired_kd import cli
+from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
 from unpaired_kd.data.collections import open_collection
@@ -256,7 +256,7 @@ def test_labels_without_background_are_told(ward, capsys):
 
 
 def test_a_patient_with_two_names_in_two_modalities(ward, capsys):
-    from unpaired_kd.study import StudyConfig, open_both
+    from unpaired_kd.study.run import StudyConfig, open_both
     for m, names in (("ct", "P01 P02 x y"), ("mr", "p1 P02 p-10 z")):
         (ward / f"{m}/groups.csv").write_text("id,group\n" + "".join(f"{m}{i},{g}\n" for i, g in enumerate(names.split())))
     assert run(capsys, ward)[1:3] == ([], ["note: ct, mr: groups 'P01', 'p1' have nearly the same name; are they one patient?"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.chest import CHEST_PAINT, TISSUES, ChestKnobs, Person, ReaderKnobs, chest, chest_volume, ellipsoid, places, raters, scene
+from unpaired_kd.data.phantoms.chest import CHEST_PAINT, TISSUES, ChestKnobs, Person, ReaderKnobs, chest, chest_volume, ellipsoid, places, raters, scene
 from unpaired_kd.data.collections import open_collection
 
 PATIENTS = 12
@@ -32,7 +32,7 @@ def test_a_patient_is_a_function_of_the_address(modality, drawn):
 
 def test_another_process_draws_the_same_and_the_import_is_light(drawn):
     code = """import sys, zlib
-from unpaired_kd.data.chest import chest_volume
+from unpaired_kd.data.phantoms.chest import chest_volume
 print(*[m for m in ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections") if m in sys.modules])
 print(*[zlib.crc32(chest_volume(m, patient=1)[0].tobytes()) for m in ("ct", "mr")])"""
     heavy, found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from unpaired_kd import cli
+from unpaired_kd.command import cli
 from unpaired_kd.core import InputError
 
-START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def notebook(path, *cells, tag=True):
@@ -228,7 +228,7 @@ def test_rows_of_several_runs_are_counted_once():
 
 def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
     "A run folder as a study leaves it: config.json, a split with the fingerprint of the data, scores."
-    from unpaired_kd.report import save_rows
+    from unpaired_kd.study.report import save_rows
     (folder / "splits").mkdir(parents=True)
     record = dict(study=dict(data=str(folder), epochs=10, options={}) | settings, arms={a: {"method": a} for a in arms}, seeds=[seed])
     (folder / "config.json").write_text(json.dumps(record))
@@ -239,7 +239,7 @@ def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
 
 
 def arms_of(*folders):
-    from unpaired_kd.report import load_rows
+    from unpaired_kd.study.report import load_rows
     rows = cli.join_runs({f: load_rows(f) for f in folders})
     return {(r["arm"], r["seed"]) for r in rows}
 
@@ -264,7 +264,7 @@ def test_only_runs_of_the_same_data_and_settings_are_merged(tmp_path, capsys):
 
 def test_a_sealed_study_is_joined_and_a_changed_one_is_named(tmp_path, capsys):
     "Seals differ where only seeds do; a changed table, record or list of data is named."
-    from unpaired_kd.runs import keep_tables, write_sealed
+    from unpaired_kd.study.records import keep_tables, write_sealed
     a, b = tmp_path / "a", tmp_path / "b"
     for seed, folder in enumerate((a, b)):
         study(folder, seed)
@@ -297,7 +297,7 @@ def test_what_a_table_lacks_and_what_stands_in_it_twice_is_said(tmp_path, capsys
 def test_predict(tmp_path, capsys):
     "`ukd predict` writes a label map of the image's size; a wrong student or image is named, and nothing is written."
     import numpy as np, tifffile
-    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.networks.unet import UNet
     net = UNet(in_channels=3, classes=1, width=4)
     Student(net, Recipe(patch=32, network_config=net.config)).save(tmp_path / "student")
@@ -314,7 +314,7 @@ def test_predict(tmp_path, capsys):
 
 def test_report(tmp_path, capsys):
     "`ukd report` prints one table for one run or several; a folder without scores is named."
-    from unpaired_kd.report import save_rows
+    from unpaired_kd.study.report import save_rows
     rows = [dict(arm=a, seed=0, case=f"{g}{i}", group=g, label_group="", dsc=d + .01 * i, hd95=5. - d, aji=d / 2, pq=d / 2) for a, d in (("alone", .5), ("distilled", .6)) for g in "abc" for i in range(2)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -47,12 +47,12 @@ import torch
 from torch import nn
 
 from unpaired_kd.core import InputError, seeded, torch_rng
-from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Learner, Settings, load_checkpoint, set_modes
-from unpaired_kd.lessons.class_means import class_mean_kl
-from unpaired_kd.lessons.hints import LEVELS, feature_rms, hint_layers, hint_loss
-from unpaired_kd.lessons.soft_labels import soft_label_kl
-from unpaired_kd.losses import cross_entropy_loss, segmentation_loss, soft_dice_loss
+from unpaired_kd.data.patches import Batch
+from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
+from unpaired_kd.distillation.class_means import class_mean_kl
+from unpaired_kd.distillation.hints import LEVELS, feature_rms, hint_layers, hint_loss
+from unpaired_kd.distillation.soft_labels import soft_label_kl
+from unpaired_kd.losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from unpaired_kd.methods.cmedl import CMEDL, CMEDL_CHOICES, CMEDL_PRESETS, CmedlOptions
 from unpaired_kd.methods.kinds import KINDS, make_method, method_options
 from unpaired_kd.networks.registry import build
@@ -468,7 +468,7 @@ def test_another_option_or_another_frozen_teacher_is_refused(tmp_path):
 
 def four(modality, side=32):
     "The slice with most tumour of four chest phantoms."
-    from unpaired_kd.data.chest import ChestKnobs, chest_volume
+    from unpaired_kd.data.phantoms.chest import ChestKnobs, chest_volume
     knobs = ChestKnobs(size=side, slices=5, pixel=192 / side)
     volumes = [[torch.as_tensor(v) for v in chest_volume(modality, 0, p, knobs)[:2]] for p in range(4)]
     at = [int(y.flatten(1).sum(1).argmax()) for _, y in volumes]
@@ -492,10 +492,10 @@ ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.translation.cyclegan", "unpaired_kd.translation.drit", "unpaired_kd.translation.contextual", "unpaired_kd.learner")): raise ImportError(name)
+        if name.startswith(("unpaired_kd.methods", "unpaired_kd.translation.cyclegan", "unpaired_kd.translation.drit", "unpaired_kd.translation.contextual", "unpaired_kd.training.learner")): raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
-from unpaired_kd.inference import Student
+from unpaired_kd.inference.student import Student
 s = Student.load(sys.argv[1], device="cpu")
 np.save(sys.argv[3], s.probabilities(np.load(sys.argv[2])))
 """
@@ -504,7 +504,7 @@ def test_the_student_leaves_alone(tmp_path):
     import subprocess, sys
     import numpy as np
     from safetensors.torch import load_file
-    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.inference.student import Recipe, Student
     r = learner(tmp_path / "run")
     r.fit()
     bare, net = nets()[0], r.best_student().eval()
@@ -528,7 +528,7 @@ def test_the_student_leaves_alone(tmp_path):
 
 @pytest.mark.parametrize("options", [SMALL, DRIT], ids=["cyclegan", "drit"])
 def test_the_teacher_on_translations_leaves_with_its_translator(tmp_path, options):
-    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.inference.student import Recipe, Student
     r = learner(tmp_path / "run", replace(options, infer="teacher_on_fake"), epochs=2, valid=[Two(options.side).one("student", 9)])
     r.fit()
     net, x = r.best_student().eval(), Two(options.side).one("student", 7).image

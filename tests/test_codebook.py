@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.data.vessels import VesselKnobs, vessel_volume
-from unpaired_kd.lessons.codebook import (FSQ, Codebook, averaged, code_statistics, code_use, codebook_health, kmeans, nearest_code, rotated, shuffled,
+from unpaired_kd.data.phantoms.vessels import VesselKnobs, vessel_volume
+from unpaired_kd.distillation.codebook import (FSQ, Codebook, averaged, code_statistics, code_use, codebook_health, kmeans, nearest_code, rotated, shuffled,
                                           straight_through, unit, vessel_information)
 
 
@@ -417,7 +417,7 @@ def run_book(config, part, look=lambda book: None):
 
 def _process(rank, port, folder):
     from accelerate import Accelerator
-    from unpaired_kd.learner import average_buffers
+    from unpaired_kd.training.learner import average_buffers
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, file_sha256, rng
-from unpaired_kd.data import images as image_files
+from unpaired_kd.data.formats import images as image_files
 from unpaired_kd.core import read_json, write_json
 from unpaired_kd.data.collections import (Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, match_labels, open_collection,
                                           split_groups)

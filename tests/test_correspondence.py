@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.lessons.correspondence import random_same_class
+from unpaired_kd.distillation.correspondence import random_same_class
 
 SHAPES = {"row": ((40,), (30,)), "image": ((9, 7), (6, 11)), "volume": ((3, 5, 6), (4, 3, 7))}
 

@@ -9,7 +9,7 @@ from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import open_collection
-from unpaired_kd.data.deepliif import (CLASSES, PANELS, base_tile, convert_deepliif, organ, read_panels, seg_classes, seg_colours, seg_objects, split_panels,
+from unpaired_kd.data.sets.deepliif import (CLASSES, PANELS, base_tile, convert_deepliif, organ, read_panels, seg_classes, seg_colours, seg_objects, split_panels,
                                        student_input, teacher_input, tile_files, unpair)
 
 S = 40

@@ -14,11 +14,11 @@ from skimage.draw import polygon2mask
 from test_clinical import CORNER, D, H, PX, STEP, W, base, circle, put, rtstruct, scan_image, seg
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
-from unpaired_kd.data.dicom import dicom_files, split_folder
-from unpaired_kd.data.geometry import lay_on, shear, spacing_of
-from unpaired_kd.data.images import Image, list_images, read_image, read_label, write_label
-from unpaired_kd.inference import PartlyDone, Recipe, Student, one_series, predict_path
+from unpaired_kd.data.sets.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
+from unpaired_kd.data.formats.dicom import dicom_files, split_folder
+from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
+from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label, write_label
+from unpaired_kd.inference.student import PartlyDone, Recipe, Student, one_series, predict_path
 
 R = np.random.default_rng(0)
 AXIAL = (1, 0, 0, 0, 1, 0)

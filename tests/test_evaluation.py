@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.evaluation import (FEW, UNITS, bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows,
+from unpaired_kd.study.statistics import (FEW, UNITS, bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows,
                                     student_ci, t_test, two_way, wilcoxon)
 
 
@@ -412,7 +412,7 @@ def test_evaluate_refuses():
 def test_evaluate_with_a_true_student_and_collection():
     from unpaired_kd.core import seeded
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference import Recipe, Student
+    from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.networks.unet import UNet
     r = rng(0, "true")
     images = [(r.random((40, 56)) * 255).astype(np.uint8) for _ in range(4)]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data import files
-from unpaired_kd.data.files import (array_hash, cache_file, find_file, hashes_of, header_size, name_key,
+from unpaired_kd.data.formats import files
+from unpaired_kd.data.formats.files import (array_hash, cache_file, find_file, hashes_of, header_size, name_key,
                                     plain_key, read_table, stem, table_in)
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
@@ -231,7 +231,7 @@ def test_arrays():
 
 def test_sizes_of_headers(tmp_path):
     from PIL import Image
-    from unpaired_kd.data.images import Image as Ours, write_image
+    from unpaired_kd.data.formats.images import Image as Ours, write_image
     for ending in (".png", ".jpg", ".tif", ".nii.gz", ".zarr"):
         shape = (1, 12, 34) if ending in (".png", ".jpg") else (1, 5, 12, 34)
         write_image(tmp_path / f"a{ending}", Ours(np.zeros(shape, np.uint8)))

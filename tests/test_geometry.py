@@ -13,10 +13,10 @@ import tifffile
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import Collection
-from unpaired_kd.data.geometry import (Grid, Spacing, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
+from unpaired_kd.data.formats.geometry import (Grid, Spacing, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
                                        way_onto, with_steps, without_axis)
-from unpaired_kd.data.images import Image, read_image, read_label, write_image, write_label, zoom_spacing
-from unpaired_kd.volumes import open_volume
+from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image, write_label, zoom_spacing
+from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)
 SCAN = R.integers(1, 200, (6, 7, 9)).astype(np.uint8)                    # (D,H,W), all sides differ
@@ -172,7 +172,7 @@ def distances(a, b, affine):
 @pytest.mark.parametrize("degrees, within, cause", [(30, False, "a tilted gantry"), (-12, False, "a tilted gantry"), (20, True, "a sheared affine"), (.9, False, ""), (0, False, "")])
 @pytest.mark.parametrize("name", ["x.nii.gz", "x.zarr"])
 def test_distances_follow_the_true_axes(tmp_path, degrees, within, cause, name):
-    from unpaired_kd.metrics import hausdorff, surface_dice
+    from unpaired_kd.metrics.segmentation import hausdorff, surface_dice
     affine = sheared(degrees, within)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,8 +193,8 @@ def test_distances_follow_the_true_axes(tmp_path, degrees, within, cause, name):
 def test_a_study_measures_a_tilted_scan_along_its_axes(tmp_path):
     from types import SimpleNamespace
     from unpaired_kd.data.check import examine
-    from unpaired_kd.evaluation import evaluate
-    from unpaired_kd.metrics import hausdorff
+    from unpaired_kd.study.statistics import evaluate
+    from unpaired_kd.metrics.segmentation import hausdorff
     a, b = np.zeros((2, *SCAN.shape), np.uint8)
     a[1, 1:3, 2:4] = b[3, 4:6, 4] = 1
     affine = sheared(25)

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.images import (WRITERS, Image, arrange, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
+from unpaired_kd.data.formats.images import (WRITERS, Image, arrange, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
                                      write_image, write_label, zoom_label, zoomed_size)
 
 R = np.random.default_rng(0)
@@ -253,7 +253,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     path = tmp_path / name
     old = Image(GREY[None] if name == "x.png" else STACK[None])
     write_image(path, old)
-    from unpaired_kd.data import images
+    from unpaired_kd.data.formats import images
     def broken(t, a, image):
         (Path(t) / "part" if Path(t).is_dir() else Path(t)).write_bytes(b"half")
         raise OSError(28, "No space left on device")

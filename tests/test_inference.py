@@ -10,8 +10,8 @@ import torch
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError, seeded
-from unpaired_kd.data.images import Image, read_image, read_label, write_image
-from unpaired_kd.inference import FILES, Recipe, Student, channels_first, check_fit, logits, output_name, pad_to, predict_path, probabilities
+from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image
+from unpaired_kd.inference.student import FILES, Recipe, Student, channels_first, check_fit, logits, output_name, pad_to, predict_path, probabilities
 from unpaired_kd.networks.registry import build
 
 R = np.random.default_rng(0)
@@ -242,7 +242,7 @@ def test_save_into_a_bad_place(tmp_path):
 
 ALONE = """
 import sys
-from unpaired_kd.inference import Student, predict_path
+from unpaired_kd.inference.student import Student, predict_path
 import numpy as np
 assert "monai" not in sys.modules
 s = Student.load(sys.argv[1], device="cpu")
@@ -250,7 +250,7 @@ s.predict(np.zeros((40, 40), np.uint8))
 assert "monai" not in sys.modules                      # one tile needs no MONAI
 predict_path(s, sys.argv[2], sys.argv[3])              # many tiles do
 assert "monai" in sys.modules
-bad = [m for m in sys.modules if m.startswith(("unpaired_kd.methods", "unpaired_kd.lessons", "unpaired_kd.learner", "papermill", "IPython", "ipykernel", "jupyter", "nbformat", "nbclient", "nbdev"))]
+bad = [m for m in sys.modules if m.startswith(("unpaired_kd.methods", "unpaired_kd.distillation", "unpaired_kd.training.learner", "papermill", "IPython", "ipykernel", "jupyter", "nbformat", "nbclient", "nbdev"))]
 assert not bad, bad
 """
 
@@ -336,7 +336,7 @@ def mr(seed, gain=1.):
 
 @pytest.fixture(scope="module")
 def common():
-    from unpaired_kd.data.clinical import HistogramStandard
+    from unpaired_kd.data.sets.clinical import HistogramStandard
     return HistogramStandard.fit([mr(k, gain) for k, gain in enumerate((.7, 1., 1.6))])
 
 
@@ -359,7 +359,7 @@ def test_the_network_sees_the_same_under_another_gain(common):
 
 
 def test_the_entry_of_a_prepared_data_set_is_a_standard(tmp_path, common):
-    from unpaired_kd.data.clinical import Scan, prepare_clinical
+    from unpaired_kd.data.sets.clinical import Scan, prepare_clinical
     from unpaired_kd.core import read_json
     for k in range(3): write_image(tmp_path / "raw" / f"{k}.nii.gz", Image(mr(k)[None], (3., 1., 1.)))
     scans = [Scan(f"p{k}", f"p{k}", tmp_path / "raw" / f"{k}.nii.gz") for k in range(3)]

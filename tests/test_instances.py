@@ -8,11 +8,11 @@ from scipy import ndimage
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.collections import Case, Collection
-from unpaired_kd.data.images import Image, read_label, write_image
+from unpaired_kd.data.formats.images import Image, read_label, write_image
 from unpaired_kd.data.instances import INSTANCES, instances, instances_of
-from unpaired_kd.evaluation import evaluate
-from unpaired_kd.inference import Recipe, Student, predict_path
-from unpaired_kd.metrics import components, instance_scores, toy_nuclei
+from unpaired_kd.study.statistics import evaluate
+from unpaired_kd.inference.student import Recipe, Student, predict_path
+from unpaired_kd.metrics.segmentation import components, instance_scores, toy_nuclei
 
 
 def disc(*centre, radius=10, shape=(48, 64)):
@@ -198,7 +198,7 @@ def test_old_recipes_load_and_wrong_methods_do_not():
 
 
 def test_the_command_writes_instance_maps(tmp_path):
-    from unpaired_kd import cli
+    from unpaired_kd.command import cli
     from unpaired_kd.networks.unet import UNet
     torch.manual_seed(0)
     net, image = UNet(in_channels=3, classes=1, width=4), rng(0, "a").integers(0, 255, (40, 50)).astype(np.uint8)

@@ -15,8 +15,8 @@ import zarr
 from PIL import Image as Pillow
 
 from unpaired_kd.core import seeded
-from unpaired_kd.data.images import Image, write_image, write_label
-from unpaired_kd.inference import Recipe, Student
+from unpaired_kd.data.formats.images import Image, write_image, write_label
+from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.networks.registry import build
 
 KILLS = int(os.environ.get("UKD_KILLS", 12))
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 SERVER = '''
 import contextlib, itertools, json, os, signal, sys, threading, time
 import torch, zarr, nibabel, tifffile, skimage.segmentation
-from unpaired_kd.inference import predict_path
-from unpaired_kd.volumes import predict_volume
-import unpaired_kd.networks.volumes_networks, unpaired_kd.networks.unet
+from unpaired_kd.inference.student import predict_path
+from unpaired_kd.inference.volumes import predict_volume
+import unpaired_kd.networks.volumes, unpaired_kd.networks.unet
 torch.set_num_threads(1)
 CALLS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
 counts = itertools.count()

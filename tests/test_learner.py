@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from unpaired_kd.core import InputError, read_csv, seeded, torch_rng
-from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Improvements, Learner, Method, NoBetter, Plateau, Settings, Stage, Update, load_checkpoint
+from unpaired_kd.data.patches import Batch
+from unpaired_kd.training.learner import Improvements, Learner, Method, NoBetter, Plateau, Settings, Stage, Update, load_checkpoint
 from unpaired_kd.networks.unet import UNet
 
 SCRIPT = textwrap.dedent("""

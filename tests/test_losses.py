@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.losses import cross_entropy_loss, hard_dice_loss, released_segmentation_loss, segmentation_loss, soft_dice_loss
+from unpaired_kd.losses.segmentation import cross_entropy_loss, hard_dice_loss, released_segmentation_loss, segmentation_loss, soft_dice_loss
 
 SHAPES = [(2, 1, 12, 10), (3, 4, 12, 10), (2, 1, 6, 7, 8), (2, 3, 6, 7, 8)]
 

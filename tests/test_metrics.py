@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from unpaired_kd import metrics
+from unpaired_kd.metrics import segmentation as metrics
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.metrics import (aji, aji_plus, case_metrics, components, dice, hausdorff, instance_scores, iou, loop_instance_scores, overlaps,
+from unpaired_kd.metrics.segmentation import (aji, aji_plus, case_metrics, components, dice, hausdorff, instance_scores, iou, loop_instance_scores, overlaps,
     panoptic_quality, released_aji, released_dice, released_hd, released_metrics, released_pq, surface, surface_dice, surface_distances, toy_nuclei)
 
 

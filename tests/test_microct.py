@@ -4,7 +4,7 @@ import pytest
 from skimage.morphology import closing, disk, footprint_rectangle, opening
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.microct import (EDGES, bone_mask, clusters, cut, patch_side, paste, preprocess_microct, select_tiles, stretch, tiles, tissue, tissue_share,
+from unpaired_kd.data.sets.microct import (EDGES, bone_mask, clusters, cut, patch_side, paste, preprocess_microct, select_tiles, stretch, tiles, tissue, tissue_share,
                                       windows)
 
 R = np.random.default_rng(0)

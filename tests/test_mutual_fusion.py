@@ -10,16 +10,16 @@ from test_cmedl import SMALL, Calls, Two, changed, changed_batches, equal, every
 from torch import nn
 
 from unpaired_kd.core import InputError, seeded, torch_rng
-from unpaired_kd.inference import Recipe, Student
-from unpaired_kd.learner import Learner, Settings, load_checkpoint
-from unpaired_kd.lessons.soft_labels import soft_label_kl
-from unpaired_kd.losses import soft_dice_loss
+from unpaired_kd.inference.student import Recipe, Student
+from unpaired_kd.training.learner import Learner, Settings, load_checkpoint
+from unpaired_kd.distillation.soft_labels import soft_label_kl
+from unpaired_kd.losses.segmentation import soft_dice_loss
 from unpaired_kd.methods.fusion import FUSION_WEIGHTS, Fusion, FusionOptions
 from unpaired_kd.methods.kinds import KINDS, make_method, method_options
 from unpaired_kd.methods.mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from unpaired_kd.networks.registry import build
-from unpaired_kd.report import load_rows
-from unpaired_kd.study import StudyConfig, all_arms, run_study, split_data, train_arm
+from unpaired_kd.study.report import load_rows
+from unpaired_kd.study.run import StudyConfig, all_arms, run_study, split_data, train_arm
 from unpaired_kd.translation.cyclegan import Generator
 from unpaired_kd.translation.translated import AlphaNet, DritTranslator, Ensemble, Translated, fused, pack, unite
 
@@ -303,7 +303,7 @@ def test_unlabelled_images_are_learnt_from_and_stay_unlabelled(tmp_path):
     parts = split_data(config, 0)
     rest = parts.student_rest
     assert len(rest) and not set(rest.groups) & {*parts.student_train.groups, *parts.student_test.groups, *parts.student_valid.groups}
-    from unpaired_kd.study import source
+    from unpaired_kd.study.run import source
     assert source(config, rest, 0, "unlabelled", 3).batch(0).label is None
     kept = train_arm(tmp_path / "a", config, "x", 0, "cpu").network.state_dict()
     without = replace(config, arms={**NONE, "x": CMEDL_ARM})

@@ -9,7 +9,7 @@ import pytest
 zarr = pytest.importorskip("zarr")
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.images import (
+from unpaired_kd.data.formats.images import (
     Image,
     list_images,
     open_zarr,
@@ -18,9 +18,9 @@ from unpaired_kd.data.images import (
     write_image,
     write_label,
 )
-from unpaired_kd.data.geometry import lay_on
-from unpaired_kd.data.ngff import axis_letters, chunk_files, level_spacing, zarr_parts
-from unpaired_kd.volumes import open_volume
+from unpaired_kd.data.formats.geometry import lay_on
+from unpaired_kd.data.formats.ngff import axis_letters, chunk_files, level_spacing, zarr_parts
+from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)
 V = R.integers(1, 60000, (6, 20, 30)).astype(np.uint16)  # z, y, x
@@ -381,7 +381,7 @@ def test_rgb_and_two_dimensions(tmp_path):
 
 def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
     from pathlib import Path
-    from unpaired_kd.inference import instance_name, output_name
+    from unpaired_kd.inference.student import instance_name, output_name
 
     assert output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
     assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")
@@ -391,7 +391,7 @@ def test_a_header_may_promise_any_number_of_chunks(tmp_path):
     "The first one that is not there is found by its name, in no time and no memory; places come last axis fastest."
     import time
     import zarr
-    from unpaired_kd.data.ngff import absent_chunk, places
+    from unpaired_kd.data.formats.ngff import absent_chunk, places
     assert list(places((range(2), range(3)))) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and list(places(())) == [()]
     a = zarr.create_array(str(tmp_path / "a.zarr"), shape=(4, 4, 4), chunks=(2, 2, 4), dtype="uint8")
     a[...] = 1
@@ -658,7 +658,7 @@ def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
 def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
     from unpaired_kd.data.check import check_data
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference import plan
+    from unpaired_kd.inference.student import plan
 
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
     p = p.rename(tmp_path / name)

@@ -14,13 +14,15 @@ import torch
 import zarr
 from PIL import Image as Pillow
 
-from unpaired_kd import cli, inference, outputs
+from unpaired_kd.command import cli
+from unpaired_kd.inference import student as inference
+from unpaired_kd.data.formats import outputs
 from unpaired_kd.core import InputError, seeded
-from unpaired_kd.data.images import Image, read_label, write_image, write_label
-from unpaired_kd.inference import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
+from unpaired_kd.data.formats.images import Image, read_label, write_image, write_label
+from unpaired_kd.inference.student import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
-from unpaired_kd.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
-from unpaired_kd.volumes import predict_volume
+from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
+from unpaired_kd.inference.volumes import predict_volume
 
 R = np.random.default_rng(0)
 
@@ -335,12 +337,12 @@ def test_two_jobs_into_one_folder(home):
 
 TWICE = """
 import sys, time
-from unpaired_kd import volumes
-from unpaired_kd.inference import Student, predict_path
+from unpaired_kd.inference import volumes
+from unpaired_kd.inference.student import Student, predict_path
 plain = volumes.write_block
 def slow(*a): plain(*a); time.sleep(.2)
 volumes.write_block = slow
-from unpaired_kd import cli
+from unpaired_kd.command import cli
 sys.exit(cli.main(["predict", "deep", "v.tif", "out.zarr", "--tile", "8", "--device", "cpu"]))
 """
 
@@ -386,7 +388,7 @@ def test_room(home, monkeypatch):
 
 def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
-    from unpaired_kd.inference import FileJob, foresee_room, unpacked_bytes
+    from unpaired_kd.inference.student import FileJob, foresee_room, unpacked_bytes
     (home / "few").mkdir()
     write_image(home / "few" / "a.png", Image(np.zeros((1, 30, 41), np.uint8)))
     write_image(home / "few" / "b.nii.gz", Image(np.zeros((1, 3, 20, 50), np.uint8)))
@@ -404,7 +406,7 @@ def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
 
 def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
     "The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing was finished."
-    from unpaired_kd import volumes
+    from unpaired_kd.inference import volumes
     before = tree(home)
     def full(*a): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full)
@@ -415,7 +417,7 @@ def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
 
 
 def test_a_tiff_of_blocks_has_its_room_from_the_beginning(home, monkeypatch):
-    from unpaired_kd import volumes
+    from unpaired_kd.inference import volumes
     volumes.create_output(home / "big.tif", (8, 256, 256), (8, 64, 64))
     s = os.stat(home / "big.tif")
     assert s.st_size > 8 * 256 * 256 and s.st_blocks * 512 >= 8 * 256 * 256
@@ -596,7 +598,7 @@ def test_a_device_without_memory_is_named(home, monkeypatch):
 
 @pytest.mark.parametrize("fault", [RuntimeError("Nanny failed to start."), ValueError("bad codec"), RuntimeError("CUDA error: an illegal memory access")])
 def test_a_fault_of_a_block_names_the_output(home, monkeypatch, fault):
-    from unpaired_kd import volumes
+    from unpaired_kd.inference import volumes
     before = tree(home)
     def broken(*a): raise fault
     monkeypatch.setattr(volumes, "compute_block", broken)
@@ -608,7 +610,7 @@ def test_a_fault_of_a_block_names_the_output(home, monkeypatch, fault):
 
 
 def test_a_volume_that_does_not_fit_is_named(home, monkeypatch):
-    from unpaired_kd import volumes
+    from unpaired_kd.inference import volumes
     def large(path): raise MemoryError
     monkeypatch.setitem(volumes.OPENERS, ".tif", large)
     with pytest.raises(InputError, match="v.tif needs more memory"): volumes.open_volume("v.tif")
@@ -617,7 +619,7 @@ def test_a_volume_that_does_not_fit_is_named(home, monkeypatch):
 def test_writers_leave_the_settings_of_zarr(home):
     "Many threads open at once: each writes its empty block to a file, and zarr's own setting is as before."
     import concurrent.futures
-    from unpaired_kd.volumes import Block, create_output, write_block
+    from unpaired_kd.inference.volumes import Block, create_output, write_block
     create_output(home / "z.zarr", (4, 4, 64), (4, 4, 4))
     blocks = [Block((0, 0, i), ((0, 4), (0, 4), (4 * i, 4 * i + 4)), None) for i in range(16)]
     before = zarr.config.get("array.write_empty_chunks")
@@ -629,7 +631,7 @@ def test_writers_leave_the_settings_of_zarr(home):
 
 def test_what_continues_is_said(home):
     "A stopped command says so where a folder's notes or the blocks of a volume lie."
-    from unpaired_kd.cli import continues, parser
+    from unpaired_kd.command.cli import continues, parser
     def stopped(out): return continues(parser().parse_args(["predict", "flat", "v.tif", out]))
     (home / "o.zarr.part").mkdir()
     (home / "folder").mkdir()
@@ -698,7 +700,7 @@ def test_a_run_and_a_sweep_without_any_stream(home):
     body = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"][i:]}, source=c, outputs=[], execution_count=None) for i, c in enumerate(cells)]
     Path("n.ipynb").write_text(json.dumps(dict(cells=body, metadata={}, nbformat=4, nbformat_minor=5)))
     Path("g.yaml").write_text("notebook: ./n.ipynb\ngrid: {x: [1, 2]}\n")
-    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))'"
+    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))'"
     assert subprocess.run(f"exec {ukd} run ./n.ipynb --out run <&- >&- 2>&-", shell=True).returncode == 0
     assert (home / "run" / "metrics.csv").exists()
     reader, writer = os.pipe()
@@ -763,7 +765,7 @@ def test_only_a_signed_zarr_is_replaced(home, monkeypatch):
 @pytest.mark.parametrize("source, output", [("images/a.png", "l.png"), ("v.nii.gz", "l.nii.gz"), ("v.tif", "l.tif"), ("exp.zarr/raw.zarr", "l.zarr")])
 def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, output):
     "Between the last look and the name. The notes say that it is not ours, also for the next try."
-    from unpaired_kd.data import images
+    from unpaired_kd.data.formats import images
     suffix, path = images.suffix_of(output), Path(output)
     write = images.WRITERS[suffix]
     def late(t, a, image):

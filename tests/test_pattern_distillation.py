@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.lessons.pattern_distillation import (PATTERN_KINDS, PatternProjector, channel_kl, codebook_digest, pattern_loss, same_codebook,
+from unpaired_kd.distillation.patterns import (PATTERN_KINDS, PatternProjector, channel_kl, codebook_digest, pattern_loss, same_codebook,
     to_grid, token_code_ce, token_cosine, unit)
 
 GRIDS = [(5, 4), (3, 4, 2)]

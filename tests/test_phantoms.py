@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.phantoms import BONE_GROUPS, FAR, PAINT, BoneKnobs, bone, bone_image, coverage, place, signed_distance
+from unpaired_kd.data.phantoms.bone import BONE_GROUPS, FAR, PAINT, BoneKnobs, bone, bone_image, coverage, place, signed_distance
 
 
 @pytest.mark.parametrize("modality", PAINT)
@@ -107,5 +107,5 @@ def test_bad_input_is_named(call, word):
 
 
 def test_import_is_lean():
-    code = "import sys, unpaired_kd.data.phantoms, unpaired_kd.data.augment; print([m for m in ('scipy', 'matplotlib', 'monai', 'unpaired_kd.data.collections') if m in sys.modules])"
+    code = "import sys, unpaired_kd.data.phantoms.bone, unpaired_kd.data.augment; print([m for m in ('scipy', 'matplotlib', 'monai', 'unpaired_kd.data.collections') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -12,8 +12,8 @@ import tifffile
 from PIL import Image as Pillow, ImageOps
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data import pictures
-from unpaired_kd.data.images import (
+from unpaired_kd.data.formats import pictures
+from unpaired_kd.data.formats.images import (
     Image,
     dicom_files,
     decode,
@@ -26,9 +26,9 @@ from unpaired_kd.data.images import (
     write_image,
     write_label,
 )
-from unpaired_kd.data.pictures import (arrange, companions, content_of, one_of_each_set, turn,
+from unpaired_kd.data.formats.pictures import (arrange, companions, content_of, one_of_each_set, turn,
                                        unit_length)
-from unpaired_kd.volumes import open_volume
+from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
@@ -1367,10 +1367,10 @@ def test_a_size_with_a_comma_is_named(tmp_path):
 def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference import Recipe, Student, plan, predict_path
+    from unpaired_kd.inference.student import Recipe, Student, plan, predict_path
     from unpaired_kd.networks.registry import build
-    from unpaired_kd.outputs import files_mark
-    from unpaired_kd.volumes import predict_volume
+    from unpaired_kd.data.formats.outputs import files_mark
+    from unpaired_kd.inference.volumes import predict_volume
     images, labels = tmp_path / "images", tmp_path / "labels"
     for f in (images, labels):
         f.mkdir()

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import entropy
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.quality import grey_shares, histogram_kl, psnr, registered, roc, ssim
+from unpaired_kd.metrics.image_quality import grey_shares, histogram_kl, psnr, registered, roc, ssim
 
 A = rng(0, "quality").uniform(-1, 1, (24, 20))
 

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.evaluation import compare
-from unpaired_kd.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay, published_table, rank_agreement,
+from unpaired_kd.study.statistics import compare
+from unpaired_kd.study.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay, published_table, rank_agreement,
                                 p_text, results_table, save_figure, save_rows, summarise)
 
 
@@ -202,7 +202,7 @@ def test_rows_without_the_new_columns_are_reported_as_before():
 
 
 def test_published_results_still_load():
-    folders = sorted((Path(__file__).parents[1] / "nbs/7_results/lotus").glob("*/metrics.csv"))
+    folders = sorted((Path(__file__).parents[1] / "nbs/results/lotus").glob("*/metrics.csv"))
     rows = load_rows(folders[0])
     assert folders and rows and "missed" not in rows[0]
     assert "HD95" in results_table(rows) and "found only" not in results_table(rows)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv, write_json
-from unpaired_kd.report import load_rows
-from unpaired_kd.learner import load_checkpoint
-from unpaired_kd.study import ARMS, StudyConfig, check_study, environment, export_student, finished, run_study, split_data, train_arm, train_teacher
+from unpaired_kd.study.report import load_rows
+from unpaired_kd.training.learner import load_checkpoint
+from unpaired_kd.study.run import ARMS, StudyConfig, check_study, environment, export_student, finished, run_study, split_data, train_arm, train_teacher
 
 ROOT = Path(__file__).parents[1]
 FULL = bool(os.environ.get("UKD_FULL")) # every file and every write, instead of some of each kind
@@ -37,9 +37,9 @@ def make_data(folder):
 
 def go(data, folder):
     "A whole run, as the notebook of an experiment has it; returns what it found, as text."
-    from unpaired_kd.cli import claim
-    from unpaired_kd.inference import Student
-    from unpaired_kd.report import box_plot, save_figure
+    from unpaired_kd.command.cli import claim
+    from unpaired_kd.inference.student import Student
+    from unpaired_kd.study.report import box_plot, save_figure
     config = replace(CONFIG, data=str(data))
     with claim(folder, dict(notebook="tiny", parameters={})):
         test = split_data(config, 0, folder).student_test
@@ -94,7 +94,7 @@ FILES = ["config.json", "parameters.json", "data.json", "tables.json", "metrics.
 
 def read(folder, test):
     "What `ukd report` and `ukd predict` read in a finished folder."
-    from unpaired_kd.inference import Student
+    from unpaired_kd.inference.student import Student
     return json.dumps([load_rows(folder), Student.load(folder / "student", "cpu").predict(test).tolist()])
 
 
@@ -138,7 +138,7 @@ SWEEP = textwrap.dedent("""
     from pathlib import Path
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot, monai.inferers, unpaired_kd.cli, unpaired_kd.inference
+    import matplotlib.pyplot, monai.inferers, unpaired_kd.command.cli, unpaired_kd.inference.student
     from test_runs import files, go
 
     data, top, wanted = Path(sys.argv[1]), Path(sys.argv[2]), [int(n) for n in sys.argv[3:]]
@@ -297,7 +297,7 @@ def test_a_finished_run_is_not_read_or_trained_again(run, tmp_path, monkeypatch)
     data, whole, found = run
     shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr(Collection, "check", lambda *a, **k: pytest.fail("read again"))
-    monkeypatch.setattr("unpaired_kd.study.scored", lambda *a, **k: pytest.fail("scored again"))
+    monkeypatch.setattr("unpaired_kd.study.run.scored", lambda *a, **k: pytest.fail("scored again"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
     run_study(tmp_path / "run", study(data), [0], workers=1)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
@@ -333,7 +333,7 @@ def test_a_record_of_another_kind_is_named(run, tmp_path):
 
 def test_a_teacher_that_was_trained_again_with_another_result_fits_no_old_student(run, tmp_path):
     import torch
-    from unpaired_kd.runs import keep_record, record_of
+    from unpaired_kd.study.records import keep_record, record_of
     from unpaired_kd.methods.lotus import weights_digest
     from unpaired_kd.core import digest
     data, whole, found = run
@@ -414,7 +414,7 @@ def test_workers_are_a_number(data, tmp_path, workers):
 # --- one at a time
 
 def test_two_studies_do_not_write_to_one_folder(run, tmp_path):
-    from unpaired_kd.study import holding
+    from unpaired_kd.study.run import holding
     shutil.copytree(run[1], tmp_path / "run")
     with holding(tmp_path / "run"):
         with pytest.raises(InputError, match="at work") as e: run_study(tmp_path / "run", study(run[0]), [0], workers=1)
@@ -446,7 +446,7 @@ def script(tmp_path, text, *environment, **more):
 
 @pytest.mark.parametrize("workers,ends", [(1, "1"), (2, "InputError")])
 def test_a_script_without_a_guard(run, tmp_path, workers, ends):
-    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study import run_study\nprint('mine', flush=True)\n"
+    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study.run import run_study\nprint('mine', flush=True)\n"
                             f"arms = dict(study({str(run[0])!r}).arms, alone={{}})\nprint(len({{r['arm'] for r in run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})}}))\n")
     assert done.stdout.count("mine") == 1
     if workers == 1: assert done.returncode == 0 and done.stdout.split()[-1] == "3"
@@ -454,7 +454,7 @@ def test_a_script_without_a_guard(run, tmp_path, workers, ends):
 
 
 def test_a_machine_without_git_home_or_name(run, tmp_path):
-    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study import environment, run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
+    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study.run import environment, run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
                             f"assert environment()['commit'] == ''\nprint(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n", TMPDIR="/proc/nothing")
     assert done.returncode == 0, done.stderr[-1500:]
 
@@ -464,7 +464,7 @@ def test_the_commit_is_that_of_this_checkout_only(tmp_path):
     shutil.copytree(ROOT / "unpaired_kd", site / "unpaired_kd")
     def git(*words): return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], capture_output=True, text=True, check=True)
     git("init", "-q"); git("add", "."); git("commit", "-qm", "a thesis, library and all")
-    done = subprocess.run([sys.executable, "-c", "from unpaired_kd.study import environment; print(repr(environment()['commit']))"], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", "from unpaired_kd.study.run import environment; print(repr(environment()['commit']))"], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "''", done
     if (ROOT / ".git").exists(): assert environment()["commit"]
 
@@ -490,7 +490,7 @@ def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
 
 def test_a_label_edited_while_a_training_runs_is_never_scored(data, run, tmp_path, monkeypatch):
     "The label of a test image changes after the last batch. Restored, the run ends as if nothing had been."
-    from unpaired_kd import study as module
+    from unpaired_kd.study import run as module
     config, folder = study(data), tmp_path / "run"
     label = Path(split_data(config, 0).student_test.cases[0].label)
     kept, fit = label.read_bytes(), module.Learner.fit
@@ -524,7 +524,7 @@ def test_a_training_on_other_data_is_named(data, run, tmp_path):
 
 
 def test_a_table_that_was_cut_is_reported_as_cut(run, tmp_path, capsys):
-    from unpaired_kd.cli import main
+    from unpaired_kd.command.cli import main
     shutil.copytree(run[1], tmp_path / "run")
     table, rows = tmp_path / "run/metrics.csv", load_rows(run[1])
     (tmp_path / "run/tables.json").unlink()
@@ -537,7 +537,7 @@ def test_a_table_that_was_cut_is_reported_as_cut(run, tmp_path, capsys):
 
 
 def test_a_table_that_is_gone_is_written_again(run, tmp_path, capsys):
-    from unpaired_kd.cli import main
+    from unpaired_kd.command.cli import main
     shutil.copytree(run[1], tmp_path / "run")
     table = tmp_path / "run/metrics.csv"
     table.unlink()
@@ -549,7 +549,7 @@ def test_a_table_that_is_gone_is_written_again(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["ct/groups.csv", "manifest.csv"])
 def test_a_table_of_patients_that_was_not_fetched_is_not_a_missing_one(data, name, capsys):
-    from unpaired_kd.cli import main
+    from unpaired_kd.command.cli import main
     (data / name).unlink(missing_ok=True)
     (data / name).symlink_to("../.git/annex/objects/4f.csv")
     with pytest.raises(InputError, match=f"{name} is a link to .*which is not there. Fetch"):
@@ -560,7 +560,7 @@ def test_a_table_of_patients_that_was_not_fetched_is_not_a_missing_one(data, nam
 
 @pytest.mark.parametrize("name", ["config.json", "data.json", "parameters.json", "tables.json"])
 def test_a_record_that_was_not_fetched_is_not_a_missing_one(run, tmp_path, name, capsys):
-    from unpaired_kd.cli import main
+    from unpaired_kd.command.cli import main
     shutil.copytree(run[1], tmp_path / "run")
     (tmp_path / "run" / name).unlink()
     (tmp_path / "run" / name).symlink_to("nowhere")

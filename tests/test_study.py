@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study import ARMS, StudyConfig, all_arms, check_seeds, check_study, finished, run_study, share, split_data, train_teacher
+from unpaired_kd.study.run import ARMS, StudyConfig, all_arms, check_seeds, check_study, finished, run_study, share, split_data, train_teacher
 
 ROOT = Path(__file__).parents[1]
 TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
 SCRIPT = textwrap.dedent("""
     import sys
     from test_study import TINY
-    from unpaired_kd.study import run_study
+    from unpaired_kd.study.run import run_study
     if __name__ == "__main__": run_study(sys.argv[1], TINY, [0], workers=2)
 """)
 
@@ -61,7 +61,7 @@ def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
 
 
 def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
-    from unpaired_kd import study
+    from unpaired_kd.study import run as study
     class Gone:
         def put(self, report): raise FileNotFoundError("listener")
         def empty(self): raise ConnectionRefusedError
@@ -112,7 +112,7 @@ def test_importing_the_library_is_light():
         start = time.perf_counter()
         import unpaired_kd
         spent = time.perf_counter() - start
-        import unpaired_kd.inference, unpaired_kd.learner, unpaired_kd.study, unpaired_kd.cli
+        import unpaired_kd.inference.student, unpaired_kd.training.learner, unpaired_kd.study.run, unpaired_kd.command.cli
         heavy = [m for m in ("monai", "matplotlib", "IPython", "ipywidgets", "papermill", "nbformat", "sklearn", "skimage") if m in sys.modules]
         print(spent, *heavy)
     """
@@ -139,7 +139,7 @@ def six_panels(path, seed):
 
 
 def test_cells_of_two_kinds_from_tiles_to_a_table(tmp_path):
-    from unpaired_kd.data.deepliif import convert_deepliif
+    from unpaired_kd.data.sets.deepliif import convert_deepliif
     (tmp_path / "tiles").mkdir()
     for i in range(12): six_panels(tmp_path / "tiles" / f"{'Bladder' if i % 2 else 'Lung'}_{i:03}.png", i)
     convert_deepliif(tmp_path / "tiles", tmp_path / "set", student_share=.5)
@@ -223,7 +223,7 @@ def test_names_of_arms_that_a_disk_can_tell_apart():
 
 def test_shuffled_labels_are_a_function_of_the_step():
     from unpaired_kd.methods.single import ShuffledLabels
-    from unpaired_kd.study import source
+    from unpaired_kd.study.run import source
     config = StudyConfig(patch=48, batch=2)
     patches = source(config, split_data(config, 0).teacher_train, 0, "teacher", 3)
     a, b, true = ShuffledLabels(patches, 0), ShuffledLabels(patches, 0), patches.batch(3)

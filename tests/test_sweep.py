@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from unpaired_kd import cli, sweep
+from unpaired_kd.command import cli
+from unpaired_kd.command import sweep
 from unpaired_kd.core import InputError, read_csv
 
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's `&` would have it ignored
-START = "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = 'do: str = "score"\nseed: int = 0\nlr: float = .5\nweights: dict = {"kl": 1.}\nworkers: int = 0\nrun_folder: str = ""'
 BODY = """import os, time
 from pathlib import Path

@@ -8,10 +8,10 @@ from scipy import ndimage
 from skimage.measure import euler_number
 from skimage.morphology import skeletonize
 
-from unpaired_kd import topology
+from unpaired_kd.metrics import topology
 from unpaired_kd.core import InputError, rng, torch_rng
-from unpaired_kd.metrics import dice, hausdorff
-from unpaired_kd.topology import (betti_errors, betti_numbers, cl_dice, skeleton, skeleton_recall_loss, soft_cl_dice_loss, soft_skeleton,
+from unpaired_kd.metrics.segmentation import dice, hausdorff
+from unpaired_kd.metrics.topology import (betti_errors, betti_numbers, cl_dice, skeleton, skeleton_recall_loss, soft_cl_dice_loss, soft_skeleton,
     topology_precision, topology_scores, topology_sensitivity, tubed_skeleton)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, digest, rng
-from unpaired_kd.data import images as image_files
+from unpaired_kd.data.formats import images as image_files
 from unpaired_kd.data.collections import Collection, open_collection, split_groups
-from unpaired_kd.data.unpaired import Batch, Patches, Unpaired
+from unpaired_kd.data.patches import Batch, Patches, Unpaired
 
 
 def made(n=9, shape=(40, 50), channels=1, dtype=np.uint8, classes=3, dims=2, name="made", **kw):

@@ -9,11 +9,11 @@ import pytest
 import tifffile
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.data import images
+from unpaired_kd.data.formats import images
 from unpaired_kd.data.collections import Collection, infer_labels, label_budget, label_map, open_collection, split_groups
-from unpaired_kd.data.images import Image, open_zarr, read_image, read_label, to_unit, volume_window, write_image, write_label
-from unpaired_kd.data.unpaired import Patches
-from unpaired_kd.data.vessels import MICROSCOPES, VesselKnobs, animal, render_mask, stamp, vessel_volume, vessels, waves
+from unpaired_kd.data.formats.images import Image, open_zarr, read_image, read_label, to_unit, volume_window, write_image, write_label
+from unpaired_kd.data.patches import Patches
+from unpaired_kd.data.phantoms.vessels import MICROSCOPES, VesselKnobs, animal, render_mask, stamp, vessel_volume, vessels, waves
 
 SMALL = VesselKnobs(size=32, radius=(1., 3.))
 
@@ -47,7 +47,7 @@ def test_a_volume_is_a_function_of_the_address(modality, drawn):
 
 def test_another_process_draws_the_same_and_the_import_is_light(drawn):
     code = """import sys, zlib
-from unpaired_kd.data.vessels import vessel_volume
+from unpaired_kd.data.phantoms.vessels import vessel_volume
 print(*[m for m in ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections") if m in sys.modules])
 print(*[zlib.crc32(vessel_volume(m, number=1)[0].tobytes()) for m in ("lightsheet", "twophoton")])"""
     heavy, found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -16,13 +16,14 @@ import tifffile
 import torch
 import zarr
 
-from unpaired_kd import cli, volumes
+from unpaired_kd.command import cli
+from unpaired_kd.inference import volumes
 from unpaired_kd.core import InputError, digest, file_sha256, seeded
-from unpaired_kd.data.images import Image, read_image, read_label, write_image
-from unpaired_kd.inference import Recipe, Student, logits, pad_to
+from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image
+from unpaired_kd.inference.student import Recipe, Student, logits, pad_to
 from unpaired_kd.networks.registry import build
-from unpaired_kd.networks.volumes_networks import LightUNet
-from unpaired_kd.volumes import Block, as_bytes, block_input, block_logits, blocks_of, choose_tile, goes_in_blocks, held, looks, mirrored, open_volume, pipeline, predict_volume, triple, voxel_limit
+from unpaired_kd.networks.volumes import LightUNet
+from unpaired_kd.inference.volumes import Block, as_bytes, block_input, block_logits, blocks_of, choose_tile, goes_in_blocks, held, looks, mirrored, open_volume, pipeline, predict_volume, triple, voxel_limit
 
 R = np.random.default_rng(0)
 
@@ -275,7 +276,7 @@ def test_a_missing_chunk_is_named(tmp_path):
 WORK = """
 import itertools, sys, time, torch
 torch.set_num_threads(1)
-from unpaired_kd import volumes
+from unpaired_kd.inference import volumes
 plain, calls = volumes.write_block, itertools.count()
 def half(*a):
     if next(calls) == 12: time.sleep(900) # until somebody kills us
@@ -473,8 +474,8 @@ def test_cluster(tmp_path):
 
 def test_an_output_keeps_the_translation_of_its_input(tmp_path):
     pytest.importorskip("zarr")
-    from unpaired_kd.data.images import read_label
-    from unpaired_kd.volumes import create_output
+    from unpaired_kd.data.formats.images import read_label
+    from unpaired_kd.inference.volumes import create_output
     for shape in ((6, 8, 10), (2, 6, 8, 10)):
         p = tmp_path / f"{len(shape)}.zarr"
         create_output(p, shape, (8, 8, 16), (.004, .002, .001), origin=(.5, 0., -.25))

@@ -9,11 +9,11 @@ from torch import nn
 
 os.environ["KINETO_LOG_LEVEL"] = "99"
 from unpaired_kd.core import InputError
-from unpaired_kd.networks import volumes_networks as V
+from unpaired_kd.networks import volumes as V
 from unpaired_kd.networks.registry import build, name_of
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.networks.unet import check_input
-from unpaired_kd.networks.volumes_networks import ENCODERS, Block, GridDecoder, HybridEncoder, LightUNet, UnetrEncoder, encoder, network_cost
+from unpaired_kd.networks.volumes import ENCODERS, Block, GridDecoder, HybridEncoder, LightUNet, UnetrEncoder, encoder, network_cost
 
 CUBE = (1, 1, 96, 96, 96)
 TINY = {"hybrid": dict(width=4, dim=12, depth=2, heads=2, tokens=4), "swin": dict(feature_size=12), "unetr": dict(feature_size=2, size=32, hidden=24, heads=2)}

@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from unpaired_kd import study as study_module
+from unpaired_kd.study import run as study_module
 from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
-from unpaired_kd.data.images import Image, write_image, write_label
-from unpaired_kd.data.unpaired import Batch
-from unpaired_kd.learner import Learner, Settings, load_checkpoint, set_modes
-from unpaired_kd.lessons.codebook import kmeans, unit
-from unpaired_kd.losses import segmentation_loss
+from unpaired_kd.data.formats.images import Image, write_image, write_label
+from unpaired_kd.data.patches import Batch
+from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
+from unpaired_kd.distillation.codebook import kmeans, unit
+from unpaired_kd.losses.segmentation import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
 from unpaired_kd.methods.kinds import make_method, method_options
 from unpaired_kd.methods.lotus import weights_digest
 from unpaired_kd.methods.single import Single
 from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
                                        pattern_learning, pseudo_loss, random_table, teacher_options)
-from unpaired_kd.networks.volumes_networks import LightUNet, network_cost
-from unpaired_kd.runs import DONE, keep_record, read_sealed
-from unpaired_kd.study import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
+from unpaired_kd.networks.volumes import LightUNet, network_cost
+from unpaired_kd.study.records import DONE, keep_record, read_sealed
+from unpaired_kd.study.run import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
 T = dict(encoder_config=ENCODER, inner=8, decoder=4, codes=16, code_dim=4)
@@ -598,7 +598,7 @@ def test_without_lessons_an_arm_is_the_arm_alone(study):
 
 
 def test_more_seeds_get_their_own_teacher(study):
-    from unpaired_kd.study import firsts
+    from unpaired_kd.study.run import firsts
     assert len(firsts(ARMS, [0, 1])) == 2 and len({(n, s) for _, n, s in firsts(ARMS, [0, 1])}) == 2
 
 
@@ -638,10 +638,10 @@ ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.lessons.codebook", "unpaired_kd.lessons.pattern_distillation", "unpaired_kd.learner", "unpaired_kd.study")): raise ImportError(name)
+        if name.startswith(("unpaired_kd.methods", "unpaired_kd.distillation.codebook", "unpaired_kd.distillation.patterns", "unpaired_kd.training.learner", "unpaired_kd.study.run")): raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
-from unpaired_kd.inference import Student
+from unpaired_kd.inference.student import Student
 s = Student.load(sys.argv[1], device="cpu")
 np.save(sys.argv[3], s.predict(np.load(sys.argv[2])))
 with torch.no_grad(): np.save(sys.argv[4], s.network.eval()(s.prepare(np.load(sys.argv[2])[:16, :, :24]).contiguous()).numpy())
@@ -683,7 +683,7 @@ def on_folders(data, **k):
 @pytest.mark.filterwarnings("ignore:.*groups.csv")
 def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
     "They are there, as a data set has them, and hold nothing that could be read; opening looks at the first volume only."
-    from unpaired_kd.data import images
+    from unpaired_kd.data.formats import images
     data, read = folders(tmp_path / "data"), []
     config, opened = on_folders(data), images.read_label
     rest = split_data(config, 0).student_rest.ids
@@ -905,7 +905,7 @@ def test_the_paper_preset_and_its_teacher():
 
 @pytest.mark.parametrize("layout", ("folders", "manifest"))
 def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp_path, layout):
-    from unpaired_kd.data.vessels import vessels
+    from unpaired_kd.data.phantoms.vessels import vessels
     c, root = vessels("lightsheet", volumes=8, size=32), tmp_path/"data"
     rows = []
     for modality in ("a", "b"):
@@ -923,7 +923,7 @@ def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp
 
 
 def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
-    from unpaired_kd.report import save_rows
+    from unpaired_kd.study.report import save_rows
     place = tmp_path/"checkpoints"/"teacher-0"
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])

@@ -7,7 +7,7 @@ from house import ROOT, finish, front_matter, is_experiment, notebooks
 
 def ukd(path, parameters, folder):
     "Run one experiment as a user would; returns the finished process."
-    command = [sys.executable, "-c", "import sys; from unpaired_kd.cli import main; sys.exit(main(sys.argv[1:]))", "run", str(path), "--out", str(folder)]
+    command = [sys.executable, "-c", "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))", "run", str(path), "--out", str(folder)]
     for k, v in parameters.items(): command += ["-p", k, v if isinstance(v, str) else yaml.safe_dump(v, default_flow_style=True).removesuffix("...\n").strip()]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 

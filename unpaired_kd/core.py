@@ -9,10 +9,11 @@ __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Share', 'WANTED', 'PA
            'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
            'is_same_file', 'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold',
            'check_there', 'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest',
-           'file_sha256', 'bf16_supported', 'resolve_precision', 'watched', 'progress']
+           'file_sha256', 'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'watched', 'progress']
 
 # %% ../nbs/core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat, sys, types, warnings
+import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat
+import sys, threading, time, types, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
@@ -719,6 +720,21 @@ def resolve_precision(
     if precision not in known: raise InputError(unknown("precision", precision, known))
     if precision == "auto": return "bf16" if bf16_supported(device) else "fp32"
     return precision
+
+# %% ../nbs/core.ipynb #4e1d0002
+def cores()->int: # processor cores that this process may use
+    "How many processes run at a time, unless told; a queue may give a job less than the machine has."
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+def end_with_parent(
+    parent:int, # process id of the parent, from `os.getpid()` there
+):
+    "In a helping process: end when the parent is gone, however it ended."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/core.ipynb #dcbc9a3e
 def watched()->bool: # whether standard error is a terminal; False also where it is closed

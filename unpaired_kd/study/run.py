@@ -949,10 +949,10 @@ def check_arm(config, data, name, arm, options):
     with building(f"arm {name!r}: its method"):
         teacher = first_of(config, arm, 0, student).student if first else fresh("teacher")
         method = method_of(config, arm, student, teacher, 0)
-    t, sides = getattr(method, "teacher", None), (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
-    if first and any(n % s for n, s in zip(sides, t.strides)):
+    sides = (config.depth or config.patch, config.patch, config.patch)[-config.dims:]
+    if first and any(n % s for n, s in zip(sides, teacher.strides)):
         raise InputError(f"arm {name!r}: patches of {sides} cannot be divided by the teacher's "
-                         f"strides {t.strides}.")
+                         f"strides {teacher.strides}.")
     method.check_weights(weight_table(method.weights, arm["weights"]))
 
 # %% ../../nbs/study/run.ipynb #3e0a1c08

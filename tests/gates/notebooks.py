@@ -4,7 +4,7 @@
 """
 import os, sys, time
 
-from house import ROOT, finish, front_matter, is_experiment, notebooks
+from common import ROOT, finish, front_matter, is_experiment, notebooks
 
 
 def main(order):

@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GATES = ROOT / "tests" / "gates"
 sys.path.insert(0, str(GATES))
-pages, config, readme, sources, house, measures = (
-    pytest.importorskip(n) for n in ("pages", "config", "readme", "sources", "house", "measures"))
+pages, config, readme, sources, house, measures, stored = (
+    pytest.importorskip(n) for n in ("pages", "config", "readme", "sources", "house", "measures", "stored"))
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -85,6 +85,59 @@ def test_the_readme_is_the_index(tmp_path):
 def test_differences_are_named():
     said = sources.differences({"a.py": b"1\n2\n", "b.py": b""}, {"a.py": b"1\n3\n", "c.py": b""}, "mend it")
     assert len(said) == 3 and "-2" in said[0] and "+3" in said[0] and "no notebook" in said[1] and "missing" in said[2]
+
+
+# ---------------------------------------------------------------- stored text is fresh text
+def printed(*texts): return [dict(output_type="stream", name="stdout", text=[t]) for t in texts]
+def value(text, **more): return [dict(output_type="execute_result", metadata={}, execution_count=None, data={"text/plain": [text], **more})]
+
+
+@pytest.mark.parametrize("old, new", [
+    (printed("Dice 0.81 after 12.3 s\n"), printed("Dice 0.81 ", "after 9 s\n")),
+    (printed("  65 ms|1.2e+05 voxels a second, 3,000 images/s"), printed(" 101 ms|9 voxels a second, 4 images/s")),
+    (printed("3.4 times as fast, 210.5 MB peak"), printed("12 times as fast, 99 MB peak")),
+    (value("<f at 0x7f0011aa22bb>"), value("<f at 0x7f00ffaa2200>")),
+    (value("Box()", **{"application/vnd.jupyter.widget-view+json": {"model_id": "a"}}), []),
+    ([picture()], [picture()]),
+    (printed("a") + [dict(output_type="stream", name="stderr", text=["100%"])], printed("a"))])
+def test_measured_text_may_differ(old, new):
+    assert stored.difference(old, new) is stored.difference(new, old) is None
+
+
+@pytest.mark.parametrize("old, new, said", [
+    (printed("Dice 0.81 after 12 s"), printed("Dice 0.82 after 12 s"), "+Dice 0.82 after MEASURED"),
+    (printed("3 times, 4 stages, 5 MB"), printed("3 times, 4 stages, 6 MB"), "+3 times, 4 stages, 6 MB"),
+    (value("8 methods"), value("9 methods"), "-8 methods"),
+    (printed("a"), [], "-a"), ([], value("a"), "+a"),
+    ([picture()], [], "stores 1 pictures, draws 0")])
+def test_stale_text_is_named(old, new, said):
+    assert said in stored.difference(old, new)
+
+
+def test_a_measured_cell_compares_its_words():
+    assert stored.difference(printed("69% of  1.02"), printed("7% of 11.5"), measured=True) is None
+    assert stored.difference(printed("69% of 1.02"), printed("69% off 1.02"), measured=True)
+
+
+def run_cells(folder, *cells):
+    "What the notebook gate finds in a chapter of these cells."
+    page = folder / "page.ipynb"
+    cells = [c | dict(id=f"{i:08x}") for i, c in enumerate(cells)]
+    page.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    done = subprocess.run([sys.executable, "-c", f"import notebooks, pathlib; print(*notebooks.run_chapter(pathlib.Path({str(page)!r}), {{'slow'}}), sep='\\n')"],
+                          capture_output=True, text=True, cwd=GATES)
+    return done.stdout
+
+
+def test_a_chapter_runs_and_is_compared(tmp_path):
+    said = run_cells(tmp_path, md("# T\n\n> c"), code("x = 2; print(x); x;", *printed("2\n")), code("x + 1; # kept back"),
+                     code("#| measured\nprint(f'{x} ways')", *printed("7 ways\n")), code("#| slow\n1 / 0"), code("x", *value("3")), code("print(x)"))
+    assert "cell 5" in said and "-3" in said and "cell 6" in said and "+2" in said and said.count("stores") == 2 and said.endswith("]\n5\n")
+
+
+def test_a_chapter_that_fails_is_named(tmp_path):
+    said = run_cells(tmp_path, md("# T\n\n> c"), code("1 / 0"), code("print(1)"))
+    assert "ZeroDivisionError" in said and "Cell #2" in said and "stores" not in said
 
 
 # ---------------------------------------------------------------- the house

@@ -134,7 +134,9 @@ def circles(arrows):
             graphlib.TopologicalSorter(graph).prepare()
             return
         except graphlib.CycleError as e:
-            path = e.args[1][::-1] # graphlib lists who is needed before who needs it
+            path = e.args[1][:0:-1] # graphlib lists who is needed before who needs it
+            first = path.index(min(path))
+            path = path[first:] + path[:first + 1]
             yield " -> ".join(path)
             graph[path[0]].remove(path[1])
 

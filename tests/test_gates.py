@@ -7,8 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GATES = ROOT / "tests" / "gates"
 sys.path.insert(0, str(GATES))
-pages, config, readme, sources, house, measures, stored = (
-    pytest.importorskip(n) for n in ("pages", "config", "readme", "sources", "house", "measures", "stored"))
+NAMES = ("pages", "config", "readme", "sources", "house", "measures", "names", "stored")
+pages, config, readme, sources, house, measures, names, stored = (pytest.importorskip(n) for n in NAMES)
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -247,6 +247,30 @@ def test_long_modules_and_tangled_functions_are_named(tmp_path):
     assert list(house.too_much(tmp_path, {"study": (5, 2)})) == []
     long, tangled = house.too_much(tmp_path, {"study": (4, 1)})
     assert "run.py has 5 lines, at most 4" in long and "run.py: f has complexity 2, at most 1" in tangled
+
+
+# ---------------------------------------------------------------- names without a use
+def test_names_without_a_use_are_named(tmp_path):
+    pytest.importorskip("ruff")
+    project = (ROOT / "pyproject.toml").read_text()
+    good = "from os import path\n\n\ndef f(x):\n    return path.join(x)\n\n\ndef f(x):\n    return x\n"
+    tree(tmp_path, {"pyproject.toml": project, "unpaired_kd/a.py": good, "tests/test_a.py": "x = 1\n", "unpaired_kd/_modidx.py": "import os"})
+    assert names.ruff(tmp_path) == []
+    tree(tmp_path, {"tests/test_a.py": "import os\n\n\ndef f():\n    x = 1\n    return y\n"})
+    said = names.ruff(tmp_path)
+    assert len(said) == 3 and all(f"tests/test_a.py:{at}" in " ".join(said) for at in ("1:8: F401", "5:5: F841", "6:12: F821"))
+
+
+def test_private_names_that_nobody_calls_are_named(tmp_path):
+    tree(tmp_path, {"unpaired_kd/a.py": "class A:\n    def _used(self): return self._idle_too\n    def __len__(self): return 1\ndef _idle(): pass",
+                    "unpaired_kd/b.py": "from .a import A\nA()._used()\ndef _own(): return 1\nX = _own\nclass _Gone: pass",
+                    "unpaired_kd/_modidx.py": "_idle"})
+    assert [s.split(": ")[1] for s in names.idle(tmp_path)] == ["_idle is never used", "_Gone is never used"]
+
+
+def test_ruff_that_does_not_run_is_a_complaint(tmp_path):
+    tree(tmp_path, {"pyproject.toml": "[tool.ruff]\nno-such-setting = 1"})
+    assert "ruff did not run" in names.ruff(tmp_path, ["."])[0]
 
 
 def test_an_unknown_gate_is_refused():

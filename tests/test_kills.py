@@ -4,10 +4,8 @@ Kills come before and after each call that changes the disk, and at random times
 """
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

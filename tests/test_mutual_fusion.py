@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_cmedl import SMALL, Calls, Two, changed, changed_batches, equal, everything, nets, parameters, same, updates
-from torch import nn
+from test_cmedl import Calls, Two, changed, changed_batches, equal, everything, nets, parameters, updates
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.inference.student import Recipe, Student

@@ -387,7 +387,7 @@ def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):
 
 def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp_path):
     path = run[1] / "checkpoints/fine-tuned-0/last.pt"
-    whole, state, missed = path.read_bytes(), load_checkpoint(path), 0
+    whole, state = path.read_bytes(), load_checkpoint(path)
     weights = next(iter(state["networks"]["student"].values())).numpy().tobytes()
     for at in [whole.find(weights), *np.linspace(0, len(whole) - 1, 60).astype(int)]:
         data = bytearray(whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unpaired_kd.core import InputError, read_csv
+from unpaired_kd.core import InputError
 from unpaired_kd.study.run import ARMS, StudyConfig, all_arms, check_seeds, check_study, finished, run_study, share, split_data, train_teacher
 
 ROOT = Path(__file__).parents[1]

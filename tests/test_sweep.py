@@ -1,5 +1,5 @@
 """A sweep as users meet it: files with mistakes, cells that fail or are killed, sweeps that are stopped, and a cluster."""
-import functools, json, os, signal, subprocess, sys, time
+import functools, json, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest

@@ -16,6 +16,7 @@ JOBS = { # longest first
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],
     "house": ["tests/gates/house.py"],
+    "names": ["tests/gates/names.py"],
     "config": ["tests/gates/config.py"],
 }
 LIMIT = 30 * 60  # seconds a job may take

@@ -700,13 +700,13 @@ def segment_file(
     if len(job.outputs) > 1:
         maps.append(student.instances(image, label=maps[0]))
         check_format(job.outputs[1], shape, int(maps[1].max()))
-    for output, numbers in zip(job.outputs, maps):
+    for output, drawn in zip(job.outputs, maps):
         begun = is_ours(notes, job.mark, output)
         if not begun:
             check_new([output], overwrite)
             notes.add("begun", job.mark, output)
         try:
-            write_label(output, numbers, image, overwrite or begun)
+            write_label(output, drawn, image, overwrite or begun)
         except InputError:
             if not begun and os.path.lexists(output): # it came meanwhile, and is not ours
                 notes.add("failed", job.mark, output)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import InputError, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
 from ..losses.segmentation import segmentation_loss

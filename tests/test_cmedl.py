@@ -475,6 +475,7 @@ def four(modality, side=32):
     return Batch(torch.stack([x[None, i].float() for (x, _), i in zip(volumes, at)]), torch.stack([y[i].long() for (_, y), i in zip(volumes, at)]), [""] * 4, [""] * 4)
 
 
+@pytest.mark.slow
 def test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken(tmp_path):
     batch = {"student": four("ct"), "teacher": four("mr")}
     class Fixed:

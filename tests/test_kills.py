@@ -20,7 +20,7 @@ from unpaired_kd.networks.registry import build
 KILLS = int(os.environ.get("UKD_KILLS", 12))
 ROADS = ("folder", "folder replaced", "p.zarr", "p.tif", "p.zarr replaced")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
 
 # One process imports torch and then forks for each job, so that a kill costs no second import.
 SERVER = '''

@@ -693,6 +693,7 @@ def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad
     assert unheard(out, "left", "check", "data") == bad
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="descriptors")
 def test_a_run_and_a_sweep_without_any_stream(home):
     "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."

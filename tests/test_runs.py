@@ -105,6 +105,7 @@ def verdict(action, expected, path):
     return "same result" if found == expected else "SILENTLY WRONG"
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_finished_run_is_silent(run, tmp_path, capsys):
     data, whole, found = run
     test = split_data(replace(CONFIG, data=str(data)), 0).student_test.native(0).image
@@ -190,6 +191,7 @@ def sweep(data, top, *numbers):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, capsys):
     calls = int(sweep(run[0], tmp_path, -1)[0].split()[1])
     some = [] if FULL else sorted({1, 2, 3, 4, 5, calls - 2, calls - 1, calls, *np.linspace(6, calls - 3, 4).astype(int).tolist()})

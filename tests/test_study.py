@@ -39,6 +39,7 @@ def readable(paths):
 
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     script = tmp_path / "go.py"
     script.write_text(SCRIPT)
@@ -74,6 +75,7 @@ def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
     assert told == ["alone"] and list(study._heard(Gone())) == []
 
 
+@pytest.mark.slow
 def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
     few = replace(TINY, arms={k: None for k in ARMS if k != "alone"})
     rows = run_study(tmp_path, few, [0], workers=1)

@@ -1,7 +1,7 @@
 """Gate: every chapter runs, all in one process, so that what a notebook leaves behind meets the next one.
 
-`forward` is nbdev's order, `reversed` the other; `make test` does both. On the way the stored text of every cell is
-compared with what it gives now (stored.py). Experiments run in their own gate.
+`forward` is nbdev's order, `reversed` the other; `make test` does both. Names after it choose chapters. On the way
+the stored text of every cell is compared with what it gives now (stored.py). Experiments run in their own gate.
 """
 import os
 import re
@@ -55,12 +55,20 @@ def run_chapter(path, flags=frozenset()):
     return found, len(stored)
 
 
-def main(order):
+def chosen(names=()):
+    "The chapters, in nbdev's order: all, or those of these names (`losses/segmentation`)."
+    paths = {str(p.relative_to(ROOT / "nbs").with_suffix("")): p for p in notebooks() if not is_experiment(p)}
+    if wrong := [n for n in names if n not in paths]:
+        sys.exit(f"no chapter {', '.join(wrong)}; there are {', '.join(paths)}")
+    return [p for name, p in paths.items() if not names or name in names]
+
+
+def main(order="forward", *names):
     from nbdev.config import get_config
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
     start, found, ran, slow = time.time(), [], 0, []
-    paths = [p for p in notebooks() if not is_experiment(p)]
+    paths = chosen(names)
     skipped = [p for p in paths if front_matter(p).get("skip_exec")]
     found += [f"{p.name} has `skip_exec`: only experiments may" for p in skipped]
     flags = set(get_config(path=ROOT).tst_flags.split())
@@ -83,4 +91,4 @@ def main(order):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "forward")
+    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
 from unpaired_kd.data.collections import open_collection
-from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, marks_of, modalities_of
+from unpaired_kd.data.check import common, examine, leaks, marks_of, modalities_of
 
 
 def save(path, array):

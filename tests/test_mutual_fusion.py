@@ -1,13 +1,14 @@
 """Mutual distillation, fusion, the networks that carry their translator, and the parts of a study that these methods need."""
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_cmedl import SMALL, Calls, Two, changed, changed_batches, equal, everything, nets, parameters, same, updates
-from torch import nn
+from test_cmedl import Calls, Two, changed, changed_batches, equal, everything, nets, parameters, updates
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.inference.student import Recipe, Student
@@ -212,6 +213,19 @@ def test_a_packed_network_is_its_parts_in_a_row(generator, side):
     twin = build("translated", packed.config)
     twin.load_state_dict(packed.state_dict())
     with torch.no_grad(): assert torch.equal(twin.eval()(x), packed(x))
+
+
+@pytest.mark.parametrize("kind", ["translated", "ensemble"])
+def test_a_packed_student_opens_where_nobody_has_read_translation(tmp_path, kind):
+    net = pack(nets()[0], Generator(1, 4, 1)) if kind == "translated" else unite(*nets())
+    recipe = dict(channels=1, in_channels=1, network=kind, network_config=net.config, patch=64)
+    Student(net, Recipe(**recipe)).save(tmp_path / "s")
+    code = f"""import sys
+from unpaired_kd.inference.student import Student
+assert not [m for m in sys.modules if m.startswith("unpaired_kd.translation")]
+print(type(Student.load({str(tmp_path / "s")!r}, device="cpu").network).__name__)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [type(net).__name__], done.stderr
 
 
 # ---------------------------------------------------------------- a study knows methods by their names

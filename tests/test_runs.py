@@ -109,6 +109,7 @@ def verdict(action, expected, path):
     return "same result" if found == expected else "SILENTLY WRONG"
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_finished_run_is_silent(run, tmp_path, capsys):
     data, whole, found = run
     test = parts(make(CONFIG, data=str(data)), 0).student_test.native(0).image
@@ -194,6 +195,7 @@ def sweep(data, top, *numbers):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, capsys):
     calls = int(sweep(run[0], tmp_path, -1)[0].split()[1])
     some = [] if FULL else sorted({1, 2, 3, 4, 5, calls - 2, calls - 1, calls, *np.linspace(6, calls - 3, 4).astype(int).tolist()})
@@ -391,7 +393,7 @@ def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):
 
 def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp_path):
     path = run[1] / "checkpoints/fine-tuned-0/last.pt"
-    whole, state, missed = path.read_bytes(), load_checkpoint(path), 0
+    whole, state = path.read_bytes(), load_checkpoint(path)
     weights = next(iter(state["networks"]["student"].values())).numpy().tobytes()
     for at in [whole.find(weights), *np.linspace(0, len(whole) - 1, 60).astype(int)]:
         data = bytearray(whole)

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study.arms import list_arms
+from unpaired_kd.core import InputError
 from unpaired_kd.study.checks import check_seeds, check_study
 from unpaired_kd.study.parts import share
 from unpaired_kd.study.run import run_study
@@ -45,6 +44,7 @@ def readable(paths):
 
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     script = tmp_path / "go.py"
     script.write_text(SCRIPT)
@@ -80,6 +80,7 @@ def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
     assert told == ["alone"] and list(study.heard(Gone())) == []
 
 
+@pytest.mark.slow
 def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
     few = {**TINY, "arms": {k: None for k in STANDARD if k != "alone"}}
     rows = run_study(tmp_path, make(few), [0], workers=1)

@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,6 +403,7 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
     assert seen["table"].device == seen["u"].device
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
 def test_teacher_and_student_train_on_a_gpu(tmp_path, change):

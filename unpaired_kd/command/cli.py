@@ -188,7 +188,7 @@ def compose(
     except yaml.MarkedYAMLError as e:
         where = f" (line {e.problem_mark.line + 1})" if e.problem_mark else ""
         raise Misfit(f"It is not valid YAML: {e.problem}{where}.") from None
-    except yaml.YAMLError as e: raise Misfit("It is not valid YAML: a control character.") from None
+    except yaml.YAMLError: raise Misfit("It is not valid YAML: a control character.") from None
 
 # %% ../../nbs/command/cli.ipynb #32bab6a3
 def check_repeats(

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import Checked, Count, InputError, Natural, NonNegative, Positive, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
 from ..losses.segmentation import segmentation_loss

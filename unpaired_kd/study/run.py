@@ -40,7 +40,7 @@ from ..methods.kinds import KINDS, make_method, method_options
 from ..methods.controls import ShuffledLabels, initialise, placebo
 from ..methods.single import Single
 from ..networks.registry import build, load_weights, weights_digest
-from .report import load_rows, save_rows
+from .rows import load_rows, save_rows
 from .records import (DATA, DONE, check_data, file_sum, keep_record, keep_tables,
                               read_sealed, record_of, records, verified, write_sealed)
 

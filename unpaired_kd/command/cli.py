@@ -963,7 +963,7 @@ def case_of(
     return row["seed"], row.get("collection", ""), row["case"]
 
 def tell_apart(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.report.load_rows`)
+    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
 )->tuple: # (dict (run folder, arm) -> `Shown`, list of (name, other name, keys that differ))
     "The arms of several runs: which are the same, and what those differ in that are not."
     found, apart = {}, []
@@ -989,7 +989,7 @@ def unlike(
     return sorted(k for k in a.keys() | b.keys() if not equal(a.get(k), b.get(k)))
 
 def join_runs(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.report.load_rows`)
+    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
 )->list: # rows in which every (arm, seed, case) stands once
     "Rows of several runs in one table. Arms of one name that are not the same are told apart as `arm (run)`."
     found, joined = tell_apart(runs)[0], {}
@@ -1084,7 +1084,8 @@ def report(
     "`ukd report`: the table of one or more run folders."
     from unpaired_kd.core import InputError, unknown
     from unpaired_kd.data.formats.outputs import check_path
-    from unpaired_kd.study.report import TEXT, load_rows, results_table
+    from unpaired_kd.study.rows import TEXT, load_rows
+    from unpaired_kd.study.tables import results_table
     for r in args.runs: check_path("RUN", r)
     runs = {str(r): load_rows(r) for r in args.runs}
     rows = join_runs(runs)

@@ -259,7 +259,7 @@ def work():
             os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2) # also for the kernel
             code = execute(job["notebook"], job["values"], folder)
             if code == 0 and (folder/"metrics.csv").exists():
-                from unpaired_kd.study.report import load_rows
+                from unpaired_kd.study.rows import load_rows
                 load_rows(folder)
             if code == 0: write_json(folder/"done.json", {"seconds": round(time.time() - start, 1)})
     except InputError as e:
@@ -374,7 +374,7 @@ def write_results(
     cells:list, # all cells of the grid
 )->list: # the rows, also in results.csv
     "Gather what the finished cells have scored. Without any rows, no file."
-    from unpaired_kd.study.report import load_rows
+    from unpaired_kd.study.rows import load_rows
     places = folders(out, cells)
     have = [c for c in cells if state(places[c.key]) == "done" and (places[c.key]/"metrics.csv").exists()]
     check_same_data(have, places)

@@ -631,8 +631,9 @@ def test_writers_leave_the_settings_of_zarr(home):
 
 def test_what_continues_is_said(home):
     "A stopped command says so where a folder's notes or the blocks of a volume lie."
-    from unpaired_kd.command.cli import continues, parser
-    def stopped(out): return continues(parser().parse_args(["predict", "flat", "v.tif", out]))
+    from unpaired_kd.command.arguments import read_arguments
+    from unpaired_kd.command.cli import continues
+    def stopped(out): return continues(read_arguments(["predict", "flat", "v.tif", out]))
     (home / "o.zarr.part").mkdir()
     (home / "folder").mkdir()
     assert stopped("o.zarr") and stopped("o.zarr/") and not stopped("folder") and not stopped("new")

@@ -41,7 +41,7 @@ def make_data(folder):
 
 def go(data, folder):
     "A whole run, as the notebook of an experiment has it; returns what it found, as text."
-    from unpaired_kd.command.cli import claim
+    from unpaired_kd.command.notebook import claim
     from unpaired_kd.inference.student import Student
     from unpaired_kd.study.figures import box_plot, save_figure
     config = make(CONFIG, data=str(data))

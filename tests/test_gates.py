@@ -78,7 +78,10 @@ def test_the_readme_is_the_index(tmp_path):
     (tmp_path / "nbs").mkdir()
     cells = [md("# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n```\n[e](f)\n```"), code("#| echo: false\nprint(1)", dict(output_type="stream", name="stdout", text=["1\n"])), code("#| hide\n2")]
     (tmp_path / "nbs/index.ipynb").write_text(json.dumps(dict(cells=cells)))
-    assert readme.render(tmp_path).split("\n", 2)[2] == "# T\n\n[a](nbs/1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](nbs/images/d.png)\n```\n[e](f)\n```\n\n```\n1\n```\n"
+    site, raw = "https://github.com/unpaired-kd/unpaired_kd/blob/main", "https://raw.githubusercontent.com/unpaired-kd/unpaired_kd/main"
+    assert readme.render(tmp_path).split("\n", 2)[2] == (
+        f"# T\n\n[a]({site}/nbs/1_data/a.ipynb) [b](https://x.org) [c](#t) ![d]({raw}/nbs/images/d.png)\n"
+        "```\n[e](f)\n```\n\n```\n1\n```\n")
 
 
 def test_differences_are_named():

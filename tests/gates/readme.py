@@ -1,11 +1,13 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tests/gates/readme.py --write`."""
 import re, sys
 
+from config import settings
 from house import ROOT, directives, read
 
 HEAD = "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. Edit that notebook, then run `make prepare`. -->\n"
 # the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address with a scheme
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s]+)(?=[)\s])")
+PICTURE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp)$", re.I)
 
 
 def outside_fences(text, change):
@@ -23,13 +25,21 @@ def as_text(outputs):
         if text: yield text if "text/markdown" in data else f"```\n{text}\n```"
 
 
+def in_full(target):
+    "A file below nbs/ by its full address: README.md is also the page of the package index, where no file stands beside it."
+    ini = settings()
+    site, branch = ini["git_url"] % ini, ini["branch"]
+    if PICTURE.search(target): return f"{site.replace('github.com', 'raw.githubusercontent.com')}/{branch}/nbs/{target}"
+    return f"{site}/blob/{branch}/nbs/{target}"
+
+
 def render(root=ROOT):
     "The Markdown of README.md."
     blocks = []
     for cell in read(root / "nbs/index.ipynb")["cells"]:
         source = cell["source"].strip()
         if cell["cell_type"] == "markdown":
-            source = outside_fences(source, lambda t: LINK.sub(r"\1nbs/\2", t))
+            source = outside_fences(source, lambda t: LINK.sub(lambda m: m[1] + in_full(m[2]), t))
             blocks.append(re.sub(r" *\{(?:#|\.|fig-alt=|width=)[^}\n]*\}", "", source))
         elif cell["cell_type"] == "code" and source and "hide" not in (options := directives(source)):
             code = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()

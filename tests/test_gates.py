@@ -1,5 +1,5 @@
 """The gates can fail: each is shown a small fault and must name it."""
-import json, subprocess, sys, zipfile
+import json, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -61,35 +61,48 @@ def test_the_sidebar_counts(tmp_path):
 
 
 def test_pins(tmp_path):
-    project = {"name": "p", "dependencies": ["numpy>=2", "torch", "scipy"], "optional-dependencies": {"dev": ["pytest"]}}
+    project = {"name": "p", "dependencies": ["numpy>=2", "torch", "scipy"],
+               "optional-dependencies": {"dev": ["pytest"]}}
     said = config.pinned(project, ["# note", "numpy==1.26", "torch==2.13.0", "torch==2.12.0", "pytest @ file:///somewhere"])
     assert [any(w in s for s in said) for w in ("numpy 1.26, outside", "'torch' twice", "pytest @", "does not pin scipy")] == [True] * 4
 
 
 def test_extras_that_name_other_extras_are_opened():
-    project = {"name": "p", "dependencies": [], "optional-dependencies": {"dev": ["p[run,tsne]", "pytest"], "run": ["papermill>=2"], "tsne": ["openTSNE"], "log": ["tensorboard"]}}
-    assert [str(r) for r in config.opened(project, ["dev"])] == ["papermill>=2", "openTSNE", "pytest"]
-    assert config.pinned(project, ["pytest==9", "papermill==1.0", "openTSNE==1"]) == ["constraints.txt pins papermill 1.0, outside >=2"]
+    extras = {"dev": ["p[run,tsne]", "pytest"], "run": ["papermill>=2"], "tsne": ["openTSNE"],
+              "log": ["tensorboard"]}
+    project = {"name": "p", "dependencies": [], "optional-dependencies": extras}
+    found = [str(r) for r in config.opened(project, ["dev"])]
+    assert found == ["papermill>=2", "openTSNE", "pytest"]
+    said = config.pinned(project, ["pytest==9", "papermill==1.0", "openTSNE==1"])
+    assert said == ["constraints.txt pins papermill 1.0, outside >=2"]
 
 
 def test_what_nothing_imports_is_dead(tmp_path):
     for folder in ("unpaired_kd", "tests", "nbs"): (tmp_path / folder).mkdir()
-    (tmp_path / "unpaired_kd/a.py").write_text("import torch, zarr\ndef f():\n    from skimage import io\n    # import onnx some day")
+    library = "import torch\ndef f():\n    from skimage import io\n    # import onnx some day"
+    (tmp_path / "unpaired_kd/a.py").write_text(library)
     (tmp_path / "tests/test_a.py").write_text("g = pytest.importorskip('gudhi')")
-    (tmp_path / "nbs/b.ipynb").write_text(json.dumps(dict(cells=[md("`import dask`"), code("from openTSNE import TSNE")])))
-    project = {"name": "p", "dependencies": ["torch", "scikit-image"], "optional-dependencies":
-               {"all": ["p[tsne]", "gudhi", "einops", "dask[array]", "onnx"], "tsne": ["openTSNE"]}}
-    assert config.used(project, tmp_path) == ["pyproject.toml declares dask, which nothing imports", "pyproject.toml declares onnx, which nothing imports"]
+    cells = [md("`import dask`"), code("from openTSNE import TSNE")]
+    (tmp_path / "nbs/b.ipynb").write_text(json.dumps(dict(cells=cells)))
+    extras = {"all": ["p[tsne]", "gudhi", "einops", "dask[array]", "onnx"], "tsne": ["openTSNE"]}
+    project = {"name": "p", "dependencies": ["torch", "scikit-image"],
+               "optional-dependencies": extras}
+    said = config.used(project, tmp_path)
+    assert said == [f"pyproject.toml declares {n}, which nothing imports" for n in ("dask", "onnx")]
 
 
 def test_citation_and_addresses_follow_the_settings(tmp_path):
-    ini, project = config.settings(), config.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ini = config.settings()
+    project = config.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = (ROOT / "CITATION.cff").read_text()
     (tmp_path / "CITATION.cff").write_text(text)
     assert config.addresses(ini, project, tmp_path) == []
-    (tmp_path / "CITATION.cff").write_text(text.replace("version: 0.1.0", "version: 0.0.9").replace("message:", "massage:"))
-    said = config.addresses(ini, project | {"urls": project["urls"] | {"Issues": "https://elsewhere"}}, tmp_path)
-    assert len(said) == 3 and "0.0.9" in said[0] and "'message'" in said[1] and "https://elsewhere" in said[2]
+    text = text.replace(f"version: {ini['version']}", "version: 9.9").replace("message:", "massage:")
+    (tmp_path / "CITATION.cff").write_text(text)
+    project["urls"]["Issues"] = "https://elsewhere"
+    said = config.addresses(ini, project, tmp_path)
+    assert len(said) == 3
+    assert "9.9" in said[0] and "'message'" in said[1] and "https://elsewhere" in said[2]
 
 
 def test_imports_are_declared(tmp_path):
@@ -115,29 +128,45 @@ def test_differences_are_named():
     assert len(said) == 3 and "-2" in said[0] and "+3" in said[0] and "no notebook" in said[1] and "missing" in said[2]
 
 
-def a_wheel(path, files, metadata="Metadata-Version: 2.4\nName: p\nVersion: 1\nDescription-Content-Type: text/markdown\n\n[a](https://b.org)"):
-    "A wheel of some files, none with contents but its description."
+METADATA = "Metadata-Version: 2.4\nName: p\nVersion: 1\n"
+MARKDOWN = "Description-Content-Type: text/markdown\n\n"
+
+
+def a_wheel(path, files, metadata=METADATA + MARKDOWN + "[a](https://b.org)"):
+    "A wheel of some files, all of them empty but its description."
     with zipfile.ZipFile(path, "w") as archive:
-        for name in files: archive.writestr(name, "")
+        for name in files:
+            archive.writestr(name, "")
         archive.writestr("p-1.dist-info/METADATA", metadata)
     return path
 
 
 def test_the_files_of_a_wheel_are_compared(tmp_path):
     packed = wheel.packed()
-    assert {"unpaired_kd/__init__.py", "unpaired_kd/py.typed", "unpaired_kd/experiments/lotus.ipynb", "unpaired_kd/experiments/lotus_ablation.yaml"} <= packed
+    for name in ("__init__.py", "py.typed", "experiments/lotus.ipynb", "experiments/vpbsd_grid.yaml"):
+        assert f"unpaired_kd/{name}" in packed
     assert not any("dry.yaml" in n or n.startswith("nbs") for n in packed)
     assert wheel.compare_wheel(a_wheel(tmp_path / "good.whl", packed), packed) == []
-    bad = packed - {"unpaired_kd/py.typed", "unpaired_kd/experiments/lotus.ipynb"} | {"tests/test_a.py"}
-    said = wheel.compare_wheel(a_wheel(tmp_path / "bad.whl", bad), packed)
-    assert [s.split()[3].rstrip(",") for s in said] == ["unpaired_kd/experiments/lotus.ipynb", "unpaired_kd/py.typed", "tests/test_a.py"]
+    bad = packed - {"unpaired_kd/py.typed", "unpaired_kd/experiments/lotus.ipynb"} | {"nbs/a.py"}
+    assert wheel.compare_wheel(a_wheel(tmp_path / "bad.whl", bad), packed) == [
+        "the wheel lacks unpaired_kd/experiments/lotus.ipynb", "the wheel lacks unpaired_kd/py.typed",
+        "the wheel has a stray nbs/a.py"]
+
+
+def test_the_files_of_an_sdist_are_compared(tmp_path):
+    with tarfile.open(tmp_path / "p.tar.gz", "w:gz") as archive:
+        archive.add(ROOT / "README.md", "p-1/README.md")
+    if not (ROOT / ".git").exists():
+        pytest.skip("git does not know these files")
+    said = wheel.compare_sdist(tmp_path / "p.tar.gz")
+    assert "the sdist lacks nbs/core.ipynb" in said and "the sdist lacks README.md" not in said
 
 
 @pytest.mark.parametrize("text, said", [
-    ("Metadata-Version: 2.4\nName: p\nVersion: one\nDescription-Content-Type: text/markdown\n\nd", "version"),
-    ("Metadata-Version: 2.4\nName: p\nVersion: 1\nSummary: two\n lines\nDescription-Content-Type: text/markdown\n\nd", "summary"),
-    ("Metadata-Version: 2.4\nName: p\nVersion: 1\n\nd", "not Markdown"),
-    ("Metadata-Version: 2.4\nName: p\nVersion: 1\nDescription-Content-Type: text/markdown\n\n```\n[a](b)\n```\n[a](nbs/c.ipynb)", "link nbs/c.ipynb leads")])
+    (METADATA.replace("1\n", "one\n") + MARKDOWN + "d", "version"),
+    (METADATA + "Summary: two\n lines\n" + MARKDOWN + "d", "summary"),
+    (METADATA + "\nd", "not Markdown"),
+    (METADATA + MARKDOWN + "```\n[a](b)\n```\n[a](nbs/c.ipynb)", "link nbs/c.ipynb leads")])
 def test_faults_of_a_description_are_named(tmp_path, text, said):
     assert wheel.describe(a_wheel(tmp_path / "good.whl", [])) == []
     complaints = wheel.describe(a_wheel(tmp_path / "bad.whl", [], text))
@@ -145,16 +174,17 @@ def test_faults_of_a_description_are_named(tmp_path, text, said):
 
 
 def test_a_tree_in_reach_is_named(tmp_path):
-    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
     (tmp_path / "python").symlink_to(sys.executable)
-    said = wheel.alone(tmp_path, tmp_path, env)
-    assert f"{ROOT}/unpaired_kd/__init__.py is imported, not the installed package" in said and f"{ROOT} is searched for modules" in said
+    said = wheel.check_alone(tmp_path, tmp_path, {"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert f"{ROOT} is searched for modules" in said
+    assert f"{ROOT}/unpaired_kd/__init__.py is imported, not the installed package" in said
 
 
 def test_a_step_that_fails_stops_the_gate(tmp_path):
+    leave = [sys.executable, "-c", "import sys; print('told', file=sys.stderr); sys.exit(3)"]
     with pytest.raises(wheel.Failed, match="left with 3:\\n\\n*told"):
-        wheel.call([sys.executable, "-c", "import sys; print('told', file=sys.stderr); sys.exit(3)"], tmp_path)
-    assert wheel.call([sys.executable, "-c", "import sys; print('told'); sys.exit(3)"], tmp_path, status=3) == "told\n"
+        wheel.call(leave, tmp_path)
+    assert wheel.call(leave, tmp_path, status=3) == "told\n"
 
 
 def test_an_unknown_gate_is_refused():

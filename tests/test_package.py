@@ -39,15 +39,19 @@ def test_all_dir_and_a_star_agree():
 
 def test_a_type_checker_sees_the_same_names():
     tree = ast.parse(Path(unpaired_kd.__file__).read_text())
-    seen = {a.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for a in node.names}
+    inside = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    seen = {a.name: n.module for n in inside for a in n.names}
     assert seen == unpaired_kd.HOMES
     assert (Path(unpaired_kd.__file__).parent / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name, said", [
-    ("Studnet", "Did you mean Student?"), ("collection", "Did you mean Collection?"), ("run_studies", "Did you mean run_study?"),
+    ("Studnet", "Did you mean Student?"),
+    ("collection", "Did you mean Collection?"),
+    ("run_studies", "Did you mean run_study?"),
     ("zzz", "It offers Collection, Student, run_study.")])
 def test_a_mistyped_name_is_told_the_nearest(name, said):
-    with pytest.raises(AttributeError) as e: getattr(unpaired_kd, name)
+    with pytest.raises(AttributeError) as e:
+        getattr(unpaired_kd, name)
     assert str(e.value) == f"unpaired_kd has no {name!r}. {said}"
     assert not hasattr(unpaired_kd, name)

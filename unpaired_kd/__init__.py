@@ -1,9 +1,9 @@
-"Teach a small segmentation network with images of another modality that were never paired with its own."
+"Teach a small network with images of another modality that were never paired with its own."
 __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING: # what a type checker sees; Python imports each when it is first asked for
+if TYPE_CHECKING: # for type checkers; Python imports each when it is asked for
     from .data.collections import Collection
     from .inference.student import Student
     from .study.run import run_study
@@ -13,7 +13,7 @@ __all__ = ["Collection", "Student", "run_study"]
 
 
 def __getattr__(name):
-    "Import what is offered here when it is first asked for, so that `import unpaired_kd` costs nothing."
+    "Import what is offered here when it is asked for, so that `import unpaired_kd` costs nothing."
     from importlib import import_module
     if name in HOMES:
         return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -47,8 +47,16 @@ def pinned(project, lines):
 HEAVY = {"monai", "matplotlib", "papermill", "IPython", "ipywidgets", "accelerate", "skimage", "sklearn", "nibabel", "tifffile"}
 DISTRIBUTION = {"skimage": "scikit-image", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "pypandoc": "pypandoc_binary"}
 # declared and never imported by us: who needs it
-NEEDED_BY = {"einops": "MONAI's transformers", "tensorboard": "torch.utils.tensorboard", "ipykernel": "papermill", "execnb": "nbdev, which admits versions that do not fit",
-             "jupyterlab": "the author of a chapter", "build": "the wheel gate", "hatchling": "the build", "editables": "the build, for an editable installation"}
+NEEDED_BY = {
+    "einops": "MONAI's transformers",
+    "tensorboard": "torch.utils.tensorboard",
+    "ipykernel": "papermill",
+    "execnb": "nbdev, which admits versions that do not fit",
+    "jupyterlab": "the author of a chapter",
+    "build": "the wheel gate",
+    "hatchling": "the build",
+    "editables": "the build, for an editable installation",
+}
 
 
 def imported(root=ROOT):
@@ -72,17 +80,20 @@ def declared(project, root=ROOT):
     return found
 
 
-IMPORT = re.compile(r"""(?:^\s*|["'])(?:import|from) (\w+)|(?:find_spec|importorskip|import_module)\(["'](\w+)""", re.M)
+STATEMENT = re.compile(r"^\s*(?:import|from) (\w+)|; (?:import|from) (\w+)", re.M)
+BY_NAME = re.compile(r"(?:find_spec|importorskip|import_module|extra)\([\"'](\w+)")
 
 
 def used(project, root=ROOT):
-    "What is declared is imported somewhere: in the library, a chapter, a test or a gate; or `NEEDED_BY` says who needs it."
-    texts = [p.read_text() for place in ("unpaired_kd", "tests") for p in (root / place).rglob("*.py")]
-    texts += [c["source"] for p in notebooks(root) for c in read(p)["cells"] if c["cell_type"] == "code"]
-    names = {a or b for text in texts for a, b in IMPORT.findall(text)}
+    "What is declared is imported by the library, a chapter or a test, or `NEEDED_BY` says by whom."
+    files = [p for place in ("unpaired_kd", "tests") for p in (root / place).rglob("*.py")]
+    cells = [c for p in notebooks(root) for c in read(p)["cells"] if c["cell_type"] == "code"]
+    text = "\n".join([*(p.read_text() for p in files), *(c["source"] for c in cells)])
+    names = {a or b for a, b in STATEMENT.findall(text)} | set(BY_NAME.findall(text))
     there = {DISTRIBUTION.get(n, n).lower() for n in names} | NEEDED_BY.keys()
-    wanted = [*map(Requirement, project["dependencies"]), *opened(project, project["optional-dependencies"])]
-    return [f"pyproject.toml declares {n}, which nothing imports" for n in dict.fromkeys(r.name for r in wanted) if n.lower() not in there]
+    extras = opened(project, project["optional-dependencies"])
+    wanted = dict.fromkeys(r.name for r in [*map(Requirement, project["dependencies"]), *extras])
+    return [f"pyproject.toml declares {n}, which nothing imports" for n in wanted if n.lower() not in there]
 
 
 def chapters(entry):
@@ -115,13 +126,18 @@ def quarto(ini, root=ROOT):
 
 def addresses(ini, project, root=ROOT):
     "What the package index and the citation say follows settings.ini too."
-    site, found = ini["git_url"] % ini, []
+    site, book = ini["git_url"] % ini, ini["doc_host"] % ini + ini["doc_baseurl"] % ini
     cited = yaml.safe_load((root / "CITATION.cff").read_text())
-    want = {"version": ini["version"], "license": project["license"], "title": ini["title"], "repository-code": site, "url": ini["doc_host"] % ini + ini["doc_baseurl"] % ini}
-    found += [f"CITATION.cff: {k} is {cited.get(k)!r}, the settings say {v!r}" for k, v in want.items() if cited.get(k) != v]
-    found += [f"CITATION.cff has no {k!r}, which the format asks for" for k in ("cff-version", "message", "authors") if not cited.get(k)]
-    urls = {"Homepage": site, "Source": site, "Issues": f"{site}/issues", "Changelog": f"{site}/blob/{ini['branch']}/CHANGELOG.md", "Documentation": want["url"]}
-    return found + [f"pyproject.toml: URL {k} is {project['urls'].get(k)!r}, the settings say {v!r}" for k, v in urls.items() if project["urls"].get(k) != v]
+    want = {"title": ini["title"], "version": ini["version"], "license": project["license"],
+            "repository-code": site, "url": book}
+    found = [f"CITATION.cff: {k} is {cited.get(k)!r}, the settings say {v!r}"
+             for k, v in want.items() if cited.get(k) != v]
+    found += [f"CITATION.cff has no {k!r}, which its format asks for"
+              for k in ("cff-version", "message", "authors") if not cited.get(k)]
+    urls = {"Homepage": site, "Source": site, "Documentation": book, "Issues": f"{site}/issues",
+            "Changelog": f"{site}/blob/{ini['branch']}/CHANGELOG.md"}
+    return found + [f"pyproject.toml: URL {k} is {project['urls'].get(k)!r}, the settings say {v!r}"
+                    for k, v in urls.items() if project["urls"].get(k) != v]
 
 
 def main():

@@ -115,7 +115,7 @@ def sidebar(root=ROOT):
 def quarto(ini, root=ROOT):
     "The Quarto files load, nbdev.yml follows settings.ini, and the link is a link."
     found = []
-    for path in [root / "_quarto.yml", *sorted((root / "nbs").glob("*.yml")), *sorted((root / ".github").rglob("*.yaml"))]:
+    for path in [root / "_quarto.yml", *sorted((root / "nbs").glob("*.yml")), *sorted((root / ".github").rglob("*.y*ml"))]:
         try: yaml.safe_load(path.read_text())
         except yaml.YAMLError as e: found.append(f"{path.relative_to(root)}: {e}")
     if (root / "nbs/_quarto.yml").resolve() != (root / "_quarto.yml").resolve(): found.append("nbs/_quarto.yml is not a link to ../_quarto.yml")

@@ -25,7 +25,7 @@ def two_files_agree(ini, project, tool):
 
 
 def opened(project, names):
-    "The requirements of some extras, those by which an extra names others of its own project opened."
+    "The requirements of some extras; where one names others of its own project, theirs too."
     for line in [l for n in names for l in project["optional-dependencies"][n]]:
         requirement = Requirement(line)
         if requirement.name != project["name"]: yield requirement
@@ -93,7 +93,8 @@ def used(project, root=ROOT):
     there = {DISTRIBUTION.get(n, n).lower() for n in names} | NEEDED_BY.keys()
     extras = opened(project, project["optional-dependencies"])
     wanted = dict.fromkeys(r.name for r in [*map(Requirement, project["dependencies"]), *extras])
-    return [f"pyproject.toml declares {n}, which nothing imports" for n in wanted if n.lower() not in there]
+    dead = [n for n in wanted if n.lower() not in there]
+    return [f"pyproject.toml declares {n}, which nothing imports" for n in dead]
 
 
 def chapters(entry):

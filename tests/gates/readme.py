@@ -26,11 +26,12 @@ def as_text(outputs):
 
 
 def in_full(target):
-    "A file below nbs/ by its full address: README.md is also the page of the package index, where no file stands beside it."
+    "The address of a file below nbs/: README.md is also a page of the package index, far from it."
     ini = settings()
     site, branch = ini["git_url"] % ini, ini["branch"]
-    if PICTURE.search(target): return f"{site.replace('github.com', 'raw.githubusercontent.com')}/{branch}/nbs/{target}"
-    return f"{site}/blob/{branch}/nbs/{target}"
+    raw = site.replace("github.com", "raw.githubusercontent.com")
+    place = f"{raw}/{branch}" if PICTURE.search(target) else f"{site}/blob/{branch}"
+    return f"{place}/nbs/{target}"
 
 
 def render(root=ROOT):

@@ -15,7 +15,7 @@ from house import ROOT, finish
 HOME = "nbs/experiments"          # where experiments and grids stand in the tree
 PACKED = "unpaired_kd/experiments" # where they stand in the wheel
 NOT_PACKED = {f"{PACKED}/dry.yaml"} # only tests read it
-UNSEEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "UKD_DEBUG") # variables that a user has not set
+UNSEEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "UKD_DEBUG") # not set by a user
 ALONE = "import sys, unpaired_kd; print(unpaired_kd.__file__, *sys.path, sep='\\n')"
 SAME = """
 import sys, numpy as np

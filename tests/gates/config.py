@@ -53,6 +53,7 @@ NEEDED_BY = {
     "ipykernel": "papermill",
     "execnb": "nbdev, which admits versions that do not fit",
     "jupyterlab": "the author of a chapter",
+    "ruff": "the gate of unused names",
     "build": "the wheel gate",
     "hatchling": "the build",
     "editables": "the build, for an editable installation",

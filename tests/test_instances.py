@@ -8,7 +8,8 @@ from scipy import ndimage
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.collections import Case, Collection
-from unpaired_kd.data.formats.images import Image, read_label, write_image
+from unpaired_kd.data.formats.images import Image, read_label
+from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.data.instances import INSTANCES, instances, instances_of
 from unpaired_kd.study.statistics import evaluate
 from unpaired_kd.inference.student import Recipe, Student, predict_path

@@ -23,7 +23,8 @@ from unpaired_kd.data.collections import (
     spelled, sub_folder)
 from .formats.files import array_hash, name_key, read_table, table_in
 from .formats.geometry import Spacing, usable
-from .formats.images import suffix_of, to_unit
+from .formats.images import suffix_of
+from .intensity import to_unit
 from .formats.pictures import companions, visible
 
 # %% ../../nbs/data/check.ipynb #10bd7318

@@ -416,9 +416,9 @@ def _where(source, case): return f"case {case.id!r}" if isinstance(source, np.nd
 
 # %% ../../nbs/data/collections.ipynb #7fc16f96
 def _read(function, path):
-    from unpaired_kd.data.formats import images
+    from unpaired_kd.data.formats import images, writing
     found = getattr(images, function)(path)
-    array = found.array if function == "read_image" else images.smallest(found.array)
+    array = found.array if function == "read_image" else writing.smallest(found.array)
     return replace(found, array=np.ascontiguousarray(array)) # rows in a row: patches are cut twice as fast
 def _key(source): return id(source) if isinstance(source, np.ndarray) else str(source)
 
@@ -455,7 +455,7 @@ def decoded(self,
 @patch_to(Collection)
 def _decode(self, case):
     "Read a whole case and bring it to [0,1] (or keep whole numbers that only need a division), zoomed."
-    from unpaired_kd.data.formats.images import prepare, zoom_label, zoom_spacing
+    from unpaired_kd.data.resampling import prepare, zoom_label, zoom_spacing
     image, label, spacing = self._raw(case)
     instances, where = None, _where(case.image, case)
     if label is not None: label, instances = label_map(label, self.classes, self.label_kind, _where(case.label, case))
@@ -565,7 +565,7 @@ def _channels_first(a, dims, id):
 
 def _whole(label, id):
     "A label array of whole numbers; booleans and whole floats become such."
-    from unpaired_kd.data.formats.images import smallest
+    from unpaired_kd.data.formats.writing import smallest
     y = np.asarray(label)
     if y.dtype.kind in "iu": return y
     try: return smallest(y)
@@ -1163,7 +1163,7 @@ def check_sizes(self,
     least:int, # pixels that rows and columns must have at the collection's zoom
 ):
     "Raise one `InputError` that lists the images which are smaller. Reads headers only."
-    from unpaired_kd.data.formats.images import zoomed_size
+    from unpaired_kd.data.resampling import zoomed_size
     faults = []
     for c in {_key(c.image): c for c in self.cases}.values():
         size = c.image.shape[-2:] if isinstance(c.image, np.ndarray) else header_size(c.image)

@@ -10,8 +10,11 @@ from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data.formats import images as image_files
 from unpaired_kd.core import read_json, write_json
 from unpaired_kd.data.resampling import prepare
-from unpaired_kd.data.collections import (Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, match_labels, open_collection,
-                                          split_groups)
+from unpaired_kd.data.collections import Collection, open_collection
+from unpaired_kd.data.labels import infer_labels
+from unpaired_kd.data.layouts import Case
+from unpaired_kd.data.matching import match_labels
+from unpaired_kd.data.splits import Split, deck, kfold_groups, label_budget, split_groups
 
 
 def picture(k, shape=(20, 24)):

@@ -7,7 +7,8 @@ import torch
 from scipy import ndimage
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.data.collections import Case, Collection
+from unpaired_kd.data.collections import Collection
+from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.data.instances import INSTANCES, instances, instances_of

@@ -28,8 +28,8 @@ from ..core import (InputError, Range, as_python, check_settings, clear_parts, d
                               resolve_precision, seeded, unknown, write_csv, write_json)
 from ..data.augment import Augment
 from ..data.formats.files import files_of, name_key, stamp
-from ..data.collections import (Collection, Split, label_budget, near_groups, open_collection,
-                                          split_groups)
+from ..data.collections import Collection, open_collection
+from ..data.splits import Split, label_budget, near_groups, split_groups
 from ..data.formats.pictures import companions
 from ..data.patches import Patches, Unpaired
 from .statistics import evaluate

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHAOS_CLASSES', 'CHAOS_GREYS', 'CHAOS_SEQUENCES', 'NEAR', 'TOUCH', 'CLOSED', 'LABEL_SERIES', 'NOTE', 'lung_mask',
            'Scan', 'load_scans', 'slice_files', 'series_of', 'grey_classes', 'case_folders', 'name_order',
-           'match_slices', 'chaos_label', 'chaos_scans', 'read_chaos', 'patient_folds', 'to_voxels', 'contour_masks',
-           'outline', 'runs_along', 'same_contour', 'inside', 'joined', 'fill_contours', 'whole', 'roi_contours',
-           'rtstruct_mask', 'chosen_segment', 'seg_mask', 'mixed_folder', 'nsclc_scans', 'read_nsclc', 'stored_rule',
-           'source_mark', 'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
+           'match_slices', 'chaos_label', 'chaos_scans', 'read_chaos', 'to_voxels', 'contour_masks', 'outline',
+           'runs_along', 'same_contour', 'inside', 'joined', 'fill_contours', 'whole', 'roi_contours', 'rtstruct_mask',
+           'chosen_segment', 'seg_mask', 'mixed_folder', 'nsclc_scans', 'read_nsclc', 'stored_rule', 'source_mark',
+           'write_scan', 'preparation', 'check_shown', 'prepare_clinical']
 
 # %% ../../../nbs/data/sets/clinical.ipynb #795580e7
 import os
@@ -23,7 +23,8 @@ import numpy as np
 
 from ...core import (InputError, digest, file_sha256, progress, read_json, unknown, write_csv,
                               write_json)
-from ..collections import Case, Collection, Split, kfold_groups
+from ..collections import Collection
+from ..layouts import Case
 from ..formats.dicom import (as_dicom, dicom_files, dicom_header, filled, read_segments,
                                             segment_names, slices_of, sort_slices)
 from ..formats.geometry import check_frame, grid_of, lay_on
@@ -212,32 +213,6 @@ def read_chaos(
     kind = CHAOS_SEQUENCES.get(sequence, ("MR",))[0]
     scans = chaos_scans(folder, sequence, labels, skip)
     return load_scans(scans, **dict(dict(name=sequence, classes=CHAOS_CLASSES[kind], intensity="percentile" if kind == "MR" else (-1000, 500)), **kw))
-
-# %% ../../../nbs/data/sets/clinical.ipynb #b2880bb3
-def patient_folds(
-    collections:dict, # name -> `Collection`; equal group names are one patient
-    k:int=5,          # folds
-    seed:int=0,       # another seed, other folds
-    valid:int=0,      # patients taken from the training part for "val"
-)->list: # k dicts of name -> `Split`, with parts "train", ("val",) "test"
-    "Cross-validation by patient over several collections: no patient is in two parts of a fold, in whichever collection. Raises `InputError` for impossible k, and for a fold that leaves a collection without a part."
-    if not collections: raise InputError("collections is empty: give at least one, as name=collection.")
-    first, cases = next(iter(collections.values())), []
-    where = {}
-    for name, c in collections.items():
-        for g in c.groups: where.setdefault(g, set()).add(name)
-    for name, c in collections.items(): # the deck spreads patients of equal presence evenly
-        cases += [replace(v, id=f"{name}\n{v.id}", label_group="+".join(sorted(where[v.group]))) for v in c.cases]
-    marks, out = {name: c.fingerprint() for name, c in collections.items()}, []
-    for i, joint in enumerate(kfold_groups(first._with(cases, name=" and ".join(collections)), k, seed, valid)):
-        fold = {}
-        for name, c in collections.items():
-            parts = {part: [v.split("\n", 1)[1] for v in ids if v.split("\n", 1)[0] == name] for part, ids in joint.parts.items()}
-            empty = [part for part, ids in parts.items() if not ids]
-            if empty: raise InputError(f"fold {i}: collection {name!r} has no image in part {', '.join(empty)}. Its patients are too few for k={k}: choose a smaller k.")
-            fold[name] = Split(parts, marks[name])
-        out.append(fold)
-    return out
 
 # %% ../../../nbs/data/sets/clinical.ipynb #56427303
 def to_voxels(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...core import (InputError, file_sha256, progress, rng, unknown, write_csv,
                               atomic_folder)
-from ..collections import split_groups
+from ..splits import split_groups
 from ..formats.images import Image, list_images, read_image, suffix_of
 from ..formats.writing import write_image, write_label
 

@@ -87,8 +87,8 @@ class Decoded:
 
 # %% ../../nbs/data/collections.ipynb #68f0b776
 class Store:
-    "Values that were expensive to make, the least recently used dropped first when `gigabytes` "
-    "are full."
+    """Values that were expensive to make, the least recently used dropped first when `gigabytes`
+    are full."""
 
     def __init__(self,
         gigabytes:float, # memory that the values may take
@@ -275,8 +275,8 @@ def decoded(self,
 
 @patch_to(Collection)
 def _decode(self, case):
-    "Read a whole case and bring it to [0,1] (or keep whole numbers that only need a division), "
-    "zoomed."
+    """Read a whole case and bring it to [0,1] (or keep whole numbers that only need a division),
+    zoomed."""
     image, label, spacing = self._raw(case)
     instances, where = None, _where(case.image, case)
     if label is not None:
@@ -442,8 +442,8 @@ def from_folders(cls,
     labels=None,       # as in `from_manifest`; None: required if there is a label folder
     **kw,              # see `Collection`
 )->Collection:
-    "The images of a folder, in the order of their names; patients from groups.csv or from the "
-    "file name."
+    """The images of a folder, in the order of their names; patients from groups.csv or from the
+    file name."""
     folder = Path(folder)
     cases, faults = folder_cases(folder, group, labels)
     refuse_first(faults)
@@ -458,8 +458,8 @@ def from_lotus(cls,
     split:str=None,    # "train", "val" or "test" where the data come so divided
     **kw,              # see `Collection`
 )->Collection:
-    "Images in the folder layout of the LOTUS repository: <modality>/[<label "
-    "group>/]<patient>/{tissue images,mask binary}/."
+    """Images in the folder layout of the LOTUS repository: <modality>/[<label
+    group>/]<patient>/{tissue images,mask binary}/."""
     cases, faults = lotus_cases(folder, modality, labels, split)
     refuse_first(faults)
     return cls(cases, **dict(dict(name=modality), **kw))
@@ -504,8 +504,8 @@ def slices(self,
     axis:int=0,           # spatial axis to cut across
     keep:str="labelled",  # "labelled": slices with foreground; "all"
 )->Collection:
-    "Volumes as 2-D cases with ids like ct_000/z012, in the same groups. Reads all labels (or "
-    "images, where there are none)."
+    """Volumes as 2-D cases with ids like ct_000/z012, in the same groups. Reads all labels (or
+    images, where there are none)."""
     if self.dims != 3:
         raise InputError(f"collection {self.name!r} is {self.dims}-D: only volumes can be cut into "
                          "slices.")

@@ -114,8 +114,8 @@ def slabs(
     budget:int, # voxels in all
     planes:int=16, # cuts along the first axis that is longer than 4 (channels are never left out)
 ): # iterates over flat arrays
-    "Pieces of the source, about `budget` voxels together; never are more than `budget` in memory "
-    "twice."
+    """Pieces of the source, about `budget` voxels together; never are more than `budget` in memory
+    twice."""
     axis = next((i for i, n in enumerate(shape) if n > 4), 0)
     lead = int(np.prod(shape[:axis]))
     n, rest = shape[axis], shape[axis + 1:]

@@ -46,8 +46,8 @@ def one_value(
     label:np.ndarray, # integers, not negative
     high:int,         # their maximum
 )->bool:
-    "Whether the label holds 0 and one other value, and nothing else. 0 may be missing beside a "
-    "value of `WHITE`."
+    """Whether the label holds 0 and one other value, and nothing else. 0 may be missing beside a
+    value of `WHITE`."""
     marked = np.count_nonzero(label)
     return marked == np.count_nonzero(label == high) and (marked < label.size or high in WHITE)
 

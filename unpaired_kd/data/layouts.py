@@ -25,8 +25,8 @@ from .matching import label_pairs
 # %% ../../nbs/data/layouts.ipynb #10a63f47
 @dataclass(frozen=True, eq=False)
 class Case:
-    "One image and what we know about it. `image` and `label` are paths, or arrays for images that "
-    "were made in memory."
+    """One image and what we know about it. `image` and `label` are paths, or arrays for images that
+    were made in memory."""
     id: str                      # unique in its collection
     image: object                # path, or array (C,*s)
     label: object = None         # path, or integer array (*s); None: no label

@@ -27,8 +27,8 @@ def resize(
     x:np.ndarray, # (..., H, W) float
     size:tuple,   # (H', W')
 )->np.ndarray: # (..., H', W') float32
-    "Linear interpolation in the plane, antialiased when it shrinks. Planes and channels do not "
-    "mix."
+    """Linear interpolation in the plane, antialiased when it shrinks. Planes and channels do not
+    mix."""
     x = np.ascontiguousarray(x, np.float32)
     if tuple(x.shape[-2:]) == tuple(size):
         return x
@@ -44,8 +44,8 @@ def prepare(
     invert:bool=False,   # bright becomes dark
     zoom:float=1.0,      # in-plane factor
 )->np.ndarray: # float32 (C,*s'), in [0,1]
-    "From raw values to what a network sees. Give whole volumes: percentiles are of the whole "
-    "array."
+    """From raw values to what a network sees. Give whole volumes: percentiles are of the whole
+    array."""
     x = to_unit(array, intensity)
     if invert:
         x = 1 - x

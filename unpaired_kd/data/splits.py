@@ -24,8 +24,8 @@ def deck(
     colour:dict,              # group -> its label group
     r:np.random.Generator,    # source of the shuffle
 )->list: # all groups; any stretch holds the label groups in nearly their true shares
-    "Shuffle groups so that label groups are evenly interleaved. The order of `colour` does not "
-    "matter."
+    """Shuffle groups so that label groups are evenly interleaved. The order of `colour` does not
+    matter."""
     place = {}
     for c in sorted(set(colour.values())):
         cards = sorted(g for g in colour if colour[g] == c)
@@ -53,8 +53,8 @@ def ids_of(
 # %% ../../nbs/data/splits.ipynb #e18939c6
 @dataclass
 class Split:
-    "Which case ids belong to which part. `data` is the fingerprint of the collection that was "
-    "split."
+    """Which case ids belong to which part. `data` is the fingerprint of the collection that was
+    split."""
     parts: dict     # part name -> list of ids
     data: str = ""  # `Collection.fingerprint()`
 
@@ -123,8 +123,8 @@ def check_data(
 def images_only(
     collection, # `Collection`
 )->str: # 12 digits
-    "The fingerprint as it was before labels and contents of files were part of it, to read old "
-    "splits."
+    """The fingerprint as it was before labels and contents of files were part of it, to read old
+    splits."""
     def mark(c):
         if c.sha256[0]:
             return c.sha256[0]

@@ -96,8 +96,8 @@ def nifti_place(
     dims:int=3, # spatial axes of the image
     path="",    # file, for the warning
 )->NiftiPlace:
-    "Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they "
-    "disagree."
+    """Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they
+    disagree."""
     fields = {k: np.array(stored[k]) for k in PLACE}
     found, notes = nifti_forms(header, stored, dims)
     for name in ("sform", "qform"):

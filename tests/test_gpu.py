@@ -1,4 +1,4 @@
-"""`make gpu`, small, on the CPU; and what must hold on a device: the CPU's numbers, its label maps, a run that goes on."""
+"""`make gpu`, small, on the CPU; and what must hold on a device: the CPU's losses and label maps."""
 import json
 import os
 import subprocess
@@ -74,11 +74,15 @@ def test_every_step_ended_well(small):
 def test_every_method_is_there_in_both_precisions_and_with_all_its_stages(small):
     _, found = small
     rows = [s for s in found["steps"] if s["kind"] == "training"]
-    assert {(s["method"], s["precision"]) for s in rows} == {(m, p) for m in methods() for p in ("fp32", "bf16")}
+    both = {(m, p) for m in methods() for p in ("fp32", "bf16")}
+    assert {(s["method"], s["precision"]) for s in rows} == both
     stages = {m: {s["stage"] for s in rows if s["method"] == m} for m in methods()}
-    assert stages["vpbsd"] == {"pretrain", "finetune", "distil"} and stages["lotus"] == {"denoise", "distil"}
-    assert {s["preset"] for s in rows if s["method"] == "lotus"} == {"recommended", "paper", "released"}
-    for s in rows: assert 0 < s["seconds_per_step"] and 0 < s["images_per_second"] and s["first_losses"]
+    assert stages["vpbsd"] == {"pretrain", "finetune", "distil"}
+    assert stages["lotus"] == {"denoise", "distil"}
+    presets = {s["preset"] for s in rows if s["method"] == "lotus"}
+    assert presets == {"recommended", "paper", "released"}
+    for s in rows:
+        assert s["seconds_per_step"] > 0 and s["images_per_second"] > 0 and s["first_losses"]
 
 
 def test_bf16_begins_where_fp32_does(small):
@@ -150,7 +154,8 @@ def test_carried_packages_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "before")
     assert machine.prepare(str(tmp_path)) and machine.missing(["carried_example"]) == []
     assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path), "before"]
-    with pytest.raises(SystemExit, match="not a folder"): machine.unpacked(tmp_path / "none", tmp_path)
+    with pytest.raises(SystemExit, match="not a folder"):
+        machine.unpacked(tmp_path / "none", tmp_path)
 
 
 def test_carried_wheels_are_installed_without_a_network(tmp_path):
@@ -158,13 +163,16 @@ def test_carried_wheels_are_installed_without_a_network(tmp_path):
     name, record = "carried_wheel-1.0", "carried_wheel-1.0.dist-info"
     with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as z:
         z.writestr("carried_wheel.py", "x = 1")
-        z.writestr(f"{record}/METADATA", "Metadata-Version: 2.1\nName: carried-wheel\nVersion: 1.0\n")
-        z.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(f"{record}/METADATA",
+                   "Metadata-Version: 2.1\nName: carried-wheel\nVersion: 1.0\n")
+        z.writestr(f"{record}/WHEEL",
+                   "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         z.writestr(f"{record}/RECORD", "")
     folder = machine.unpacked(tmp_path, tmp_path / "site")
     assert (folder / "carried_wheel.py").read_text() == "x = 1"
     (tmp_path / "broken-1.0-py3-none-any.whl").write_text("no zip")
-    with pytest.raises(SystemExit, match="UKD_WHEELS"): machine.unpacked(tmp_path, tmp_path / "other")
+    with pytest.raises(SystemExit, match="UKD_WHEELS"):
+        machine.unpacked(tmp_path, tmp_path / "other")
 
 
 def fails(say, *more): raise ValueError("first line\nsecond line")
@@ -178,9 +186,12 @@ def half(say, *more):
 
 
 @pytest.mark.parametrize("run, status, error, fine", [
-    (fails, ["failed"], "ValueError: first line", True), (imports, ["left out"], "needs monai", True),
-    (late, ["left out"], "its time was over", True), (spoilt, ["failed"], "CUDA error", False),
-    (silent, ["failed"], "said nothing", True), (half, ["ok", "failed"], "then this", True)])
+    (fails, ["failed"], "ValueError: first line", True),
+    (imports, ["left out"], "needs monai", True),
+    (late, ["left out"], "its time was over", True),
+    (spoilt, ["failed"], "CUDA error", False),
+    (silent, ["failed"], "said nothing", True),
+    (half, ["ok", "failed"], "then this", True)])
 def test_whatever_a_step_does_becomes_a_record(run, status, error, fine):
     heard = []
     step = work.Step("one", "speed", run, dict(precision="bf16"))
@@ -191,7 +202,8 @@ def test_whatever_a_step_does_becomes_a_record(run, status, error, fine):
 
 def test_after_its_time_a_step_is_left_out_and_noted():
     heard = []
-    work.guarded(work.Step("one", "speed", fails, {}), heard.append, "cpu", True, time.monotonic() - 1)
+    step = work.Step("one", "speed", fails, {})
+    work.guarded(step, heard.append, "cpu", True, time.monotonic() - 1)
     assert [h["status"] for h in heard] == ["left out"]
 
 
@@ -211,11 +223,13 @@ DIES = textwrap.dedent("""
 
 @pytest.mark.parametrize("seconds, statuses", [
     (0, ["ok", "failed", "ok", "ok"]), (60, ["ok", "failed", "left out", "left out"])])
-def test_a_process_that_dies_or_hangs_takes_only_its_own_step_with_it(tmp_path, monkeypatch, seconds, statuses):
+def test_a_process_that_dies_or_hangs_loses_only_its_own_step(
+        tmp_path, monkeypatch, seconds, statuses):
     main, script = main_program(), tmp_path / "dies.py"
     monkeypatch.setattr(main, "GRACE", 1)
     script.write_text(DIES)
-    heard = main.Collected([(str(i), "speed") for i in range(4)], ("name", "status", "error"), lambda r: None)
+    steps, fields = [(str(i), "speed") for i in range(4)], ("name", "status", "error")
+    heard = main.Collected(steps, fields, lambda records: None)
     until = time.monotonic() + (2 if seconds else 60)
     main.run_all([sys.executable, str(script), str(seconds)], heard, until, "#")
     assert [r["status"] for r in heard.records] == statuses
@@ -287,8 +301,8 @@ def without_jumps(case):
 
 
 def all_losses(case, device, folder, precision="fp32"):
-    """Every term of every one of five steps a stage, in their order. The rate is small: Adam makes a
-    full step of whatever sign rounding gives to a gradient that is zero."""
+    """Every term of every one of five steps a stage, in their order. The rate is small: Adam makes
+    a full step of whatever sign rounding gives to a gradient that is zero."""
     seen, plan = [], Plan(device, precision, 1, 3, rate=1e-5)
     def train(method):
         run = learner_of(method, Blocks(case.size, device), folder / type(method).__name__, plan)
@@ -306,7 +320,9 @@ def heard(losses, seen):
         value = f()
         seen.append((term, value.item()))
         return value
-    return lambda batch, noise: {k: (lambda k=k, f=f: keep(k, f)) for k, f in losses(batch, noise).items()}
+    def listed(batch, noise):
+        return {k: (lambda k=k, f=f: keep(k, f)) for k, f in losses(batch, noise).items()}
+    return listed
 
 
 @pytest.mark.gpu
@@ -323,7 +339,7 @@ def test_a_device_computes_the_losses_of_the_cpu(tmp_path, exact, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
 def test_bf16_stays_finite_on_a_device(tmp_path, case):
-    seen = all_losses(case, DEVICE, tmp_path, "bf16") # the learner refuses gradients that are not finite
+    seen = all_losses(case, DEVICE, tmp_path, "bf16") # the learner looks at the gradients
     assert seen and all(np.isfinite(v) for _, v in seen)
 
 
@@ -336,7 +352,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, exact):
     size = replace(case.size, config=case.size.config | {"classes": 1})
     settings = Settings(epochs=4, steps=3, device=DEVICE, precision="fp32", bars=False)
     def learner(folder, **k):
-        return Learner(Single(network(size, "student")), Blocks(size), tmp_path / folder, settings=settings, **k)
+        method = Single(network(size, "student"))
+        return Learner(method, Blocks(size), tmp_path / folder, settings=settings, **k)
     def stop(row):
         if row["epoch"] == 2: raise Stop
     whole = learner("whole")
@@ -348,7 +365,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, exact):
     for a, b in zip(whole.method.student.parameters(), again.method.student.parameters()):
         assert torch.allclose(a, b, atol=1e-5)
     fresh = network(size, "student").to(DEVICE)
-    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(fresh.parameters(), again.method.student.parameters()))
+    ends = again.method.student.parameters()
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(fresh.parameters(), ends))
 
 
 @pytest.mark.gpu
@@ -373,7 +391,9 @@ def test_blocks_of_a_volume_on_a_device_are_those_of_the_cpu(tmp_path, exact):
     maps = []
     for i, device in enumerate(("cpu", DEVICE)):
         out = tmp_path / f"{i}.tif"
-        t = predict_volume(tmp_path / "student", tmp_path / "raw.tif", out, tile=16, device=device, spacing=1)
+        t = predict_volume(tmp_path / "student", tmp_path / "raw.tif", out, tile=16, device=device,
+                           spacing=1)
         assert t["blocks"] > 8
         maps.append(tifffile.imread(out).astype(int))
-    assert np.abs(maps[0] - maps[1]).max() <= 1 and len(np.unique(maps[0])) > 2 # bytes: rounded probabilities
+    assert len(np.unique(maps[0])) > 2
+    assert np.abs(maps[0] - maps[1]).max() <= 1 # bytes: rounded probabilities

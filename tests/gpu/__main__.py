@@ -1,4 +1,4 @@
-"""Does the project run on this machine's accelerator, and how fast? `python tests/gpu`, or `make gpu`."""
+"""Does the project run on this machine's accelerator, and how fast? `make gpu`."""
 import argparse
 import json
 import os
@@ -78,7 +78,8 @@ def run_once(
     mark:str,         # that begins its messages
 )->int: # exit code
     "Start a process and listen until it ends; other lines go to standard error."
-    process = subprocess.Popen([*command, "--first", str(heard.next)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--first", str(heard.next)],
+                               stdout=subprocess.PIPE, text=True)
     clock = threading.Timer(max(0, until - time.monotonic()) + GRACE - 1, process.kill)
     clock.start()
     try:
@@ -96,15 +97,17 @@ def run_all(
     heard:Collected,  # as in `run_once`
     until:float, mark:str, # as in `run_once`
 ):
-    "Start processes until every step has a record. One that dies takes its own step with it, no other."
+    "Start processes until every step has a record. One that dies loses its own step, no other."
     while heard.next < len(heard.names):
         if time.monotonic() > until:
             heard.lost("left out", "the time was over")
             continue
         code = run_once(command, heard, until, mark)
-        unsaid = heard.now is not None or code not in (0, SPOILED) # it died, in a step or before one
-        if unsaid and time.monotonic() <= until: heard.lost("failed", f"the process ended with {code}")
-        elif heard.now is not None: heard.lost("left out", "stopped: the time was over")
+        over, within = time.monotonic() > until, heard.now is not None
+        if over and within:
+            heard.lost("left out", "stopped: the time was over")
+        elif not over and (within or code not in (0, SPOILED)): # it died, in a step or before one
+            heard.lost("failed", f"the process ended with {code}")
 
 
 def table(
@@ -128,8 +131,8 @@ def arguments(argv=None):
     p.add_argument("--small", action="store_true", help="tiny sizes, on the CPU: does it all run?")
     p.add_argument("--out", default="runs/gpu.json", help="where the record goes")
     p.add_argument("--seconds", type=float, default=360, help="time for everything, s")
-    p.add_argument("--first", type=int, help=argparse.SUPPRESS)    # a working process: its first step
-    p.add_argument("--until", type=float, help=argparse.SUPPRESS)  # and the end of its time
+    p.add_argument("--first", type=int, help=argparse.SUPPRESS) # a working process: its first step,
+    p.add_argument("--until", type=float, help=argparse.SUPPRESS) # and the end of its time
     return p.parse_args(argv)
 
 
@@ -149,7 +152,7 @@ def refused(
     if names: return absent(names)
     import torch
     if not small and not torch.cuda.is_available():
-        return "there is no accelerator that torch can use. --small runs the same, tiny, on the CPU."
+        return "there is no accelerator that torch can use. --small runs the same on the CPU, tiny."
     return ""
 
 

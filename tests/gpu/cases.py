@@ -1,4 +1,4 @@
-"""Every method of the project, built as a study builds it: networks, options and batches, at full size and small."""
+"""Every method of the project as a study builds it: networks, options, batches; full size or small."""
 from dataclasses import dataclass, field, replace
 
 import torch

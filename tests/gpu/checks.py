@@ -93,7 +93,7 @@ def finished(
     until:float,  # end of the time
     **more,       # environment
 )->tuple: # exit code, standard output, standard error
-    "Run another program. At the end of the time it and all that it started are killed: `OutOfTime`."
+    "Run another program. At the end of the time it is killed with all it started: `OutOfTime`."
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, **more}, start_new_session=True)
     try:
@@ -147,7 +147,8 @@ def pytest_gpu(
 def two_processes(
     say:Callable, device:str, small:bool, until:float, # see `speed.variation`
 ):
-    "LOTUS and a VpbSD teacher on two devices (small: two processes of the CPU): equal weights in both."
+    """LOTUS and VpbSD on two devices (small: in two processes of the CPU). `AssertionError` unless both
+    end with the same weights."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         say(status="left out", error="this machine has one device")
         return

@@ -29,9 +29,9 @@ def unpacked(
     if not folder.is_dir(): raise SystemExit(f"UKD_WHEELS={folder} is not a folder.")
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels: return folder.resolve()
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
-                           "--disable-pip-version-check", "--target", str(into), *wheels],
-                          capture_output=True, text=True)
+    options = ("--quiet", "--no-index", "--no-deps", "--disable-pip-version-check")
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options,
+                           "--target", str(into), *wheels], capture_output=True, text=True)
     if done.returncode: raise SystemExit(f"UKD_WHEELS={folder}: {done.stderr.strip()}")
     return Path(into)
 

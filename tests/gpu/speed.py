@@ -145,9 +145,11 @@ def steps(
     plain = naive(placed(task.lotus(**same), device), batch)
     step = ours(task.lotus(**same), batch)
     close(step(), plain(), .05)
-    compared(say, f"LOTUS step, {task.name}", plain, step, rounds, until, images, "naive script, fp32")
-    compared(say, f"distillation step, {task.name}", ours(Single(copy.deepcopy(task.student)), batch),
-             ours(task.lotus(), batch), rounds, until, images, "student alone")
+    compared(say, f"LOTUS step, {task.name}", plain, step, rounds, until, images,
+             "naive script, fp32")
+    alone_step = ours(Single(copy.deepcopy(task.student)), batch)
+    compared(say, f"distillation step, {task.name}", alone_step, ours(task.lotus(), batch), rounds,
+             until, images, "student alone")
 
 
 def sliding(

@@ -155,7 +155,8 @@ class Training:
     ):
         "A stage is over: say what it took."
         losses = {k: float(v) for k, v in self.first.items()}
-        odd = [k for k, v in {**losses, **row}.items() if isinstance(v, float) and not math.isfinite(v)]
+        numbers = {k: v for k, v in {**losses, **row}.items() if isinstance(v, float)}
+        odd = [k for k, v in numbers.items() if not math.isfinite(v)]
         assert not odd, f"not finite: {', '.join(odd)}"
         took = self.watch.seconds(self.plan.warm)
         self.say(stage=row["stage"], status="ok", seconds_per_step=took, peak_mb=peak_mb(),

@@ -1,4 +1,4 @@
-"""The steps, one after another in one process; the main program starts another where this one dies."""
+"""The steps, one after another in one process; where it dies, the main program starts another."""
 import json
 import sys
 import time
@@ -130,7 +130,8 @@ def work(
     warnings.filterwarnings("ignore", "stage .* ended at its cap")
     warnings.filterwarnings("ignore", "no weights of VGG19")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not bf16_supported(device): print("bf16 is emulated here", file=sys.stderr)
+    if device == "cuda" and not bf16_supported(device):
+        print("bf16 is emulated on this device", file=sys.stderr)
     for i, step in enumerate(all_steps(small)):
         if i < first: continue
         send("begin", i)

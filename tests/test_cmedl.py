@@ -100,7 +100,7 @@ def updates(r, stage=0, step=0):
     for u in stage.updates:
         for net in everything(r).values():
             for p in net.parameters(): p.grad = None
-        yield u, r._update(u, batch, r._noise(step))
+        yield u, r._update(u, [(batch, r._noise(step))])
 
 
 def everything(r): return {**r.method.networks, **r.method.frozen}

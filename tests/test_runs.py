@@ -334,7 +334,7 @@ def test_a_record_of_another_kind_is_named(run, tmp_path):
 def test_a_teacher_that_was_trained_again_with_another_result_fits_no_old_student(run, tmp_path):
     import torch
     from unpaired_kd.study.records import keep_record, record_of
-    from unpaired_kd.methods.lotus import weights_digest
+    from unpaired_kd.networks.registry import weights_digest
     from unpaired_kd.core import digest
     data, whole, found = run
     folder = Path(shutil.copytree(whole, tmp_path / "run"))

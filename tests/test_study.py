@@ -222,7 +222,7 @@ def test_names_of_arms_that_a_disk_can_tell_apart():
 
 
 def test_shuffled_labels_are_a_function_of_the_step():
-    from unpaired_kd.methods.single import ShuffledLabels
+    from unpaired_kd.methods.controls import ShuffledLabels
     from unpaired_kd.study.run import source
     config = StudyConfig(patch=48, batch=2)
     patches = source(config, split_data(config, 0).teacher_train, 0, "teacher", 3)

@@ -20,7 +20,7 @@ from unpaired_kd.distillation.codebook import kmeans, unit
 from unpaired_kd.losses.segmentation import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
 from unpaired_kd.methods.kinds import make_method, method_options
-from unpaired_kd.methods.lotus import weights_digest
+from unpaired_kd.networks.registry import weights_digest
 from unpaired_kd.methods.single import Single
 from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
                                        pattern_learning, pseudo_loss, random_table, teacher_options)

@@ -22,8 +22,8 @@ from ..training.learner import Method, Stage, Update
 from ..distillation.hints import LEVELS, REDUCTIONS, feature_rms, hint_layers, hint_loss
 from ..distillation.soft_labels import soft_label_kl
 from ..losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
-from .lotus import weights_digest
-from .single import calibrate
+from ..networks.registry import weights_digest
+from ..training.calibrate import calibrate
 from ..networks.taps import Taps
 from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
 from ..translation.cyclegan import (GAN_KINDS, UPSAMPLE, Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,

@@ -27,8 +27,9 @@ from ..distillation.codebook import FSQ, Codebook, code_use, codebook_health, ne
 from ..distillation.hints import hint_loss
 from ..distillation.patterns import PatternProjector, pattern_loss, to_grid, unit
 from ..losses.segmentation import segmentation_loss
-from .lotus import weights_digest
-from .single import Single, calibrate
+from .single import Single
+from ..networks.registry import weights_digest
+from ..training.calibrate import calibrate
 from ..networks.taps import Taps, tap_channels
 from ..networks.unet import layer
 from ..networks.volumes import GridDecoder, encoder

@@ -37,9 +37,9 @@ from ..inference.student import Recipe, Student
 from ..distillation.patterns import codebook_digest, same_codebook
 from ..training.learner import Learner, NotSettled, Settings, learning_rate, load_checkpoint, weight_table
 from ..methods.kinds import KINDS, make_method, method_options
-from ..methods.lotus import weights_digest
-from ..methods.single import ShuffledLabels, Single, initialise, placebo
-from ..networks.registry import build, load_weights
+from ..methods.controls import ShuffledLabels, initialise, placebo
+from ..methods.single import Single
+from ..networks.registry import build, load_weights, weights_digest
 from .report import load_rows, save_rows
 from .records import (DATA, DONE, check_data, file_sum, keep_record, keep_tables,
                               read_sealed, record_of, records, verified, write_sealed)

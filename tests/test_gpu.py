@@ -1,4 +1,4 @@
-"""`make gpu`, small, on the CPU; and what must hold on a device: the CPU's losses and label maps."""
+"""`make gpu`, small, on the CPU; and on a device: the CPU's losses, label maps and resumed runs."""
 import json
 import os
 import subprocess

@@ -103,10 +103,11 @@ def run_all(
             heard.lost("left out", "the time was over")
             continue
         code = run_once(command, heard, until, mark)
-        over, within = time.monotonic() > until, heard.now is not None
+        over = time.monotonic() > until
+        within = heard.now is not None # it was in the middle of a step
         if over and within:
             heard.lost("left out", "stopped: the time was over")
-        elif not over and (within or code not in (0, SPOILED)): # it died, in a step or before one
+        elif not over and (within or code not in (0, SPOILED)):
             heard.lost("failed", f"the process ended with {code}")
 
 
@@ -116,12 +117,13 @@ def table(
     "Name, status, and what was measured."
     rows = []
     for r in records:
-        ms, mb, away = r["seconds_per_step"], r["peak_mb"], r["difference"]
         name = f"{r['name']}, {r['stage']}" if r["stage"] else r["name"]
-        rows.append(f"{name:52s} {r['status']:9s}" + (f" {1e3 * ms:10.1f} ms" if ms else " " * 14)
-                    + (f" {mb:9.0f} MB" if mb else " " * 13)
-                    + (f"  {away:.1%} from fp32" if away is not None else "")
-                    + (f"  {r['error']}" if r["error"] else ""))
+        step, peak, away = r["seconds_per_step"], r["peak_mb"], r["difference"]
+        cells = [f"{name:52s}", f"{r['status']:8s}",
+                 f"{1e3 * step:10.1f} ms" if step else " " * 13,
+                 f"{peak:9.0f} MB" if peak else " " * 12,
+                 "" if away is None else f"{away:.1%} from fp32", r["error"]]
+        rows.append(" ".join(cells).rstrip())
     return "\n".join(rows)
 
 
@@ -189,7 +191,8 @@ def whole(
 
 def main():
     "One call: the program itself, or one of its working processes."
-    begin, args = time.monotonic(), arguments()
+    begin = time.monotonic()
+    args = arguments()
     if args.small: os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.first is not None:
         sys.path.insert(1, str(machine.ROOT))

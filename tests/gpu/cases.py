@@ -1,4 +1,4 @@
-"""Every method of the project as a study builds it: networks, options, batches; full size or small."""
+"""Every method of the project as a study builds it: networks, options, batches; full or small."""
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,9 +105,11 @@ def train_case(
     train,     # function of a `Method`: trains it
 ):
     "Build the case and train it; a teacher that must be trained before comes first."
-    kind, size = KINDS[case.method], case.size
+    kind = KINDS[case.method]
+    size = case.size
     options = method_options(case.method, case.preset, size.options, size.side)
-    student, teacher = network(size, "student"), None
+    student = network(size, "student")
+    teacher = None
     if kind.first:
         first = kind.first(student, options, EPOCHS, SEED)
         train(first)

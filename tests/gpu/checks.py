@@ -118,7 +118,8 @@ def outcomes(
     report, # JUnit's XML, of pytest
 )->tuple: # ({outcome: number}, messages of what failed)
     "Count what happened to the tests."
-    counts, said = dict(passed=0, failed=0, skipped=0), []
+    counts = dict(passed=0, failed=0, skipped=0)
+    said = []
     for case in ElementTree.parse(report).iter("testcase"):
         wrong = [c for c in case if c.tag in ("failure", "error")]
         skipped = case.find("skipped") is not None
@@ -147,7 +148,7 @@ def pytest_gpu(
 def two_processes(
     say:Callable, device:str, small:bool, until:float, # see `speed.variation`
 ):
-    """LOTUS and VpbSD on two devices (small: in two processes of the CPU). `AssertionError` unless both
+    """LOTUS and VpbSD on two devices (small: two processes). `AssertionError` unless both
     end with the same weights."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         say(status="left out", error="this machine has one device")

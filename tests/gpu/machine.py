@@ -40,7 +40,8 @@ def prepare(
     wheels:str, # value of UKD_WHEELS; "": nothing is carried
 )->str: # folder to remove at the end, or ""
     "Put the checkout and carried packages on the path, for this process and those it starts."
-    scratch, paths = "", [str(ROOT)]
+    scratch = ""
+    paths = [str(ROOT)]
     if wheels:
         scratch = tempfile.mkdtemp()
         paths.append(str(unpacked(wheels, scratch)))

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cases import Blocks, case_of, train_case
 from timed import Plan, Stopwatch, learner_of
-from unpaired_kd.methods.lotus import weights_digest
+from unpaired_kd.networks.registry import weights_digest
 
 
 class Together:

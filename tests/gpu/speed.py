@@ -113,7 +113,8 @@ def variation(
     until:float,  # end of the time
 ):
     "The variation map, forward and backward, against the notebook's map of centres."
-    usual, side = notebook_names(NOTEBOOK)["centre_map"], 32 if small else 512
+    usual = notebook_names(NOTEBOOK)["centre_map"]
+    side = 32 if small else 512
     f = torch.randn(1, 64, side, side, generator=torch_rng(0, "f")).to(device).requires_grad_()
     w = torch.randn(1, side, side, generator=torch_rng(0, "w")).to(device)
     for classes in (2, 8):
@@ -138,11 +139,13 @@ def steps(
 ):
     "A step of LOTUS against the notebook's naive script, and against the student alone."
     here = measured_here(device)
-    task, rounds = here["Task"](small), 2 if small else 20
+    task = here["Task"](small)
+    rounds = 2 if small else 20
     batch = {k: b.to(device) for k, b in task.batch.items()}
-    ours, naive, images = here["library_step"], here["naive_step"], len(batch["student"])
+    ours = here["library_step"]
     same = here["SAME"]
-    plain = naive(placed(task.lotus(**same), device), batch)
+    images = len(batch["student"])
+    plain = here["naive_step"](placed(task.lotus(**same), device), batch)
     step = ours(task.lotus(**same), batch)
     close(step(), plain(), .05)
     compared(say, f"LOTUS step, {task.name}", plain, step, rounds, until, images,

@@ -93,7 +93,9 @@ def guarded(
     until:float,    # end of the time, as `time.monotonic` counts
 )->bool: # False: this process is spoiled
     "Run a step; whatever happens becomes a record."
-    said, begin, fine = [], time.monotonic(), True
+    said = []
+    begin = time.monotonic()
+    fine = True # this process can go on
     def say(**found):
         said.append(record(step, **{"seconds": round(time.monotonic() - begin, 3), **found}))
         tell(said[-1])

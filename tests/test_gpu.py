@@ -55,6 +55,7 @@ def small(tmp_path_factory):
     return done, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_record_says_where_and_what(small):
     _, found = small
     assert found["small"] and found["device"]["type"] == "cpu"
@@ -65,12 +66,14 @@ def test_the_record_says_where_and_what(small):
     for step in found["steps"]: assert step.keys() == {*work.FIELDS, "difference"}
 
 
+@pytest.mark.slow
 def test_every_step_ended_well(small):
     _, found = small
     assert {s["name"] for s in found["steps"]} == {s.name for s in work.all_steps(True)}
     assert {s["name"]: s["error"] for s in found["steps"] if s["status"] != "ok"} == {}
 
 
+@pytest.mark.slow
 def test_every_method_is_there_in_both_precisions_and_with_all_its_stages(small):
     _, found = small
     rows = [s for s in found["steps"] if s["kind"] == "training"]
@@ -85,6 +88,7 @@ def test_every_method_is_there_in_both_precisions_and_with_all_its_stages(small)
         assert s["seconds_per_step"] > 0 and s["images_per_second"] > 0 and s["first_losses"]
 
 
+@pytest.mark.slow
 def test_bf16_begins_where_fp32_does(small):
     _, found = small
     away = [s["difference"] for s in found["steps"] if s["precision"] == "bf16" and s["fresh"]]
@@ -92,6 +96,7 @@ def test_bf16_begins_where_fp32_does(small):
     assert sum(away) > 0 # it was another number format
 
 
+@pytest.mark.slow
 def test_speed_and_label_maps_and_processes_are_there(small):
     _, found = small
     rows = {s["name"]: s for s in found["steps"]}
@@ -102,6 +107,7 @@ def test_speed_and_label_maps_and_processes_are_there(small):
     assert set(rows["tests marked gpu"]["detail"]) == {"passed", "failed", "skipped"}
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_row(small):
     done, found = small
     for s in found["steps"]: assert any(l.startswith(s["name"]) for l in done.stdout.splitlines())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.methods.kinds import KINDS, make_method, method_options
+from unpaired_kd.methods.registry import all_methods, make_method, method_class, options_of
 from unpaired_kd.networks.registry import build
 
 EPOCHS = 2  # what a method is told: enough for every stage, one epoch each
@@ -63,7 +63,7 @@ EVERY_PRESET = ("lotus",)  # methods whose presets differ in what they compute
 
 def methods()->dict: # name -> names of its presets
     "The methods of the project and their presets. A new method is here at once."
-    return {name: tuple(kind.presets) or ("recommended",) for name, kind in KINDS.items()}
+    return {name: tuple(cls.presets) or ("recommended",) for name, cls in all_methods().items()}
 
 
 def case_of(
@@ -100,22 +100,40 @@ def network(
         return build(size.network, size.config)
 
 
+class School:
+    "Gives a method its teacher: fresh networks, or one that is trained first."
+    def __init__(self,
+        size:Size, # of the networks
+        student,   # network to be taught
+        options,   # of the method
+        train,     # function of a `Method`: trains it
+    ):
+        self.size, self.student, self.options, self.train = size, student, options, train
+
+    def expert(self):
+        "Of random weights: nothing is learned here, only timed."
+        return network(self.size, "teacher")
+
+    def peer(self, of):
+        "A second network."
+        return network(self.size, "teacher")
+
+    def pretrained(self, kind):
+        "Trained now, as shortly as all else."
+        first = kind.build(self.student, self.options, EPOCHS, SEED)
+        self.train(first)
+        return first.student
+
+
 def train_case(
     case:Case, # the method
     train,     # function of a `Method`: trains it
 ):
     "Build the case and train it; a teacher that must be trained before comes first."
-    kind = KINDS[case.method]
-    size = case.size
-    options = method_options(case.method, case.preset, size.options, size.side)
-    student = network(size, "student")
-    teacher = None
-    if kind.first:
-        first = kind.first(student, options, EPOCHS, SEED)
-        train(first)
-        teacher = first.student
-    elif kind.expert or kind.concurrent:
-        teacher = network(size, "teacher")
+    size, student = case.size, network(case.size, "student")
+    options = options_of(case.method, case.preset, size.options, size.side)
+    school = School(size, student, options, train)
+    teacher = method_class(case.method).teacher.give(school)
     train(make_method(case.method, student, teacher, options, EPOCHS, SEED, preset=case.preset))
 
 

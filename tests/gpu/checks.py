@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -133,7 +134,7 @@ def pytest_gpu(
     say:Callable, device:str, small:bool, until:float, # see `speed.variation`
 ):
     "The tests marked `gpu`. A file whose imports are not here counts as failed."
-    import pytest # so that its absence is said
+    import_module("pytest") # so that its absence is said
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",

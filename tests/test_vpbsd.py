@@ -405,7 +405,6 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
 def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
     options, settings = replace(TINY, **change), Settings(epochs=2, steps=2, bars=False, precision="bf16")

@@ -53,12 +53,15 @@ def test_sizes_of_an_experiment_go_where_they_belong():
     assert of("R23")["options"] == {"width": 8, "seg": "house", "fuse": "concat"}
     assert of("R01") == dict(method="single", start="scratch", preset="paper") and of("R27") == dict(method="ummkd", start="scratch", preset="paper")
     assert of("R25") == row_of("cmedl", "R25").arm
+    late = arm_of(row_of("cmedl", "R21"), sizes, {"hint_g": .3, "kd": .1})["weights"]  # a translation that is trained alone hears no hint
+    assert late == {"cx": 0., "hint": 0., "kd": .1}
     assert arm_of(row_of("lotus_audit", "released"), {"tau": 4.}, preset="paper") == dict(method="lotus", start="scratch", preset="released", options={"tau": 4.})
     assert "options" not in arm_of(row_of("vpbsd", "painted"), {"decoder": 16})  # the teacher's decoder is not the painter's
 
 
 def test_no_option_is_dropped_silently():
     with pytest.raises(InputError, match="cmedl: unknown option 'widht'.*'width'"): arm_of(row_of("cmedl", "R01"), {"widht": 8})
+    with pytest.raises(InputError, match="loss term 'hnt'.*'hint'"): arm_of(row_of("cmedl", "R00"), {}, {"hnt": .3})
     with pytest.raises(InputError, match="not in this book"): arm_of(row_of("lotus_methods", "MAML"))
     assert shared_options("mutual", "cmedl") == shared_options("fusion", "cmedl") and "gan" in shared_options("mutual", "cmedl") and not shared_options("single", "cmedl")
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOTUS_ABLATION', 'LOTUS_METHODS', 'LOTUS_AUDIT', 'CMEDL_TABLES', 'VPBSD_PARTS', 'TABLES', 'OWN_METHOD', 'Row',
            'lotus_scores', 'switch_off', 'train', 'audit_row', 'cmedl_row', 'vpbsd_row', 'row_of', 'arm_text',
-           'table_of', 'shared_options', 'arm_of']
+           'table_of', 'shared_weights', 'shared_options', 'arm_of']
 
-# %% ../../nbs/methods/published.ipynb #b6aaf82b
+# %% ../../nbs/methods/published.ipynb #b9ec4a13
 from dataclasses import dataclass, field, fields, is_dataclass
 
-from ..core import InputError, unknown
+from ..core import InputError, change, unknown
 from .registry import method_class
 
 # %% ../../nbs/methods/published.ipynb #8d39ebda
@@ -280,7 +280,20 @@ def table_of(
             *(["study"] if changes else []), *metrics]
     return "\n".join(f"| {' | '.join(l)} |" for l in [head, ["---"] * len(head), *lines])
 
-# %% ../../nbs/methods/published.ipynb #25fd6390
+# %% ../../nbs/methods/published.ipynb #2147c358
+def shared_weights(
+    weights:dict, # of an experiment
+    method:str,   # the paper's own method
+    options:dict, # changes that a row makes to it
+)->dict: # those of terms that the row has
+    "`InputError` for a term that the method does not have, with these options or without."
+    cls = method_class(method)
+    usual = cls.default_weights(cls.Options())
+    here = cls.default_weights(change(cls.Options(), options, "option"))
+    for term in weights:
+        if term not in usual | here: raise InputError(unknown("loss term", term, usual | here))
+    return {term: w for term, w in weights.items() if term in here}
+
 def shared_options(
     method:str, # of a row
     paper:str,  # the paper's own method
@@ -309,6 +322,7 @@ def arm_of(
     if "reuses" in arm: return dict(arm)
     takes = shared_options(arm["method"], paper)
     sizes = {k: v for k, v in options.items() if k in takes}
-    own = weights if arm["method"] == paper else {}
-    more = {"options": sizes | arm.get("options", {}), "weights": own | arm.get("weights", {})}
+    options = sizes | arm.get("options", {})
+    own = shared_weights(weights, paper, options) if arm["method"] == paper else {}
+    more = {"options": options, "weights": own | arm.get("weights", {})}
     return {"preset": preset} | arm | {k: v for k, v in more.items() if v}

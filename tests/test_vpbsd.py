@@ -12,7 +12,8 @@ from torch import nn
 
 from unpaired_kd.study import run as study_module
 from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
-from unpaired_kd.data.formats.images import Image, write_image, write_label
+from unpaired_kd.data.formats.images import Image
+from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
 from unpaired_kd.distillation.codebook import kmeans, unit

@@ -27,7 +27,7 @@ class Size:
 @dataclass(frozen=True)
 class Case:
     "One method with one set of options."
-    method: str  # name in the table of methods
+    method: str  # name in the registry of methods
     preset: str  # of its options
     size: Size
     more: str = ""  # what tells it from another case of the same preset, e.g. "drit"
@@ -67,7 +67,7 @@ def methods()->dict: # name -> names of its presets
 
 
 def case_of(
-    method:str,  # name in the table of methods
+    method:str,  # name in the registry of methods
     preset:str,  # of its options
     small:bool,  # sizes for a test on the CPU
     more:str="", # a key of `MORE[method]`

@@ -122,6 +122,7 @@ def test_everything_arrives_in_the_notebook_as_it_was_given(tmp_path):
     assert (tmp_path / "o {y} %d/seen").read_text(encoding="utf-8") == repr([text, {1: {2: "a"}, 3: [.5]}, [float("inf"), None, True], 3])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_kernel_that_dies_is_one_sentence(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
@@ -161,6 +162,7 @@ def test_an_output_that_is_full_or_closed(tmp_path):
     assert closed.returncode == 0 and closed.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", PARAMETERS, 'from unpaired_kd.core import InputError\nprint("before")', 'raise InputError("labels/7.png: no such label")', 'print("after")')
     done = ukd("run", nb, "--out", "out", cwd=tmp_path)
@@ -169,6 +171,7 @@ def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_pa
     assert "InputError" in (tmp_path / "out/notebook.ipynb").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_run_again(tmp_path):
     "SIGKILL leaves a folder that the same command takes over; another command is refused and told why."
@@ -401,6 +404,7 @@ def test_a_run_folder_has_a_name(tmp_path, monkeypatch, out):
     assert [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
 
 
+@pytest.mark.slow
 def test_after_bad_input_found_by_the_notebook_the_corrected_command_takes_the_folder(tmp_path):
     check = 'from pathlib import Path\nfrom unpaired_kd.core import InputError\nif n > 2: raise InputError("n: give 2 at most.")\nif n == 2: Path(run_folder, "made").write_text("x")\nif n == 2 and name == "b": raise InputError("b")'
     nb = notebook(tmp_path / "a.ipynb", OWN, check)
@@ -414,6 +418,7 @@ def test_after_bad_input_found_by_the_notebook_the_corrected_command_takes_the_f
     assert said.returncode == 2 and "n: 2 there, 1 now" in said.stderr and (tmp_path / "other/made").exists() # something was made
 
 
+@pytest.mark.slow
 def test_a_kernel_that_cannot_start_says_so_in_a_sentence(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", OWN, "pass")
     (tmp_path / "broken").mkdir()

@@ -21,7 +21,7 @@ from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.formats.images import Image, read_label, write_image, write_label
 from unpaired_kd.inference.student import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
-from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
+from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_room, files_mark, is_ours, keeping_notes, lineage
 from unpaired_kd.inference.volumes import predict_volume
 
 R = np.random.default_rng(0)
@@ -604,7 +604,7 @@ def test_a_fault_of_a_block_names_the_output(home, monkeypatch, fault):
     monkeypatch.setattr(volumes, "compute_block", broken)
     with pytest.raises(InputError, match="(?s)q.zarr: a block failed.*Nothing of it is kept"): predict_volume("deep", "v.tif", "q.zarr", tile=8)
     assert tree(home) == before
-    monkeypatch.setattr(volumes, "compute_block", lambda *a: undefined) # a mistake of ours
+    monkeypatch.setattr(volumes, "compute_block", lambda *a: no_such_name) # noqa: F821, a mistake of ours
     with pytest.raises(NameError): predict_volume("deep", "v.tif", "q.zarr", tile=8)
     assert tree(home) == before
 
@@ -694,6 +694,7 @@ def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad
     assert unheard(out, "left", "check", "data") == bad
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="descriptors")
 def test_a_run_and_a_sweep_without_any_stream(home):
     "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."

@@ -1,5 +1,5 @@
 """A sweep as users meet it: files with mistakes, cells that fail or are killed, sweeps that are stopped, and a cluster."""
-import functools, json, os, signal, subprocess, sys, time
+import functools, json, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,7 @@ def test_cells_are_what_the_file_says(place):
     assert [c.values["weights"] for c in grids.expand(flat, [("weights.kl", "5")])[1]] == [{"kl": 5.}]
 
 
+@pytest.mark.slow
 def test_a_sweep_from_failure_to_table(place, capsys):
     "A failed cell, a killed one and one with a broken table stop no other; they are named, tried again, and the finished are not."
     path = grid(place, "cells: {good: {}, raises: {do: fail}, killed: {do: die}, broken: {do: nonsense}}")
@@ -125,6 +126,7 @@ def test_a_sweep_from_failure_to_table(place, capsys):
     assert [(r["cell"], r["seed"], r["case"]) for r in read_csv("runs/g/results.csv")] == [("better name seed=0", 0, c) for c in "xy"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_and_continued(place, how, status, monkeypatch):
@@ -153,6 +155,7 @@ def test_a_parameter_that_the_rows_contradict_gets_another_name():
     assert sweep.tidy(cells, rows, ["seed", "cell", "tau"])[1] == dict(cell="b", given_seed=2, given_cell=4, tau="[2]", arm="x", seed=0)
 
 
+@pytest.mark.slow
 def test_a_cluster(place, capsys, monkeypatch):
     "The same sweep through a Dask scheduler; one that is not there is named, and nothing is written."
     import distributed
@@ -205,6 +208,7 @@ def test_the_whole_grid_is_checked_though_a_part_is_chosen(place):
     assert not (place / "runs").exists()
 
 
+@pytest.mark.slow
 def test_several_calls_fill_one_folder(place, capsys):
     "Only the chosen cells run; the table has every finished cell of the grid, with all parameters that vary in it."
     path = grid(place, "cells: {first: {}, second: {lr: .25}, fails: {do: fail}}")

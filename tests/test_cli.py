@@ -233,7 +233,7 @@ def test_rows_of_several_runs_are_counted_once():
 
 def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
     "A run folder as a study leaves it: config.json, a split with the fingerprint of the data, scores."
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     (folder / "splits").mkdir(parents=True)
     record = dict(study=dict(data=str(folder), epochs=10, options={}) | settings, arms={a: {"method": a} for a in arms}, seeds=[seed])
     (folder / "config.json").write_text(json.dumps(record))
@@ -244,7 +244,7 @@ def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
 
 
 def arms_of(*folders):
-    from unpaired_kd.study.report import load_rows
+    from unpaired_kd.study.rows import load_rows
     rows = join_runs({f: load_rows(f) for f in folders})
     return {(r["arm"], r["seed"]) for r in rows}
 
@@ -319,7 +319,7 @@ def test_predict(tmp_path, capsys):
 
 def test_report(tmp_path, capsys):
     "`ukd report` prints one table for one run or several; a folder without scores is named."
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     rows = [dict(arm=a, seed=0, case=f"{g}{i}", group=g, label_group="", dsc=d + .01 * i, hd95=5. - d, aji=d / 2, pq=d / 2) for a, d in (("alone", .5), ("distilled", .6)) for g in "abc" for i in range(2)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -19,7 +19,7 @@ from unpaired_kd.methods.fusion import FUSION_WEIGHTS, Fusion, FusionOptions
 from unpaired_kd.methods.kinds import KINDS, make_method, method_options
 from unpaired_kd.methods.mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from unpaired_kd.networks.registry import build
-from unpaired_kd.study.report import load_rows
+from unpaired_kd.study.rows import load_rows
 from unpaired_kd.study.run import run_study
 from unpaired_kd.study.tasks import Study
 from studies import make, parts, train_arm

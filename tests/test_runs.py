@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv, write_json
-from unpaired_kd.study.report import load_rows
+from unpaired_kd.study.rows import load_rows
 from unpaired_kd.training.learner import load_checkpoint
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import environment
@@ -43,7 +43,7 @@ def go(data, folder):
     "A whole run, as the notebook of an experiment has it; returns what it found, as text."
     from unpaired_kd.command.notebook import claim
     from unpaired_kd.inference.student import Student
-    from unpaired_kd.study.report import box_plot, save_figure
+    from unpaired_kd.study.figures import box_plot, save_figure
     config = make(CONFIG, data=str(data))
     with claim(folder, dict(notebook="tiny", parameters={})):
         test = parts(config, 0, folder).student_test

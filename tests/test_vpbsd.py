@@ -932,7 +932,7 @@ def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp
 
 
 def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     place = tmp_path/"checkpoints"/"teacher-0"
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])

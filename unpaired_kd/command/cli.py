@@ -89,7 +89,8 @@ def report(
     from unpaired_kd.core import InputError
     from unpaired_kd.data.formats.outputs import check_path
     from unpaired_kd.study.joined import join_runs, remarks
-    from unpaired_kd.study.report import load_rows, results_table
+    from unpaired_kd.study.rows import load_rows
+    from unpaired_kd.study.tables import results_table
     for r in args.runs: check_path("RUN", r)
     runs = {str(r): load_rows(r) for r in args.runs}
     rows = join_runs(runs)
@@ -109,7 +110,7 @@ def columns_of(
 )->tuple: # names of those to print
     "What was asked for, or those of `METRICS` that are there. Raises `InputError` for others."
     from unpaired_kd.core import InputError, unknown
-    from unpaired_kd.study.report import TEXT
+    from unpaired_kd.study.rows import TEXT
     known = {k for r in rows for k in r} - {"seed", *TEXT}
     for name in asked or ():
         if name not in known:

@@ -88,7 +88,7 @@ def work_on(
         code = execute(job["notebook"], job["values"], folder)
         if code: return code
         if (folder/"metrics.csv").exists():
-            from unpaired_kd.study.report import load_rows
+            from unpaired_kd.study.rows import load_rows
             load_rows(folder)
         write_json(folder/"done.json", {"seconds": round(time.time() - start, 1)})
     return 0
@@ -263,7 +263,7 @@ def write_results(
     cells:list, # all cells of the grid
 )->list: # the rows, also in results.csv
     "Gather what the finished cells have scored. Without any rows, no file."
-    from unpaired_kd.study.report import load_rows
+    from unpaired_kd.study.rows import load_rows
     places = folders(out, cells)
     done = [c for c in cells if state(places[c.key]) == "done"]
     have = [c for c in done if (places[c.key]/"metrics.csv").exists()]

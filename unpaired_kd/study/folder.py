@@ -14,8 +14,10 @@ from pathlib import Path
 from ..core import InputError, hold, read_csv, read_json, read_text, write_csv
 from .config import StudyConfig, read_study
 from .records import DONE, keep_tables, read_sealed, record_of, records, write_sealed
-from .report import load_rows, save_rows
-from .tasks import ArmTask, PretrainTask, Study, Task, TeacherTask, finished, pretrained_name
+from .rows import load_rows, save_rows
+from .study import Study
+from .tasks import ArmTask
+from .trainings import PretrainTask, Task, TeacherTask, pretrained_name
 
 # %% ../../nbs/study/folder.ipynb #00f6695b
 def known_study(

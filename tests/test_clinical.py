@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from unpaired_kd.core import InputError, read_json, torch_rng
 from unpaired_kd.data.augment import Augment
 from unpaired_kd.data.sets.clinical import (CHAOS_CLASSES, NOTE, HistogramStandard, Scan, chaos_label, chaos_scans, check_hu, dicom_header, fill_contours, grey_classes, lung_mask,
-                                       match_slices, mr_landmarks, nsclc_scans, patient_folds, prepare_clinical, read_chaos, read_nsclc, rtstruct_mask, seg_mask, slice_files,
+                                       mr_landmarks, nsclc_scans, patient_folds, prepare_clinical, read_chaos, read_nsclc, rtstruct_mask, seg_mask, slice_files,
                                        standardise, window_hu)
 from unpaired_kd.data.collections import Collection, open_collection
 from unpaired_kd.data.formats.images import Image, read_image, write_image

@@ -102,7 +102,7 @@ def updates(r, stage=0, step=0):
     for u in stage.updates:
         for net in everything(r).values():
             for p in net.parameters(): p.grad = None
-        yield u, r._update(u, batch, r._noise(step))
+        yield u, r._update(u, [(batch, r._noise(step))])
 
 
 def everything(r): return {**r.method.networks, **r.method.frozen}
@@ -477,6 +477,7 @@ def four(modality, side=32):
     return Batch(torch.stack([x[None, i].float() for (x, _), i in zip(volumes, at)]), torch.stack([y[i].long() for (_, y), i in zip(volumes, at)]), [""] * 4, [""] * 4)
 
 
+@pytest.mark.slow
 def test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken(tmp_path):
     batch = {"student": four("ct"), "teacher": four("mr")}
     class Fixed:

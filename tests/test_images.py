@@ -10,8 +10,9 @@ import tifffile
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.images import (WRITERS, Image, arrange, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
+from unpaired_kd.data.formats.images import (WRITERS, Image, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
                                      write_image, write_label, zoom_label, zoomed_size)
+from unpaired_kd.data.formats.pictures import arrange
 
 R = np.random.default_rng(0)
 GREY, GREY16, RGB = R.integers(0, 256, (20, 30), np.uint8), R.integers(0, 65536, (20, 30), np.uint16), R.integers(0, 256, (20, 30, 3), np.uint8)

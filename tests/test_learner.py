@@ -59,6 +59,7 @@ def weights(run): return {k: v.clone() for n, net in run.method.networks.items()
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
@@ -96,7 +97,7 @@ def test_half_precision_trains_close_to_full(tmp_path, precision):
 
 
 def test_early_stopping_and_best_weights(tmp_path):
-    run = learner(tmp_path, settings=Settings(epochs=50, steps=2, lr=0., early_stop=3, bars=False, device="cpu"), valid=[Blobs().batch(99)["student"]])
+    run = learner(tmp_path, settings=Settings(epochs=50, steps=2, lr=1e-30, early_stop=3, bars=False, device="cpu"), valid=[Blobs().batch(99)["student"]])
     history = run.fit()
     assert len(history) == history[-1]["epoch"] + 1 < 50
     assert load_checkpoint(tmp_path / "best.pt")["val_dice"] == max(r["val_dice"] for r in history)
@@ -122,7 +123,7 @@ def test_alternating_updates_change_only_their_own_networks(tmp_path):
     run = Learner(method, data, tmp_path, settings=Settings(epochs=1, steps=1, bars=False, device="cpu", precision="fp32"))
     for update in run.stages[0].updates:
         before = weights(run)
-        run._update(update, data.batch(0), run._noise(0))
+        run._update(update, [(data.batch(0), run._noise(0))])
         changed = {k.split(".")[0] for k, v in weights(run).items() if not torch.equal(v, before[k])}
         assert changed == set(update.changes)
     assert len(run.fit()) == 1
@@ -276,3 +277,28 @@ def test_the_other_rules_survive_a_resume(tmp_path, rule):
     with pytest.raises(KeyboardInterrupt): broken.fit()
     assert ended(build("broken").fit()) == ended(whole.fit())
     assert ("a", "settled") in ended(whole.history) and whole.history[-1]["stage"] == "b"
+
+
+def test_gradients_of_several_batches_are_averaged(tmp_path):
+    "One update on two batches is one on both together, where nothing in the network looks at a whole batch."
+    class Both(Blobs):
+        def one(self, name, step, rank):
+            a, b = (super(Both, self).one(name, 2 * step + j, rank) for j in range(2))
+            return Batch(image=torch.cat([a.image, b.image]), label=torch.cat([a.label, b.label]), ids=a.ids + b.ids, label_groups=a.label_groups + b.label_groups)
+    def run(data, accumulate, folder):
+        with seeded(0, "net"): net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 1, 1))
+        own = Settings(epochs=2, steps=3, accumulate=accumulate, bars=False, device="cpu", precision="fp32")
+        found = Learner(Plain(net), data, tmp_path / folder, settings=own)
+        found.fit()
+        return found
+    one, two, other = run(Both(), 1, "one"), run(Blobs(), 2, "two"), run(Blobs(), 1, "other")
+    gap = max((weights(one)[k] - v).abs().max() for k, v in weights(two).items())
+    assert gap < 1e-6 < max((weights(one)[k] - v).abs().max() for k, v in weights(other).items())
+    assert [r["seg"] for r in one.history] == pytest.approx([r["seg"] for r in two.history], abs=1e-6)
+
+
+def test_updates_that_build_on_each_other_are_not_accumulated(tmp_path):
+    class Twice(Plain):
+        def stages(self): return [Stage("train", [Update(n, ("student",), self.losses) for n in "ab"])]
+    with pytest.raises(InputError, match="accumulate=2.*several updates"):
+        learner(tmp_path, settings=Settings(accumulate=2, device="cpu"), method=Twice(UNet(in_channels=1, width=2)))

@@ -12,10 +12,9 @@ import tifffile
 from PIL import Image as Pillow, ImageOps
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats import pictures
+from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
-    dicom_files,
     decode,
     is_series,
     list_images,

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Share', 'WANTED', 'PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE',
-           'REAL', 'InputError', 'Registry', 'unknown', 'Range', 'as_python', 'fit_value', 'fit_range', 'fit_any',
-           'annotations_of', 'Checked', 'change', 'check_settings', 'extra', 'log_as_error', 'rng', 'torch_rng',
-           'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock', 'is_same_file',
-           'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'check_there',
-           'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256',
-           'bf16_supported', 'resolve_precision', 'watched', 'progress']
+           'REAL', 'InputError', 'Registry', 'unknown', 'Range', 'as_python', 'fit_value', 'wanted', 'fit_range',
+           'fit_any', 'annotations_of', 'Checked', 'change', 'check_settings', 'extra', 'log_as_error', 'rng',
+           'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
+           'is_same_file', 'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold',
+           'check_there', 'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest',
+           'file_sha256', 'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'watched', 'progress']
 
 # %% ../nbs/core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat, sys, types, warnings
+import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat
+import sys, threading, time, types, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
@@ -116,8 +117,17 @@ def fit_value(
     if kind in (list, tuple) and isinstance(value, (list, tuple)): value = kind(value)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not good or kind is float and not math.isfinite(value):
-        raise InputError(f"{name}={value!r}: give {WANTED.get(kind, f'a `{kind.__name__}`')}.")
+        raise InputError(f"{name}={value!r}: give {wanted(kind)}.")
     return value
+
+def wanted(
+    kind, # annotation of a setting
+)->str: # what to give, for a message
+    "An annotation in words."
+    parts = get_args(kind)
+    if get_origin(kind) is Literal: return "one of " + ", ".join(map(str, parts))
+    if get_origin(kind) is Annotated: return f"{wanted(parts[0])} that is {parts[1]}"
+    return WANTED.get(kind) or f"a `{kind.__name__}`"
 
 # %% ../nbs/core.ipynb #5a7e1c08
 def fit_range(
@@ -137,8 +147,8 @@ def fit_any(
     "`InputError` for a value that fits none of the annotations."
     for kind in kinds:
         with contextlib.suppress(InputError): return fit_value(name, value, kind)
-    wanted = [WANTED.get(k, str(k)) for k in kinds]
-    raise InputError(f"{name}={value!r}: give {' or '.join(dict.fromkeys(wanted))}.")
+    words = dict.fromkeys(map(wanted, kinds))
+    raise InputError(f"{name}={value!r}: give {', or '.join(words)}.")
 
 # %% ../nbs/core.ipynb #5a7e1c09
 @cache
@@ -710,6 +720,21 @@ def resolve_precision(
     if precision not in known: raise InputError(unknown("precision", precision, known))
     if precision == "auto": return "bf16" if bf16_supported(device) else "fp32"
     return precision
+
+# %% ../nbs/core.ipynb #4e1d0002
+def cores()->int: # processor cores that this process may use
+    "How many processes run at a time, unless told; a queue may give a job less than the machine has."
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+def end_with_parent(
+    parent:int, # process id of the parent, from `os.getpid()` there
+):
+    "In a helping process: end when the parent is gone, however it ended."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/core.ipynb #dcbc9a3e
 def watched()->bool: # whether standard error is a terminal; False also where it is closed

@@ -15,6 +15,8 @@ JOBS = { # longest first
     "experiments": ["tests/gates/experiments.py"],
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],
+    "house": ["tests/gates/house.py"],
+    "names": ["tests/gates/names.py"],
     "config": ["tests/gates/config.py"],
 }
 LIMIT = 30 * 60  # seconds a job may take

@@ -2,7 +2,7 @@
 import ast, configparser, re, sys, time, tomllib
 
 import yaml
-from house import ROOT, finish, notebooks
+from common import ROOT, finish, notebooks
 from packaging.requirements import Requirement
 
 

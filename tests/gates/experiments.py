@@ -2,7 +2,7 @@
 import subprocess, sys, tempfile, time
 
 import yaml
-from house import ROOT, finish, front_matter, is_experiment, notebooks
+from common import ROOT, finish, front_matter, is_experiment, notebooks
 
 
 def ukd(path, parameters, folder):

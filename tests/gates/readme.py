@@ -1,7 +1,7 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tests/gates/readme.py --write`."""
 import re, sys
 
-from house import ROOT, directives, read
+from common import ROOT, directives, read
 
 HEAD = "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. Edit that notebook, then run `make prepare`. -->\n"
 # the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address with a scheme

@@ -23,9 +23,9 @@ from ..training.learner import Method, Stage, Update
 from ..distillation.hints import feature_rms, hint_layers, hint_loss
 from ..distillation.soft_labels import soft_label_kl
 from ..losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
-from .lotus import weights_digest
 from .registry import METHODS, Peer
-from .single import calibrate
+from ..networks.registry import weights_digest
+from ..training.calibrate import calibrate
 from ..networks.taps import Taps
 from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
 from ..translation.cyclegan import (Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,

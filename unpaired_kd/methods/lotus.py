@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'FeatureOptions', 'ComparisonOptions', 'DenoisingOptions', 'LotusOptions', 'LOTUS', 'ChannelScale',
-           'standardise', 'Scene', 'NormStatistics', 'weights_digest', 'channels_at', 'check_joint_input',
-           'check_networks']
+           'standardise', 'Scene', 'NormStatistics', 'channels_at', 'check_joint_input', 'check_networks']
 
 # %% ../../nbs/methods/lotus.ipynb #70994652
-import copy, hashlib
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,8 +28,9 @@ from ..distillation.soft_labels import directed_kl, log_probs
 from ..distillation.variation import class_ifv, label_to, positional_ifv, released_ifv, variation_map
 from ..losses.segmentation import released_segmentation_loss, segmentation_loss
 from .registry import METHODS, Expert
-from .single import calibrate
+from ..training.calibrate import calibrate
 from .ummkd import OtherNorms
+from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
 
 # %% ../../nbs/methods/lotus.ipynb #f8f4e8ee
@@ -267,15 +267,6 @@ class NormStatistics(nn.Module):
     def state(self)->dict:
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
-
-# %% ../../nbs/methods/lotus.ipynb #95bf55aa
-def weights_digest(
-    net:nn.Module, # a network
-)->str: # the same for equal weights and statistics, whatever device, layout and number of threads
-    "A fingerprint of all weights and buffers."
-    whole = hashlib.sha256()
-    for name, v in net.state_dict().items(): whole.update(name.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
 
 # %% ../../nbs/methods/lotus.ipynb #58fea979
 def channels_at(

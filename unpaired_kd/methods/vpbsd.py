@@ -29,9 +29,10 @@ from ..distillation.hints import hint_loss
 from ..distillation.patterns import (PatternProjector, codebook_digest, pattern_loss,
                                               to_grid, unit)
 from ..losses.segmentation import segmentation_loss
-from .lotus import weights_digest
 from .registry import METHODS, NoTeacher, Pretrained
-from .single import Single, calibrate
+from .single import Single
+from ..networks.registry import weights_digest
+from ..training.calibrate import calibrate
 from ..networks.taps import Taps, tap_channels
 from ..networks.unet import layer
 from ..networks.volumes import GridDecoder, encoder

@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['Update', 'Stage', 'Declared', 'Method', 'Plateau', 'NotSettled', 'NoBetter', 'Improvements', 'Settings',
            'learning_rate', 'weight_table', 'weighted', 'average_gradients', 'average_buffers', 'only', 'set_modes',
-           'validate', 'global_state', 'restore_global_state', 'load_checkpoint', 'check_device', 'Learner']
+           'validate', 'global_state', 'restore_global_state', 'load_checkpoint', 'check_device', 'check_accumulation',
+           'Learner']
 
 # %% ../../nbs/training/learner.ipynb #d9e4d8f1
 import contextlib, math, os, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 
-from ..core import InputError, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
+from ..core import Checked, Count, InputError, Natural, NonNegative, Positive, atomic, digest, progress, read_csv, resolve_precision, seeded, torch_rng, unknown, write_csv
 from ..losses.segmentation import segmentation_loss
 from ..networks.registry import load_weights
 from ..networks.unet import best_layout, steady
@@ -203,19 +205,20 @@ class Improvements:
 
 # %% ../../nbs/training/learner.ipynb #df707154
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     "Settings of a training run."
-    epochs: int = 10             # length of the run, all stages together
-    steps: int = 30              # batches an epoch
-    lr: float = 1e-3             # learning rate (Adam)
-    weight_decay: float = 1e-7   # as in the LOTUS paper
-    schedule: str = "cosine"     # cosine | constant
-    clip: float = 0.             # largest gradient norm; 0: no clipping
-    precision: str = "auto"      # auto | fp32 | bf16 | fp16
-    device: str = "auto"         # auto | cpu | cuda
-    early_stop: int = 0          # epochs without a better validation score; 0: never
-    stop_on: str = "dice"        # what early stopping watches: dice | loss. The weights kept are always those of the best Dice
-    save_every: int = 1          # epochs between checkpoints
+    epochs: Count = 10           # length of the run, all stages together
+    steps: Count = 30            # updates an epoch
+    accumulate: Count = 1        # batches whose gradients are averaged for one update: a large batch in little memory (BatchNorm still sees small ones)
+    lr: Positive = 1e-3          # learning rate (Adam)
+    weight_decay: NonNegative = 1e-7 # as in the LOTUS paper
+    schedule: Literal["cosine", "constant"] = "cosine" # course of the learning rate
+    clip: NonNegative = 0.       # largest gradient norm; 0: no clipping
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto" # of the forward pass
+    device: Literal["auto", "cpu", "cuda"] = "auto" # where it runs
+    early_stop: Natural = 0      # epochs without a better validation score; 0: never
+    stop_on: Literal["dice", "loss"] = "dice" # what early stopping watches. The weights kept are always those of the best Dice
+    save_every: Count = 1        # epochs between checkpoints
     tensorboard: bool = False    # also write TensorBoard logs (needs the extra `log`)
     bars: bool = True            # show progress bars
 
@@ -226,7 +229,6 @@ def learning_rate(
 )->float: # the rate for the next batch
     "Learning rate as a function of the step."
     if settings.schedule == "constant": return settings.lr
-    if settings.schedule != "cosine": raise InputError(unknown("schedule", settings.schedule, ("cosine", "constant")))
     return settings.lr * .5 * (1 + math.cos(math.pi * min(1., step / (settings.epochs * settings.steps))))
 
 # %% ../../nbs/training/learner.ipynb #8cf23556
@@ -360,11 +362,22 @@ def load_checkpoint(
 def check_device(
     device:str, # auto | cpu | cuda
 ):
-    "`InputError` for a device that is not known or not there."
-    if device not in ("auto", "cpu", "cuda"): raise InputError(unknown("device", device, ("auto", "cpu", "cuda")))
+    "`InputError` for a device that is not there."
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': there is no GPU that torch can use. Give 'cpu' or 'auto'.")
 
+# %% ../../nbs/training/learner.ipynb #7a49fdc8
+def check_accumulation(
+    method:Method,     # the method
+    stages:list,       # its stages
+    settings:Settings, # of the run
+):
+    "`InputError` for gradients of several batches where updates within a batch build on each other."
+    several = [s.name for s in stages if len(s.updates) > 1]
+    if settings.accumulate > 1 and several:
+        raise InputError(f"accumulate={settings.accumulate}: stage {several[0]!r} of {type(method).__name__} "
+                         "has several updates a batch, each on what the last one made of it. Use "
+                         "accumulate=1 and a larger batch.")
 
 # %% ../../nbs/training/learner.ipynb #7a49fdc7
 class Learner:
@@ -397,6 +410,7 @@ class Learner:
         self.identity = digest(dict(method=type(method).__name__, options=method.identity(), weights=self.weights, seed=seed, precision=self.precision, processes=self.accelerator.num_processes,
             settings={k: v for k, v in asdict(settings).items() if k not in ("save_every", "tensorboard", "bars", "device", "precision")}, more=identity))
         self.stages = method.stages()
+        check_accumulation(method, self.stages, settings)
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False) # epoch counts within the stage, total over the run
         self.best, self.since_best, self.history = -math.inf, 0, []
         self.sizes = [] # of the gradients of this batch: (update, layers, their norms)
@@ -406,9 +420,7 @@ class Learner:
 @patch
 def _place(self:Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
-    learning_rate(self.settings, 0)
     for net in [*self.method.networks.values(), *self.method.frozen.values()]: steady(net).to(self.device, memory_format=best_layout(net))
-    if self.settings.stop_on not in ("dice", "loss"): raise InputError(unknown("stop_on", self.settings.stop_on, ("dice", "loss")))
     of = lambda name: {"rate": 1., "betas": (.9, .999), **self.method.adam.get(name, {})}
     self.optimisers = {name: torch.optim.AdamW([dict(params=list(net.parameters()), **of(name))], lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=True)
                        for name, net in self.method.networks.items() if any(True for _ in net.parameters())}
@@ -428,18 +440,31 @@ def _length(self:Learner, stage):
 
 # %% ../../nbs/training/learner.ipynb #e8e9de5a
 @patch
-def _update(self:Learner, update, batch, noise):
-    "Run one update on one batch; returns {term: value as Tensor}."
+def _update(self:Learner, update, batches):
+    "Run one update on the batches [(batch, noise)] of one step; returns {term: mean value as Tensor}."
     only(self.method.networks, update.changes)
-    with torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision), enabled=self.precision != "fp32"):
-        loss, values = weighted(update.losses(batch, noise), self.weights)
-    if loss is None or not loss.requires_grad: return values
-    named = {n: self.optimisers[n] for n in update.changes if n in self.optimisers}
     parameters = [p for n in update.changes for p in self.method.networks[n].parameters()]
-    for o in named.values(): o.zero_grad(set_to_none=True)
-    self.scaler.scale(loss).backward()
+    for p in parameters: p.grad = None
+    found = [self._backward(update, *batch, len(batches)) for batch in batches]
+    if any(moves for moves, _ in found): self._move(update, parameters)
+    return {k: sum(v[k] for _, v in found) / len(found) for k in found[0][1]}
+
+@patch
+def _backward(self:Learner, update, batch, noise, share):
+    "Add one batch's gradients, one of `share`; returns (whether it has any, {term: value as Tensor})."
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+    with torch.autocast(self.device.type, half, enabled=half is not None):
+        loss, values = weighted(update.losses(batch, noise), self.weights)
+    moves = loss is not None and loss.requires_grad
+    if moves: self.scaler.scale(loss / share if share > 1 else loss).backward()
+    return moves, values
+
+@patch
+def _move(self:Learner, update, parameters):
+    "Change the parameters of an update by their gradients."
     average_gradients(parameters, self.accelerator)
     self._measure(update)
+    named = {n: self.optimisers[n] for n in update.changes if n in self.optimisers}
     named = {n: o for n, o in named.items() if any(p.grad is not None for g in o.param_groups for p in g["params"])}
     if self.settings.clip:
         for o in named.values(): self.scaler.unscale_(o)
@@ -448,7 +473,6 @@ def _update(self:Learner, update, batch, noise):
         for group in o.param_groups: group["lr"] = update.rates.get(n, group["rate"]) * self._rate(self.position["step"])
         self.scaler.step(o)
     self.scaler.update()
-    return values
 
 # %% ../../nbs/training/learner.ipynb #4f86c1de
 @patch
@@ -485,6 +509,12 @@ def _fixed(self:Learner, i):
     return {k: b.to(self.device) for k, b in batch.items()}
 
 @patch
+def _batch(self:Learner, stage, i):
+    "The i-th batch of the run, on the device, and the noise that belongs to it."
+    batch = self.data.batch(i, stage.sources, self.accelerator.process_index)
+    return {k: b.to(self.device) for k, b in batch.items()}, self._noise(i)
+
+@patch
 def _epoch(self:Learner, stage, bar):
     "Train one epoch; returns the mean of every term."
     set_modes(self.method, stage)
@@ -492,10 +522,11 @@ def _epoch(self:Learner, stage, bar):
     for i in range(self.settings.steps):
         step = self.position["step"]
         self.method.done = (self.position["epoch"] + i / self.settings.steps) / self._length(stage)
-        batch = {k: b.to(self.device) for k, b in self.data.batch(step, stage.sources, self.accelerator.process_index).items()}
+        n = self.settings.accumulate
+        batches = [self._batch(stage, n * step + j) for j in range(n)]
         self._check_gradients(stage)
         for update in stage.updates:
-            for k, v in self._update(update, batch, self._noise(step)).items(): sums[k] = sums.get(k, 0) + v
+            for k, v in self._update(update, batches).items(): sums[k] = sums.get(k, 0) + v
         self.position["step"] += 1
         bar.update()
     self._check_gradients(stage)

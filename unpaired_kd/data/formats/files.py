@@ -16,7 +16,8 @@ import numpy as np
 
 from ...core import InputError, check_there, digest, file_sha256, read_json, read_text, write_json
 from .dicom import dicom_files
-from .images import open_zarr, suffix_of
+from .images import suffix_of
+from .ngff import open_zarr
 from .pictures import visible
 
 # %% ../../../nbs/data/formats/files.ipynb #f4adb076

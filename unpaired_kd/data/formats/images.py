@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...core import InputError, atomic, atomic_folder, check_there, extra, log_as_error, unknown
-from .dicom import dicom_files, is_dicom, read_dicom, sort_slices
+from ...core import InputError, atomic, atomic_folder, check_there, extra, unknown
+from .dicom import is_dicom, read_dicom
 from .geometry import (SHIFT, Grid, Spacing, apart, letters, shear, spacing_of, usable,
                                        way_onto, with_steps)
-from .ngff import ABSENT, is_zarr, ome_steps, open_zarr, read_zarr, zarr_parts
-from .pictures import (UNITS, arrange, check_alpha, content_of,
-                                       first_bytes, read_pillow, read_tiff, visible)
+from .ngff import is_zarr, ome_steps, read_zarr, zarr_parts
+from .pictures import (check_alpha, content_of, first_bytes,
+                                       read_pillow, read_tiff, visible)
 
 # %% ../../../nbs/data/formats/images.ipynb #875f3842
 @dataclass

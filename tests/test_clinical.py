@@ -12,11 +12,17 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from unpaired_kd.core import InputError, read_json, torch_rng
 from unpaired_kd.data.augment import Augment
-from unpaired_kd.data.sets.clinical import (CHAOS_CLASSES, NOTE, HistogramStandard, Scan, chaos_label, chaos_scans, check_hu, dicom_header, fill_contours, grey_classes, lung_mask,
-                                       mr_landmarks, nsclc_scans, patient_folds, prepare_clinical, read_chaos, read_nsclc, rtstruct_mask, seg_mask, slice_files,
-                                       standardise, window_hu)
+from unpaired_kd.data.sets.clinical import (CHAOS_CLASSES, NOTE, Scan, chaos_label, chaos_scans,
+                                            fill_contours, grey_classes, lung_mask, match_slices,
+                                            nsclc_scans, prepare_clinical, read_chaos, read_nsclc,
+                                            rtstruct_mask, seg_mask, slice_files)
+from unpaired_kd.data.splits import patient_folds
+from unpaired_kd.data.formats.dicom import dicom_header
+from unpaired_kd.data.intensity import (HistogramStandard, check_hu, mr_landmarks, standardise,
+                                        window_hu)
 from unpaired_kd.data.collections import Collection, open_collection
-from unpaired_kd.data.formats.images import Image, read_image, write_image
+from unpaired_kd.data.formats.images import Image, read_image
+from unpaired_kd.data.formats.writing import write_image
 
 D, H, W, STEP, PX, CORNER = 6, 20, 24, 5., 2., (-20., -30., 100.)
 GREYS = np.array([0, 63, 126, 189, 252], np.uint8)

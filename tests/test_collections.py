@@ -9,8 +9,12 @@ import pytest
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data.formats import images as image_files
 from unpaired_kd.core import read_json, write_json
-from unpaired_kd.data.collections import (Case, Collection, Split, deck, infer_labels, kfold_groups, label_budget, match_labels, open_collection,
-                                          split_groups)
+from unpaired_kd.data.resampling import prepare
+from unpaired_kd.data.collections import Collection, open_collection
+from unpaired_kd.data.labels import infer_labels
+from unpaired_kd.data.layouts import Case
+from unpaired_kd.data.matching import match_labels
+from unpaired_kd.data.splits import Split, deck, kfold_groups, label_budget, split_groups
 
 
 def picture(k, shape=(20, 24)):
@@ -206,7 +210,7 @@ def test_instance_labels_are_recognised(ward):
 @pytest.mark.parametrize("zoom,invert,intensity", [(1, True, "dtype"), (.5, False, "dtype"), (.5, True, "percentile"), (1, False, (20, 200))])
 def test_a_sample_is_what_inference_prepares(ward, zoom, invert, intensity):
     c = Collection.from_folders(ward, zoom=zoom, invert=invert, intensity=intensity)
-    np.testing.assert_array_equal(c[2].image.numpy(), image_files.prepare(picture(2)[0][None], intensity, invert, zoom))
+    np.testing.assert_array_equal(c[2].image.numpy(), prepare(picture(2)[0][None], intensity, invert, zoom))
     assert c[2].label.shape == c[2].image.shape[1:]
     np.testing.assert_array_equal(c.native(2).image[0], picture(2)[0])
     np.testing.assert_array_equal(c.native(2).label, picture(2)[1])

@@ -16,7 +16,8 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.sets.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
 from unpaired_kd.data.formats.dicom import dicom_files, split_folder
 from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
-from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label, write_label
+from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
+from unpaired_kd.data.formats.writing import write_label
 from unpaired_kd.inference.student import PartlyDone, Recipe, Student, one_series, predict_path
 
 R = np.random.default_rng(0)

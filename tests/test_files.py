@@ -231,7 +231,8 @@ def test_arrays():
 
 def test_sizes_of_headers(tmp_path):
     from PIL import Image
-    from unpaired_kd.data.formats.images import Image as Ours, write_image
+    from unpaired_kd.data.formats.images import Image as Ours
+    from unpaired_kd.data.formats.writing import write_image
     for ending in (".png", ".jpg", ".tif", ".nii.gz", ".zarr"):
         shape = (1, 12, 34) if ending in (".png", ".jpg") else (1, 5, 12, 34)
         write_image(tmp_path / f"a{ending}", Ours(np.zeros(shape, np.uint8)))

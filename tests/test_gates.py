@@ -62,15 +62,56 @@ def test_the_sidebar_counts(tmp_path):
 
 
 def test_pins(tmp_path):
-    project = {"dependencies": ["numpy>=2", "torch", "scipy"], "optional-dependencies": {"dev": ["pytest"]}}
+    project = {"name": "p", "dependencies": ["numpy>=2", "torch", "scipy"],
+               "optional-dependencies": {"dev": ["pytest"]}}
     said = config.pinned(project, ["# note", "numpy==1.26", "torch==2.13.0", "torch==2.12.0", "pytest @ file:///somewhere"])
     assert [any(w in s for s in said) for w in ("numpy 1.26, outside", "'torch' twice", "pytest @", "does not pin scipy")] == [True] * 4
+
+
+def test_extras_that_name_other_extras_are_opened():
+    extras = {"dev": ["p[run,tsne]", "pytest"], "run": ["papermill>=2"], "tsne": ["openTSNE"],
+              "log": ["tensorboard"]}
+    project = {"name": "p", "dependencies": [], "optional-dependencies": extras}
+    found = [str(r) for r in config.opened(project, ["dev"])]
+    assert found == ["papermill>=2", "openTSNE", "pytest"]
+    said = config.pinned(project, ["pytest==9", "papermill==1.0", "openTSNE==1"])
+    assert said == ["constraints.txt pins papermill 1.0, outside >=2"]
+
+
+def test_what_nothing_imports_is_dead(tmp_path):
+    for folder in ("unpaired_kd", "tests", "nbs"): (tmp_path / folder).mkdir()
+    library = "import torch\ndef f():\n    from skimage import io\n    # import onnx some day"
+    (tmp_path / "unpaired_kd/a.py").write_text(library)
+    (tmp_path / "tests/test_a.py").write_text("g = pytest.importorskip('gudhi')")
+    cells = [md("`import dask`"), code("from openTSNE import TSNE")]
+    (tmp_path / "nbs/b.ipynb").write_text(json.dumps(dict(cells=cells)))
+    extras = {"all": ["p[tsne]", "gudhi", "einops", "dask[array]", "onnx"], "tsne": ["openTSNE"]}
+    project = {"name": "p", "dependencies": ["torch", "scikit-image"],
+               "optional-dependencies": extras}
+    said = config.used(project, tmp_path)
+    assert said == [f"pyproject.toml declares {n}, which nothing imports" for n in ("dask", "onnx")]
+
+
+def test_citation_and_addresses_follow_the_settings(tmp_path):
+    ini = config.settings()
+    project = config.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "CITATION.cff").read_text()
+    (tmp_path / "CITATION.cff").write_text(text)
+    assert config.addresses(ini, project, tmp_path) == []
+    text = text.replace(f"version: {ini['version']}", "version: 9.9")
+    text = text.replace("message:", "massage:")
+    (tmp_path / "CITATION.cff").write_text(text)
+    project["urls"]["Issues"] = "https://elsewhere"
+    said = config.addresses(ini, project, tmp_path)
+    assert len(said) == 3
+    assert "9.9" in said[0] and "'message'" in said[1] and "https://elsewhere" in said[2]
 
 
 def test_imports_are_declared(tmp_path):
     (tmp_path / "unpaired_kd").mkdir()
     (tmp_path / "unpaired_kd/a.py").write_text("import os, torch\nimport monai\nfrom .b import c\nfrom skimage import io\ndef f():\n    import zarr\n    import nothing_known")
-    project = {"dependencies": ["torch", "monai"], "optional-dependencies": {"volumes": ["zarr"]}}
+    project = {"name": "p", "dependencies": ["torch", "monai"],
+               "optional-dependencies": {"volumes": ["zarr"]}}
     said = config.declared(project, tmp_path)
     assert sorted(s.split(" imports ")[1].split(",")[0].split(" at once")[0] for s in said) == ["monai", "nothing_known", "skimage", "skimage"]
 
@@ -79,7 +120,11 @@ def test_the_readme_is_the_index(tmp_path):
     (tmp_path / "nbs").mkdir()
     cells = [md("# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n```\n[e](f)\n```"), code("#| echo: false\nprint(1)", dict(output_type="stream", name="stdout", text=["1\n"])), code("#| hide\n2")]
     (tmp_path / "nbs/index.ipynb").write_text(json.dumps(dict(cells=cells)))
-    assert readme.render(tmp_path).split("\n", 2)[2] == "# T\n\n[a](nbs/1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](nbs/images/d.png)\n```\n[e](f)\n```\n\n```\n1\n```\n"
+    site = "https://github.com/unpaired-kd/unpaired_kd/blob/main/nbs"
+    raw = "https://raw.githubusercontent.com/unpaired-kd/unpaired_kd/main/nbs"
+    assert readme.render(tmp_path).split("\n", 2)[2] == (
+        f"# T\n\n[a]({site}/1_data/a.ipynb) [b](https://x.org) [c](#t) ![d]({raw}/images/d.png)\n"
+        "```\n[e](f)\n```\n\n```\n1\n```\n")
 
 
 def test_differences_are_named():

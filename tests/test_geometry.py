@@ -15,7 +15,9 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.geometry import (Grid, Spacing, describe_grid, lay_on, letters, oblique, shear, spacing_of, usable,
                                        way_onto, with_steps, without_axis)
-from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image, write_label, zoom_spacing
+from unpaired_kd.data.formats.images import Image, read_image, read_label
+from unpaired_kd.data.formats.writing import write_image, write_label
+from unpaired_kd.data.resampling import zoom_spacing
 from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)

@@ -10,9 +10,12 @@ import tifffile
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.images import (WRITERS, Image, list_images, match_channels, orientation, prepare, read_image, read_label, resize, suffix_of, to_unit,
-                                     write_image, write_label, zoom_label, zoomed_size)
+from unpaired_kd.data.formats.images import (Image, list_images, match_channels, orientation,
+                                             read_image, read_label, suffix_of)
 from unpaired_kd.data.formats.pictures import arrange
+from unpaired_kd.data.formats.writing import WRITERS, write_image, write_label
+from unpaired_kd.data.intensity import to_unit
+from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoomed_size
 
 R = np.random.default_rng(0)
 GREY, GREY16, RGB = R.integers(0, 256, (20, 30), np.uint8), R.integers(0, 65536, (20, 30), np.uint16), R.integers(0, 256, (20, 30, 3), np.uint8)
@@ -254,11 +257,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     path = tmp_path / name
     old = Image(GREY[None] if name == "x.png" else STACK[None])
     write_image(path, old)
-    from unpaired_kd.data.formats import images
     def broken(t, a, image):
         (Path(t) / "part" if Path(t).is_dir() else Path(t)).write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setitem(images.WRITERS, suffix_of(name), broken)
+    monkeypatch.setitem(WRITERS, suffix_of(name), broken)
     with pytest.raises(InputError, match=f"(?s){name}.*No space left"): write_image(path, old)
     assert np.array_equal(read_image(path).array, old.array) and [p.name for p in tmp_path.iterdir()] == [name]
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image as Pillow
 
 from unpaired_kd.core import InputError, seeded
-from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image
+from unpaired_kd.data.formats.images import Image, read_image, read_label
+from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.inference.student import FILES, Recipe, Student, channels_first, check_fit, logits, output_name, pad_to, predict_path, probabilities
 from unpaired_kd.networks.registry import build
 
@@ -337,7 +338,7 @@ def mr(seed, gain=1.):
 
 @pytest.fixture(scope="module")
 def common():
-    from unpaired_kd.data.sets.clinical import HistogramStandard
+    from unpaired_kd.data.intensity import HistogramStandard
     return HistogramStandard.fit([mr(k, gain) for k, gain in enumerate((.7, 1., 1.6))])
 
 

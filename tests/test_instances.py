@@ -7,12 +7,15 @@ import torch
 from scipy import ndimage
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.data.collections import Case, Collection
-from unpaired_kd.data.formats.images import Image, read_label, write_image
+from unpaired_kd.data.collections import Collection
+from unpaired_kd.data.layouts import Case
+from unpaired_kd.data.formats.images import Image, read_label
+from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.data.instances import INSTANCES, instances, instances_of
 from unpaired_kd.study.statistics import evaluate
 from unpaired_kd.inference.student import Recipe, Student, predict_path
-from unpaired_kd.metrics.segmentation import components, instance_scores, toy_nuclei
+from unpaired_kd.metrics.segmentation import components, instance_scores
+from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 
 
 def disc(*centre, radius=10, shape=(48, 64)):

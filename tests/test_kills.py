@@ -13,7 +13,8 @@ import zarr
 from PIL import Image as Pillow
 
 from unpaired_kd.core import seeded
-from unpaired_kd.data.formats.images import Image, write_image, write_label
+from unpaired_kd.data.formats.images import Image
+from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.networks.registry import build
 

@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from unpaired_kd.metrics import segmentation as metrics
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.metrics.segmentation import (aji, aji_plus, case_metrics, components, dice, hausdorff, instance_scores, iou, loop_instance_scores, overlaps,
-    panoptic_quality, released_aji, released_dice, released_hd, released_metrics, released_pq, surface, surface_dice, surface_distances, toy_nuclei)
+from unpaired_kd.metrics import segmentation as metrics
+from unpaired_kd.metrics.segmentation import (aji, aji_plus, case_metrics, components, dice,
+                                              hausdorff, instance_scores, iou,
+                                              overlaps, panoptic_quality,
+                                              surface, surface_dice, surface_distances)
+from unpaired_kd.data.phantoms.nuclei import toy_nuclei
+from unpaired_kd.metrics.topology import betti_errors, cl_dice, topology_scores
+from yardsticks import loop_instance_scores
+from unpaired_kd.metrics.released import (released_aji, released_dice, released_hd,
+                                          released_metrics, released_pq)
 
 
 def scattered(seed, n=40, shape=(60, 60), size=9):
@@ -281,8 +288,8 @@ def test_topology_adds_columns_and_changes_none():
     assert list(more) == [*plain, "cldice", "tprec", "tsens", "betti0", "betti1", "betti2"]
     assert repr({k: more[k] for k in plain}) == repr(plain)
     assert (more["betti0"], more["tprec"]) == (1, 1) and .8 < more["tsens"] < 1
-    assert {k: more[k] for k in more if k not in plain} == metrics.topology_scores(p > 0, t > 0)
-    assert metrics.cl_dice(p, t) == more["cldice"] and metrics.betti_errors(p, t)["b0"] == 1
+    assert {k: more[k] for k in more if k not in plain} == topology_scores(p > 0, t > 0)
+    assert cl_dice(p, t) == more["cldice"] and betti_errors(p, t)["b0"] == 1
     empty = case_metrics(t * 0, t * 0, topology=True)
     assert (empty["cldice"], empty["betti0"]) == (1, 0)
 

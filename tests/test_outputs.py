@@ -18,7 +18,8 @@ from unpaired_kd.command import cli
 from unpaired_kd.inference import student as inference
 from unpaired_kd.data.formats import outputs
 from unpaired_kd.core import InputError, seeded
-from unpaired_kd.data.formats.images import Image, read_label, write_image, write_label
+from unpaired_kd.data.formats.images import Image, read_label
+from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference.student import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
 from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_room, files_mark, is_ours, keeping_notes, lineage
@@ -767,16 +768,17 @@ def test_only_a_signed_zarr_is_replaced(home, monkeypatch):
 @pytest.mark.parametrize("source, output", [("images/a.png", "l.png"), ("v.nii.gz", "l.nii.gz"), ("v.tif", "l.tif"), ("exp.zarr/raw.zarr", "l.zarr")])
 def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, output):
     "Between the last look and the name. The notes say that it is not ours, also for the next try."
-    from unpaired_kd.data.formats import images
-    suffix, path = images.suffix_of(output), Path(output)
-    write = images.WRITERS[suffix]
+    from unpaired_kd.data.formats.images import suffix_of
+    from unpaired_kd.data.formats.writing import WRITERS
+    suffix, path = suffix_of(output), Path(output)
+    write = WRITERS[suffix]
     def late(t, a, image):
         write(t, a, image)
         if suffix == ".zarr": path.mkdir()
         (path / "theirs" if suffix == ".zarr" else path).write_text("theirs")
-    monkeypatch.setitem(images.WRITERS, suffix, late)
+    monkeypatch.setitem(WRITERS, suffix, late)
     with pytest.raises(InputError, match=f"{output} is there already.*--overwrite"): predict_path("flat", source, output, bars=False)
-    monkeypatch.setitem(images.WRITERS, suffix, write)
+    monkeypatch.setitem(WRITERS, suffix, write)
     assert (path / "theirs" if suffix == ".zarr" else path).read_text() == "theirs"
     with pytest.raises(InputError, match="is there already"): predict_path("flat", source, output, bars=False)
 

@@ -12,7 +12,9 @@ from unpaired_kd.data.check import check_data
 from unpaired_kd.data.sets.clinical import read_nsclc, rtstruct_mask, seg_mask
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.geometry import lay_on
-from unpaired_kd.data.formats.images import Image, NiftiPlace, read_image, read_label, write_image
+from unpaired_kd.data.formats.images import Image, read_image, read_label
+from unpaired_kd.data.formats.nifti import NiftiPlace
+from unpaired_kd.data.formats.writing import write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no groups.csv")
 FRAME = "1.2.9"

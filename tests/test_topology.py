@@ -11,8 +11,11 @@ from skimage.morphology import skeletonize
 from unpaired_kd.metrics import topology
 from unpaired_kd.core import InputError, rng, torch_rng
 from unpaired_kd.metrics.segmentation import dice, hausdorff
-from unpaired_kd.metrics.topology import (betti_errors, betti_numbers, cl_dice, skeleton, skeleton_recall_loss, soft_cl_dice_loss, soft_skeleton,
-    topology_precision, topology_scores, topology_sensitivity, tubed_skeleton)
+from unpaired_kd.metrics.topology import (betti_errors, betti_numbers, cl_dice, skeleton,
+                                          topology_precision, topology_scores,
+                                          topology_sensitivity)
+from unpaired_kd.losses.topology import (count_layers, skeleton_recall_loss, soft_cl_dice_loss,
+                                         soft_skeleton, tubed_skeleton)
 
 
 def ball(radius, centre, shape=(20, 20, 20)):
@@ -403,7 +406,7 @@ def test_iterations_reach_the_radius():
     y = torch.zeros(1, 31, 40).long(); y[:, 9:22] = 1   # a band of half-width 6
     m = y[:, None].float()
     assert soft_skeleton(m, 3).sum() == 0 and soft_skeleton(m, 6).sum() >= 25
-    assert topology._layers(m) == 7 and topology._layers(torch.ones(1, 1, 8, 8)) == 16
+    assert count_layers(m) == 7 and count_layers(torch.ones(1, 1, 8, 8)) == 16
     x = torch.where(m > 0, 50., -50.)
     assert soft_cl_dice_loss(x, y).item() == soft_cl_dice_loss(x, y, 7).item()
     with pytest.raises(InputError, match="iterations"): soft_cl_dice_loss(x, y, -1)

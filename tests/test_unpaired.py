@@ -9,7 +9,8 @@ import torch
 
 from unpaired_kd.core import InputError, digest, rng
 from unpaired_kd.data.formats import images as image_files
-from unpaired_kd.data.collections import Collection, open_collection, split_groups
+from unpaired_kd.data.collections import Collection, open_collection
+from unpaired_kd.data.splits import split_groups
 from unpaired_kd.data.patches import Batch, Patches, Unpaired
 
 

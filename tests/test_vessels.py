@@ -10,9 +10,13 @@ import tifffile
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.formats import images
-from unpaired_kd.data.collections import Collection, infer_labels, label_budget, label_map, open_collection, split_groups
-from unpaired_kd.data.formats.images import Image, read_image, read_label, to_unit, volume_window, write_image, write_label
+from unpaired_kd.data.collections import Collection, open_collection
+from unpaired_kd.data.labels import infer_labels, label_map
+from unpaired_kd.data.splits import label_budget, split_groups
+from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.ngff import open_zarr
+from unpaired_kd.data.formats.writing import write_image, write_label
+from unpaired_kd.data.intensity import to_unit, volume_window
 from unpaired_kd.data.patches import Patches
 from unpaired_kd.data.phantoms.vessels import MICROSCOPES, VesselKnobs, animal, render_mask, stamp, vessel_volume, vessels, waves
 

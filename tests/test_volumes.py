@@ -17,7 +17,8 @@ import zarr
 from unpaired_kd.command import cli
 from unpaired_kd.inference import volumes
 from unpaired_kd.core import InputError, digest, file_sha256, seeded
-from unpaired_kd.data.formats.images import Image, read_image, read_label, write_image
+from unpaired_kd.data.formats.images import Image, read_image, read_label
+from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.inference.student import Recipe, Student, logits, pad_to
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.volumes import LightUNet

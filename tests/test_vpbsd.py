@@ -12,7 +12,8 @@ from torch import nn
 
 from unpaired_kd.study import run as study_module
 from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
-from unpaired_kd.data.formats.images import Image, write_image, write_label
+from unpaired_kd.data.formats.images import Image
+from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
 from unpaired_kd.distillation.codebook import kmeans, unit
@@ -404,7 +405,6 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
 def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
     options, settings = replace(TINY, **change), Settings(epochs=2, steps=2, bars=False, precision="bf16")

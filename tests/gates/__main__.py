@@ -13,6 +13,7 @@ JOBS = { # longest first
     "reversed": ["tests/gates/notebooks.py", "reversed"],
     "pytest": ["-m", "pytest", "--durations=5"],
     "experiments": ["tests/gates/experiments.py"],
+    "wheel": ["tests/gates/wheel.py"],
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],
     "house": ["tests/gates/house.py"],

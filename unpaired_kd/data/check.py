@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, atomic, progress, show_images, unknown, watched
-from unpaired_kd.data.collections import (
-    IMAGE_DIRS, LABEL_DIRS, MIXED, PHANTOMS, TWO, WHITE, Collection, checksum_faults, folder_cases, form_of,
-    images_in, label_map, lotus_cases, manifest_cases, near_groups, numbers_in, open_collection,
-    spelled, sub_folder)
+from .collections import PHANTOMS, Collection, checksum_faults, open_collection
+from .labels import MIXED, TWO, WHITE, label_map, numbers_in, spelled
+from .layouts import (IMAGE_DIRS, LABEL_DIRS, folder_cases, form_of, images_in,
+                                      lotus_cases, manifest_cases, sub_folder)
+from .splits import near_groups
 from .formats.files import array_hash, name_key, read_table, table_in
 from .formats.geometry import Spacing, usable
-from .formats.images import suffix_of, to_unit
+from .formats.images import suffix_of
+from .intensity import to_unit
 from .formats.pictures import companions, visible
 
 # %% ../../nbs/data/check.ipynb #10bd7318

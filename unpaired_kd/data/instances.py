@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from ..core import InputError, Registry
-from ..metrics.segmentation import _spacing, components
+from ..metrics.masks import axis_lengths
+from ..metrics.segmentation import components
 
 # %% ../../nbs/data/instances.ipynb #1b6e6572
 def heights(
     mask:np.ndarray, # boolean (*spatial)
     ratio:np.ndarray, # spacing of each axis over the finest spacing (ndim,), all at least 1
-)->np.ndarray: # float (*spatial): smoothed distance $d$ to the outside, in pixels of the finest axis; 0 outside
+)->np.ndarray: # float (*spatial): smoothed distance $d$ to the outside, finest pixels; 0 outside
     "The landscape of the watershed. The image border counts as outside."
     from scipy import ndimage
     d = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=ratio)[(slice(1, -1),) * mask.ndim]
@@ -27,18 +28,21 @@ def summits(
     d:np.ndarray,       # landscape of `heights`
     mask:np.ndarray,    # boolean (*spatial)
     ratio:np.ndarray,   # as in `heights`
-    min_distance:float, # summits of one piece lie further apart than this ($d_min$, pixels of the finest axis)
+    min_distance:float, # summits of one piece lie further apart ($d_min$, finest pixels)
 )->np.ndarray: # int32 (*spatial): markers 1..n, highest first, one pixel each
-    "One marker per object: local maxima, thinned from the highest down within each connected piece."
+    """One marker per object: local maxima, thinned from the highest down within each connected
+    piece."""
     from scipy import ndimage
     from scipy.spatial import cKDTree
     at = np.argwhere((d == ndimage.maximum_filter(d, 3)) & mask)
     at = at[np.argsort(-d[tuple(at.T)], kind="stable")]
     piece, out = components(mask)[tuple(at.T)], np.zeros(mask.shape, np.int32)
-    if not len(at): return out
+    if not len(at):
+        return out
     tree, alive, n = cKDTree(at * ratio), np.ones(len(at), bool), 0
     for i, p in enumerate(at):
-        if not alive[i]: continue
+        if not alive[i]:
+            continue
         near = np.array(tree.query_ball_point(p * ratio, max(d[tuple(p)], min_distance)))
         alive[near[piece[near] == piece[i]]] = False
         out[tuple(p)] = n = n + 1
@@ -72,20 +76,29 @@ def marker_watershed(
     "Marker watershed on the distance transform."
     from skimage.segmentation import watershed
     d = heights(mask, ratio)
-    return watershed(-d, summits(d, mask, ratio, min_distance), connectivity=np.ones((3,) * mask.ndim), mask=mask).astype(np.int32)
+    corners = np.ones((3,) * mask.ndim)
+    found = watershed(-d, summits(d, mask, ratio, min_distance), connectivity=corners, mask=mask)
+    return found.astype(np.int32)
 
 # %% ../../nbs/data/instances.ipynb #8159cdc7
 def class_map(
-    x, # class map: whole numbers or booleans (*spatial), or probabilities: fractions (K,*spatial), background first
+    x, # class map: whole numbers or booleans (*spatial); or probabilities (K,*spatial)
 )->np.ndarray: # whole numbers (*spatial), 0 is background
     "The class of every pixel. Raises `InputError` for anything else."
     a = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     if a.dtype.kind in "bui":
-        if a.size and a.min() < 0: raise InputError("label holds negative values; background is 0 and classes are 1, 2, ...")
+        if a.size and a.min() < 0:
+            raise InputError("label holds negative values; background is 0 and classes are 1, 2, "
+                             "...")
         return a.astype(np.uint8) if a.dtype == bool else a
     if a.dtype.kind != "f" or a.ndim < 3 or len(a) < 2:
-        raise InputError(f"an array of type {a.dtype} and shape {a.shape} is neither a class map (whole numbers) nor probabilities (K,*spatial) of at least 2 classes. For one probability map p, give p > 0.5.")
-    if not np.allclose(a.sum(0, dtype=np.float64), 1, atol=.02): raise InputError("the fractions do not sum to 1 over the first axis, so they are not probabilities (K,*spatial). Give the softmax of the scores, background first.")
+        raise InputError(f"an array of type {a.dtype} and shape {a.shape} is neither a class map "
+                         "(whole numbers) nor probabilities (K,*spatial) of at least 2 classes. "
+                         "For one probability map p, give p > 0.5.")
+    if not np.allclose(a.sum(0, dtype=np.float64), 1, atol=.02):
+        raise InputError("the fractions do not sum to 1 over the first axis, so they are not "
+                         "probabilities (K,*spatial). Give the softmax of the scores, background "
+                         "first.")
     return a.argmax(0)
 
 def without_holes(
@@ -107,23 +120,29 @@ def instances(
     min_size:int=0,           # smaller objects are dropped, pixels
     classes:tuple=None,       # class numbers to cut into objects (default: all above 0)
     spacing=None,             # mm along each axis, or one number; only the ratios matter
-    min_distance:float=3,     # watershed: smallest distance of two middles, pixels of the finest axis
+    min_distance:float=3,     # watershed: smallest distance of two middles, finest pixels
     max_hole:int=0,           # holes in an object of up to so many pixels are filled first
 )->np.ndarray: # int32 (*spatial): 0 background, objects 1..n
     "Number the objects of a class map, class by class."
     y, cut = class_map(label), INSTANCES[method]
-    for name, value in {"min_size": min_size, "min_distance": min_distance, "max_hole": max_hole}.items():
-        if not value >= 0: raise InputError(f"{name} is {value}; give 0 or more pixels.")
-    ratio = _spacing(spacing, y.ndim)
+    limits = {"min_size": min_size, "min_distance": min_distance, "max_hole": max_hole}
+    for name, value in limits.items():
+        if not value >= 0:
+            raise InputError(f"{name} is {value}; give 0 or more pixels.")
+    ratio = axis_lengths(spacing, y.ndim)
     ratio = ratio / ratio.min()
     known = [int(k) for k in np.unique(y) if k]
     wanted = known if classes is None else sorted(set(map(int, classes)))
-    if any(k < 1 for k in wanted): raise InputError(f"classes is {tuple(classes)}; give class numbers of 1 or more (0 is background).")
+    if any(k < 1 for k in wanted):
+        raise InputError(f"classes is {tuple(classes)}; give class numbers of 1 or more (0 is "
+                         "background).")
     out, n = np.zeros(y.shape, np.int32), 0
     for k in wanted:
         mask = y == k
-        if not mask.any(): continue
-        if max_hole: mask = without_holes(mask, (y == 0) & (out == 0), max_hole)
+        if not mask.any():
+            continue
+        if max_hole:
+            mask = without_holes(mask, (y == 0) & (out == 0), max_hole)
         objects = cut(mask, ratio=ratio, min_distance=min_distance)
         keep = np.bincount(objects.ravel()) >= max(min_size, 1)
         keep[0] = False
@@ -139,10 +158,14 @@ def instances_of(
     drawn:np.ndarray=None,      # instance map (*spatial), if one was drawn
     min_size:int=0,             # smaller objects are dropped (pixels); not for organs
     method:str="components",    # components | watershed | none
-    cells:bool=None,            # three classes or more: True: classes consist of objects, False: each is one region; None: objects if the method is watershed
+    cells:bool=None,            # of three classes or more: whether they consist of objects; None: if by watershed
     spacing=None,               # mm along each axis; only the ratios matter
 )->np.ndarray: # (*spatial) int: 0 = background, one number per object
-    "The objects in a label map: given ones, else cut by `method`, else one region per class (organs)."
-    if drawn is not None: return drawn
-    cut = INSTANCES[method] is not whole and (len(classes) == 2 or (method == "watershed" if cells is None else cells))
-    return instances(label, method, min_size, spacing=spacing) if cut else np.asarray(label)
+    """The objects in a label map: given ones, else cut by `method`, else one region per class
+    (organs)."""
+    if drawn is not None:
+        return drawn
+    several = method == "watershed" if cells is None else cells
+    if INSTANCES[method] is whole or not (len(classes) == 2 or several):
+        return np.asarray(label)
+    return instances(label, method, min_size, spacing=spacing)

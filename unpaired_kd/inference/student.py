@@ -30,10 +30,13 @@ from torch.nn import functional as F
 from ..core import InputError, atomic, digest, file_sha256, given, progress, read_json, resolve_precision, unknown, write_json
 from ..data.formats.dicom import dicom_files, is_dicom, is_scan
 from ..data.formats.files import header_size
-from ..data.formats.images import WRITERS, Image, match_channels, prepare, read_image, resize, stem_of, suffix_of, visible, window, write_label
+from ..data.formats.images import Image, match_channels, read_image, stem_of, suffix_of
+from ..data.formats.pictures import visible, companions, one_of_each_set
+from ..data.formats.writing import WRITERS, write_label
+from ..data.intensity import window
+from ..data.resampling import prepare, resize
 from ..data.instances import INSTANCES, instances_of
 from ..data.formats.ngff import is_zarr
-from ..data.formats.pictures import companions, one_of_each_set
 from ..networks.registry import build, load_weights, name_of
 from ..networks.unet import best_layout
 from ..data.formats.outputs import Notes, check_apart, check_format, check_input, check_names, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, free_bytes, is_ours, keeping_notes
@@ -110,7 +113,7 @@ def checked_standard(
     recipe:Recipe, # one with a `standard`
 )->dict: # plain data: kind, landmarks, clip, percentiles, volumes
     "The histogram standard of a recipe, checked. Raises `InputError` for data that is none, and for a recipe that contradicts it."
-    from unpaired_kd.data.sets.clinical import HistogramStandard
+    from unpaired_kd.data.intensity import HistogramStandard
     s = recipe.standard
     if not isinstance(s, dict): raise InputError(f"recipe: standard is of type {type(s).__name__}. Give the dict of `HistogramStandard.to_dict`, or an entry of \"rules\" in preparation.json.")
     kind, rest = s.get("kind", "histogram"), {k: v for k, v in s.items() if k != "kind"}
@@ -127,7 +130,7 @@ def standardised(
     name:str,       # of the image, for messages
 )->np.ndarray: # float32, same shape, in [0,1]
     "A raw volume on the scale of the training data. Raises `InputError` for single slices, NaN and constant volumes."
-    from unpaired_kd.data.sets.clinical import standardise
+    from unpaired_kd.data.intensity import standardise
     if raw.ndim != 4 or raw.shape[1] < 2: raise InputError(f"{name} is a single slice, but this student reads intensities by the histogram of the whole volume. Give the volume (D,H,W), not its slices.")
     return standardise(raw, recipe.standard, name)
 

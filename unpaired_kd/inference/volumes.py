@@ -22,10 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core import PART, InputError, check_there, clear_parts, digest, file_sha256, progress, read_json, resolve_precision, swap_folder, sync, unknown, write_json
-from ..data.formats.images import check_finite, extra, from_nifti, match_channels, nifti_place, open_nifti, sign, suffix_of, to_unit, volume_window
+from ..core import (PART, InputError, check_there, clear_parts, digest, file_sha256,
+                              progress, read_json, resolve_precision, swap_folder, sync, unknown,
+                              write_json, extra)
+from ..data.formats.images import match_channels, suffix_of
 from ..data.formats.ngff import ABSENT, check_zarr_name, ome_steps, open_placed, read_box
+from ..data.formats.nifti import from_nifti, nifti_place, open_nifti
 from ..data.formats.pictures import arrange, companions, lazy_tiff
+from ..data.formats.writing import sign
+from ..data.intensity import check_finite, to_unit, volume_window
 from .student import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
 from ..data.formats.outputs import check_apart, check_input, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, identity, locked, made_folder
 

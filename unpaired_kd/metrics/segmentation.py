@@ -4,55 +4,24 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'dice', 'iou', 'surface', 'surface_distances', 'hausdorff', 'surface_dice', 'Overlaps', 'overlaps', 'PQ',
-           'instance_scores', 'aji', 'aji_plus', 'panoptic_quality', 'loop_instance_scores', 'toy_nuclei', 'components',
-           'case_metrics', 'released_dice', 'released_hd', 'released_aji', 'released_pq', 'released_metrics',
-           'betti_errors', 'betti_numbers', 'cl_dice', 'topology_precision', 'topology_scores', 'topology_sensitivity']
+           'instance_scores', 'aji', 'aji_plus', 'panoptic_quality', 'components', 'case_metrics']
 
 # %% ../../nbs/metrics/segmentation.ipynb #258b6629
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from ..core import InputError, rng, unknown
-from .topology import betti_errors, betti_numbers, cl_dice, topology_precision, topology_scores, topology_sensitivity
-
-# %% ../../nbs/metrics/segmentation.ipynb #9811155c
-_all_ = ["betti_errors", "betti_numbers", "cl_dice", "topology_precision", "topology_scores", "topology_sensitivity"]
-
-# %% ../../nbs/metrics/segmentation.ipynb #6bc9c3cb
-def _array(x):
-    "A NumPy array from an array or from a tensor on any device."
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-def _labels(x, name):
-    "A whole-number array from `x`; `InputError` for fractions and negative numbers."
-    a = _array(x)
-    if a.dtype.kind not in "biuf": raise InputError(f"{name} has dtype {a.dtype}; give whole numbers or booleans.")
-    if a.dtype.kind == "f":
-        if not (np.isfinite(a).all() and (a == np.floor(a)).all()):
-            raise InputError(f"{name} holds fractions or NaN; threshold a probability map first, e.g. `{name} > 0.5`.")
-        a = a.astype(np.int64)
-    if a.dtype.kind == "i" and a.size and a.min() < 0: raise InputError(f"{name} holds negative labels; background is 0 and objects are 1, 2, ...")
-    return a
-
-def _mask(x, name="mask"):
-    "Foreground (every label above 0) as a boolean array."
-    a = _array(x)
-    return a if a.dtype == bool else _labels(a, name) > 0
-
-def _pair(pred, target, convert=_mask):
-    "Both arguments through `convert`, with equal shapes."
-    p, t = convert(pred, "pred"), convert(target, "target")
-    if p.shape != t.shape: raise InputError(f"pred has shape {p.shape} but target has {t.shape}; give one case at a time, without channel axis.")
-    return p, t
+from ..core import InputError, unknown
+from .masks import as_labels, as_mask, as_pair, axis_lengths
+from .topology import topology_scores
 
 # %% ../../nbs/metrics/segmentation.ipynb #2258e63b
 def _both_empty(empty):
     "The score of two empty masks under a policy."
     known = {"one": 1.0, "nan": float("nan")}
-    if empty not in known: raise InputError(unknown("policy for empty masks", empty, known))
+    if empty not in known:
+        raise InputError(unknown("policy for empty masks", empty, known))
     return known[empty]
 
 def dice(
@@ -61,7 +30,7 @@ def dice(
     empty:str="one", # score when both are empty: one | nan
 )->float: # in [0,1], 1 is best
     "Dice overlap $2|P\\cap T|/(|P|+|T|)$ (Dice 1945; also DSC, F1 over pixels)."
-    p, t = _pair(pred, target)
+    p, t = as_pair(pred, target)
     total = np.count_nonzero(p) + np.count_nonzero(t)
     return float(2 * np.count_nonzero(p & t) / total) if total else _both_empty(empty)
 
@@ -71,7 +40,7 @@ def iou(
     empty:str="one", # score when both are empty: one | nan
 )->float: # in [0,1], 1 is best
     "Intersection over union $|P\\cap T|/|P\\cup T|$ (Jaccard)."
-    p, t = _pair(pred, target)
+    p, t = as_pair(pred, target)
     union = np.count_nonzero(p | t)
     return float(np.count_nonzero(p & t) / union) if union else _both_empty(empty)
 
@@ -79,8 +48,9 @@ def iou(
 def surface(
     mask, # mask or label map, (*spatial)
 )->np.ndarray: # boolean, (*spatial)
-    "Pixels of the mask with a neighbour outside it along some axis; the border of the image counts as outside."
-    m = _mask(mask)
+    """Pixels of the mask with a neighbour outside it along some axis; the border of the image
+    counts as outside."""
+    m = as_mask(mask)
     inside = m.copy()
     for axis in range(m.ndim):
         to, of = np.moveaxis(inside, axis, 0), np.moveaxis(m, axis, 0)
@@ -99,31 +69,22 @@ def _box(mask):
         box.append(slice(seen[0], seen[-1] + 1))
     return tuple(box)
 
-def _spacing(spacing, ndim):
-    "One positive number per axis."
-    try:
-        s = np.ones(ndim) if spacing is None else np.asarray(spacing, float)
-    except (TypeError, ValueError):
-        s = np.array(np.nan) # text, or lists of several lengths
-    s = np.broadcast_to(s, ndim) if s.size in (1, ndim) else None
-    if s is None or not (np.isfinite(s) & (s > 0)).all():
-        raise InputError(f"spacing is {spacing}; give one positive number per axis ({ndim}), in mm.")
-    return s
-
 def _places(at, spacing):
     "Voxel numbers (n, ndim) in mm; of a `Spacing` along its steps."
-    lengths, steps = _spacing(spacing, at.shape[1]), getattr(spacing, "steps", None)
+    lengths, steps = axis_lengths(spacing, at.shape[1]), getattr(spacing, "steps", None)
     return at * lengths if steps is None else at @ steps
 
 def surface_distances(
     pred,         # mask (*spatial), not empty
     target,       # the same shape, not empty
-    spacing=None, # mm per pixel along each axis of the array (a `Spacing`: with their angles), or one number; None: pixels
+    spacing=None, # mm per pixel along each axis (a `Spacing`: with their angles), or one number
 )->tuple: # two float arrays: pred's surface to target's, target's surface to pred's
     "Distance of every surface pixel of one mask to the nearest surface pixel of the other."
     from scipy.spatial import cKDTree
-    p, t = _pair(pred, target)
-    if not (p.any() and t.any()): raise InputError("pred or target is empty: it has no surface. `hausdorff` has a policy for this.")
+    p, t = as_pair(pred, target)
+    if not (p.any() and t.any()):
+        raise InputError("pred or target is empty: it has no surface. `hausdorff` has a policy for "
+                         "this.")
     box = _box(p | t)
     a, b = (_places(np.argwhere(surface(m[box])), spacing) for m in (p, t))
     tree = lambda x: cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
@@ -133,11 +94,15 @@ def surface_distances(
 def _no_surface(p, t, spacing, empty):
     "The distance when a mask is empty, under a policy."
     known = ("diagonal", "nan", "zero")
-    if empty not in known: raise InputError(unknown("policy for empty masks", empty, known))
-    if empty == "nan": return float("nan")
-    if empty == "zero" or not (p.any() or t.any()): return 0.0
+    if empty not in known:
+        raise InputError(unknown("policy for empty masks", empty, known))
+    if empty == "nan":
+        return float("nan")
+    if empty == "zero" or not (p.any() or t.any()):
+        return 0.0
     diagonals = (np.array(p.shape) - 1) * list(product((1, -1), repeat=p.ndim))
-    return float(max(map(np.linalg.norm, _places(diagonals, spacing)))) # at right angles all are alike
+    lengths = np.linalg.norm(_places(diagonals, spacing), axis=1) # at right angles all are alike
+    return float(lengths.max())
 
 def hausdorff(
     pred,                  # mask (*spatial)
@@ -146,10 +111,13 @@ def hausdorff(
     spacing=None,          # mm per pixel along each axis, or one number; None: pixels
     empty:str="diagonal",  # policy for an empty mask: diagonal | nan | zero
 )->float: # pixels or mm, 0 is best
-    "Hausdorff distance, or its percentile: the larger of the two directed percentiles (as in MONAI)."
-    p, t = _pair(pred, target)
-    if not 0 < percentile <= 100: raise InputError(f"percentile is {percentile}; give a number above 0 and up to 100.")
-    if not (p.any() and t.any()): return _no_surface(p, t, spacing, empty)
+    """Hausdorff distance, or its percentile: the larger of the two directed percentiles (as in
+    MONAI)."""
+    p, t = as_pair(pred, target)
+    if not 0 < percentile <= 100:
+        raise InputError(f"percentile is {percentile}; give a number above 0 and up to 100.")
+    if not (p.any() and t.any()):
+        return _no_surface(p, t, spacing, empty)
     return _far(surface_distances(p, t, spacing), percentile)
 
 def _far(distances, percentile):
@@ -174,10 +142,12 @@ def surface_dice(
     spacing=None,    # mm per pixel along each axis, or one number
     empty:str="one", # score when both are empty: one | nan
 )->float: # in [0,1], 1 is best
-    "Share of both surfaces that lies within `tolerance` of the other one, in any unit (normalised surface Dice, counted in surface pixels)."
-    p, t = _pair(pred, target)
+    """Share of both surfaces that lies within `tolerance` of the other one, in any unit (normalised
+    surface Dice, counted in surface pixels)."""
+    p, t = as_pair(pred, target)
     none = _near((), tolerance) # also checks the tolerance
-    if not (p.any() and t.any()): return none if p.any() or t.any() else _both_empty(empty)
+    if not (p.any() and t.any()):
+        return none if p.any() or t.any() else _both_empty(empty)
     return _near(surface_distances(p, t, spacing), tolerance)
 
 # %% ../../nbs/metrics/segmentation.ipynb #550db83e
@@ -206,7 +176,8 @@ def _objects(label, length):
     inside = np.flatnonzero(label > 0)
     names, first, which = np.unique(label[inside], return_index=True, return_inverse=True)
     order = np.argsort(first)
-    rank = np.empty_like(order); rank[order] = np.arange(len(order))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
     index = np.full(len(label), -1)
     index[inside] = rank[which]
     return names[order], np.bincount(rank[which], length[inside]).astype(np.int64), index
@@ -216,7 +187,7 @@ def overlaps(
     target, # the same shape
 )->Overlaps: # objects and pairs
     "The contingency table of two instance maps, from the runs on which neither label changes."
-    p, t = (a.ravel() for a in _pair(pred, target, _labels))
+    p, t = (a.ravel() for a in as_pair(pred, target, as_labels))
     change = p[1:] != p[:-1]
     change |= t[1:] != t[:-1]
     start = np.concatenate([np.zeros(min(p.size, 1), int), np.flatnonzero(change) + 1])
@@ -229,14 +200,24 @@ def overlaps(
 
 # %% ../../nbs/metrics/segmentation.ipynb #465b7efa
 def _aggregate(o, k):
-    "Intersections over unions of the pairs `k`; objects that are in none of them add their area below."
-    free_t = np.ones(len(o.target_area), bool); free_t[o.target[k]] = False
-    free_p = np.ones(len(o.pred_area), bool); free_p[o.pred[k]] = False
+    """Intersections over unions of the pairs `k`; objects that are in none of them add their area
+    below."""
+    free_t = np.ones(len(o.target_area), bool)
+    free_t[o.target[k]] = False
+    free_p = np.ones(len(o.pred_area), bool)
+    free_p[o.pred[k]] = False
     below = o.union[k].sum() + o.target_area[free_t].sum() + o.pred_area[free_p].sum()
     return float(o.inter[k].sum() / below)
 
+def _aggregated(o, pairs, empty):
+    "AJI of a table of overlaps with the pairs that `pairs` chooses, or the policy for no objects."
+    if not len(o.target_area) + len(o.pred_area):
+        return _both_empty(empty)
+    return _aggregate(o, pairs(o))
+
 def _best(o):
-    "For each target object that meets a prediction, its pair of largest IoU (tied: the prediction that appears first)."
+    """For each target object that meets a prediction, its pair of largest IoU (tied: the prediction
+    that appears first)."""
     order = np.lexsort((-o.pred, o.iou, o.target))
     return order[np.flatnonzero(np.diff(o.target[order], append=-1))]
 
@@ -244,12 +225,14 @@ def _match(o):
     "The one-to-one pairs with the largest total IoU."
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-    if not len(o.inter): return np.zeros(0, int)
+    if not len(o.inter):
+        return np.zeros(0, int)
     (t, i), (p, j) = (np.unique(x, return_inverse=True) for x in (o.target, o.pred))
     nobody = np.arange(len(t))
     weight = np.concatenate([o.iou, np.full(len(t), 1e-12)])
     at = np.concatenate([i, nobody]), np.concatenate([j, len(p) + nobody])
-    row, col = min_weight_full_bipartite_matching(csr_matrix((weight, at), shape=(len(t), len(p) + len(t))), maximize=True)
+    table = csr_matrix((weight, at), shape=(len(t), len(p) + len(t)))
+    row, col = min_weight_full_bipartite_matching(table, maximize=True)
     chosen = i * len(p) + j
     return np.flatnonzero(np.isin(chosen, (row * len(p) + col)[col < len(p)]))
 
@@ -268,7 +251,8 @@ def _panoptic(o, empty, threshold=.5):
     found = o.iou > threshold
     tp = int(found.sum())
     fp, fn = len(o.pred_area) - tp, len(o.target_area) - tp
-    if not tp + fp + fn: return PQ(*[_both_empty(empty)] * 3, 0, 0, 0)
+    if not tp + fp + fn:
+        return PQ(*[_both_empty(empty)] * 3, 0, 0, 0)
     sq = float(o.iou[found].mean()) if tp else 0.0
     dq = tp / (tp + fp / 2 + fn / 2)
     return PQ(sq * dq, sq, dq, tp, fp, fn)
@@ -280,9 +264,8 @@ def instance_scores(
 )->dict: # aji, aji_plus, pq, sq, dq, tp, fp, fn
     "AJI, AJI+ and PQ with its parts, all from one table of overlaps."
     o = overlaps(pred, target)
-    some = len(o.target_area) + len(o.pred_area)
-    score = lambda pairs: _aggregate(o, pairs(o)) if some else _both_empty(empty)
-    return {"aji": score(_best), "aji_plus": score(_match), **_panoptic(o, empty)._asdict()}
+    return {"aji": _aggregated(o, _best, empty), "aji_plus": _aggregated(o, _match, empty),
+            **_panoptic(o, empty)._asdict()}
 
 # %% ../../nbs/metrics/segmentation.ipynb #b068863e
 def aji(
@@ -291,8 +274,7 @@ def aji(
     empty:str="one", # score when there is no object on either side: one | nan
 )->float: # in [0,1], 1 is best
     "Aggregated Jaccard index (Kumar et al., 2017)."
-    o = overlaps(pred, target)
-    return _aggregate(o, _best(o)) if len(o.target_area) + len(o.pred_area) else _both_empty(empty)
+    return _aggregated(overlaps(pred, target), _best, empty)
 
 def aji_plus(
     pred,            # instance map (*spatial)
@@ -300,8 +282,7 @@ def aji_plus(
     empty:str="one", # score when there is no object on either side: one | nan
 )->float: # in [0,1], 1 is best
     "AJI with one-to-one pairs (HoVer-Net's variant): no prediction is used twice."
-    o = overlaps(pred, target)
-    return _aggregate(o, _match(o)) if len(o.target_area) + len(o.pred_area) else _both_empty(empty)
+    return _aggregated(overlaps(pred, target), _match, empty)
 
 def panoptic_quality(
     pred,               # instance map (*spatial)
@@ -310,79 +291,10 @@ def panoptic_quality(
     threshold:float=.5, # a pair is found above this IoU; at least 0.5, so that pairs are unique
 )->PQ: # pq, sq, dq, tp, fp, fn
     "Panoptic quality of one class of objects (Kirillov et al., 2019)."
-    if not .5 <= threshold < 1: raise InputError(f"threshold is {threshold}; give at least 0.5 (below that, pairs are not unique) and less than 1.")
+    if not .5 <= threshold < 1:
+        raise InputError(f"threshold is {threshold}; give at least 0.5 (below that, pairs are not "
+                         "unique) and less than 1.")
     return _panoptic(overlaps(pred, target), empty, threshold)
-
-# %% ../../nbs/metrics/segmentation.ipynb #99b2b68c
-def _loop_pairs(pred, target):
-    "Areas of all objects, and (intersection, union) of all pairs that meet, from one mask per object."
-    area_p = {j: int((pred == j).sum()) for j in np.unique(pred) if j}
-    area_t = {i: int((target == i).sum()) for i in np.unique(target) if i}
-    pairs = {}
-    for i in area_t:
-        mask_t = target == i
-        for j in np.unique(pred[mask_t]):
-            if not j: continue
-            mask_p = pred == j
-            pairs[i, j] = int((mask_t & mask_p).sum()), int((mask_t | mask_p).sum())
-    return area_t, area_p, pairs
-
-def _loop_aggregate(area_t, area_p, pairs, chosen):
-    "Intersections over unions of the chosen pairs, plus what is left."
-    top, below = sum(pairs[k][0] for k in chosen), sum(pairs[k][1] for k in chosen)
-    below += sum(a for i, a in area_t.items() if i not in {i for i, _ in chosen})
-    below += sum(a for j, a in area_p.items() if j not in {j for _, j in chosen})
-    return top / below
-
-def loop_instance_scores(
-    pred,   # instance map, NumPy, at least one object
-    target, # the same shape, at least one object
-)->dict: # aji, aji_plus, pq, sq, dq
-    "The definitions in plain loops, each score from its own pass as public scripts do. Slow: for tests and timing only."
-    from scipy.optimize import linear_sum_assignment
-    area_t, area_p, pairs = _loop_pairs(pred, target)                       # AJI
-    best = [max((k for k in pairs if k[0] == i), key=lambda k: pairs[k][0] / pairs[k][1]) for i in area_t if any(k[0] == i for k in pairs)]
-    out = {"aji": _loop_aggregate(area_t, area_p, pairs, best)}
-    area_t, area_p, pairs = _loop_pairs(pred, target)                       # AJI+
-    names_t, names_p = list(area_t), list(area_p)
-    dense = np.array([[pairs[i, j][0] / pairs[i, j][1] if (i, j) in pairs else 0. for j in names_p] for i in names_t])
-    row, col = linear_sum_assignment(dense, maximize=True)
-    out["aji_plus"] = _loop_aggregate(area_t, area_p, pairs, [(names_t[r], names_p[c]) for r, c in zip(row, col) if dense[r, c] > 0])
-    area_t, area_p, pairs = _loop_pairs(pred, target)                       # PQ
-    found = [a / b for a, b in pairs.values() if a / b > .5]
-    out["dq"] = len(found) / (.5 * len(area_t) + .5 * len(area_p))
-    out["sq"] = sum(found) / len(found) if found else 0.
-    return {**out, "pq": out["sq"] * out["dq"]}
-
-# %% ../../nbs/metrics/segmentation.ipynb #b4a79ea5
-def toy_nuclei(
-    n:int=470,     # nuclei in the target
-    size:int=1000, # side of the image, px
-    seed:int=0,    # seed
-    jitter:float=2.5, # how far a predicted nucleus is moved (standard deviation, px)
-    missed:float=.08, # share of nuclei without a prediction
-)->tuple: # prediction and target, int32 (size,size)
-    "A field of elliptic nuclei, some of them touching, and an imperfect segmentation of it: for tests and timing."
-    r = rng(seed, "toy_nuclei", n, size)
-    side = int(np.ceil(n**.5))
-    step = size / side
-    centre = ((np.indices((side, side)).reshape(2, -1).T + .5) * step)[:n]
-    centre = centre + r.normal(0, .2 * step, (n, 2))
-    axes, angle = step * r.uniform(.17, .4, (n, 2)), r.uniform(0, np.pi, n)
-    def draw(centre, axes, angle):
-        out = np.zeros((size, size), np.int32)
-        for k, ((y, x), (a, b), phi) in enumerate(zip(centre, axes, angle), 1):
-            reach = int(max(a, b)) + 2
-            top, left = max(int(y) - reach, 0), max(int(x) - reach, 0)
-            view = out[top:int(y) + reach, left:int(x) + reach]
-            dy, dx = np.indices(view.shape) + np.array([top - y, left - x])[:, None, None]
-            u, v = dy * np.cos(phi) + dx * np.sin(phi), dx * np.cos(phi) - dy * np.sin(phi)
-            view[(u / a)**2 + (v / b)**2 <= 1] = k
-        return out
-    kept = r.random(n) >= missed
-    moved = centre + r.normal(0, jitter, (n, 2))
-    wrong = axes * r.uniform(.8, 1.2, (n, 2))
-    return draw(moved[kept], wrong[kept], angle[kept]), draw(centre, axes, angle)
 
 # %% ../../nbs/metrics/segmentation.ipynb #be8c3416
 def components(
@@ -391,7 +303,7 @@ def components(
 )->np.ndarray: # int32 instance map (*spatial), objects 1..n
     "Connected components (corners connect), numbered from 1."
     from scipy import ndimage
-    m = _mask(mask)
+    m = as_mask(mask)
     out, _ = ndimage.label(m, np.ones((3,) * m.ndim, int))
     if min_size > 1:
         keep = np.bincount(out.ravel(), minlength=1) >= min_size
@@ -409,85 +321,36 @@ def case_metrics(
     classes:tuple=("background", "foreground"), # name of each label value, background first
     empty:str="diagonal",  # policy of `hausdorff` for a missed or invented class
     tolerance:float=3.,    # of the surface Dice, mm (pixels without spacing)
-    topology:bool=False,   # add the columns of `topology_scores`, for the foreground: every class above 0
-)->dict: # dsc, hd95, aji, pq, sdsc, missed; with several foreground classes also dsc_<class> (nan if absent from both); with topology also cldice, tprec, tsens, betti0, betti1, betti2
-    "The four scores of one case, the surface Dice, and the number of foreground classes that are in the target and not in the prediction."
-    p, t = _pair(pred, target, _labels)
+    topology:bool=False,   # add the columns of `topology_scores`, of all classes above 0 together
+)->dict: # dsc, hd95, aji, pq, sdsc, missed; of several classes dsc_<class>; see above
+    """The four scores of one case, the surface Dice, and the number of foreground classes that are
+    in the target and not in the prediction."""
+    p, t = as_pair(pred, target, as_labels)
     top = max(int(p.max(initial=0)), int(t.max(initial=0)))
-    if top >= len(classes): raise InputError(f"label {top} has no name: classes has {len(classes)} entries, {classes}.")
-    if (pred_instances is None) != (target_instances is None): raise InputError("give both pred_instances and target_instances, or neither.")
+    if top >= len(classes):
+        raise InputError(f"label {top} has no name: classes has {len(classes)} entries, {classes}.")
+    if (pred_instances is None) != (target_instances is None):
+        raise InputError("give both pred_instances and target_instances, or neither.")
     each = {name: (p == k, t == k) for k, name in enumerate(classes) if k}
     each = {name: (a, b) if a.any() or b.any() else None for name, (a, b) in each.items()}
     dsc = {name: dice(*ab) if ab else float("nan") for name, ab in each.items()}
-    hd, sd = zip(*[_outline(*ab, spacing, empty, tolerance) for ab in each.values() if ab]) if any(each.values()) else ((), ())
-    missed = sum(bool(ab[1].any() and not ab[0].any()) for ab in each.values() if ab)
-    objects = {"aji": float("nan"), "pq": float("nan")} if pred_instances is None else instance_scores(pred_instances, target_instances)
-    out = {"dsc": float(np.nanmean(list(dsc.values()))) if hd else 1.0, "hd95": float(np.mean(hd)) if hd else 0.0, "aji": objects["aji"], "pq": objects["pq"],
-           "sdsc": float(np.mean(sd)) if sd else 1.0, "missed": missed}
-    if len(dsc) > 1: out |= {f"dsc_{name}": v for name, v in dsc.items()}
+    shown = [ab for ab in each.values() if ab]
+    outlines = [_outline(*ab, spacing, empty, tolerance) for ab in shown]
+    objects = {"aji": float("nan"), "pq": float("nan")}
+    if pred_instances is not None:
+        objects = instance_scores(pred_instances, target_instances)
+    out = {"dsc": float(np.nanmean(list(dsc.values()))) if shown else 1.0,
+           "hd95": float(np.mean([hd for hd, _ in outlines])) if shown else 0.0,
+           "aji": objects["aji"], "pq": objects["pq"],
+           "sdsc": float(np.mean([sd for _, sd in outlines])) if shown else 1.0,
+           "missed": sum(bool(t.any() and not p.any()) for p, t in shown)}
+    if len(dsc) > 1:
+        out |= {f"dsc_{name}": v for name, v in dsc.items()}
     return out | (topology_scores(p, t) if topology else {})
 
 def _outline(p, t, spacing, empty, tolerance):
     "HD95 and surface Dice of two masks, not both empty, from one search."
-    if not (p.any() and t.any()): return _no_surface(p, t, spacing, empty), _near((), tolerance)
+    if not (p.any() and t.any()):
+        return _no_surface(p, t, spacing, empty), _near((), tolerance)
     d = surface_distances(p, t, spacing)
     return _far(d, 95), _near(d, tolerance)
-
-# %% ../../nbs/metrics/segmentation.ipynb #3efee4d4
-def _released_pred(pred, min_size):
-    "The prediction without its small objects, as a mask."
-    return components(pred, min_size) > 0
-
-def released_dice(
-    pred,   # mask (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed; the target is left alone
-)->float: # in [0,1]
-    "DSC as LOTUS's code has it: small predicted objects removed, both empty 1, denominator at least 1e-4."
-    p, t = _pair(pred, target)
-    p = _released_pred(p, min_size)
-    if not (p.any() or t.any()): return 1.0
-    return float(2 * np.count_nonzero(p & t) / max(np.count_nonzero(p) + np.count_nonzero(t), 1e-4))
-
-def released_hd(
-    pred,   # mask (*spatial)
-    target, # the same shape
-)->float: # pixels; 0 if any mask is empty
-    "\"HD\" as LOTUS's code has it: the 95th percentile of both lists of surface distances pooled; 0 for a miss."
-    p, t = _pair(pred, target)
-    if not (p.any() and t.any()): return 0.0
-    return float(np.percentile(np.concatenate(surface_distances(p, t)), 95))
-
-def released_aji(
-    pred,   # mask or instance map (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-)->float: # in [0,1]
-    "\"AJI\" as LOTUS's code has it: the IoU of the foreground; 0 for an empty prediction, and where there is no background."
-    p, t = _pair(pred, target)
-    p = _released_pred(p, min_size)
-    return 0.0 if not p.any() or p.all() or t.all() else iou(p, t)
-
-# %% ../../nbs/metrics/segmentation.ipynb #a129406c
-def released_pq(
-    pred,   # mask or instance map (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-    binary:bool=True, # True: the later version of the code; False: the first one (instances, in uint8)
-)->float: # in [0,1]
-    "\"PQ\" as LOTUS's code has it: of the binary foreground, or by instance with labels that wrap above 255."
-    p, t = _pair(pred, target, _labels)
-    p = components(p, min_size) if binary or p.max(initial=0) <= 1 else p * np.isin(p, np.flatnonzero(np.bincount(p.ravel()) >= max(min_size, 1)))
-    if binary: p, t = p > 0, t > 0
-    elif t.max(initial=0) <= 1: t = components(t)
-    if not p.any(): return 0.0
-    found = _panoptic(overlaps(p.astype(np.uint8), t.astype(np.uint8)), "one")
-    return found.pq * found.tp / (found.tp + 1e-6)
-
-def released_metrics(
-    pred,   # mask (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-)->dict: # dsc, hd, aji, pq
-    "The four figures of LOTUS's released test code for one patch."
-    return {"dsc": released_dice(pred, target, min_size), "hd": released_hd(pred, target), "aji": released_aji(pred, target, min_size), "pq": released_pq(pred, target, min_size)}

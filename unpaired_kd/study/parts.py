@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core import InputError, digest
-from ..data.collections import (Collection, Split, label_budget, near_groups, open_collection,
-                                          split_groups)
+from ..data.collections import Collection, open_collection
+from ..data.splits import Split, label_budget, near_groups, split_groups
 from ..data.formats.files import files_of, stamp
 from ..data.formats.pictures import companions
 from .config import ImagesConfig, SplitConfig

@@ -18,7 +18,8 @@ import unicodedata
 from pathlib import Path
 
 from ...core import OLD, PART, InputError, check_there, clear_parts, digest, is_same_file, open_own, read_json, take_lock
-from .images import SIGN, suffix_of
+from .images import suffix_of
+from .writing import SIGN
 from .ngff import zarr_parts
 from .pictures import companions
 

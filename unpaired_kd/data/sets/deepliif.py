@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, file_sha256, progress, rng, unknown, write_csv
-from ..collections import split_groups
-from ..formats.images import Image, atomic_folder, list_images, read_image, suffix_of, write_image, write_label
+from ...core import (InputError, file_sha256, progress, rng, unknown, write_csv,
+                              atomic_folder)
+from ..splits import split_groups
+from ..formats.images import Image, list_images, read_image, suffix_of
+from ..formats.writing import write_image, write_label
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #8fcfd0f1
 PANELS = ("IHC", "Hematoxylin", "DAPI", "Lap2", "Marker", "Seg") # from left to right

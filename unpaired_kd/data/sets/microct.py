@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...core import InputError, unknown
-from ..formats.images import check_finite, resize, zoom_label
+from ..intensity import check_finite
+from ..resampling import resize, zoom_label
 
 # %% ../../../nbs/data/sets/microct.ipynb #91ed2077
 def one_slice(

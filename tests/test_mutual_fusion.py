@@ -22,7 +22,7 @@ from unpaired_kd.methods.registry import NoTeacher, Peer, Pretrained, all_method
 from unpaired_kd.networks.registry import build
 from unpaired_kd.study.rows import load_rows
 from unpaired_kd.study.run import run_study
-from unpaired_kd.study.tasks import Study
+from unpaired_kd.study.study import Study
 from studies import make, parts, train_arm
 from unpaired_kd.translation.cyclegan import Generator
 from unpaired_kd.translation.translated import AlphaNet, DritTranslator, Ensemble, Translated, fused, pack, unite

@@ -30,7 +30,9 @@ from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import collect, pretrain_tasks
 from unpaired_kd.study.parts import open_both
 from unpaired_kd.study.run import export_student, run_study
-from unpaired_kd.study.tasks import PretrainTask, School, Study, TeacherTask, finished
+from unpaired_kd.study.school import School
+from unpaired_kd.study.study import Study
+from unpaired_kd.study.trainings import PretrainTask, TeacherTask, finished
 from studies import first_name, learner_of, make, parts, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)

@@ -1,6 +1,5 @@
 """What a run folder says must be so: damaged, killed at any write, called twice, given other data."""
 import hashlib, json, os, shutil, subprocess, sys, textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core import Checked
 from ..distillation.variation import label_to
 from ..losses.segmentation import segmentation_loss
-from ..networks.registry import weights_digest
 from .registry import METHODS, Expert
+from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
 from ..training.learner import Method, Stage, Update
 

@@ -282,3 +282,23 @@ def test_on_a_cluster_of_one_machine(tmp_path):
         there = run_study(tmp_path / "there", alone, [0], scheduler=cluster.scheduler_address)
     assert there == run_study(tmp_path / "here", alone, [0], workers=1)
     with pytest.raises(InputError, match="no Dask scheduler answers"): run_study(tmp_path / "b", alone, [0], scheduler="tcp://127.0.0.1:1")
+
+
+def test_a_folder_of_an_earlier_version_is_the_same_study(tmp_path):
+    "Its settings are fewer, and its arms are in other words."
+    from unpaired_kd.study.folder import known_study
+    from unpaired_kd.study.records import write_sealed
+    record = json.loads((ROOT / "nbs/results/lotus/phantoms/config.json").read_text())
+    write_sealed(tmp_path / "config.json", record)
+    config = read_study(record["study"], record["arms"])
+    assert known_study(Study(config, tmp_path))["seeds"] == record["seeds"]
+    with pytest.raises(InputError, match="different: patch"): known_study(Study(config.change(patch=64), tmp_path))
+    with pytest.raises(InputError, match="different: arm 'alone'"): known_study(Study(config.change(arms={"alone": dict(method="single", start="teacher")}), tmp_path))
+
+
+def test_no_method_is_named_where_studies_are_run():
+    from unpaired_kd.methods.registry import all_methods
+    import ast
+    for path in sorted((ROOT / "unpaired_kd/study").glob("*.py")):
+        words = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not words & set(all_methods()), path

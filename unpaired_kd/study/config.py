@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'PARTS', 'FLAT', 'OF_ARMS', 'ImagesConfig', 'SplitConfig', 'PatchConfig', 'NetworkConfig', 'TeacherConfig',
-           'ScoreConfig', 'StudyConfig', 'read_study']
+           'ScoreConfig', 'StudyConfig', 'read_study', 'flat_now']
 
 # %% ../../nbs/study/config.ipynb #2b0768b8
 from dataclasses import dataclass, field, fields
@@ -158,3 +158,11 @@ def read_study(
     "A study as a run folder has it on record, also one of an earlier version."
     known = {k: v for k, v in record.items() if k not in OF_ARMS}
     return StudyConfig.from_flat(**known, arms=arms)
+
+def flat_now(
+    record:dict, # what a run folder's config.json has under "study"
+)->dict: # flat name -> value: what it did not know yet had its default
+    "A study on record in today's flat names; what this version does not know stays as it is."
+    known = {k: v for k, v in record.items() if k in FLAT}
+    more = {k: v for k, v in record.items() if k not in (*FLAT, *OF_ARMS)}
+    return {**read_study(known).flat(), **more}

@@ -12,7 +12,7 @@ from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, NotSettled, Settings, load_checkpoint
 from unpaired_kd.methods.lotus import LOTUS, LotusOptions, Scene
 from unpaired_kd.networks.registry import weights_digest
-from unpaired_kd.methods.controls import initialise, placebo
+from unpaired_kd.methods.controls import copy_weights, placebo
 from unpaired_kd.training.calibrate import calibrate
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.unet import UNet
@@ -201,8 +201,7 @@ def test_the_placebo_differs_from_the_teacher_in_weights_only():
     student, teacher = nets()
     fake = placebo(teacher, [Two().batch(i)["teacher"].image for i in range(4)], seed=1)
     assert fake.config == teacher.config and not torch.equal(fake.conv1[0].weight, teacher.conv1[0].weight)
-    assert initialise(student, fake, "teacher") is student and torch.equal(student.conv5[0].weight, fake.conv5[0].weight)
-    with pytest.raises(InputError, match="scratch"): initialise(student, teacher, "imagenet")
+    assert copy_weights(student, fake) is student and torch.equal(student.conv5[0].weight, fake.conv5[0].weight)
 
 
 @pytest.mark.parametrize("dims,classes", [(2, 2), (3, 3)])

@@ -9,7 +9,7 @@ __all__ = ['attention', 'class_attention', 'AttentionOptions', 'AttentionTransfe
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import Checked
 from ..distillation.variation import label_to

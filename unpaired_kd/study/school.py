@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import InputError
 from ..data.patches import Unpaired
-from ..methods.controls import initialise, placebo
+from ..methods.controls import copy_weights, placebo
 from ..methods.registry import Pretrained, method_class
 from ..networks.registry import load_weights
 from .arms import Arm
@@ -50,7 +50,7 @@ class School:
     )->nn.Module: # the network as the arm starts it
         "Fresh, or a copy of the teacher or of the placebo."
         if self.arm.start == "scratch": return net
-        return initialise(net, self.trained() if self.arm.start == "teacher" else self.blank(), "teacher")
+        return copy_weights(net, self.trained() if self.arm.start == "teacher" else self.blank())
 
     def student(self)->nn.Module:
         "The network to train."

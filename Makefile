@@ -26,4 +26,4 @@ $(READY): pyproject.toml constraints.txt settings.ini
 	@touch $@
 
 clean:
-	rm -rf _proc _docs build *.egg-info
+	rm -rf _proc _docs dist

@@ -1,4 +1,6 @@
 "Looking into networks: pixel lists, features at pixels, t-SNE, separation with cases held out; matched feature maps."
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -122,8 +124,7 @@ def test_embedding_refusals():
     for kw, words in ((dict(), "too few"), (dict(engine="umap"), "unknown engine"), (dict(perplexity=5, iterations=100), "at least 250")):
         with pytest.raises(InputError, match=words): embed(x, **kw)
     with pytest.raises(InputError, match="NaN"): embed(x * np.nan, perplexity=5)
-    try: import openTSNE
-    except ImportError:
+    if importlib.util.find_spec("openTSNE") is None:
         with pytest.raises(InputError, match="not installed"): embed(x, "opentsne", perplexity=5)
 
 

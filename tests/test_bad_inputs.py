@@ -128,6 +128,11 @@ def given(*pairs):
     return ["run", "./n.ipynb", "--out", "out", *(a for k, v in zip(pairs[::2], pairs[1::2]) for a in ("-p", k, v))]
 
 
+def filed(*files):
+    "Arguments: `ukd run` with files of parameters."
+    return ["run", "./n.ipynb", "--out", "out", *(a for f in files for a in ("-f", f))]
+
+
 def out(name): return ["run", "./n.ipynb", "--out", name]
 
 
@@ -206,6 +211,30 @@ RUN = [
     ("str: bytes that are no UTF-8", None, given("name", os.fsdecode(b"caf\xe9")), "'name'.*broken character"),
     ("parameter without a value", None, ["run", "./n.ipynb", "-p", "steps"], "-p: write name and value apart"),
     ("unknown option", None, ["run", "./n.ipynb", "--epochs", "3"], "--epochs"),
+    ("option misspelt", None, ["run", "./n.ipynb", "--ot", "x"], "unknown option '--ot'. Did you mean '--out'"),
+    ("option by its first letters", None, ["run", "./n.ipynb", "--exten"], "unknown option '--exten'. Did you mean '--extend'"),
+    ("option with its value", None, ["run", "./n.ipynb", "--otu=x"], "unknown option '--otu'. Did you mean '--out'"),
+    ("two notebooks", None, ["run", "./n.ipynb", "./m.ipynb"], "'./m.ipynb' is one word too many"),
+    # files of parameters
+    ("file absent", None, filed("absent.yaml"), "absent.yaml does not exist"),
+    ("file is a folder", None, filed("thesis"), "thesis is a folder"),
+    ("file is binary", write("p.yaml", bytes(range(256))), filed("p.yaml"), "p.yaml is not UTF-8"),
+    ("file is a list", write("p.yaml", "- steps"), filed("p.yaml"), "p.yaml must be a mapping"),
+    ("file with a name misspelt", write("p.yaml", "stepz: 3"), filed("p.yaml"), "p.yaml: unknown parameter 'stepz'. Did you mean 'steps'"),
+    ("file with an entry misspelt", write("p.yaml", "weights.kll: 3"), filed("p.yaml"), "p.yaml: unknown entry of 'weights' 'kll'. Did you mean 'kl'"),
+    ("file with a word for a number", write("p.yaml", "steps: three"), filed("p.yaml"), "p.yaml: parameter 'steps' takes int"),
+    ("file with a number in quotes", write("p.yaml", "steps: '3'"), filed("p.yaml"), "p.yaml: parameter 'steps'.*without quotes"),
+    ("file with a number for text", write("p.yaml", "name: 7"), filed("p.yaml"), "p.yaml: parameter 'name'.*in quotes"),
+    ("file with off for text", write("p.yaml", "name: off"), filed("p.yaml"), "p.yaml: parameter 'name'.*in quotes"),
+    ("file with a key twice", write("p.yaml", "steps: 1\nsteps: 2"), filed("p.yaml"), r"p.yaml: 'steps' \(line 2\) stands twice"),
+    ("file with off as a key", write("p.yaml", "off: 1"), filed("p.yaml"), "p.yaml: the key 'off' is not text"),
+    ("file with a run folder", write("p.yaml", "run_folder: x"), filed("p.yaml"), "p.yaml: .*--out"),
+    ("file with a dict and its entry", write("p.yaml", "options.x: 1\noptions: {x: 2}"), filed("p.yaml"), "p.yaml: 'options.x' and 'options'"),
+    ("file that undoes another", lambda place: (write("p.yaml", "options.x: 1")(place), write("q.yaml", "options: {y: 2}")(place)), filed("p.yaml", "q.yaml"), "q.yaml: 'options' would undo 'options.x'"),
+    ("parameter that undoes a file", write("p.yaml", "options.x: 1"), [*filed("p.yaml"), "-p", "options", "{y: 2}"], "'options' would undo 'options.x'"),
+    ("file with a tag", write("p.yaml", "name: !!python/name:os.system"), filed("p.yaml"), "p.yaml.*tags"),
+    ("file with a tab", write("p.yaml", "options:\n\tx: 1"), filed("p.yaml"), "p.yaml.*not valid YAML.*line 2"),
+    ("file with a bomb", write("p.yaml", f"options: {BOMB}"), filed("p.yaml"), "p.yaml.*repeat more"),
     # the notebook
     ("notebook absent", None, ["run", "./absent.ipynb"], "absent.ipynb does not exist"),
     ("experiment unknown", None, ["run", "lotos"], "unknown experiment 'lotos'"),
@@ -296,7 +325,7 @@ CHECK = [(name, ready, ["check", "data", *more], says) for name, ready, more, sa
     ("data of another program", folder("data/imagesTr"), [], "nnU-Net"),
     ("modality misspelt", after(), ["ctt"], "unknown modality 'ctt'. Did you mean 'ct'"),
     ("modality is a path", after(), ["../data/ct"], "unknown modality"),
-    ("kind misspelt", after(), ["--label-kind", "objects"], "--label-kind.*'objects'"),
+    ("kind misspelt", after(), ["--label-kind", "instances"], "--label-kind.*'instances'.*Did you mean 'instance'"),
     ("pictures among the data", after(), ["--out", "data/ct/images"], "--out: data/ct/images lies in data"),
     ("pictures in the data", after(), ["--out", "data"], "--out: data lies in data"),
     ("pictures into a file", after(), ["--out", "file"], "file is not a folder"),
@@ -412,6 +441,8 @@ SWEEP = [(name, prepare_it, ["sweep", "g.yaml", "--out", "out", *more], says) fo
     ("out with files of others", write("out/thesis.tex", ""), [], "thesis.tex"),
 ]] + [
     ("grid absent", None, ["sweep", "absent.yaml"], "absent.yaml does not exist"),
+    ("grid unknown", None, ["sweep", "lotos_ablation"], "unknown grid 'lotos_ablation'. Did you mean 'lotus_ablation'"),
+    ("sweep with an option misspelt", None, ["sweep", "g.yaml", "--scal", "demo"], "unknown option '--scal'. Did you mean '--scale'"),
     ("grid is a folder", None, ["sweep", "thesis"], "thesis is a folder"),
     ("grid is a pipe", fifo("p.yaml"), ["sweep", "p.yaml"], "p.yaml is neither a file nor a folder, but a pipe"),
     ("grid is a device", None, ["sweep", "/dev/zero"], "/dev/zero is neither a file nor a folder, but a pipe"),
@@ -454,7 +485,10 @@ REPORT = [(name, prepare_it, ["report", *more], says) for name, prepare_it, more
     ("broken split", lambda place: (write("run/config.json", '{"study": {}, "arms": {}, "seeds": []}')(place), write("run/splits/student-0.json", "")(place)), ["run"], "run/splits/student-0.json is not valid JSON"),
 ]] + [
     ("no command", None, [], "run . sweep . predict . report|required"),
-    ("unknown command", None, ["train"], "invalid choice: 'train'"),
+    ("unknown command", None, ["train"], "unknown command 'train'"),
+    ("command misspelt", None, ["rnu", "lotus"], "unknown command 'rnu'. Did you mean 'run'"),
+    ("command without a name", None, [""], "unknown command ''"),
+    ("option of nothing", None, ["--verson"], "unknown option '--verson'. Did you mean '--version'"),
 ]
 
 

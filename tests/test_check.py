@@ -13,7 +13,7 @@ from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, file_sha256, rng
 from unpaired_kd.data import check as checking
 from unpaired_kd.data.collections import open_collection
-from unpaired_kd.data.check import check_data, common, examine, leaks, look_at, marks_of, modalities_of
+from unpaired_kd.data.check import common, examine, leaks, marks_of, modalities_of
 
 
 def save(path, array):
@@ -256,11 +256,12 @@ def test_labels_without_background_are_told(ward, capsys):
 
 
 def test_a_patient_with_two_names_in_two_modalities(ward, capsys):
-    from unpaired_kd.study.run import StudyConfig, open_both
+    from unpaired_kd.study.config import ImagesConfig
+    from unpaired_kd.study.parts import open_both
     for m, names in (("ct", "P01 P02 x y"), ("mr", "p1 P02 p-10 z")):
         (ward / f"{m}/groups.csv").write_text("id,group\n" + "".join(f"{m}{i},{g}\n" for i, g in enumerate(names.split())))
     assert run(capsys, ward)[1:3] == ([], ["note: ct, mr: groups 'P01', 'p1' have nearly the same name; are they one patient?"])
-    config = StudyConfig(data=str(ward), teacher="ct", student="mr")
+    config = ImagesConfig(data=str(ward), teacher="ct", student="mr")
     with pytest.warns(UserWarning, match="groups 'P01', 'p1' have nearly the same name. If they are one patient") as told: open_both(config)
     assert len(told) == 1
     (ward / "mr/groups.csv").write_text((ward / "mr/groups.csv").read_text().replace("p1", "P01").replace("z", "p10"))

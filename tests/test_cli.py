@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from unpaired_kd.command import cli
+from unpaired_kd.command import cli, notebook as program, parameters
+from unpaired_kd.command.arguments import read_arguments
 from unpaired_kd.core import InputError
+from unpaired_kd.study.joined import join_runs
 
 START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -50,7 +52,7 @@ def test_bad_parameters_are_refused_with_the_list_of_known_ones(tmp_path, argume
 @pytest.mark.parametrize("cells, tag, said", [
     ([PARAMETERS], False, "0 cells tagged"), (["steps: int = 2"], True, "run_folder"), (["steps = run()"], True, "plain value"), (["for i in []: pass"], True, "name: type = value"), (["a = b = 1"], True, "name: type = value")])
 def test_notebooks_without_a_proper_parameters_cell_are_refused(tmp_path, cells, tag, said):
-    with pytest.raises(InputError, match=said): cli.run_notebook(str(notebook(tmp_path / "a.ipynb", *cells, tag=tag)), out=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=said): program.run_notebook(str(notebook(tmp_path / "a.ipynb", *cells, tag=tag)), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -58,29 +60,29 @@ def test_unknown_experiment_names_the_known(monkeypatch, tmp_path):
     (tmp_path / "nbs/experiments").mkdir(parents=True)
     notebook(tmp_path / "nbs/experiments/lotus.ipynb", PARAMETERS)
     monkeypatch.chdir(tmp_path)
-    assert cli.find_notebook("lotus") == Path("nbs/experiments/lotus.ipynb")
-    with pytest.raises(InputError, match="Did you mean 'lotus'"): cli.find_notebook("lotos")
+    assert program.find_notebook("lotus") == Path("nbs/experiments/lotus.ipynb")
+    with pytest.raises(InputError, match="Did you mean 'lotus'"): program.find_notebook("lotos")
 
 
 @pytest.mark.parametrize("kind, text, value", [
     ("int", "3", 3), ("float", "3", 3.), ("float", "1e-3", .001), ("float", "-.5", -.5), ("float", ".inf", float("inf")), ("bool", "true", True), ("str", "[1]", "[1]"), ("str", "", ""), ("list", "[a, 1]", ["a", 1]),
     ("list[float]", "[1, 2e-1]", [1., .2]), ("dict[str, float]", "{a: 1}", {"a": 1.}), ("int | None", "null", None), ("str | None", "null", None), ("str | None", "7", "7"), ("float | str", "auto", "auto"), ("float | str", "2", 2.)])
 def test_values_take_the_annotated_type(kind, text, value):
-    got = cli.parse_value(cli.Parameter("x", kind, None, ""), text)
+    got = parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
     assert got == value and type(got) is type(value)
 
 
 @pytest.mark.parametrize("kind, text", [("int", "true"), ("int", "2.0"), ("float", "true"), ("bool", "1"), ("bool", "on fire"), ("list", "1"), ("list", "{a: 1}"), ("list[int]", "[1.5]"), ("dict", "[]"), ("dict[str, int]", "{a: b}"), ("int | None", "x"), ("list", "[1"), ("set", "1")])
 def test_values_of_another_type_are_refused(kind, text):
-    with pytest.raises(InputError, match="does not fit"): cli.parse_value(cli.Parameter("x", kind, None, ""), text)
+    with pytest.raises(InputError, match="does not fit"): parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
 
 
 @pytest.mark.parametrize("text", ["C: data", "[a", "*x", "010", "off", "null", "2024-01-01", "#1", "  spaces  ", "", "'quoted'", "!tag", "1e3", "a\nb", "x" * 300_000, "{a: 1}"])
 def test_text_is_text(text):
     "As it was typed; in an alternative, whatever the other type does not take; never read as YAML."
-    assert cli.parse_value(cli.Parameter("x", "str", "a", ""), text) == text
-    assert cli.parse_value(cli.Parameter("x", "str | None", None, ""), text) == (None if text == "null" else text)
-    assert cli.parse_value(cli.Parameter("x", "int | str", 0, ""), text) == text
+    assert parameters.parse_value(parameters.Parameter("x", "str", "a", ""), text) == text
+    assert parameters.parse_value(parameters.Parameter("x", "str | None", None, ""), text) == (None if text == "null" else text)
+    assert parameters.parse_value(parameters.Parameter("x", "int | str", 0, ""), text) == text
 
 
 @pytest.mark.parametrize("kind, text, value", [
@@ -91,21 +93,21 @@ def test_text_is_text(text):
     ("list", "[a b, 1, .5, true, null, ~, 'no', 0x1F, {k: [v]}]", ["a b", 1, .5, True, None, None, "no", 31, {"k": ["v"]}]), ("dict", "{1: a, 2: b}", {1: "a", 2: "b"}), ("object", "{a: null, b: 16-9}", {"a": None, "b": "16-9"})])
 def test_values_are_what_was_meant(kind, text, value):
     "By hand, from the core schema of YAML 1.2; `repr` tells 1 from 1.0 and from True."
-    assert repr(cli.parse_value(cli.Parameter("x", kind, None, ""), text)) == repr(value)
+    assert repr(parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)) == repr(value)
 
 
 @pytest.mark.parametrize("text", ["010", "-07", "1:30", "1_000", "0b11", "yes", "No", "on", "OFF", "2024-01-01", "=", "<<", "08"])
 def test_what_nobody_can_know_is_refused(text):
     "Without a type, wherever YAML 1.1 and 1.2 disagree; in quotes it is text."
     for place in ("{}", "[{}]", "{{a: {}}}", "{{{}: a}}"):
-        with pytest.raises(InputError): cli.parse_value(cli.Parameter("x", "object", None, ""), place.format(text))
-    assert cli.parse_value(cli.Parameter("x", "list", None, ""), f"['{text}']") == [text]
+        with pytest.raises(InputError): parameters.parse_value(parameters.Parameter("x", "object", None, ""), place.format(text))
+    assert parameters.parse_value(parameters.Parameter("x", "list", None, ""), f"['{text}']") == [text]
 
 
 def test_entries_deep_in_a_dict(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", 'net: dict = {"width": 8, "inner": {"codes": 4, "tap": None}}\nfree: dict = {}\nlr: dict[str, dict[str, float]] = {"a": {"b": 1.0}}')
-    known = cli.read_parameters(nb)
-    got = cli.resolve(nb, known, [("net.inner.codes", "16"), ("net.inner.tap", "conv9"), ("free.a.b", "1"), ("free.a.c", "x"), ("lr.a.b", "2")])
+    known = parameters.read_parameters(nb)
+    got = parameters.resolve(nb, known, [("net.inner.codes", "16"), ("net.inner.tap", "conv9"), ("free.a.b", "1"), ("free.a.c", "x"), ("lr.a.b", "2")])
     assert got == {"net": {"width": 8, "inner": {"codes": 16, "tap": "conv9"}}, "free": {"a": {"b": 1, "c": "x"}}, "lr": {"a": {"b": 2.}}}
     assert known["net"].default == {"width": 8, "inner": {"codes": 4, "tap": None}} and known["free"].default == {}
 
@@ -120,6 +122,7 @@ def test_everything_arrives_in_the_notebook_as_it_was_given(tmp_path):
     assert (tmp_path / "o {y} %d/seen").read_text(encoding="utf-8") == repr([text, {1: {2: "a"}, 3: [.5]}, [float("inf"), None, True], 3])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_kernel_that_dies_is_one_sentence(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", PARAMETERS, "import os\nos.kill(os.getpid(), 9)")
@@ -131,7 +134,7 @@ def test_a_kernel_that_dies_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_command_in_order(number):
     "One line and status 128 + number; a hang-up that was to be ignored (`nohup`) is."
-    script = f"import os, signal, sys\nfrom unpaired_kd import cli\ndef wait(args):\n    os.kill(os.getpid(), {int(number)})\n    print('went on')\n    return 0\ncli.COMMANDS['sweep'] = wait\n"
+    script = f"import os, signal, sys\nfrom unpaired_kd.command import cli\ndef wait(args):\n    os.kill(os.getpid(), {int(number)})\n    print('went on')\n    return 0\ncli.COMMANDS['sweep'] = wait\n"
     end = "sys.exit(cli.main(['sweep', 'x']))"
     usual = "signal.default_int_handler" if number == signal.SIGINT else "signal.SIG_DFL"
     heard = script + f"signal.signal({int(number)}, {usual})\n" # whatever the tests were started with
@@ -159,6 +162,7 @@ def test_an_output_that_is_full_or_closed(tmp_path):
     assert closed.returncode == 0 and closed.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", PARAMETERS, 'from unpaired_kd.core import InputError\nprint("before")', 'raise InputError("labels/7.png: no such label")', 'print("after")')
     done = ukd("run", nb, "--out", "out", cwd=tmp_path)
@@ -167,6 +171,7 @@ def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_pa
     assert "InputError" in (tmp_path / "out/notebook.ipynb").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_run_again(tmp_path):
     "SIGKILL leaves a folder that the same command takes over; another command is refused and told why."
@@ -188,7 +193,7 @@ def test_killed_and_run_again(tmp_path):
 def test_folders_that_are_refused(tmp_path):
     record = {"notebook": "a", "steps": 1}
     def claim(folder, record=record, **k):
-        with cli.claim(folder, record, **k): pass
+        with program.claim(folder, record, **k): pass
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"): claim(tmp_path / "file" / "run")
     (tmp_path / "mine").mkdir(); (tmp_path / "mine/thesis.tex").write_text("")
@@ -204,7 +209,7 @@ def test_folders_that_are_refused(tmp_path):
 def test_unwritable_folder(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(InputError, match="cannot write"):
-        with cli.claim(tmp_path / "locked" / "run", {}): pass
+        with program.claim(tmp_path / "locked" / "run", {}): pass
 
 
 def test_help_is_light(tmp_path):
@@ -221,14 +226,14 @@ def test_rows_of_several_runs_are_counted_once():
     row = lambda arm, case, dsc: dict(arm=arm, seed=0, case=case, dsc=dsc)
     a = [row("alone", c, .5) for c in "xy"] + [row("kl", c, .6) for c in "xy"]
     b = [row("alone", c, .5) for c in "xyz"] + [row("kl", c, .7) for c in "xy"]
-    joined = cli.join_runs({"runs/a": a, "runs/b": b})
+    joined = join_runs({"runs/a": a, "runs/b": b})
     assert [(r["arm"], r["case"]) for r in joined] == [("alone", "x"), ("alone", "y"), ("kl", "x"), ("kl", "y"), ("alone", "z"), ("kl (b)", "x"), ("kl (b)", "y")]
     assert len({(r["arm"], r["seed"], r["case"]) for r in joined}) == len(joined)
 
 
 def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
     "A run folder as a study leaves it: config.json, a split with the fingerprint of the data, scores."
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     (folder / "splits").mkdir(parents=True)
     record = dict(study=dict(data=str(folder), epochs=10, options={}) | settings, arms={a: {"method": a} for a in arms}, seeds=[seed])
     (folder / "config.json").write_text(json.dumps(record))
@@ -239,8 +244,8 @@ def study(folder, seed, arms=("alone", "kl"), data="same", base=.5, **settings):
 
 
 def arms_of(*folders):
-    from unpaired_kd.study.report import load_rows
-    rows = cli.join_runs({f: load_rows(f) for f in folders})
+    from unpaired_kd.study.rows import load_rows
+    rows = join_runs({f: load_rows(f) for f in folders})
     return {(r["arm"], r["seed"]) for r in rows}
 
 
@@ -314,7 +319,7 @@ def test_predict(tmp_path, capsys):
 
 def test_report(tmp_path, capsys):
     "`ukd report` prints one table for one run or several; a folder without scores is named."
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     rows = [dict(arm=a, seed=0, case=f"{g}{i}", group=g, label_group="", dsc=d + .01 * i, hd95=5. - d, aji=d / 2, pq=d / 2) for a, d in (("alone", .5), ("distilled", .6)) for g in "abc" for i in range(2)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -343,11 +348,11 @@ OWN = 'run_folder: str = ""\nn: int = 1\nlr: float = .1\nname: str = "a"\n'
     (["-p", "lr", "-1e-3"], {"lr": -.001}), (["-p", "name", "--out"], {"name": "--out"}), (["-p", "name", "-p"], {"name": "-p"}),
     (["-p", "n", "-5", "-p", "name", "a=b"], {"n": -5, "name": "a=b"}), (["-p", "name", ""], {"name": ""}), (["-p", "name", "a\tb c"], {"name": "a\tb c"})])
 def test_values_that_look_like_options(given, want):
-    args = cli.parser().parse_args(cli.join_pairs(["run", "x.ipynb", *given, "--out", "o"]))
+    args = read_arguments(["run", "x.ipynb", *given, "--out", "o"])
     assert (args.notebook, args.out) == ("x.ipynb", "o")
-    parameters = {n: cli.Parameter(n, t, d, "") for n, t, d in [("n", "int", 1), ("lr", "float", .1), ("name", "str", "a")]}
-    values = cli.resolve("x", parameters, args.given)
-    assert {k: values[k] for k in want} == want and [k for k in values if values[k] != parameters[k].default] == list(want)
+    known = {n: parameters.Parameter(n, t, d, "") for n, t, d in [("n", "int", 1), ("lr", "float", .1), ("name", "str", "a")]}
+    values = parameters.resolve("x", known, args.given)
+    assert {k: values[k] for k in want} == want and [k for k in values if values[k] != known[k].default] == list(want)
 
 
 @pytest.mark.parametrize("given", [["-p", "n=5"], ["-pn=5"], ["-p", "n=5", "-p", "lr", "1"], ["-p", "n"], ["-p"]])
@@ -362,7 +367,7 @@ def test_a_parameter_without_its_value_is_told_how(command, given, capsys):
     ("int | None", "None", None), ("str | None", "None", None), ("str", "None", "None"), ("dict[str, float | None]", "{a: None, b: 1}", {"a": None, "b": 1.}),
     ("list[int | None]", "[1, None, null]", [1, None, None]), ("list", "[None]", ["None"]), ("dict", "{a: null, b: ''}", {"a": None, "b": ""}), ("list[str]", "[a, '']", ["a", ""])])
 def test_nothing_as_people_write_it(kind, text, want):
-    assert cli.parse_value(cli.Parameter("x", kind, None, ""), text) == want
+    assert parameters.parse_value(parameters.Parameter("x", kind, None, ""), text) == want
 
 
 @pytest.mark.parametrize("kind, text, said", [
@@ -371,7 +376,7 @@ def test_nothing_as_people_write_it(kind, text, want):
     ("list[int]", "[1:30]", "write a number like 1000"), ("int | None", "1_000", "write a number like 1000"), ("bool | None", "010", "write true or false"), ("dict", "{a: 1_000}", "in quotes if it is text"),
     ("dict", "{<<: {a: 1}, b: 2}", "not merged with <<"), ("dict", "{a: {<<: {a: 1}}}", "not merged with <<")])
 def test_values_that_are_refused(kind, text, said):
-    with pytest.raises(InputError, match=f"'x' takes .*does not fit.*{said}"): cli.parse_value(cli.Parameter("x", kind, None, ""), text)
+    with pytest.raises(InputError, match=f"'x' takes .*does not fit.*{said}"): parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
 
 
 @pytest.mark.parametrize("written, shown", [
@@ -379,26 +384,27 @@ def test_values_that_are_refused(kind, text, said):
     ("list[Optional[int]]", "list[int | None]"), ("np.ndarray", "np.ndarray"), ("dict", "dict")])
 def test_annotations_of_typing(written, shown):
     import ast
-    assert cli.annotation(ast.parse(written, mode="eval").body) == shown
+    assert parameters.annotation(ast.parse(written, mode="eval").body) == shown
 
 
 def test_a_parameters_cell_is_code_and_sets_each_name_once(tmp_path):
     nb = notebook(tmp_path / "twice.ipynb", OWN + "n: int = 2", "pass")
-    with pytest.raises(InputError, match="twice.ipynb, parameters cell, line 5: 'n' stands there twice"): cli.read_parameters(nb)
+    with pytest.raises(InputError, match="twice.ipynb, parameters cell, line 5: 'n' stands there twice"): parameters.read_parameters(nb)
     text = json.loads(Path(nb).read_text())
     text["cells"][0] = dict(cell_type="markdown", id="a", metadata={"tags": ["parameters"]}, source=OWN)
     Path(nb).write_text(json.dumps(text))
-    with pytest.raises(InputError, match="0 cells tagged"): cli.read_parameters(nb)
+    with pytest.raises(InputError, match="0 cells tagged"): parameters.read_parameters(nb)
 
 
 @pytest.mark.parametrize("out", ["", " ", "\t"])
 def test_a_run_folder_has_a_name(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     nb = notebook(tmp_path / "a.ipynb", OWN, "pass")
-    with pytest.raises(InputError, match="name of the run folder is empty"): cli.run_notebook(str(nb), out=out)
+    with pytest.raises(InputError, match="name of the run folder is empty"): program.run_notebook(str(nb), out=out)
     assert [p.name for p in tmp_path.iterdir()] == ["a.ipynb"]
 
 
+@pytest.mark.slow
 def test_after_bad_input_found_by_the_notebook_the_corrected_command_takes_the_folder(tmp_path):
     check = 'from pathlib import Path\nfrom unpaired_kd.core import InputError\nif n > 2: raise InputError("n: give 2 at most.")\nif n == 2: Path(run_folder, "made").write_text("x")\nif n == 2 and name == "b": raise InputError("b")'
     nb = notebook(tmp_path / "a.ipynb", OWN, check)
@@ -412,6 +418,7 @@ def test_after_bad_input_found_by_the_notebook_the_corrected_command_takes_the_f
     assert said.returncode == 2 and "n: 2 there, 1 now" in said.stderr and (tmp_path / "other/made").exists() # something was made
 
 
+@pytest.mark.slow
 def test_a_kernel_that_cannot_start_says_so_in_a_sentence(tmp_path):
     nb = notebook(tmp_path / "a.ipynb", OWN, "pass")
     (tmp_path / "broken").mkdir()
@@ -423,3 +430,62 @@ def test_a_kernel_that_cannot_start_says_so_in_a_sentence(tmp_path):
     loud = ukd("run", nb, "--out", "out", cwd=tmp_path, env=env | {"UKD_DEBUG": "1"})
     assert "no such socket" in loud.stderr
     assert ukd("run", nb, "--out", "out", cwd=tmp_path).returncode == 0 and not (tmp_path / "out/kernel.log").exists()
+
+
+def test_papermill_sees_every_parameter(tmp_path):
+    "It says nothing of unknown ones, also where it may speak; its own translator is back afterwards."
+    from papermill import inspect_notebook
+    from unpaired_kd.command.parameters import parameters_cell
+    cell = parameters_cell(program.find_notebook("lotus")) + "\ncells2: bool | None = None\nedge: float = .5  # of x = 1"
+    nb = notebook(tmp_path / "dry.ipynb", cell, "print(patch)")
+    def seen(): return set(inspect_notebook(str(nb)))
+    known = set(parameters.read_parameters(nb))
+    assert known - seen() == {"cells2", "edge"} # what papermill cannot read
+    with program.own_translator(): assert seen() == known
+    assert known - seen() == {"cells2", "edge"}
+    for debug in ({}, {"UKD_DEBUG": "1"}):
+        done = ukd("run", nb, "-p", "patch", "48", "--out", f"out{len(debug)}", cwd=tmp_path, env=os.environ | debug)
+        assert done.returncode == 0 and "48" in done.stdout and "nknown parameter" not in done.stderr and "parse" not in done.stderr, done.stderr
+
+
+def test_parameters_from_files(tmp_path):
+    "Later files over earlier, -p over all; the run folder is that of the same values typed."
+    nb = notebook(tmp_path / "a.ipynb", 'steps: int = 2\nname: str = "x"\nweights: dict = {"kl": 1.0, "ifv": 1.0}\nrun_folder: str = ""', "print([steps, name, weights])")
+    (tmp_path / "a.yaml").write_text("steps: 3\nname: 'no'\nweights.kl: 0.5\n")
+    (tmp_path / "b.yaml").write_text("steps: 4  # more\n")
+    done = ukd("run", nb, "-f", "a.yaml", "-p", "weights.ifv", "0", "-f", "b.yaml", cwd=tmp_path)
+    assert done.returncode == 0 and "[4, 'no', {'kl': 0.5, 'ifv': 0.0}]" in done.stdout, done.stderr
+    typed = ukd("run", nb, *"-p steps 4 -p name no -p weights.kl .5 -p weights.ifv 0".split(), cwd=tmp_path)
+    assert typed.returncode == 0 and typed.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import unpaired_kd
+    with pytest.raises(SystemExit) as e: cli.main(["--version"])
+    assert e.value.code == 0 and capsys.readouterr().out == f"ukd {unpaired_kd.__version__}\n"
+
+
+def test_experiments_and_grids_of_the_installed_package(tmp_path, monkeypatch):
+    "Outside a checkout they are found in the package; those of the current folder count more."
+    package = tmp_path / "site/unpaired_kd"
+    (package / "experiments").mkdir(parents=True)
+    notebook(package / "experiments/lotus.ipynb", PARAMETERS, "print(steps)")
+    (package / "experiments/many.yaml").write_text("notebook: lotus\ngrid: {steps: [1, 2]}\n")
+    (package / "experiments/dry.yaml").write_text("lotus:\n  steps: 1\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(program, "files", lambda name: package)
+    from unpaired_kd.command import grid
+    assert program.find_notebook("lotus") == package / "experiments/lotus.ipynb"
+    assert grid.find_grid("many") == package / "experiments/many.yaml"
+    assert cli.main(["sweep", "many", "--dry-run"]) == 0 and not list((tmp_path / "here").iterdir())
+    with pytest.raises(InputError, match="unknown grid 'mani'. Did you mean 'many'. Known: many. Or give"): grid.find_grid("mani")
+    (tmp_path / "here/nbs/experiments").mkdir(parents=True)
+    notebook(tmp_path / "here/nbs/experiments/lotus.ipynb", PARAMETERS)
+    assert program.find_notebook("lotus") == Path("nbs/experiments/lotus.ipynb")
+
+
+def test_what_a_run_needs_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(program, "find_spec", lambda name: None if name == "papermill" else name)
+    with pytest.raises(InputError, match=r'needs papermill: pip install "unpaired_kd\[run\]"'): program.need("papermill", "ipykernel")

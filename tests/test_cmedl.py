@@ -54,7 +54,7 @@ from unpaired_kd.distillation.hints import LEVELS, feature_rms, hint_layers, hin
 from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from unpaired_kd.methods.cmedl import CMEDL, CMEDL_CHOICES, CMEDL_PRESETS, CmedlOptions
-from unpaired_kd.methods.kinds import KINDS, make_method, method_options
+from unpaired_kd.methods.kinds import make_method, method_options
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.translation.contextual import FilterBank, body_mask, contextual_loss
@@ -475,6 +475,7 @@ def four(modality, side=32):
     return Batch(torch.stack([x[None, i].float() for (x, _), i in zip(volumes, at)]), torch.stack([y[i].long() for (_, y), i in zip(volumes, at)]), [""] * 4, [""] * 4)
 
 
+@pytest.mark.slow
 def test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken(tmp_path):
     batch = {"student": four("ct"), "teacher": four("mr")}
     class Fixed:

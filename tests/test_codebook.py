@@ -361,15 +361,18 @@ def learned():
 def healthy(h): return h["active"] >= .8 and h["perplexity"] >= .3 * K and h["active_vessel"] >= .4 and h["nmi"] >= .45
 
 
+@pytest.mark.slow
 def test_codes_are_in_use_and_speak_of_vessels(learned): # A8
     assert healthy(learned["healthy"]["health"]), learned["healthy"]["health"]
 
 
+@pytest.mark.slow
 def test_textbook_settings_collapse(learned): # A8, negative control
     h = learned["textbook"]["health"]
     assert not healthy(h) and h["active"] <= .1 and h["perplexity"] < 3 and h["nmi"] < .2, h
 
 
+@pytest.mark.slow
 def test_the_decoder_reads_the_codes(learned): # A9
     run = learned["healthy"]
     assert run["factor"] >= 3
@@ -379,15 +382,18 @@ def test_the_decoder_reads_the_codes(learned): # A9
     assert judged(run["net"], run["held"], moved)[0] == pytest.approx(run["error"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_with_a_skip_it_does_not(learned): # A9, negative control
     run = learned["skip"]
     assert run["factor"] < 1.1 and run["error"] < learned["healthy"]["error"] and run["health"]["active"] > .8
 
 
+@pytest.mark.slow
 def test_reconstruction(learned): # A10
     assert learned["healthy"]["error"] < .5 and learned["healthy"]["error"] < .9 * learned["one code"]["error"]
 
 
+@pytest.mark.slow
 def test_restarts_fall_and_end(learned): # A11
     log = learned["healthy"]["log"]
     assert log.sum() > 0 and log[180:].sum() == 0 and log[100:].sum() < log[:100].sum()

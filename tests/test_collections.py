@@ -575,7 +575,7 @@ def test_ome_is_part_of_the_ending(tmp_path, image, label):
     (lambda d: shutil.copy(d / "labels/p1_2.png", d / "labels/p1_2_mask.png"), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2_mask.png"]),
     (lambda d: save(d / "labels/p1_2.tif", picture(2)[1]), ["images/p1_2.png has 2 labels", "p1_2.png, p1_2.tif"]),
     (lambda d: save(d / "images/p1_2.tif", picture(2)[0]), ["2 images of one name", "p1_2.png, p1_2.tif"]),
-    (lambda d: shutil.copy(d / "images/p1_2.png", d / f"images/ p1_2.png"), ["2 images of one name", "p1_2"]),
+    (lambda d: shutil.copy(d / "images/p1_2.png", d / "images/ p1_2.png"), ["2 images of one name", "p1_2"]),
     (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to(d / "images/p2_5.png"), ["p2_5.png", "group 'p0'", "group 'p2'"]),
     (lambda d: (d / "images/p0_0.png").unlink() or (d / "images/p0_0.png").symlink_to("gone.png"), ["images/p0_0.png is a link to gone.png"]),
     (lambda d: (d / "labels/p0_0.png").unlink() or (d / "labels/p0_0.png").symlink_to("gone.png"), ["labels/p0_0.png is a link to gone.png"]),

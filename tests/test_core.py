@@ -1,5 +1,4 @@
 """Files survive kills and power cuts, locks end with their process, and text is UTF-8."""
-import json
 import os
 import subprocess
 import sys
@@ -129,7 +128,7 @@ def test_many_threads_leave_one_whole_file(tmp_path):
 def test_a_writer_that_puts_nothing_into_the_part_is_noticed(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(InputError, match="cannot write .*a.txt: its writer put nothing into"):
-        with atomic(tmp_path / "a.txt") as t: (tmp_path / "other.txt").write_text("new")
+        with atomic(tmp_path / "a.txt"): (tmp_path / "other.txt").write_text("new")
     assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt", "other.txt"]
 
 

@@ -278,6 +278,7 @@ def test_constant_images_are_finite():
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for net in nets.values() for p in net.parameters())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
     nets = {k: v.cuda() for k, v in build().items()}

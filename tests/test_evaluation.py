@@ -324,7 +324,7 @@ def test_refusals_of_arguments():
     with pytest.raises(InputError, match="unknown unit"): compare(table(), "alone", unit="patient")
     with pytest.raises(InputError, match="has no 'dice'"): compare(table(), "alone", "dice")
     for unit in ("seed", "both"):
-        with pytest.raises(InputError, match="1 seeds"): compare(table(seeds=1), "alone", unit=unit)
+        with pytest.raises(InputError, match="and 1 seed[.]"): compare(table(seeds=1), "alone", unit=unit)
 
 
 def test_missing_values_can_be_dropped_in_all_arms():

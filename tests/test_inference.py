@@ -255,6 +255,7 @@ bad = [m for m in sys.modules if m.startswith(("unpaired_kd.methods", "unpaired_
 assert not bad, bad
 """
 
+@pytest.mark.slow
 def test_alone(folder, tmp_path):
     Pillow.fromarray(noise(100, 90)).save(tmp_path / "big.png")
     done = subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "big.png", tmp_path / "out.png"], capture_output=True, text=True)

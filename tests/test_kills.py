@@ -4,10 +4,8 @@ Kills come before and after each call that changes the disk, and at random times
 """
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from unpaired_kd.networks.registry import build
 KILLS = int(os.environ.get("UKD_KILLS", 12))
 ROADS = ("folder", "folder replaced", "p.zarr", "p.tif", "p.zarr replaced")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
 
 # One process imports torch and then forks for each job, so that a kill costs no second import.
 SERVER = '''

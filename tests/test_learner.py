@@ -59,6 +59,7 @@ def weights(run): return {k: v.clone() for n, net in run.method.networks.items()
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))

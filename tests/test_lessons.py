@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.distillation.class_means import class_mean_kl, class_mean_scores
-from unpaired_kd.distillation.diffusion import (DiffusionBlock, NoiseAdapter, Phi, Projector, Schedule, blend, ddim, ddim_step, frozen_statistics, noise_like,
-                                           q_sample)
+from unpaired_kd.distillation.diffusion import (DiffusionBlock, NoiseAdapter, Phi, Projector, Schedule, blend, ddim, ddim_step, frozen_statistics, noise_like)
 from unpaired_kd.distillation.soft_labels import DIRECTIONS, soft_label_kl
 from unpaired_kd.distillation import variation
 from unpaired_kd.distillation.variation import (class_ifv, inverse_length, label_to, one_hot, positional_ifv, prototypes, quantile_means, released_ifv, sorted_by_class,
@@ -95,6 +94,7 @@ def test_noise_does_not_depend_on_dtype_or_layout():
     assert torch.equal(a, b) and b.dtype == torch.float32
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_noise_and_near_equal_results_on_a_gpu():
     block, z = block_of().eval(), features()
@@ -162,6 +162,7 @@ def test_ddim_with_full_noise_keeps_the_variance():
         assert math.isclose(out.var(), expected, rel_tol=.02)
 
 
+@pytest.mark.slow
 def test_denoising_beats_the_best_scalar_after_3000_steps():
     k = torch.exp(-torch.arange(-6, 7.)**2 / 8); k = k.outer(k) / k.outer(k).square().sum().sqrt()
     mixture = torch.linalg.qr(torch.randn(16, 3, generator=torch_rng(0, "mixture")))[0] * (16 / 3)**.5

@@ -11,7 +11,6 @@ from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, NotSettled, Settings, load_checkpoint
 from unpaired_kd.methods.lotus import CHOICES, LOTUS, PRESETS, LotusOptions, Scene
 from unpaired_kd.methods.controls import initialise, placebo
-from unpaired_kd.methods.single import Single
 from unpaired_kd.networks.registry import weights_digest
 from unpaired_kd.training.calibrate import calibrate
 from unpaired_kd.networks.unet import UNet

@@ -1,13 +1,14 @@
 """Mutual distillation, fusion, the networks that carry their translator, and the parts of a study that these methods need."""
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_cmedl import SMALL, Calls, Two, changed, changed_batches, equal, everything, nets, parameters, same, updates
-from torch import nn
+from test_cmedl import Calls, Two, changed, changed_batches, equal, everything, nets, parameters, updates
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.inference.student import Recipe, Student
@@ -18,8 +19,10 @@ from unpaired_kd.methods.fusion import FUSION_WEIGHTS, Fusion, FusionOptions
 from unpaired_kd.methods.kinds import KINDS, make_method, method_options
 from unpaired_kd.methods.mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
 from unpaired_kd.networks.registry import build
-from unpaired_kd.study.report import load_rows
-from unpaired_kd.study.run import StudyConfig, all_arms, run_study, split_data, train_arm
+from unpaired_kd.study.rows import load_rows
+from unpaired_kd.study.run import run_study
+from unpaired_kd.study.tasks import Study
+from studies import make, parts, train_arm
 from unpaired_kd.translation.cyclegan import Generator
 from unpaired_kd.translation.translated import AlphaNet, DritTranslator, Ensemble, Translated, fused, pack, unite
 
@@ -212,6 +215,19 @@ def test_a_packed_network_is_its_parts_in_a_row(generator, side):
     with torch.no_grad(): assert torch.equal(twin.eval()(x), packed(x))
 
 
+@pytest.mark.parametrize("kind", ["translated", "ensemble"])
+def test_a_packed_student_opens_where_nobody_has_read_translation(tmp_path, kind):
+    net = pack(nets()[0], Generator(1, 4, 1)) if kind == "translated" else unite(*nets())
+    recipe = dict(channels=1, in_channels=1, network=kind, network_config=net.config, patch=64)
+    Student(net, Recipe(**recipe)).save(tmp_path / "s")
+    code = f"""import sys
+from unpaired_kd.inference.student import Student
+assert not [m for m in sys.modules if m.startswith("unpaired_kd.translation")]
+print(type(Student.load({str(tmp_path / "s")!r}, device="cpu").network).__name__)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [type(net).__name__], done.stderr
+
+
 # ---------------------------------------------------------------- a study knows methods by their names
 
 def test_the_table_makes_every_method():
@@ -231,10 +247,10 @@ def test_the_table_makes_every_method():
 
 TINY = dict(width=4, blocks=1, pool=3)
 NONE = {k: None for k in ("alone", "fine-tuned", "placebo", "distilled")}
-CMEDL_ARM = dict(method="cmedl", init="scratch", preset="paper", options=dict(**TINY, cx_on="filters"))
-CONFIG = StudyConfig(patch=48, batch=2, width=4, epochs=2, teacher_epochs=1, steps=2, precision="fp32", student_labels=2,
-                     arms={**NONE, "cmedl": CMEDL_ARM, "on fake": dict(shares="cmedl", options=dict(infer="teacher_on_fake")),
-                           "mutual": dict(method="mutual", init="scratch", options=TINY), "fusion": dict(method="fusion", init="scratch", options=TINY)})
+CMEDL_ARM = dict(method="cmedl", start="scratch", preset="paper", options=dict(**TINY, cx_on="filters"))
+CONFIG = dict(patch=48, batch=2, width=4, epochs=2, teacher_epochs=1, steps=2, precision="fp32", student_labels=2,
+                     arms={**NONE, "cmedl": CMEDL_ARM, "on fake": dict(reuses="cmedl", options=dict(infer="teacher_on_fake")),
+                           "mutual": dict(method="mutual", start="scratch", options=TINY), "fusion": dict(method="fusion", start="scratch", options=TINY)})
 
 
 def scores(rows, arm): return [r["dsc"] for r in rows if r["arm"] == arm]
@@ -242,15 +258,15 @@ def scores(rows, arm): return [r["dsc"] for r in rows if r["arm"] == arm]
 
 @pytest.mark.parametrize("arm,kind", [("mutual", Ensemble), ("fusion", Translated)])
 def test_a_study_trains_and_scores_the_rivals(tmp_path, arm, kind):
-    result = train_arm(tmp_path, replace(CONFIG, steps=1, epochs=1), arm, 0, "cpu")
+    result = train_arm(tmp_path, make(CONFIG, steps=1, epochs=1), arm, 0, "cpu")
     history = load_checkpoint(tmp_path / "checkpoints" / f"{arm}-0" / "last.pt")["history"]
     assert type(result.network) is kind and [h["stage"] for h in history] == ["translate", "segment"] # the student is trained as long as any other
-    assert len(load_rows(tmp_path / "checkpoints" / f"{arm}-0" / "metrics.csv")) == len(split_data(CONFIG, 0).student_test)
+    assert len(load_rows(tmp_path / "checkpoints" / f"{arm}-0" / "metrics.csv")) == len(parts(make(CONFIG), 0).student_test)
 
 
 def test_an_arm_that_shares_scores_the_same_training_otherwise(tmp_path):
-    arms = {k: v for k, v in CONFIG.arms.items() if k not in ("mutual", "fusion")}
-    config, place = replace(CONFIG, lr=1e-2, steps=12, validation=1, arms=arms), tmp_path / "checkpoints"
+    arms = {k: v for k, v in CONFIG["arms"].items() if k not in ("mutual", "fusion")}
+    config, place = make(CONFIG, lr=1e-2, steps=12, validation=1, arms=arms), tmp_path / "checkpoints"
     own = train_arm(tmp_path, config, "cmedl", 0, "cpu").network
     before = (place / "cmedl-0" / "last.pt").read_bytes()
     shown = train_arm(tmp_path, config, "on fake", 0, "cpu").network
@@ -259,69 +275,68 @@ def test_an_arm_that_shares_scores_the_same_training_otherwise(tmp_path):
     assert equal(dict(shown.segmentor.state_dict()), dict(saved["teacher"])) and equal(dict(shown.generator.state_dict()), dict(saved["g_st"])) and equal(dict(own.state_dict()), dict(saved["student"]))
     rows = run_study(tmp_path, config, [0]) # nothing is left to do: it collects
     assert (place / "cmedl-0" / "last.pt").read_bytes() == before and {r["arm"] for r in rows} == {"cmedl", "on fake"}
-    assert len(scores(rows, "cmedl")) == len(scores(rows, "on fake")) == len(split_data(config, 0).student_test) and scores(rows, "cmedl") != scores(rows, "on fake")
+    assert len(scores(rows, "cmedl")) == len(scores(rows, "on fake")) == len(parts(config, 0).student_test) and scores(rows, "cmedl") != scores(rows, "on fake")
 
 
-@pytest.mark.parametrize("arm", [dict(shares="nobody", options=dict(infer="student")), dict(shares="late", options=dict(infer="student")), dict(shares="cmedl"), dict(shares="cmedl", options={}),
-    dict(shares="cmedl", options=dict(infer="student", hint="low")), dict(shares="cmedl", options=dict(infer="student"), init="scratch"), dict(shares="cmedl", options=dict(infer="student"), weights={"kd": 1.}),
-    dict(shares="on fake", options=dict(infer="student")), dict(shares="x", options=dict(infer="student"))])
+@pytest.mark.parametrize("arm", [dict(reuses="nobody", options=dict(infer="student")), dict(reuses="late", options=dict(infer="student")), dict(reuses="cmedl"), dict(reuses="cmedl", options={}),
+    dict(reuses="cmedl", options=dict(infer="student", hint="low")), dict(reuses="cmedl", options=dict(infer="student"), start="scratch"), dict(reuses="cmedl", options=dict(infer="student"), weights={"kd": 1.}),
+    dict(reuses="on fake", options=dict(infer="student")), dict(reuses="x", options=dict(infer="student"))])
 def test_what_may_be_shared(arm):
-    with pytest.raises(InputError, match="'x'"): all_arms(StudyConfig(arms={**CONFIG.arms, "x": arm, "late": CMEDL_ARM}))
+    with pytest.raises(InputError, match="'x'"): make(arms={**CONFIG["arms"], "x": arm, "late": CMEDL_ARM})
 
 
 def test_a_sharing_arm_is_its_source_with_another_output():
-    arms = all_arms(CONFIG)
-    a, b = arms["cmedl"], arms["on fake"]
-    assert {k: v for k, v in b.items() if k not in ("shares", "options")} == {k: v for k, v in a.items() if k not in ("shares", "options")}
-    assert b["shares"] == "cmedl" and not a["shares"] and b["options"] == {**a["options"], "infer": "teacher_on_fake"}
+    study = Study(make(CONFIG))
+    a, b = study.arm("cmedl"), study.arm("on fake")
+    assert {k: v for k, v in b.record().items() if k not in ("reuses", "options")} == {k: v for k, v in a.record().items() if k not in ("reuses", "options")}
+    assert b.reuses == "cmedl" and not a.reuses and b.options == {**a.options, "infer": "teacher_on_fake"}
 
 
 @pytest.mark.parametrize("bad,words", [
     (dict(early_stop=2), "validation"), (dict(teacher_share=0.), "teacher_share"), (dict(teacher_share=1.5), "teacher_share"), (dict(teacher_share=-.5), "teacher_share"),
     (dict(validation=1, stop_on="hd95"), "stop_on"), (dict(network="unett"), "unet"), (dict(network="densefcn"), "32"),
-    (dict(student_labels=10**6, label_unit="groups"), "label budget"), (dict(arms={"x": dict(shares="distilled", options=dict(infer="student"))}), "infer"),
+    (dict(student_labels=10**6, label_unit="groups"), "label budget"), (dict(arms={"x": dict(reuses="distilled", options=dict(infer="student"))}), "infer"),
     (dict(arms={"x": {**CMEDL_ARM, "options": dict(i2i="drit", unlabelled=True)}}), "one to one"), (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, cx_on="vgg19", vgg="nowhere.pth")}}), "nowhere"),
     (dict(arms={"x": {**CMEDL_ARM, "weights": {"adv": 0}}}), "adv"), (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, hint="top")}}), "unknown hint"),
     (dict(arms={"x": {**CMEDL_ARM, "options": dict(TINY, gan="x")}}), "gan|GAN"),
-    (dict(arms={"x": dict(method="fusion", init="teacher", options=TINY)}), "init"), (dict(arms={"x": dict(method="mutual", teacher="placebo", options=TINY)}), "placebo"), (dict(arms={"x": dict(method="fusion", init="scratch", options=dict(TINY, fuse="x"))}), "fuse")])
+    (dict(arms={"x": dict(method="fusion", start="teacher", options=TINY)}), "start"), (dict(arms={"x": dict(method="mutual", teacher="placebo", options=TINY)}), "placebo"), (dict(arms={"x": dict(method="fusion", start="scratch", options=dict(TINY, fuse="x"))}), "fuse")])
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
     arms = {**NONE, **bad.get("arms", {"cmedl": CMEDL_ARM})}
-    if "shares" in next(iter(bad.get("arms", {}).values()), {}): arms.pop("distilled")
-    with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(CONFIG, **{**bad, "arms": arms}), [0], workers=1)
+    if "reuses" in next(iter(bad.get("arms", {}).values()), {}): arms.pop("distilled")
+    with pytest.raises(InputError, match=words): run_study(tmp_path / "run", make(CONFIG, **{**bad, "arms": arms}), [0], workers=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_unlabelled_images_need_patients_that_are_left(tmp_path):
-    groups = len(set(split_data(CONFIG, 0).student_train.groups) | set(split_data(CONFIG, 0).student_rest.groups))
+    groups = len(set(parts(make(CONFIG), 0).student_train.groups) | set(parts(make(CONFIG), 0).student_rest.groups))
     arms = {**NONE, "x": {**CMEDL_ARM, "options": dict(TINY, cx_on="filters", unlabelled=True)}}
-    with pytest.raises(InputError, match="'x'.*unlabelled"): run_study(tmp_path / "run", replace(CONFIG, student_labels=groups, label_unit="groups", arms=arms), [0], workers=1)
+    with pytest.raises(InputError, match="'x'.*unlabelled"): run_study(tmp_path / "run", make(CONFIG, student_labels=groups, label_unit="groups", arms=arms), [0], workers=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_unlabelled_images_are_learnt_from_and_stay_unlabelled(tmp_path):
-    config = replace(CONFIG, epochs=1, arms={**NONE, "x": {**CMEDL_ARM, "options": dict(TINY, cx_on="filters", unlabelled=True)}})
-    parts = split_data(config, 0)
-    rest = parts.student_rest
-    assert len(rest) and not set(rest.groups) & {*parts.student_train.groups, *parts.student_test.groups, *parts.student_valid.groups}
-    from unpaired_kd.study.run import source
-    assert source(config, rest, 0, "unlabelled", 3).batch(0).label is None
+    config = make(CONFIG, epochs=1, arms={**NONE, "x": {**CMEDL_ARM, "options": dict(TINY, cx_on="filters", unlabelled=True)}})
+    d = parts(config, 0)
+    rest = d.student_rest
+    assert len(rest) and not set(rest.groups) & {*d.student_train.groups, *d.student_test.groups, *d.student_valid.groups}
+    assert Study(config).patches(rest, 0, "unlabelled").batch(0).label is None
     kept = train_arm(tmp_path / "a", config, "x", 0, "cpu").network.state_dict()
-    without = replace(config, arms={**NONE, "x": CMEDL_ARM})
+    without = make(CONFIG, epochs=1, arms={**NONE, "x": CMEDL_ARM})
     assert not equal(dict(kept), dict(train_arm(tmp_path / "b", without, "x", 0, "cpu").network.state_dict()))
 
 
 def test_validation_patients_are_nobody_elses():
-    config = replace(CONFIG, validation=2, label_unit="groups")
-    d = split_data(config, 0)
-    parts = [set(c.groups) for c in (d.student_train, d.student_valid, d.student_rest, d.student_test)]
-    assert len(parts[1]) == 2 and sum(map(len, parts)) == len(set.union(*parts))
-    without = split_data(replace(config, validation=0), 0)
+    config = make(CONFIG, validation=2, label_unit="groups")
+    d = parts(config, 0)
+    groups = [set(c.groups) for c in (d.student_train, d.student_valid, d.student_rest, d.student_test)]
+    assert len(groups[1]) == 2 and sum(map(len, groups)) == len(set.union(*groups))
+    without = parts(make(CONFIG, label_unit="groups"), 0)
     assert without.student_train.ids == d.student_train.ids and without.student_test.ids == d.student_test.ids and not len(without.student_valid)
 
 
 @pytest.mark.parametrize("stop_on", ["dice", "loss"])
 def test_early_stopping_watches_what_it_is_told(tmp_path, stop_on):
-    config = replace(CONFIG, validation=2, early_stop=1, stop_on=stop_on, epochs=6, steps=1, lr=1e-12, arms={**NONE, "one": dict(method="single", init="scratch")})
+    config = make(CONFIG, validation=2, early_stop=1, stop_on=stop_on, epochs=6, steps=1, lr=1e-12, arms={**NONE, "one": dict(method="single", start="scratch")})
     train_arm(tmp_path, config, "one", 0, "cpu")
     history = load_checkpoint(tmp_path / "checkpoints/one-0/last.pt")["history"]
     watched = [h["val_dice"] if stop_on == "dice" else -h["val_loss"] for h in history]
@@ -331,16 +346,16 @@ def test_early_stopping_watches_what_it_is_told(tmp_path, stop_on):
 
 
 def test_a_smaller_share_of_teachers_patients_is_a_part_of_a_larger_one():
-    of = lambda share: set(split_data(replace(CONFIG, teacher_share=share), 0).teacher_train.groups)
+    of = lambda share: set(parts(make(CONFIG, teacher_share=share), 0).teacher_train.groups)
     whole, half, least = of(1.), of(.5), of(1e-6)
     assert least < half < whole and len(half) == round(len(whole) / 2) and len(least) == 1
-    tests = [split_data(replace(CONFIG, teacher_share=s), 0) for s in (1., .5)]
+    tests = [parts(make(CONFIG, teacher_share=s), 0) for s in (1., .5)]
     assert tests[0].teacher_test.ids == tests[1].teacher_test.ids and tests[0].student_train.ids == tests[1].student_train.ids
 
 
 @pytest.mark.parametrize("name", ["unet_bilinear", "mrrn"])
 def test_the_architecture_is_a_field_of_the_study(tmp_path, name):
-    config = replace(CONFIG, network=name, epochs=1, steps=1, arms={**NONE, "one": dict(method="single", init="scratch")})
+    config = make(CONFIG, network=name, epochs=1, steps=1, arms={**NONE, "one": dict(method="single", start="scratch")})
     result = train_arm(tmp_path, config, "one", 0, "cpu")
     back = Student.load(result.save(tmp_path / "s"), device="cpu")
     assert back.recipe.network == name and type(back.network) is type(result.network)

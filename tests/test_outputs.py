@@ -22,7 +22,7 @@ from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference.student import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
 from unpaired_kd.networks.registry import build
-from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_place, check_room, files_mark, is_ours, keeping_notes, lineage
+from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_room, files_mark, is_ours, keeping_notes, lineage
 from unpaired_kd.inference.volumes import predict_volume
 
 R = np.random.default_rng(0)
@@ -605,7 +605,7 @@ def test_a_fault_of_a_block_names_the_output(home, monkeypatch, fault):
     monkeypatch.setattr(volumes, "compute_block", broken)
     with pytest.raises(InputError, match="(?s)q.zarr: a block failed.*Nothing of it is kept"): predict_volume("deep", "v.tif", "q.zarr", tile=8)
     assert tree(home) == before
-    monkeypatch.setattr(volumes, "compute_block", lambda *a: undefined) # a mistake of ours
+    monkeypatch.setattr(volumes, "compute_block", lambda *a: no_such_name) # noqa: F821, a mistake of ours
     with pytest.raises(NameError): predict_volume("deep", "v.tif", "q.zarr", tile=8)
     assert tree(home) == before
 
@@ -632,8 +632,9 @@ def test_writers_leave_the_settings_of_zarr(home):
 
 def test_what_continues_is_said(home):
     "A stopped command says so where a folder's notes or the blocks of a volume lie."
-    from unpaired_kd.command.cli import continues, parser
-    def stopped(out): return continues(parser().parse_args(["predict", "flat", "v.tif", out]))
+    from unpaired_kd.command.arguments import read_arguments
+    from unpaired_kd.command.cli import continues
+    def stopped(out): return continues(read_arguments(["predict", "flat", "v.tif", out]))
     (home / "o.zarr.part").mkdir()
     (home / "folder").mkdir()
     assert stopped("o.zarr") and stopped("o.zarr/") and not stopped("folder") and not stopped("new")
@@ -694,6 +695,7 @@ def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad
     assert unheard(out, "left", "check", "data") == bad
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="descriptors")
 def test_a_run_and_a_sweep_without_any_stream(home):
     "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."

@@ -12,8 +12,10 @@ from scipy import stats
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.study.statistics import compare
-from unpaired_kd.study.report import (arrange, box_plot, evidence, forest_plot, guests, history_plot, load_rows, load_runs, markdown_table, name_of, outcomes, overlay, published_table, rank_agreement,
-                                p_text, results_table, save_figure, save_rows, summarise)
+from unpaired_kd.study.figures import box_plot, forest_plot, history_plot, outcomes, overlay, save_figure
+from unpaired_kd.study.rows import arrange, guests, load_rows, load_runs, save_rows
+from unpaired_kd.study.tables import evidence, published_table, rank_agreement, results_table, summarise
+from unpaired_kd.study.typesetting import markdown_table, name_of, p_text
 
 
 def table(arms=("teacher", "alone", "placebo", "distilled"), seeds=2, patients=4, images=2):
@@ -139,7 +141,7 @@ def test_equal_differences_have_no_interval_no_p_and_no_part_in_holm(recwarn):
     rows = [r for r in table() if r["arm"] in ("alone", "placebo")]
     text = results_table(rows + level(rows), metrics=("dsc",))
     assert lines(text, "level")[1][2:7] == ["+2.0", "–", "–", "–", "–"] and "0.000" not in text and "nan" not in text
-    assert "over 1 arms" in note(text) and "neither an interval nor a p" in note(text)
+    assert "over 1 arm;" in note(text) and "neither an interval nor a p" in note(text)
     assert lines(text, "placebo")[1] == lines(results_table(rows, metrics=("dsc",)), "placebo")[1]
     only = results_table([r for r in rows if r["arm"] == "alone"] + level(rows), metrics=("dsc",))
     assert "each is the same in every patient" in note(only) and "Holm" not in note(only)
@@ -165,9 +167,9 @@ def test_mixed_numbers_of_patients_are_said():
 
 def test_a_value_that_one_seed_lacks_is_counted():
     rows = [dict(r, hd95=float("nan")) if (r["arm"], r["case"], r["seed"]) == ("placebo", "10", 1) else r for r in table()]
-    assert "Up to 1 cases without a finite value are left out of a difference" in note(results_table(rows))
+    assert "Up to 1 case without a finite value is left out of a difference" in note(results_table(rows))
     away = [dict(r, hd95=float("nan")) if (r["arm"], r["case"]) == ("teacher", "10") else r for r in table()]
-    assert "Up to 1 cases without a finite value are left out of a mean" in note(results_table(away))
+    assert "Up to 1 case without a finite value is left out of a mean" in note(results_table(away))
 
 
 def test_rows_that_do_not_match_are_still_refused():
@@ -177,7 +179,7 @@ def test_rows_that_do_not_match_are_still_refused():
 
 def test_undefined_values_are_left_out_and_counted():
     rows = [dict(r, hd95=float("nan")) if r["arm"] == "placebo" and r["case"] == "10" else r for r in table()]
-    assert "Up to 1 cases" in " ".join(results_table(rows).split()) and summarise([r for r in rows if r["arm"] == "placebo"], "hd95")[2] == 7
+    assert "Up to 1 case" in " ".join(results_table(rows).split()) and summarise([r for r in rows if r["arm"] == "placebo"], "hd95")[2] == 7
 
 
 def test_missed_structures_stand_beside_hd95(tmp_path):
@@ -276,8 +278,8 @@ def test_cases_missing_in_a_mean_are_counted_also_where_a_difference_lacks_them(
     rows = [dict(r, hd95=float("inf")) if (r["arm"], r["case"]) == ("alone", "10") else r
             for r in table()]
     text = note(results_table(rows, metrics=("hd95",)))
-    assert "Up to 1 cases without a finite value are left out of a difference. " in text
-    assert "Up to 1 cases without a finite value are left out of a mean. " in text
+    assert "Up to 1 case without a finite value is left out of a difference. " in text
+    assert "Up to 1 case without a finite value is left out of a mean. " in text
 
 
 # ---------------------------------------------------------------- figures

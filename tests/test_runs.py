@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, read_csv, write_json
-from unpaired_kd.study.report import load_rows
+from unpaired_kd.study.rows import load_rows
 from unpaired_kd.training.learner import load_checkpoint
-from unpaired_kd.study.run import ARMS, StudyConfig, check_study, environment, export_student, finished, run_study, split_data, train_arm, train_teacher
+from unpaired_kd.study.checks import check_study
+from unpaired_kd.study.folder import environment
+from unpaired_kd.study.run import export_student, run_study
+from unpaired_kd.study.tasks import ArmTask, Study, TeacherTask, finished, train
+from studies import STANDARD, make, parts, train_arm, train_teacher
 
 ROOT = Path(__file__).parents[1]
 FULL = bool(os.environ.get("UKD_FULL")) # every file and every write, instead of some of each kind
-CONFIG = StudyConfig(teacher="mr", student="ct", width=2, epochs=2, teacher_epochs=1, steps=1, batch=2, patch=32, student_labels=1,
-                     validation=1, precision="fp32", arms={a: None for a in ARMS if a != "fine-tuned"})
+CONFIG = dict(teacher="mr", student="ct", width=2, epochs=2, teacher_epochs=1, steps=1, batch=2, patch=32, student_labels=1,
+              validation=1, precision="fp32", arms={a: None for a in STANDARD if a != "fine-tuned"})
 
 
 def make_data(folder):
@@ -37,15 +41,15 @@ def make_data(folder):
 
 def go(data, folder):
     "A whole run, as the notebook of an experiment has it; returns what it found, as text."
-    from unpaired_kd.command.cli import claim
+    from unpaired_kd.command.notebook import claim
     from unpaired_kd.inference.student import Student
-    from unpaired_kd.study.report import box_plot, save_figure
-    config = replace(CONFIG, data=str(data))
+    from unpaired_kd.study.figures import box_plot, save_figure
+    config = make(CONFIG, data=str(data))
     with claim(folder, dict(notebook="tiny", parameters={})):
-        test = split_data(config, 0, folder).student_test
+        test = parts(config, 0, folder).student_test
         rows = run_study(folder, config, [0], workers=1)
         history = read_csv(folder / "history.csv")
-        out = export_student(folder, config, rows, arm="fine-tuned")
+        out = export_student(Study(config, folder), rows, arm="fine-tuned")
         save_figure(folder / "figures" / "cases.png", box_plot(rows, "dsc", reference="fine-tuned"))
         write_json(folder / "notebook.ipynb", {"cells": []})
     label = Student.load(out, "cpu").predict(test.native(0).image)
@@ -105,9 +109,10 @@ def verdict(action, expected, path):
     return "same result" if found == expected else "SILENTLY WRONG"
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_finished_run_is_silent(run, tmp_path, capsys):
     data, whole, found = run
-    test = split_data(replace(CONFIG, data=str(data)), 0).student_test.native(0).image
+    test = parts(make(CONFIG, data=str(data)), 0).student_test.native(0).image
     seen, left, table, bad = read(whole, test), files(whole), [], []
     for name in files(whole) if FULL else FILES:
         if ".lock" in name: continue
@@ -190,6 +195,7 @@ def sweep(data, top, *numbers):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, capsys):
     calls = int(sweep(run[0], tmp_path, -1)[0].split()[1])
     some = [] if FULL else sorted({1, 2, 3, 4, 5, calls - 2, calls - 1, calls, *np.linspace(6, calls - 3, 4).astype(int).tolist()})
@@ -206,7 +212,7 @@ def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, 
 def data(tmp_path): return make_data(tmp_path / "data")
 
 
-def study(data, **changes): return replace(CONFIG, data=str(data), **changes)
+def study(data, **changes): return make(CONFIG, data=str(data), **changes)
 
 
 def turn_round(path):
@@ -221,7 +227,7 @@ def test_changed_data_are_listed_before_anything_is_trained_or_shown(data, tmp_p
     (data / "mr/images/mr5.png").rename(data / "mr/images/mr9.png")
     (data / "mr/labels/mr5.png").rename(data / "mr/labels/mr9.png")
     (data / "mr/groups.csv").write_text((data / "mr/groups.csv").read_text().replace("mr5,", "mr9,").replace("mr patient 2", "mr patient 1"))
-    for act in (lambda f, c: run_study(f, c, [0]), lambda f, c: split_data(c, 0, f), lambda f, c: train_arm(f, c, "fine-tuned", 0, "cpu"), lambda f, c: train_teacher(f, c, 0, "cpu")):
+    for act in (lambda f, c: run_study(f, c, [0]), lambda f, c: parts(c, 0, f), lambda f, c: train_arm(f, c, "fine-tuned", 0, "cpu"), lambda f, c: train_teacher(f, c, 0, "cpu")):
         with pytest.raises(InputError) as e: act(tmp_path / "run", study(data))
         said = str(e.value)
         assert "2 changed: ct/labels/ct3.png, patient of mr mr2" in said and "mr/images/mr9.png" in said and "3 added" in said and "3 removed" in said and "another run folder" in said
@@ -247,7 +253,7 @@ def test_data_that_were_moved_are_the_same_data(data, run, tmp_path, found):
         def stop(row):
             if row["epoch"] == 1: raise Stop
         shutil.rmtree(place)
-        with pytest.raises(Stop): train_arm(folder, study(data), "fine-tuned", 0, "cpu", tell=stop)
+        with pytest.raises(Stop): train(Study(study(data), folder), ArmTask("fine-tuned", 0), "cpu", stop)
         assert load_checkpoint(place / "last.pt")["position"]["total"] == 1
     if found == "a run folder that was copied": folder = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     data.rename(tmp_path / "moved")
@@ -269,17 +275,17 @@ def test_weights_that_the_teacher_starts_from_count_by_their_content(run, data, 
 
 
 def test_one_and_one_point_nothing_are_the_same_setting(data, tmp_path):
-    assert StudyConfig(zoom=1, lr=1).zoom == 1. and StudyConfig(zoom=1) == StudyConfig(zoom=1.) and type(StudyConfig(zoom=1).zoom) is float and StudyConfig(zoom=True).zoom is True
+    assert make(zoom=1) == make(zoom=1.) and type(make(zoom=1).images.zoom) is float
     rows = run_study(tmp_path / "run", study(data, zoom=1, foreground=1), [0], workers=1)
     assert run_study(tmp_path / "run", study(data, zoom=1., foreground=1.), [0], workers=1) == rows
 
 
 def test_corrected_labels_are_read_in_a_process_that_read_the_old_ones(data, tmp_path):
     config = study(data)
-    old = split_data(config, 0).student_test
+    old = parts(config, 0).student_test
     old.native(0)
     for p in (data / "ct/labels").iterdir(): turn_round(p)
-    new = split_data(config, 0).student_test
+    new = parts(config, 0).student_test
     assert (new.native(0).label == 1 - old.native(0).label).all()
 
 
@@ -311,7 +317,7 @@ def test_a_lost_config_is_put_together_again_with_all_seeds(data, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text()) == config
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(InputError, match="other settings"): run_study(tmp_path / "run", study(data, lr=.1), [1], workers=1)
-    with pytest.raises(InputError, match="arm 'fine-tuned'"): run_study(tmp_path / "run", study(data, arms={**CONFIG.arms, "fine-tuned": dict(init="scratch")}), [1], workers=1)
+    with pytest.raises(InputError, match="arm 'fine-tuned'"): run_study(tmp_path / "run", study(data, arms={**CONFIG["arms"], "fine-tuned": dict(method="single", start="scratch")}), [1], workers=1)
 
 
 def test_a_training_in_another_ones_place_is_refused(run, tmp_path):
@@ -378,16 +384,16 @@ def test_lost_splits_of_finished_seeds_are_made_again(data, tmp_path):
 def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):
     class Stop(Exception): pass
     def stop(row): raise Stop
-    config = study(data, teacher_epochs=3, arms={**CONFIG.arms, "alone": {}})
-    with pytest.raises(Stop): train_teacher(tmp_path, config, 0, "cpu", tell=stop)
+    config = study(data, teacher_epochs=3, arms={**CONFIG["arms"], "alone": dict(method="single", start="scratch")})
+    with pytest.raises(Stop): train(Study(config, tmp_path), TeacherTask(seed=0), "cpu", stop)
     write = tmp_path / "checkpoints/teacher-0/last.pt"
-    assert not write.exists() or not finished(tmp_path, ("teacher", "teacher", 0))
+    assert not write.exists() or not finished(tmp_path, TeacherTask(seed=0))
     with pytest.raises(InputError, match="train the teacher first"): train_arm(tmp_path, config, "fine-tuned", 0, "cpu")
 
 
 def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp_path):
     path = run[1] / "checkpoints/fine-tuned-0/last.pt"
-    whole, state, missed = path.read_bytes(), load_checkpoint(path), 0
+    whole, state = path.read_bytes(), load_checkpoint(path)
     weights = next(iter(state["networks"]["student"].values())).numpy().tobytes()
     for at in [whole.find(weights), *np.linspace(0, len(whole) - 1, 60).astype(int)]:
         data = bytearray(whole)
@@ -447,14 +453,14 @@ def script(tmp_path, text, *environment, **more):
 @pytest.mark.parametrize("workers,ends", [(1, "1"), (2, "InputError")])
 def test_a_script_without_a_guard(run, tmp_path, workers, ends):
     done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study.run import run_study\nprint('mine', flush=True)\n"
-                            f"arms = dict(study({str(run[0])!r}).arms, alone={{}})\nprint(len({{r['arm'] for r in run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})}}))\n")
+                            f"from test_runs import CONFIG\narms = dict(CONFIG['arms'], alone=dict(method='single', start='scratch'))\nprint(len({{r['arm'] for r in run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})}}))\n")
     assert done.stdout.count("mine") == 1
     if workers == 1: assert done.returncode == 0 and done.stdout.split()[-1] == "3"
     else: assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1] and "mine.py" in done.stderr.splitlines()[-1]
 
 
 def test_a_machine_without_git_home_or_name(run, tmp_path):
-    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study.run import environment, run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
+    done = script(tmp_path, f"from test_runs import study\nfrom unpaired_kd.study.folder import environment\nfrom unpaired_kd.study.run import run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
                             f"assert environment()['commit'] == ''\nprint(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n", TMPDIR="/proc/nothing")
     assert done.returncode == 0, done.stderr[-1500:]
 
@@ -464,7 +470,7 @@ def test_the_commit_is_that_of_this_checkout_only(tmp_path):
     shutil.copytree(ROOT / "unpaired_kd", site / "unpaired_kd")
     def git(*words): return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], capture_output=True, text=True, check=True)
     git("init", "-q"); git("add", "."); git("commit", "-qm", "a thesis, library and all")
-    done = subprocess.run([sys.executable, "-c", "from unpaired_kd.study.run import environment; print(repr(environment()['commit']))"], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", "from unpaired_kd.study.folder import environment; print(repr(environment()['commit']))"], env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "''", done
     if (ROOT / ".git").exists(): assert environment()["commit"]
 
@@ -480,7 +486,7 @@ def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
     torch.save({"networks": {"student": net.state_dict()}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "folder.pt").mkdir(); (tmp_path / "text.pt").write_text("hello")
     for path in [*sorted(p for p in tmp_path.iterdir() if p.suffix in (".pt", ".ckpt")), tmp_path / "absent.pt"]:
-        with pytest.raises(InputError, match=path.name): check_study(study(run[0], teacher_weights=str(path)), [0])
+        with pytest.raises(InputError, match=path.name): check_study(Study(study(run[0], teacher_weights=str(path))), [0])
         if path.name != "absent.pt" and path.is_file() and path.name != "other.pt":
             place = tmp_path / path.stem / "checkpoints/teacher-0"
             place.mkdir(parents=True); (place / "last.pt").write_bytes(path.read_bytes())
@@ -492,7 +498,7 @@ def test_a_label_edited_while_a_training_runs_is_never_scored(data, run, tmp_pat
     "The label of a test image changes after the last batch. Restored, the run ends as if nothing had been."
     from unpaired_kd.study import run as module
     config, folder = study(data), tmp_path / "run"
-    label = Path(split_data(config, 0).student_test.cases[0].label)
+    label = Path(parts(config, 0).student_test.cases[0].label)
     kept, fit = label.read_bytes(), module.Learner.fit
     def fit_and_edit(self):
         out = fit(self)
@@ -553,7 +559,7 @@ def test_a_table_of_patients_that_was_not_fetched_is_not_a_missing_one(data, nam
     (data / name).unlink(missing_ok=True)
     (data / name).symlink_to("../.git/annex/objects/4f.csv")
     with pytest.raises(InputError, match=f"{name} is a link to .*which is not there. Fetch"):
-        check_study(study(data), [0])
+        check_study(Study(study(data)), [0])
     assert main(["check", str(data)]) in (1, 2)
     assert f"{name} is a link to" in "".join(capsys.readouterr())
 

@@ -11,7 +11,7 @@ from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, Method, Settings, Stage, Update
 from unpaired_kd.networks.registry import build
-from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, UNet, steady
+from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, steady
 from unpaired_kd.networks.volumes import SplitConv3d, encoder
 
 SIDES = [(1, 4, 4), (2, 4, 4), (3, 4, 4), (4, 4, 4), (4, 2, 4), (4, 4, 2), (2, 2, 2), (1, 1, 1), (2, 8, 8), (8, 2, 8), (2, 3, 5)]

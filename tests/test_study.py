@@ -1,21 +1,26 @@
 """The study under faults: killed at any moment, called twice, given bad input. And what importing the library may cost."""
 import json, os, signal, subprocess, sys, textwrap, time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from unpaired_kd.core import InputError, read_csv
-from unpaired_kd.study.run import ARMS, StudyConfig, all_arms, check_seeds, check_study, finished, run_study, share, split_data, train_teacher
+from unpaired_kd.core import InputError
+from unpaired_kd.study.checks import check_seeds, check_study
+from unpaired_kd.study.parts import share
+from unpaired_kd.study.run import run_study
+from unpaired_kd.study.config import read_study
+from unpaired_kd.study.tasks import ArmTask, Study, finished, train
+from unpaired_kd.training.learner import Settings, load_checkpoint
+from studies import STANDARD, make, parts, train_teacher
 
 ROOT = Path(__file__).parents[1]
-TINY = StudyConfig(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
+TINY = dict(width=2, epochs=2, teacher_epochs=1, steps=4, batch=2, patch=48, precision="fp32", arms={"fine-tuned": None, "placebo": None})
 SCRIPT = textwrap.dedent("""
     import sys
-    from test_study import TINY
+    from test_study import TINY, make
     from unpaired_kd.study.run import run_study
-    if __name__ == "__main__": run_study(sys.argv[1], TINY, [0], workers=2)
+    if __name__ == "__main__": run_study(sys.argv[1], make(TINY), [0], workers=2)
 """)
 
 
@@ -39,6 +44,7 @@ def readable(paths):
 
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     script = tmp_path / "go.py"
     script.write_text(SCRIPT)
@@ -48,7 +54,7 @@ def test_a_killed_study_resumes_to_the_same_scores(tmp_path):
     while not (killed / "checkpoints/alone-0/last.pt").exists() and victim.poll() is None: time.sleep(.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert not finished(killed, ("arm", "distilled", 0))
+    assert not finished(killed, ArmTask("distilled", 0))
     until = time.monotonic() + 300
     while alive(victim.pid) and time.monotonic() < until: time.sleep(.05)  # the worker notices and leaves
     assert not alive(victim.pid), "a worker outlived its study"
@@ -66,29 +72,30 @@ def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
         def put(self, report): raise FileNotFoundError("listener")
         def empty(self): raise ConnectionRefusedError
     told = []
-    def task(kind, folder, config, name, seed, device, tell):
+    def do(task, config, folder, device, tell):
         tell({"epoch": 0})
-        told.append(name)
-    monkeypatch.setattr(study, "_task", task)
-    study._in_worker("arm", "", TINY, "alone", 0, Gone())
-    assert told == ["alone"] and list(study._heard(Gone())) == []
+        told.append(task.name)
+    monkeypatch.setattr(study, "do", do)
+    study.do_in_worker(ArmTask("alone", 0), make(TINY), "", Gone())
+    assert told == ["alone"] and list(study.heard(Gone())) == []
 
 
+@pytest.mark.slow
 def test_more_seeds_and_arms_may_be_added_but_nothing_changed(tmp_path):
-    few = replace(TINY, arms={k: None for k in ARMS if k != "alone"})
-    rows = run_study(tmp_path, few, [0], workers=1)
+    few = {**TINY, "arms": {k: None for k in STANDARD if k != "alone"}}
+    rows = run_study(tmp_path, make(few), [0], workers=1)
     assert {r["arm"] for r in rows} == {"alone"} # nobody needs the teacher yet
-    more = run_study(tmp_path, replace(TINY, arms={**few.arms, "no kl": dict(weights={"kl": 0})}), [0], workers=1)
+    more = run_study(tmp_path, make(TINY, arms={**few["arms"], "no kl": dict(weights={"kl": 0})}), [0], workers=1)
     assert {r["arm"] for r in more} == {"teacher", "alone", "no kl"} and [r for r in more if r["arm"] == "alone"] == rows
-    with pytest.raises(InputError, match="no kl"): run_study(tmp_path, replace(TINY, arms={**few.arms, "no kl": {}}), [0])
-    with pytest.raises(InputError, match="steps"): run_study(tmp_path, replace(few, steps=5), [0])
+    with pytest.raises(InputError, match="no kl"): run_study(tmp_path, make(TINY, arms={**few["arms"], "no kl": {}}), [0])
+    with pytest.raises(InputError, match="steps"): run_study(tmp_path, make(few, steps=5), [0])
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["made by"]["versions"]["torch"] and config["seeds"] == [0]
 
 
-@pytest.mark.parametrize("arm", [dict(metod="lotus"), dict(method="cmedll"), dict(init="imagenet"), dict(teacher="none")])
+@pytest.mark.parametrize("arm", [dict(metod="lotus"), dict(method="cmedll"), dict(start="imagenet"), dict(teacher="none")])
 def test_arms_are_checked(arm):
-    with pytest.raises(InputError, match="x"): all_arms(StudyConfig(arms={"x": arm}))
+    with pytest.raises(InputError, match="x"): make(arms={"x": arm})
 
 
 def test_shares():
@@ -98,12 +105,12 @@ def test_shares():
 
 
 def test_no_patient_on_both_sides_and_seeds_differ(tmp_path):
-    a, b = (split_data(TINY, s, tmp_path) for s in (0, 1))
+    a, b = (parts(make(TINY), s, tmp_path) for s in (0, 1))
     for d in (a, b): assert not set(d.student_train.groups) & set(d.student_test.groups) and not set(d.teacher_train.groups) & set(d.teacher_test.groups)
     assert a.student_test.ids != b.student_test.ids and a.teacher_test.ids == b.teacher_test.ids
     saved = tmp_path / "splits/student-0.json"
     saved.write_text(saved.read_text().replace(a.student_test.groups[0], b"x".decode(), 1))
-    with pytest.raises(InputError, match="student-0.json"): split_data(TINY, 0, tmp_path)
+    with pytest.raises(InputError, match="student-0.json"): parts(make(TINY), 0, tmp_path)
 
 
 def test_importing_the_library_is_light():
@@ -143,29 +150,30 @@ def test_cells_of_two_kinds_from_tiles_to_a_table(tmp_path):
     (tmp_path / "tiles").mkdir()
     for i in range(12): six_panels(tmp_path / "tiles" / f"{'Bladder' if i % 2 else 'Lung'}_{i:03}.png", i)
     convert_deepliif(tmp_path / "tiles", tmp_path / "set", student_share=.5)
-    parts = split_data(StudyConfig(data=str(tmp_path / "set"), **CELLS, student_labels=2), 0)
-    assert len(parts.teacher_train) + len(parts.teacher_test) == 6 and not set(parts.teacher_train.groups) & {g for c in (parts.student_train, parts.student_test) for g in c.groups}
-    config = StudyConfig(data=str(tmp_path / "set"), **CELLS, patch=48, batch=2, width=4, epochs=2, teacher_epochs=1, steps=2, student_labels=2, instances="watershed", cells=True,
-                         arms={"placebo": None, "fine-tuned": None, "ummkd": dict(method="ummkd", init="scratch"), "as released": dict(preset="released")})
+    d = parts(make(data=str(tmp_path / "set"), **CELLS, student_labels=2), 0)
+    assert len(d.teacher_train) + len(d.teacher_test) == 6 and not set(d.teacher_train.groups) & {g for c in (d.student_train, d.student_test) for g in c.groups}
+    config = make(data=str(tmp_path / "set"), **CELLS, patch=48, batch=2, width=4, epochs=2, teacher_epochs=1, steps=2, student_labels=2, instances="watershed", cells=True,
+                         arms={"placebo": None, "fine-tuned": None, "ummkd": dict(method="ummkd", start="scratch"), "as released": dict(preset="released")})
     rows = run_study(tmp_path / "run", config, [0], workers=1)
     assert {r["arm"] for r in rows} == {"teacher", "alone", "distilled", "ummkd", "as released"}
     assert all({"dsc_positive", "dsc_negative", "aji", "pq"} <= r.keys() for r in rows)
 
 
 def test_the_teacher_may_start_from_weights(tmp_path):
-    config = StudyConfig(epochs=2, teacher_epochs=1, steps=1, batch=2, patch=48, width=4)
-    first = train_teacher(tmp_path / "a", config, 0, "cpu")
-    again = train_teacher(tmp_path / "b", replace(config, teacher_weights=str(tmp_path / "a/checkpoints/teacher-0/last.pt"), lr=1e-9), 0, "cpu")
+    flat = dict(epochs=2, teacher_epochs=1, steps=1, batch=2, patch=48, width=4)
+    first = train_teacher(tmp_path / "a", make(flat), 0)
+    weights = str(tmp_path / "a/checkpoints/teacher-0/last.pt")
+    again = train_teacher(tmp_path / "b", make(flat, teacher_weights=weights, lr=1e-9), 0)
     assert max((a - b).abs().max() for a, b in zip(first.parameters(), again.parameters())) < 1e-6
-    with pytest.raises(InputError, match="nowhere"): train_teacher(tmp_path / "c", replace(config, teacher_weights="nowhere.pt"), 0, "cpu")
+    with pytest.raises(InputError, match="nowhere"): train_teacher(tmp_path / "c", make(flat, teacher_weights="nowhere.pt"), 0)
 
 
 def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
-    test, valid = (split_data(StudyConfig(score_on=s), 3) for s in ("test", "validation"))
+    test, valid = (parts(make(score_on=s), 3) for s in ("test", "validation"))
     assert test.student_train.ids == valid.student_train.ids
     seen = set(valid.student_test.groups)
     assert seen and not seen & set(valid.student_train.groups) and not seen & set(test.student_test.groups)
-    with pytest.raises(InputError, match="score_on"): split_data(StudyConfig(score_on="tset"), 0)
+    with pytest.raises(InputError, match="score_on"): make(score_on="tset")
 
 
 @pytest.mark.parametrize("bad,words", [
@@ -182,51 +190,93 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
     (dict(teacher_weights="nowhere.pt"), "nowhere"), (dict(options={"taps": ["conv11"]}), "conv10"), (dict(options={"head": "conv11"}), "conv10"), (dict(options={"tau": "2"}), "tau"),
     (dict(options={"stride": 0}), "stride"), (dict(options={"stride": "2"}), "stride"), (dict(options={"denoise_share": "a"}), "denoise_share"), (dict(options={"ifv_classes": [5]}), "ifv_classes"),
     (dict(options={"checkpoint": True, "statistics": "all"}), "twice"), (dict(arms={"u": 3}), "no arm"), (dict(arms={"u": dict(method="ummkd", options={"ce": "x"})}), "rarity"),
-    (dict(preset="x"), "preset"), (dict(init="x"), "init"), (dict(arms={1: 2}), "arm 1"), (dict(test=3.7), "test"), (dict(teacher_test=1.5), "teacher_test"), (dict(width=2**63), "width"), (dict(width=10**9), "width"),
+    (dict(preset="x"), "preset"), (dict(start="x"), "start"), (dict(arms={1: 2}), "arm 1"), (dict(test=3.7), "test"), (dict(teacher_test=1.5), "teacher_test"), (dict(width=2**63), "width"), (dict(width=10**9), "width"),
     (dict(patch=2**63), "patch"), (dict(batch=2**63), "batch"),
     (dict(arms={"u": dict(weights={"seg_teacher": 1.})}), "joint"), (dict(instances="x"), "instance"), (dict(epochs=1), "two stages"),
     (dict(lr=10**400), "lr"), (dict(data_options={"zoom": .5}), "Set zoom"), (dict(data_options={"invert": True}), "Set invert_student"), (dict(data_options={"cache_gb": float("nan")}), "cache_gb"),
     (dict(network_options={"width": 3.5}), "cannot be built"), (dict(options={"ifv_classes": ["a"]}), "ifv_classes|cannot be built"),
     (dict(arms={"y" * 254: {}}), "too long"), (dict(arms={"é" * 101: {}}), "too long"), (dict(arms={"Alone": {}}), "'alone' is taken"), (dict(arms={"TEACHER": {}}), "'teacher' is taken"),
-    (dict(arms={"a": {}, "a ": {}}), "'a' is taken"), (dict(arms=dict.fromkeys(ARMS)), "every arm")])
+    (dict(arms={"a": {}, "a ": {}}), "'a' is taken"), (dict(arms=dict.fromkeys(STANDARD)), "every arm")])
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, bad, words):
-    with pytest.raises(InputError, match=words): run_study(tmp_path / "run", replace(StudyConfig(patch=48, width=4), **bad), [0], workers=1)
+    with pytest.raises(InputError, match=words): run_study(tmp_path / "run", make(dict(patch=48, width=4), **bad), [0], workers=1)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seeds", [[], [-1], [True], [0, 0], [1.5], ["0"], [2**40], 3, "01", None])
 def test_odd_seeds_are_refused(seeds):
-    with pytest.raises(InputError, match="seed"): check_study(StudyConfig(), seeds)
+    with pytest.raises(InputError, match="seed"): check_study(Study(make()), seeds)
 
 
 def test_numpy_counts_as_python_does(tmp_path):
-    mine = StudyConfig(epochs=np.int64(2), lr=np.float64(.5), rich=np.float32(.5), options={"tau": np.int32(4)}, intensity=np.array([0., 2.]), topology=np.bool_(True))
-    theirs = StudyConfig(epochs=2, lr=.5, rich=.5, options={"tau": 4}, intensity=[0., 2.], topology=True)
-    assert mine == theirs and json.dumps(mine.options) == '{"tau": 4}' and type(mine.epochs) is int and type(mine.rich) is float
+    mine = make(epochs=np.int64(2), lr=np.float64(.5), rich=np.float32(.5), options={"tau": np.int32(4)}, intensity=np.array([0., 2.]), topology=np.bool_(True))
+    theirs = make(epochs=2, lr=.5, rich=.5, options={"tau": 4}, intensity=[0., 2.], topology=True)
+    assert mine == theirs and json.dumps(mine.arms[3].options) == '{"tau": 4}' and type(mine.training.epochs) is int and type(mine.patches.rich) is float
     for seeds in ([np.int64(0), 1], np.arange(2), range(2), (0, 1)): assert check_seeds(seeds) == [0, 1] and all(type(s) is int for s in check_seeds(seeds))
     for bad in (np.array([.5]), np.array([True]), np.array([1, 1]), np.array([])):
         with pytest.raises(InputError, match="seed"): check_seeds(bad)
-    alone = replace(TINY, epochs=np.int64(1), steps=1, arms=dict.fromkeys(set(ARMS) - {"alone"}))
+    alone = make(TINY, epochs=np.int64(1), steps=1, arms=dict.fromkeys(set(STANDARD) - {"alone"}))
     assert {r["seed"] for r in run_study(tmp_path, alone, np.arange(1), workers=np.int64(1))} == {0}
     assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0]
 
 
 def test_an_arm_that_a_notebook_needs():
-    with pytest.raises(InputError, match="placebo"): check_study(TINY, [0], needs=("alone", "placebo"))
-    check_study(TINY, [0], needs=("alone", "distilled"))
+    with pytest.raises(InputError, match="placebo"): check_study(Study(make(TINY)), [0], needs=("alone", "placebo"))
+    check_study(Study(make(TINY)), [0], needs=("alone", "distilled"))
 
 
 def test_names_of_arms_that_a_disk_can_tell_apart():
-    assert set(all_arms(StudyConfig(arms={"y" * 200: {}, "alone 2": {}, "distilled": None}))) == {"alone", "fine-tuned", "placebo", "y" * 200, "alone 2"}
-    assert set(all_arms(StudyConfig(arms={"alone": None, "Alone": {}}))) == {"Alone", "fine-tuned", "placebo", "distilled"}
+    assert {a.name for a in make(arms={"y" * 200: {}, "alone 2": {}, "distilled": None}).arms} == {"alone", "fine-tuned", "placebo", "y" * 200, "alone 2"}
+    assert {a.name for a in make(arms={"alone": None, "Alone": {}}).arms} == {"Alone", "fine-tuned", "placebo", "distilled"}
 
 
 def test_shuffled_labels_are_a_function_of_the_step():
     from unpaired_kd.methods.controls import ShuffledLabels
-    from unpaired_kd.study.run import source
-    config = StudyConfig(patch=48, batch=2)
-    patches = source(config, split_data(config, 0).teacher_train, 0, "teacher", 3)
+    study = Study(make(patch=48, batch=2))
+    patches = study.patches(study.data(0).teacher_train, 0, "teacher")
     a, b, true = ShuffledLabels(patches, 0), ShuffledLabels(patches, 0), patches.batch(3)
     assert (a.batch(3).label == b.batch(3).label).all() and (a.batch(3, rank=0).image == true.image).all()
     assert (a.batch(3).label != true.label).any() and a.batch(3).label.sum() == true.label.sum()
     assert a.collection is patches.collection
+
+
+def test_a_large_teacher_and_a_small_student(tmp_path):
+    flat = dict(width=8, teacher_width=32, epochs=2, teacher_epochs=1, steps=1, batch=2, patch=48, start="scratch", arms={"fine-tuned": None})
+    rows = run_study(tmp_path, make(flat), [0], workers=1)
+    assert {r["arm"] for r in rows} == {"teacher", "alone", "placebo", "distilled"}
+    sizes = {t: load_checkpoint(tmp_path / f"checkpoints/{t}-0/last.pt")["networks"]["student"]["conv1.0.weight"].shape[0] for t in ("teacher", "alone", "distilled")}
+    assert sizes == {"teacher": 32, "alone": 8, "distilled": 8}
+    with pytest.raises(InputError, match="'fine-tuned': start='teacher'.*width 32.*width 8"): run_study(tmp_path / "b", make(flat, arms={}), [0], workers=1)
+
+
+def test_settings_of_the_learner_are_settings_of_a_study():
+    study = Study(make(clip=1, weight_decay=1e-3, accumulate=2, tensorboard=True, save_every=3))
+    assert study.settings(7, "cpu") == Settings(epochs=7, clip=1., weight_decay=1e-3, accumulate=2, tensorboard=True, save_every=3, device="cpu", bars=False)
+    assert "save_every" not in study.common() and study.common()["accumulate"] == 2
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path):
+    for path in sorted((ROOT / "nbs/results").glob("*/*/config.json")):
+        record = json.loads(path.read_text())
+        if "arms" not in record: continue
+        config = read_study(record["study"], record["arms"])
+        assert {a.name for a in config.arms} == set(record["arms"]) and config.patches.patch == record["study"]["patch"]
+        for arm in config.arms:
+            old = record["arms"][arm.name]
+            assert (arm.start == "scratch") == (old["init"] == "scratch") and arm.reuses == old.get("shares", "")
+            assert arm.options == old["options"] and arm.weights == old["weights"]
+
+
+def test_a_training_trains_what_it_needs_first(tmp_path):
+    study = Study(make(TINY), tmp_path)
+    train(study, ArmTask("distilled", 0), "cpu")
+    assert {p.parent.name for p in tmp_path.glob("checkpoints/*/done.json")} == {"teacher-0", "distilled-0"}
+    with pytest.raises(InputError, match="arm 'destilled'.*'distilled'"): train(study, ArmTask("destilled", 0), "cpu")
+
+
+def test_on_a_cluster_of_one_machine(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    alone = make(TINY, arms={k: None for k in STANDARD if k not in ("alone", "fine-tuned")})
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        there = run_study(tmp_path / "there", alone, [0], scheduler=cluster.scheduler_address)
+    assert there == run_study(tmp_path / "here", alone, [0], workers=1)
+    with pytest.raises(InputError, match="no Dask scheduler answers"): run_study(tmp_path / "b", alone, [0], scheduler="tcp://127.0.0.1:1")

@@ -1,11 +1,10 @@
 """A sweep as users meet it: files with mistakes, cells that fail or are killed, sweeps that are stopped, and a cluster."""
-import functools, json, os, signal, subprocess, sys, time
+import functools, json, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from unpaired_kd.command import cli
-from unpaired_kd.command import sweep
+from unpaired_kd.command import cli, grid as grids, sweep
 from unpaired_kd.core import InputError, read_csv
 
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's `&` would have it ignored
@@ -97,7 +96,7 @@ def test_folders_of_others_are_refused(place):
 def test_cells_are_what_the_file_says(place):
     "Scale over base, -p over both, row and grid over all; one worker inside a cell; equal parameters, equal key."
     path = grid(place, "base: {lr: 1e-3, weights: {kl: 2.0}}\ngrid: {seed: [0, 1]}\ncells: {kl: , no kl: {weights.kl: 0}}\nscales: {full: {lr: 2e-3}}")
-    of = lambda **k: {c.name: c for c in sweep.expand(path, **k)[1]}
+    of = lambda **k: {c.name: c for c in grids.expand(path, **k)[1]}
     base, full, mine = of(), of(scale="full"), of(scale="full", given=[("lr", "1"), ("workers", "3")])
     assert list(base) == ["kl seed=0", "kl seed=1", "no kl seed=0", "no kl seed=1"]
     assert base["kl seed=1"].values == dict(do="score", seed=1, lr=.001, weights={"kl": 2.}, workers=1)
@@ -106,9 +105,10 @@ def test_cells_are_what_the_file_says(place):
     assert len({c.key for cells in (base, full, mine) for c in cells.values()}) == 12
     assert {n: c.key for n, c in of(given=[("lr", "2e-3")]).items()} == {n: c.key for n, c in full.items()}
     flat = grid(place, "base: {weights: {kl: 2.0}}\ngrid: {seed: [0]}", "h.yaml")
-    assert [c.values["weights"] for c in sweep.expand(flat, [("weights.kl", "5")])[1]] == [{"kl": 5.}]
+    assert [c.values["weights"] for c in grids.expand(flat, [("weights.kl", "5")])[1]] == [{"kl": 5.}]
 
 
+@pytest.mark.slow
 def test_a_sweep_from_failure_to_table(place, capsys):
     "A failed cell, a killed one and one with a broken table stop no other; they are named, tried again, and the finished are not."
     path = grid(place, "cells: {good: {}, raises: {do: fail}, killed: {do: die}, broken: {do: nonsense}}")
@@ -126,6 +126,7 @@ def test_a_sweep_from_failure_to_table(place, capsys):
     assert [(r["cell"], r["seed"], r["case"]) for r in read_csv("runs/g/results.csv")] == [("better name seed=0", 0, c) for c in "xy"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_and_continued(place, how, status, monkeypatch):
@@ -147,13 +148,14 @@ def test_stopped_and_continued(place, how, status, monkeypatch):
 
 
 def test_a_parameter_that_the_rows_contradict_gets_another_name():
-    cell = lambda name, **v: sweep.Cell(name, {}, v, name)
+    cell = lambda name, **v: grids.Cell(name, {}, v, name)
     cells = [cell("a", seed=1, cell=3, tau=[1]), cell("b", seed=2, cell=4, tau=[2])]
     rows = {"a": [dict(arm="x", seed=0)], "b": [dict(arm="x", seed=0)]}
     assert sweep.varied(cells) == ["seed", "cell", "tau"]
     assert sweep.tidy(cells, rows, ["seed", "cell", "tau"])[1] == dict(cell="b", given_seed=2, given_cell=4, tau="[2]", arm="x", seed=0)
 
 
+@pytest.mark.slow
 def test_a_cluster(place, capsys, monkeypatch):
     "The same sweep through a Dask scheduler; one that is not there is named, and nothing is written."
     import distributed
@@ -167,7 +169,7 @@ def test_a_cluster(place, capsys, monkeypatch):
 
 
 def test_a_cluster_without_dask(place, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "distributed" else name)
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None if name == "distributed" else name)
     with pytest.raises(InputError, match=r"pip install \"unpaired_kd\[scale\]\""): sweep.run_sweep(grid(place, "grid: {seed: [1]}"), scheduler="tcp://127.0.0.1:9")
     assert not (place / "runs").exists()
 
@@ -181,13 +183,13 @@ CELLS = "cells: {R01 alone: {}, R02 kl: {lr: .1}, R12 kl too: {lr: .2}, R02: {lr
 def test_patterns_choose_cells_in_the_order_of_the_grid(place, patterns, names):
     "Whole names of cells and rows first, then their first words; a row R02 is not hidden by the row R02 kl."
     path = grid(place, CELLS)
-    assert [c.name for c in sweep.choose(path, sweep.expand(path)[1], patterns)] == names
+    assert [c.name for c in grids.choose(path, grids.expand(path)[1], patterns)] == names
 
 
 def test_a_name_with_brackets_names_itself(place):
     (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "seeds: list = [0]"))
     path = grid(place, "grid: {seeds: [[0], [1]], seed: [3, 4]}")
-    chosen = lambda *patterns: [c.name for c in sweep.choose(path, sweep.expand(path)[1], patterns)]
+    chosen = lambda *patterns: [c.name for c in grids.choose(path, grids.expand(path)[1], patterns)]
     assert chosen("seeds=[0] seed=3") == ["seeds=[0] seed=3"] and chosen("seeds=[1]") == ["seeds=[1] seed=3", "seeds=[1] seed=4"]
 
 
@@ -206,6 +208,7 @@ def test_the_whole_grid_is_checked_though_a_part_is_chosen(place):
     assert not (place / "runs").exists()
 
 
+@pytest.mark.slow
 def test_several_calls_fill_one_folder(place, capsys):
     "Only the chosen cells run; the table has every finished cell of the grid, with all parameters that vary in it."
     path = grid(place, "cells: {first: {}, second: {lr: .25}, fails: {do: fail}}")
@@ -227,9 +230,9 @@ def names_and(values, cells): return [(c.name, *(c.values[v] for v in values)) f
 
 def test_anchors_of_a_grid_are_read_while_they_repeat_little(place):
     path = grid(place, "base: {lr: &lr 1e-3}\ncells:\n  a: &a {weights.kl: *lr}\n  b: {seed: 1}\nscales: {s: *a}")
-    assert names_and(["lr", "seed"], sweep.expand(path)[1]) == [("a", .001, 0), ("b", .001, 1)]
-    assert [c.values["weights"] for c in sweep.expand(path)[1]] == [{"kl": .001}, {"kl": 1.}]
-    with pytest.raises(InputError, match="'weights.kl'|same parameters"): sweep.expand(grid(place, "base: {seed: &s 2}\ngrid: {seed: [*s, 2]}"))
+    assert names_and(["lr", "seed"], grids.expand(path)[1]) == [("a", .001, 0), ("b", .001, 1)]
+    assert [c.values["weights"] for c in grids.expand(path)[1]] == [{"kl": .001}, {"kl": 1.}]
+    with pytest.raises(InputError, match="'weights.kl'|same parameters"): grids.expand(grid(place, "base: {seed: &s 2}\ngrid: {seed: [*s, 2]}"))
 
 
 @pytest.mark.parametrize("text, said", [
@@ -239,25 +242,25 @@ def test_anchors_of_a_grid_are_read_while_they_repeat_little(place):
     ("cells:\n  a: &a {seed: 1}\n  b: {<<: *a, lr: 2}", "not merged"), ("grid: {weights: [{kl:1}]}", "value is missing")])
 def test_anchors_that_are_refused(place, text, said):
     "A loop, a name of nothing, a hundred and first repetition of a hundred parts, a ladder; at once."
-    with pytest.raises(InputError, match=f"g.yaml.*({said})"): sweep.expand(grid(place, text))
+    with pytest.raises(InputError, match=f"g.yaml.*({said})"): grids.expand(grid(place, text))
 
 
 def test_a_list_in_the_wrong_place_is_told_the_right_one(place):
     (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "lr: float = .5\\nnames: list[str] = []"))
     for text, said in {"grid: {names: [a, b]}": "list of lists", "base: {seed: [1, 2]}\ngrid: {lr: [1]}": "goes under `grid`", "grid: {names: [[a, off]]}": "in quotes"}.items():
-        with pytest.raises(InputError) as e: sweep.expand(grid(place, text))
+        with pytest.raises(InputError) as e: grids.expand(grid(place, text))
         assert said in str(e.value) and ("`grid`" in str(e.value)) == (said == "goes under `grid`")
 
 
 @pytest.mark.parametrize("text", ["base: {weights.kl: 3}\ngrid: {seed: [1]}\nscales: {x: {weights: {kl: 1}}}", "base: {weights.kl: 3}\ngrid: {weights: [{kl: 1}]}",
     "scales: {x: {weights.kl: 3}}\ncells: {a: {weights: {}}}"])
 def test_a_dict_does_not_silently_undo_its_entries(place, text):
-    with pytest.raises(InputError, match="g.yaml.*'weights' would undo 'weights.kl'"): sweep.expand(grid(place, text), scale="x" if "scales" in text else None)
+    with pytest.raises(InputError, match="g.yaml.*'weights' would undo 'weights.kl'"): grids.expand(grid(place, text), scale="x" if "scales" in text else None)
     whole = grid(place, "base: {weights: {kl: 3}}\ngrid: {weights.kl: [2]}\nscales: {x: {weights: {kl: 1}}}")
-    assert [c.values["weights"] for c in sweep.expand(whole, scale="x")[1]] == [{"kl": 2.}]
-    assert [c.values["weights"] for c in sweep.expand(grid(place, "base: {weights.kl: 3}\ngrid: {weights.kl: [2]}"))[1]] == [{"kl": 2.}]
+    assert [c.values["weights"] for c in grids.expand(whole, scale="x")[1]] == [{"kl": 2.}]
+    assert [c.values["weights"] for c in grids.expand(grid(place, "base: {weights.kl: 3}\ngrid: {weights.kl: [2]}"))[1]] == [{"kl": 2.}]
 
 
 def test_entries_are_not_merged_anywhere_in_a_grid(place):
     for text in ("base: {<<: {lr: 1}}\ngrid: {seed: [1]}", "base: {weights: {<<: {kl: 1}}}\ngrid: {seed: [1]}", "grid: {weights: [{<<: {kl: 1}}]}"):
-        with pytest.raises(InputError, match="not merged with <<"): sweep.expand(grid(place, text))
+        with pytest.raises(InputError, match="not merged with <<"): grids.expand(grid(place, text))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_lotus import Two, nets, run
 
-from unpaired_kd.core import InputError, seeded
+from unpaired_kd.core import InputError
 from unpaired_kd.training.learner import load_checkpoint
 from unpaired_kd.methods.ummkd import UMMKD, OtherNorms, UmmkdOptions, rarity_weighted_cross_entropy
 from unpaired_kd.networks.registry import build, load_weights

@@ -1,8 +1,6 @@
 """Whole volumes in blocks: exact, resumable, and refused where they cannot be."""
 from importlib.util import find_spec
-import contextlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -24,7 +22,7 @@ from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.inference.student import Recipe, Student, logits, pad_to
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.volumes import LightUNet
-from unpaired_kd.inference.volumes import Block, as_bytes, block_input, block_logits, blocks_of, choose_tile, goes_in_blocks, held, looks, mirrored, open_volume, pipeline, predict_volume, triple, voxel_limit
+from unpaired_kd.inference.volumes import as_bytes, block_input, block_logits, blocks_of, choose_tile, goes_in_blocks, held, looks, mirrored, open_volume, pipeline, predict_volume, triple, voxel_limit
 
 R = np.random.default_rng(0)
 

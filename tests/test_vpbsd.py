@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,12 @@ from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, V
                                        pattern_learning, pseudo_loss, random_table, teacher_options)
 from unpaired_kd.networks.volumes import LightUNet, network_cost
 from unpaired_kd.study.records import DONE, keep_record, read_sealed
-from unpaired_kd.study.run import StudyConfig, all_arms, check_study, export_student, first_name, first_teacher, learner_of, run_study, split_data, train_arm, train_first
+from unpaired_kd.study.checks import check_study
+from unpaired_kd.study.folder import collect, pretrain_tasks
+from unpaired_kd.study.parts import open_both
+from unpaired_kd.study.run import export_student, run_study
+from unpaired_kd.study.tasks import PretrainTask, School, Study, TeacherTask, finished
+from studies import first_name, learner_of, make, parts, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
 T = dict(encoder_config=ENCODER, inner=8, decoder=4, codes=16, code_dim=4)
@@ -400,6 +404,7 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
     assert seen["table"].device == seen["u"].device
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
 def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
@@ -531,30 +536,35 @@ def test_health_changes_nothing_and_counts_all_tokens():
 # ---------------------------------------------------------------- studies
 
 ONLY = {"fine-tuned": None, "placebo": None, "distilled": None}
-VESSELS = StudyConfig(data="phantom:vessels", data_options={"volumes": 8, "size": 32}, teacher="twophoton", student="lightsheet", dims=3, network="light_unet", width=2, patch=16, batch=2,
-                      epochs=2, teacher_epochs=2, steps=2, student_labels=2, test=2, teacher_test=1, precision="fp32", init="scratch", arms=ONLY)
+VESSELS = dict(data="phantom:vessels", data_options={"volumes": 8, "size": 32}, teacher="twophoton", student="lightsheet", dims=3, network="light_unet", width=2, patch=16, batch=2,
+                      epochs=2, teacher_epochs=2, steps=2, student_labels=2, test=2, teacher_test=1, precision="fp32", start="scratch", arms=ONLY)
 
-def with_arms(config, **arms): return replace(config, arms={**ONLY, **{k: dict(method="vpbsd", **{"options": T, **v}) if v is not None and "method" not in v else v for k, v in arms.items()}})
+def with_arms(flat, **arms): return dict(flat, arms={**ONLY, **{k: dict(method="vpbsd", **{"options": T, **v}) if v is not None and "method" not in v else v for k, v in arms.items()}})
 
 
 def here(monkeypatch):
     "Let studies run in this process: the processes are tested elsewhere."
-    def all_here(tasks, folder, config, workers, bar):
-        study_module._here(tasks, folder, config, bar)
-    monkeypatch.setattr(study_module, "_in_processes", all_here)
+    monkeypatch.setattr(study_module, "in_processes", lambda tasks, study, tell, workers: study_module.here(tasks, study, tell))
 
 
-ARMS = with_arms(VESSELS, vpbsd={}, silent=dict(weights={"semi": 0, "dis": 0}), hint=dict(options={**T, "lesson": "hint"}), untrained=dict(teacher="placebo"), painted=dict(method="painted"), recalibrated=dict(method="recalibrated"), warm=dict(init="teacher"),
-                 lotus=dict(method="lotus", init="teacher", options={"taps": ["join1"], "head": "head"}))
+ARMS = with_arms(VESSELS, vpbsd={}, silent=dict(weights={"semi": 0, "dis": 0}), hint=dict(options={**T, "lesson": "hint"}), untrained=dict(teacher="placebo"), painted=dict(method="painted"), recalibrated=dict(method="recalibrated"), warm=dict(start="teacher"),
+                 lotus=dict(method="lotus", start="teacher", options={"taps": ["join1"], "head": "head"}))
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     "A finished study in three dimensions with every kind of arm that this method brings."
     folder, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
     here(patch)
-    try: rows = run_study(folder, ARMS, [0])
+    try: rows = run_study(folder, make(ARMS), [0])
     finally: patch.undo()
     return folder, rows
+
+
+def teacher_of(folder, flat, name):
+    "The teacher that an arm gets."
+    study = Study(make(flat), folder)
+    school = School(study, study.arm(name), 0)
+    return VPBSD.teacher.give(school)
 
 
 def state(folder, arm): return load_checkpoint(folder / "checkpoints" / f"{arm}-0" / "last.pt")["networks"]
@@ -562,7 +572,7 @@ def state(folder, arm): return load_checkpoint(folder / "checkpoints" / f"{arm}-
 
 def test_every_arm_ends_with_scores(study):
     folder, rows = study
-    name = first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    name = first_name(make(ARMS), "vpbsd")
     assert {r["arm"] for r in rows} == {"teacher", "alone", "vpbsd", "silent", "hint", "untrained", "painted", "recalibrated", "warm", "lotus", name}
     assert len({r["case"] for r in rows if r["arm"] == "vpbsd"}) == 2 and all(0 <= r["dsc"] <= 1 for r in rows)
     stages = {r["arm"]: r["stage"] for r in read_csv(folder / "history.csv")}
@@ -572,23 +582,23 @@ def test_every_arm_ends_with_scores(study):
 def test_a_finished_study_is_not_run_again(study, monkeypatch):
     here(monkeypatch)
     monkeypatch.setattr(Learner, "_epoch", lambda *a: pytest.fail("trained again"))
-    assert run_study(study[0], ARMS, [0]) == study[1]
+    assert run_study(study[0], make(ARMS), [0]) == study[1]
 
 
 def test_a_worker_can_train_and_load_the_teacher(study, monkeypatch):
     from queue import Queue
-    queue, name = Queue(), first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    queue, name = Queue(), first_name(make(ARMS), "vpbsd")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    study_module._in_worker("first", study[0], ARMS, name, 0, queue)
-    assert queue.empty() and study_module.finished(study[0], ("first", name, 0))
+    study_module.do_in_worker(PretrainTask(name, 0), make(ARMS), study[0], queue)
+    assert queue.empty() and finished(study[0], PretrainTask(name, 0))
 
 
 def test_one_teacher_for_all_arms_that_want_the_same(study):
-    folder, arms = study[0], all_arms(ARMS)
-    assert len(list((folder / "checkpoints").glob("vpbsd teacher*"))) == 1 and first_name(arms["hint"], ARMS) == first_name(arms["silent"], ARMS)
-    assert first_name(arms["untrained"], ARMS) == "" == first_name(arms["alone"], ARMS)
-    wide = with_arms(VESSELS, a={}, b=dict(options={**T, "codes": 17}))
-    assert first_name(all_arms(wide)["a"], wide) != first_name(all_arms(wide)["b"], wide)
+    folder, config = study[0], make(ARMS)
+    assert len(list((folder / "checkpoints").glob("vpbsd teacher*"))) == 1 and first_name(config, "hint") == first_name(config, "silent")
+    assert first_name(config, "untrained") == "" == first_name(config, "alone")
+    wide = make(with_arms(VESSELS, a={}, b=dict(options={**T, "codes": 17})))
+    assert first_name(wide, "a") != first_name(wide, "b")
 
 
 def test_without_lessons_an_arm_is_the_arm_alone(study):
@@ -599,17 +609,16 @@ def test_without_lessons_an_arm_is_the_arm_alone(study):
 
 
 def test_more_seeds_get_their_own_teacher(study):
-    from unpaired_kd.study.run import firsts
-    assert len(firsts(ARMS, [0, 1])) == 2 and len({(n, s) for _, n, s in firsts(ARMS, [0, 1])}) == 2
+    assert len(set(pretrain_tasks(Study(make(ARMS)), [0, 1]))) == 2 == len(pretrain_tasks(Study(make(ARMS)), [0, 1]))
 
 
 def test_a_missing_teacher_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"vpbsd teacher .*-0 is not finished"): learner_of(tmp_path, ARMS, "vpbsd", 0, "cpu")
+    with pytest.raises(InputError, match=r"vpbsd teacher .*-0 is not finished"): learner_of(tmp_path, make(ARMS), "vpbsd", 0)
 
 
 @pytest.mark.parametrize("damage", ["decoder of another shape", "codebook of another size", "no codebook", "another network", "no checkpoint"])
 def test_a_teacher_that_does_not_fit_is_named(study, tmp_path, damage):
-    arm, name = all_arms(ARMS)["vpbsd"], first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    name = first_name(make(ARMS), "vpbsd")
     path = tmp_path / "checkpoints" / f"{name}-0" / "last.pt"
     path.parent.mkdir(parents=True)
     saved = load_checkpoint(study[0] / "checkpoints" / f"{name}-0" / "last.pt")
@@ -621,15 +630,15 @@ def test_a_teacher_that_does_not_fit_is_named(study, tmp_path, damage):
     torch.save(saved, path)
     if damage == "no checkpoint": path.write_bytes(b"nothing")
     keep_record(path.parent, ["last.pt"], task=["first", name, 0])
-    with pytest.raises(InputError, match=r"last\.pt"): first_teacher(tmp_path, ARMS, arm, 0, light(), Tubes().batch)
+    with pytest.raises(InputError, match=r"last\.pt"): teacher_of(tmp_path, ARMS, "vpbsd")
 
 
 def test_the_teacher_of_an_arm_is_the_trained_one(study):
-    teacher = first_teacher(study[0], ARMS, all_arms(ARMS)["vpbsd"], 0, light(), Tubes().batch)
-    name = first_name(all_arms(ARMS)["vpbsd"], ARMS)
+    teacher = teacher_of(study[0], ARMS, "vpbsd")
+    name = first_name(make(ARMS), "vpbsd")
     saved = state(study[0], name)
     assert torch.equal(teacher.codebook.table, saved["codebook"]["table"]) and equal(teacher.tokens.state_dict(), saved["tokens"])
-    untrained = first_teacher(study[0], ARMS, all_arms(ARMS)["untrained"], 0, light(), Tubes().batch)
+    untrained = teacher_of(study[0], ARMS, "untrained")
     assert not torch.equal(untrained.codebook.table, saved["codebook"]["table"])
 
 
@@ -650,7 +659,7 @@ with torch.no_grad(): np.save(sys.argv[4], s.network.eval()(s.prepare(np.load(sy
 
 def test_the_student_leaves_alone(study, tmp_path):
     from safetensors.torch import load_file
-    folder = export_student(study[0], ARMS, study[1], arm="vpbsd")
+    folder = export_student(Study(make(ARMS), study[0]), study[1], arm="vpbsd")
     saved, bare = load_file(folder / "weights.safetensors"), light()
     assert saved.keys() == bare.state_dict().keys() and equal(saved, state(study[0], "vpbsd")["student"])
     assert not [k for k in saved if any(w in k for w in ("teacher", "codebook", "table", "projector", "phi", "tokens", "pi_in"))]
@@ -659,7 +668,7 @@ def test_the_student_leaves_alone(study, tmp_path):
     done = subprocess.run([sys.executable, "-c", ALONE, folder, tmp_path / "image.npy", tmp_path / "label.npy", tmp_path / "logits.npy"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
     bare.load_state_dict(saved)
-    trained = train_arm(study[0], ARMS, "vpbsd", 0, "cpu") # finished: only loaded
+    trained = train_arm(study[0], make(ARMS), "vpbsd", 0) # finished: only loaded
     with torch.no_grad(): z = trained.network.eval()(trained.prepare(image[:16, :, :24])).numpy()
     assert np.abs(np.load(tmp_path / "logits.npy") - z).max() < 1e-6
     assert np.array_equal(np.load(tmp_path / "label.npy"), trained.predict(image)) and np.load(tmp_path / "label.npy").shape == image.shape
@@ -678,7 +687,7 @@ def folders(place, n=8, size=16):
 
 
 def on_folders(data, **k):
-    return with_arms(replace(VESSELS, data=data, data_options={"label_kind": "semantic"}, classes=["background", "vessel"], teacher="dark", student="bright", rich=.5, **k), vpbsd={})
+    return make(with_arms(dict(VESSELS, data=data, data_options={"label_kind": "semantic"}, classes=["background", "vessel"], teacher="dark", student="bright", rich=.5, **k), vpbsd={}))
 
 
 @pytest.mark.filterwarnings("ignore:.*groups.csv")
@@ -687,43 +696,43 @@ def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
     from unpaired_kd.data.formats import images
     data, read = folders(tmp_path / "data"), []
     config, opened = on_folders(data), images.read_label
-    rest = split_data(config, 0).student_rest.ids
+    rest = parts(config, 0).student_rest.ids
     hidden_files = [tmp_path / "data" / "bright" / "labels" / f"{i}.tif" for i in rest if i != "bright0"]
     for f in hidden_files: f.write_bytes(b"no image")
     monkeypatch.setattr(images, "read_label", lambda p, *a, **k: (read.append(str(p)), opened(p, *a, **k))[1])
-    d, run = split_data(config, 0, tmp_path / "run"), tmp_path / "run"
+    d, run = parts(config, 0, tmp_path / "run"), tmp_path / "run"
     assert len(set(read)) <= 2 # with names and kind of the classes given
     assert d.student_rest.ids == rest and len(rest) == 4 and not d.student_rest.has_labels
-    train_first(run, config, first_name(all_arms(config)["vpbsd"], config), 0, "cpu")
+    train_first(run, config, first_name(config, "vpbsd"), 0, "cpu")
     train_arm(run, config, "vpbsd", 0, "cpu")
     assert read and not set(read) & {str(f) for f in hidden_files}
-    first = {str(c.cases[0].label) for c in study_module.open_both(config)}
+    first = {str(c.cases[0].label) for c in open_both(config.images)}
     used = {str(c.label) for part in (d.student_train, d.student_test, d.teacher_train) for c in part.cases}
     assert set(read) <= used | first
 
 
 def test_what_has_no_label_cannot_be_asked_for_one():
-    d = split_data(ARMS, 0)
+    d = parts(make(ARMS), 0)
     assert all(c.label is None for c in d.student_rest.cases) and not d.student_rest.has_labels and set(d.student_rest.label_groups) == {""}
-    b = study_module.source(ARMS, d.student_rest, 0, "unlabelled", 1, True).batch(0)
+    b = Study(make(ARMS)).patches(d.student_rest, 0, "unlabelled", True).batch(0)
     assert b.label is None and b.image.shape == (2, 1, 16, 16, 16)
 
 
-BONE = StudyConfig(data="phantom:bone", data_options={"patients": 6, "images_per_patient": 1, "knobs": {"size": 64}}, network="light_unet", network_options={"dims": 2}, width=2, patch=32, batch=2,
-                   epochs=2, teacher_epochs=2, steps=2, student_labels=2, test=2, teacher_test=1, precision="fp32", init="scratch")
+BONE = dict(data="phantom:bone", data_options={"patients": 6, "images_per_patient": 1, "knobs": {"size": 64}}, network="light_unet", network_options={"dims": 2}, width=2, patch=32, batch=2,
+                   epochs=2, teacher_epochs=2, steps=2, student_labels=2, test=2, teacher_test=1, precision="fp32", start="scratch")
 
 
 def test_the_disease_of_an_unlabelled_image_is_forgotten():
-    d = split_data(with_arms(BONE, vpbsd={}), 0)
+    d = parts(make(with_arms(BONE, vpbsd={})), 0)
     assert set(d.student_train.label_groups) - {""} and set(d.student_rest.label_groups) == {""}
 
 
 def test_unlabelled_patches_are_moved_and_not_recoloured(study):
-    sources = learner_of(study[0], ARMS, "vpbsd", 0, "cpu").data.sources
+    sources = learner_of(study[0], make(ARMS), "vpbsd", 0).data.sources
     colours = ("brightness", "contrast", "gamma", "noise", "blur", "hue")
     change = lambda n: {c: getattr(sources[n].augment, c) for c in colours}
     assert not any(change("unlabelled").values()) and any(change("student").values()) and sources["unlabelled"].augment.flip
-    assert set(learner_of(study[0], ARMS, "alone", 0, "cpu").data.sources) == {"student", "teacher"}
+    assert set(learner_of(study[0], make(ARMS), "alone", 0).data.sources) == {"student", "teacher"}
 
 
 # ---------------------------------------------------------------- who is where (A15)
@@ -733,20 +742,20 @@ SPLITS = [dict(), dict(unlabelled=2), dict(validation=2), dict(validation=1, unl
 
 @pytest.mark.parametrize("change", SPLITS, ids=str)
 def test_no_group_is_in_two_parts(tmp_path, change):
-    config, kept = replace(ARMS, data_options={"volumes": 10, "size": 24}, **change), {}
+    config, kept = make(ARMS, data_options={"volumes": 10, "size": 24}, **change), {}
     for seed in (0, 1, 2):
-        d = split_data(config, seed, tmp_path)
-        parts = {n: set(getattr(d, n).groups) for n in ("student_train", "student_test", "student_valid", "student_rest")}
-        names = [(a, b) for a in parts for b in parts if a < b]
-        assert not [(a, b) for a, b in names if parts[a] & parts[b]]
-        assert parts["student_train"] and parts["student_test"] and parts["student_rest"]
-        assert len(parts["student_valid"]) == change.get("validation", 0)
-        if "unlabelled" in change: assert len(parts["student_rest"]) == change["unlabelled"]
-        assert set(d.student_rest.ids) == set(split_data(config, seed, tmp_path).student_rest.ids) # the same again, from the file
+        d = parts(config, seed, tmp_path)
+        groups = {n: set(getattr(d, n).groups) for n in ("student_train", "student_test", "student_valid", "student_rest")}
+        names = [(a, b) for a in groups for b in groups if a < b]
+        assert not [(a, b) for a, b in names if groups[a] & groups[b]]
+        assert groups["student_train"] and groups["student_test"] and groups["student_rest"]
+        assert len(groups["student_valid"]) == change.get("validation", 0)
+        if "unlabelled" in change: assert len(groups["student_rest"]) == change["unlabelled"]
+        assert set(d.student_rest.ids) == set(parts(config, seed, tmp_path).student_rest.ids) # the same again, from the file
         saved = read_json(tmp_path / "splits" / f"student-{seed}.json")
         tested = set(saved["parts"]["test"])
         assert saved["hash"] and not tested & (set(d.student_train.ids) | set(d.student_rest.ids) | set(d.student_valid.ids))
-        if config.score_on == "validation": assert not tested & set(d.student_test.ids)
+        if config.split.score_on == "validation": assert not tested & set(d.student_test.ids)
         else: assert tested == set(d.student_test.ids)
         kept[seed] = d.student_test.ids
     assert kept[0] != kept[1] or kept[0] != kept[2]
@@ -758,23 +767,23 @@ def test_a_shared_patient_is_kept_from_the_teacher_and_unlabelled_volumes_stay_o
     (tmp_path / "data/bright/groups.csv").write_text(rows("bright", "abcdefgh"))
     (tmp_path / "data/dark/groups.csv").write_text(rows("dark", "abcdwxyz"))
     for seed in (0, 1):
-        d = split_data(on_folders(data), seed)
+        d = parts(on_folders(data), seed)
         students = set(d.student_train.groups) | set(d.student_rest.groups) | set(d.student_test.groups)
         assert students == set("abcdefgh") and not set(d.teacher_train.groups) & students and d.teacher_train.groups
 
 
 def test_scores_do_not_change_sides_when_an_arm_is_added(tmp_path):
     "With score_on=validation, an arm that learns without labels must not move the scored volumes of a run folder that has scores already, or be refused."
-    alone = replace(VESSELS, score_on="validation")
-    before = split_data(alone, 0, tmp_path)
-    try: after = split_data(with_arms(alone, vpbsd={}), 0, tmp_path)
+    alone = dict(VESSELS, score_on="validation")
+    before = parts(make(alone), 0, tmp_path)
+    try: after = parts(make(with_arms(alone, vpbsd={})), 0, tmp_path)
     except InputError: return
     assert before.student_test.ids == after.student_test.ids
 
 
 def test_all_parts_of_a_seed_are_on_record(study):
     "From the run folder alone one can tell which volumes were labelled, which were unlabelled and which were tested."
-    d, found = split_data(ARMS, 0), {}
+    d, found = parts(make(ARMS), 0), {}
     for f in (study[0] / "splits").glob("student-*.json"):
         for ids in read_json(f)["parts"].values(): found[tuple(sorted(ids))] = f.name
     for part in (d.student_train, d.student_rest, d.student_test): assert tuple(sorted(part.ids)) in found
@@ -784,7 +793,7 @@ def test_all_parts_of_a_seed_are_on_record(study):
 
 def finish(folder, config, monkeypatch):
     here(monkeypatch)
-    rows = run_study(folder, config, [0])
+    rows = run_study(folder, make(config), [0])
     assert all(0 <= r["dsc"] <= 1 for r in rows)
     return {r["arm"] for r in rows}
 
@@ -795,10 +804,10 @@ def test_a_codebook_and_a_hint_in_two_dimensions(tmp_path, monkeypatch):
 
 
 def test_thin_stacks(tmp_path, monkeypatch):
-    config = with_arms(replace(VESSELS, teacher="lightsheet", student="twophoton", depth=16, patch=32, network_options={"flat": 2}, steps=1), vpbsd={})
+    config = with_arms(dict(VESSELS, teacher="lightsheet", student="twophoton", depth=16, patch=32, network_options={"flat": 2}, steps=1), vpbsd={})
     assert "vpbsd" in finish(tmp_path, config, monkeypatch)
-    net = study_module.network(config, 0, "student", 1, 2)
-    teacher = first_teacher(tmp_path, config, all_arms(config)["vpbsd"], 0, net, Tubes(size=(16, 32, 32)).batch)
+    net = Study(make(config)).network(make(config).student, 0, "student")
+    teacher = teacher_of(tmp_path, config, "vpbsd")
     assert tuple(net.strides) == tuple(teacher.strides) == (2, 8, 8)
     assert teacher.say(torch.rand(1, 1, 16, 32, 32))[1].index.shape == (1, 8, 4, 4)
 
@@ -816,11 +825,11 @@ def test_other_encoders_teach(dims, encoder, config, size):
 
 def test_the_best_epoch_by_validation(tmp_path, monkeypatch):
     here(monkeypatch)
-    config = with_arms(replace(VESSELS, validation=1, unlabelled=1, rich=.5, topology=True, steps=1), vpbsd={})
-    rows = run_study(tmp_path, config, [0])
+    config = with_arms(dict(VESSELS, validation=1, unlabelled=1, rich=.5, topology=True, steps=1), vpbsd={})
+    rows = run_study(tmp_path, make(config), [0])
     assert "val_dice" in next(r for r in read_csv(tmp_path / "history.csv") if r["arm"] == "vpbsd") and (tmp_path / "checkpoints/vpbsd-0/best.pt").exists()
     assert all("cldice" in r for r in rows if r["arm"] == "vpbsd")
-    assert len(set(split_data(config, 0, tmp_path).student_rest.groups)) == 1
+    assert len(set(parts(make(config), 0, tmp_path).student_rest.groups)) == 1
 
 
 def test_the_painted_student_paints_without_labels_then_learns(tmp_path):
@@ -853,8 +862,8 @@ def test_more_classes(tmp_path):
     (dict(decay=1.), "decay"), (dict(encoder_config={"widht": 4}), "widht"), (dict(inner=0), "inner"), (dict(teacher_rate=-1.), "teacher_rate"), (dict(bce=-1.), "bce")], ids=lambda v: str(v))
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_bad_options_are_refused_before_training(bad, word):
-    config = with_arms(VESSELS, bad=dict(options={**T, **bad}))
-    with pytest.raises(InputError, match=word): check_study(config, [0])
+    flat = with_arms(VESSELS, bad=dict(options={**T, **bad}))
+    with pytest.raises(InputError, match=word): check_study(Study(make(flat)), [0])
 
 
 def test_a_teacher_of_other_options_or_another_kind():
@@ -874,27 +883,27 @@ def test_a_teacher_of_other_classes_channels_or_axes(other):
 
 
 def test_a_weight_of_an_unknown_term():
-    with pytest.raises(InputError, match="kl"): check_study(with_arms(VESSELS, v=dict(weights={"kl": 1.})), [0])
+    with pytest.raises(InputError, match="kl"): check_study(Study(make(with_arms(VESSELS, v=dict(weights={"kl": 1.})))), [0])
 
 
 @pytest.mark.parametrize("change,word", [(dict(dims=2), "dims"), (dict(network="unet", dims=3, patch=24), "patch"), (dict(depth=12), "depth"), (dict(patch=20), "patch"), (dict(teacher_epochs=1), "teacher_epochs"),
     (dict(network_options={"dims": 2}), "dims"), (dict(unlabelled=-1), "unlabelled"), (dict(student_labels=6), "unlabelled"), (dict(data="phantom:bone", teacher="histology", student="microct"), "dims|3-D|volumes")], ids=lambda v: str(v))
 def test_settings_that_cannot_work_are_refused_before_training(change, word):
-    config = replace(with_arms(VESSELS, v={}), **change)
-    if "data" in change: config = replace(config, data_options={"patients": 8, "images_per_patient": 1, "knobs": {"size": 48}})
-    with pytest.raises(InputError, match=word): check_study(config, [0])
+    flat = dict(with_arms(VESSELS, v={}), **change)
+    if "data" in change: flat = dict(flat, data_options={"patients": 8, "images_per_patient": 1, "knobs": {"size": 48}})
+    with pytest.raises(InputError, match=word): check_study(Study(make(flat)), [0])
 
 
 @pytest.mark.parametrize("change,options", [(dict(network="unet", patch=32), {}), (dict(patch=24), dict(encoder="unetr", encoder_config=dict(feature_size=2, size=16, hidden=12, heads=2))),
     (dict(network_options={"flat": 2}, depth=8), dict(encoder="swin", encoder_config=dict(feature_size=12, window=2)))], ids=["a student coarser than the teacher", "a patch that the teacher cannot halve", "an encoder that cannot leave the depth alone"])
 def test_a_student_and_a_teacher_that_do_not_fit_are_refused_before_training(change, options):
-    with pytest.raises(InputError): check_study(with_arms(replace(VESSELS, **change), v=dict(options={**T, **options})), [0])
+    with pytest.raises(InputError): check_study(Study(make(with_arms(dict(VESSELS, **change), v=dict(options={**T, **options})))), [0])
 
 
-@pytest.mark.parametrize("arm,word", [(dict(teacher="shuffled"), "shuffled"), (dict(method="painted", teacher="placebo"), "placebo"), (dict(method="painted", init="teacher"), "init"), (dict(preset="released"), "preset"),
+@pytest.mark.parametrize("arm,word", [(dict(teacher="shuffled"), "shuffled"), (dict(method="painted", teacher="placebo"), "placebo"), (dict(method="painted", start="teacher"), "start"), (dict(preset="released"), "preset"),
     (dict(options=[]), "options|dict"), (dict(options={"code": 3}), "code"), (dict(options={"codes": "many"}), "codes")], ids=lambda v: str(v))
 def test_arms_that_mean_nothing(arm, word):
-    with pytest.raises(InputError, match=word): check_study(replace(VESSELS, arms={**ONLY, "x": {"method": "vpbsd", **arm}}), [0])
+    with pytest.raises(InputError, match=word): check_study(Study(make(VESSELS, arms={**ONLY, "x": {"method": "vpbsd", **arm}})), [0])
 
 
 def test_the_paper_preset_and_its_teacher():
@@ -916,31 +925,31 @@ def test_volumes_without_any_label_file_are_learned_from_and_never_tested_on(tmp
             if i < 5: write_label(root/modality/"labels"/f"{name}.tif", case.label)
             rows.append(dict(modality=modality, id=name, image=f"{modality}/images/{name}.tif", label=f"{modality}/labels/{name}.tif" if i < 5 else "", group=name))
     if layout == "manifest": write_csv(root/"manifest.csv", rows)
-    config = StudyConfig(data=str(root), data_options={"labels": "some"}, teacher="b", student="a", teacher_test=0, student_labels=2, label_unit="groups", test=2, dims=3, patch=16)
-    data = split_data(config, 0)
+    flat = dict(data=str(root), data_options={"labels": "some"}, teacher="b", student="a", teacher_test=0, student_labels=2, label_unit="groups", test=2, dims=3, patch=16)
+    data = parts(make(flat), 0)
     assert len(data.student_train) == len(data.student_test) == 2 and data.student_train.has_labels and data.student_test.has_labels
     assert {"a5", "a6", "a7"} <= set(data.student_rest.ids) and not any(x.label is not None for x in data.student_rest.cases)
-    with pytest.raises(InputError, match="labels='some'"): split_data(replace(config, data_options={}), 0)
+    with pytest.raises(InputError, match="labels='some'"): parts(make(flat, data_options={}), 0)
 
 
 def test_a_teacher_that_is_not_tested_has_no_rows(tmp_path):
-    from unpaired_kd.study.report import save_rows
+    from unpaired_kd.study.rows import save_rows
     place = tmp_path/"checkpoints"/"teacher-0"
     place.mkdir(parents=True)
     save_rows(place/"metrics.csv", [])
-    with pytest.raises(InputError, match="teacher-0 holds no finished training"): study_module.collect(tmp_path, [("teacher", "teacher", 0)])
+    with pytest.raises(InputError, match="teacher-0 holds no finished training"): collect(tmp_path, [TeacherTask(seed=0)])
     keep_record(place, ["metrics.csv"], task=["teacher", "teacher", 0], cases=[])
-    assert study_module.collect(tmp_path, [("teacher", "teacher", 0)]) == []
+    assert collect(tmp_path, [TeacherTask(seed=0)]) == []
 
 
 def test_a_student_is_not_resumed_with_the_codebook_of_another_teacher(study, tmp_path):
     import shutil
     folder = tmp_path/"run"
     shutil.copytree(study[0], folder)
-    path = folder/"checkpoints"/f"{first_name(all_arms(ARMS)['vpbsd'], ARMS)}-0"/"last.pt"
+    path = folder/"checkpoints"/f"{first_name(make(ARMS), 'vpbsd')}-0"/"last.pt"
     saved = load_checkpoint(path)
     saved["networks"]["codebook"]["table"] = saved["networks"]["codebook"]["table"].flip(0)
     torch.save(saved, path)
     record = read_sealed(path.parent/DONE)
     keep_record(path.parent, record.pop("files"), **record) # a whole training, of another teacher
-    with pytest.raises(InputError, match="codebook of another teacher"): learner_of(folder, ARMS, "vpbsd", 0)
+    with pytest.raises(InputError, match="codebook of another teacher"): learner_of(folder, make(ARMS), "vpbsd", 0)

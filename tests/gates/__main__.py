@@ -13,8 +13,11 @@ JOBS = { # longest first
     "reversed": ["tests/gates/notebooks.py", "reversed"],
     "pytest": ["-m", "pytest", "--durations=5"],
     "experiments": ["tests/gates/experiments.py"],
+    "wheel": ["tests/gates/wheel.py"],
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],
+    "house": ["tests/gates/house.py"],
+    "names": ["tests/gates/names.py"],
     "config": ["tests/gates/config.py"],
 }
 LIMIT = 30 * 60  # seconds a job may take

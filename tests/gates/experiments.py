@@ -1,15 +1,18 @@
-"""Gate: every experiment runs to its end through `ukd run`, with the small parameters of nbs/experiments/dry.yaml; run again, it finds its work done."""
+"""Gate: every experiment runs to its end through `ukd run` from an empty folder, with the small
+parameters of nbs/experiments/dry.yaml; run again, it finds its work done, and has left nothing else.
+"""
 import subprocess, sys, tempfile, time
+from pathlib import Path
 
 import yaml
-from house import ROOT, finish, front_matter, is_experiment, notebooks
+from common import ROOT, finish, front_matter, is_experiment, notebooks
 
 
 def ukd(path, parameters, folder):
-    "Run one experiment as a user would; returns the finished process."
+    "Run one experiment as a user would, beside its run folder; returns the finished process."
     command = [sys.executable, "-c", "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))", "run", str(path), "--out", str(folder)]
     for k, v in parameters.items(): command += ["-p", k, v if isinstance(v, str) else yaml.safe_dump(v, default_flow_style=True).removesuffix("...\n").strip()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=Path(folder).parent, capture_output=True, text=True)
 
 
 def main():
@@ -28,6 +31,8 @@ def main():
                 if done.returncode:
                     found.append(f"{path.name}, {attempt} run, left with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
                     break
+            left = sorted(p.name for p in Path(folder).iterdir() if p.name != "run")
+            found += [f"{path.name} left {name} outside its run folder" for name in left]
             wrong = ukd(path, {"no_such_parameter": 1}, f"{folder}/wrong")
             if wrong.returncode != 2: found.append(f"{path.name} accepted an unknown parameter")
     finish("experiments", found, f"{len(paths)} ran twice, with small parameters", start)

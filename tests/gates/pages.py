@@ -12,7 +12,7 @@ import nbdev.doclinks
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 
-from house import directives, finish, notebooks, read, scratch
+from common import directives, finish, notebooks, read, scratch
 from readme import outside_fences
 
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}

@@ -1,11 +1,13 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tests/gates/readme.py --write`."""
 import re, sys
 
-from house import ROOT, directives, read
+from common import ROOT, directives, read
+from config import settings
 
 HEAD = "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. Edit that notebook, then run `make prepare`. -->\n"
 # the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address with a scheme
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s]+)(?=[)\s])")
+PICTURE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp)$", re.I)
 
 
 def outside_fences(text, change):
@@ -23,13 +25,22 @@ def as_text(outputs):
         if text: yield text if "text/markdown" in data else f"```\n{text}\n```"
 
 
+def in_full(target):
+    "The address of a file below nbs/: README.md is also a page of the package index, far from it."
+    ini = settings()
+    site, branch = ini["git_url"] % ini, ini["branch"]
+    raw = site.replace("github.com", "raw.githubusercontent.com")
+    place = f"{raw}/{branch}" if PICTURE.search(target) else f"{site}/blob/{branch}"
+    return f"{place}/nbs/{target}"
+
+
 def render(root=ROOT):
     "The Markdown of README.md."
     blocks = []
     for cell in read(root / "nbs/index.ipynb")["cells"]:
         source = cell["source"].strip()
         if cell["cell_type"] == "markdown":
-            source = outside_fences(source, lambda t: LINK.sub(r"\1nbs/\2", t))
+            source = outside_fences(source, lambda t: LINK.sub(lambda m: m[1] + in_full(m[2]), t))
             blocks.append(re.sub(r" *\{(?:#|\.|fig-alt=|width=)[^}\n]*\}", "", source))
         elif cell["cell_type"] == "code" and source and "hide" not in (options := directives(source)):
             code = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()

@@ -1,7 +1,7 @@
 """Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the export of nbs/index.ipynb."""
 import difflib, subprocess, sys, time
 
-from house import ROOT, directives, finish, notebooks, read, scratch
+from common import ROOT, directives, finish, notebooks, read, scratch
 from readme import render
 
 

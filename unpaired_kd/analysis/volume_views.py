@@ -268,7 +268,8 @@ def show_errors(
     if np.ndim(pred) == 2:
         return _flat_errors(image, error_classes(pred, target), window, width)
     t, s = _Volume(target, "target"), _spacing(spacing)
-    p, v = _same_shape(t, pred, "pred"), _same_shape(t, image, "image")
+    _same_shape(t, pred, "pred")
+    v = _same_shape(t, image, "image")
     maps, counts = error_projections(pred, target)
     (columns, rows), n = _plan(t.shape, s, width), 1 if v is None else 2
     inside = columns[1] > 1.4 and rows[1] > .7                                                # room for the legend in the corner

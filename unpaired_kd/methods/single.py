@@ -12,11 +12,15 @@ from torch import nn
 
 from ..training.learner import Method, Stage, Update
 from ..losses.segmentation import segmentation_loss
+from .registry import METHODS, NoTeacher
+
 
 # %% ../../nbs/methods/single.ipynb #ce12f578
+@METHODS.register("single")
 class Single(Method):
     """One network trained on the labels of one source: the student alone, the fine-tuned student,
     and the teacher itself."""
+    teacher = NoTeacher()
 
     def __init__(self,
         student:nn.Module,     # network that gives logits
@@ -27,6 +31,18 @@ class Single(Method):
         self.source = source
         self.bce = bce
         self.weights = {"seg": 1.}
+
+    @classmethod
+    def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
+        "The student alone; all else is not used."
+        return cls(student)
+
+    @classmethod
+    def draws(cls,
+        options, # None: it has none
+    )->tuple: # names of batches
+        "The student's images only."
+        return ("student",)
 
     def identity(self)->dict:
         "What it learns from, and how."

@@ -16,15 +16,22 @@ from ..core import InputError, Registry
 
 # %% ../../nbs/networks/registry.ipynb #6b817b4e
 NETWORKS = Registry("network")
-MODULES = ["unpaired_kd.networks.unet", "unpaired_kd.networks.unet_bilinear", "unpaired_kd.networks.densefcn", "unpaired_kd.networks.mrrn", "unpaired_kd.networks.volumes", "unpaired_kd.translation.translated"] # imported on demand, in this order; each enters its networks into the table
+MODULES = [ # imported on demand, in this order; each enters its networks into the table
+    "unpaired_kd.networks.unet",
+    "unpaired_kd.networks.unet_bilinear",
+    "unpaired_kd.networks.densefcn",
+    "unpaired_kd.networks.mrrn",
+    "unpaired_kd.networks.volumes",
+]
 
 def build(
     name:str,     # registered name, e.g. "unet"
     config:dict,  # its arguments
 )->nn.Module: # the network, freshly initialised from the global torch generator
     "Build a network by name. `InputError` if the name or an argument is not known."
-    for m in MODULES: # only until the name is there: a plain student needs no translation
-        if name not in NETWORKS: import_module(m)
+    for module in MODULES: # only until the name is there
+        if name not in NETWORKS:
+            import_module(module)
     cls = NETWORKS[name]
     try: return cls(**config)
     except TypeError as e: raise InputError(f"network {name!r} does not take these arguments: {config} ({e}).") from e

@@ -137,7 +137,7 @@ class Shown:
 
 # %% ../../nbs/study/joined.ipynb #4e1c000b
 def tell_apart(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.report.load_rows`)
+    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
 )->tuple: # (dict (run folder, arm) -> `Shown`, list of (name, other name, keys that differ))
     "The arms of several runs: which are the same, and what those differ in that are not."
     found, apart = {}, []
@@ -161,7 +161,7 @@ def label_of(
     return Path(folder).name if names.count(Path(folder).name) == 1 else str(folder)
 
 def join_runs(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.report.load_rows`)
+    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
 )->list: # rows in which every (arm, seed, case) stands once
     """Rows of several runs in one table. Arms of one name that are not the same are told apart as
     `arm (run)`."""

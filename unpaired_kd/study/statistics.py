@@ -15,35 +15,63 @@ import numpy as np
 from ..core import InputError, rng, unknown
 from ..data.instances import instances_of
 from ..metrics.segmentation import case_metrics
+from .rows import counted
+
+# %% ../../nbs/study/statistics.ipynb #dfb36708
+def _check_classes(recipe, collection, arm):
+    "`InputError` for an empty collection, or one with other classes than the student's."
+    name = collection.name
+    if not len(collection):
+        raise InputError(f"collection {name!r} is empty: there is nothing to evaluate.")
+    if recipe is None or len(recipe.classes) == len(collection.classes): return
+    raise InputError(f"arm {arm!r} predicts {len(recipe.classes)} classes {tuple(recipe.classes)}, "
+                     f"but collection {name!r} has {len(collection.classes)}: "
+                     f"{tuple(collection.classes)}.")
+
+def _objects(found, label, drawn, spacing, names, recipe, cells):
+    "Objects of the prediction and of the label: both sides are cut, or neither is."
+    method = getattr(recipe, "instances", "components")
+    cut = cells
+    if cut is None: cut = getattr(recipe, "cells", None)
+    if cut is None: cut = drawn is not None or method == "watershed"
+    least = getattr(recipe, "min_size", 0)
+    objects = instances_of(found, names, None, least, method, cut, spacing)
+    if method == "none" or (len(names) > 2 and not cut):
+        return objects, instances_of(label, names, None, method="none", cells=cut)
+    return objects, instances_of(label, names, drawn, method="components", cells=cut)
 
 # %% ../../nbs/study/statistics.ipynb #dfb36709
 def evaluate(
-    student,    # has `.predict(image)`: native array (C,*spatial) or (*spatial) to class map (*spatial)
-    collection, # labelled `Collection` to score on
-    arm:str,    # name of this way of training
-    seed:int,   # seed of this training
-    cells:bool=None, # three classes or more: True: classes consist of objects, False: each is one region; None: as the recipe says, else objects if drawn or if the recipe says watershed
+    student,         # has `.predict(image)`: native (C,*s) or (*s) to class map (*s)
+    collection,      # labelled `Collection` to score on
+    arm:str,         # name of this way of training
+    seed:int,        # seed of this training
+    cells:bool=None, # True: classes consist of objects; False: each is one region; None: see below
     tolerance:float=3., # of the surface Dice: mm, or pixels where the spacing is not known
-    topology:bool=False, # add clDice, its precision and recall, and the Betti errors of the foreground (every class above 0)
-)->list: # one dict per case: arm, seed, collection, case, group, label_group, hd95_unit, dsc, hd95, aji, pq, sdsc, missed, dsc_<class>; with topology: cldice, tprec, tsens, betti0, betti1, betti2
-    "Score `student` on the native image of every case."
-    if not len(collection): raise InputError(f"collection {collection.name!r} is empty: there is nothing to evaluate.")
-    recipe, rows = getattr(student, "recipe", None), []
-    if recipe is not None and len(recipe.classes) != len(collection.classes):
-        raise InputError(f"arm {arm!r} predicts {len(recipe.classes)} classes {tuple(recipe.classes)}, but collection {collection.name!r} has {len(collection.classes)}: {tuple(collection.classes)}.")
-    names, method = collection.classes, getattr(recipe, "instances", "components")
-    if cells is None: cells = getattr(recipe, "cells", None)
+    topology:bool=False, # add clDice, its two parts and the Betti errors of the foreground
+)->list: # dicts, one per case: who and what, dsc, hd95, aji, pq, sdsc, missed, dsc_<class> ...
+    """Score `student` on the native image of every case. `cells` matters with three classes or
+    more; None: as the student's recipe says, else objects if they are drawn or the recipe cuts by
+    watershed. `topology` adds cldice, tprec, tsens, betti0, betti1 and betti2 (every class above 0
+    is foreground)."""
+    recipe = getattr(student, "recipe", None)
+    _check_classes(recipe, collection, arm)
+    names = collection.classes
+    rows = []
     for i, case in enumerate(collection.cases):
         image, label, drawn, spacing = collection.native(i)
-        if label is None: raise InputError(f"case {case.id!r} of {collection.name!r} has no label. Evaluate on labelled cases only.")
+        if label is None:
+            raise InputError(f"case {case.id!r} of {collection.name!r} has no label. "
+                             "Evaluate on labelled cases only.")
         found = np.asarray(student.predict(image))
-        if found.shape != label.shape: raise InputError(f"case {case.id!r}: the prediction has shape {found.shape} and the label {label.shape}.")
-        cut = cells if cells is not None else drawn is not None or method == "watershed"
-        objects = instances_of(found, names, None, getattr(recipe, "min_size", 0), method, cut, spacing)
-        whole = method == "none" or (len(names) > 2 and not cut) # both sides are cut, or neither is
-        truth = instances_of(label, names, None if whole else drawn, method="none" if whole else "components", cells=cut)
-        scores = case_metrics(found, label, objects, truth, spacing, names, tolerance=tolerance, topology=topology)
-        rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id, group=case.group, label_group=case.label_group,
+        if found.shape != label.shape:
+            raise InputError(f"case {case.id!r}: the prediction has shape {found.shape} "
+                             f"and the label {label.shape}.")
+        objects, truth = _objects(found, label, drawn, spacing, names, recipe, cells)
+        scores = case_metrics(found, label, objects, truth, spacing, names,
+                              tolerance=tolerance, topology=topology)
+        rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id,
+                         group=case.group, label_group=case.label_group,
                          hd95_unit="px" if spacing is None else "mm", **scores))
     return rows
 
@@ -100,34 +128,44 @@ def wilcoxon(
 
 # %% ../../nbs/study/statistics.ipynb #29c28936
 def two_way(
-    d, # differences (..., G, S): patients x seeds, each at least 2; NaN: that seed did not test that patient (the same holes in all tables)
+    d, # differences (..., G, S): patients x seeds, each at least 2; NaN: not tested
 )->tuple: # (mean over cells, standard error, degrees of freedom), each of shape (...)
-    "Mean of a patients x seeds table, with the error that holds for new patients and new seeds (crossed random effects)."
+    """Mean of a patients x seeds table, with the error that holds for new patients and new seeds
+    (crossed random effects). NaN: that seed did not test that patient; all tables
+    have the same holes."""
     d = np.asarray(d, float)
     G, S = d.shape[-2:]
     g, s = np.nonzero(~np.isnan(d.reshape(-1, G, S)[0]))
-    y, N, X = d[..., g, s], len(g), np.concatenate([np.eye(G)[g], np.eye(S)[s]], 1) # cells (...,N) and their design (N,G+S)
+    y = d[..., g, s]                                       # cells (...,N)
+    X = np.concatenate([np.eye(G)[g], np.eye(S)[s]], 1)    # their design (N,G+S)
+    N = len(g)
+    left = max(N - np.linalg.matrix_rank(X), 0)            # degrees of freedom of the rest
     mean = y.mean(-1)
-    r, left = y - mean[..., None], max(N - np.linalg.matrix_rank(X), 0)             # left: degrees of freedom of the rest
+    r = y - mean[..., None]
     a = G / (G - 1) * ((r @ X[:, :G])**2).sum(-1) / N**2
     b = S / (S - 1) * ((r @ X[:, G:])**2).sum(-1) / N**2
-    c = ((y - y @ np.linalg.pinv(X).T @ X.T)**2).sum(-1) / left / N if left else np.zeros_like(a)
+    c = np.zeros_like(a)
+    if left: c = ((y - y @ np.linalg.pinv(X).T @ X.T)**2).sum(-1) / left / N
     v = np.maximum(a + b - c, np.maximum(a, b))
-    with np.errstate(divide="ignore", invalid="ignore"): df = v**2 / (a**2 / (G - 1) + b**2 / (S - 1) + c**2 / max(left, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = v**2 / (a**2 / (G - 1) + b**2 / (S - 1) + c**2 / max(left, 1))
     return mean, np.sqrt(v), np.maximum(np.nan_to_num(df, nan=1.0), min(G, S) - 1)
 
 # %% ../../nbs/study/statistics.ipynb #5910394b
-ALARMS_OF_TWO = 13 # false alarms of the two-way test in 100 studies with two seeds or two patients, at most
+# false alarms of the two-way test in 100 studies with two seeds or two patients, at most
+ALARMS_OF_TWO = 13
 
 # %% ../../nbs/study/statistics.ipynb #08b05971
 def holm(
     p, # p-values (K,); NaN (no test made) stays NaN and is not counted
 )->np.ndarray: # corrected p-values (K,), at most 1
-    "Holm's step-down correction: the chance of any false alarm among the K tests stays below the level."
+    "Holm's correction: the chance of any false alarm among the K tests stays below the level."
     p = np.asarray(p, float)
-    out, tested = p.copy(), np.flatnonzero(~np.isnan(p))
+    out = p.copy()
+    tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    times = np.arange(len(order), 0, -1)
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * times))
     return out
 
 # %% ../../nbs/study/statistics.ipynb #cc0ae471
@@ -186,13 +224,16 @@ class Paired:
 
     def by(self,
         unit:str, # group | seed | case | both
-    )->np.ndarray: # (A,G), (A,S), (A,cases) or (A,G,S) with NaN where a seed did not test a patient
-        "Means per unit: cases within a patient and seed first, then over seeds (group, case) or over patients (seed)."
+    )->np.ndarray: # (A,G), (A,S), (A,cases), or (A,G,S) with NaN where nothing was tested
+        """Means per unit: cases within a patient and seed first, then over seeds (group, case) or
+        over patients (seed)."""
         if unit not in UNITS: raise InputError(unknown("unit", unit, UNITS))
-        _, g = np.unique(self.cases if unit == "case" else self.groups, return_inverse=True)
+        rows = self.cases if unit == "case" else self.groups
+        _, g = np.unique(rows, return_inverse=True)
         _, s = np.unique(self.seeds, return_inverse=True)
-        total, count = np.zeros((len(self.arms), g.max() + 1, s.max() + 1)), np.zeros((g.max() + 1, s.max() + 1))
+        count = np.zeros((g.max() + 1, s.max() + 1))
         np.add.at(count, (g, s), 1)
+        total = np.zeros((len(self.arms), *count.shape))
         for t, v in zip(total, self.values): np.add.at(t, (g, s), v)
         with np.errstate(invalid="ignore"): cells = total / np.where(count, count, np.nan)
         return cells if unit == "both" else np.nanmean(cells, 1 if unit == "seed" else 2)
@@ -201,17 +242,39 @@ UNITS = ("group", "seed", "case", "both")
 
 # %% ../../nbs/study/statistics.ipynb #5cf2e6a2
 def _by_arm(rows, metric):
-    "Rows as {arm: {(seed, case): row}}, checked: columns there, no duplicates, one patient per case."
-    table, home = {}, {}
+    "Rows as {arm: {(seed, case): row}}, checked: columns there, no duplicates, one patient a case."
+    table = {}
+    home = {}
     for r in rows:
         absent = [k for k in ("arm", "seed", "case", "group", metric) if k not in r]
-        if absent: raise InputError(f"a row of arm {r.get('arm')!r}, case {r.get('case')!r} has no {absent[0]!r}. Its columns: {', '.join(r)}.")
-        key, arm = (r["seed"], str(r["case"])), table.setdefault(r["arm"], {})
-        if key in arm: raise InputError(f"arm {r['arm']!r} has two rows for seed {key[0]}, case {key[1]!r}. Was the same run added twice?")
-        if home.setdefault((r.get("collection"), r["case"]), r["group"]) != r["group"]:
-            raise InputError(f"case {r['case']!r} belongs to two groups, {home[r.get('collection'), r['case']]!r} and {r['group']!r}. A case has one patient.")
+        if absent:
+            raise InputError(f"a row of arm {r.get('arm')!r}, case {r.get('case')!r} has no "
+                             f"{absent[0]!r}. Its columns: {', '.join(r)}.")
+        key = (r["seed"], str(r["case"]))
+        arm = table.setdefault(r["arm"], {})
+        if key in arm:
+            raise InputError(f"arm {r['arm']!r} has two rows for seed {key[0]}, case {key[1]!r}. "
+                             "Was the same run added twice?")
+        group = home.setdefault((r.get("collection"), r["case"]), r["group"])
+        if group != r["group"]:
+            raise InputError(f"case {r['case']!r} belongs to two groups, {group!r} and "
+                             f"{r['group']!r}. A case has one patient.")
         arm[key] = r
     return table
+
+def _check_pairs(table, reference):
+    "`InputError` where an arm has other images, cases or seeds than the reference."
+    def collection(arm): return next(iter(table[arm].values())).get("collection")
+    if reference not in table: raise InputError(unknown("reference arm", reference, table))
+    for name, arm in table.items():
+        if collection(name) != collection(reference):
+            raise InputError(f"arm {name!r} was scored on {collection(name)!r}, the reference "
+                             f"{reference!r} on {collection(reference)!r}: there is nothing to "
+                             "pair. Leave that arm out.")
+        odd = sorted(map(str, set(arm) ^ set(table[reference])))
+        if odd:
+            raise InputError(f"arms {name!r} and {reference!r} have different (seed, case) rows, "
+                             f"for instance {odd[0]}. Score all arms on the same cases and seeds.")
 
 # %% ../../nbs/study/statistics.ipynb #c4e07704
 def pair_rows(
@@ -222,27 +285,33 @@ def pair_rows(
 )->Paired: # arms x (seed, case)
     "Line up the arms on equal cases; raise `InputError` where that cannot be done."
     table = _by_arm(rows, metric)
-    if reference not in table: raise InputError(unknown("reference arm", reference, table))
+    _check_pairs(table, reference)
     base = table[reference]
-    for name, arm in table.items():
-        other = next(iter(arm.values())).get("collection"), next(iter(base.values())).get("collection")
-        if other[0] != other[1]: raise InputError(f"arm {name!r} was scored on {other[0]!r}, the reference {reference!r} on {other[1]!r}: there is nothing to pair. Leave that arm out.")
-        odd = sorted(map(str, set(arm) ^ set(base)))
-        if odd: raise InputError(f"arms {name!r} and {reference!r} have different (seed, case) rows, for instance {odd[0]}. Score all arms on the same cases and seeds.")
-    keys, arms = sorted(base), [reference, *[a for a in table if a != reference]]
-    values = np.array([[table[a][k][metric] for k in keys] for a in arms], float).reshape(len(arms), -1)
+    keys = sorted(base)
+    arms = [reference, *[a for a in table if a != reference]]
+    values = np.array([[table[a][k][metric] for k in keys] for a in arms], float)
+    values = values.reshape(len(arms), -1)
     good = np.isfinite(values).all(0)
     if missing == "refuse" and not good.all():
         a, n = np.argwhere(~np.isfinite(values))[0]
-        raise InputError(f"arm {arms[a]!r}, seed {keys[n][0]}, case {keys[n][1]!r}: {metric} is {values[a, n]}. Choose a metric that is defined for empty masks, or pass missing='drop'.")
+        raise InputError(f"arm {arms[a]!r}, seed {keys[n][0]}, case {keys[n][1]!r}: {metric} is "
+                         f"{values[a, n]}. Choose a metric that is defined for empty masks, or "
+                         "pass missing='drop'.")
     keys = [k for k, ok in zip(keys, good) if ok]
     if not keys: raise InputError(f"no case has a finite {metric} in every arm.")
+    _check_units(table, metric)
+    seeds, cases = (np.array(names) for names in zip(*keys))
+    groups = np.array([str(base[k]["group"]) for k in keys])
+    return Paired(arms, values[:, good], seeds, cases, groups)
+
+def _check_units(table, metric):
+    "`InputError` for distances in mm in some rows and in px in others."
     units = units_of([row for arm in table.values() for row in arm.values()], metric)
     if len(units) > 1:
-        raise InputError(f"{metric} is in {' in some rows and in '.join(units)} in others: there is "
-                         "nothing to average. Compare the cases of one unit, or another metric.")
-    return Paired(arms, values[:, good], np.array([k[0] for k in keys]), np.array([k[1] for k in keys]), np.array([str(base[k]["group"]) for k in keys]))
+        raise InputError(f"{metric} is in {' in some rows and in '.join(units)} in others: there "
+                         "is nothing to average. Compare the cases of one unit, or another metric.")
 
+# %% ../../nbs/study/statistics.ipynb #c4e07705
 def units_of(
     rows:list,  # rows of `evaluate`
     metric:str, # column name
@@ -289,16 +358,19 @@ def compare(
     values, cases, seeds = (paired.by(u) for u in (unit, "case", "seed"))
     groups = len(set(paired.groups))
     if min(values.shape[1:]) < 2:
-        what = dict(group="groups (patients)", seed="seeds", case="cases", both="groups and 2 seeds")[unit]
-        there = f"there are {groups} groups and {seeds.shape[1]} seeds"
-        raise InputError(f'unit="{unit}" needs at least 2 {what}: {there}.')
+        what = dict(group="groups (patients)", seed="seeds", case="cases",
+                    both="groups and 2 seeds")[unit]
+        there = f"{counted(groups, 'group')} and {counted(seeds.shape[1], 'seed')}"
+        raise InputError(f'unit="{unit}" needs at least 2 {what}, got {there}.')
     nothing = dict.fromkeys(("difference", "ci_low", "ci_high", "p_t", "p_wilcoxon"), float("nan"))
-    size, out = np.abs(paired.values).max(), []
+    size = np.abs(paired.values).max()
+    out = []
     for a, arm in enumerate(paired.arms):
         test = nothing | dict(interval="none")
         if a:
             test = _difference(without_noise(values[a] - values[0], size), unit, n_boot, seed)
-        gain, scores = without_noise(seeds[a] - seeds[0], size), cases[a]
+        gain = without_noise(seeds[a] - seeds[0], size)
+        scores = cases[a]
         out.append(dict(
             arm=arm, reference=reference, metric=metric, unit=unit, n_cases=len(scores),
             n_groups=groups, n_seeds=len(gain), mean=float(scores.mean()),
@@ -309,6 +381,7 @@ def compare(
             row[p + "_holm"] = float(corrected)
     return out
 
+# %% ../../nbs/study/statistics.ipynb #ddd390a1
 def _sd(x):
     "Standard deviation; NaN for a single value."
     return float(x.std(ddof=1)) if len(x) > 1 else float("nan")

@@ -292,7 +292,7 @@ def paint_ct(
 )->np.ndarray: # (n,s,s) float32, HU
     "CT: attenuation, point spread, beam hardening, streaks and noise."
     from scipy.ndimage import gaussian_filter
-    r, (z, y, x), h = who.rng("ct"), places(k), k.size * k.pixel / 2
+    r, h = who.rng("ct"), k.size * k.pixel / 2
     hu = soften(blend(parts, 0, who, k), k)
     inside = np.clip(-parts["body"] / (.5 * h), 0, 1) # 0 at the skin, 1 in the middle
     hu -= k.ct_cupping * who("cupping", .5) * inside

@@ -7,7 +7,7 @@ __all__ = ['MICROSCOPES', 'STEP', 'VesselKnobs', 'Animal', 'animal', 'vessel_pat
            'lookalikes', 'paint_vessels', 'vessel_volume', 'vessels', 'render_mask']
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #e70c34fe
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 

@@ -1,16 +1,21 @@
 # Two commands: `make demo` and `make test`. Each makes .venv on its first run and installs the project into it once.
+# A third, `make gpu`, is for a machine with an accelerator: it uses the Python and torch that are there.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test prepare clean
+.PHONY: demo test gpu prepare clean
 
 demo: $(READY)
 	$(BIN)/ukd run lotus --out runs/demo
 
 test: $(READY)
 	$(BIN)/python tests/gates
+
+# installs nothing and needs no network; at most six minutes. UKD_WHEELS=folder: packages that were carried here
+gpu:
+	$(PYTHON) tests/gpu $(ARGS)
 
 # after editing notebooks: write the library, tidy the notebooks, write README.md
 prepare: $(READY)

@@ -15,6 +15,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:stage .* ended at its cap")
 
 
+def pytest_runtest_setup(item):
+    "What is marked `gpu` needs a device."
+    if item.get_closest_marker("gpu") is None: return
+    import torch
+    if not torch.cuda.is_available(): pytest.skip("needs a GPU")
+
+
 @pytest.fixture
 def real_data():
     "`real_data(name)` is the folder of a set of real images; without it, the test is skipped. UKD_DATA names the folder that holds the sets."

@@ -2,7 +2,9 @@
 from unpaired_kd.methods.controls import with_controls
 from unpaired_kd.study.arms import merge_arms
 from unpaired_kd.study.config import StudyConfig
-from unpaired_kd.study.tasks import ArmTask, PretrainTask, Study, TeacherTask, pretrained_name, train
+from unpaired_kd.study.study import Study
+from unpaired_kd.study.tasks import ArmTask, train
+from unpaired_kd.study.trainings import PretrainTask, TeacherTask, pretrained_name
 
 STANDARD = ("alone", "fine-tuned", "placebo", "distilled")
 

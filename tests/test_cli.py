@@ -432,6 +432,7 @@ def test_a_kernel_that_cannot_start_says_so_in_a_sentence(tmp_path):
     assert ukd("run", nb, "--out", "out", cwd=tmp_path).returncode == 0 and not (tmp_path / "out/kernel.log").exists()
 
 
+@pytest.mark.slow
 def test_papermill_sees_every_parameter(tmp_path):
     "It says nothing of unknown ones, also where it may speak; its own translator is back afterwards."
     from papermill import inspect_notebook
@@ -448,6 +449,7 @@ def test_papermill_sees_every_parameter(tmp_path):
         assert done.returncode == 0 and "48" in done.stdout and "nknown parameter" not in done.stderr and "parse" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_parameters_from_files(tmp_path):
     "Later files over earlier, -p over all; the run folder is that of the same values typed."
     nb = notebook(tmp_path / "a.ipynb", 'steps: int = 2\nname: str = "x"\nweights: dict = {"kl": 1.0, "ifv": 1.0}\nrun_folder: str = ""', "print([steps, name, weights])")

@@ -41,25 +41,27 @@ What a correct implementation must do, and the tests that look (of this file whe
 """
 import copy
 from dataclasses import replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 from torch import nn
 
-from unpaired_kd.core import InputError, seeded, torch_rng
+from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
 from unpaired_kd.distillation.class_means import class_mean_kl
 from unpaired_kd.distillation.hints import LEVELS, feature_rms, hint_layers, hint_loss
 from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
-from unpaired_kd.methods.cmedl import CMEDL, CMEDL_CHOICES, CMEDL_PRESETS, CmedlOptions
-from unpaired_kd.methods.kinds import make_method, method_options
+from unpaired_kd.methods.cmedl import CMEDL, CmedlOptions
+from unpaired_kd.methods.registry import make_method, options_of
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.translation.contextual import FilterBank, body_mask, contextual_loss
 from unpaired_kd.translation.cyclegan import cycle_loss, discriminator_gan_loss, generator_gan_loss, identity_loss, to_signed
 
+CHOICES = {k: get_args(kind) for k, kind in annotations_of(CmedlOptions).items() if get_origin(kind) is Literal}
 SMALL = CmedlOptions(side=32, width=4, blocks=1, pool=3, cx_on="filters")
 DRIT = replace(SMALL, i2i="drit", side=64)
 FREE = {"adv": 0., "content": 0., "style_kl": 0., "self": 0., "cross": 0., "latent": 0., "cyc": 0., "critic": 0., "content_critic": 0.}
@@ -557,7 +559,7 @@ def test_generators_need_critics_that_learn(tmp_path):
 
 
 @pytest.mark.parametrize("options,words", [
-    *[({name: "x"}, name) for name in CMEDL_CHOICES], ({"hint": "top"}, "unknown hint"), ({"kd_tau": 0.}, "kd_tau"), ({"rate": -1.}, "rate"), ({"cx_h": 0.}, "cx_h"), ({"pool": -1}, "pool"), ({"side": 0}, "side"),
+    *[({name: "x"}, name) for name in CHOICES], ({"hint": "top"}, "unknown hint"), ({"kd_tau": 0.}, "kd_tau"), ({"rate": -1.}, "rate"), ({"cx_h": 0.}, "cx_h"), ({"pool": -1}, "pool"), ({"side": 0}, "side"),
     ({"cx_sample": -1}, "cx_sample"), ({"cx_on": "vgg16"}, "unknown cx_on"), ({"cx_on": "vgg19", "vgg": "nowhere/vgg19-dcbb9e9d.pth"}, "nowhere"), ({"cx_on": "auto", "vgg": "nowhere.pth"}, "nowhere"),
     ({"upsample": "x"}, "upsample"), ({"i2i": "drit", "unlabelled": True}, "one to one")])
 def test_wrong_options_are_refused(options, words):
@@ -574,6 +576,7 @@ def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="channels"): CMEDL(student, nets(width=8)[1], SMALL, 2)
     with pytest.raises(InputError, match="Bilinear"): CMEDL(student, nets("unet_bilinear")[1], SMALL, 2)
     with pytest.raises(InputError, match="classes"): CMEDL(student, nets(classes=3)[1], SMALL, 2)
+    with pytest.raises(InputError, match="in_channels=3, the student 1"): CMEDL(student, build("unet", dict(in_channels=3, classes=1, width=4)), SMALL, 2)
     with pytest.raises(InputError, match="2-D"): CMEDL(*[build("unet", dict(in_channels=1, classes=1, width=4, dims=3)) for _ in "st"], SMALL, 2)
     with pytest.raises(InputError, match="two stages"): CMEDL(student, teacher, replace(SMALL, translate_first=True), 1)
     class Plain(nn.Conv2d): config = dict(in_channels=1, classes=1, dims=2)
@@ -603,18 +606,18 @@ def test_images_that_are_not_square_are_refused_or_work(tmp_path):
 
 
 def test_options_from_a_study_are_checked():
-    assert method_options("cmedl", "paper", {}, 64) == CmedlOptions(side=64)
-    assert method_options("cmedl", "paper", {"side": 32, "kd_tau": 1, "cx_layers": ["conv3"]}, 64) == CmedlOptions(side=32, kd_tau=1, cx_layers=("conv3",))
+    assert options_of("cmedl", "paper", {}, 64) == CmedlOptions(side=64)
+    assert options_of("cmedl", "paper", {"side": 32, "kd_tau": 1, "cx_layers": ["conv3"]}, 64) == CmedlOptions(side=32, kd_tau=1, cx_layers=("conv3",))
     for changes, words in [({"tau": 1}, "tau"), ({"width": "4"}, "width"), ({"unlabelled": 1}, "unlabelled"), ({"i2i": "unit"}, "i2i"), ({"pool": 3.5}, "pool")]:
-        with pytest.raises(InputError, match=words): method_options("cmedl", "paper", changes, 64)
-    with pytest.raises(InputError, match="preset"): method_options("cmedl", "best", {}, 64)
-    with pytest.raises(InputError, match="method"): method_options("cmdel", "paper", {}, 64)
+        with pytest.raises(InputError, match=words): options_of("cmedl", "paper", changes, 64)
+    with pytest.raises(InputError, match="preset"): options_of("cmedl", "best", {}, 64)
+    with pytest.raises(InputError, match="method"): options_of("cmdel", "paper", {}, 64)
 
 
-@pytest.mark.parametrize("preset", CMEDL_PRESETS)
+@pytest.mark.parametrize("preset", CMEDL.presets)
 def test_every_preset_trains(tmp_path, preset):
-    options = method_options("cmedl", preset, dict(width=4, blocks=1, cx_on="filters"), 32)
-    method = make_method("cmedl", *nets(classes=3), options, 1, 0, True, preset)
+    options = options_of("cmedl", preset, dict(width=4, blocks=1, cx_on="filters"), 32)
+    method = make_method("cmedl", *nets(classes=3), options, 1, 0, preset)
     assert method.weights["idt"] == (5. if preset == "released" else 0.)
     row = Learner(method, Two(classes=3), tmp_path, settings=Settings(epochs=1, steps=2, bars=False, device="cpu", precision="fp32")).fit()[-1]
     assert {"adv", "cyc", "cx", "hint", "hint_g", "seg", "seg_pseudo", "critic", "dice_fake", "contrast", "critic_right", "rms_teacher"} <= row.keys() and ("idt" in row) == (preset == "released")

@@ -279,7 +279,6 @@ def test_constant_images_are_finite():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
     nets = {k: v.cuda() for k, v in build().items()}
     batch = Translation(nets, *(x.cuda() for x in images()), lambda purpose: torch_rng(0, purpose))

@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.study.statistics import (FEW, UNITS, bootstrap_ci, compare, evaluate, holm, instances_of, p_value, pair_rows,
-                                    student_ci, t_test, two_way, wilcoxon)
+from unpaired_kd.data.instances import instances_of
+from unpaired_kd.study.statistics import (FEW, UNITS, bootstrap_ci, compare, evaluate, holm,
+                                          p_value, pair_rows, student_ci, t_test, two_way, wilcoxon)
 
 
 def table(arms=("alone", "taught"), seeds=2, patients=5, images=2, gain=.05, metric="dsc", stream="rows"):

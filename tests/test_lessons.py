@@ -95,7 +95,6 @@ def test_noise_does_not_depend_on_dtype_or_layout():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_noise_and_near_equal_results_on_a_gpu():
     block, z = block_of().eval(), features()
     assert torch.equal(noise_like(z.cuda(), torch_rng(0)).cpu(), noise_like(z, torch_rng(0)))

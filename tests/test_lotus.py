@@ -2,18 +2,24 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 
-from unpaired_kd.core import InputError, seeded, torch_rng
+from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.training.learner import Learner, NotSettled, Settings, load_checkpoint
-from unpaired_kd.methods.lotus import CHOICES, LOTUS, PRESETS, LotusOptions, Scene
-from unpaired_kd.methods.controls import initialise, placebo
+from unpaired_kd.methods.lotus import LOTUS, LotusOptions, Scene
 from unpaired_kd.networks.registry import weights_digest
+from unpaired_kd.methods.controls import initialise, placebo
 from unpaired_kd.training.calibrate import calibrate
+from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.unet import UNet
+
+
+# option -> the words that it may be
+CHOICES = {k: get_args(kind) for k, kind in annotations_of(LotusOptions).items() if get_origin(kind) is Literal}
 
 
 class Two:
@@ -60,11 +66,11 @@ def test_every_choice_trains(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", LOTUS.presets)
 def test_every_preset_trains_and_leaves_the_teacher_alone(tmp_path, preset, classes):
     student, teacher = nets(classes=classes)
     before = copy.deepcopy(teacher.state_dict())
-    r = run(tmp_path, LOTUS(student, teacher, replace(PRESETS[preset], side=32), epochs=4), Two(classes=classes), epochs=4)
+    r = run(tmp_path, LOTUS(student, teacher, replace(LOTUS.presets[preset], side=32), epochs=4), Two(classes=classes), epochs=4)
     assert len(r.history) == 4 and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
@@ -74,14 +80,14 @@ def test_choices_that_exclude_each_other(options):
 
 
 def test_the_released_total_is_the_published_one():
-    with seeded(0): m = LOTUS(UNet(), UNet(), PRESETS["released"])
+    with seeded(0): m = LOTUS(UNet(), UNet(), LOTUS.presets["released"])
     assert sum(p.numel() for n in m.networks.values() for p in n.parameters()) == 3_016_883
 
 
 def test_the_released_variation_term_has_no_gradient_for_one_class_and_one_for_more():
     for classes in (2, 3):
         student, teacher = nets(classes=classes)
-        m = LOTUS(student, teacher, replace(PRESETS["released"], side=32))
+        m = LOTUS(student, teacher, replace(LOTUS.presets["released"], side=32))
         x = Scene(m, Two(classes=classes).batch(0), lambda p: torch_rng(0, p), clean=False)
         g = torch.autograd.grad(m.ifv(x), x.student[0])[0]
         assert (g.abs().max() == 0) == (classes == 2)
@@ -289,3 +295,48 @@ def test_the_fingerprint_of_a_teacher_knows_weights_only():
     finally: torch.set_num_threads(threads)
     with torch.no_grad(): teacher.conv1[0].weight[0, 0, 0, 0] += 1e-6
     assert weights_digest(teacher) != first
+
+
+# ---------------------------------------------------------------- a teacher and a student of two sizes
+
+def wide(width=32, **config):
+    with seeded(1, "wide"): return calibrate(UNet(**{**dict(in_channels=1, classes=1, width=width), **config}), [Two().batch(i)["teacher"].image for i in range(2)])
+
+
+@pytest.mark.parametrize("options", [{}, dict(kl_on="head"), dict(kl_on="features"), dict(correspondence="positional", ifv_on="logits"), dict(taps=("conv8", "conv9"))], ids=str)
+def test_a_wide_teacher_teaches_a_narrow_student(tmp_path, options):
+    student, teacher = nets(width=8)[0], wide()
+    before = copy.deepcopy(teacher.state_dict())
+    m = LOTUS(student, teacher, LotusOptions(**options), epochs=2)
+    x = Scene(m, Two().batch(0), lambda p: torch_rng(0, p))
+    assert x.student[1]["conv9"].shape[1] == 8 and x.projected["conv9"].shape[1] == x.z_teacher["conv9"].shape[1] == 32
+    r = run(tmp_path, m, Two())
+    assert all(math.isfinite(h[k]) for h in r.history for k in ("seg", "kl")) and r.history[1]["ifv"] >= 0
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and student.config["width"] == 8
+
+
+def test_a_teacher_of_another_network_teaches_where_layers_have_one_name(tmp_path):
+    with seeded(2, "other"): teacher = calibrate(build("unet_bilinear", dict(in_channels=1, classes=1, width=8)), [Two().batch(0)["teacher"].image])
+    r = run(tmp_path, LOTUS(nets()[0], teacher, epochs=2), Two())
+    assert all(math.isfinite(h["kl"]) for h in r.history) and r.history[0]["kl"] > 0
+    with pytest.raises(InputError, match="the teacher, a DenseFCN: .*both networks"): LOTUS(nets()[0], build("densefcn", dict(in_channels=1, classes=1, width=8)))
+    with pytest.raises(InputError, match="the student, a DenseFCN: .*both networks"): LOTUS(build("densefcn", dict(in_channels=1, classes=1, width=8)), teacher)
+
+
+@pytest.mark.parametrize("options,words", [(dict(projector="none"), "projector='channel'"), (dict(taps=("conv11",)), "conv10"), (dict(head="head"), "layer of the teacher")])
+def test_sizes_that_cannot_meet_are_refused_with_a_reason(options, words):
+    with pytest.raises(InputError, match=words): LOTUS(nets(width=8)[0], wide(), LotusOptions(**options))
+
+
+@pytest.mark.parametrize("options", [dict(joint=True), dict(teacher_input="student")], ids=str)
+def test_who_sees_the_others_images_reads_as_many_channels(options):
+    colour = UNet(in_channels=3, classes=1, width=4)
+    LOTUS(nets()[0], colour)  # each looks at its own images
+    with pytest.raises(InputError, match="reads 3 channels, the student 1.*same in_channels"): LOTUS(nets()[0], colour, LotusOptions(**options))
+
+
+def test_a_weight_for_the_teachers_images_needs_them():
+    m = LOTUS(*nets())
+    assert m.weights["seg_teacher"] == 0 and LOTUS(*nets(), LotusOptions(joint=True)).weights["seg_teacher"] == .3
+    m.check_weights(m.weights)
+    with pytest.raises(InputError, match="joint"): m.check_weights({**m.weights, "seg_teacher": 1.})

@@ -1,6 +1,7 @@
 """Mutual distillation, fusion, the networks that carry their translator, and the parts of a study that these methods need."""
 import copy
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,18 +16,18 @@ from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.training.learner import Learner, Settings, load_checkpoint
 from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.losses.segmentation import soft_dice_loss
-from unpaired_kd.methods.fusion import FUSION_WEIGHTS, Fusion, FusionOptions
-from unpaired_kd.methods.kinds import KINDS, make_method, method_options
-from unpaired_kd.methods.mutual import MUTUAL_OPTIONS, MUTUAL_WEIGHTS, Mutual
+from unpaired_kd.methods.fusion import Fusion, FusionOptions
+from unpaired_kd.methods.mutual import Mutual, MutualOptions
+from unpaired_kd.methods.registry import NoTeacher, Peer, Pretrained, all_methods, make_method, options_of
 from unpaired_kd.networks.registry import build
 from unpaired_kd.study.rows import load_rows
 from unpaired_kd.study.run import run_study
-from unpaired_kd.study.tasks import Study
+from unpaired_kd.study.study import Study
 from studies import make, parts, train_arm
 from unpaired_kd.translation.cyclegan import Generator
 from unpaired_kd.translation.translated import AlphaNet, DritTranslator, Ensemble, Translated, fused, pack, unite
 
-MUTUAL = replace(MUTUAL_OPTIONS, side=32, width=4, blocks=1, pool=3)
+MUTUAL = MutualOptions(side=32, width=4, blocks=1, pool=3)
 FUSION = FusionOptions(side=32, width=4, blocks=1, pool=3, alpha_width=2)
 
 
@@ -40,7 +41,7 @@ def fusion(fuse="concat", classes=2): return Fusion(nets(classes=classes)[0], re
 
 # ---------------------------------------------------------------- mutual distillation
 
-ONLY = {k: 0. for k in MUTUAL_WEIGHTS}
+ONLY = {k: 0. for k in Mutual.default_weights(MUTUAL)}
 
 class Double(Two):
     def one(self, *a): return replace(b := super().one(*a), image=b.image.double())
@@ -128,6 +129,14 @@ def test_resumed_it_ends_the_same(tmp_path, make):
 def test_mutual_and_fusion_refuse_what_they_cannot(change):
     with pytest.raises(InputError, match="mutual"): mutual(replace(MUTUAL, **change))
     with pytest.raises(InputError, match="fusion"): Fusion(nets()[0], replace(FUSION, **change), 2)
+
+
+def test_the_assistant_may_be_wider_but_reads_and_scores_the_same(tmp_path):
+    with seeded(3, "wide"): other = build("unet", dict(in_channels=1, classes=1, width=8))
+    m = Mutual(nets()[0], other, MUTUAL, 2)
+    assert math.isfinite(learner(tmp_path, m).fit()[-1]["kl_assistant"]) and m.student(Two().batch(0)["student"].image).shape == (2, 1, 32, 32)
+    for odd in (dict(in_channels=3, classes=1), dict(in_channels=1, classes=3)):
+        with pytest.raises(InputError, match="the assistant has (in_channels|classes)=3, the student 1"): Mutual(nets()[0], build("unet", dict(width=4, **odd)), MUTUAL, 2)
 
 
 def test_more_refusals(tmp_path):
@@ -232,17 +241,17 @@ print(type(Student.load({str(tmp_path / "s")!r}, device="cpu").network).__name__
 
 def test_the_table_makes_every_method():
     tiny = {"cmedl": dict(width=4, blocks=1, cx_on="filters"), "mutual": dict(width=4, blocks=1), "fusion": dict(width=4, blocks=1, fuse="weighted", alpha_width=2)}
-    for name, kind in KINDS.items():
+    for name, cls in all_methods().items():
         patterns = dict(tap="conv4", encoder_config=dict(width=4, dim=8, depth=1, heads=1, tokens=4), codes=8, code_dim=4, inner=8, decoder=4) if name == "vpbsd" else {}
-        options = method_options(name, "recommended", tiny.get(name, patterns), 32)
+        options = options_of(name, "recommended", tiny.get(name, patterns), 32)
         student, teacher = nets()
-        m = make_method(name, student, kind.first(student, options, 2, 0).student if kind.first else teacher, options, 2, 0)
+        m = make_method(name, student, cls.teacher.build(student, options, 2, 0).student if isinstance(cls.teacher, Pretrained) else teacher, options, 2, 0)
         assert m.weights.keys() >= {"seg"} and m.stages() and m.networks["student"] is not None
         m.check_weights(m.weights)
-        if name in tiny: assert options.side == 32 and kind.concurrent
-    assert method_options("fusion", "recommended", {"fuse": "weighted"}, 32).translate_first
-    assert make_method("fusion", *nets(), replace(FUSION), 2, 0).weights == FUSION_WEIGHTS
-    with pytest.raises(InputError, match="fuse"): method_options("mutual", "recommended", {"fuse": "concat"}, 32)
+        if name in tiny: assert options.side == 32 and cls.teacher == {"cmedl": Peer("teacher"), "mutual": Peer("student"), "fusion": NoTeacher()}[name]
+    assert options_of("fusion", "recommended", {"fuse": "weighted"}, 32).translate_first
+    assert make_method("fusion", *nets(), replace(FUSION), 2, 0).weights == {"adv": 1., "cyc": 10., "idt": 0., "critic": 1., "seg": 1.}
+    with pytest.raises(InputError, match="fuse"): options_of("mutual", "recommended", {"fuse": "concat"}, 32)
 
 
 TINY = dict(width=4, blocks=1, pool=3)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from unpaired_kd.core import InputError, Range, as_python, check_settings
-from unpaired_kd.methods.kinds import KINDS, method_options
+from unpaired_kd.methods.registry import all_methods, options_of
 
-WITH = {name: method_options(name, "recommended", {}, 48) for name in KINDS if name != "single"}
+WITH = {name: options_of(name, "recommended", {}, 48) for name, cls in all_methods().items() if cls.Options}
 REALS = [(m, f.name) for m, o in WITH.items() for f in fields(o) if type(getattr(o, f.name)) is float]
 
 
 def refused(method, option, value, patch=48):
-    with pytest.raises(InputError, match=option): method_options(method, "recommended", {option: value}, patch)
+    with pytest.raises(InputError, match=option): options_of(method, "recommended", {option: value}, patch)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.])
@@ -33,18 +33,18 @@ def test_numbers_and_words_outside(method, option, bad): refused(method, option,
     ("ummkd", "kl_direction", "reverse"), ("cmedl", "beta1", 0.), ("cmedl", "pool", 0), ("cmedl", "blocks", 0), ("vpbsd", "mask", 0.), ("vpbsd", "doubt", .49), ("painted", "bce", np.float32(0)),
     ("recalibrated", "batches", np.int64(3))])
 def test_the_ends_of_the_ranges_are_inside(method, option, good):
-    assert getattr(method_options(method, "recommended", {option: good}, 48), option) == good
+    assert getattr(options_of(method, "recommended", {option: good}, 48), option) == good
 
 
 def test_the_presets_are_inside():
-    for name, kind in KINDS.items():
-        for preset in kind.presets: method_options(name, preset, {}, 48)
+    for name, cls in all_methods().items():
+        for preset in cls.presets: options_of(name, preset, {}, 48)
 
 
 def test_the_side_of_pooled_features():
-    assert method_options("lotus", "recommended", {"stride": 4}, 96).side == 24
-    assert method_options("lotus", "recommended", {"stride": 4, "side": 7}, 96).side == 7
-    with pytest.raises(InputError, match="stride=97"): method_options("lotus", "recommended", {"stride": 97, "side": 7}, 96)
+    assert options_of("lotus", "recommended", {"stride": 4}, 96).side == 24
+    assert options_of("lotus", "recommended", {"stride": 4, "side": 7}, 96).side == 7
+    with pytest.raises(InputError, match="stride=97"): options_of("lotus", "recommended", {"stride": 97, "side": 7}, 96)
 
 
 def test_ranges():

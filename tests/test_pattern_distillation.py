@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.distillation.patterns import (PATTERN_KINDS, PatternProjector, channel_kl, codebook_digest, pattern_loss, same_codebook,
-    to_grid, token_code_ce, token_cosine, unit)
+from unpaired_kd.distillation.codebook import unit
+from unpaired_kd.distillation.patterns import (PATTERN_KINDS, PatternProjector, channel_kl,
+                                               codebook_digest, pattern_loss, same_codebook,
+                                               to_grid, token_code_ce, token_cosine)
 
 GRIDS = [(5, 4), (3, 4, 2)]
 

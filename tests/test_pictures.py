@@ -12,7 +12,6 @@ import tifffile
 from PIL import Image as Pillow, ImageOps
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats import pictures
 from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (Image, decode, is_series, list_images, read_image,
                                              read_label, stem_of, suffix_of)

@@ -379,3 +379,17 @@ def test_published_table_says_what_few_patients_allow(patients, recwarn):
         assert ("Student's t over" in text) == (patients < 8)
     flat = published_table(ordered("ab"), dict(a=dict(dsc=50.), b=dict(dsc=56.)))
     assert lines(flat, "b")[0][2:4] == ["+1.0 –", "–"] and "no interval and no p" in flat
+
+
+@pytest.mark.parametrize("seeds,patients,images,said", [
+    (1, 1, 1, "1 case of 1 patient, 1 seed."), (2, 3, 1, "3 cases of 3 patients, 2 seeds."),
+    (1, 4, 2, "8 cases of 4 patients, 1 seed.")])
+def test_one_is_not_plural(seeds, patients, images, said):
+    text = note(results_table(table(("alone", "placebo"), seeds, patients, images)))
+    assert text.startswith(said)
+    assert ("Holm-corrected over 1 arm;" in text) == (patients > 1)
+
+
+def test_a_history_without_numbers_is_refused():
+    with pytest.raises(InputError, match="no column of numbers"):
+        history_plot([dict(step=1, stage="train")])

@@ -1,6 +1,5 @@
 """What a run folder says must be so: damaged, killed at any write, called twice, given other data."""
 import hashlib, json, os, shutil, subprocess, sys, textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,9 @@ from unpaired_kd.training.learner import load_checkpoint
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import environment
 from unpaired_kd.study.run import export_student, run_study
-from unpaired_kd.study.tasks import ArmTask, Study, TeacherTask, finished, train
+from unpaired_kd.study.study import Study
+from unpaired_kd.study.tasks import ArmTask, train
+from unpaired_kd.study.trainings import TeacherTask, finished
 from studies import STANDARD, make, parts, train_arm, train_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -420,7 +421,7 @@ def test_workers_are_a_number(data, tmp_path, workers):
 # --- one at a time
 
 def test_two_studies_do_not_write_to_one_folder(run, tmp_path):
-    from unpaired_kd.study.run import holding
+    from unpaired_kd.study.folder import holding
     shutil.copytree(run[1], tmp_path / "run")
     with holding(tmp_path / "run"):
         with pytest.raises(InputError, match="at work") as e: run_study(tmp_path / "run", study(run[0]), [0], workers=1)

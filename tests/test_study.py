@@ -10,7 +10,9 @@ from unpaired_kd.study.checks import check_seeds, check_study
 from unpaired_kd.study.parts import share
 from unpaired_kd.study.run import run_study
 from unpaired_kd.study.config import read_study
-from unpaired_kd.study.tasks import ArmTask, Study, finished, train
+from unpaired_kd.study.study import Study
+from unpaired_kd.study.tasks import ArmTask, train
+from unpaired_kd.study.trainings import finished
 from unpaired_kd.training.learner import Settings, load_checkpoint
 from studies import STANDARD, make, parts, train_teacher
 

@@ -88,6 +88,15 @@ def test_weighting_by_rarity_needs_the_rare_class_right():
     assert torch.isfinite(rarity_weighted_cross_entropy(wrong_rare, torch.zeros_like(y)))
 
 
+def test_both_modalities_have_the_channels_that_the_student_reads(tmp_path):
+    from dataclasses import replace
+    class Colour(Two):
+        def one(self, name, step):
+            b = super().one(name, step)
+            return replace(b, image=b.image.expand(-1, 3, -1, -1)) if name == "teacher" else b
+    with pytest.raises(InputError, match="teacher: the images have 3 channels, the student reads 1"): run(tmp_path, UMMKD(nets()[0]), Colour())
+
+
 def test_bad_input():
     with pytest.raises(InputError, match="rarity"): UMMKD(UNet(width=4), UmmkdOptions(ce="x"))
     with pytest.raises(InputError, match="BatchNorm"): OtherNorms(torch.nn.Conv2d(1, 1, 1))

@@ -19,10 +19,10 @@ from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set
 from unpaired_kd.distillation.codebook import kmeans, unit
 from unpaired_kd.losses.segmentation import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
-from unpaired_kd.methods.kinds import make_method, method_options
+from unpaired_kd.methods.registry import make_method, options_of
 from unpaired_kd.networks.registry import weights_digest
 from unpaired_kd.methods.single import Single
-from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, check_vpbsd, gather_tokens, hidden, occupancy, pattern_health,
+from unpaired_kd.methods.vpbsd import (VPBSD, Frozen, Painted, PatternTeacher, VpbsdOptions, gather_tokens, hidden, occupancy, pattern_health,
                                        pattern_learning, pseudo_loss, random_table, teacher_options)
 from unpaired_kd.networks.volumes import LightUNet, network_cost
 from unpaired_kd.study.records import DONE, keep_record, read_sealed
@@ -30,7 +30,9 @@ from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import collect, pretrain_tasks
 from unpaired_kd.study.parts import open_both
 from unpaired_kd.study.run import export_student, run_study
-from unpaired_kd.study.tasks import PretrainTask, School, Study, TeacherTask, finished
+from unpaired_kd.study.school import School
+from unpaired_kd.study.study import Study
+from unpaired_kd.study.trainings import PretrainTask, TeacherTask, finished
 from studies import first_name, learner_of, make, parts, train_arm, train_first
 
 ENCODER = dict(width=4, dim=8, depth=1, heads=2, tokens=2)
@@ -102,7 +104,7 @@ def before_and_after(tmp_path, monkeypatch, dims, tyrant, wrapper):
     monkeypatch.setattr(vpbsd_module, "Frozen", wrapper)
     m, data = method(dims=dims), Tyrant(dims)
     data.all = nn.ModuleList([*m.networks.values(), *m.frozen.values()]) if tyrant else None
-    marks = lambda: (weights_digest(m.teacher), weights_digest(m.teacher.codebook), m.identity()["teacher"])
+    marks = lambda: (weights_digest(m.pattern_teacher), weights_digest(m.pattern_teacher.codebook), m.identity()["teacher"])
     before, student = marks(), weights_digest(m.student)
     runner(tmp_path, m, data).fit()
     assert weights_digest(m.student) != student
@@ -114,8 +116,8 @@ def before_and_after(tmp_path, monkeypatch, dims, tyrant, wrapper):
 def test_the_teacher_and_its_codebook_stay(tmp_path, monkeypatch, dims, tyrant):
     before, after, m = before_and_after(tmp_path, monkeypatch, dims, tyrant, Frozen)
     assert before == after
-    assert not any(x.training for x in m.teacher.modules()) and not any(p.requires_grad or p.grad is not None for p in m.teacher.parameters())
-    assert m.teacher.codebook.frozen
+    assert not any(x.training for x in m.pattern_teacher.modules()) and not any(p.requires_grad or p.grad is not None for p in m.pattern_teacher.parameters())
+    assert m.pattern_teacher.codebook.frozen
 
 
 def test_without_protection_the_codebook_moves(tmp_path, monkeypatch):
@@ -125,9 +127,9 @@ def test_without_protection_the_codebook_moves(tmp_path, monkeypatch):
 
 def test_no_container_unfreezes():
     m = method()
-    for way in (lambda: m.frozen["teacher"].train(), lambda: nn.ModuleList([m.frozen["teacher"]]).train(True), lambda: m.teacher.codebook.train()):
+    for way in (lambda: m.frozen["teacher"].train(), lambda: nn.ModuleList([m.frozen["teacher"]]).train(True), lambda: m.pattern_teacher.codebook.train()):
         way()
-        assert not m.teacher.codebook.training
+        assert not m.pattern_teacher.codebook.training
     assert not m.frozen["teacher"].training
 
 
@@ -160,7 +162,7 @@ def test_two_stages_each_with_its_own_networks_sources_and_rates(tmp_path):
     assert {"rec", "cb"} <= history[0].keys() and "seg" not in history[0] and {"seg", "cb"} <= history[-1].keys() and "rec" not in history[-1]
     rate = {n: o.param_groups[0]["lr"] for n, o in r.optimisers.items()}
     assert math.isclose(rate["tokens"], 1e-4) and math.isclose(rate["segment"], 1e-3) and math.isclose(rate["reconstruct"], 1e-3)
-    assert r.method.student is r.method.teacher and set(r.method.networks) == {"tokens", "codebook", "reconstruct", "segment"}
+    assert r.method.student is r.method.pattern_teacher and set(r.method.networks) == {"tokens", "codebook", "reconstruct", "segment"}
 
 
 @pytest.mark.parametrize("epochs,share,lengths", [(2, .7, (1, 1)), (2, .01, (1, 1)), (3, .99, (2, 1)), (10, .7, (7, 3))])
@@ -180,7 +182,7 @@ def test_rates_are_factors_and_the_schedule_starts_again(tmp_path):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_codes_learn_in_stage_1_and_never_again(tmp_path, dims):
     digests = {}
-    def tell(row): digests[row["epoch"]] = (weights_digest(r.method.codebook), weights_digest(r.method.teacher.segment), weights_digest(r.method.networks["reconstruct"]))
+    def tell(row): digests[row["epoch"]] = (weights_digest(r.method.codebook), weights_digest(r.method.pattern_teacher.segment), weights_digest(r.method.networks["reconstruct"]))
     r = runner(tmp_path, pattern_learning(light(dims), replace(TINY, pretrain=.5), 4), Tubes(dims), epochs=4, tell=tell)
     r.fit()
     book, segment, paint = zip(*(digests[e] for e in range(4)))
@@ -209,7 +211,7 @@ def test_the_first_codes_are_tokens_and_the_input_is_standardised():
     m, data = pattern_learning(light(), TINY, 2), Tubes()
     m.begin(m.stages()[0], data.batch)
     seen = torch.cat([data.batch(i)["unlabelled"].image.flatten() for i in range(8)])
-    t = m.teacher.tokens
+    t = m.pattern_teacher.tokens
     assert torch.allclose(t.mean, seen.mean()) and torch.allclose(t.std, seen.std())
     x = t.standard(seen.view(16, 1, 16, 16, 16))
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
@@ -222,9 +224,9 @@ def test_the_first_codes_are_tokens_and_the_input_is_standardised():
 
 def test_the_codebook_starts_from_k_means_of_the_tokens():
     m = pattern_learning(light(), TINY, 2)
-    t = copy.deepcopy(m.teacher.tokens)
+    t = copy.deepcopy(m.pattern_teacher.tokens)
     m.begin(m.stages()[0], Tubes().batch)
-    t.mean.copy_(m.teacher.tokens.mean); t.std.copy_(m.teacher.tokens.std)
+    t.mean.copy_(m.pattern_teacher.tokens.mean); t.std.copy_(m.pattern_teacher.tokens.std)
     expected, _ = kmeans(gather_tokens(t, lambda i: Tubes().batch(i)["unlabelled"].image, 160), 16, cosine=True, seed=m.seed)
     assert torch.allclose(m.codebook.table, expected, atol=1e-5)
 
@@ -232,7 +234,7 @@ def test_the_codebook_starts_from_k_means_of_the_tokens():
 def test_tokens_have_mean_0_and_deviation_1_in_every_channel():
     m = pattern_learning(light(), TINY, 2)
     m.begin(m.stages()[0], Tubes().batch)
-    z = m.teacher.tokens.train()(Tubes().batch(3)["unlabelled"].image)[0].movedim(1, -1).flatten(0, -2)
+    z = m.pattern_teacher.tokens.train()(Tubes().batch(3)["unlabelled"].image)[0].movedim(1, -1).flatten(0, -2)
     assert z.mean(0).abs().max() < 1e-4 and (z.std(0, correction=0) - 1).abs().max() < 1e-2
 
 
@@ -240,21 +242,21 @@ def test_stage_2_moves_the_statistics_and_pays_for_the_way_to_the_codes():
     m, batch = pattern_learning(light(), TINY, 2), Tubes().batch(5)
     for stage in m.stages(): m.begin(stage, Tubes().batch)
     set_modes(m, m.stages()[1])
-    spread, before = m.teacher.tokens.spread, m.teacher.tokens.spread.running_mean.clone()
+    spread, before = m.pattern_teacher.tokens.spread, m.pattern_teacher.tokens.spread.running_mean.clone()
     terms = m.finetune_losses(batch, None)
     terms["seg"]()
     assert spread.training and (spread.running_mean - before).abs().max() > 1e-4
-    loss, z = terms["cb"](), unit(m.teacher.tokens(batch["student"].image)[0])
+    loss, z = terms["cb"](), unit(m.pattern_teacher.tokens(batch["student"].image)[0])
     near = z.movedim(1, -1).flatten(0, -2) @ m.codebook.table.T      # by hand: |z - e|^2 = 2 - 2 cos, mean over channels
     assert loss.item() == pytest.approx(m.codebook.beta * (2 - 2 * near.amax(1)).mean().item() / 4, rel=1e-3) and loss > 0
     loss.backward()
-    assert sum(p.grad.abs().sum() for p in m.teacher.tokens.encoder.parameters() if p.grad is not None) > 0
+    assert sum(p.grad.abs().sum() for p in m.pattern_teacher.tokens.encoder.parameters() if p.grad is not None) > 0
 
 
 def test_tokens_are_gathered_until_they_are_enough():
     m, asked = pattern_learning(light(), TINY, 2), []
-    out = gather_tokens(m.teacher.tokens.train(), lambda i: (asked.append(i), Tubes().batch(i)["unlabelled"].image)[1], 40)
-    assert out.shape == (48, 4) and asked == [0, 1, 2] and m.teacher.tokens.training and not out.requires_grad
+    out = gather_tokens(m.pattern_teacher.tokens.train(), lambda i: (asked.append(i), Tubes().batch(i)["unlabelled"].image)[1], 40)
+    assert out.shape == (48, 4) and asked == [0, 1, 2] and m.pattern_teacher.tokens.training and not out.requires_grad
 
 
 def test_blocks_are_hidden():
@@ -323,10 +325,10 @@ def test_a_student_does_not_go_on_with_another_teacher(tmp_path):
 @pytest.mark.parametrize("target", ["quantised", "unquantised", "random"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_lesson_teaches_the_student_and_only_the_student(dims, target, lesson):
-    options = replace(TINY, lesson=lesson, target=target)
     if lesson == "code_ce" and target == "unquantised":
-        with pytest.raises(InputError, match="code_ce"): check_vpbsd(options)
+        with pytest.raises(InputError, match="code_ce"): replace(TINY, lesson=lesson, target=target)
         return
+    options = replace(TINY, lesson=lesson, target=target)
     m, data = method(options, dims), Tubes(dims)
     loss = m.losses(data.batch(0), noise)["dis"]()
     assert loss.ndim == 0 and loss.isfinite() and loss > 0
@@ -334,14 +336,14 @@ def test_every_lesson_teaches_the_student_and_only_the_student(dims, target, les
     grad = lambda net: sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None)
     assert grad(m.student.bottom) > 0 and grad(m.networks["projector"]) > 0
     assert grad(m.student.head) == 0 # the lesson ends at the tap
-    assert all(p.grad is None for p in m.teacher.parameters())
+    assert all(p.grad is None for p in m.pattern_teacher.parameters())
 
 
 def test_the_three_terms_look_at_what_they_should():
     m, b = method(), Tubes().batch(0)
     asked = {"student": [], "teacher": []}
     m.student.register_forward_pre_hook(lambda net, x: asked["student"].append(x[0]))
-    m.teacher.tokens.register_forward_pre_hook(lambda net, x: asked["teacher"].append(x[0]))
+    m.pattern_teacher.tokens.register_forward_pre_hook(lambda net, x: asked["teacher"].append(x[0]))
     terms = m.losses(b, noise)
     assert set(terms) == {"seg", "semi", "dis"} == set(m.weights) and not asked["student"]
     terms["seg"]()
@@ -405,7 +407,6 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, dict(lesson="code_ce"), dict(lesson="code_ce", target="random"), dict(target="random"), dict(lesson="hint"), dict(target="unquantised")], ids=str)
 def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
     options, settings = replace(TINY, **change), Settings(epochs=2, steps=2, bars=False, precision="bf16")
@@ -820,7 +821,7 @@ def test_other_encoders_teach(dims, encoder, config, size):
     m = VPBSD(student, taught(student, options, data), options)
     terms = m.losses(data.batch(0), noise)
     assert all(t().isfinite() for t in terms.values())
-    assert m.teacher.stride == (8 if encoder == "swin" else 16)
+    assert m.pattern_teacher.stride == (8 if encoder == "swin" else 16)
 
 
 def test_the_best_epoch_by_validation(tmp_path, monkeypatch):
@@ -857,7 +858,7 @@ def test_more_classes(tmp_path):
 # ---------------------------------------------------------------- faults
 
 @pytest.mark.parametrize("bad,word", [(dict(encoder="resnet"), "encoder"), (dict(codebook="vq"), "codebook"), (dict(gradient="reinforce"), "gradient"), (dict(lesson="cosin"), "lesson"), (dict(target="teacher"), "target"),
-    (dict(pseudo="firm"), "pseudo"), (dict(pretrain=0.), "pretrain"), (dict(pretrain=1.), "pretrain"), (dict(mask=1.), "mask"), (dict(mask=-.1), "mask"), (dict(doubt=.5), "doubt"), (dict(unlabelled=False), "single"),
+    (dict(pseudo="firm"), "pseudo"), (dict(pretrain=0.), "pretrain"), (dict(pretrain=1.), "pretrain"), (dict(mask=1.), "mask"), (dict(mask=-.1), "mask"), (dict(doubt=.5), "doubt"), (dict(unlabelled=False), "unlabelled"),
     (dict(codebook="fsq", lesson="code_ce"), "fsq"), (dict(strong={"elastic": 1.}), "strong"), (dict(codes=0), "codes"), (dict(code_dim=0), "dim"),
     (dict(decay=1.), "decay"), (dict(encoder_config={"widht": 4}), "widht"), (dict(inner=0), "inner"), (dict(teacher_rate=-1.), "teacher_rate"), (dict(bce=-1.), "bce")], ids=lambda v: str(v))
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -907,8 +908,9 @@ def test_arms_that_mean_nothing(arm, word):
 
 
 def test_the_paper_preset_and_its_teacher():
-    assert method_options("vpbsd", "paper", {}, 96).bce == 1. and teacher_options(VpbsdOptions()) != teacher_options(method_options("vpbsd", "paper", {}, 96))
-    assert set(teacher_options(VpbsdOptions())) == set(vpbsd_module.TEACHER_OPTIONS)
+    assert options_of("vpbsd", "paper", {}, 96).bce == 1. and teacher_options(VpbsdOptions()) != teacher_options(options_of("vpbsd", "paper", {}, 96))
+    assert set(teacher_options(VpbsdOptions())) == {"encoder", "encoder_config", "inner", "decoder", "codebook", "codes", "code_dim", "decay", "restart", "beta", "gradient",
+        "mask", "pretrain", "teacher_rate", "encoder_rate", "quantise", "bce"}
     m = make_method("vpbsd", light(), taught(light()), TINY, 2, 0)
     assert m.weights == {"seg": 1., "semi": 1., "dis": 1.} and m.student.config["width"] == 2
 

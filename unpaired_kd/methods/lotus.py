@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'FeatureOptions', 'ComparisonOptions', 'DenoisingOptions', 'LotusOptions', 'LOTUS', 'ChannelScale',
-           'standardise', 'Scene', 'NormStatistics', 'check_joint_input', 'check_networks']
+           'standardise', 'Scene', 'NormStatistics', 'channels_at', 'check_joint_input', 'check_networks']
 
 # %% ../../nbs/methods/lotus.ipynb #70994652
 import copy
@@ -269,6 +269,17 @@ class NormStatistics(nn.Module):
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
 # %% ../../nbs/methods/lotus.ipynb #58fea979
+def channels_at(
+    who:str,       # student | teacher, for the message
+    net:nn.Module, # the network
+    taps:tuple,    # names of layers
+)->dict: # tap -> channels
+    "`InputError`, with the network, for a layer that it does not have."
+    try: return tap_channels(net, taps)
+    except InputError as e:
+        raise InputError(f"the {who}, a {type(net).__name__}: {e} `taps` names layers that both "
+                         "networks have.") from None
+
 def check_joint_input(
     student:nn.Module,    # network to train
     teacher:nn.Module,    # trained network of the other modality
@@ -282,13 +293,16 @@ def check_joint_input(
         raise InputError(f"the teacher reads {reads} channels, the student {gives}: {shared[0]} "
                          "shows both the same images. Build both with the same in_channels.")
 
+# %% ../../nbs/methods/lotus.ipynb #dd6ec56c
 def check_networks(
     student:nn.Module,    # network to train
     teacher:nn.Module,    # trained network of the other modality
     options:LotusOptions, # see `LotusOptions`
 )->tuple: # ({tap: channels of the student}, {tap: channels of the teacher}, the teacher's head)
     "Raise `InputError` when the networks score different classes, or a class, tap or head of the options is not theirs."
-    c_s, c_t, classes = tap_channels(student, options.taps), tap_channels(teacher, options.taps), student.config["classes"]
+    c_s = channels_at("student", student, options.taps)
+    c_t = channels_at("teacher", teacher, options.taps)
+    classes = student.config["classes"]
     if teacher.config["classes"] != classes: raise InputError(f"the teacher scores {teacher.config['classes']} classes, the student {classes}. Both must be built for the same class list.")
     check_joint_input(student, teacher, options)
     odd = [k for k in options.ifv_classes if not 0 <= k < max(2, classes)]

@@ -26,8 +26,9 @@ from ..data.augment import Augment, recolour
 from ..training.learner import Method, Stage, Update
 from ..distillation.codebook import FSQ, Codebook, code_use, codebook_health, nearest_code
 from ..distillation.hints import hint_loss
+from ..distillation.codebook import unit
 from ..distillation.patterns import (PatternProjector, codebook_digest, pattern_loss,
-                                              to_grid, unit)
+                                               to_grid)
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher, Pretrained
 from .single import Single

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from ..core import Checked, Count, InputError, Natural, Positive, Range, Share, unknown
-from .arms import Arm, list_arms
+from .arms import list_arms
 from ..training.learner import Settings
 
 # %% ../../nbs/study/config.ipynb #af06f67d

@@ -185,7 +185,9 @@ def _chosen(rows, columns, x):
     known = _numeric(rows)
     for c in columns or ():
         if c not in known: raise InputError(unknown("history column", c, known))
-    return columns or [c for c in known if c not in (*CLOCKS, "seed", "time", "seconds", x)]
+    columns = columns or [c for c in known if c not in (*CLOCKS, "seed", "time", "seconds", x)]
+    if not columns: raise InputError("the history has no column of numbers to draw.")
+    return columns
 
 CLOCKS = ("step", "epoch") # columns that may be the horizontal axis, the first that is there
 

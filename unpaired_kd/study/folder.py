@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..core import InputError, hold, read_csv, read_json, read_text, write_csv
-from .config import StudyConfig, read_study
+from .config import read_study
 from .records import DONE, keep_tables, read_sealed, record_of, records, write_sealed
 from .rows import load_rows, save_rows
 from .study import Study

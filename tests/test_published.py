@@ -52,7 +52,7 @@ def test_sizes_of_an_experiment_go_where_they_belong():
     assert of("R26") == dict(method="mutual", start="scratch", preset="paper", options={"width": 8, "seg": "house"})
     assert of("R23")["options"] == {"width": 8, "seg": "house", "fuse": "concat"}
     assert of("R01") == dict(method="single", start="scratch", preset="paper") and of("R27") == dict(method="ummkd", start="scratch", preset="paper")
-    assert of("R25") == row_of("cmedl", "R25").arm
+    assert of("R25") == {k: row_of("cmedl", "R25").arm[k] for k in ("reuses", "options")}
     late = arm_of(row_of("cmedl", "R21"), sizes, {"hint_g": .3, "kd": .1})["weights"]  # a translation that is trained alone hears no hint
     assert late == {"cx": 0., "hint": 0., "kd": .1}
     assert arm_of(row_of("lotus_audit", "released"), {"tau": 4.}, preset="paper") == dict(method="lotus", start="scratch", preset="released", options={"tau": 4.})

@@ -96,11 +96,13 @@ def differences(
     given:dict, # fields of an arm that reuses another's training
     source:Arm, # that one
 )->tuple: # (names of fields, options) that are others
-    "What an arm says that the reused one does not; the name of a preset says nothing by itself."
+    "What an arm says besides; of a whole record, as a run folder has it, what the reused arm does not."
     said = {k: v for k, v in given.items() if k not in ("reuses", "options")}
     options = given.get("options") or {}
+    if len(given) < len(KEYS): return list(said), options
+    there = source.options
     return ([k for k, v in said.items() if v != getattr(source, k)],
-            {k: v for k, v in options.items() if k not in source.options or source.options[k] != v})
+            {k: v for k, v in options.items() if k not in there or there[k] != v})
 
 def record_now(
     given, # an arm as a run folder has it on record, or None

@@ -81,7 +81,7 @@ def the_series(
                          f"needed (found: {found}). {fix}, or pass skip=({patient.name!r},).")
     return have[0]
 
-# %% ../../../nbs/data/sets/nsclc.ipynb #fd3d3caa
+# %% ../../../nbs/data/sets/nsclc.ipynb #fd3d3cab
 def nsclc_scan(
     patient:Path, # folder, as the archive gives it
     labels:str,   # rtstruct | seg | "" (none)
@@ -100,6 +100,7 @@ def nsclc_scan(
         label = partial(function, files[0], roi=roi)
     return Scan(patient.name, patient.name, ct, label)
 
+# %% ../../../nbs/data/sets/nsclc.ipynb #fd3d3caa
 def nsclc_scans(
     folder,                # one sub-folder for each patient, as the archive gives it
     labels:str="rtstruct", # rtstruct | seg | "" (none)

@@ -12,10 +12,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from unpaired_kd.core import InputError, read_json, torch_rng
 from unpaired_kd.data.augment import Augment
-from unpaired_kd.data.sets.clinical import (CHAOS_CLASSES, NOTE, Scan, chaos_label, chaos_scans,
-                                            fill_contours, grey_classes, lung_mask, nsclc_scans,
-                                            prepare_clinical, read_chaos, read_nsclc,
-                                            rtstruct_mask, seg_mask, slice_files)
+from unpaired_kd.data.formats.regions import fill_contours, rtstruct_mask, seg_mask
+from unpaired_kd.data.sets.chaos import (CHAOS_CLASSES, chaos_label, chaos_scans, grey_classes,
+                                         read_chaos, slice_files)
+from unpaired_kd.data.sets.clinical import NOTE, Scan, prepare_clinical
+from unpaired_kd.data.sets.nsclc import lung_mask, nsclc_scans, read_nsclc
 from unpaired_kd.data.splits import patient_folds
 from unpaired_kd.data.formats.dicom import dicom_header
 from unpaired_kd.data.intensity import (HistogramStandard, check_hu, mr_landmarks, standardise,

@@ -13,7 +13,9 @@ from skimage.draw import polygon2mask
 from test_clinical import CORNER, D, H, PX, STEP, W, base, circle, put, rtstruct, scan_image, seg
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.sets.clinical import fill_contours, joined, rtstruct_mask, same_contour, seg_mask, slice_files
+from unpaired_kd.data.formats.regions import (fill_contours, joined, rtstruct_mask, same_contour,
+                                              seg_mask)
+from unpaired_kd.data.sets.chaos import slice_files
 from unpaired_kd.data.formats.dicom import dicom_files, split_folder
 from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label

@@ -1,8 +1,10 @@
 """PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are in them."""
 
+import gc
 import io
 import os
 import struct
+import warnings
 import zlib
 from importlib.util import find_spec
 
@@ -207,11 +209,17 @@ def test_white_is_zero(tmp_path, bits, packing):
         read_label(p)
 
 
+def first_page(path):
+    "What a TIFF says of its first page."
+    with tifffile.TiffFile(path) as tif:
+        return tif.pages[0]
+
+
 def test_boolean_mask_of_tifffile(tmp_path):
     mask = R.random((20, 30)) > 0.7
     for packing in (None, "zlib"):
         tifffile.imwrite(tmp_path / "m.tif", mask, compression=packing)
-        assert tifffile.TiffFile(tmp_path / "m.tif").pages[0].photometric.name == "MINISWHITE"
+        assert first_page(tmp_path / "m.tif").photometric.name == "MINISWHITE"
         assert np.array_equal(read_label(tmp_path / "m.tif").array, mask)
     tifffile.imwrite(tmp_path / "m.tif", mask, software="another")
     with pytest.raises(InputError, match="WhiteIsZero"):
@@ -367,7 +375,7 @@ def test_strips_of_lzw_and_last_short_one(tmp_path):
     for mode in ("L", "RGB"):
         b = a if mode == "L" else np.dstack([a, a // 2, 255 - a])
         Pillow.fromarray(b).save(tmp_path / "x.tif", compression="tiff_lzw", tiffinfo={278: 70})
-        assert len(tifffile.TiffFile(tmp_path / "x.tif").pages[0].dataoffsets) == 5
+        assert len(first_page(tmp_path / "x.tif").dataoffsets) == 5
         assert np.array_equal(
             read_image(tmp_path / "x.tif").array, np.atleast_3d(b).transpose(2, 0, 1)
         )
@@ -378,7 +386,7 @@ def test_fax(tmp_path, packing):
     mask = np.kron(R.random((9, 13)) > 0.5, np.ones((4, 4), bool))
     Pillow.fromarray(mask).save(tmp_path / "x.tif", compression=packing)
     assert np.array_equal(read_image(tmp_path / "x.tif").array[0], mask)
-    page = tifffile.TiffFile(tmp_path / "x.tif").pages[0]
+    page = first_page(tmp_path / "x.tif")
     if page.photometric.name == "MINISWHITE":
         with pytest.raises(InputError, match="WhiteIsZero"):
             read_label(tmp_path / "x.tif")
@@ -392,7 +400,7 @@ def test_jpeg_inside_tiff(tmp_path, mode):
     smooth = np.stack([4 * x, 5 * y, 200 - 2 * x], -1).clip(0, 255).astype(np.uint8)
     picture = Pillow.fromarray(smooth).convert(mode)
     picture.save(tmp_path / "x.tif", compression="jpeg", quality=95)
-    page = tifffile.TiffFile(tmp_path / "x.tif").pages[0]
+    page = first_page(tmp_path / "x.tif")
     assert (
         page.compression == 7
         and page.photometric.name == {"L": "MINISBLACK", "RGB": "YCBCR", "YCbCr": "YCBCR"}[mode]
@@ -443,6 +451,24 @@ def test_colours_that_are_not_ours(tmp_path):
         )
         with pytest.raises(InputError, match=f"(?s)x.tif.*{name}"):
             read_image(tmp_path / "x.tif")
+
+
+def test_no_stack_stays_open(tmp_path):
+    a = R.integers(0, 256, (4, 20, 30), np.uint8)
+    tags = {256: 3, 257: 2, 258: 8, 259: 34887, 262: 1, 277: 1}
+    tiff(tmp_path / "refused.tif", (tags, b"whatever"), (tags, b"whatever"))
+    tifffile.imwrite(tmp_path / "packed.tif", a, compression="zlib", photometric="minisblack")
+    gc.collect()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match="imagecodecs"):
+            open_volume(tmp_path / "refused.tif")
+        volume = open_volume(tmp_path / "packed.tif")
+        gc.collect()
+        assert np.array_equal(volume[:, 1:3][0], a[1:3])
+        del volume
+        gc.collect()
+    assert [str(w.message) for w in heard if str(tmp_path) in str(w.message)] == []
 
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs decodes them")

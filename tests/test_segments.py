@@ -9,7 +9,8 @@ from test_clinical import (CORNER, PX, STEP, D, H, W, base, circle, hu, put, rts
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.check import check_data
-from unpaired_kd.data.sets.clinical import read_nsclc, rtstruct_mask, seg_mask
+from unpaired_kd.data.formats.regions import rtstruct_mask, seg_mask
+from unpaired_kd.data.sets.nsclc import read_nsclc
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.geometry import lay_on
 from unpaired_kd.data.formats.images import Image, read_image, read_label

@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import unicodedata
+import weakref
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -954,22 +955,24 @@ def lazy_tiff(
     path:Path, # TIFF stack
 )->tuple: # array that reads what is asked for, axes, spacing (mm) or None
     "Open a stack to be read in blocks: mapped if its numbers lie in one piece, else page by page."
-    with log_as_error("tifffile"):
-        tif = open_renamed(path)
-        pages = image_pages(tif)
-        check_set(tif, path, pages[0])
-        many = one_image(tif, pages)
-    if len(many) > 1:
-        raise InputError(f"its {len(many)} slices were written one by one. Save it as one stack, "
-                         "e.g. with write_image(path, read_image(file)).")
-    series = many[0]
-    check_plain(tif, series)
-    in_time = "T" in series.axes and series.shape[series.axes.index("T")] > 1
-    spacing = None if in_time else tiff_spacing(tif, 3)
-    if series.dataoffset is None or not series.keyframe.is_memmappable:
-        return extra("zarr", "volumes").open(series.aszarr(level=0), mode="r"), series.axes, spacing
-    kind = np.dtype(series.dtype).newbyteorder(tif.byteorder)
-    tif.close()
+    with contextlib.ExitStack() as opened: # it is closed again, also where it is refused
+        with log_as_error("tifffile"):
+            tif = opened.enter_context(open_renamed(path))
+            pages = image_pages(tif)
+            check_set(tif, path, pages[0])
+            many = one_image(tif, pages)
+        if len(many) > 1:
+            raise InputError(f"its {len(many)} slices were written one by one. Save it as one "
+                             "stack, e.g. with write_image(path, read_image(file)).")
+        series = many[0]
+        check_plain(tif, series)
+        in_time = "T" in series.axes and series.shape[series.axes.index("T")] > 1
+        spacing = None if in_time else tiff_spacing(tif, 3)
+        if series.dataoffset is None or not series.keyframe.is_memmappable:
+            slices = extra("zarr", "volumes").open(series.aszarr(level=0), mode="r")
+            weakref.finalize(slices, opened.pop_all().close) # as long as it can be read from
+            return slices, series.axes, spacing
+        kind = np.dtype(series.dtype).newbyteorder(tif.byteorder)
     class Mapped:
         "Opened for each box: pages that were read do not stay in memory."
         shape = series.shape

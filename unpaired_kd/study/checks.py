@@ -25,7 +25,7 @@ from .records import check_data
 from .school import School
 from .study import Study
 from .trainings import pretraining
-from ..training.learner import weight_table
+from ..training.method import weight_table
 
 # %% ../../nbs/study/checks.ipynb #88ca93d5
 def check_seeds(

@@ -13,7 +13,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from unpaired_kd.core import InputError, read_json, torch_rng
 from unpaired_kd.data.augment import Augment
 from unpaired_kd.data.sets.clinical import (CHAOS_CLASSES, NOTE, Scan, chaos_label, chaos_scans,
-                                            fill_contours, grey_classes, lung_mask, nsclc_scans, prepare_clinical, read_chaos, read_nsclc,
+                                            fill_contours, grey_classes, lung_mask, nsclc_scans,
+                                            prepare_clinical, read_chaos, read_nsclc,
                                             rtstruct_mask, seg_mask, slice_files)
 from unpaired_kd.data.splits import patient_folds
 from unpaired_kd.data.formats.dicom import dicom_header

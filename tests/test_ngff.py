@@ -10,7 +10,6 @@ zarr = pytest.importorskip("zarr")
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
-from unpaired_kd.data.formats.ngff import open_zarr
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.formats.geometry import lay_on
 from unpaired_kd.data.formats.ngff import chunk_files, level_spacing, open_zarr, zarr_parts

@@ -1,11 +1,12 @@
 """Every option of every method: what is not finite, out of its range or no word of it is refused before anything is built."""
 import math
 from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
 
-from unpaired_kd.core import InputError, Range, as_python, check_settings
+from unpaired_kd.core import Checked, InputError, Range, as_python
 from unpaired_kd.methods.registry import all_methods, options_of
 
 WITH = {name: options_of(name, "recommended", {}, 48) for name, cls in all_methods().items() if cls.Options}
@@ -54,14 +55,14 @@ def test_ranges():
 
 
 def test_settings_without_a_range_must_be_finite():
-    @dataclass
-    class S:
+    @dataclass(frozen=True)
+    class S(Checked):
         a: float = 1.
-        b: int = 3
-        c: str = "x"
-    check_settings(S(), {}, {"c": ("x", "y")})
-    for bad, words in [(S(a=math.nan), "a=nan"), (S(a=-math.inf), "a=-inf"), (S(b=4), "b=4: give a number that is at most 3"), (S(c="z"), "c 'z'")]:
-        with pytest.raises(InputError, match=words): check_settings(bad, {"b": Range(most=3)}, {"c": ("x", "y")})
+        b: Annotated[int, Range(most=3)] = 3
+        c: Literal["x", "y"] = "x"
+    assert S(c="y").c == "y" and S(a=2) == S(a=2.)
+    for bad, words in [(dict(a=math.nan), "a=nan"), (dict(a=-math.inf), "a=-inf"), (dict(b=4), "b=4: give a number that is at most 3"), (dict(c="z"), "c 'z'")]:
+        with pytest.raises(InputError, match=words): S(**bad)
 
 
 def test_python_of_numpy():

@@ -12,9 +12,9 @@ import tifffile
 from PIL import Image as Pillow, ImageOps
 
 from unpaired_kd.core import InputError
+from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (Image, decode, is_series, list_images, read_image,
                                              read_label, stem_of, suffix_of)
-from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.formats.pictures import (arrange, companions, content_of, one_of_each_set, turn,
                                        unit_length)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Share', 'WANTED', 'PALETTE', 'PART', 'OLD', 'REFUSALS', 'WHOLE',
            'REAL', 'InputError', 'Registry', 'unknown', 'Range', 'as_python', 'fit_value', 'wanted', 'fit_range',
-           'fit_any', 'annotations_of', 'Checked', 'change', 'check_settings', 'extra', 'log_as_error', 'rng',
-           'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock',
-           'is_same_file', 'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold',
-           'check_there', 'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest',
-           'file_sha256', 'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'watched', 'progress']
+           'fit_any', 'annotations_of', 'Checked', 'change', 'extra', 'log_as_error', 'rng', 'torch_rng', 'seeded',
+           'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock', 'is_same_file',
+           'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'check_there',
+           'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256',
+           'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'watched', 'progress']
 
 # %% ../nbs/core.ipynb #8fdabb8a
 import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat
@@ -180,22 +180,6 @@ def change(
     for name in changes:
         if name not in known: raise InputError(unknown(kind, name, known))
     return replace(settings, **changes)
-
-# %% ../nbs/core.ipynb #5a7e1c0a
-def check_settings(
-    settings,      # a dataclass
-    ranges:dict,   # field -> `Range`
-    words:dict={}, # field -> the words that it may be
-):
-    "`InputError` for a number that is not finite or out of its range, and for an unknown word."
-    for f in fields(settings):
-        v = getattr(settings, f.name)
-        if isinstance(v, float) and not math.isfinite(v):
-            raise InputError(f"{f.name}={v}: give a finite number.")
-        if f.name in ranges and v not in ranges[f.name]:
-            raise InputError(f"{f.name}={v}: give a number that is {ranges[f.name]}.")
-        if f.name in words and v not in words[f.name]:
-            raise InputError(unknown(f.name, v, words[f.name]))
 
 # %% ../nbs/core.ipynb #b1d0c0af
 def extra(

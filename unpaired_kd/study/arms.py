@@ -73,22 +73,24 @@ def again(
     "An arm that uses another's training. `InputError` for options that would have changed the training."
     source = above.get(given["reuses"])
     late = method_class(source.method).after_training if source else ()
-    given, changes = _differences(given, source)
-    if not source or source.reuses or not changes or changes.keys() - set(late) or given:
+    more, changes = _differences(given, source)
+    if not source or source.reuses or not changes or changes.keys() - set(late) or more:
         known = ", ".join(a for a, arm in above.items() if method_class(arm.method).after_training)
-        raise InputError(f"arm {name!r}: write {{reuses: ARM, options: {{...}}}} with options that "
-                         f"matter after training only ({', '.join(late) or 'the method has none'}), "
-                         "and an arm above it that is trained itself; above are "
-                         f"{known or 'none'}.")
+        said = ", ".join([*more, *changes]) or "nothing"
+        raise InputError(f"arm {name!r}: {said} cannot be another for it. Write {{reuses: ARM, "
+                         "options: {...}} with options that matter after training only "
+                         f"({', '.join(late) or 'the method has none'}), and an arm above it that "
+                         f"is trained itself; above are {known or 'none'}.")
     return replace(source, name=name, reuses=source.name, options={**source.options, **changes})
 
 # %% ../../nbs/study/arms.ipynb #e13ce52f
 def _differences(given, source)->tuple:
-    "(fields, options) that are not those of the reused arm."
-    options = given.get("options") or {}
-    there = source.options if source else {}
+    "(fields, options) that it says besides; of a whole record those that are not the reused arm's."
     fields = {k: v for k, v in given.items() if k not in ("reuses", "options")}
-    return ({k: v for k, v in fields.items() if source is None or v != getattr(source, k)},
+    options = given.get("options") or {}
+    if source is None or len(given) < len(KEYS): return fields, options
+    there = source.options
+    return ({k: v for k, v in fields.items() if v != getattr(source, k)},
             {k: v for k, v in options.items() if k not in there or there[k] != v})
 
 def record_now(

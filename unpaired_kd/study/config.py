@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from ..core import Checked, Count, InputError, Natural, Positive, Range, Share, unknown
-from .arms import list_arms
+from .arms import list_arms, record_now
 from ..training.settings import Settings
 
 # %% ../../nbs/study/config.ipynb #af06f67d
@@ -157,6 +157,7 @@ def read_study(
 )->StudyConfig: # the study
     "A study as a run folder has it on record, also one of an earlier version."
     known = {k: v for k, v in record.items() if k not in OF_ARMS}
+    if isinstance(arms, dict): arms = {name: record_now(arm) for name, arm in arms.items()}
     return StudyConfig.from_flat(**known, arms=arms)
 
 def flat_now(

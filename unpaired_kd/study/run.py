@@ -140,7 +140,7 @@ def on_cluster(
         raise InputError(f"scheduler={address!r}: no Dask scheduler answers there ({e}). Give the "
                          "address that it printed, tcp://host:port.") from e
     place = Path(study.folder).resolve()
-    with client:
+    with client, client.as_current():
         futures = {client.submit(do, t, study.config, place, "cpu", pure=False): t for t in tasks}
         for future in distributed.as_completed(list(futures)):
             future.result()

@@ -14,7 +14,7 @@ from unpaired_kd.study.run import export_student, run_study
 from unpaired_kd.study.study import Study
 from unpaired_kd.study.tasks import ArmTask, train
 from unpaired_kd.study.trainings import TeacherTask, finished
-from studies import STANDARD, make, parts, train_arm, train_teacher
+from studies import STANDARD, learner_of, make, parts, train_arm, train_teacher
 
 ROOT = Path(__file__).parents[1]
 FULL = bool(os.environ.get("UKD_FULL")) # every file and every write, instead of some of each kind
@@ -304,7 +304,7 @@ def test_a_finished_run_is_not_read_or_trained_again(run, tmp_path, monkeypatch)
     data, whole, found = run
     shutil.copytree(whole, tmp_path / "run")
     monkeypatch.setattr(Collection, "check", lambda *a, **k: pytest.fail("read again"))
-    monkeypatch.setattr("unpaired_kd.study.run.scored", lambda *a, **k: pytest.fail("scored again"))
+    monkeypatch.setattr("unpaired_kd.study.tasks.score", lambda *a, **k: pytest.fail("scored again"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
     run_study(tmp_path / "run", study(data), [0], workers=1)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.pt")}
@@ -389,7 +389,9 @@ def test_a_half_trained_teacher_teaches_nobody(data, tmp_path):
     with pytest.raises(Stop): train(Study(config, tmp_path), TeacherTask(seed=0), "cpu", stop)
     write = tmp_path / "checkpoints/teacher-0/last.pt"
     assert not write.exists() or not finished(tmp_path, TeacherTask(seed=0))
-    with pytest.raises(InputError, match="train the teacher first"): train_arm(tmp_path, config, "fine-tuned", 0, "cpu")
+    with pytest.raises(InputError, match="train the teacher first"): learner_of(tmp_path, config, "fine-tuned", 0)
+    train_arm(tmp_path, config, "fine-tuned", 0) # which finishes the teacher first
+    assert load_checkpoint(write)["position"]["finished"] and finished(tmp_path, TeacherTask(seed=0))
 
 
 def test_one_wrong_byte_in_a_checkpoint_is_found_wherever_a_number_lies(run, tmp_path):
@@ -497,7 +499,7 @@ def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
 
 def test_a_label_edited_while_a_training_runs_is_never_scored(data, run, tmp_path, monkeypatch):
     "The label of a test image changes after the last batch. Restored, the run ends as if nothing had been."
-    from unpaired_kd.study import run as module
+    from unpaired_kd.training import learner as module
     config, folder = study(data), tmp_path / "run"
     label = Path(parts(config, 0).student_test.cases[0].label)
     kept, fit = label.read_bytes(), module.Learner.fit

@@ -302,7 +302,8 @@ def shared_options(
     own = method_class(method).Options
     theirs = method_class(paper).Options
     if own is None: return set()
-    parts = [c for c in own.__mro__ if c in theirs.__mro__ and is_dataclass(c)]
+    names = {c.__name__ for c in theirs.__mro__}
+    parts = [c for c in own.__mro__ if c.__name__ in names and is_dataclass(c)]
     return {f.name for c in parts for f in fields(c)}
 
 def arm_of(

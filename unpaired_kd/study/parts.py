@@ -244,7 +244,9 @@ def split_data(
     seed:int,            # decides who is tested and who is labelled
     folder=None,         # run folder: splits that are saved there are used, and checked
 )->Data: # the parts
-    "Divide both collections by group for one seed. Writes nothing."
+    """Divide both collections by group for one seed. Writes nothing. `InputError`, with the files,
+    if the run folder was made with other data."""
+    if folder: check_data(folder, contents(images))
     t, s = open_both(images)
     sides, parts = _ids(images, split, seed, folder)
     check_parts(folder, s, seed, parts)

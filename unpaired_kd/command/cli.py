@@ -97,7 +97,8 @@ def report(
     metrics = columns_of(rows, args.metrics)
     try: print(results_table(rows, reference=args.reference, metrics=metrics))
     except InputError as e:
-        raise InputError(" ".join([str(e), *remarks(runs)])) from e
+        hint = ["Give --reference ARM."] if args.reference not in {r["arm"] for r in rows} else []
+        raise InputError("\n".join([" ".join([str(e), *hint]), *remarks(runs)])) from e
     twice = sum(map(len, runs.values())) - len(rows)
     if twice:
         say(f"ukd report: {twice} rows stand in the tables twice, the same; each is counted once.")

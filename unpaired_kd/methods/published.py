@@ -320,7 +320,7 @@ def arm_of(
         if name not in known: raise InputError(f"{paper}: {unknown('option', name, known)}")
     arm = row.arm
     if not arm: raise InputError(f"row {row.name!r} of {row.paper} is not in this book.")
-    if "reuses" in arm: return dict(arm)
+    if "reuses" in arm: return {k: arm[k] for k in ("reuses", "options")}
     takes = shared_options(arm["method"], paper)
     sizes = {k: v for k, v in options.items() if k in takes}
     options = sizes | arm.get("options", {})

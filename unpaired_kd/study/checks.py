@@ -8,13 +8,14 @@ __all__ = ['check_seeds', 'check_study', 'check_axes', 'check_training', 'check_
 
 # %% ../../nbs/study/checks.ipynb #db9a1fc0
 import contextlib, copy
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..core import InputError, as_python, progress, resolve_precision
+from ..core import InputError, as_python, extra, progress, resolve_precision, unknown
 from ..data.augment import Augment
 from ..methods.registry import Pretrained, make_method, method_class
 from .arms import Arm
@@ -26,6 +27,7 @@ from .school import School
 from .study import Study
 from .trainings import pretraining
 from ..training.method import weight_table
+from ..training.settings import check_accumulation
 
 # %% ../../nbs/study/checks.ipynb #88ca93d5
 def check_seeds(
@@ -76,10 +78,14 @@ def check_training(
     config, # `StudyConfig`
 ):
     "`InputError` for settings of the learner or of the augmentation that fit nothing."
+    known = [f.name for f in fields(Augment)]
+    for name in config.patches.augment:
+        if name not in known: raise InputError(f"augment: {unknown('change', name, known)}")
     try: Augment(**config.patches.augment)
     except TypeError as e:
         raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
     resolve_precision(config.training.precision)
+    if config.training.tensorboard: extra("tensorboard", "log")
     if config.training.early_stop and not config.split.validation:
         raise InputError("early_stop needs validation: give a number of labelled units to choose "
                          "the best epoch by.")
@@ -187,7 +193,7 @@ def check_arm(
             teacher = kind.teacher.give(school)
             method = make_method(arm.method, school.student(), teacher, options, epochs, seed,
                                  arm.preset, arm.teacher != "placebo")
-            method.stages()
+            check_accumulation(method, method.stages(), study.config.training)
         method.check_weights(weight_table(method.weights, arm.weights))
     except InputError as e: raise InputError(f"arm {arm.name!r}: {e}") from None
 

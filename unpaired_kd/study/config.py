@@ -121,6 +121,10 @@ class StudyConfig(Checked):
     scores: ScoreConfig = ScoreConfig()      # what is scored
     arms: tuple = ()                         # of `Arm`: what is compared
 
+    def check(self):
+        "`InputError` for arms that cannot stand in one study."
+        object.__setattr__(self, "arms", list_arms(self.arms))
+
     @classmethod
     def from_flat(cls,
         **flat, # flat name -> value, e.g. patch=64, lr=1e-3; arms: of `list_arms`

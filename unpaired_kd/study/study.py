@@ -20,7 +20,7 @@ from ..methods.registry import options_of
 from .arms import Arm
 from .building import build_network, draw_patches, recipe_of
 from .config import NetworkConfig, StudyConfig
-from .parts import Data, contents, split_data
+from .parts import Data, contents, open_both, split_data
 from .records import file_sum
 from ..training.settings import Settings
 
@@ -60,13 +60,12 @@ class Study:
     @cached_property
     def channels(self)->int:
         "3 if either modality is in colour, else 1."
-        data = self.data(0)
-        return max(data.teacher_train.channels, data.student_train.channels)
+        return max(c.channels for c in open_both(self.config.images))
 
     @cached_property
     def classes(self)->int:
         "Classes, background included."
-        return len(self.data(0).student_train.classes)
+        return len(open_both(self.config.images)[1].classes)
 
 # %% ../../nbs/study/study.ipynb #fbb6f201
 @patch

@@ -130,7 +130,7 @@ def keep_notes(
             raise InputError(f"{path}: the training that lies here learned from the "
                              f"{path.stem} of another teacher. Restore that teacher, or delete "
                              f"{path.parent}: the same command trains it again.")
-        write_json(path, note)
+        if not path.exists(): write_json(path, note)
 
 # %% ../../nbs/study/tasks.ipynb #88b93844
 @dataclass

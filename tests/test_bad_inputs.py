@@ -14,7 +14,8 @@ from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, rng, seeded
 from unpaired_kd.data.formats.images import Image
 from unpaired_kd.data.formats.writing import write_image
-from unpaired_kd.inference.student import Recipe, Student, predict_path
+from unpaired_kd.inference.files import predict_path
+from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.networks.registry import build
 from unpaired_kd.inference.volumes import predict_volume
 

@@ -49,7 +49,10 @@ from torch import nn
 
 from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.method import set_modes
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.distillation.class_means import class_mean_kl
 from unpaired_kd.distillation.hints import LEVELS, feature_rms, hint_layers, hint_loss
 from unpaired_kd.distillation.soft_labels import soft_label_kl
@@ -495,7 +498,7 @@ ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.translation.cyclegan", "unpaired_kd.translation.drit", "unpaired_kd.translation.contextual", "unpaired_kd.training.learner")): raise ImportError(name)
+        if name.startswith(("unpaired_kd.methods", "unpaired_kd.translation.cyclegan", "unpaired_kd.translation.drit", "unpaired_kd.translation.contextual", "unpaired_kd.training")): raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
 from unpaired_kd.inference.student import Student

@@ -423,7 +423,7 @@ def run_book(config, part, look=lambda book: None):
 
 def _process(rank, port, folder):
     from accelerate import Accelerator
-    from unpaired_kd.training.learner import average_buffers
+    from unpaired_kd.training.processes import average_buffers
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)

@@ -20,7 +20,8 @@ from unpaired_kd.data.formats.dicom import dicom_files, split_folder
 from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.writing import write_label
-from unpaired_kd.inference.student import PartlyDone, Recipe, Student, one_series, predict_path
+from unpaired_kd.inference.files import PartlyDone, one_series, predict_path
+from unpaired_kd.inference.student import Recipe, Student
 
 R = np.random.default_rng(0)
 AXIAL = (1, 0, 0, 0, 1, 0)

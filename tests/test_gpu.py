@@ -24,7 +24,8 @@ from timed import OutOfTime, Plan, learner_of
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.inference.volumes import predict_volume
 from unpaired_kd.methods.single import Single
-from unpaired_kd.training.learner import Learner, Settings
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.settings import Settings
 
 DEVICE = "cuda"
 

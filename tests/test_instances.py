@@ -13,7 +13,8 @@ from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.data.instances import INSTANCES, instances, instances_of
 from unpaired_kd.study.statistics import evaluate
-from unpaired_kd.inference.student import Recipe, Student, predict_path
+from unpaired_kd.inference.files import predict_path
+from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.metrics.segmentation import components, instance_scores
 from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 SERVER = '''
 import contextlib, itertools, json, os, signal, sys, threading, time
 import torch, zarr, nibabel, tifffile, skimage.segmentation
-from unpaired_kd.inference.student import predict_path
+from unpaired_kd.inference.files import predict_path
 from unpaired_kd.inference.volumes import predict_volume
 import unpaired_kd.networks.volumes, unpaired_kd.networks.unet
 torch.set_num_threads(1)

@@ -8,7 +8,11 @@ from torch import nn
 
 from unpaired_kd.core import InputError, read_csv, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.training.learner import Improvements, Learner, Method, NoBetter, Plateau, Settings, Stage, Update, load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.method import Method, Stage, Update
+from unpaired_kd.training.rules import Improvements, NoBetter, Plateau
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.networks.unet import UNet
 
 SCRIPT = textwrap.dedent("""

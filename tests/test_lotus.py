@@ -9,7 +9,10 @@ import torch
 
 from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.training.learner import Learner, NotSettled, Settings, load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.rules import NotSettled
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.methods.lotus import LOTUS, LotusOptions, Scene
 from unpaired_kd.networks.registry import weights_digest
 from unpaired_kd.methods.controls import copy_weights, placebo

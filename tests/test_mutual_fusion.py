@@ -13,7 +13,9 @@ from test_cmedl import Calls, Two, changed, changed_batches, equal, everything, 
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.inference.student import Recipe, Student
-from unpaired_kd.training.learner import Learner, Settings, load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.losses.segmentation import soft_dice_loss
 from unpaired_kd.methods.fusion import Fusion, FusionOptions

@@ -374,7 +374,7 @@ def test_rgb_and_two_dimensions(tmp_path):
 
 def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
     from pathlib import Path
-    from unpaired_kd.inference.student import instance_name, output_name
+    from unpaired_kd.inference.files import instance_name, output_name
 
     assert output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
     assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")
@@ -651,7 +651,7 @@ def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
 def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
     from unpaired_kd.data.check import check_data
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference.student import plan
+    from unpaired_kd.inference.files import plan
 
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
     p = p.rename(tmp_path / name)

@@ -15,12 +15,13 @@ import zarr
 from PIL import Image as Pillow
 
 from unpaired_kd.command import cli
-from unpaired_kd.inference import student as inference
+from unpaired_kd.inference import files, student as inference
 from unpaired_kd.data.formats import outputs
 from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.inference.student import FILES, PartlyDone, Recipe, Student, predict_path, resolve_device
+from unpaired_kd.inference.files import PartlyDone, predict_path
+from unpaired_kd.inference.student import FILES, Recipe, Student, resolve_device
 from unpaired_kd.networks.registry import build
 from unpaired_kd.data.formats.outputs import Notes, check_apart, check_format, check_names, check_new, check_room, files_mark, is_ours, keeping_notes, lineage
 from unpaired_kd.inference.volumes import predict_volume
@@ -287,11 +288,11 @@ def test_one_bad_file_and_the_others(home, capsys, monkeypatch):
 @pytest.mark.parametrize("fault, said", [(KeyError("bits"), "KeyError"), (MemoryError(), "more memory"), (RuntimeError("CUDA out of memory. Tried"), "more memory"),
                                          (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "more memory"), (RecursionError("deep"), "RecursionError"), (OSError(28, "No space left on device"), "No space left")])
 def test_any_fault_of_a_decoder_names_its_file(home, monkeypatch, fault, said):
-    plain = inference.read_image
+    plain = files.read_image
     def read(path, *a):
         if path.name == "b.png": raise fault
         return plain(path, *a)
-    monkeypatch.setattr(inference, "read_image", read)
+    monkeypatch.setattr(files, "read_image", read)
     with pytest.raises(PartlyDone, match=f"(?s)3 of 4 images.*images/b.png.*{said}"): predict_path(flat(), home / "images", home / "new")
     assert sorted(p.name for p in (home / "new").iterdir()) == ["a.png", "b_instances.png", "c.png"]
     with pytest.raises(InputError, match="images/b.png"): predict_path(flat(), home / "images" / "b.png", home / "x" / "b.png")
@@ -339,7 +340,8 @@ def test_two_jobs_into_one_folder(home):
 TWICE = """
 import sys, time
 from unpaired_kd.inference import volumes
-from unpaired_kd.inference.student import Student, predict_path
+from unpaired_kd.inference.files import predict_path
+from unpaired_kd.inference.student import Student
 plain = volumes.write_block
 def slow(*a): plain(*a); time.sleep(.2)
 volumes.write_block = slow
@@ -389,7 +391,7 @@ def test_room(home, monkeypatch):
 
 def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
-    from unpaired_kd.inference.student import FileJob, foresee_room, unpacked_bytes
+    from unpaired_kd.inference.files import FileJob, foresee_room, unpacked_bytes
     (home / "few").mkdir()
     write_image(home / "few" / "a.png", Image(np.zeros((1, 30, 41), np.uint8)))
     write_image(home / "few" / "b.nii.gz", Image(np.zeros((1, 3, 20, 50), np.uint8)))
@@ -720,7 +722,7 @@ def test_a_run_and_a_sweep_without_any_stream(home):
 def test_notes_are_a_plain_file(home, capsys, make, source):
     "Refused at once, in a line of its own; nothing is read from it or written through it."
     (home / "mine.txt").write_text("x\n"); (home / "new").mkdir()
-    make(inference.notes_of(home / "new" / "a.png", source != "images"))
+    make(files.notes_of(home / "new" / "a.png", source != "images"))
     before = tree(home)
     assert cli.main(["predict", "flat", source, "new"]) == 2
     said = capsys.readouterr().err.replace("\r", "\n")

@@ -1383,7 +1383,8 @@ def test_a_size_with_a_comma_is_named(tmp_path):
 def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference.student import Recipe, Student, plan, predict_path
+    from unpaired_kd.inference.files import plan, predict_path
+    from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.networks.registry import build
     from unpaired_kd.data.formats.outputs import files_mark
     from unpaired_kd.inference.volumes import predict_volume

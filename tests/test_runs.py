@@ -7,7 +7,7 @@ import pytest
 
 from unpaired_kd.core import InputError, read_csv, write_json
 from unpaired_kd.study.rows import load_rows
-from unpaired_kd.training.learner import load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import environment
 from unpaired_kd.study.run import export_student, run_study

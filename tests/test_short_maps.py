@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.training.learner import Learner, Method, Settings, Stage, Update
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.method import Method, Stage, Update
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, steady
 from unpaired_kd.networks.volumes import SplitConv3d, encoder

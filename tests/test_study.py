@@ -13,7 +13,8 @@ from unpaired_kd.study.config import read_study
 from unpaired_kd.study.study import Study
 from unpaired_kd.study.tasks import ArmTask, train
 from unpaired_kd.study.trainings import finished
-from unpaired_kd.training.learner import Settings, load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.settings import Settings
 from studies import STANDARD, make, parts, train_teacher
 
 ROOT = Path(__file__).parents[1]

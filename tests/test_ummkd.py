@@ -6,7 +6,7 @@ import torch
 from test_lotus import Two, nets, run
 
 from unpaired_kd.core import InputError
-from unpaired_kd.training.learner import load_checkpoint
+from unpaired_kd.training.checkpoints import load_checkpoint
 from unpaired_kd.methods.ummkd import UMMKD, OtherNorms, UmmkdOptions, rarity_weighted_cross_entropy
 from unpaired_kd.networks.registry import build, load_weights
 from unpaired_kd.networks.unet import UNet
@@ -47,7 +47,8 @@ def test_without_the_other_modality_it_is_plain_training(tmp_path):
             return segmentation_loss(logits, label, bce=.5)
     a, _ = nets()
     b = copy.deepcopy(a)
-    from unpaired_kd.training.learner import Learner, Settings
+    from unpaired_kd.training.learner import Learner
+    from unpaired_kd.training.settings import Settings
     s = Settings(epochs=2, steps=3, bars=False, device="cpu", precision="fp32")
     Learner(AsSingle(a), Two(), tmp_path / "a", settings=s, weights=dict(seg_teacher=0, kl=0)).fit()
     Learner(Single(b), Two(), tmp_path / "b", settings=s).fit()
@@ -55,7 +56,8 @@ def test_without_the_other_modality_it_is_plain_training(tmp_path):
 
 
 def test_killed_and_resumed_it_ends_the_same(tmp_path):
-    from unpaired_kd.training.learner import Learner, Settings
+    from unpaired_kd.training.learner import Learner
+    from unpaired_kd.training.settings import Settings
     def build_one(folder):
         return Learner(UMMKD(nets()[0]), Two(), tmp_path / folder, settings=Settings(epochs=3, steps=2, bars=False, device="cpu", precision="fp32"))
     build_one("whole").fit()

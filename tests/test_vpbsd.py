@@ -15,7 +15,10 @@ from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng,
 from unpaired_kd.data.formats.images import Image
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.training.learner import Learner, Settings, load_checkpoint, set_modes
+from unpaired_kd.training.checkpoints import load_checkpoint
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.method import set_modes
+from unpaired_kd.training.settings import Settings
 from unpaired_kd.distillation.codebook import kmeans, unit
 from unpaired_kd.losses.segmentation import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
@@ -649,7 +652,7 @@ ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.distillation.codebook", "unpaired_kd.distillation.patterns", "unpaired_kd.training.learner", "unpaired_kd.study.run")): raise ImportError(name)
+        if name.startswith(("unpaired_kd.methods", "unpaired_kd.distillation.codebook", "unpaired_kd.distillation.patterns", "unpaired_kd.training", "unpaired_kd.study.run")): raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
 from unpaired_kd.inference.student import Student

@@ -18,7 +18,7 @@ from unpaired_kd.distillation.variation import variation_map
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.methods.single import Single
 from unpaired_kd.networks.volumes import LightUNet
-from unpaired_kd.training.learner import Settings
+from unpaired_kd.training.settings import Settings
 
 NOTEBOOK = ROOT / "nbs" / "experiments" / "speed.ipynb"
 

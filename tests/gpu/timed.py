@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from cases import Blocks, Case, train_case
-from unpaired_kd.training.learner import Learner, Settings
+from unpaired_kd.training.learner import Learner
+from unpaired_kd.training.settings import Settings
 
 FIXED = 10**9  # the learner asks for its fixed batches from this number on
 

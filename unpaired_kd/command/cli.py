@@ -53,7 +53,7 @@ def predict(
 )->int: # exit status: 0 done, 1 some images failed, the others are finished
     "`ukd predict`: a trained student on images, folders or volumes."
     from unpaired_kd.core import InputError
-    from unpaired_kd.inference.student import PartlyDone, predict_path
+    from unpaired_kd.inference.files import PartlyDone, predict_path
     from unpaired_kd.inference.volumes import goes_in_blocks
     given = {k: getattr(args, k) for k in BLOCK_OPTIONS if getattr(args, k) is not None}
     if given and args.instances:

@@ -31,7 +31,9 @@ from ..data.formats.nifti import from_nifti, nifti_place, open_nifti
 from ..data.formats.pictures import arrange, companions, lazy_tiff
 from ..data.formats.writing import sign
 from ..data.intensity import check_finite, to_unit, volume_window
-from .student import FILES, Student, evaluating, probabilities, resolve_device, strides_of, weights_mark
+from .files import weights_mark
+from .student import (FILES, Student, evaluating, probabilities,
+                                           resolve_device, strides_of)
 from ..data.formats.outputs import check_apart, check_input, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, identity, locked, made_folder
 
 # %% ../../nbs/inference/volumes.ipynb #ae87328f

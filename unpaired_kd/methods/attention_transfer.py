@@ -17,7 +17,7 @@ from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, Expert
 from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
-from ..training.learner import Method, Stage, Update
+from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/attention_transfer.ipynb #671c21a9
 def attention(

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Checked, Count, InputError, Natural, Positive, Range, seeded
-from ..training.learner import Method, Stage, Update
+from ..training.method import Method, Stage, Update
 from ..distillation.hints import feature_rms, hint_layers, hint_loss
 from ..distillation.soft_labels import soft_label_kl
 from ..losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss

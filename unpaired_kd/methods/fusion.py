@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Checked, Count, InputError, seeded
-from ..training.learner import Update
+from ..training.method import Update
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, NoTeacher
 from ..translation.cyclegan import to_unit

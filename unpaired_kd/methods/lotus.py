@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..core import (Checked, Count, InputError, NonNegative, Positive, Range, Share, seeded,
                               unknown)
-from ..training.learner import Improvements, Method, NoBetter, Plateau, Stage, Update
+from ..training.method import Method, Stage, Update
+from ..training.rules import Improvements, NoBetter, Plateau
 from ..distillation.class_means import class_mean_kl
 from ..distillation.correspondence import random_same_class
 from ..distillation.diffusion import DiffusionBlock, Projector

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Checked, InputError, Positive
-from ..training.learner import Update
+from ..training.method import Update
 from ..distillation.soft_labels import soft_label_kl
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, Peer

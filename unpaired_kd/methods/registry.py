@@ -15,7 +15,7 @@ from importlib import import_module
 from torch import nn
 
 from ..core import InputError, Registry, change, unknown
-from ..training.learner import Method
+from ..training.method import Method
 
 # %% ../../nbs/methods/registry.ipynb #3d9830f9
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..training.learner import Method, Stage, Update
+from ..training.method import Method, Stage, Update
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher
-
 
 # %% ../../nbs/methods/single.ipynb #ce12f578
 @METHODS.register("single")

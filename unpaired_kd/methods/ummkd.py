@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Checked, InputError, NonNegative, Positive
-from ..training.learner import Method, Stage, Update
+from ..training.method import Method, Stage, Update
 from ..distillation.class_means import class_mean_kl
 from ..losses.segmentation import cross_entropy_loss, soft_dice_loss
 from .registry import METHODS, NoTeacher

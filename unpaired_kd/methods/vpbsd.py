@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import (Checked, Count, InputError, NonNegative, Range, seeded, torch_rng,
                               unknown)
 from ..data.augment import Augment, recolour
-from ..training.learner import Method, Stage, Update
+from ..training.method import Method, Stage, Update
 from ..distillation.codebook import FSQ, Codebook, code_use, codebook_health, nearest_code
 from ..distillation.hints import hint_loss
 from ..distillation.codebook import unit

@@ -15,7 +15,7 @@ from ..data.patches import Patches
 from ..inference.student import Recipe
 from ..networks.registry import build, load_weights
 from .config import NetworkConfig, PatchConfig, ScoreConfig
-from ..training.learner import load_checkpoint
+from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/study/building.ipynb #f3dab937
 COLOUR = ("brightness", "contrast", "gamma", "noise", "blur", "hue") # what changes values, not places

@@ -26,7 +26,8 @@ from .records import check_data
 from .school import School
 from .study import Study
 from .trainings import pretraining
-from ..training.learner import check_accumulation, weight_table
+from ..training.method import weight_table
+from ..training.settings import check_accumulation
 
 # %% ../../nbs/study/checks.ipynb #88ca93d5
 def check_seeds(

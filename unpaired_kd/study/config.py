@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from ..core import Checked, Count, InputError, Natural, Positive, Range, Share, unknown
 from .arms import list_arms, record_now
-from ..training.learner import Settings
+from ..training.settings import Settings
 
 # %% ../../nbs/study/config.ipynb #af06f67d
 @dataclass(frozen=True)

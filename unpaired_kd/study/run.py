@@ -24,7 +24,7 @@ from .parts import keep_splits
 from .study import Study
 from .tasks import ArmTask, needs_expert, train
 from .trainings import Task, TeacherTask, finished
-from ..training.learner import NotSettled
+from ..training.rules import NotSettled
 
 # %% ../../nbs/study/run.ipynb #33e8f649
 def do(

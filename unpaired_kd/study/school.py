@@ -18,7 +18,7 @@ from .arms import Arm
 from .study import Study
 from .trainings import (PretrainTask, TeacherTask, finished, pretrained_name,
                                          pretraining)
-from ..training.learner import load_checkpoint
+from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/study/school.ipynb #298574e8
 class School:

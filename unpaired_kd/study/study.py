@@ -22,7 +22,7 @@ from .building import build_network, draw_patches, recipe_of
 from .config import NetworkConfig, StudyConfig
 from .parts import Data, contents, open_both, split_data
 from .records import file_sum
-from ..training.learner import Settings
+from ..training.settings import Settings
 
 # %% ../../nbs/study/study.ipynb #07e5aea3
 class Study:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unpaired_kd.study import run as study_module
-from unpaired_kd.core import InputError, read_csv, read_json, seeded, torch_rng, write_csv
+from unpaired_kd.core import digest, InputError, read_csv, read_json, seeded, torch_rng, write_csv
 from unpaired_kd.data.formats.images import Image
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.patches import Batch
@@ -31,7 +31,7 @@ from unpaired_kd.networks.volumes import LightUNet, network_cost
 from unpaired_kd.study.records import DONE, keep_record, read_sealed
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import collect, pretrain_tasks
-from unpaired_kd.study.parts import open_both
+from unpaired_kd.study.parts import contents, open_both
 from unpaired_kd.study.run import export_student, run_study
 from unpaired_kd.study.school import School
 from unpaired_kd.study.study import Study
@@ -633,7 +633,7 @@ def test_a_teacher_that_does_not_fit_is_named(study, tmp_path, damage):
     if damage == "another network": saved["networks"] = {"student": light().state_dict()}
     torch.save(saved, path)
     if damage == "no checkpoint": path.write_bytes(b"nothing")
-    keep_record(path.parent, ["last.pt"], task=["first", name, 0])
+    keep_record(path.parent, ["last.pt"], task=["first", name, 0], data=digest(contents(make(ARMS).images), 64))
     with pytest.raises(InputError, match=r"last\.pt"): teacher_of(tmp_path, ARMS, "vpbsd")
 
 

@@ -39,7 +39,8 @@ def test_the_ends_of_the_ranges_are_inside(method, option, good):
 
 def test_the_presets_are_inside():
     for name, cls in all_methods().items():
-        for preset in cls.presets: options_of(name, preset, {}, 48)
+        for preset, stated in cls.presets.items():
+            assert options_of(name, preset, {}, 48) == cls.fit(stated, 48)
 
 
 def test_the_side_of_pooled_features():

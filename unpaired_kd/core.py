@@ -9,7 +9,7 @@ __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Share', 'WANTED', 'PA
            'set_up', 'to_display', 'show_images', 'outlined', 'box', 'arrow', 'take_lock', 'is_same_file',
            'clear_parts', 'sync', 'open_own', 'put', 'atomic', 'atomic_folder', 'swap_folder', 'hold', 'check_there',
            'given', 'read_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256',
-           'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'watched', 'progress']
+           'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'cluster_client', 'watched', 'progress']
 
 # %% ../nbs/core.ipynb #8fdabb8a
 import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat
@@ -188,7 +188,7 @@ def extra(
 ): # the module
     "Import an optional dependency; say how to install it if it is not there."
     try: return import_module(module)
-    except ImportError: raise InputError(f"this format needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'") from None
+    except ImportError: raise InputError(f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'") from None
 
 @contextlib.contextmanager
 def log_as_error(
@@ -719,6 +719,20 @@ def end_with_parent(
         while os.getppid() == parent: time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/core.ipynb #4e1d0008
+def cluster_client(
+    address:str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
+    asked_by:str, # the option or argument that named it, for the message
+): # a Dask client, to be used as a context manager
+    "Reach a cluster. `InputError` if `distributed` is missing or nobody answers."
+    try: from dask import distributed
+    except ImportError as e:
+        raise InputError(f'{asked_by} needs distributed: pip install "unpaired_kd[scale]".') from e
+    try: return distributed.Client(address, timeout=10, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError) as e:
+        raise InputError(f"{asked_by} {address}: no Dask scheduler answers there ({e}). Give the "
+                         "address that it printed, tcp://host:port.") from e
 
 # %% ../nbs/core.ipynb #dcbc9a3e
 def watched()->bool: # whether standard error is a terminal; False also where it is closed

@@ -11,12 +11,12 @@ __all__ = ['OF_DATA', 'folders', 'folder_name', 'state', 'claim_patiently', 'wor
 # %% ../../nbs/command/sweep.ipynb #7ae7b546
 import contextlib, json, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.util import find_spec
 from pathlib import Path
 
 from .grid import choose, expand, find_grid
 from .notebook import check_notebook, check_place, claim, execute, need
-from ..core import InputError, cores, digest, end_with_parent, write_csv, write_json
+from ..core import (InputError, cluster_client, cores, digest, end_with_parent, write_csv,
+                              write_json)
 from ..study.joined import data_of
 
 # %% ../../nbs/command/sweep.ipynb #e2847867
@@ -152,17 +152,10 @@ def local(
 @contextlib.contextmanager
 def cluster(
     address:str, # of a Dask scheduler, e.g. "tcp://node7:8786"
-    patience:float=10, # seconds to wait for it
 ):
-    """The same for a Dask cluster. Raises `InputError` if `distributed` is missing or nobody
-    answers."""
-    if find_spec("distributed") is None:
-        raise InputError("--scheduler needs distributed: pip install \"unpaired_kd[scale]\".")
+    "The same for a Dask cluster. `InputError` if nobody answers."
+    client = cluster_client(address, "--scheduler")
     from dask import distributed
-    try: client = distributed.Client(address, timeout=patience, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as e:
-        raise InputError(f"--scheduler {address}: no Dask scheduler answers there ({e}). Give the "
-                         "address that it printed, tcp://host:port.") from e
     with client, client.as_current():
         yield lambda job: client.submit(run_cell, job, pure=False), distributed.as_completed
 

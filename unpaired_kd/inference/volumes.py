@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core import (PART, InputError, check_there, clear_parts, digest, file_sha256,
+from ..core import (PART, InputError, check_there, clear_parts, cluster_client, digest, file_sha256,
                               progress, read_json, resolve_precision, swap_folder, sync, unknown,
                               write_json, extra)
 from ..data.formats.images import match_channels, suffix_of
@@ -577,9 +577,8 @@ def on_cluster(
     done,         # function of (block, skipped), called as blocks come in
 )->dict: # seconds of all workers together: read, compute, write
     "Give the blocks to a Dask cluster. Raises `InputError` if `distributed` is missing, nobody answers, or the workers see other folders."
-    distributed = extra("distributed", "scale")
-    try: client = distributed.Client(address, timeout=10, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as e: raise InputError(f"--scheduler {address}: no Dask scheduler answers there ({e}). Give the address that it printed, tcp://host:port.") from e
+    client = cluster_client(address, "--scheduler")
+    from dask import distributed
     spent = dict(read=0., compute=0., write=0.)
     with client, client.as_current():
         futures = {client.submit(remote_block, folder, device, job, b, pure=False, retries=2): b for b in blocks}

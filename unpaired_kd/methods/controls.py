@@ -111,7 +111,11 @@ class BestThreshold:
         natives = map(collection.native, range(len(collection)))
         self.labels = {self.key(n.image): n.label for n in natives}
 
-    def key(self, image)->int: return zlib.crc32(np.ascontiguousarray(image))
+    def key(self,
+        image, # (C,*s)
+    )->int:
+        "A checksum, by which an image is known again."
+        return zlib.crc32(np.ascontiguousarray(image))
 
     def predict(self,
         image, # (C,*s), one of the collection's

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import (InputError, as_python, clear_parts, cores, end_with_parent, extra,
-                              progress)
+from ..core import (InputError, as_python, clear_parts, cluster_client, cores,
+                              end_with_parent, progress)
 from .checks import check_seeds, check_study
 from .config import StudyConfig
 from .folder import (check_outside, claim_folder, collect, holding, known_tasks,
@@ -154,11 +154,8 @@ def on_cluster(
 ):
     """Run trainings on a Dask cluster whose workers see the same folders. `InputError` if nobody
     answers, or if a worker saw another file system."""
-    distributed = extra("distributed", "scale")
-    try: client = distributed.Client(address, timeout=10, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as e:
-        raise InputError(f"scheduler={address!r}: no Dask scheduler answers there ({e}). Give the "
-                         "address that it printed, tcp://host:port.") from e
+    client = cluster_client(address, "scheduler")
+    from dask import distributed
     place, config = Path(study.folder).resolve(), with_whole_paths(study.config)
     with client, client.as_current():
         check_threads(client, address)

@@ -270,8 +270,18 @@ def check_slice(
         raise InputError(f"RescaleSlope of {name} is 0, which makes all numbers equal. Correct it.")
 
 # %% ../../../nbs/data/formats/dicom.ipynb #df72a2e1
-def size_of(x): return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
-def colours_of(x): return str(x.note.get("PhotometricInterpretation"))
+def size_of(
+    x, # a `Slice`
+)->str: # e.g. "512 x 512 pixels"
+    "How large a slice says it is."
+    return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
+
+def colours_of(
+    x, # a `Slice`
+)->str: # e.g. "MONOCHROME2"
+    "How a slice says its values are to be seen."
+    return str(x.note.get("PhotometricInterpretation"))
+
 def in_one_file(
     slices:list, # of `Slice`
 )->bool:

@@ -82,6 +82,7 @@ def check_options(
         help="whether the numbers are classes or objects (default: from the labels)")
     add("--some-labels", action="store_true", help="images without labels are meant")
 
+# %% ../../nbs/command/arguments.ipynb #a5f66324
 def parameter_option(
     one, # parser of a command
     text:str, # what the parameters do there
@@ -234,6 +235,7 @@ def check_first(
     if word.startswith("-"): made[""].error(unknown("option", word, options))
     made[""].error(unknown("command", word, commands))
 
+# %% ../../nbs/command/arguments.ipynb #40857b0c
 def options_of(
     one, # a parser
 )->list: # names of its options

@@ -205,6 +205,7 @@ def expand(
         cells[key] = Cell(name, {k: as_text(v) for k, v in own.items()}, values, key, row)
     return notebook, list(cells.values())
 
+# %% ../../nbs/command/grid.ipynb #0ff28207
 def check_given(
     path,       # the grid file, for messages
     given:list, # pairs (name, text) of the command line

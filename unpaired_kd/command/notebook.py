@@ -281,6 +281,7 @@ def execute(
     print(f"run folder: {folder}")
     return 0
 
+# %% ../../nbs/command/notebook.ipynb #f8b08c1e
 def tell_failed_cell(
     path, # the notebook
     out,  # the notebook with its outputs

@@ -116,6 +116,7 @@ def answer(
     "What `run_cell` gives."
     return dict(state=state, seconds=time.monotonic() - start, said=said)
 
+# %% ../../nbs/command/sweep.ipynb #fff43c37
 def start_cell(
     job:dict, # see `run_cell`
 )->subprocess.Popen: # a process that waits for its job
@@ -328,6 +329,7 @@ def job_of(
     return dict(notebook=str(notebook.resolve()), values=cell.values, record=record,
                 folder=str(folder.resolve()), stop=str(stop), directory=os.getcwd())
 
+# %% ../../nbs/command/sweep.ipynb #4cee856b
 def gather(
     path,        # the grid file
     out:Path,    # sweep folder

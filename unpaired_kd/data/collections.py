@@ -124,6 +124,7 @@ class Store:
         "Another process decodes for itself."
         return dict(vars(self), used=0, items=OrderedDict(), seen=set())
 
+# %% ../../nbs/data/collections.ipynb #e082cd4f
 def _bytes(*arrays):
     return sum(a.nbytes for a in arrays if a is not None)
 
@@ -398,6 +399,7 @@ def from_arrays(cls,
         cases.append(Case(i, image, label, groups[k], label_groups[k], spacing=spacing))
     return cls(cases, name=name, **kw)
 
+# %% ../../nbs/data/collections.ipynb #cb611e8a
 def _channels_first(a, dims, id):
     "An array as (C,*s)."
     a = np.asarray(a)
@@ -630,6 +632,7 @@ def check(self,
     self.refuse(faults)
     return {k: shown[k] for k in self.classes}
 
+# %% ../../nbs/data/collections.ipynb #bc7038df
 @patch_to(Collection)
 def refuse(self,
     faults:list, # sentences

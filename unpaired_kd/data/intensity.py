@@ -108,6 +108,7 @@ def volume_window(
     a, b = (float(v) for v in np.percentile(seen, (low, high)))
     return a, b if b > a else a + 1.
 
+# %% ../../nbs/data/intensity.ipynb #a56659a9
 def slabs(
     source,     # as in `volume_window`
     shape:tuple, # its shape

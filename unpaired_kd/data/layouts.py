@@ -286,6 +286,7 @@ def lotus_groups(
         return parts[-1], parts[-2]
     return parts[-1], re.sub(r"[\W_]*\d.*$", "", parts[-1])
 
+# %% ../../nbs/data/layouts.ipynb #e6b8f630
 def lotus_cases(
     folder,       # as in `from_lotus`
     modality:str, # as in `from_lotus`

@@ -105,6 +105,7 @@ def verify(self,
     check_data(self.data, collection, where)
     return self
 
+# %% ../../nbs/data/splits.ipynb #b7c67527
 def check_data(
     data:str,   # fingerprint that a split was made for; "": not known
     collection, # `Collection`
@@ -174,6 +175,7 @@ def part_sizes(
     left = n - sum(sizes.values())
     return {k: sizes.get(k, left) for k in parts}
 
+# %% ../../nbs/data/splits.ipynb #b8330dc8
 def rounded(
     share:dict, # part -> fraction, in all at most 1
     n:int,      # groups

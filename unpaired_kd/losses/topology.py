@@ -72,6 +72,7 @@ def count_layers(
         n += 1
     return n
 
+# %% ../../nbs/losses/topology.ipynb #ee4afd05
 def soft_cl_dice_loss(
     logits:Tensor,       # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
     label:Tensor,        # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)
@@ -117,6 +118,7 @@ def tubed_skeleton(
         tube[box] = thin & m[box]
     return torch.from_numpy(out).to(label.device) if isinstance(label, Tensor) else out
 
+# %% ../../nbs/losses/topology.ipynb #a0d532b1
 def skeleton_recall_loss(
     logits:Tensor,    # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
     label:Tensor,     # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)

@@ -98,6 +98,7 @@ def standardise_locally(
     square = gaussian_filter(x.astype(np.float32) ** 2, size)
     return (x - mean) / np.sqrt(np.maximum(square - mean ** 2, 1e-6))
 
+# %% ../../nbs/methods/controls.ipynb #8e7c5133
 class BestThreshold:
     """For each image of a collection the threshold with the highest Dice against its own label,
     out of `steps` percentiles: a bound, not a method."""

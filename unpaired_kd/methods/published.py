@@ -306,6 +306,7 @@ def shared_options(
     parts = [c for c in own.__mro__ if c.__name__ in names and is_dataclass(c)]
     return {f.name for c in parts for f in fields(c)}
 
+# %% ../../nbs/methods/published.ipynb #4b67c091
 def arm_of(
     row:Row,         # with an arm
     options:dict={}, # of the experiment, for the paper's own method

@@ -479,6 +479,7 @@ def __init__(self,
         book = teacher.codebook
         self.random = random_table(book.lookup(torch.arange(book.codes)[None])[0].T, seed)
 
+# %% ../../nbs/methods/vpbsd.ipynb #ed92bbc5
 @patch_to(VPBSD)
 def identity(self)->dict:
     "The options and the teacher: both decide the result."

@@ -35,6 +35,7 @@ def as_labels(
         raise InputError(f"{name} holds negative labels; background is 0 and objects are 1, 2, ...")
     return a
 
+# %% ../../nbs/metrics/masks.ipynb #d82e49df
 def as_mask(
     x,               # mask or label map; every label above 0 is foreground
     name:str="mask", # argument, for the message

@@ -33,6 +33,7 @@ def released_dice(
     total = np.count_nonzero(p) + np.count_nonzero(t)
     return float(2 * np.count_nonzero(p & t) / max(total, 1e-4))
 
+# %% ../../nbs/metrics/released.ipynb #764f4127
 def released_hd(
     pred,   # mask (*spatial)
     target, # the same shape

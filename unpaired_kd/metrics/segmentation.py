@@ -120,6 +120,7 @@ def hausdorff(
         return _no_surface(p, t, spacing, empty)
     return _far(surface_distances(p, t, spacing), percentile)
 
+# %% ../../nbs/metrics/segmentation.ipynb #29f1b3f2
 def _far(distances, percentile):
     "The larger of the two directed percentiles."
     return float(max(np.percentile(d, percentile) for d in distances))
@@ -348,6 +349,7 @@ def case_metrics(
         out |= {f"dsc_{name}": v for name, v in dsc.items()}
     return out | (topology_scores(p, t) if topology else {})
 
+# %% ../../nbs/metrics/segmentation.ipynb #9bf1cebd
 def _outline(p, t, spacing, empty, tolerance):
     "HD95 and surface Dice of two masks, not both empty, from one search."
     if not (p.any() and t.any()):

@@ -55,6 +55,7 @@ _STEPS = ((1, _bits(lambda z, y, x: x > -1), _bits(lambda z, y, x: x < 1)),
           (3, _bits(lambda z, y, x: y > -1), _bits(lambda z, y, x: y < 1)),
           (9, _bits(lambda z, y, x: z > -1), _bits(lambda z, y, x: z < 1)))
 
+# %% ../../nbs/metrics/topology.ipynb #08e8e8ce
 def _spread(half, corners):
     "All sets of voxels of half a neighbourhood, (16384,) int32, each with its neighbours."
     new = half
@@ -130,6 +131,7 @@ def _peel(part):
             return m[(slice(1, -1),) * m.ndim] > 0
         live, turn = live[stays], turn[stays]
 
+# %% ../../nbs/metrics/topology.ipynb #0bc8d21f
 def skeleton(
     mask, # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
 )->np.ndarray: # boolean, same shape: lines one voxel wide; pieces, loops, cavities, arms stay
@@ -165,6 +167,7 @@ def topology_precision(
     p, t = as_pair(pred, target, as_body)
     return _covered(skeleton(p), t)
 
+# %% ../../nbs/metrics/topology.ipynb #c20695c8
 def topology_sensitivity(
     pred,   # mask or label map, (H,W) or (D,H,W)
     target, # the same shape

@@ -68,6 +68,7 @@ def arm_of(
     try: return Arm(name, **given)
     except InputError as e: raise InputError(f"arm {name!r}: {e}") from None
 
+# %% ../../nbs/study/arms.ipynb #ba3698fd
 def again(
     name:str,   # of the arm
     given:dict, # its fields, with `reuses`

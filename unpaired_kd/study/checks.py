@@ -67,6 +67,7 @@ def check_study(
     known = study.folder and check_data(study.folder, contents(config.images))
     if not known: check_images(study, seeds, net.stride)
 
+# %% ../../nbs/study/checks.ipynb #8477dd37
 def check_axes(
     config, # `StudyConfig`
 ):
@@ -176,6 +177,7 @@ class Rehearsal(School):
                              f"{teacher.strides}.")
         return teacher
 
+# %% ../../nbs/study/checks.ipynb #1c952848
 def check_arm(
     study:Study, # the study
     arm:Arm,     # one of its arms

@@ -46,6 +46,7 @@ def known_study(
                              "folder.")
     return known
 
+# %% ../../nbs/study/folder.ipynb #bd054ec7
 def _on_record(folder, mine)->dict:
     "config.json, or the beginning of one."
     path = Path(folder)/"config.json"
@@ -90,6 +91,7 @@ def plain(
     "Data as JSON gives them back."
     return json.loads(json.dumps(data))
 
+# %% ../../nbs/study/folder.ipynb #4fc617a3
 def check_outside(
     study:Study, # the study, with a folder
 ):
@@ -159,6 +161,7 @@ def pretrain_tasks(
     names = dict.fromkeys(pretrained_name(study, arm) for arm in study.config.arms if not arm.reuses)
     return [PretrainTask(n, s) for s in seeds for n in names if n]
 
+# %% ../../nbs/study/folder.ipynb #52756b9e
 def collect(
     folder,     # run folder
     tasks:list, # of finished `Task`s

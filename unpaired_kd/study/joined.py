@@ -61,6 +61,7 @@ def settings_of(
     if not isinstance(record, dict): return None
     return {k: v for k, v in record.items() if k not in LEFT_OUT}
 
+# %% ../../nbs/study/joined.ipynb #cda90b49
 def settings_in_study(
     folder,  # run folder of a study
     arm:str, # one of its arms
@@ -110,6 +111,7 @@ def by_case(
         mine[key] = r
     return arms
 
+# %% ../../nbs/study/joined.ipynb #038a9fe7
 def case_of(
     row:dict, # of scores
 )->tuple: # (seed, collection, case)
@@ -188,6 +190,7 @@ def missing(
         if seeds: out.append(f"{folder}: arm {arm!r} has no scores of seed {seeds} yet.")
     return out + lost_cases(folder, rows)
 
+# %% ../../nbs/study/joined.ipynb #09492f73
 def lost_cases(
     folder,    # run folder of a study
     rows:list, # its rows

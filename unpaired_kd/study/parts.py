@@ -94,6 +94,7 @@ def paths_of(
     sources = [p for case in c.cases for p in (case.image, case.label)]
     return {Path(p) for p in sources if isinstance(p, (str, Path))}
 
+# %% ../../nbs/study/parts.ipynb #3936e340
 def contents(
     images:ImagesConfig, # which images
 )->dict: # file, or "patient of MODALITY ID" -> checksum
@@ -255,6 +256,7 @@ def split_data(
     return Data(t.subset(taught), t.subset(sides["teacher"]["test"]), s.subset(parts["labelled"]),
                 s.subset(parts["scored"]), s.subset(parts["validation"]), rest)
 
+# %% ../../nbs/study/parts.ipynb #734e0e0c
 def _ids(images, split, seed, folder):
     "Ids of both sides ({train, test}), and of the student's four parts."
     t, s = open_both(images)
@@ -295,6 +297,7 @@ def check_parts(
                      "need other images than those on record (score_on='validation' with an arm that "
                      "learns without labels). Restore the file, or choose another run folder.")
 
+# %% ../../nbs/study/parts.ipynb #ac6e4299
 def keep_splits(
     folder,              # run folder
     images:ImagesConfig, # which images

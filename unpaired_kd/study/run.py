@@ -146,6 +146,7 @@ def check_threads(
                          "trainings in one process disturb each other's random states. Start "
                          "workers with --nthreads 1, one a core.")
 
+# %% ../../nbs/study/run.ipynb #72b91896
 def on_cluster(
     tasks:list,    # of `Task`
     study:Study,   # the study
@@ -196,6 +197,7 @@ def arm_tasks(
     "Every arm with every seed."
     return [ArmTask(a.name, s) for s in seeds for a in arms]
 
+# %% ../../nbs/study/run.ipynb #ae0b053d
 class Advance:
     "Moves one bar for all trainings."
     def __init__(self,

@@ -84,6 +84,7 @@ def pretrained(self:School,
     else: method.begin(method.stages()[0], lambda i: self.unlabelled().batch(10**9 + i))
     return method.student.eval().requires_grad_(False)
 
+# %% ../../nbs/study/school.ipynb #2ce35177
 @patch
 def unlabelled(self:School)->Unpaired:
     "Batches of the student's images without labels."

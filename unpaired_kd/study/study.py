@@ -85,6 +85,7 @@ def teacher_network(self:Study,
     "A network of the teacher's architecture."
     return self.network(self.config.teacher.network(self.config.student), seed, stream)
 
+# %% ../../nbs/study/study.ipynb #53dd8b15
 @patch
 def patches(self:Study,
     collection,            # images of one modality

@@ -67,6 +67,7 @@ class ArmTask(Task):
         "The arm, and the weights of all that it learned from."
         return dict(arm=study.arm(self.name).record(), lessons=lessons(study, self))
 
+# %% ../../nbs/study/tasks.ipynb #bbab6a4c
 def needs_expert(
     arm:Arm, # an arm
 )->bool: # whether a teacher of the other modality must have been trained
@@ -110,6 +111,7 @@ def learner(self:ArmTask, study:Study, device:str, tell:Callable)->Learner:
                    seed=self.seed, settings=study.settings(self.length(study), device),
                    weights=arm.weights, valid=valid, identity=identity, tell=tell)
 
+# %% ../../nbs/study/tasks.ipynb #b7dd9123
 @patch
 def student(self:ArmTask, study:Study, learner:Learner)->Student:
     "The student of the epoch that validation chose, else of the last one."

@@ -136,6 +136,7 @@ class PretrainTask(Task):
         net = learner.method.student.eval()
         return Student(net, replace(recipe, patch=study.config.patches.patch))
 
+# %% ../../nbs/study/trainings.ipynb #7c691bc7
 def pretraining(
     study:Study,       # the study
     arm:Arm,           # an arm whose teacher is trained before

@@ -254,6 +254,7 @@ def _close_epoch(self:Learner, stage, means):
     self._remember_best(row)
     return self._stage_over(stage, row)
 
+# %% ../../nbs/training/learner.ipynb #32b2494d
 @patch
 def _stage_over(self:Learner, stage, row):
     "Whether the stage is over, by its rule or its cap; the row of the history then says by which."
@@ -311,6 +312,7 @@ def _fit(self:Learner):
         if due or self.position["finished"]: self._save()
     bar.close()
 
+# %% ../../nbs/training/learner.ipynb #ce9c8350
 @patch
 def _begin(self:Learner, stage):
     "What comes before the first epoch of a stage."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_both', 'check_alike', 'warn_of_near_groups', 'traces', 'paths_of', 'contents', 'keep_data', 'share', 'divide',
-           'bare_groups', 'draw_labelled', 'without_groups', 'draw_scored', 'first_groups', 'taught_ids', 'Data',
-           'split_data', 'split_path', 'check_parts', 'keep_splits', 'without_label_groups']
+           'bare_groups', 'whole_groups', 'draw_labelled', 'without_groups', 'draw_scored', 'first_groups',
+           'taught_ids', 'Data', 'split_data', 'split_path', 'check_parts', 'keep_splits', 'without_label_groups']
 
 # %% ../../nbs/study/parts.ipynb #78106b93
 import json, warnings
@@ -154,6 +154,13 @@ def bare_groups(
     "Groups with an image that has no label."
     return {case.group for case in c.cases if case.label is None}
 
+def whole_groups(
+    c:Collection, # the student's
+)->Collection: # the groups that have all their labels
+    "Who can be learned from with labels, and tested on."
+    bare = bare_groups(c)
+    return c.subset([case.id for case in c.cases if case.group not in bare]) if bare else c
+
 def draw_labelled(
     c:Collection,      # the student's
     training:list,     # ids of its training groups, all with labels
@@ -260,11 +267,10 @@ def split_data(
 def _ids(images, split, seed, folder):
     "Ids of both sides ({train, test}), and of the student's four parts."
     t, s = open_both(images)
-    bare = bare_groups(s)
-    if bare == set(s.groups):
+    bare, told = bare_groups(s), whole_groups(s)
+    if not len(told):
         raise InputError(f"{images.data}: no group of {images.student!r} has all its labels. A "
                          "study needs some to learn from and some to test on.")
-    told = s.subset([c.id for c in s.cases if c.group not in bare]) if bare else s
     sides = {"teacher": divide(t, split.teacher_test, 0, "teacher_test", split_path(folder, "teacher-0")),
              "student": divide(told, split.test, seed, "test", split_path(folder, f"student-{seed}"))}
     labelled, valid, rest = draw_labelled(s, sides["student"]["train"], split, seed)
@@ -309,9 +315,7 @@ def keep_splits(
     keep_data(folder, images)
     sides, parts = _ids(images, split, seed, folder)
     check_parts(folder, s, seed, parts)
-    bare = bare_groups(s)
-    told = s.subset([c.id for c in s.cases if c.group not in bare]) if bare else s
-    made = {f"student-{seed}": Split(sides["student"], told.fingerprint()),
+    made = {f"student-{seed}": Split(sides["student"], whole_groups(s).fingerprint()),
             f"student-{seed}-parts": Split(parts, s.fingerprint())}
     if split.teacher_test: made["teacher-0"] = Split(sides["teacher"], t.fingerprint())
     for name, one in made.items():

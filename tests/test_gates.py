@@ -1,5 +1,9 @@
 """The gates can fail: each is shown a small fault and must name it."""
-import ast, json, subprocess, sys
+
+import ast
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,69 +12,126 @@ ROOT = Path(__file__).resolve().parents[1]
 GATES = ROOT / "tests" / "gates"
 sys.path.insert(0, str(GATES))
 NAMES = ("pages", "config", "readme", "sources", "house", "measures", "names", "stored")
-pages, config, readme, sources, house, measures, names, stored = (pytest.importorskip(n) for n in NAMES)
+pages, config, readme, sources, house, measures, names, stored = (
+    pytest.importorskip(n) for n in NAMES
+)
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-def md(text): return dict(cell_type="markdown", source=text, metadata={})
-def code(text, *outputs): return dict(cell_type="code", source=text, metadata={}, outputs=list(outputs), execution_count=None)
-def picture(): return dict(output_type="display_data", metadata={}, data={"image/png": PNG})
+def md(text):
+    return dict(cell_type="markdown", source=text, metadata={})
+
+
+def code(text, *outputs):
+    return dict(
+        cell_type="code", source=text, metadata={}, outputs=list(outputs), execution_count=None
+    )
+
+
+def picture():
+    return dict(output_type="display_data", metadata={}, data={"image/png": PNG})
 
 
 def rendered(tmp_path, *cells):
     "What the page gate says about a notebook of these cells."
     import pypandoc
+
     (tmp_path / "nbs").mkdir(exist_ok=True)
     (tmp_path / "nbs/references.bib").write_text("@book{known, title={T}, author={A}, year={2000}}")
     page = tmp_path / "_proc" / "page.ipynb"
     page.parent.mkdir(exist_ok=True)
     page.write_text(json.dumps(dict(cells=list(cells), metadata={}, nbformat=4, nbformat_minor=5)))
     links, complaints = pages.render(page, tmp_path, pypandoc.get_pandoc_path())
-    return complaints + list(pages.broken(Path("page.ipynb"), links, {Path("page.ipynb"): links}, tmp_path, "https://site"))
+    return complaints + list(
+        pages.broken(
+            Path("page.ipynb"), links, {Path("page.ipynb"): links}, tmp_path, "https://site"
+        )
+    )
 
 
 FIGURE = '#| label: fig-a\n#| fig-cap: "C"\n#| fig-alt: "A"\nplot()'
 
 
 def test_a_good_page_passes(tmp_path):
-    assert rendered(tmp_path, md("# T\n\nSee @fig-a, $x^2$, @eq-b, [@known] and `@fig-not`. [up](#t)\n\n$$y$$ {#eq-b}\n\n```\n@fig-code\n```"), code(FIGURE, picture())) == []
+    assert (
+        rendered(
+            tmp_path,
+            md(
+                "# T\n\nSee @fig-a, $x^2$, @eq-b, [@known] and `@fig-not`. [up](#t)\n\n$$y$$ {#eq-b}\n\n```\n@fig-code\n```"
+            ),
+            code(FIGURE, picture()),
+        )
+        == []
+    )
     html = (tmp_path / "_proc/page.html").read_text()
-    assert '<a href="#fig-a">Figure 1</a>' in html and 'id="fig-a"' in html and 'id="eq-b"' in html and "<figcaption" in html and "<math" in html and "@fig-not" in html and "@fig-code" in html
+    assert (
+        '<a href="#fig-a">Figure 1</a>' in html
+        and 'id="fig-a"' in html
+        and 'id="eq-b"' in html
+        and "<figcaption" in html
+        and "<math" in html
+        and "@fig-not" in html
+        and "@fig-code" in html
+    )
 
 
-@pytest.mark.parametrize("cells, said", [
-    ([md("see @fig-b"), code(FIGURE, picture())], "@fig-b has no target"),
-    ([code(FIGURE.replace('#| fig-alt: "A"\n', ""), picture())], "without `#| fig-alt`"),
-    ([code(FIGURE, picture(), picture())], "2 pictures"),
-    ([code(FIGURE, picture()), code(FIGURE, picture())], "fig-a stands twice"),
-    ([md("[@unknown]")], "unknown"),
-    ([md("$\\notamacro{x$")], "pandoc"),
-    ([md("[a](other.ipynb)")], "other.ipynb: no such file"),
-    ([md("[a](#nowhere)")], "no such heading"),
-    ([md("[a](../../secret.md)")], "leaves the site"),
-    ([md("[a](https://site/data/images.html)")], "no such page"),
-    ([md("![a](gone.png)")], "gone.png")])
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        ([md("see @fig-b"), code(FIGURE, picture())], "@fig-b has no target"),
+        ([code(FIGURE.replace('#| fig-alt: "A"\n', ""), picture())], "without `#| fig-alt`"),
+        ([code(FIGURE, picture(), picture())], "2 pictures"),
+        ([code(FIGURE, picture()), code(FIGURE, picture())], "fig-a stands twice"),
+        ([md("[@unknown]")], "unknown"),
+        ([md("$\\notamacro{x$")], "pandoc"),
+        ([md("[a](other.ipynb)")], "other.ipynb: no such file"),
+        ([md("[a](#nowhere)")], "no such heading"),
+        ([md("[a](../../secret.md)")], "leaves the site"),
+        ([md("[a](https://site/data/images.html)")], "no such page"),
+        ([md("![a](gone.png)")], "gone.png"),
+    ],
+)
 def test_faults_of_a_page_are_named(tmp_path, cells, said):
     assert any(said in c for c in rendered(tmp_path, *cells))
 
 
 def test_the_sidebar_counts(tmp_path):
     (tmp_path / "nbs").mkdir()
-    for n in "abc": (tmp_path / f"nbs/{n}.ipynb").write_text("{}")
-    (tmp_path / "nbs/sidebar.yml").write_text("website: {sidebar: {contents: [a.ipynb, {section: S, contents: [b.ipynb, a.ipynb, d.ipynb]}]}}")
-    assert config.sidebar(tmp_path) == ["sidebar.yml names a.ipynb 2 times", "sidebar.yml leaves out c.ipynb", "sidebar.yml names d.ipynb, which is not there"]
+    for n in "abc":
+        (tmp_path / f"nbs/{n}.ipynb").write_text("{}")
+    (tmp_path / "nbs/sidebar.yml").write_text(
+        "website: {sidebar: {contents: [a.ipynb, {section: S, contents: [b.ipynb, a.ipynb, d.ipynb]}]}}"
+    )
+    assert config.sidebar(tmp_path) == [
+        "sidebar.yml names a.ipynb 2 times",
+        "sidebar.yml leaves out c.ipynb",
+        "sidebar.yml names d.ipynb, which is not there",
+    ]
 
 
 def test_pins(tmp_path):
-    project = {"name": "p", "dependencies": ["numpy>=2", "torch", "scipy"],
-               "optional-dependencies": {"dev": ["pytest"]}}
-    said = config.pinned(project, ["# note", "numpy==1.26", "torch==2.13.0", "torch==2.12.0", "pytest @ file:///somewhere"])
-    assert [any(w in s for s in said) for w in ("numpy 1.26, outside", "'torch' twice", "pytest @", "does not pin scipy")] == [True] * 4
+    project = {
+        "name": "p",
+        "dependencies": ["numpy>=2", "torch", "scipy"],
+        "optional-dependencies": {"dev": ["pytest"]},
+    }
+    said = config.pinned(
+        project,
+        ["# note", "numpy==1.26", "torch==2.13.0", "torch==2.12.0", "pytest @ file:///somewhere"],
+    )
+    assert [
+        any(w in s for s in said)
+        for w in ("numpy 1.26, outside", "'torch' twice", "pytest @", "does not pin scipy")
+    ] == [True] * 4
 
 
 def test_extras_that_name_other_extras_are_opened():
-    extras = {"dev": ["p[run,tsne]", "pytest"], "run": ["papermill>=2"], "tsne": ["openTSNE"],
-              "log": ["tensorboard"]}
+    extras = {
+        "dev": ["p[run,tsne]", "pytest"],
+        "run": ["papermill>=2"],
+        "tsne": ["openTSNE"],
+        "log": ["tensorboard"],
+    }
     project = {"name": "p", "dependencies": [], "optional-dependencies": extras}
     found = [str(r) for r in config.opened(project, ["dev"])]
     assert found == ["papermill>=2", "openTSNE", "pytest"]
@@ -79,15 +140,19 @@ def test_extras_that_name_other_extras_are_opened():
 
 
 def test_what_nothing_imports_is_dead(tmp_path):
-    for folder in ("unpaired_kd", "tests", "nbs"): (tmp_path / folder).mkdir()
+    for folder in ("unpaired_kd", "tests", "nbs"):
+        (tmp_path / folder).mkdir()
     library = "import torch\ndef f():\n    from skimage import io\n    # import onnx some day"
     (tmp_path / "unpaired_kd/a.py").write_text(library)
     (tmp_path / "tests/test_a.py").write_text("g = pytest.importorskip('gudhi')")
     cells = [md("`import dask`"), code("from openTSNE import TSNE")]
     (tmp_path / "nbs/b.ipynb").write_text(json.dumps(dict(cells=cells)))
     extras = {"all": ["p[tsne]", "gudhi", "einops", "dask[array]", "onnx"], "tsne": ["openTSNE"]}
-    project = {"name": "p", "dependencies": ["torch", "scikit-image"],
-               "optional-dependencies": extras}
+    project = {
+        "name": "p",
+        "dependencies": ["torch", "scikit-image"],
+        "optional-dependencies": extras,
+    }
     said = config.used(project, tmp_path)
     assert said == [f"pyproject.toml declares {n}, which nothing imports" for n in ("dask", "onnx")]
 
@@ -109,52 +174,108 @@ def test_citation_and_addresses_follow_the_settings(tmp_path):
 
 def test_imports_are_declared(tmp_path):
     (tmp_path / "unpaired_kd").mkdir()
-    (tmp_path / "unpaired_kd/a.py").write_text("import os, torch\nimport monai\nfrom .b import c\nfrom skimage import io\ndef f():\n    import zarr\n    import nothing_known")
-    project = {"name": "p", "dependencies": ["torch", "monai"],
-               "optional-dependencies": {"volumes": ["zarr"]}}
+    (tmp_path / "unpaired_kd/a.py").write_text(
+        "import os, torch\nimport monai\nfrom .b import c\nfrom skimage import io\ndef f():\n    import zarr\n    import nothing_known"
+    )
+    project = {
+        "name": "p",
+        "dependencies": ["torch", "monai"],
+        "optional-dependencies": {"volumes": ["zarr"]},
+    }
     said = config.declared(project, tmp_path)
-    assert sorted(s.split(" imports ")[1].split(",")[0].split(" at once")[0] for s in said) == ["monai", "nothing_known", "skimage", "skimage"]
+    assert sorted(s.split(" imports ")[1].split(",")[0].split(" at once")[0] for s in said) == [
+        "monai",
+        "nothing_known",
+        "skimage",
+        "skimage",
+    ]
 
 
 def test_the_readme_is_the_index(tmp_path):
     (tmp_path / "nbs").mkdir()
-    cells = [md("# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n```\n[e](f)\n```"), code("#| echo: false\nprint(1)", dict(output_type="stream", name="stdout", text=["1\n"])), code("#| hide\n2")]
+    cells = [
+        md(
+            "# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n```\n[e](f)\n```"
+        ),
+        code("#| echo: false\nprint(1)", dict(output_type="stream", name="stdout", text=["1\n"])),
+        code("#| hide\n2"),
+    ]
     (tmp_path / "nbs/index.ipynb").write_text(json.dumps(dict(cells=cells)))
     site = "https://github.com/unpaired-kd/unpaired_kd/blob/main/nbs"
     raw = "https://raw.githubusercontent.com/unpaired-kd/unpaired_kd/main/nbs"
     assert readme.render(tmp_path).split("\n", 2)[2] == (
         f"# T\n\n[a]({site}/1_data/a.ipynb) [b](https://x.org) [c](#t) ![d]({raw}/images/d.png)\n"
-        "```\n[e](f)\n```\n\n```\n1\n```\n")
+        "```\n[e](f)\n```\n\n```\n1\n```\n"
+    )
 
 
 def test_differences_are_named():
-    said = sources.differences({"a.py": b"1\n2\n", "b.py": b""}, {"a.py": b"1\n3\n", "c.py": b""}, "mend it")
-    assert len(said) == 3 and "-2" in said[0] and "+3" in said[0] and "no notebook" in said[1] and "missing" in said[2]
+    said = sources.differences(
+        {"a.py": b"1\n2\n", "b.py": b""}, {"a.py": b"1\n3\n", "c.py": b""}, "mend it"
+    )
+    assert (
+        len(said) == 3
+        and "-2" in said[0]
+        and "+3" in said[0]
+        and "no notebook" in said[1]
+        and "missing" in said[2]
+    )
 
 
 # ---------------------------------------------------------------- stored text is fresh text
-def printed(*texts): return [dict(output_type="stream", name="stdout", text=[t]) for t in texts]
-def value(text, **more): return [dict(output_type="execute_result", metadata={}, execution_count=None, data={"text/plain": [text], **more})]
+def printed(*texts):
+    return [dict(output_type="stream", name="stdout", text=[t]) for t in texts]
 
 
-@pytest.mark.parametrize("old, new", [
-    (printed("Dice 0.81 after 12.3 s\n"), printed("Dice 0.81 ", "after 9 s\n")),
-    (printed("  65 ms|1.2e+05 voxels a second, 3,000 images/s"), printed(" 101 ms|9 voxels a second, 4 images/s")),
-    (printed("3.4 times as fast, 210.5 MB peak"), printed("12 times as fast, 99 MB peak")),
-    (value("<f at 0x7f0011aa22bb>"), value("<f at 0x7f00ffaa2200>")),
-    (value("Box()", **{"application/vnd.jupyter.widget-view+json": {"model_id": "a"}}), []),
-    ([picture()], [picture()]),
-    (printed("a") + [dict(output_type="stream", name="stderr", text=["100%"])], printed("a"))])
+def value(text, **more):
+    return [
+        dict(
+            output_type="execute_result",
+            metadata={},
+            execution_count=None,
+            data={"text/plain": [text], **more},
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (printed("Dice 0.81 after 12.3 s\n"), printed("Dice 0.81 ", "after 9 s\n")),
+        (
+            printed("  65 ms|1.2e+05 voxels a second, 3,000 images/s"),
+            printed(" 101 ms|9 voxels a second, 4 images/s"),
+        ),
+        (printed("3.4 times as fast, 210.5 MB peak"), printed("12 times as fast, 99 MB peak")),
+        (value("<f at 0x7f0011aa22bb>"), value("<f at 0x7f00ffaa2200>")),
+        (value("Box()", **{"application/vnd.jupyter.widget-view+json": {"model_id": "a"}}), []),
+        ([picture()], [picture()]),
+        (printed("a") + [dict(output_type="stream", name="stderr", text=["100%"])], printed("a")),
+    ],
+)
 def test_measured_text_may_differ(old, new):
     assert stored.difference(old, new) is stored.difference(new, old) is None
 
 
-@pytest.mark.parametrize("old, new, said", [
-    (printed("Dice 0.81 after 12 s"), printed("Dice 0.82 after 12 s"), "+Dice 0.82 after MEASURED"),
-    (printed("3 times, 4 stages, 5 MB"), printed("3 times, 4 stages, 6 MB"), "+3 times, 4 stages, 6 MB"),
-    (value("8 methods"), value("9 methods"), "-8 methods"),
-    (printed("a"), [], "-a"), ([], value("a"), "+a"),
-    ([picture()], [], "stores 1 pictures, draws 0")])
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (
+            printed("Dice 0.81 after 12 s"),
+            printed("Dice 0.82 after 12 s"),
+            "+Dice 0.82 after MEASURED",
+        ),
+        (
+            printed("3 times, 4 stages, 5 MB"),
+            printed("3 times, 4 stages, 6 MB"),
+            "+3 times, 4 stages, 6 MB",
+        ),
+        (value("8 methods"), value("9 methods"), "-8 methods"),
+        (printed("a"), [], "-a"),
+        ([], value("a"), "+a"),
+        ([picture()], [], "stores 1 pictures, draws 0"),
+    ],
+)
 def test_stale_text_is_named(old, new, said):
     assert said in stored.difference(old, new)
 
@@ -169,15 +290,38 @@ def run_cells(folder, *cells):
     page = folder / "page.ipynb"
     cells = [c | dict(id=f"{i:08x}") for i, c in enumerate(cells)]
     page.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
-    done = subprocess.run([sys.executable, "-c", f"import notebooks, pathlib; print(*notebooks.run_chapter(pathlib.Path({str(page)!r}), {{'slow'}}), sep='\\n')"],
-                          capture_output=True, text=True, cwd=GATES)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import notebooks, pathlib; print(*notebooks.run_chapter(pathlib.Path({str(page)!r}), {{'slow'}}), sep='\\n')",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=GATES,
+    )
     return done.stdout
 
 
 def test_a_chapter_runs_and_is_compared(tmp_path):
-    said = run_cells(tmp_path, md("# T\n\n> c"), code("x = 2; print(x); x;", *printed("2\n")), code("x + 1; # kept back"),
-                     code("#| measured\nprint(f'{x} ways')", *printed("7 ways\n")), code("#| slow\n1 / 0"), code("x", *value("3")), code("print(x)"))
-    assert "cell 5" in said and "-3" in said and "cell 6" in said and "+2" in said and said.count("stores") == 2 and said.endswith("]\n5\n")
+    said = run_cells(
+        tmp_path,
+        md("# T\n\n> c"),
+        code("x = 2; print(x); x;", *printed("2\n")),
+        code("x + 1; # kept back"),
+        code("#| measured\nprint(f'{x} ways')", *printed("7 ways\n")),
+        code("#| slow\n1 / 0"),
+        code("x", *value("3")),
+        code("print(x)"),
+    )
+    assert (
+        "cell 5" in said
+        and "-3" in said
+        and "cell 6" in said
+        and "+2" in said
+        and said.count("stores") == 2
+        and said.endswith("]\n5\n")
+    )
 
 
 def test_a_chapter_that_fails_is_named(tmp_path):
@@ -210,17 +354,35 @@ def tree(folder, files):
 
 
 def test_chapters_match_modules(tmp_path):
-    good = {"nbs/core.ipynb": "=", "nbs/data/sets/chest.ipynb": "=", "nbs/index.ipynb": "",
-            "nbs/results/lotus.ipynb": "", "unpaired_kd/core.py": "", "unpaired_kd/__init__.py": "",
-            "unpaired_kd/data/__init__.py": "", "unpaired_kd/data/sets/chest.py": ""}
+    good = {
+        "nbs/core.ipynb": "=",
+        "nbs/data/sets/chest.ipynb": "=",
+        "nbs/index.ipynb": "",
+        "nbs/results/lotus.ipynb": "",
+        "unpaired_kd/core.py": "",
+        "unpaired_kd/__init__.py": "",
+        "unpaired_kd/data/__init__.py": "",
+        "unpaired_kd/data/sets/chest.py": "",
+    }
     assert list(house.chapters_match(tree(tmp_path, good))) == []
-    tree(tmp_path, {"nbs/data/a.ipynb": "data.b", "nbs/data/free.ipynb": "", "unpaired_kd/loose.py": "",
-                    "nbs/results/own.ipynb": "=", "unpaired_kd/data/orphan.py": ""})
+    tree(
+        tmp_path,
+        {
+            "nbs/data/a.ipynb": "data.b",
+            "nbs/data/free.ipynb": "",
+            "unpaired_kd/loose.py": "",
+            "nbs/results/own.ipynb": "=",
+            "unpaired_kd/data/orphan.py": "",
+        },
+    )
     said = "\n".join(house.chapters_match(tmp_path))
-    for fault in ("nbs/data/a.ipynb exports data.b: its place says data.a",
-                  "nbs/data/free.ipynb exports no module: write `#| default_exp data.free`",
-                  "nbs/results/own.ipynb exports results.own", "unpaired_kd/loose.py lies loose",
-                  "unpaired_kd/data/orphan.py has no chapter nbs/data/orphan.ipynb"):
+    for fault in (
+        "nbs/data/a.ipynb exports data.b: its place says data.a",
+        "nbs/data/free.ipynb exports no module: write `#| default_exp data.free`",
+        "nbs/results/own.ipynb exports results.own",
+        "unpaired_kd/loose.py lies loose",
+        "unpaired_kd/data/orphan.py has no chapter nbs/data/orphan.ipynb",
+    ):
         assert fault in said
 
 
@@ -229,88 +391,188 @@ def tied(folder, files):
     found = sorted(set(house.ties(tree(folder, {f"unpaired_kd/{k}": v for k, v in files.items()}))))
     near = [t[:2] for t in found if not house.is_entry(t)]
     rooms = house.graph_of((house.folder_of(a), house.folder_of(b)) for a, b, *_ in found)
-    return [*house.upward(found, FLOORS), *house.circles(house.graph_of(near)), *house.circles(rooms)]
+    return [
+        *house.upward(found, FLOORS),
+        *house.circles(house.graph_of(near)),
+        *house.circles(rooms),
+    ]
 
 
 def test_floors_and_circles_pass(tmp_path):
-    assert tied(tmp_path, {
-        "core.py": "import os", "data/__init__.py": "", "data/a.py": "from ..core import x\nimport unpaired_kd",
-        "data/sets/b.py": "from ..a import y\nfrom ...metrics import dice", "metrics/dice.py": "from .. import core",
-        "networks/table.py": 'MODULES = ["unpaired_kd.networks.unet"]', "networks/unet.py": "from .table import T",
-        "inference/student.py": 'PACKED = {"net": "unpaired_kd.networks.unet:Net"}\nfrom ..data import a',
-        "inference/volumes.py": "from .student import S",
-        "study/run.py": "def f():\n    from unpaired_kd.training import learner", "training/learner.py": ""}) == []
+    assert (
+        tied(
+            tmp_path,
+            {
+                "core.py": "import os",
+                "data/__init__.py": "",
+                "data/a.py": "from ..core import x\nimport unpaired_kd",
+                "data/sets/b.py": "from ..a import y\nfrom ...metrics import dice",
+                "metrics/dice.py": "from .. import core",
+                "networks/table.py": 'MODULES = ["unpaired_kd.networks.unet"]',
+                "networks/unet.py": "from .table import T",
+                "inference/student.py": 'PACKED = {"net": "unpaired_kd.networks.unet:Net"}\nfrom ..data import a',
+                "inference/volumes.py": "from .student import S",
+                "study/run.py": "def f():\n    from unpaired_kd.training import learner",
+                "training/learner.py": "",
+            },
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize("files, said", [
-    ({"data/a.py": "\nfrom ..networks.unet import U", "networks/unet.py": ""}, "data.a, line 2, imports networks.unet"),
-    ({"data/a.py": "def f():\n    import unpaired_kd.study.run as r", "study/run.py": ""}, "imports study.run"),
-    ({"networks/t.py": 'M = "unpaired_kd.training.learner:Learner"', "training/learner.py": ""}, "names training.learner"),
-    ({"inference/s.py": "from ..networks import unet", "networks/unet.py": ""}, "no higher than floor 1"),
-    ({"attic/a.py": "from ..core import x", "core.py": ""}, "gives attic/ no floor"),
-    ({"data/a.py": "from . import b", "data/b.py": "def f():\n    from .a import x"}, "data.a -> data.b -> data.a"),
-    ({"data/a.py": "from ..metrics import m", "metrics/m.py": "", "metrics/n.py": "from ..data.b import x", "data/b.py": ""},
-     "data -> metrics -> data")])
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        (
+            {"data/a.py": "\nfrom ..networks.unet import U", "networks/unet.py": ""},
+            "data.a, line 2, imports networks.unet",
+        ),
+        (
+            {"data/a.py": "def f():\n    import unpaired_kd.study.run as r", "study/run.py": ""},
+            "imports study.run",
+        ),
+        (
+            {
+                "networks/t.py": 'M = "unpaired_kd.training.learner:Learner"',
+                "training/learner.py": "",
+            },
+            "names training.learner",
+        ),
+        (
+            {"inference/s.py": "from ..networks import unet", "networks/unet.py": ""},
+            "no higher than floor 1",
+        ),
+        ({"attic/a.py": "from ..core import x", "core.py": ""}, "gives attic/ no floor"),
+        (
+            {"data/a.py": "from . import b", "data/b.py": "def f():\n    from .a import x"},
+            "data.a -> data.b -> data.a",
+        ),
+        (
+            {
+                "data/a.py": "from ..metrics import m",
+                "metrics/m.py": "",
+                "metrics/n.py": "from ..data.b import x",
+                "data/b.py": "",
+            },
+            "data -> metrics -> data",
+        ),
+    ],
+)
 def test_faults_of_the_house_are_named(tmp_path, files, said):
     assert any(said in c for c in tied(tmp_path, files))
 
 
 def test_circles_are_named():
-    assert list(house.circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"e", "a"}, "e": {"c"}})) == ["a -> b -> a", "c -> d -> e -> c"]
+    assert list(
+        house.circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"e", "a"}, "e": {"c"}})
+    ) == ["a -> b -> a", "c -> d -> e -> c"]
     assert list(house.circles({"a": {"b", "c"}, "b": {"c"}})) == []
 
 
 def test_the_floors_are_read_from_the_guide():
     floor, highest = house.floors((ROOT / "CONTRIBUTING.md").read_text())
-    assert floor["core"] == 0 and floor["data"] == 1 and floor["study"] == floor["analysis"] and floor["command"] == 7
+    assert (
+        floor["core"] == 0
+        and floor["data"] == 1
+        and floor["study"] == floor["analysis"]
+        and floor["command"] == 7
+    )
     assert (highest["inference"], floor["inference"]) == (2, 4)
 
 
-@pytest.mark.parametrize("text, ways", [
-    ("def f(): pass", 1),
-    ("def f(a):\n    if a: return 1\n    elif a > 2: return 2\n    else: return 3", 3), # two questions
-    ("def f(a, b, c): return a and b or c", 3), # one `and`, one `or`
-    ("def f(a, b, c): return a and b and c", 3), # two `and`s
-    ("def f(a): return 1 if a else 2 if a is None else 3", 3),
-    ("def f(xs): return [x for x in xs if x if x > 1]", 4), # a loop and two questions
-    ("def f(xs):\n    for x in xs:\n        while x: x -= 1\n    else: pass", 3),
-    ("def f():\n    try: g()\n    except A: pass\n    except B: pass\n    finally: h()", 3),
-    ("def f(a):\n    def g(b):\n        if b: return a\n    return g", 2), # what is defined inside counts
-    ("def f(a):\n    match a:\n        case 1: return 2\n        case [x]: return x\n        case _: return 3", 3),
-    ("def f(a):\n    assert a\n    with a as b: return (lambda x: x or b)(a)", 3)])
+@pytest.mark.parametrize(
+    "text, ways",
+    [
+        ("def f(): pass", 1),
+        (
+            "def f(a):\n    if a: return 1\n    elif a > 2: return 2\n    else: return 3",
+            3,
+        ),  # two questions
+        ("def f(a, b, c): return a and b or c", 3),  # one `and`, one `or`
+        ("def f(a, b, c): return a and b and c", 3),  # two `and`s
+        ("def f(a): return 1 if a else 2 if a is None else 3", 3),
+        ("def f(xs): return [x for x in xs if x if x > 1]", 4),  # a loop and two questions
+        ("def f(xs):\n    for x in xs:\n        while x: x -= 1\n    else: pass", 3),
+        ("def f():\n    try: g()\n    except A: pass\n    except B: pass\n    finally: h()", 3),
+        (
+            "def f(a):\n    def g(b):\n        if b: return a\n    return g",
+            2,
+        ),  # what is defined inside counts
+        (
+            "def f(a):\n    match a:\n        case 1: return 2\n        case [x]: return x\n        case _: return 3",
+            3,
+        ),
+        ("def f(a):\n    assert a\n    with a as b: return (lambda x: x or b)(a)", 3),
+    ],
+)
 def test_complexity_counted_by_hand(text, ways):
     assert measures.complexity(ast.parse(text).body[0]) == ways
 
 
 def test_methods_are_measured_too():
-    found = dict(measures.functions(ast.parse("class A:\n    def f(self): return 1\n    class B:\n        def g(self): pass\ndef h(): pass")))
+    found = dict(
+        measures.functions(
+            ast.parse(
+                "class A:\n    def f(self): return 1\n    class B:\n        def g(self): pass\ndef h(): pass"
+            )
+        )
+    )
     assert list(found) == ["A.f", "A.B.g", "h"]
 
 
 def test_long_modules_and_tangled_functions_are_named(tmp_path):
-    tree(tmp_path, {"unpaired_kd/study/run.py": "x = 1\n" * 3 + "def f(a, b):\n    return a or b", "unpaired_kd/data/a.py": "x = 1\n" * 9})
+    tree(
+        tmp_path,
+        {
+            "unpaired_kd/study/run.py": "x = 1\n" * 3 + "def f(a, b):\n    return a or b",
+            "unpaired_kd/data/a.py": "x = 1\n" * 9,
+        },
+    )
     assert list(house.too_much(tmp_path, {"study": (5, 2)})) == []
     long, tangled = house.too_much(tmp_path, {"study": (4, 1)})
-    assert "run.py has 5 lines, at most 4" in long and "run.py: f has complexity 2, at most 1" in tangled
+    assert (
+        "run.py has 5 lines, at most 4" in long
+        and "run.py: f has complexity 2, at most 1" in tangled
+    )
 
 
 # ---------------------------------------------------------------- names without a use
 def test_names_without_a_use_are_named(tmp_path):
     pytest.importorskip("ruff")
     project = (ROOT / "pyproject.toml").read_text()
-    good = "from os import path\n\n\ndef f(x):\n    return path.join(x)\n\n\ndef f(x):\n    return x\n"
-    tree(tmp_path, {"pyproject.toml": project, "unpaired_kd/a.py": good, "tests/test_a.py": "x = 1\n", "unpaired_kd/_modidx.py": "import os"})
+    good = (
+        "from os import path\n\n\ndef f(x):\n    return path.join(x)\n\n\ndef f(x):\n    return x\n"
+    )
+    tree(
+        tmp_path,
+        {
+            "pyproject.toml": project,
+            "unpaired_kd/a.py": good,
+            "tests/test_a.py": "x = 1\n",
+            "unpaired_kd/_modidx.py": "import os",
+        },
+    )
     assert names.ruff(tmp_path) == []
     tree(tmp_path, {"tests/test_a.py": "import os\n\n\ndef f():\n    x = 1\n    return y\n"})
     said = names.ruff(tmp_path)
-    assert len(said) == 3 and all(f"tests/test_a.py:{at}" in " ".join(said) for at in ("1:8: F401", "5:5: F841", "6:12: F821"))
+    assert len(said) == 3 and all(
+        f"tests/test_a.py:{at}" in " ".join(said) for at in ("1:8: F401", "5:5: F841", "6:12: F821")
+    )
 
 
 def test_private_names_that_nobody_calls_are_named(tmp_path):
-    tree(tmp_path, {"unpaired_kd/a.py": "class A:\n    def _used(self): return self._idle_too\n    def __len__(self): return 1\ndef _idle(): pass",
-                    "unpaired_kd/b.py": "from .a import A\nA()._used()\ndef _own(): return 1\nX = _own\nclass _Gone: pass",
-                    "unpaired_kd/_modidx.py": "_idle"})
-    assert [s.split(": ")[1] for s in names.idle(tmp_path)] == ["_idle is never used", "_Gone is never used"]
+    tree(
+        tmp_path,
+        {
+            "unpaired_kd/a.py": "class A:\n    def _used(self): return self._idle_too\n    def __len__(self): return 1\ndef _idle(): pass",
+            "unpaired_kd/b.py": "from .a import A\nA()._used()\ndef _own(): return 1\nX = _own\nclass _Gone: pass",
+            "unpaired_kd/_modidx.py": "_idle",
+        },
+    )
+    assert [s.split(": ")[1] for s in names.idle(tmp_path)] == [
+        "_idle is never used",
+        "_Gone is never used",
+    ]
 
 
 def test_ruff_that_does_not_run_is_a_complaint(tmp_path):

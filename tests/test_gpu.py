@@ -1,4 +1,5 @@
 """`make gpu`, small, on the CPU; and on a device: the CPU's losses, label maps and resumed runs."""
+
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ import timed
 import work
 from cases import PLAIN, Blocks, case_of, cases, methods, network, train_case
 from timed import OutOfTime, Plan, learner_of
+
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.inference.volumes import predict_volume
 from unpaired_kd.methods.single import Single
@@ -33,6 +35,7 @@ DEVICE = "cuda"
 def main_program():
     "The module of `tests/gpu/__main__.py`."
     from importlib.util import module_from_spec, spec_from_file_location
+
     spec = spec_from_file_location("gpu_main", GPU / "__main__.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,11 +44,18 @@ def main_program():
 
 def called(*arguments, **environment):
     "Run the program."
-    return subprocess.run([sys.executable, str(GPU), *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, **environment}, timeout=900)
+    return subprocess.run(
+        [sys.executable, str(GPU), *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=900,
+    )
 
 
 # ---------------------------------------------------------------- the whole program, small
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -64,7 +74,8 @@ def test_the_record_says_where_and_what(small):
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"date", "commit", "changed", "seconds", "budget_seconds"} <= found.keys()
     assert {"name", "driver", "count", "capability", "memory_mb"} <= found["device"].keys()
-    for step in found["steps"]: assert step.keys() == {*work.FIELDS, "difference"}
+    for step in found["steps"]:
+        assert step.keys() == {*work.FIELDS, "difference"}
 
 
 @pytest.mark.slow
@@ -93,15 +104,16 @@ def test_every_method_is_there_in_both_precisions_and_with_all_its_stages(small)
 def test_bf16_begins_where_fp32_does(small):
     _, found = small
     away = [s["difference"] for s in found["steps"] if s["precision"] == "bf16" and s["fresh"]]
-    assert len(away) == len(cases(True)) and max(away) < .05
-    assert sum(away) > 0 # it was another number format
+    assert len(away) == len(cases(True)) and max(away) < 0.05
+    assert sum(away) > 0  # it was another number format
 
 
 @pytest.mark.slow
 def test_speed_and_label_maps_and_processes_are_there(small):
     _, found = small
     rows = {s["name"]: s for s in found["steps"]}
-    for name in ("variation map", "steps"): assert rows[name]["detail"]["ratio"] > 0
+    for name in ("variation map", "steps"):
+        assert rows[name]["detail"]["ratio"] > 0
     assert rows["sliding inference"]["detail"]["voxels_per_second"] > 0
     assert rows["prediction"]["detail"]["equal_fp32"] == 1
     assert rows["two processes"]["seconds_per_step"] > 0
@@ -111,7 +123,8 @@ def test_speed_and_label_maps_and_processes_are_there(small):
 @pytest.mark.slow
 def test_the_table_has_a_line_for_each_row(small):
     done, found = small
-    for s in found["steps"]: assert any(l.startswith(s["name"]) for l in done.stdout.splitlines())
+    for s in found["steps"]:
+        assert any(l.startswith(s["name"]) for l in done.stdout.splitlines())
     assert f"{len(found['steps'])} rows, 0 failed" in done.stdout
 
 
@@ -137,12 +150,15 @@ def test_full_sizes_are_those_that_were_promised():
 
 # ---------------------------------------------------------------- what goes wrong
 
+
 def test_a_missing_package_is_one_line(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent("""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
         import importlib.util as u
         find = u.find_spec
         u.find_spec = lambda name, *a: None if name == "accelerate" else find(name, *a)
-        """))
+        """)
+    )
     done = called("--small", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "missing here: accelerate." in done.stderr and "CONTRIBUTING.md" in done.stderr
@@ -167,13 +183,17 @@ def test_carried_packages_are_found(tmp_path, monkeypatch):
 
 def test_carried_wheels_are_installed_without_a_network(tmp_path):
     import zipfile
-    name, record = "carried_wheel-1.0", "carried_wheel-1.0.dist-info"
+
+    name = "carried_wheel-1.0"
+    record = "carried_wheel-1.0.dist-info"
     with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as z:
         z.writestr("carried_wheel.py", "x = 1")
-        z.writestr(f"{record}/METADATA",
-                   "Metadata-Version: 2.1\nName: carried-wheel\nVersion: 1.0\n")
-        z.writestr(f"{record}/WHEEL",
-                   "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            f"{record}/METADATA", "Metadata-Version: 2.1\nName: carried-wheel\nVersion: 1.0\n"
+        )
+        z.writestr(
+            f"{record}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         z.writestr(f"{record}/RECORD", "")
     folder = machine.unpacked(tmp_path, tmp_path / "site")
     assert (folder / "carried_wheel.py").read_text() == "x = 1"
@@ -182,23 +202,42 @@ def test_carried_wheels_are_installed_without_a_network(tmp_path):
         machine.unpacked(tmp_path, tmp_path / "other")
 
 
-def fails(say, *more): raise ValueError("first line\nsecond line")
-def imports(say, *more): raise ModuleNotFoundError("No module", name="monai")
-def late(say, *more): raise OutOfTime
-def spoilt(say, *more): raise RuntimeError("CUDA error: an illegal memory access")
-def silent(say, *more): pass
+def fails(say, *more):
+    raise ValueError("first line\nsecond line")
+
+
+def imports(say, *more):
+    raise ModuleNotFoundError("No module", name="monai")
+
+
+def late(say, *more):
+    raise OutOfTime
+
+
+def spoilt(say, *more):
+    raise RuntimeError("CUDA error: an illegal memory access")
+
+
+def silent(say, *more):
+    pass
+
+
 def half(say, *more):
     say(status="ok", stage="first")
     raise ValueError("then this")
 
 
-@pytest.mark.parametrize("run, status, error, fine", [
-    (fails, ["failed"], "ValueError: first line", True),
-    (imports, ["left out"], "needs monai", True),
-    (late, ["left out"], "its time was over", True),
-    (spoilt, ["failed"], "CUDA error", False),
-    (silent, ["failed"], "said nothing", True),
-    (half, ["ok", "failed"], "then this", True)])
+@pytest.mark.parametrize(
+    "run, status, error, fine",
+    [
+        (fails, ["failed"], "ValueError: first line", True),
+        (imports, ["left out"], "needs monai", True),
+        (late, ["left out"], "its time was over", True),
+        (spoilt, ["failed"], "CUDA error", False),
+        (silent, ["failed"], "said nothing", True),
+        (half, ["ok", "failed"], "then this", True),
+    ],
+)
 def test_whatever_a_step_does_becomes_a_record(run, status, error, fine):
     heard = []
     step = work.Step("one", "speed", run, dict(precision="bf16"))
@@ -228,14 +267,19 @@ DIES = textwrap.dedent("""
     """)
 
 
-@pytest.mark.parametrize("seconds, statuses", [
-    (0, ["ok", "failed", "ok", "ok"]), (60, ["ok", "failed", "left out", "left out"])])
+@pytest.mark.parametrize(
+    "seconds, statuses",
+    [(0, ["ok", "failed", "ok", "ok"]), (60, ["ok", "failed", "left out", "left out"])],
+)
 def test_a_process_that_dies_or_hangs_loses_only_its_own_step(
-        tmp_path, monkeypatch, seconds, statuses):
-    main, script = main_program(), tmp_path / "dies.py"
+    tmp_path, monkeypatch, seconds, statuses
+):
+    main = main_program()
+    script = tmp_path / "dies.py"
     monkeypatch.setattr(main, "GRACE", 1)
     script.write_text(DIES)
-    steps, fields = [(str(i), "speed") for i in range(4)], ("name", "status", "error")
+    steps = [(str(i), "speed") for i in range(4)]
+    fields = ("name", "status", "error")
     heard = main.Collected(steps, fields, lambda records: None)
     until = time.monotonic() + (2 if seconds else 60)
     main.run_all([sys.executable, str(script), str(seconds)], heard, until, "#")
@@ -252,17 +296,20 @@ def test_without_time_everything_is_noted_as_left_out(tmp_path):
 
 def test_losses_far_from_float32_are_a_failure():
     row = dict(stage="a", fresh=True, status="ok", error="")
-    rows = [row | dict(name="m fp32", precision="fp32", first_losses={"seg": 1., "kl": 1e-6}),
-            row | dict(name="m bf16", precision="bf16", first_losses={"seg": 1.1, "kl": 2e-6}),
-            row | dict(name="m bf16", precision="bf16", first_losses={"seg": 1.5, "kl": 1e-6})]
+    rows = [
+        row | dict(name="m fp32", precision="fp32", first_losses={"seg": 1.0, "kl": 1e-6}),
+        row | dict(name="m bf16", precision="bf16", first_losses={"seg": 1.1, "kl": 2e-6}),
+        row | dict(name="m bf16", precision="bf16", first_losses={"seg": 1.5, "kl": 1e-6}),
+    ]
     main_program().differences(rows)
     assert rows[0]["difference"] is None
-    assert rows[1]["difference"] == pytest.approx(.1) and rows[1]["status"] == "ok"
+    assert rows[1]["difference"] == pytest.approx(0.1) and rows[1]["status"] == "ok"
     assert rows[2]["status"] == "failed" and rows[2]["error"] == "far from float32: seg"
 
 
 class Idle(Single):
     "Its labels teach nothing."
+
     def losses(self, batch, noise):
         return {"seg": lambda: 0 * self.student(batch["student"].image).sum()}
 
@@ -272,25 +319,32 @@ def test_weights_that_do_not_move_are_a_failure():
     train = timed.Training(case, Plan("cpu", "fp32", 0, 1), lambda **found: None)
     train(Single(network(case.size, "student")))
     still = Idle(network(case.size, "student"))
-    for p in still.student.parameters(): torch.nn.init.zeros_(p) # nothing decays either
-    with pytest.raises(AssertionError, match="did not: student"): train(still)
+    for p in still.student.parameters():
+        torch.nn.init.zeros_(p)  # nothing decays either
+    with pytest.raises(AssertionError, match="did not: student"):
+        train(still)
 
 
 def test_a_step_of_training_stops_at_the_end_of_its_time():
-    case, heard = case_of("single", "recommended", True), []
+    case = case_of("single", "recommended", True)
+    heard = []
     plan = Plan("cpu", "fp32", 0, 1, time.monotonic() - 1)
-    with pytest.raises(OutOfTime): timed.train(case, plan, lambda **found: heard.append(found))
+    with pytest.raises(OutOfTime):
+        timed.train(case, plan, lambda **found: heard.append(found))
     assert not heard
 
 
 # ---------------------------------------------------------------- on a device
+
 
 @pytest.fixture
 def exact():
     "Float32 as on the CPU, and the same sums in every run."
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, True, False
+    cudnn.allow_tf32 = False
+    cudnn.deterministic = True
+    cudnn.benchmark = False
     yield
     cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
@@ -301,7 +355,7 @@ EVERY = cases(True, every=True)
 def without_jumps(case):
     """The case without what differs from device to device: VpbSD draws the white noise of a strong
     change there, and a score on a threshold falls on either side of it."""
-    strong = {"brightness": .08, "contrast": .4, "gamma": .4, "blur": .8}
+    strong = {"brightness": 0.08, "contrast": 0.4, "gamma": 0.4, "blur": 0.8}
     changes = {"vpbsd": dict(strong=strong, pseudo="soft"), "lotus": dict(dice="soft")}
     more = changes.get(case.method, {})
     return replace(case, size=replace(case.size, options=case.size.options | more))
@@ -310,25 +364,31 @@ def without_jumps(case):
 def all_losses(case, device, folder, precision="fp32"):
     """Every term of every one of five steps a stage, in their order. The rate is small: Adam makes
     a full step of whatever sign rounding gives to a gradient that is zero."""
-    seen, plan = [], Plan(device, precision, 1, 3, rate=1e-5)
+    seen = []
+    plan = Plan(device, precision, 1, 3, rate=1e-5)
+
     def train(method):
         run = learner_of(method, Blocks(case.size, device), folder / type(method).__name__, plan)
         for stage in run.stages:
             stage.updates = [replace(u, losses=heard(u.losses, seen)) for u in stage.updates]
         run.fit()
         assert next(run.method.student.parameters()).device.type == device
+
     train_case(case, train)
     return seen
 
 
 def heard(losses, seen):
     "Losses that leave all their values in `seen`."
+
     def keep(term, f):
         value = f()
         seen.append((term, value.item()))
         return value
+
     def listed(batch, noise):
         return {k: (lambda k=k, f=f: keep(k, f)) for k, f in losses(batch, noise).items()}
+
     return listed
 
 
@@ -346,11 +406,12 @@ def test_a_device_computes_the_losses_of_the_cpu(tmp_path, exact, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", EVERY, ids=lambda c: c.name)
 def test_bf16_stays_finite_on_a_device(tmp_path, case):
-    seen = all_losses(case, DEVICE, tmp_path, "bf16") # the learner looks at the gradients
+    seen = all_losses(case, DEVICE, tmp_path, "bf16")  # the learner looks at the gradients
     assert seen and all(np.isfinite(v) for _, v in seen)
 
 
-class Stop(Exception): "The run was stopped."
+class Stop(Exception):
+    "The run was stopped."
 
 
 @pytest.mark.gpu
@@ -358,14 +419,19 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, exact):
     case = case_of("single", "recommended", True)
     size = replace(case.size, config=case.size.config | {"classes": 1})
     settings = Settings(epochs=4, steps=3, device=DEVICE, precision="fp32", bars=False)
+
     def learner(folder, **k):
         method = Single(network(size, "student"))
         return Learner(method, Blocks(size), tmp_path / folder, settings=settings, **k)
+
     def stop(row):
-        if row["epoch"] == 2: raise Stop
+        if row["epoch"] == 2:
+            raise Stop
+
     whole = learner("whole")
     whole.fit()
-    with pytest.raises(Stop): learner("stopped", tell=stop).fit()
+    with pytest.raises(Stop):
+        learner("stopped", tell=stop).fit()
     again = learner("stopped")
     again.fit()
     assert len(again.history) == 4 and again.history[0] == pytest.approx(whole.history[0], abs=1e-5)
@@ -390,6 +456,7 @@ def test_a_label_map_of_a_device_is_that_of_the_cpu(exact, which):
 def test_blocks_of_a_volume_on_a_device_are_those_of_the_cpu(tmp_path, exact):
     tifffile = pytest.importorskip("tifffile")
     from unpaired_kd.networks.volumes import LightUNet
+
     net = checks.settled(lambda: LightUNet(width=2), (2, 1, 16, 16, 16))
     recipe = Recipe(in_channels=1, dims=3, patch=96, classes=("background", "vessel"))
     raw = np.random.default_rng(0).integers(0, 256, (40, 48, 56), np.uint8)
@@ -398,9 +465,10 @@ def test_blocks_of_a_volume_on_a_device_are_those_of_the_cpu(tmp_path, exact):
     maps = []
     for i, device in enumerate(("cpu", DEVICE)):
         out = tmp_path / f"{i}.tif"
-        t = predict_volume(tmp_path / "student", tmp_path / "raw.tif", out, tile=16, device=device,
-                           spacing=1)
+        t = predict_volume(
+            tmp_path / "student", tmp_path / "raw.tif", out, tile=16, device=device, spacing=1
+        )
         assert t["blocks"] > 8
         maps.append(tifffile.imread(out).astype(int))
     assert len(np.unique(maps[0])) > 2
-    assert np.abs(maps[0] - maps[1]).max() <= 1 # bytes: rounded probabilities
+    assert np.abs(maps[0] - maps[1]).max() <= 1  # bytes: rounded probabilities

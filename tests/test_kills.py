@@ -2,6 +2,7 @@
 
 Kills come before and after each call that changes the disk, and at random times. A few in every run; UKD_KILLS=50 asks for fifty.
 """
+
 import json
 import os
 import subprocess
@@ -21,10 +22,13 @@ from unpaired_kd.networks.registry import build
 KILLS = int(os.environ.get("UKD_KILLS", 12))
 ROADS = ("folder", "folder replaced", "p.zarr", "p.tif", "p.zarr replaced")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL"),
+]
 
 # One process imports torch and then forks for each job, so that a kill costs no second import.
-SERVER = '''
+SERVER = """
 import contextlib, itertools, json, os, signal, sys, threading, time
 import torch, zarr, nibabel, tifffile, skimage.segmentation
 from unpaired_kd.inference.files import predict_path
@@ -75,18 +79,27 @@ for line in sys.stdin:
     with os.fdopen(out) as f: said = f.read()
     status = os.waitpid(child, 0)[1]
     print(json.dumps(dict(status=-9) if os.WIFSIGNALED(status) else json.loads(said) if said else dict(status=status)), flush=True)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     "A function: order -> what became of it."
     home = tmp_path_factory.mktemp("server")
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home, env=os.environ | {"OMP_NUM_THREADS": "1"}) as p:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=home,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as p:
+
         def ask(**order):
             p.stdin.write(json.dumps(order, default=str) + "\n")
             p.stdin.flush()
             return json.loads(p.stdout.readline())
+
         yield ask
         p.stdin.close()
 
@@ -97,31 +110,58 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("kills")
     r = np.random.default_rng(0)
     with seeded(0, "kills"):
-        flat, deep = build("unet", dict(in_channels=1, classes=1, width=2)), build("light_unet", dict(width=2, levels=2))
+        flat = build("unet", dict(in_channels=1, classes=1, width=2))
+        deep = build("light_unet", dict(width=2, levels=2))
     Student(flat, Recipe(channels=1, in_channels=1, patch=64)).save(home / "flat")
     Student(deep, Recipe(in_channels=1, dims=3, patch=512)).save(home / "deep")
     (home / "images").mkdir()
-    for name in "ab": Pillow.fromarray(r.integers(0, 256, (32, 40), np.uint8)).save(home / "images" / f"{name}.png")
-    for name in ("c.nii.gz", "d.tif", "e.zarr"): write_image(home / "images" / name, Image(r.integers(0, 256, (1, 2, 32, 32), np.uint8)))
-    a = zarr.create_array(str(home / "v.zarr"), shape=(32, 30, 33), dtype="uint8", chunks=(16, 16, 16))
+    for name in "ab":
+        Pillow.fromarray(r.integers(0, 256, (32, 40), np.uint8)).save(
+            home / "images" / f"{name}.png"
+        )
+    for name in ("c.nii.gz", "d.tif", "e.zarr"):
+        write_image(home / "images" / name, Image(r.integers(0, 256, (1, 2, 32, 32), np.uint8)))
+    a = zarr.create_array(
+        str(home / "v.zarr"), shape=(32, 30, 33), dtype="uint8", chunks=(16, 16, 16)
+    )
     a[...] = r.integers(1, 256, a.shape, np.uint8)
     return home
 
 
 def order(home, road, place):
     "What to do on a road, with the output in `place`."
-    if road.startswith("folder"): return dict(road=road, student=home / "flat", input=home / "images", output=place / "out", overwrite="replaced" in road)
-    return dict(road=road, student=home / "deep", input=home / "v.zarr", output=place / road.split()[0], overwrite="replaced" in road)
+    if road.startswith("folder"):
+        return dict(
+            road=road,
+            student=home / "flat",
+            input=home / "images",
+            output=place / "out",
+            overwrite="replaced" in road,
+        )
+    return dict(
+        road=road,
+        student=home / "deep",
+        input=home / "v.zarr",
+        output=place / road.split()[0],
+        overwrite="replaced" in road,
+    )
 
 
 def old(road, place):
     "What lay there before: a label map of zeros under each name that will be replaced, and a neighbour."
     place.mkdir(parents=True)
     (place / "neighbour.txt").write_text("mine")
-    if "replaced" not in road: return
-    names = ["p.zarr"] if road.startswith("p") else ["out/a.png", "out/c.nii.gz", "out/e.zarr", "out/e_instances.zarr"]
+    if "replaced" not in road:
+        return
+    names = (
+        ["p.zarr"]
+        if road.startswith("p")
+        else ["out/a.png", "out/c.nii.gz", "out/e.zarr", "out/e_instances.zarr"]
+    )
     for name in names:
-        write_label(place / name, np.zeros((32, 40) if name.endswith("png") else (2, 32, 32), np.uint8))
+        write_label(
+            place / name, np.zeros((32, 40) if name.endswith("png") else (2, 32, 32), np.uint8)
+        )
 
 
 def tree(folder):
@@ -129,8 +169,10 @@ def tree(folder):
     found = {}
     for p in sorted(folder.rglob("*")):
         name = str(p.relative_to(folder))
-        if p.is_dir() and not any(p.iterdir()): found[name + "/"] = b""
-        if p.is_file(): found[name] = p.read_bytes()
+        if p.is_dir() and not any(p.iterdir()):
+            found[name + "/"] = b""
+        if p.is_file():
+            found[name] = p.read_bytes()
     return found
 
 
@@ -140,13 +182,17 @@ def items(found):
     for name, data in found.items():
         parts = name.split("/")
         ends = [k for k, part in enumerate(parts, 1) if part.endswith(".zarr")]
-        by.setdefault("/".join(parts[:ends[0]]) if ends else name, {})[name] = data
+        by.setdefault("/".join(parts[: ends[0]]) if ends else name, {})[name] = data
     return by
 
 
 def visible(found):
     "Outputs by their names: no hidden files, no work folders."
-    return {k: v for k, v in items(found).items() if not any(part.startswith(".") or part.endswith(".part") for part in k.split("/"))}
+    return {
+        k: v
+        for k, v in items(found).items()
+        if not any(part.startswith(".") or part.endswith(".part") for part in k.split("/"))
+    }
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -156,13 +202,21 @@ def test_kills(server, home, tmp_path, road):
     done = server(**order(home, road, tmp_path / "whole"))
     assert done["status"] == 0, done
     want = tree(tmp_path / "whole")
-    assert not [n for n in want if ".ukd" in n or ".part" in n or "lock" in n] and want["neighbour.txt"] == b"mine"
+    assert (
+        not [n for n in want if ".ukd" in n or ".part" in n or "lock" in n]
+        and want["neighbour.txt"] == b"mine"
+    )
     share = -(-KILLS // len(ROADS))
     r = np.random.default_rng([KILLS, ROADS.index(road)])
-    moments = [dict(at=int(n)) for n in np.unique(r.integers(0, 2 * done["calls"], max(1, share * 4 // 5)))]
-    if KILLS >= 50: # the last steps are the ones in which an output takes its name
+    moments = [
+        dict(at=int(n)) for n in np.unique(r.integers(0, 2 * done["calls"], max(1, share * 4 // 5)))
+    ]
+    if KILLS >= 50:  # the last steps are the ones in which an output takes its name
         moments += [dict(at=2 * done["calls"] - n) for n in range(2, 6)]
-    moments += [dict(seconds=float(r.uniform(0, done["seconds"]))) for _ in range(max(1, share - len(moments)))]
+    moments += [
+        dict(seconds=float(r.uniform(0, done["seconds"])))
+        for _ in range(max(1, share - len(moments)))
+    ]
     killed = 0
     for k, moment in enumerate(moments):
         place = tmp_path / str(k)
@@ -171,11 +225,18 @@ def test_kills(server, home, tmp_path, road):
         first = server(**job, **moment)
         killed += first["status"] == -9
         there = visible(tree(place))
-        for name, files in there.items(): # nothing under a final name is half or mixed
+        for name, files in there.items():  # nothing under a final name is half or mixed
             assert files in (items(want).get(name), before.get(name)), (moment, name)
         complete = all(there.get(n) == f for n, f in items(want).items())
         again = server(**job)
-        assert again["status"] == 0 or (complete and "there already" in again["said"]), (moment, again)
-        assert tree(place) == want, (moment, sorted(tree(place).keys() ^ want.keys()), [n for n, d in tree(place).items() if want.get(n, d) != d])
+        assert again["status"] == 0 or (complete and "there already" in again["said"]), (
+            moment,
+            again,
+        )
+        assert tree(place) == want, (
+            moment,
+            sorted(tree(place).keys() ^ want.keys()),
+            [n for n, d in tree(place).items() if want.get(n, d) != d],
+        )
     print(f"{road}: {killed} kills, {len(moments)} moments out of {2 * done['calls']}")
     assert killed >= len(moments) // 2

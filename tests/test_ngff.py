@@ -9,10 +9,10 @@ import pytest
 zarr = pytest.importorskip("zarr")
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
-from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.formats.geometry import lay_on
+from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.ngff import chunk_files, level_spacing, open_zarr, zarr_parts
+from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)
@@ -52,7 +52,8 @@ def add(g, a, axes=None, scale=None, whole=None, version="0.5", chunks=None, mor
 
 def same(path, array, spacing, name=None):
     "Every road gives this array (C,Z,Y,X) and this spacing."
-    im, v = read_image(path), open_volume(path)
+    im = read_image(path)
+    v = open_volume(path)
     assert np.array_equal(im.array, array), name
     assert np.array_equal(v[...], array) and np.array_equal(
         v[:, 2:4, 5:9, 1:], array[:, 2:4, 5:9, 1:]
@@ -374,25 +375,43 @@ def test_rgb_and_two_dimensions(tmp_path):
 
 def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
     from pathlib import Path
+
     from unpaired_kd.inference.files import instance_name, output_name
 
-    assert output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
+    assert (
+        output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
+    )
     assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")
 
 
 def test_a_header_may_promise_any_number_of_chunks(tmp_path):
     "The first one that is not there is found by its name, in no time and no memory; places come last axis fastest."
     import time
+
     import zarr
+
     from unpaired_kd.data.formats.ngff import absent_chunk, places
-    assert list(places((range(2), range(3)))) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] and list(places(())) == [()]
-    a = zarr.create_array(str(tmp_path / "a.zarr"), shape=(4, 4, 4), chunks=(2, 2, 4), dtype="uint8")
+
+    assert list(places((range(2), range(3)))) == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ] and list(places(())) == [()]
+    a = zarr.create_array(
+        str(tmp_path / "a.zarr"), shape=(4, 4, 4), chunks=(2, 2, 4), dtype="uint8"
+    )
     a[...] = 1
     assert absent_chunk(a) is None
     file = tmp_path / "a.zarr/zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(shape=[10**9] * 3)))
     start = time.monotonic()
-    assert absent_chunk(zarr.open_array(str(tmp_path / "a.zarr"), mode="r")) == tmp_path / "a.zarr/c/0/0/1"
+    assert (
+        absent_chunk(zarr.open_array(str(tmp_path / "a.zarr"), mode="r"))
+        == tmp_path / "a.zarr/c/0/0/1"
+    )
     assert time.monotonic() - start < 2
 
 
@@ -416,9 +435,16 @@ def move(*by):
 
 def test_a_label_at_another_translation_is_refused(tmp_path):
     y = (V > 30000).astype(np.uint8)
-    image = read_image(save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7)))
+    image = read_image(
+        save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7))
+    )
     assert image.header.origin == pytest.approx((0.005, 0.006, 0.007))
-    for by, lies in (((5, 6, 7), True), ((6, 6.5, 7.2), True), ((5, 7, 7), False), ((0, 0, 0), False)):
+    for by, lies in (
+        ((5, 6, 7), True),
+        ((6, 6.5, 7.2), True),
+        ((5, 7, 7), False),
+        ((0, 0, 0), False),
+    ):
         p = save(tmp_path / "l.zarr", y.T, axes_of("xyz"), [0.5, 2, 4], more=move(*by[::-1]))
         if lies:
             assert np.array_equal(lay_on(read_label(p), image), y)
@@ -442,7 +468,9 @@ def test_scales_after_a_translation_move_it():
 
 def test_a_translation_is_written_back(tmp_path):
     y = (V > 30000).astype(np.uint8)
-    image = read_image(save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7)))
+    image = read_image(
+        save(tmp_path / "i.zarr", V, axes_of("zyx"), [4, 2, 0.5], more=move(5, 6, 7))
+    )
     write_label(tmp_path / "l.zarr", y, like=image)
     label = read_label(tmp_path / "l.zarr")
     assert label.header.origin == pytest.approx((0.005, 0.006, 0.007))
@@ -463,7 +491,9 @@ def test_an_affine_of_its_own_fits_the_scales_or_is_refused(tmp_path):
         ([[1, 0, 0, 0]] * 4, "4 x 4"),
         ("text", "4 x 4"),
     ):
-        zarr.open_group(str(p)).attrs["affine"] = bad if isinstance(bad, str) else np.array(bad).tolist()
+        zarr.open_group(str(p)).attrs["affine"] = (
+            bad if isinstance(bad, str) else np.array(bad).tolist()
+        )
         for read in (read_image, open_volume):
             with pytest.raises(InputError, match=f"(?s)a.zarr.*({words})"):
                 read(p)
@@ -608,7 +638,8 @@ def test_a_path_in_a_header_may_be_written_in_another_way(tmp_path, name):
 @pytest.mark.parametrize("separator", ["/", "."])
 @pytest.mark.parametrize("version", [2, 3])
 def test_chunks_with_another_separator_than_the_header_says(tmp_path, version, separator, absent):
-    p, wrong = tmp_path / "a.zarr", {"/": ".", ".": "/"}[separator]
+    p = tmp_path / "a.zarr"
+    wrong = {"/": ".", ".": "/"}[separator]
     keys = {"name": "v2" if version == 2 else "default", "separator": separator}
     root = zarr.open_group(str(p), mode="w", zarr_format=version)
     root.create_array("raw", data=V, chunks=(3, 10, 10), chunk_key_encoding=keys)
@@ -691,5 +722,7 @@ def test_a_group_without_a_header_names_what_it_holds(tmp_path, version):
     same(tmp_path / "a.zarr/row/1", V[None] + 1, (0.005, 0.002, 0.0005))
     for k in range(9):
         root.create_array(f"{k}", data=V)
-    with pytest.raises(InputError, match="It holds 0, 1, 2, 3, 4, 5, 6, 7 and 2 more[.] .*a.zarr/0[.]$"):
+    with pytest.raises(
+        InputError, match="It holds 0, 1, 2, 3, 4, 5, 6, 7 and 2 more[.] .*a.zarr/0[.]$"
+    ):
         read_image(tmp_path / "a.zarr")

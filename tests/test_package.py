@@ -1,5 +1,8 @@
 """What `import unpaired_kd` offers, and what it costs."""
-import ast, subprocess, sys
+
+import ast
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -45,11 +48,15 @@ def test_a_type_checker_sees_the_same_names():
     assert (Path(unpaired_kd.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("name, said", [
-    ("Studnet", "Did you mean Student?"),
-    ("collection", "Did you mean Collection?"),
-    ("run_studies", "Did you mean run_study?"),
-    ("zzz", "It offers Collection, Student, run_study.")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("Studnet", "Did you mean Student?"),
+        ("collection", "Did you mean Collection?"),
+        ("run_studies", "Did you mean run_study?"),
+        ("zzz", "It offers Collection, Student, run_study."),
+    ],
+)
 def test_a_mistyped_name_is_told_the_nearest(name, said):
     with pytest.raises(AttributeError) as e:
         getattr(unpaired_kd, name)

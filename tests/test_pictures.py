@@ -11,31 +11,44 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image as Pillow, ImageOps
+from PIL import Image as Pillow
+from PIL import ImageOps
 
 from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.dicom import dicom_files
-from unpaired_kd.data.formats.images import (Image, decode, is_series, list_images, read_image,
-                                             read_label, stem_of, suffix_of)
+from unpaired_kd.data.formats.images import (
+    Image,
+    decode,
+    is_series,
+    list_images,
+    read_image,
+    read_label,
+    stem_of,
+    suffix_of,
+)
+from unpaired_kd.data.formats.pictures import (
+    arrange,
+    companions,
+    content_of,
+    one_of_each_set,
+    turn,
+    unit_length,
+)
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.data.formats.pictures import (arrange, companions, content_of, one_of_each_set, turn,
-                                       unit_length)
 from unpaired_kd.inference.volumes import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-UPRIGHT = (
-    {  # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
-        1: [[1, 2, 3], [4, 5, 6]],
-        2: [[3, 2, 1], [6, 5, 4]],
-        3: [[6, 5, 4], [3, 2, 1]],
-        4: [[4, 5, 6], [1, 2, 3]],
-        5: [[1, 4], [2, 5], [3, 6]],
-        6: [[4, 1], [5, 2], [6, 3]],
-        7: [[6, 3], [5, 2], [4, 1]],
-        8: [[3, 6], [2, 5], [1, 4]],
-    }
-)
+UPRIGHT = {  # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+    1: [[1, 2, 3], [4, 5, 6]],
+    2: [[3, 2, 1], [6, 5, 4]],
+    3: [[6, 5, 4], [3, 2, 1]],
+    4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]],
+    6: [[4, 1], [5, 2], [6, 3]],
+    7: [[6, 3], [5, 2], [4, 1]],
+    8: [[3, 6], [2, 5], [1, 4]],
+}
 
 
 def packbits(data):
@@ -73,7 +86,11 @@ def entry(code, value, order):
         return 2, len(value), value
     many = list(value) if isinstance(value, (list, tuple)) else [value]
     kind, letter = (5, "L") if code in (282, 283) else (4, "L") if code in (273, 279) else (3, "H")
-    return kind, len(many) // (2 if kind == 5 else 1), struct.pack(f"{order}{len(many)}{letter}", *many)
+    return (
+        kind,
+        len(many) // (2 if kind == 5 else 1),
+        struct.pack(f"{order}{len(many)}{letter}", *many),
+    )
 
 
 def tiff(path, *pages, order="<"):
@@ -233,7 +250,8 @@ def test_boolean_mask_of_tifffile(tmp_path):
 @pytest.mark.parametrize("factor", [1, 256, 257])
 @pytest.mark.parametrize("packing", [1, 5])
 def test_palettes(tmp_path, factor, packing):
-    colours, a = R.integers(0, 256, (3, 256)), R.integers(0, 256, (5, 11), np.uint8)
+    colours = R.integers(0, 256, (3, 256))
+    a = R.integers(0, 256, (5, 11), np.uint8)
     p = grey(
         tmp_path / "x.tif",
         a,
@@ -256,9 +274,8 @@ def test_palettes(tmp_path, factor, packing):
 
 
 def test_palette_of_16_bits_and_alpha(tmp_path):
-    table, a = R.integers(0, 65536, (3, 65536)).astype(np.uint16), R.integers(
-        0, 65536, (5, 11)
-    ).astype(np.uint16)
+    table = R.integers(0, 65536, (3, 65536)).astype(np.uint16)
+    a = R.integers(0, 65536, (5, 11)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "x.tif", a, photometric="palette", colormap=table)
     assert np.array_equal(read_image(tmp_path / "x.tif").array, table[:, a] >> 8)
     two = np.stack([SMALL, 255 - SMALL], -1)
@@ -544,7 +561,9 @@ def test_two_volumes_in_one_file(tmp_path):
     with tifffile.TiffWriter(tmp_path / "x.tif") as t:
         for k in range(2):
             t.write(np.stack([SMALL] * 3), photometric="minisblack")
-    with pytest.raises(InputError, match=r"(?s)x.tif.*2 images of one size.*: \(3, 2, 3\), \(3, 2, 3\)"):
+    with pytest.raises(
+        InputError, match=r"(?s)x.tif.*2 images of one size.*: \(3, 2, 3\), \(3, 2, 3\)"
+    ):
         read_image(tmp_path / "x.tif")
 
 
@@ -639,7 +658,9 @@ def test_units_of_imagej(tmp_path, unit, mm):
     )
 
 
-@pytest.mark.parametrize("per_cm", [28.3465, 28.35, 28, 37.795, 38, 39.37, 59.06, 118, 118.11, 236.2])
+@pytest.mark.parametrize(
+    "per_cm", [28.3465, 28.35, 28, 37.795, 38, 39.37, 59.06, 118, 118.11, 236.2]
+)
 def test_dots_per_inch_counted_per_centimetre(tmp_path, per_cm):
     tifffile.imwrite(
         tmp_path / "x.tif", MASK, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER"
@@ -707,7 +728,7 @@ def ome(
     )
     xml = (
         f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
-        f'{f" UUID={chr(34)}{uuid}{chr(34)}" if uuid else ""}>{head}{image * images}{more}</OME>'
+        f"{f' UUID={chr(34)}{uuid}{chr(34)}' if uuid else ''}>{head}{image * images}{more}</OME>"
     )
     with tifffile.TiffWriter(path) as t:
         for k, plane in enumerate(a):
@@ -974,7 +995,8 @@ def test_blocks_are_what_reading_gives(tmp_path):
             resolutionunit=3,
             **way,
         )
-        v, im = open_volume(tmp_path / "x.tif"), read_image(tmp_path / "x.tif")
+        v = open_volume(tmp_path / "x.tif")
+        im = read_image(tmp_path / "x.tif")
         assert (
             np.array_equal(v[...], im.array)
             and np.array_equal(v[:, 1:3, 4:9, 5:], im.array[:, 1:3, 4:9, 5:])
@@ -1048,9 +1070,8 @@ def test_grey_png(tmp_path, bits, clear):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_palette_png(tmp_path, bits):
-    colours, a = R.integers(0, 256, (2**bits, 3), np.uint8), R.integers(
-        0, 2**bits, (5, 11)
-    ).astype(np.uint8)
+    colours = R.integers(0, 256, (2**bits, 3), np.uint8)
+    a = R.integers(0, 2**bits, (5, 11)).astype(np.uint8)
     p = png(
         tmp_path / "x.png",
         a,
@@ -1089,7 +1110,9 @@ def test_alpha_of_labels(tmp_path, name, channels):
     if not grey:
         nib = pytest.importorskip("nibabel")
         pixels = both.view([(c, "u1") for c in "RGBA"])[..., 0].T
-        nib.save(nib.Nifti1Image(np.ascontiguousarray(pixels)[:, :, None], None), tmp_path / "x.nii")
+        nib.save(
+            nib.Nifti1Image(np.ascontiguousarray(pixels)[:, :, None], None), tmp_path / "x.nii"
+        )
         paths.append(tmp_path / "x.nii")
     for p in paths:
         assert np.array_equal(read_image(p).array.reshape(channels, 6, 8)[0], colour)
@@ -1289,20 +1312,21 @@ def dicom(path, name="1.2.3"):
     pydicom = pytest.importorskip("pydicom")
     s = pydicom.Dataset()
     s.file_meta = pydicom.dataset.FileMetaDataset()
-    (
-        s.file_meta.TransferSyntaxUID,
-        s.file_meta.MediaStorageSOPClassUID,
-        s.file_meta.MediaStorageSOPInstanceUID,
-    ) = (pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.CTImageStorage, name)
-    s.SOPClassUID, s.SOPInstanceUID, s.SeriesInstanceUID = pydicom.uid.CTImageStorage, name, "1.2"
-    s.Rows, s.Columns, s.SamplesPerPixel, s.PhotometricInterpretation = 2, 3, 1, "MONOCHROME2"
-    s.BitsAllocated, s.BitsStored, s.HighBit, s.PixelRepresentation, s.PixelData = (
-        8,
-        8,
-        7,
-        0,
-        SMALL.tobytes(),
-    )
+    s.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    s.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    s.file_meta.MediaStorageSOPInstanceUID = name
+    s.SOPClassUID = pydicom.uid.CTImageStorage
+    s.SOPInstanceUID = name
+    s.SeriesInstanceUID = "1.2"
+    s.Rows = 2
+    s.Columns = 3
+    s.SamplesPerPixel = 1
+    s.PhotometricInterpretation = "MONOCHROME2"
+    s.BitsAllocated = 8
+    s.BitsStored = 8
+    s.HighBit = 7
+    s.PixelRepresentation = 0
+    s.PixelData = SMALL.tobytes()
     s.save_as(path, enforce_file_format=True)
 
 
@@ -1363,19 +1387,25 @@ def test_what_is_no_real_number(tmp_path):
 
 
 def test_a_fourth_colour_without_a_meaning_is_left_out(tmp_path):
-    p, colours = tmp_path / "a.tif", np.random.default_rng(0).integers(0, 255, (12, 16, 4), np.uint8)
+    p = tmp_path / "a.tif"
+    colours = np.random.default_rng(0).integers(0, 255, (12, 16, 4), np.uint8)
     tifffile.imwrite(p, colours, photometric="rgb", extrasamples=["unassalpha"])
     with tifffile.TiffFile(p) as tif:
         at = tif.pages[0].tags[338].offset
     data = bytearray(p.read_bytes())
-    data[at:at + 2] = (33432).to_bytes(2, "little")  # no ExtraSamples any more
+    data[at : at + 2] = (33432).to_bytes(2, "little")  # no ExtraSamples any more
     p.write_bytes(data)
     assert np.array_equal(read_image(p).array, np.moveaxis(colours[..., :3], -1, 0))
 
 
 def test_a_size_with_a_comma_is_named(tmp_path):
     text = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
-    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros((12, 16), np.uint8), description=text.encode(), metadata=None)
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif",
+        np.zeros((12, 16), np.uint8),
+        description=text.encode(),
+        metadata=None,
+    )
     with pytest.raises(InputError, match="(?s)a.ome.tif.*PhysicalSizeX='1,5'"):
         read_image(tmp_path / "a.ome.tif")
 
@@ -1383,30 +1413,38 @@ def test_a_size_with_a_comma_is_named(tmp_path):
 def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
+    from unpaired_kd.data.formats.outputs import files_mark
     from unpaired_kd.inference.files import plan, predict_path
     from unpaired_kd.inference.student import Recipe, Student
-    from unpaired_kd.networks.registry import build
-    from unpaired_kd.data.formats.outputs import files_mark
     from unpaired_kd.inference.volumes import predict_volume
-    images, labels = tmp_path / "images", tmp_path / "labels"
+    from unpaired_kd.networks.registry import build
+
+    images = tmp_path / "images"
+    labels = tmp_path / "labels"
     for f in (images, labels):
         f.mkdir()
     first, a = pair(images, {})
     second = images / "b.ome.tif"
     tifffile.imwrite(labels / "a.tif", (a > 128).astype(np.uint8), photometric="minisblack")
     assert companions(first) == [second] and companions(second) == [first]
-    assert companions(labels / "a.tif") == companions(images) == companions(tmp_path / "c.tif") == []
+    assert (
+        companions(labels / "a.tif") == companions(images) == companions(tmp_path / "c.tif") == []
+    )
     assert one_of_each_set([first, second, labels / "a.tif"]) == [first, labels / "a.tif"]
+
     def seen():
         c = Collection.from_folders(tmp_path, group="(.*)")
         assert [case.id for case in c.cases] == ["a"]
         return c.contents(), c.fingerprint(), files_mark(first)
+
     before = seen()
     assert set(before[0]) == {"images/a.ome.tif", "images/b.ome.tif", "labels/a.tif"}
     assert [p.name for p, _ in plan(images, tmp_path / "out")[0]] == ["a.ome.tif"]
     kept = second.read_bytes()
-    kinds = (("unet", dict(in_channels=1, classes=1), 2, predict_path),
-             ("light_unet", dict(levels=2), 3, predict_volume))
+    kinds = (
+        ("unet", dict(in_channels=1, classes=1), 2, predict_path),
+        ("light_unet", dict(levels=2), 3, predict_volume),
+    )
     for name, config, dims, predict in kinds:
         net = build(name, dict(config, width=2))
         student = Student(net.eval(), Recipe(in_channels=1, dims=dims, patch=512))

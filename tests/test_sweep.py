@@ -1,13 +1,19 @@
 """A sweep as users meet it: files with mistakes, cells that fail or are killed, sweeps that are stopped, and a cluster."""
-import json, signal, subprocess, sys, time
+
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from unpaired_kd.command import cli, grid as grids, sweep
+from unpaired_kd.command import cli, sweep
+from unpaired_kd.command import grid as grids
 from unpaired_kd.core import InputError, read_csv
 
-LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's `&` would have it ignored
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's `&` would have it ignored
 START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = 'do: str = "score"\nseed: int = 0\nlr: float = .5\nweights: dict = {"kl": 1.}\nworkers: int = 0\nrun_folder: str = ""'
 BODY = """import os, time
@@ -26,8 +32,20 @@ print(workers, os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])"""
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     "A folder with the toy notebook, and we are in it."
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"]} if i == 0 else {}, source=c, outputs=[], execution_count=None) for i, c in enumerate([PARAMETERS, BODY])]
-    (tmp_path / "toy.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    cells = [
+        dict(
+            cell_type="code",
+            id=f"c{i}",
+            metadata={"tags": ["parameters"]} if i == 0 else {},
+            source=c,
+            outputs=[],
+            execution_count=None,
+        )
+        for i, c in enumerate([PARAMETERS, BODY])
+    ]
+    (tmp_path / "toy.ipynb").write_text(
+        json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -39,35 +57,65 @@ def grid(place, text, name="g.yaml"):
 
 def of(place, pattern):
     "The run folder of a cell, by its name."
-    found, = (place / "runs/g/cells").glob(pattern)
+    (found,) = (place / "runs/g/cells").glob(pattern)
     return found
 
 
 def gone(pid):
-    try: return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z" # a zombie has ended
-    except FileNotFoundError: return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"  # a zombie has ended
+    except FileNotFoundError:
+        return True
 
 
 def wait_for(condition, process=None, seconds=600):
     "Wait until it holds; the process that brings it about must be alive. The limit only ends a test that hangs."
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
-        if process is not None and process.poll() is not None: break
-        time.sleep(.05)
+        if process is not None and process.poll() is not None:
+            break
+        time.sleep(0.05)
     assert condition()
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "is empty"), ("grid: {}\ncells: {}", "is empty"), ("grid: {seed: []}", "at least one"), ("grid: {seed: 1}", "must be a list"), ("grid: [1]", "`grid` must be a mapping"),
-    ("gird: {seed: [1]}", "Did you mean 'grid'"), ("grid: {sed: [1]}", "Did you mean 'seed'"), ("grid: {seed: [0, one]}", "seed=one.*takes int"), ("grid: {seed: [1, '2']}", "without quotes"),
-    ("base: {lr: [.1, .2]}\ngrid: {seed: [1]}", "goes under `grid`"), ("base: {lr: fast}\ngrid: {seed: [1]}", "takes float"), ("base: {do: no}\ngrid: {seed: [1]}", "Write it in quotes"), ("grid: {do: [7]}", "Write it in quotes"),
-    ("base: {run_folder: x}\ngrid: {seed: [1]}", "--out"), ("grid: {seed: [1, 1]}", "same parameters"), ("cells: {a: {}, b: {seed: 0}}", "'a' and 'b' have the same"), ("cells:\n  a: {}\n  a: {seed: 1}", r"'a' \(line 4\) stands twice"),
-    ("cells: {a/b: {}}", "cannot name a folder"), ("cells: {'': {}}", "cannot name a folder"), ("cells: {..: {}}", "cannot name a folder"), ("cells: {no: {}}", "in quotes"), ("cells: {a: 3}", "`cells: a` must be a mapping"), ("cells: [a]", "must be a mapping"),
-    ("cells: {a: {seed: 1}}\ngrid: {seed: [2]}", "sets 'seed' too"), ("cells: {a: {weights: {}}}\ngrid: {weights.kl: [2]}", "weights.kl"), ("cells: {a: {weights.ce: 1}}", "Did you mean|unknown entry"),
-    ("grid: {seed: [1]", "not valid YAML"), ("- a", "YAML"), ("scales: {demo: {sed: 1}}\ngrid: {seed: [1]}", "Did you mean 'seed'")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "is empty"),
+        ("grid: {}\ncells: {}", "is empty"),
+        ("grid: {seed: []}", "at least one"),
+        ("grid: {seed: 1}", "must be a list"),
+        ("grid: [1]", "`grid` must be a mapping"),
+        ("gird: {seed: [1]}", "Did you mean 'grid'"),
+        ("grid: {sed: [1]}", "Did you mean 'seed'"),
+        ("grid: {seed: [0, one]}", "seed=one.*takes int"),
+        ("grid: {seed: [1, '2']}", "without quotes"),
+        ("base: {lr: [.1, .2]}\ngrid: {seed: [1]}", "goes under `grid`"),
+        ("base: {lr: fast}\ngrid: {seed: [1]}", "takes float"),
+        ("base: {do: no}\ngrid: {seed: [1]}", "Write it in quotes"),
+        ("grid: {do: [7]}", "Write it in quotes"),
+        ("base: {run_folder: x}\ngrid: {seed: [1]}", "--out"),
+        ("grid: {seed: [1, 1]}", "same parameters"),
+        ("cells: {a: {}, b: {seed: 0}}", "'a' and 'b' have the same"),
+        ("cells:\n  a: {}\n  a: {seed: 1}", r"'a' \(line 4\) stands twice"),
+        ("cells: {a/b: {}}", "cannot name a folder"),
+        ("cells: {'': {}}", "cannot name a folder"),
+        ("cells: {..: {}}", "cannot name a folder"),
+        ("cells: {no: {}}", "in quotes"),
+        ("cells: {a: 3}", "`cells: a` must be a mapping"),
+        ("cells: [a]", "must be a mapping"),
+        ("cells: {a: {seed: 1}}\ngrid: {seed: [2]}", "sets 'seed' too"),
+        ("cells: {a: {weights: {}}}\ngrid: {weights.kl: [2]}", "weights.kl"),
+        ("cells: {a: {weights.ce: 1}}", "Did you mean|unknown entry"),
+        ("grid: {seed: [1]", "not valid YAML"),
+        ("- a", "YAML"),
+        ("scales: {demo: {sed: 1}}\ngrid: {seed: [1]}", "Did you mean 'seed'"),
+    ],
+)
 def test_bad_grids_are_refused_before_anything_is_written(place, text, said, capsys):
     path = grid(place, text)
-    with pytest.raises(InputError, match=f"(?s)g.yaml.*({said})"): sweep.run_sweep(path, scale="demo" if "demo" in text else None)
+    with pytest.raises(InputError, match=f"(?s)g.yaml.*({said})"):
+        sweep.run_sweep(path, scale="demo" if "demo" in text else None)
     assert cli.main(["sweep", path] + (["--scale", "demo"] if "demo" in text else [])) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (place / "runs").exists()
@@ -75,55 +123,102 @@ def test_bad_grids_are_refused_before_anything_is_written(place, text, said, cap
 
 def test_bad_arguments(place):
     path = grid(place, "grid: {seed: [1, 2]}\nscales: {demo: {}}")
-    for said, arguments in {"Did you mean 'demo'": dict(scale="demos"), "1 or more": dict(workers=0), "cluster decides": dict(workers=1, scheduler="tcp://x:1"), "'seed' in its grid": dict(given=[("seed", "1")]), "takes float": dict(given=[("lr", "x")]), "twice": dict(given=[("lr", "1")] * 2)}.items():
-        with pytest.raises(InputError, match=said): sweep.run_sweep(path, **arguments)
-    with pytest.raises(InputError, match="absent.yaml does not exist"): sweep.run_sweep("absent.yaml")
+    for said, arguments in {
+        "Did you mean 'demo'": dict(scale="demos"),
+        "1 or more": dict(workers=0),
+        "cluster decides": dict(workers=1, scheduler="tcp://x:1"),
+        "'seed' in its grid": dict(given=[("seed", "1")]),
+        "takes float": dict(given=[("lr", "x")]),
+        "twice": dict(given=[("lr", "1")] * 2),
+    }.items():
+        with pytest.raises(InputError, match=said):
+            sweep.run_sweep(path, **arguments)
+    with pytest.raises(InputError, match="absent.yaml does not exist"):
+        sweep.run_sweep("absent.yaml")
     (place / "g.yaml").write_text("notebook: absent.ipynb\ngrid: {seed: [1]}")
-    with pytest.raises(InputError, match="absent.ipynb"): sweep.run_sweep(path)
+    with pytest.raises(InputError, match="absent.ipynb"):
+        sweep.run_sweep(path)
     (place / "g.yaml").write_text("notebook: [a]\ngrid: {seed: [1]}")
-    with pytest.raises(InputError, match="notebook"): sweep.run_sweep(path)
+    with pytest.raises(InputError, match="notebook"):
+        sweep.run_sweep(path)
     assert not (place / "runs").exists()
 
 
 def test_folders_of_others_are_refused(place):
     path = grid(place, "grid: {seed: [1, 2]}")
     for name, file in {"run": "config.json", "thesis": "thesis.tex"}.items():
-        (place / name).mkdir(); (place / name / file).write_text("{}")
-        with pytest.raises(InputError, match="--out"): sweep.run_sweep(path, out=name)
+        (place / name).mkdir()
+        (place / name / file).write_text("{}")
+        with pytest.raises(InputError, match="--out"):
+            sweep.run_sweep(path, out=name)
         assert [p.name for p in (place / name).iterdir()] == [file]
 
 
 def test_cells_are_what_the_file_says(place):
     "Scale over base, -p over both, row and grid over all; one worker inside a cell; equal parameters, equal key."
-    path = grid(place, "base: {lr: 1e-3, weights: {kl: 2.0}}\ngrid: {seed: [0, 1]}\ncells: {kl: , no kl: {weights.kl: 0}}\nscales: {full: {lr: 2e-3}}")
-    of = lambda **k: {c.name: c for c in grids.expand(path, **k)[1]}
-    base, full, mine = of(), of(scale="full"), of(scale="full", given=[("lr", "1"), ("workers", "3")])
+    path = grid(
+        place,
+        "base: {lr: 1e-3, weights: {kl: 2.0}}\ngrid: {seed: [0, 1]}\ncells: {kl: , no kl: {weights.kl: 0}}\nscales: {full: {lr: 2e-3}}",
+    )
+
+    def of(**k):
+        return {c.name: c for c in grids.expand(path, **k)[1]}
+
+    base = of()
+    full = of(scale="full")
+    mine = of(scale="full", given=[("lr", "1"), ("workers", "3")])
     assert list(base) == ["kl seed=0", "kl seed=1", "no kl seed=0", "no kl seed=1"]
-    assert base["kl seed=1"].values == dict(do="score", seed=1, lr=.001, weights={"kl": 2.}, workers=1)
-    assert base["no kl seed=0"].values["weights"] == {"kl": 0} and full["kl seed=0"].values["lr"] == .002
-    assert (mine["kl seed=0"].values["lr"], mine["kl seed=0"].values["workers"]) == (1., 3)
+    assert base["kl seed=1"].values == dict(
+        do="score", seed=1, lr=0.001, weights={"kl": 2.0}, workers=1
+    )
+    assert (
+        base["no kl seed=0"].values["weights"] == {"kl": 0}
+        and full["kl seed=0"].values["lr"] == 0.002
+    )
+    assert (mine["kl seed=0"].values["lr"], mine["kl seed=0"].values["workers"]) == (1.0, 3)
     assert len({c.key for cells in (base, full, mine) for c in cells.values()}) == 12
-    assert {n: c.key for n, c in of(given=[("lr", "2e-3")]).items()} == {n: c.key for n, c in full.items()}
+    assert {n: c.key for n, c in of(given=[("lr", "2e-3")]).items()} == {
+        n: c.key for n, c in full.items()
+    }
     flat = grid(place, "base: {weights: {kl: 2.0}}\ngrid: {seed: [0]}", "h.yaml")
-    assert [c.values["weights"] for c in grids.expand(flat, [("weights.kl", "5")])[1]] == [{"kl": 5.}]
+    assert [c.values["weights"] for c in grids.expand(flat, [("weights.kl", "5")])[1]] == [
+        {"kl": 5.0}
+    ]
 
 
 @pytest.mark.slow
 def test_a_sweep_from_failure_to_table(place, capsys):
     "A failed cell, a killed one and one with a broken table stop no other; they are named, tried again, and the finished are not."
-    path = grid(place, "cells: {good: {}, raises: {do: fail}, killed: {do: die}, broken: {do: nonsense}}")
+    path = grid(
+        place, "cells: {good: {}, raises: {do: fail}, killed: {do: die}, broken: {do: nonsense}}"
+    )
     assert cli.main(["sweep", path, "--dry-run"]) == 0 and not (place / "runs").exists()
     assert capsys.readouterr().out.count("to do  ") == 4
     assert cli.main(["sweep", path, "--workers", "2"]) == 1
     out, error = capsys.readouterr()
-    assert "good: done" in out and f"failed: raises: {of(place, 'raises-*').relative_to(place)}/notebook.ipynb" in error
-    assert "killed by signal 9" in error and "not a file of rows" in error and "cells that failed: 3" in error
-    assert "diverged" in (of(place, "raises-*") / "notebook.ipynb").read_text() and "1 1 passive" in (of(place, "good-*") / "log.txt").read_text()
+    assert (
+        "good: done" in out
+        and f"failed: raises: {of(place, 'raises-*').relative_to(place)}/notebook.ipynb" in error
+    )
+    assert (
+        "killed by signal 9" in error
+        and "not a file of rows" in error
+        and "cells that failed: 3" in error
+    )
+    assert (
+        "diverged" in (of(place, "raises-*") / "notebook.ipynb").read_text()
+        and "1 1 passive" in (of(place, "good-*") / "log.txt").read_text()
+    )
     assert [r["cell"] for r in read_csv("runs/g/results.csv")] == ["good", "good"]
     path = grid(place, "cells: {better name: {}}\ngrid: {seed: [0]}\nbase: {lr: .5}")
     assert cli.main(["sweep", path]) == 0
-    assert "1 done, 0 to do" in capsys.readouterr().out and (of(place, "good-*") / "times").read_text() == "x"
-    assert [(r["cell"], r["seed"], r["case"]) for r in read_csv("runs/g/results.csv")] == [("better name seed=0", 0, c) for c in "xy"]
+    assert (
+        "1 done, 0 to do" in capsys.readouterr().out
+        and (of(place, "good-*") / "times").read_text() == "x"
+    )
+    assert [(r["cell"], r["seed"], r["case"]) for r in read_csv("runs/g/results.csv")] == [
+        ("better name seed=0", 0, c) for c in "xy"
+    ]
 
 
 @pytest.mark.slow
@@ -132,53 +227,88 @@ def test_a_sweep_from_failure_to_table(place, capsys):
 def test_stopped_and_continued(place, how, status, monkeypatch):
     "After Ctrl-C and after a kill no process is left, and the same command continues."
     path = grid(place, "grid: {do: [wait, score]}")
-    first = subprocess.Popen([sys.executable, "-c", LISTEN + START, "sweep", path, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", LISTEN + START, "sweep", path, "--workers", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: any(p.read_text() for p in place.glob("runs/g/cells/*/kernel")), first)
-    folder, = place.glob("runs/g/cells/*")
-    with pytest.raises(InputError, match="at work"): sweep.run_sweep(path)
+    (folder,) = place.glob("runs/g/cells/*")
+    with pytest.raises(InputError, match="at work"):
+        sweep.run_sweep(path)
     first.send_signal(how)
     assert first.wait(timeout=600) == status
     kernel = int((folder / "kernel").read_text())
     wait_for(lambda: gone(kernel))
     assert len(list(place.glob("runs/g/cells/*"))) == 1 and not (folder / "done.json").exists()
     assert "The same command continues" in first.stderr.read() or how == signal.SIGKILL
-    if how == signal.SIGINT: # the waiting cell, now with a notebook that does not wait
-        (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("time.sleep(900)", "pass"))
-        assert sweep.run_sweep(grid(place, "grid: {do: [wait]}")) == 0 and (folder / "done.json").exists()
+    if how == signal.SIGINT:  # the waiting cell, now with a notebook that does not wait
+        (place / "toy.ipynb").write_text(
+            (place / "toy.ipynb").read_text().replace("time.sleep(900)", "pass")
+        )
+        assert (
+            sweep.run_sweep(grid(place, "grid: {do: [wait]}")) == 0
+            and (folder / "done.json").exists()
+        )
 
 
 def test_a_parameter_that_the_rows_contradict_gets_another_name():
-    cell = lambda name, **v: grids.Cell(name, {}, v, name)
+    def cell(name, **v):
+        return grids.Cell(name, {}, v, name)
+
     cells = [cell("a", seed=1, cell=3, tau=[1]), cell("b", seed=2, cell=4, tau=[2])]
     rows = {"a": [dict(arm="x", seed=0)], "b": [dict(arm="x", seed=0)]}
     assert sweep.varied(cells) == ["seed", "cell", "tau"]
-    assert sweep.tidy(cells, rows, ["seed", "cell", "tau"])[1] == dict(cell="b", given_seed=2, given_cell=4, tau="[2]", arm="x", seed=0)
+    assert sweep.tidy(cells, rows, ["seed", "cell", "tau"])[1] == dict(
+        cell="b", given_seed=2, given_cell=4, tau="[2]", arm="x", seed=0
+    )
 
 
 @pytest.mark.slow
 def test_a_cluster(place, capsys):
     "The same sweep through a Dask scheduler; one that is not there is named, and nothing is written."
     import distributed
+
     path = grid(place, "grid: {seed: [1]}")
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
         assert cli.main(["sweep", path, "--scheduler", cluster.scheduler_address]) == 0
     assert "seed=1: done" in capsys.readouterr().out and len(read_csv("runs/g/results.csv")) == 2
-    with pytest.raises(InputError, match="no Dask scheduler answers"): sweep.run_sweep(path, out="other", scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(InputError, match="no Dask scheduler answers"):
+        sweep.run_sweep(path, out="other", scheduler="tcp://127.0.0.1:9")
     assert not (place / "other").exists()
 
 
 def test_a_cluster_without_dask(place, monkeypatch):
-    monkeypatch.setitem(sys.modules, "dask", None) # as if it were not installed
-    with pytest.raises(InputError, match=r"pip install \"unpaired_kd\[scale\]\""): sweep.run_sweep(grid(place, "grid: {seed: [1]}"), scheduler="tcp://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "dask", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"pip install \"unpaired_kd\[scale\]\""):
+        sweep.run_sweep(grid(place, "grid: {seed: [1]}"), scheduler="tcp://127.0.0.1:9")
     assert not (place / "runs").exists()
 
 
 CELLS = "cells: {R01 alone: {}, R02 kl: {lr: .1}, R12 kl too: {lr: .2}, R02: {lr: .3}}\ngrid: {seed: [0, 1]}"
 
 
-@pytest.mark.parametrize("patterns, names", [
-    (["R01*"], ["R01 alone seed=0", "R01 alone seed=1"]), (["R01 alone"], ["R01 alone seed=0", "R01 alone seed=1"]), (["* seed=1", "R01 alone seed=1"], ["R01 alone seed=1", "R02 kl seed=1", "R12 kl too seed=1", "R02 seed=1"]),
-    (["R12", "R01"], ["R01 alone seed=0", "R01 alone seed=1", "R12 kl too seed=0", "R12 kl too seed=1"]), (["R02"], ["R02 seed=0", "R02 seed=1"]), (["R[01][12] kl"], ["R02 kl seed=0", "R02 kl seed=1"]), (["R?2 kl too seed=[!1]"], ["R12 kl too seed=0"])])
+@pytest.mark.parametrize(
+    "patterns, names",
+    [
+        (["R01*"], ["R01 alone seed=0", "R01 alone seed=1"]),
+        (["R01 alone"], ["R01 alone seed=0", "R01 alone seed=1"]),
+        (
+            ["* seed=1", "R01 alone seed=1"],
+            ["R01 alone seed=1", "R02 kl seed=1", "R12 kl too seed=1", "R02 seed=1"],
+        ),
+        (
+            ["R12", "R01"],
+            ["R01 alone seed=0", "R01 alone seed=1", "R12 kl too seed=0", "R12 kl too seed=1"],
+        ),
+        (["R02"], ["R02 seed=0", "R02 seed=1"]),
+        (["R[01][12] kl"], ["R02 kl seed=0", "R02 kl seed=1"]),
+        (["R?2 kl too seed=[!1]"], ["R12 kl too seed=0"]),
+    ],
+)
 def test_patterns_choose_cells_in_the_order_of_the_grid(place, patterns, names):
     "Whole names of cells and rows first, then their first words; a row R02 is not hidden by the row R02 kl."
     path = grid(place, CELLS)
@@ -186,24 +316,46 @@ def test_patterns_choose_cells_in_the_order_of_the_grid(place, patterns, names):
 
 
 def test_a_name_with_brackets_names_itself(place):
-    (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "seeds: list = [0]"))
+    (place / "toy.ipynb").write_text(
+        (place / "toy.ipynb").read_text().replace("lr: float = .5", "seeds: list = [0]")
+    )
     path = grid(place, "grid: {seeds: [[0], [1]], seed: [3, 4]}")
-    chosen = lambda *patterns: [c.name for c in grids.choose(path, grids.expand(path)[1], patterns)]
-    assert chosen("seeds=[0] seed=3") == ["seeds=[0] seed=3"] and chosen("seeds=[1]") == ["seeds=[1] seed=3", "seeds=[1] seed=4"]
+
+    def chosen(*patterns):
+        return [c.name for c in grids.choose(path, grids.expand(path)[1], patterns)]
+
+    assert chosen("seeds=[0] seed=3") == ["seeds=[0] seed=3"] and chosen("seeds=[1]") == [
+        "seeds=[1] seed=3",
+        "seeds=[1] seed=4",
+    ]
 
 
-@pytest.mark.parametrize("pattern, said", [("R11", "Near names: .*'R01 alone'"), ("R03*", "Near names: .*'R02"), ("r01 alone", "Near names: 'R01 alone'"), ("R01 alone seed=2", "'R01 alone seed=0'"), ("R1", "Near names"), ("alone", "names: "), ("#", "The first names: 'R01 alone', 'R02 kl'"), ("", "The first names")])
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        ("R11", "Near names: .*'R01 alone'"),
+        ("R03*", "Near names: .*'R02"),
+        ("r01 alone", "Near names: 'R01 alone'"),
+        ("R01 alone seed=2", "'R01 alone seed=0'"),
+        ("R1", "Near names"),
+        ("alone", "names: "),
+        ("#", "The first names: 'R01 alone', 'R02 kl'"),
+        ("", "The first names"),
+    ],
+)
 def test_a_pattern_that_fits_nothing_is_refused_with_near_names(place, pattern, said, capsys):
     "Also beside one that fits, and in a dry run; nothing is written."
     path = grid(place, CELLS)
-    with pytest.raises(InputError, match=f"--cells: .*fits no cell of .*g.yaml. .*{said}"): sweep.run_sweep(path, only=["R02*", pattern])
+    with pytest.raises(InputError, match=f"--cells: .*fits no cell of .*g.yaml. .*{said}"):
+        sweep.run_sweep(path, only=["R02*", pattern])
     assert cli.main(["sweep", path, "--dry-run", "--cells", pattern]) == 2
     assert "Traceback" not in capsys.readouterr().err and not (place / "runs").exists()
 
 
 def test_the_whole_grid_is_checked_though_a_part_is_chosen(place):
     path = grid(place, "cells: {good: {}, bad: {sed: 1}}")
-    with pytest.raises(InputError, match="cell 'bad'.*Did you mean 'seed'"): sweep.run_sweep(path, only=["good"])
+    with pytest.raises(InputError, match="cell 'bad'.*Did you mean 'seed'"):
+        sweep.run_sweep(path, only=["good"])
     assert not (place / "runs").exists()
 
 
@@ -211,55 +363,124 @@ def test_the_whole_grid_is_checked_though_a_part_is_chosen(place):
 def test_several_calls_fill_one_folder(place, capsys):
     "Only the chosen cells run; the table has every finished cell of the grid, with all parameters that vary in it."
     path = grid(place, "cells: {first: {}, second: {lr: .25}, fails: {do: fail}}")
-    cells = lambda: sorted(p.name.rpartition("-")[0] for p in place.glob("runs/g/cells/*"))
-    assert cli.main(["sweep", path, "--dry-run", "--cells", "se*", "--cells", "first"]) == 0 and not (place / "runs").exists()
+
+    def cells():
+        return sorted(p.name.rpartition("-")[0] for p in place.glob("runs/g/cells/*"))
+
+    assert (
+        cli.main(["sweep", path, "--dry-run", "--cells", "se*", "--cells", "first"]) == 0
+        and not (place / "runs").exists()
+    )
     out = capsys.readouterr().out
-    assert out.count("to do  ") == 2 and "fails" not in out and "3 cells of" in out and "2 chosen, of these 0 done, 2 to do" in out
+    assert (
+        out.count("to do  ") == 2
+        and "fails" not in out
+        and "3 cells of" in out
+        and "2 chosen, of these 0 done, 2 to do" in out
+    )
     assert cli.main(["sweep", path, "--cells", "second"]) == 0
-    assert cells() == ["second"] and [r["cell"] for r in read_csv("runs/g/results.csv")] == ["second"] * 2
+    assert (
+        cells() == ["second"]
+        and [r["cell"] for r in read_csv("runs/g/results.csv")] == ["second"] * 2
+    )
     assert cli.main(["sweep", path, "--cells", "f[!a]*"]) == 0
     assert cells() == ["first", "second"] and (of(place, "second-*") / "times").read_text() == "x"
-    assert [(r["cell"], r["lr"], r["do"]) for r in read_csv("runs/g/results.csv")] == [("first", .5, "score")] * 2 + [("second", .25, "score")] * 2
-    assert cli.main(["sweep", path, "--cells", "second"]) == 0 and "1 chosen, of these 1 done, 0 to do" in capsys.readouterr().out
+    assert [(r["cell"], r["lr"], r["do"]) for r in read_csv("runs/g/results.csv")] == [
+        ("first", 0.5, "score")
+    ] * 2 + [("second", 0.25, "score")] * 2
+    assert (
+        cli.main(["sweep", path, "--cells", "second"]) == 0
+        and "1 chosen, of these 1 done, 0 to do" in capsys.readouterr().out
+    )
     assert [r["cell"] for r in read_csv("runs/g/results.csv")] == ["first"] * 2 + ["second"] * 2
 
 
-def names_and(values, cells): return [(c.name, *(c.values[v] for v in values)) for c in cells]
+def names_and(values, cells):
+    return [(c.name, *(c.values[v] for v in values)) for c in cells]
 
 
 def test_anchors_of_a_grid_are_read_while_they_repeat_little(place):
-    path = grid(place, "base: {lr: &lr 1e-3}\ncells:\n  a: &a {weights.kl: *lr}\n  b: {seed: 1}\nscales: {s: *a}")
-    assert names_and(["lr", "seed"], grids.expand(path)[1]) == [("a", .001, 0), ("b", .001, 1)]
-    assert [c.values["weights"] for c in grids.expand(path)[1]] == [{"kl": .001}, {"kl": 1.}]
-    with pytest.raises(InputError, match="'weights.kl'|same parameters"): grids.expand(grid(place, "base: {seed: &s 2}\ngrid: {seed: [*s, 2]}"))
+    path = grid(
+        place,
+        "base: {lr: &lr 1e-3}\ncells:\n  a: &a {weights.kl: *lr}\n  b: {seed: 1}\nscales: {s: *a}",
+    )
+    assert names_and(["lr", "seed"], grids.expand(path)[1]) == [("a", 0.001, 0), ("b", 0.001, 1)]
+    assert [c.values["weights"] for c in grids.expand(path)[1]] == [{"kl": 0.001}, {"kl": 1.0}]
+    with pytest.raises(InputError, match="'weights.kl'|same parameters"):
+        grids.expand(grid(place, "base: {seed: &s 2}\ngrid: {seed: [*s, 2]}"))
 
 
-@pytest.mark.parametrize("text, said", [
-    ("base: &a {weights: *a}\ngrid: {seed: [1]}", "contains itself"), ("grid: {seed: [*nobody]}", "undefined alias"),
-    ("base: {do: &a [" + "x, " * 101 + "]}\nscales:\n" + "".join(f"  s{i}: {{do: *a}}\n" for i in range(100)) + "grid: {seed: [1]}", "repeat more than 10000"),
-    ("base:\n  a0: &a0 [1]\n" + "".join(f"  a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60)) + "grid: {seed: [1]}", "nested more than 50"),
-    ("cells:\n  a: &a {seed: 1}\n  b: {<<: *a, lr: 2}", "not merged"), ("grid: {weights: [{kl:1}]}", "value is missing")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("base: &a {weights: *a}\ngrid: {seed: [1]}", "contains itself"),
+        ("grid: {seed: [*nobody]}", "undefined alias"),
+        (
+            "base: {do: &a ["
+            + "x, " * 101
+            + "]}\nscales:\n"
+            + "".join(f"  s{i}: {{do: *a}}\n" for i in range(100))
+            + "grid: {seed: [1]}",
+            "repeat more than 10000",
+        ),
+        (
+            "base:\n  a0: &a0 [1]\n"
+            + "".join(f"  a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 60))
+            + "grid: {seed: [1]}",
+            "nested more than 50",
+        ),
+        ("cells:\n  a: &a {seed: 1}\n  b: {<<: *a, lr: 2}", "not merged"),
+        ("grid: {weights: [{kl:1}]}", "value is missing"),
+    ],
+)
 def test_anchors_that_are_refused(place, text, said):
     "A loop, a name of nothing, a hundred and first repetition of a hundred parts, a ladder; at once."
-    with pytest.raises(InputError, match=f"g.yaml.*({said})"): grids.expand(grid(place, text))
+    with pytest.raises(InputError, match=f"g.yaml.*({said})"):
+        grids.expand(grid(place, text))
 
 
 def test_a_list_in_the_wrong_place_is_told_the_right_one(place):
-    (place / "toy.ipynb").write_text((place / "toy.ipynb").read_text().replace("lr: float = .5", "lr: float = .5\\nnames: list[str] = []"))
-    for text, said in {"grid: {names: [a, b]}": "list of lists", "base: {seed: [1, 2]}\ngrid: {lr: [1]}": "goes under `grid`", "grid: {names: [[a, off]]}": "in quotes"}.items():
-        with pytest.raises(InputError) as e: grids.expand(grid(place, text))
+    (place / "toy.ipynb").write_text(
+        (place / "toy.ipynb")
+        .read_text()
+        .replace("lr: float = .5", "lr: float = .5\\nnames: list[str] = []")
+    )
+    for text, said in {
+        "grid: {names: [a, b]}": "list of lists",
+        "base: {seed: [1, 2]}\ngrid: {lr: [1]}": "goes under `grid`",
+        "grid: {names: [[a, off]]}": "in quotes",
+    }.items():
+        with pytest.raises(InputError) as e:
+            grids.expand(grid(place, text))
         assert said in str(e.value) and ("`grid`" in str(e.value)) == (said == "goes under `grid`")
 
 
-@pytest.mark.parametrize("text", ["base: {weights.kl: 3}\ngrid: {seed: [1]}\nscales: {x: {weights: {kl: 1}}}", "base: {weights.kl: 3}\ngrid: {weights: [{kl: 1}]}",
-    "scales: {x: {weights.kl: 3}}\ncells: {a: {weights: {}}}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: {weights.kl: 3}\ngrid: {seed: [1]}\nscales: {x: {weights: {kl: 1}}}",
+        "base: {weights.kl: 3}\ngrid: {weights: [{kl: 1}]}",
+        "scales: {x: {weights.kl: 3}}\ncells: {a: {weights: {}}}",
+    ],
+)
 def test_a_dict_does_not_silently_undo_its_entries(place, text):
-    with pytest.raises(InputError, match="g.yaml.*'weights' would undo 'weights.kl'"): grids.expand(grid(place, text), scale="x" if "scales" in text else None)
-    whole = grid(place, "base: {weights: {kl: 3}}\ngrid: {weights.kl: [2]}\nscales: {x: {weights: {kl: 1}}}")
-    assert [c.values["weights"] for c in grids.expand(whole, scale="x")[1]] == [{"kl": 2.}]
-    assert [c.values["weights"] for c in grids.expand(grid(place, "base: {weights.kl: 3}\ngrid: {weights.kl: [2]}"))[1]] == [{"kl": 2.}]
+    with pytest.raises(InputError, match="g.yaml.*'weights' would undo 'weights.kl'"):
+        grids.expand(grid(place, text), scale="x" if "scales" in text else None)
+    whole = grid(
+        place, "base: {weights: {kl: 3}}\ngrid: {weights.kl: [2]}\nscales: {x: {weights: {kl: 1}}}"
+    )
+    assert [c.values["weights"] for c in grids.expand(whole, scale="x")[1]] == [{"kl": 2.0}]
+    assert [
+        c.values["weights"]
+        for c in grids.expand(grid(place, "base: {weights.kl: 3}\ngrid: {weights.kl: [2]}"))[1]
+    ] == [{"kl": 2.0}]
 
 
 def test_entries_are_not_merged_anywhere_in_a_grid(place):
-    for text in ("base: {<<: {lr: 1}}\ngrid: {seed: [1]}", "base: {weights: {<<: {kl: 1}}}\ngrid: {seed: [1]}", "grid: {weights: [{<<: {kl: 1}}]}"):
-        with pytest.raises(InputError, match="not merged with <<"): grids.expand(grid(place, text))
+    for text in (
+        "base: {<<: {lr: 1}}\ngrid: {seed: [1]}",
+        "base: {weights: {<<: {kl: 1}}}\ngrid: {seed: [1]}",
+        "grid: {weights: [{<<: {kl: 1}}]}",
+    ):
+        with pytest.raises(InputError, match="not merged with <<"):
+            grids.expand(grid(place, text))

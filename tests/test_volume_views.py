@@ -1,4 +1,5 @@
 "Views of volumes: projections, slices, errors; shapes, spacing, reading in slabs, faults."
+
 import sys
 
 import matplotlib
@@ -9,7 +10,18 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from unpaired_kd.analysis.volume_views import ERRORS, _plan, browse, error_classes, error_overlay, error_projections, orthogonal, projections, show_errors, show_projections
+from unpaired_kd.analysis.volume_views import (
+    ERRORS,
+    _plan,
+    browse,
+    error_classes,
+    error_overlay,
+    error_projections,
+    orthogonal,
+    projections,
+    show_errors,
+    show_projections,
+)
 from unpaired_kd.core import InputError, rng
 
 AXES = ("z", "y", "x")
@@ -22,37 +34,61 @@ def closed():
 
 
 @pytest.fixture
-def volume(): return rng(0, "volume").integers(0, 255, (5, 7, 9), dtype=np.uint8)
+def volume():
+    return rng(0, "volume").integers(0, 255, (5, 7, 9), dtype=np.uint8)
 
 
 def masks(shape=(6, 7, 8)):
     r = rng(0, "masks", *shape)
-    return r.random(shape) > .6, r.random(shape) > .6
+    return r.random(shape) > 0.6, r.random(shape) > 0.6
 
 
 class Disk:
     "A lazy volume that writes down what is read."
-    def __init__(self, a, chunks=None): self.a, self.shape, self.dtype, self.chunks, self.asked = a, a.shape, a.dtype, chunks, []
-    def __getitem__(self, where): part = self.a[where]; self.asked.append(part.shape); return part
+
+    def __init__(self, a, chunks=None):
+        self.a = a
+        self.shape = a.shape
+        self.dtype = a.dtype
+        self.chunks = chunks
+        self.asked = []
+
+    def __getitem__(self, where):
+        part = self.a[where]
+        self.asked.append(part.shape)
+        return part
 
 
 @pytest.mark.parametrize("slab", [None, 1, 2, 5, 100])
 def test_projections_are_maxima(volume, slab):
-    for v in (volume, volume[None], volume.astype(np.float32) / 255, volume > 100, -volume.astype(int), torch.from_numpy(volume), torch.from_numpy(volume)[None].bfloat16()):
+    for v in (
+        volume,
+        volume[None],
+        volume.astype(np.float32) / 255,
+        volume > 100,
+        -volume.astype(int),
+        torch.from_numpy(volume),
+        torch.from_numpy(volume)[None].bfloat16(),
+    ):
         p = projections(v, slab=slab)
         a = v.float().numpy() if isinstance(v, torch.Tensor) else v
-        for axis, k in enumerate(AXES): assert np.array_equal(p[k], a.reshape(volume.shape).max(axis))
+        for axis, k in enumerate(AXES):
+            assert np.array_equal(p[k], a.reshape(volume.shape).max(axis))
 
 
 def test_projections_keep_the_type(volume):
-    assert projections(volume)["y"].dtype == np.uint8 and projections(volume.astype(np.uint16))["z"].dtype == np.uint16
+    assert (
+        projections(volume)["y"].dtype == np.uint8
+        and projections(volume.astype(np.uint16))["z"].dtype == np.uint16
+    )
 
 
 def test_square_pixels(volume):
-    p, q = projections(volume), projections(volume, (5, 1, 1))
+    p = projections(volume)
+    q = projections(volume, (5, 1, 1))
     assert q["z"].shape == (7, 9) and q["y"].shape == (25, 9) and q["x"].shape == (25, 7)
     assert np.array_equal(q["y"], p["y"].repeat(5, 0)) and np.array_equal(q["z"], p["z"])
-    odd = projections(volume, (.3, .2, .2))
+    odd = projections(volume, (0.3, 0.2, 0.2))
     assert odd["x"].shape == (8, 7) and set(map(tuple, odd["x"])) == set(map(tuple, p["x"]))
     assert projections(volume, (1, 1, 2))["z"].shape == (7, 18)
 
@@ -62,30 +98,44 @@ def test_slabs_are_read_not_the_volume(volume):
     projections(disk, slab=2)
     assert disk.asked == [(2, 7, 9), (2, 7, 9), (1, 7, 9)]
     wide = Disk(np.zeros((40, 1024, 1024), np.uint8), chunks=(3, 64, 64))
-    assert projections(wide)["z"].shape == (1024, 1024) and {s[0] for s in wide.asked[:-1]} == {15}    # whole chunks, at most 16 million voxels
+    assert projections(wide)["z"].shape == (1024, 1024) and {s[0] for s in wide.asked[:-1]} == {
+        15
+    }  # whole chunks, at most 16 million voxels
     disk = Disk(volume)
     orthogonal(disk, (1, 2, 3))
     assert disk.asked == [(7, 9), (5, 9), (5, 7)]
     four = Disk(volume[None])
-    assert np.array_equal(projections(four, slab=3)["x"], volume.max(2)) and max(map(len, four.asked)) == 3
+    assert (
+        np.array_equal(projections(four, slab=3)["x"], volume.max(2))
+        and max(map(len, four.asked)) == 3
+    )
     p, t = masks()
-    dp, dt = Disk(p.astype(np.uint8), chunks=(2, 7, 8)), Disk(t)
+    dp = Disk(p.astype(np.uint8), chunks=(2, 7, 8))
+    dt = Disk(t)
     assert error_projections(dp, dt)[1] == error_projections(p, t)[1] and dp.asked
 
 
 def test_zarr(volume, tmp_path):
     zarr = pytest.importorskip("zarr")
-    z = zarr.create_array(str(tmp_path / "v.zarr"), shape=(1, *volume.shape), chunks=(1, 2, 4, 4), dtype="u1")
+    z = zarr.create_array(
+        str(tmp_path / "v.zarr"), shape=(1, *volume.shape), chunks=(1, 2, 4, 4), dtype="u1"
+    )
     z[:] = volume[None]
-    for axis, k in enumerate(AXES): assert np.array_equal(projections(z)[k], volume.max(axis))
-    assert show_projections(z, z, (5, 1, 1)) is not None and orthogonal(z, (4, 6, 8)) is not None and browse(z) is not None
+    for axis, k in enumerate(AXES):
+        assert np.array_equal(projections(z)[k], volume.max(axis))
+    assert (
+        show_projections(z, z, (5, 1, 1)) is not None
+        and orthogonal(z, (4, 6, 8)) is not None
+        and browse(z) is not None
+    )
     assert show_errors(z, z, volume) is not None
 
 
-def images(fig): return [np.asarray(i.get_array()) for ax in fig.axes for i in ax.images]
+def images(fig):
+    return [np.asarray(i.get_array()) for ax in fig.axes for i in ax.images]
 
 
-@pytest.mark.parametrize("spacing", [None, (5, 1, 1), (1, 1, 1), (.001, .004, .002)])
+@pytest.mark.parametrize("spacing", [None, (5, 1, 1), (1, 1, 1), (0.001, 0.004, 0.002)])
 def test_drawings_have_the_proportions_of_the_tissue(volume, spacing):
     fig = show_projections(volume, volume > 200, spacing, width=4)
     for shown, p in zip(images(fig), ("z", "y", "x")):
@@ -104,7 +154,8 @@ def test_thin_volumes_can_be_drawn():
     for shape in ((1, 8, 8), (8, 8, 1), (1, 1, 1), (2, 400, 3)):
         v = np.ones(shape, np.uint8)
         for fig in (orthogonal(v, label=v), show_errors(None, v, v)):
-            fig.set_dpi(10); fig.draw_without_rendering()
+            fig.set_dpi(10)
+            fig.draw_without_rendering()
     (w, d), (h, _) = _plan((10, 20, 40), (1, 1, 1), 4)
     assert w / d == pytest.approx(4) and h / d == pytest.approx(2)
 
@@ -115,29 +166,48 @@ def test_a_thin_stack_keeps_its_legend_apart():
         fig = show_errors(v if image else None, v, v)
         fig.draw_without_rendering()
         box = (fig.legends[0] if fig.legends else fig.axes[-1].get_legend()).get_window_extent()
-        assert not any(a.images and box.overlaps(a.get_tightbbox()) for a in fig.axes) and box.y0 >= 0 and box.x0 >= 0 and box.x1 <= fig.bbox.x1 + 8
+        assert (
+            not any(a.images and box.overlaps(a.get_tightbbox()) for a in fig.axes)
+            and box.y0 >= 0
+            and box.x0 >= 0
+            and box.x1 <= fig.bbox.x1 + 8
+        )
 
 
 def test_orthogonal_slices(volume):
     fig = orthogonal(volume, (4, 0, 8), volume > 100)
-    for shown, m in zip(images(fig), (volume[4], volume[:, 0], volume[:, :, 8].T)): assert np.array_equal(shown, m)
+    for shown, m in zip(images(fig), (volume[4], volume[:, 0], volume[:, :, 8].T)):
+        assert np.array_equal(shown, m)
     z = fig.axes[0]
-    assert {round(float(line.get_xdata()[0]), 3) for line in z.lines} >= {8.5} and {round(float(line.get_ydata()[0]), 3) for line in z.lines} >= {.5}
+    assert {round(float(line.get_xdata()[0]), 3) for line in z.lines} >= {8.5} and {
+        round(float(line.get_ydata()[0]), 3) for line in z.lines
+    } >= {0.5}
     assert [a.get_title() for a in fig.axes[:3]] == ["slice z = 4", "slice y = 0", "slice x = 8"]
     assert np.array_equal(images(orthogonal(volume))[0], volume[2])
     assert images(orthogonal(np.zeros((3, 3, 3)), window=(0, 1)))[0].max() == 0
 
 
 def test_errors_have_one_colour_each():
-    pred, target = np.array([[0, 1], [1, 0]]), np.array([[0, 1], [0, 1]])
+    pred = np.array([[0, 1], [1, 0]])
+    target = np.array([[0, 1], [0, 1]])
     rgb = error_overlay(pred, target)
     assert rgb.shape == (2, 2, 3) and rgb.dtype == np.float32 and 0 <= rgb.min() and rgb.max() <= 1
-    assert rgb[0, 0].tolist() == [0, 0, 0] and np.allclose(rgb[0, 1], ERRORS["correct"]) and np.allclose(rgb[1, 0], ERRORS["extra"]) and np.allclose(rgb[1, 1], ERRORS["missed"])
-    assert np.array_equal(error_overlay(torch.tensor(pred), torch.tensor(target) > 0), rgb) and np.array_equal(error_overlay(pred.astype(float), target * 254), rgb)
-    light = sorted(np.dot(c, (.2126, .7152, .0722)) for c in (*ERRORS.values(), (0, 0, 0)))
-    assert min(np.diff(light)) > .15                                             # told apart without colour
+    assert (
+        rgb[0, 0].tolist() == [0, 0, 0]
+        and np.allclose(rgb[0, 1], ERRORS["correct"])
+        and np.allclose(rgb[1, 0], ERRORS["extra"])
+        and np.allclose(rgb[1, 1], ERRORS["missed"])
+    )
+    assert np.array_equal(
+        error_overlay(torch.tensor(pred), torch.tensor(target) > 0), rgb
+    ) and np.array_equal(error_overlay(pred.astype(float), target * 254), rgb)
+    light = sorted(np.dot(c, (0.2126, 0.7152, 0.0722)) for c in (*ERRORS.values(), (0, 0, 0)))
+    assert min(np.diff(light)) > 0.15  # told apart without colour
     p, t = masks()
-    assert error_overlay(p, t).shape == (6, 7, 8, 3) and not (error_overlay(t, t) != error_overlay(t, t)[..., :1]).any()
+    assert (
+        error_overlay(p, t).shape == (6, 7, 8, 3)
+        and not (error_overlay(t, t) != error_overlay(t, t)[..., :1]).any()
+    )
 
 
 def test_error_projections_show_the_most_frequent_kind():
@@ -148,23 +218,48 @@ def test_error_projections_show_the_most_frequent_kind():
         n = np.stack([(c == i).sum(axis) for i in (3, 2, 1)])
         want = np.where(n.sum(0) > 0, np.array([3, 2, 1])[n.argmax(0)], 0)
         assert np.array_equal(maps[k], want) and maps[k].dtype == np.uint8
-    assert counts == {"background": (~p & ~t).sum(), "correct": (p & t).sum(), "extra": (p & ~t).sum(), "missed": (~p & t).sum()}
+    assert counts == {
+        "background": (~p & ~t).sum(),
+        "correct": (p & t).sum(),
+        "extra": (p & ~t).sum(),
+        "missed": (~p & t).sum(),
+    }
     line = np.zeros((6, 1, 1), int)
-    for kinds, want in (((1, 1, 3), 1), ((1, 3), 3), ((1, 2), 2), ((2, 3), 3), ((1, 2, 2, 3), 2), ((), 0)):
-        pred, target = line.copy(), line.copy()
-        for i, kind in enumerate(kinds): pred[i], target[i] = kind in (1, 2), kind in (1, 3)
+    for kinds, want in (
+        ((1, 1, 3), 1),
+        ((1, 3), 3),
+        ((1, 2), 2),
+        ((2, 3), 3),
+        ((1, 2, 2, 3), 2),
+        ((), 0),
+    ):
+        pred = line.copy()
+        target = line.copy()
+        for i, kind in enumerate(kinds):
+            pred[i] = kind in (1, 2)
+            target[i] = kind in (1, 3)
         assert error_projections(pred, target)[0]["z"].item() == want
 
 
 def test_show_errors(volume):
     p, t = masks(volume.shape)
-    assert len(images(show_errors(volume, p, t, (5, 1, 1)))) == 6 and len(images(show_errors(None, p, t))) == 3
+    assert (
+        len(images(show_errors(volume, p, t, (5, 1, 1)))) == 6
+        and len(images(show_errors(None, p, t))) == 3
+    )
     for fig in (show_errors(volume, p, t), show_errors(None, p, t, width=8)):
-        legend, = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
+        (legend,) = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
         text = [x.get_text() for x in legend.get_texts()]
-        assert text == [f"correct: {(p & t).sum():,} voxels", f"missed: {(~p & t).sum():,} voxels", f"extra: {(p & ~t).sum():,} voxels"]
+        assert text == [
+            f"correct: {(p & t).sum():,} voxels",
+            f"missed: {(~p & t).sum():,} voxels",
+            f"extra: {(p & ~t).sum():,} voxels",
+        ]
     flat = show_errors(volume[0], p[0], t[0])
-    assert np.array_equal(images(flat)[1], error_overlay(p[0], t[0])) and len(images(show_errors(None, torch.from_numpy(p[0]), t[0]))) == 1
+    assert (
+        np.array_equal(images(flat)[1], error_overlay(p[0], t[0]))
+        and len(images(show_errors(None, torch.from_numpy(p[0]), t[0]))) == 1
+    )
     flat.canvas.draw()
 
 
@@ -175,9 +270,11 @@ def test_browse(volume):
     for k, n in zip(("x", "y", "z"), (9, 7, 5)):
         axis.value = k
         assert place.max == n - 1 and place.value < n
-        place.value = n - 1; seen.add(picture.value)
+        place.value = n - 1
+        seen.add(picture.value)
     assert len(seen) == 4 and not plt.get_fignums()
-    for k in ("x", "z", "y"): axis.value = k                                     # from the last slice of a long axis to a short one
+    for k in ("x", "z", "y"):
+        axis.value = k  # from the last slice of a long axis to a short one
 
 
 def test_browse_without_widgets(volume, monkeypatch):
@@ -186,17 +283,39 @@ def test_browse_without_widgets(volume, monkeypatch):
 
 
 def bad(volume):
-    nan = volume.astype(float); nan[1, 2, 3] = np.nan
+    nan = volume.astype(float)
+    nan[1, 2, 3] = np.nan
     p, t = masks(volume.shape)
-    return {"give one volume": lambda: projections(volume[0]), "give one volume ": lambda: projections(np.stack([volume, volume])), "empty": lambda: projections(volume[:0]),
-        "volume holds NaN": lambda: projections(nan), "volume holds NaN ": lambda: projections(torch.from_numpy(nan)), "volume holds NaN  ": lambda: orthogonal(nan, (1, 0, 0)), "image holds NaN": lambda: show_errors(nan, p, t),
-        "spacing=.*three numbers": lambda: projections(volume, (5, 1)), "spacing=": lambda: projections(volume, (0, 1, 1)), "spacing": lambda: show_projections(volume, spacing=(1, 1, float("nan"))),
-        "slab": lambda: projections(volume, slab=0), "label has shape": lambda: show_projections(volume, volume[1:]), "at=": lambda: orthogonal(volume, (5, 0, 0)), "at=.*counted from 0": lambda: orthogonal(volume, (0, -1, 0)),
-        "at=.": lambda: orthogonal(volume, (0, 0)), "pred has shape": lambda: error_overlay(p, t[1:]), "threshold": lambda: error_overlay(volume / 255, t), "threshold ": lambda: error_overlay(p, np.where(t, np.nan, 0)),
-        "are empty": lambda: error_overlay(p[:0], t[:0]), "pred has shape.*target": lambda: show_errors(volume, p[1:], t), "image has shape": lambda: show_errors(volume[1:], p, t), "image has shape ": lambda: show_errors(volume[0, 1:], p[0], t[0]),
-        "give numbers": lambda: projections(volume.astype(str)), "give a mask": lambda: error_overlay(p.astype(str), t), "label has shape.": lambda: browse(volume, volume[1:])}
+    return {
+        "give one volume": lambda: projections(volume[0]),
+        "give one volume ": lambda: projections(np.stack([volume, volume])),
+        "empty": lambda: projections(volume[:0]),
+        "volume holds NaN": lambda: projections(nan),
+        "volume holds NaN ": lambda: projections(torch.from_numpy(nan)),
+        "volume holds NaN  ": lambda: orthogonal(nan, (1, 0, 0)),
+        "image holds NaN": lambda: show_errors(nan, p, t),
+        "spacing=.*three numbers": lambda: projections(volume, (5, 1)),
+        "spacing=": lambda: projections(volume, (0, 1, 1)),
+        "spacing": lambda: show_projections(volume, spacing=(1, 1, float("nan"))),
+        "slab": lambda: projections(volume, slab=0),
+        "label has shape": lambda: show_projections(volume, volume[1:]),
+        "at=": lambda: orthogonal(volume, (5, 0, 0)),
+        "at=.*counted from 0": lambda: orthogonal(volume, (0, -1, 0)),
+        "at=.": lambda: orthogonal(volume, (0, 0)),
+        "pred has shape": lambda: error_overlay(p, t[1:]),
+        "threshold": lambda: error_overlay(volume / 255, t),
+        "threshold ": lambda: error_overlay(p, np.where(t, np.nan, 0)),
+        "are empty": lambda: error_overlay(p[:0], t[:0]),
+        "pred has shape.*target": lambda: show_errors(volume, p[1:], t),
+        "image has shape": lambda: show_errors(volume[1:], p, t),
+        "image has shape ": lambda: show_errors(volume[0, 1:], p[0], t[0]),
+        "give numbers": lambda: projections(volume.astype(str)),
+        "give a mask": lambda: error_overlay(p.astype(str), t),
+        "label has shape.": lambda: browse(volume, volume[1:]),
+    }
 
 
 @pytest.mark.parametrize("words", list(bad(np.zeros((5, 7, 9)))))
 def test_faults(volume, words):
-    with pytest.raises(InputError, match=words.strip()): bad(volume)[words]()
+    with pytest.raises(InputError, match=words.strip()):
+        bad(volume)[words]()

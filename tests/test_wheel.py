@@ -1,5 +1,8 @@
 """The wheel gate can fail: it is shown small faults of a package and must name each."""
-import sys, tarfile, zipfile
+
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,8 @@ def test_the_files_of_a_wheel_are_compared(tmp_path):
     assert wheel.compare_wheel(a_wheel(tmp_path / "bad.whl", bad), packed) == [
         "the wheel lacks unpaired_kd/experiments/lotus.ipynb",
         "the wheel lacks unpaired_kd/py.typed",
-        "the wheel has a stray nbs/a.py"]
+        "the wheel has a stray nbs/a.py",
+    ]
 
 
 def test_the_files_of_an_sdist_are_compared(tmp_path):
@@ -43,11 +47,15 @@ def test_the_files_of_an_sdist_are_compared(tmp_path):
     assert "the sdist lacks nbs/core.ipynb" in said and "the sdist lacks README.md" not in said
 
 
-@pytest.mark.parametrize("text, said", [
-    (METADATA.replace("1\n", "one\n") + MARKDOWN + "d", "version"),
-    (METADATA + "Summary: two\n lines\n" + MARKDOWN + "d", "summary"),
-    (METADATA + "\nd", "not Markdown"),
-    (METADATA + MARKDOWN + "```\n[a](b)\n```\n[a](nbs/c.ipynb)", "link nbs/c.ipynb leads")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (METADATA.replace("1\n", "one\n") + MARKDOWN + "d", "version"),
+        (METADATA + "Summary: two\n lines\n" + MARKDOWN + "d", "summary"),
+        (METADATA + "\nd", "not Markdown"),
+        (METADATA + MARKDOWN + "```\n[a](b)\n```\n[a](nbs/c.ipynb)", "link nbs/c.ipynb leads"),
+    ],
+)
 def test_faults_of_a_description_are_named(tmp_path, text, said):
     assert wheel.describe(a_wheel(tmp_path / "good.whl", [])) == []
     complaints = wheel.describe(a_wheel(tmp_path / "bad.whl", [], text))

@@ -1,4 +1,5 @@
 "The slow definitions that tests compare with, as the chapters show them."
+
 import json
 from pathlib import Path
 

@@ -12,8 +12,24 @@ __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Share', 'WANTED', 'PA
            'bf16_supported', 'resolve_precision', 'cores', 'end_with_parent', 'cluster_client', 'watched', 'progress']
 
 # %% ../nbs/core.ipynb #8fdabb8a
-import contextlib, csv, difflib, errno, hashlib, json, logging, math, os, random, re, shutil, stat
-import sys, threading, time, types, warnings
+import contextlib
+import csv
+import difflib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import stat
+import sys
+import threading
+import time
+import types
+import warnings
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
@@ -31,19 +47,23 @@ class InputError(ValueError):
 class Registry(dict):
     "A named table of classes or functions; an unknown name raises `InputError` with the known ones."
 
-    def __init__(self,
-        kind:str, # what the table holds, for the error message
+    def __init__(
+        self,
+        kind: str,  # what the table holds, for the error message
     ):
         super().__init__()
         self.kind = kind
 
-    def register(self,
-        name:str=None, # name to register under (default: the object's own name in lower case)
-    ): # decorator that returns the object unchanged
+    def register(
+        self,
+        name: str = None,  # name to register under (default: the object's own name in lower case)
+    ):  # decorator that returns the object unchanged
         "Decorator: enter a class or function into the table."
+
         def enter(obj):
             self[name or obj.__name__.lower()] = obj
             return obj
+
         return enter
 
     def __missing__(self, name):
@@ -51,10 +71,10 @@ class Registry(dict):
 
 # %% ../nbs/core.ipynb #7ec680ea
 def unknown(
-    kind:str, # what was asked for, e.g. "network"
-    name:str, # the name that is not known
-    known,    # the names that are
-)->str: # a message for `InputError`
+    kind: str,  # what was asked for, e.g. "network"
+    name: str,  # the name that is not known
+    known,  # the names that are
+) -> str:  # a message for `InputError`
     "Say that `name` is not known, offer the nearest known name, and list them all."
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -64,22 +84,30 @@ def unknown(
 @dataclass(frozen=True)
 class Range:
     "Which numbers a setting may be; a bound that is None is no bound."
-    least:float = None # the smallest
-    above:float = None # smaller than all
-    most:float = None  # the largest
-    below:float = None # larger than all
 
-    def __contains__(self,
-        v, # a number
-    )->bool: # whether it lies within all bounds; NaN lies in none
+    least: float = None  # the smallest
+    above: float = None  # smaller than all
+    most: float = None  # the largest
+    below: float = None  # larger than all
+
+    def __contains__(
+        self,
+        v,  # a number
+    ) -> bool:  # whether it lies within all bounds; NaN lies in none
         "Within the bounds."
         low = (self.least is None or v >= self.least) and (self.above is None or v > self.above)
         high = (self.most is None or v <= self.most) and (self.below is None or v < self.below)
         return low and high
 
     def __str__(self):
-        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        bounds = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
         return " and ".join(f"{word} {v}" for word, v in bounds.items() if v is not None)
+
 
 Count = Annotated[int, Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
@@ -89,78 +117,102 @@ Share = Annotated[float, Range(least=0, most=1)]
 
 # %% ../nbs/core.ipynb #5a7e1c04
 def as_python(
-    value, # plain data, perhaps with numbers or arrays of NumPy
-): # the same with Python's numbers and lists
+    value,  # plain data, perhaps with numbers or arrays of NumPy
+):  # the same with Python's numbers and lists
     "A setting means the same whoever counted it, and JSON knows Python's numbers only."
-    if isinstance(value, dict): return {as_python(k): as_python(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return type(value)(as_python(v) for v in value)
+    if isinstance(value, dict):
+        return {as_python(k): as_python(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(as_python(v) for v in value)
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 # %% ../nbs/core.ipynb #5a7e1c07
-WANTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text",
-          list: "a list", tuple: "a list", dict: "names and values", types.NoneType: "null"}
+WANTED = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "names and values",
+    types.NoneType: "null",
+}
+
 
 def fit_value(
-    name:str, # of the setting, for the message
-    value,    # what was given
-    kind,     # annotation of the setting
-): # the value, as the annotation wants it
+    name: str,  # of the setting, for the message
+    value,  # what was given
+    kind,  # annotation of the setting
+):  # the value, as the annotation wants it
     "A whole number is a number, and a list a tuple. `InputError` for a value that does not fit."
-    origin, parts = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    parts = get_args(kind)
     if origin is Annotated:
         return fit_range(name, fit_value(name, value, parts[0]), parts[1])
-    if origin in (Union, types.UnionType): return fit_any(name, value, parts)
+    if origin in (Union, types.UnionType):
+        return fit_any(name, value, parts)
     if origin is Literal:
-        if value not in parts or isinstance(value, bool): raise InputError(unknown(name, value, parts))
+        if value not in parts or isinstance(value, bool):
+            raise InputError(unknown(name, value, parts))
         return value
-    if kind is float and type(value) is int and abs(value) < 2**1023: value = float(value)
-    if kind in (list, tuple) and isinstance(value, (list, tuple)): value = kind(value)
+    if kind is float and type(value) is int and abs(value) < 2**1023:
+        value = float(value)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        value = kind(value)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not good or kind is float and not math.isfinite(value):
         raise InputError(f"{name}={value!r}: give {wanted(kind)}.")
     return value
 
+# %% ../nbs/core.ipynb #4a5a75c7
 def wanted(
-    kind, # annotation of a setting
-)->str: # what to give, for a message
+    kind,  # annotation of a setting
+) -> str:  # what to give, for a message
     "An annotation in words."
     parts = get_args(kind)
-    if get_origin(kind) is Literal: return "one of " + ", ".join(map(str, parts))
-    if get_origin(kind) is Annotated: return f"{wanted(parts[0])} that is {parts[1]}"
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if get_origin(kind) is Annotated:
+        return f"{wanted(parts[0])} that is {parts[1]}"
     return WANTED.get(kind) or f"a `{kind.__name__}`"
 
 # %% ../nbs/core.ipynb #5a7e1c08
 def fit_range(
-    name:str,   # of the setting
-    value,      # a number
-    range:Range, # where it must lie
-): # the value
+    name: str,  # of the setting
+    value,  # a number
+    range: Range,  # where it must lie
+):  # the value
     "`InputError` for a number outside the range."
-    if value not in range: raise InputError(f"{name}={value}: give a number that is {range}.")
+    if value not in range:
+        raise InputError(f"{name}={value}: give a number that is {range}.")
     return value
 
+
 def fit_any(
-    name:str,    # of the setting
-    value,       # what was given
-    kinds:tuple, # annotations
-): # the value, as the first of them that it fits
+    name: str,  # of the setting
+    value,  # what was given
+    kinds: tuple,  # annotations
+):  # the value, as the first of them that it fits
     "`InputError` for a value that fits none of the annotations."
     for kind in kinds:
-        with contextlib.suppress(InputError): return fit_value(name, value, kind)
+        with contextlib.suppress(InputError):
+            return fit_value(name, value, kind)
     words = dict.fromkeys(map(wanted, kinds))
     raise InputError(f"{name}={value!r}: give {', or '.join(words)}.")
 
 # %% ../nbs/core.ipynb #5a7e1c09
 @cache
 def annotations_of(
-    kind:type, # a dataclass
-)->dict: # field -> annotation
+    kind: type,  # a dataclass
+) -> dict:  # field -> annotation
     "The annotations of a dataclass, ranges included."
     return get_type_hints(kind, include_extras=True)
+
 
 class Checked:
     """Base of frozen dataclasses of settings. Every value is fitted to its annotation when the
     object is made; then `check` looks at all of them together."""
+
     def __post_init__(self):
         for name, kind in annotations_of(type(self)).items():
             value = fit_value(name, as_python(getattr(self, name)), kind)
@@ -170,42 +222,61 @@ class Checked:
     def check(self):
         "Raise `InputError` for settings that exclude each other."
 
+
 def change(
-    settings,     # a dataclass
-    changes:dict, # field -> new value
-    kind:str,     # what a field is, for the message: "option of lotus"
-): # a copy with the changes
+    settings,  # a dataclass
+    changes: dict,  # field -> new value
+    kind: str,  # what a field is, for the message: "option of lotus"
+):  # a copy with the changes
     "`InputError` for a name that the settings do not have, with the nearest that they have."
     known = [f.name for f in fields(settings)]
     for name in changes:
-        if name not in known: raise InputError(unknown(kind, name, known))
+        if name not in known:
+            raise InputError(unknown(kind, name, known))
     return replace(settings, **changes)
 
 # %% ../nbs/core.ipynb #b1d0c0af
 def extra(
-    module:str, # module to import
-    name:str,   # optional dependency group that brings it
-): # the module
+    module: str,  # module to import
+    name: str,  # optional dependency group that brings it
+):  # the module
     "Import an optional dependency; say how to install it if it is not there."
-    try: return import_module(module)
-    except ImportError: raise InputError(f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'") from None
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'"
+        ) from None
 
+# %% ../nbs/core.ipynb #e1c1ac89
 @contextlib.contextmanager
 def log_as_error(
-    name:str, # logger to listen to
-): # the list of messages so far
+    name: str,  # logger to listen to
+):  # the list of messages so far
     "Within the block, what the logger calls an error becomes an `InputError` at the end; it prints nothing."
+
     class Listen(logging.Handler):
         "Keeps every message."
-        def emit(self, record): heard.append(record.getMessage())
-    heard, log, ear = [], logging.getLogger(name), Listen(logging.ERROR)
-    propagate, log.propagate = log.propagate, False
+
+        def emit(self, record):
+            heard.append(record.getMessage())
+
+    heard = []
+    log = logging.getLogger(name)
+    ear = Listen(logging.ERROR)
+    propagate = log.propagate
+    log.propagate = False
     log.addHandler(ear)
-    try: yield heard
+    try:
+        yield heard
     except Exception:
-        if not heard: raise
-    finally: log.removeHandler(ear); log.propagate = propagate
-    if heard: raise InputError(f"it is damaged or cut short ({heard[0]}). Copy it again from its source.")
+        if not heard:
+            raise
+    finally:
+        log.removeHandler(ear)
+        log.propagate = propagate
+    if heard:
+        raise InputError(f"it is damaged or cut short ({heard[0]}). Copy it again from its source.")
 
 # %% ../nbs/core.ipynb #0e3eaa10
 def _address(seed, stream):
@@ -213,244 +284,358 @@ def _address(seed, stream):
     text = json.dumps([int(seed), *[s if isinstance(s, str) else int(s) for s in stream]])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
+
 def rng(
-    seed:int, # the seed of the run
+    seed: int,  # the seed of the run
     *stream,  # names and whole numbers that say what the numbers are for
-)->np.random.Generator: # a fresh generator; equal arguments give equal generators
+) -> np.random.Generator:  # a fresh generator; equal arguments give equal generators
     "A NumPy generator that is a pure function of its arguments."
     return np.random.default_rng(_address(seed, stream))
 
+
 def torch_rng(
-    seed:int, # the seed of the run
+    seed: int,  # the seed of the run
     *stream,  # names and whole numbers that say what the numbers are for
-)->torch.Generator: # a fresh generator on the CPU
+) -> torch.Generator:  # a fresh generator on the CPU
     "A torch generator (CPU) that is a pure function of its arguments."
     return torch.Generator().manual_seed(_address(seed, stream) % 2**63)
 
 # %% ../nbs/core.ipynb #6deae5d3
 @contextlib.contextmanager
 def seeded(
-    seed:int, # the seed of the run
+    seed: int,  # the seed of the run
     *stream,  # what the block is for
 ):
     "Within the block, the global generators of torch, NumPy and `random` are seeded; afterwards they are as before."
     value = _address(seed, stream) % 2**32
     old = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        random.seed(value); np.random.seed(value); torch.manual_seed(value)
-        try: yield
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+        try:
+            yield
         finally:
-            random.setstate(old[0]); np.random.set_state(old[1])
+            random.setstate(old[0])
+            np.random.set_state(old[1])
 
 # %% ../nbs/core.ipynb #171ce953
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"] # Okabe-Ito: safe for colour-blind readers
+PALETTE = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+]  # Okabe-Ito: safe for colour-blind readers
+
 
 def set_up(
-    seed:int=0, # the seed for the global generators
+    seed: int = 0,  # the seed for the global generators
 ):
     "Seed everything, set float32, and set the plot style: the first cell of every notebook."
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     torch.set_default_dtype(torch.float32)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import matplotlib as mpl
-    mpl.rcParams.update({**mpl.rcParamsDefault, "interactive": mpl.is_interactive()}) # notebooks show pictures only when interactive
-    mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=PALETTE), "figure.dpi": 80, "savefig.dpi": 80, "font.size": 9,
-        "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "gray", "image.interpolation": "nearest", "figure.constrained_layout.use": True})
+
+    mpl.rcParams.update(
+        {**mpl.rcParamsDefault, "interactive": mpl.is_interactive()}
+    )  # notebooks show pictures only when interactive
+    mpl.rcParams.update(
+        {
+            "axes.prop_cycle": mpl.cycler(color=PALETTE),
+            "figure.dpi": 80,
+            "savefig.dpi": 80,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "image.cmap": "gray",
+            "image.interpolation": "nearest",
+            "figure.constrained_layout.use": True,
+        }
+    )
 
 # %% ../nbs/core.ipynb #a0cb1dd6
 def to_display(
-    image, # array or tensor: (H,W), (1,H,W), (3,H,W), (H,W,1) or (H,W,3)
-)->np.ndarray: # (H,W) or (H,W,3), float in [0,1]
+    image,  # array or tensor: (H,W), (1,H,W), (3,H,W), (H,W,1) or (H,W,3)
+) -> np.ndarray:  # (H,W) or (H,W,3), float in [0,1]
     "An image as matplotlib wants it. Whole-number types are divided by their largest value; floats are clipped to [0,1]."
     a = np.asarray(image.detach().float().cpu() if isinstance(image, torch.Tensor) else image)
-    if a.ndim == 3 and a.shape[0] in (1, 3) and a.shape[-1] not in (1, 3): a = np.moveaxis(a, 0, -1)
-    if a.ndim == 3 and a.shape[-1] == 1: a = a[..., 0]
-    if np.issubdtype(a.dtype, np.integer): a = a / np.iinfo(a.dtype).max
+    if a.ndim == 3 and a.shape[0] in (1, 3) and a.shape[-1] not in (1, 3):
+        a = np.moveaxis(a, 0, -1)
+    if a.ndim == 3 and a.shape[-1] == 1:
+        a = a[..., 0]
+    if np.issubdtype(a.dtype, np.integer):
+        a = a / np.iinfo(a.dtype).max
     return np.clip(a.astype(np.float32), 0, 1)
 
 # %% ../nbs/core.ipynb #e96d06df
 def show_images(
-    images,            # list of images, or dict of title -> image (see `to_display`)
-    labels=None,       # list of label maps (H,W), drawn as outlines; None entries are left out
-    ncols:int=None,    # columns (default: all in one row)
-    size:float=2.2,    # width of one picture, inches
-    color:str=PALETTE[1], # colour of the outlines
-): # matplotlib Figure
+    images,  # list of images, or dict of title -> image (see `to_display`)
+    labels=None,  # list of label maps (H,W), drawn as outlines; None entries are left out
+    ncols: int = None,  # columns (default: all in one row)
+    size: float = 2.2,  # width of one picture, inches
+    color: str = PALETTE[1],  # colour of the outlines
+):  # matplotlib Figure
     "Show images side by side, with outlines of their labels."
     import matplotlib.pyplot as plt
-    titles, images = (list(images), list(images.values())) if isinstance(images, dict) else ([""] * len(images), list(images))
+
+    titles, images = (
+        (list(images), list(images.values()))
+        if isinstance(images, dict)
+        else ([""] * len(images), list(images))
+    )
     ncols = ncols or len(images)
     nrows = -(-len(images) // ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size * ncols, size * nrows * 1.08), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = plt.subplots(
+        nrows, ncols, figsize=(size * ncols, size * nrows * 1.08), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
     for i, (ax, im, t) in enumerate(zip(axes.flat, images, titles)):
         ax.imshow(to_display(im), vmin=0, vmax=1)
         ax.set_title(t)
         if labels is not None and labels[i] is not None:
             y = np.asarray(labels[i])
-            if y.any(): ax.contour(outlined(y), levels=[0.5], colors=color, linewidths=1)
+            if y.any():
+                ax.contour(outlined(y), levels=[0.5], colors=color, linewidths=1)
     return fig
 
 # %% ../nbs/core.ipynb #c962b4e0
 def outlined(
-    label:np.ndarray, # integer map (H,W): classes or instances
-)->np.ndarray: # (H,W) float: 1 inside a region, 0 outside and where two regions touch
+    label: np.ndarray,  # integer map (H,W): classes or instances
+) -> np.ndarray:  # (H,W) float: 1 inside a region, 0 outside and where two regions touch
     "A map whose 0.5-contour is the outline of every region of `label`, also between regions that touch."
     inside = (label > 0).astype(np.float32)
     for axis in (0, 1):
-        a, b = np.moveaxis(label, axis, 0)[:-1], np.moveaxis(label, axis, 0)[1:]
+        a = np.moveaxis(label, axis, 0)[:-1]
+        b = np.moveaxis(label, axis, 0)[1:]
         np.moveaxis(inside, axis, 0)[:-1][(a != b) & (a > 0) & (b > 0)] = 0
     return inside
 
 # %% ../nbs/core.ipynb #06196aeb
 def box(
-    ax,         # matplotlib Axes
-    x:float,    # centre, data units
-    y:float,    # centre, data units
-    text:str,   # what it says
-    color:str="white", # of the inside
-    round:bool=False,  # round corners: by custom images are round, networks square
-): # the box (a matplotlib Text), for `arrow`
+    ax,  # matplotlib Axes
+    x: float,  # centre, data units
+    y: float,  # centre, data units
+    text: str,  # what it says
+    color: str = "white",  # of the inside
+    round: bool = False,  # round corners: by custom images are round, networks square
+):  # the box (a matplotlib Text), for `arrow`
     "Draw a labelled box."
-    frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=.8)
+    frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=0.8)
     return ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=frame)
 
+# %% ../nbs/core.ipynb #ce021831
 def arrow(
-    ax,            # matplotlib Axes
-    a,             # box where it begins
-    b,             # box where it ends
-    text:str="",   # what stands at its middle
-    style:str="->", # arrow style of matplotlib, e.g. "<->"
-    dy:float=.22,  # how far above the middle the text stands, data units
-    **line,        # properties of the line, e.g. linestyle="--", color, connectionstyle
+    ax,  # matplotlib Axes
+    a,  # box where it begins
+    b,  # box where it ends
+    text: str = "",  # what stands at its middle
+    style: str = "->",  # arrow style of matplotlib, e.g. "<->"
+    dy: float = 0.22,  # how far above the middle the text stands, data units
+    **line,  # properties of the line, e.g. linestyle="--", color, connectionstyle
 ):
     "Draw an arrow from the edge of one box to the edge of another."
-    (x, y), (u, v) = a.get_position(), b.get_position()
-    ax.annotate("", (u, v), (x, y), arrowprops=dict(arrowstyle=style, patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2, **dict(lw=1) | line))
-    if text: ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=7.5)
+    (x, y) = a.get_position()
+    (u, v) = b.get_position()
+    ax.annotate(
+        "",
+        (u, v),
+        (x, y),
+        arrowprops=dict(
+            arrowstyle=style,
+            patchA=a.get_bbox_patch(),
+            patchB=b.get_bbox_patch(),
+            shrinkA=2,
+            shrinkB=2,
+            **dict(lw=1) | line,
+        ),
+    )
+    if text:
+        ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=7.5)
 
 # %% ../nbs/core.ipynb #6c7b9b7b
-PART, OLD = ".ukd.part.", ".ukd.old." # how the names of parts, and of folders that are being replaced, begin
+PART = ".ukd.part."
+OLD = ".ukd.old."  # how the names of parts, and of folders that are being replaced, begin
+
 
 def take_lock(
-    handle, # open file or folder, a number or an object with `fileno`
-)->bool: # whether it is ours now; it is free again when the handle is closed
+    handle,  # open file or folder, a number or an object with `fileno`
+) -> bool:  # whether it is ours now; it is free again when the handle is closed
     "Lock an open file or folder without waiting; False if somebody else holds it. True where there are no locks."
     try:
         import fcntl
+
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError): # Windows, or a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     return True
 
+
 def is_same_file(
-    handle:int, # open file or folder
-    path,       # where it was opened
-)->bool:
+    handle: int,  # open file or folder
+    path,  # where it was opened
+) -> bool:
     "Whether the open file still is what lies at `path`."
-    try: return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except OSError: return False
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except OSError:
+        return False
+
 
 def _remove(path):
     "Delete a file, a link, or a folder with all that is in it."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/core.ipynb #b1d0c0a1
 def _sweep(
-    path, # a part, or a folder that was being replaced
-)->bool: # whether its place is free now
+    path,  # a part, or a folder that was being replaced
+) -> bool:  # whether its place is free now
     "Take away what a killed writer left; a replaced folder whose successor never came is put back."
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try: handle = os.open(path, flags)
-    except FileNotFoundError: return True
-    except OSError: return False # a link, or not ours to open
     try:
-        if not (take_lock(handle) and is_same_file(handle, path)): return False # at work
+        handle = os.open(path, flags)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # a link, or not ours to open
+    try:
+        if not (take_lock(handle) and is_same_file(handle, path)):
+            return False  # at work
         home = path.with_name(path.name.removeprefix(OLD))
-        if path.name.startswith(OLD) and not home.exists(): os.replace(path, home)
-        else: _remove(path)
+        if path.name.startswith(OLD) and not home.exists():
+            os.replace(path, home)
+        else:
+            _remove(path)
     except OSError:
         return False
     finally:
         os.close(handle)
     return True
 
+
 def clear_parts(
-    folder,          # folder in which files were written
-    deep:bool=False, # also in the folders below; links are not followed
+    folder,  # folder in which files were written
+    deep: bool = False,  # also in the folders below; links are not followed
 ):
     "Remove what killed writers left in a folder; the parts of writers that are at work stay."
     for place, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
-            if name.startswith((PART, OLD)): _sweep(Path(place)/name)
+            if name.startswith((PART, OLD)):
+                _sweep(Path(place) / name)
         folders[:] = [f for f in folders if deep and not f.startswith((PART, OLD))]
 
 # %% ../nbs/core.ipynb #b1d0c0a3
 def _new_part(
-    path,   # the file or folder to write
-    make,   # function: path -> open handle of a new, empty file or folder there
-)->tuple: # its path and its handle, locked
+    path,  # the file or folder to write
+    make,  # function: path -> open handle of a new, empty file or folder there
+) -> tuple:  # its path and its handle, locked
     "Make a part for `path`."
-    name = path.name if len(os.fsencode(path.name)) < 200 else digest(path.name) + "".join(path.suffixes[-2:])
+    name = (
+        path.name
+        if len(os.fsencode(path.name)) < 200
+        else digest(path.name) + "".join(path.suffixes[-2:])
+    )
     for attempt in range(1000):
         part = path.with_name(PART + (f"{attempt}." if attempt else "") + name)
-        if not _sweep(part): continue
-        try: handle = make(part)
-        except FileExistsError: continue
-        if take_lock(handle) and is_same_file(handle, part): return part, handle
-        os.close(handle) # swept away between the two steps
-    raise InputError(f"cannot write {path}: too many parts of it lie in {path.parent}. Remove the files that begin with {PART!r}.")
+        if not _sweep(part):
+            continue
+        try:
+            handle = make(part)
+        except FileExistsError:
+            continue
+        if take_lock(handle) and is_same_file(handle, part):
+            return part, handle
+        os.close(handle)  # swept away between the two steps
+    raise InputError(
+        f"cannot write {path}: too many parts of it lie in {path.parent}. Remove the files that begin with {PART!r}."
+    )
 
+# %% ../nbs/core.ipynb #6dbd1f60
 def _make_file(part):
     "A new, empty file, open."
     return os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
 
 def _make_folder(part):
     "A new, empty folder, open."
     os.mkdir(part, 0o700)
     return os.open(part, os.O_RDONLY)
 
+
 def sync(
-    path, # a file or folder that is there
+    path,  # a file or folder that is there
 ):
     "Ask the disk to keep a file or folder (fsync), where the system can."
     if path.is_dir() and (os.name == "nt" or not os.access(path, os.R_OK)):
-        return # a folder that cannot be opened: Windows, or rights that allow only to put things into it
+        return  # a folder that cannot be opened: Windows, or rights that allow only to put things into it
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try: os.fsync(handle)
+    try:
+        os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise # a file system that cannot
-    finally: os.close(handle)
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # a file system that cannot
+    finally:
+        os.close(handle)
 
 # %% ../nbs/core.ipynb #b1d0c0a4
-REFUSALS = {getattr(errno, name) for name in # what a disk or its owner says no with
-            "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split() if hasattr(errno, name)}
+REFUSALS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split()  # what a disk or its owner says no with
+    if hasattr(errno, name)
+}
+
 
 @contextlib.contextmanager
 def _refusing(path, all_of_them=False):
     "Errors of the disk become `InputError`; others pass, since they may be of the caller's block."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno not in REFUSALS and not all_of_them: raise
-        raise InputError(f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on the disk.") from e
+        if e.errno not in REFUSALS and not all_of_them:
+            raise
+        raise InputError(
+            f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on the disk."
+        ) from e
 
+# %% ../nbs/core.ipynb #9beca6b6
 def open_own(
-    path, # a file in which a program of ours notes something; made if it is not there
-)->int: # its handle, to read and to append
+    path,  # a file in which a program of ours notes something; made if it is not there
+) -> int:  # its handle, to read and to append
     "Open a plain file. `InputError` for what somebody else has put there: a link, a pipe, a folder."
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = (
+        os.O_RDWR
+        | os.O_CREAT
+        | os.O_APPEND
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+    )
     foreign = os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode)
-    if foreign: raise InputError(f"{path} is there and is no file of ours, but a link, a folder or a device. Remove or rename it, or choose another folder.")
-    with _refusing(path, all_of_them=True): return os.open(path, flags, 0o666)
+    if foreign:
+        raise InputError(
+            f"{path} is there and is no file of ours, but a link, a folder or a device. Remove or rename it, or choose another folder."
+        )
+    with _refusing(path, all_of_them=True):
+        return os.open(path, flags, 0o666)
+
 
 def _begin(path, make):
     "The folder of `path`, and a part in it: (path, handle). Every fault is an `InputError`."
     with _refusing(path, all_of_them=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         return _new_part(path, make)
+
 
 def _open_mode(mode):
     "Permissions that the user's mask leaves of `mode`."
@@ -460,25 +645,33 @@ def _open_mode(mode):
 
 # %% ../nbs/core.ipynb #b1d0c0b2
 def put(
-    part:Path, # a finished file or folder
-    path:Path, # where it shall lie, on the same disk
-    overwrite:bool, # a file that is there is replaced; else it is an `InputError`
+    part: Path,  # a finished file or folder
+    path: Path,  # where it shall lie, on the same disk
+    overwrite: bool,  # a file that is there is replaced; else it is an `InputError`
 ):
     "Give a part its name, in one step."
-    if overwrite: return os.replace(part, path)
-    there = InputError(f"{path} is there already. Choose another name, or allow that it is replaced (--overwrite, overwrite=True).")
-    if os.path.lexists(path): raise there
-    try: os.link(part, path)
-    except FileExistsError: raise there from None
-    except OSError: os.rename(part, path) # a folder, or a disk without hard links
-    else: part.unlink()
+    if overwrite:
+        return os.replace(part, path)
+    there = InputError(
+        f"{path} is there already. Choose another name, or allow that it is replaced (--overwrite, overwrite=True)."
+    )
+    if os.path.lexists(path):
+        raise there
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise there from None
+    except OSError:
+        os.rename(part, path)  # a folder, or a disk without hard links
+    else:
+        part.unlink()
 
 # %% ../nbs/core.ipynb #2676891d
 @contextlib.contextmanager
 def atomic(
-    path, # the file to write
-    overwrite:bool=True, # a file that is there is replaced; else it stays, also one that appears meanwhile
-): # a temporary Path in the same folder
+    path,  # the file to write
+    overwrite: bool = True,  # a file that is there is replaced; else it stays, also one that appears meanwhile
+):  # a temporary Path in the same folder
     "Write to the temporary path that this yields; it becomes `path` when the block succeeds and vanishes when it fails. Raises `InputError` where nothing can be, or was, written."
     path = Path(path)
     with _refusing(path):
@@ -486,8 +679,10 @@ def atomic(
         try:
             yield part
             if not part.stat().st_size:
-                raise InputError(f"cannot write {path}: its writer put nothing into {part}. Give the "
-                                 "file another name, with an ending in small letters.")
+                raise InputError(
+                    f"cannot write {path}: its writer put nothing into {part}. Give the "
+                    "file another name, with an ending in small letters."
+                )
             os.chmod(part, _open_mode(0o666))
             sync(part)
             put(part, path, overwrite)
@@ -501,9 +696,9 @@ def atomic(
 # %% ../nbs/core.ipynb #b1d0c0a6
 @contextlib.contextmanager
 def atomic_folder(
-    path, # the folder to write
-    overwrite:bool=True, # as in `atomic`
-): # a temporary Path beside it
+    path,  # the folder to write
+    overwrite: bool = True,  # as in `atomic`
+):  # a temporary Path beside it
     "As `atomic`, for a folder: what the block wrote replaces `path` as a whole when it succeeds and vanishes when it fails."
     path = Path(path)
     with _refusing(path):
@@ -511,8 +706,11 @@ def atomic_folder(
         part, handle = _begin(path, _make_folder)
         try:
             yield part
-            for inner in [*part.rglob("*"), part]: sync(inner)
-            group = os.stat(part).st_mode & stat.S_ISGID # what is written into it stays with the folder's group
+            for inner in [*part.rglob("*"), part]:
+                sync(inner)
+            group = (
+                os.stat(part).st_mode & stat.S_ISGID
+            )  # what is written into it stays with the folder's group
             os.chmod(part, _open_mode(0o777) | group)
             swap_folder(part, path, overwrite)
         except BaseException:
@@ -523,9 +721,9 @@ def atomic_folder(
 
 # %% ../nbs/core.ipynb #b1d0c0b3
 def swap_folder(
-    new:Path,  # a folder, or a file
-    path:Path, # where it shall lie, perhaps in the place of another one, on the same disk
-    overwrite:bool=True, # as in `atomic`
+    new: Path,  # a folder, or a file
+    path: Path,  # where it shall lie, perhaps in the place of another one, on the same disk
+    overwrite: bool = True,  # as in `atomic`
 ):
     "Put a folder into its place; the one that was there goes when the new one has arrived."
     old = path.with_name(OLD + path.name)
@@ -533,33 +731,41 @@ def swap_folder(
     try:
         if overwrite and path.is_dir():
             lock = os.open(path, os.O_RDONLY)
-            take_lock(lock) # so that nobody puts it back meanwhile
+            take_lock(lock)  # so that nobody puts it back meanwhile
             os.replace(path, old)
         put(new, path, overwrite)
         sync(path.parent)
-        if lock is not None: _remove(old)
-        if os.path.lexists(old): warnings.warn(f"{old}, which {path} has replaced, could not be deleted whole. Delete it.")
+        if lock is not None:
+            _remove(old)
+        if os.path.lexists(old):
+            warnings.warn(
+                f"{old}, which {path} has replaced, could not be deleted whole. Delete it."
+            )
     finally:
-        if lock is not None: os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 # %% ../nbs/core.ipynb #b1d0c0a9
 @contextlib.contextmanager
 def hold(
-    folder,                 # the folder; it must be there
+    folder,  # the folder; it must be there
     who="another process",  # who may hold it, for the message
-    name:str=".ukd.lock",   # the file that carries the lock
+    name: str = ".ukd.lock",  # the file that carries the lock
 ):
     "Hold a folder while the block runs. `InputError` if somebody else does. The system frees it when this process ends, however it ends."
-    handle = open_own(Path(folder)/name)
+    handle = open_own(Path(folder) / name)
     try:
-        if not take_lock(handle): raise InputError(f"{who} is at work in {folder}. Wait for it, or choose another folder.")
+        if not take_lock(handle):
+            raise InputError(
+                f"{who} is at work in {folder}. Wait for it, or choose another folder."
+            )
         yield
     finally:
         os.close(handle)
 
 # %% ../nbs/core.ipynb #c0a1d002
 def check_there(
-    path, # what is to be read
+    path,  # what is to be read
 ):
     """`InputError`, with the cause, for what is absent, a link to nothing, a pointer of Git LFS, a
     pipe, or not to be read."""
@@ -567,28 +773,35 @@ def check_there(
         found = os.stat(path)
     except OSError as e:
         if os.path.islink(path):
-            raise InputError(f"{path} is a link to {os.readlink(path)}, which is not there. Fetch "
-                             "the file (e.g. datalad get, git annex get, dvc pull), or remove the "
-                             "link.") from None
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, which is not there. Fetch "
+                "the file (e.g. datalad get, git annex get, dvc pull), or remove the "
+                "link."
+            ) from None
         if isinstance(e, (FileNotFoundError, NotADirectoryError)):
             raise InputError(f"{path} does not exist.") from None
-        raise InputError(f"{path} cannot be looked at: {e.strerror}. Check its name and the rights "
-                         "of the folders above it, e.g. with chmod +x.") from None
+        raise InputError(
+            f"{path} cannot be looked at: {e.strerror}. Check its name and the rights "
+            "of the folders above it, e.g. with chmod +x."
+        ) from None
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise InputError(f"{path} is neither a file nor a folder, but a pipe or a device. Give a "
-                         "file.")
+        raise InputError(
+            f"{path} is neither a file nor a folder, but a pipe or a device. Give a file."
+        )
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read by you. Change its rights, e.g. with chmod +r.")
     if stat.S_ISREG(found.st_mode) and found.st_size < 1024:
         with open(path, "rb") as f:
             if f.read(24) == b"version https://git-lfs.":
-                raise InputError(f"{path} is the pointer that stands for a file in Git LFS. Fetch "
-                                 "the file: git lfs pull.")
+                raise InputError(
+                    f"{path} is the pointer that stands for a file in Git LFS. Fetch "
+                    "the file: git lfs pull."
+                )
 
 # %% ../nbs/core.ipynb #78769a91
 def given(
-    path, # a file that may be left out
-)->bool: # whether it is there
+    path,  # a file that may be left out
+) -> bool:  # whether it is there
     """Whether an optional file is there. `InputError`, as from `check_there`, for one that is there
     and cannot be read."""
     try:
@@ -596,156 +809,220 @@ def given(
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        pass # `check_there` says why
+        pass  # `check_there` says why
     check_there(path)
     return True
 
 # %% ../nbs/core.ipynb #b1d0c0ac
 def read_text(
-    path, # a text file
-)->str: # what it says, without a byte order mark
+    path,  # a text file
+) -> str:  # what it says, without a byte order mark
     "Read UTF-8. Raises `InputError`, naming the file, for everything that is not a readable file of UTF-8 text."
     path = Path(path)
     check_there(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; a text file is needed here.")
-    try: return path.read_bytes().decode("utf-8-sig")
-    except OSError as e: raise InputError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from e
-    except UnicodeDecodeError as e: raise InputError(f"{path} is not UTF-8 text (byte {e.start} is {path.read_bytes()[e.start]:#04x}). Save it as UTF-8.") from e
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}. Check its permissions.") from e
+    except UnicodeDecodeError as e:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {e.start} is {path.read_bytes()[e.start]:#04x}). Save it as UTF-8."
+        ) from e
 
 # %% ../nbs/core.ipynb #8ff22727
 def _plain(o):
     "What `json` cannot write by itself, as plain data."
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, (np.ndarray, torch.Tensor)): return o.tolist()
-    if isinstance(o, Path): return str(o)
+    if isinstance(o, np.generic):
+        return o.item()
+    if isinstance(o, (np.ndarray, torch.Tensor)):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
     raise TypeError(f"{type(o).__name__} is not plain data")
 
+
 def write_json(
-    path, # the file
+    path,  # the file
     obj,  # plain data: dict, list, str, number
 ):
     "Write `obj` as JSON, atomically."
     text = json.dumps(obj, indent=1, default=_plain, ensure_ascii=False) + "\n"
-    with atomic(path) as t: t.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    with atomic(path) as t:
+        t.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
 
 def read_json(
-    path, # the file
-): # the data
+    path,  # the file
+):  # the data
     "Read a JSON file; a missing or broken one is an `InputError` that names it."
     text = read_text(path)
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise InputError(f"{path} is not valid JSON ({e}). Delete it, or restore it from a copy.") from e
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(
+            f"{path} is not valid JSON ({e}). Delete it, or restore it from a copy."
+        ) from e
 
 # %% ../nbs/core.ipynb #1891a959
 def write_csv(
-    path,      # the file
-    rows:list, # list of dicts; the columns are the union of their keys, in order of appearance
+    path,  # the file
+    rows: list,  # list of dicts; the columns are the union of their keys, in order of appearance
 ):
     "Write rows as CSV, atomically. Floats keep all their digits."
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    with atomic(path) as t, open(t, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
+    with (
+        atomic(path) as t,
+        open(t, "w", newline="", encoding="utf-8", errors="backslashreplace") as f,
+    ):
         w = csv.DictWriter(f, columns, restval="")
         w.writeheader()
         w.writerows(rows)
 
+
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 REAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|nan|-?inf")
 
+
 def _number(text):
     "A number where the text is one as Python writes it: `7`, `0.5`, `1e-05`; `007` and `1_000` are names."
-    if WHOLE.fullmatch(text): return int(text)
-    if REAL.fullmatch(text): return float(text)
+    if WHOLE.fullmatch(text):
+        return int(text)
+    if REAL.fullmatch(text):
+        return float(text)
     return text
 
 # %% ../nbs/core.ipynb #b1d0c0ad
 def read_csv(
-    path, # the file
-)->list: # list of dicts; an empty field is left out
+    path,  # the file
+) -> list:  # list of dicts; an empty field is left out
     "Read a CSV that `write_csv` wrote. What looks like a number is one, except in a column in which `007` stands: these are names."
     text = read_text(path)
-    try: head, *lines = csv.reader(text.splitlines(keepends=True), strict=True)
-    except ValueError: return [] # empty
-    except csv.Error as e: raise InputError(f"{path} is not a table of comma-separated values ({e}). Restore it from a copy.") from e
+    try:
+        head, *lines = csv.reader(text.splitlines(keepends=True), strict=True)
+    except ValueError:
+        return []  # empty
+    except csv.Error as e:
+        raise InputError(
+            f"{path} is not a table of comma-separated values ({e}). Restore it from a copy."
+        ) from e
     for i, line in enumerate(lines, 2):
-        if line and len(line) != len(head): raise InputError(f"{path}: row {i} has {len(line)} fields, its header {len(head)}. Was it cut short? Restore it from a copy.")
-    names = {k for k, *column in zip(head, *lines) if any(re.fullmatch(r"-?0[0-9]+", v) for v in column)}
-    return [{k: v if k in names else _number(v) for k, v in zip(head, line) if v != ""} for line in lines if line]
+        if line and len(line) != len(head):
+            raise InputError(
+                f"{path}: row {i} has {len(line)} fields, its header {len(head)}. Was it cut short? Restore it from a copy."
+            )
+    names = {
+        k for k, *column in zip(head, *lines) if any(re.fullmatch(r"-?0[0-9]+", v) for v in column)
+    }
+    return [
+        {k: v if k in names else _number(v) for k, v in zip(head, line) if v != ""}
+        for line in lines
+        if line
+    ]
 
 # %% ../nbs/core.ipynb #a29542de
 def digest(
-    obj,            # plain data
-    length:int=12,  # hexadecimal digits kept
-)->str: # the first digits of the SHA-256 of its canonical JSON
+    obj,  # plain data
+    length: int = 12,  # hexadecimal digits kept
+) -> str:  # the first digits of the SHA-256 of its canonical JSON
     "A fingerprint of plain data: equal data, equal digest, whatever the order of the keys."
     text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
+
 def file_sha256(
-    path, # the file
-)->str: # 64 hexadecimal digits
+    path,  # the file
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/core.ipynb #3c4fd3c8
 def bf16_supported(
-    device="cpu", # torch device or its name
-)->bool: # whether bfloat16 is fast there
+    device="cpu",  # torch device or its name
+) -> bool:  # whether bfloat16 is fast there
     "Whether the device has bfloat16 instructions (and not only an emulation)."
-    if torch.device(device).type == "cuda": return torch.cuda.get_device_capability()[0] >= 8
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
     return torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
+
 def resolve_precision(
-    precision:str="auto", # auto | fp32 | bf16 | fp16
-    device="cpu",         # torch device or its name
-)->str: # fp32, bf16 or fp16
+    precision: str = "auto",  # auto | fp32 | bf16 | fp16
+    device="cpu",  # torch device or its name
+) -> str:  # fp32, bf16 or fp16
     "The number format to use: `auto` is bf16 where the hardware has it, else fp32."
     known = ("auto", "fp32", "bf16", "fp16")
-    if precision not in known: raise InputError(unknown("precision", precision, known))
-    if precision == "auto": return "bf16" if bf16_supported(device) else "fp32"
+    if precision not in known:
+        raise InputError(unknown("precision", precision, known))
+    if precision == "auto":
+        return "bf16" if bf16_supported(device) else "fp32"
     return precision
 
 # %% ../nbs/core.ipynb #4e1d0002
-def cores()->int: # processor cores that this process may use
+def cores() -> int:  # processor cores that this process may use
     "How many processes run at a time, unless told; a queue may give a job less than the machine has."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+
 def end_with_parent(
-    parent:int, # process id of the parent, from `os.getpid()` there
+    parent: int,  # process id of the parent, from `os.getpid()` there
 ):
     "In a helping process: end when the parent is gone, however it ended."
+
     def watch():
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/core.ipynb #4e1d0008
 def cluster_client(
-    address:str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
-    asked_by:str, # the option or argument that named it, for the message
-): # a Dask client, to be used as a context manager
+    address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
+    asked_by: str,  # the option or argument that named it, for the message
+):  # a Dask client, to be used as a context manager
     "Reach a cluster. `InputError` if `distributed` is missing or nobody answers."
-    try: from dask import distributed
+    try:
+        from dask import distributed
     except ImportError as e:
         raise InputError(f'{asked_by} needs distributed: pip install "unpaired_kd[scale]".') from e
-    try: return distributed.Client(address, timeout=10, set_as_default=False)
+    try:
+        return distributed.Client(address, timeout=10, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as e:
-        raise InputError(f"{asked_by} {address}: no Dask scheduler answers there ({e}). Give the "
-                         "address that it printed, tcp://host:port.") from e
+        raise InputError(
+            f"{asked_by} {address}: no Dask scheduler answers there ({e}). Give the "
+            "address that it printed, tcp://host:port."
+        ) from e
 
 # %% ../nbs/core.ipynb #dcbc9a3e
-def watched()->bool: # whether standard error is a terminal; False also where it is closed
+def watched() -> bool:  # whether standard error is a terminal; False also where it is closed
     "Whether somebody sees a bar move."
     return sys.stderr is not None and sys.stderr.isatty()
 
+
 def progress(
-    total:int,      # steps in all
-    desc:str="",    # what is going on
-    initial:int=0,  # steps already done (resumed run)
-    enabled:bool=True, # False: silent
-): # a tqdm bar; call `.update()` and `.set_postfix_str()`
+    total: int,  # steps in all
+    desc: str = "",  # what is going on
+    initial: int = 0,  # steps already done (resumed run)
+    enabled: bool = True,  # False: silent
+):  # a tqdm bar; call `.update()` and `.set_postfix_str()`
     "A text progress bar for terminals, notebooks and papermill; none where standard error is closed."
     from tqdm import tqdm
+
     off = not enabled or sys.stderr is None
-    return tqdm(total=total, desc=desc, initial=initial, disable=off, ascii=True, ncols=100, mininterval=.2 if watched() else 5, maxinterval=10, miniters=1, leave=True)
+    return tqdm(
+        total=total,
+        desc=desc,
+        initial=initial,
+        disable=off,
+        ascii=True,
+        ncols=100,
+        mininterval=0.2 if watched() else 5,
+        maxinterval=10,
+        miniters=1,
+        leave=True,
+    )

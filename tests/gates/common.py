@@ -1,15 +1,37 @@
 """What every gate needs: where things are, how a notebook is read, and a scratch copy to work on."""
-import contextlib, json, shutil, sys, tempfile, time
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "_proc", "_docs", "build", "shared", "__pycache__", ".pytest_cache", ".ipynb_checkpoints", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    "runs",
+    "_proc",
+    "_docs",
+    "build",
+    "shared",
+    "__pycache__",
+    ".pytest_cache",
+    ".ipynb_checkpoints",
+    "*.egg-info",
+)
 
 
 def notebooks(root=ROOT):
     "Paths of all notebooks below nbs/, in the order in which nbdev runs them."
     nbs = root / "nbs"
-    return sorted(p for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts))
+    return sorted(
+        p
+        for p in nbs.rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(nbs).parts)
+    )
 
 
 def is_experiment(path):
@@ -20,7 +42,8 @@ def is_experiment(path):
 def read(path):
     "The notebook as plain data, each cell's source as one string."
     nb = json.loads(Path(path).read_text())
-    for cell in nb["cells"]: cell["source"] = "".join(cell["source"])
+    for cell in nb["cells"]:
+        cell["source"] = "".join(cell["source"])
     return nb
 
 
@@ -28,6 +51,7 @@ def front_matter(path):
     "Title, claim and options of the first cell, as nbdev reads them."
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
+
     return NBProcessor(Path(path), procs=FrontmatterProc, process=True).nb.frontmatter_
 
 
@@ -35,7 +59,8 @@ def directives(source):
     "The `#| key: value` lines at the top of a code cell."
     found = {}
     for line in source.splitlines():
-        if not line.startswith("#|"): break
+        if not line.startswith("#|"):
+            break
         key, _, value = line[2:].strip().partition(":")
         found[key.split()[0] if key.split() else ""] = value.strip().strip("\"'")
     return found
@@ -45,11 +70,17 @@ def directives(source):
 def scratch(root=ROOT):
     "A copy of the working tree: what a gate writes there leaves the real one as it is."
     with tempfile.TemporaryDirectory(prefix="gate_") as folder:
-        yield Path(shutil.copytree(root, Path(folder) / "unpaired_kd", symlinks=True, ignore=LEFT_OUT))
+        yield Path(
+            shutil.copytree(root, Path(folder) / "unpaired_kd", symlinks=True, ignore=LEFT_OUT)
+        )
 
 
 def finish(name, complaints, summary, start):
     "Print the verdict of a gate and leave with 0 or 1."
-    for c in complaints: print(f"  {name}: {c}")
-    print(f"{'FAIL' if complaints else 'ok  '} {name}: {summary} ({time.time() - start:.0f} s)", flush=True)
+    for c in complaints:
+        print(f"  {name}: {c}")
+    print(
+        f"{'FAIL' if complaints else 'ok  '} {name}: {summary} ({time.time() - start:.0f} s)",
+        flush=True,
+    )
     sys.exit(1 if complaints else 0)

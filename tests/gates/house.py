@@ -3,6 +3,7 @@
 Chapters match modules; a module imports only from its own floor or a lower one, and nothing in circles; the rooms of
 `LIMITS` stay short and simple. The floors are read from CONTRIBUTING.md, where they are written down once.
 """
+
 import ast
 import graphlib
 import re
@@ -12,8 +13,11 @@ from common import ROOT, finish, notebooks, read
 from measures import complexity, functions
 
 LIBRARY = "unpaired_kd"
-LIMITS = {"study": (400, 12), "command": (400, 12)} # folder: lines of a module, complexity of a function
-FREE_FOLDERS = {"experiments", "results"} # their chapters export nothing; nor need these:
+LIMITS = {
+    "study": (400, 12),
+    "command": (400, 12),
+}  # folder: lines of a module, complexity of a function
+FREE_FOLDERS = {"experiments", "results"}  # their chapters export nothing; nor need these:
 FREE_CHAPTERS = {"index", "notation", "tour"}
 FLOOR = re.compile(r"^\| (\d+) \| (`\w+`(?:, `\w+`)*) \|", re.M)
 CEILING = re.compile(r"`(\w+)` imports nothing above floor (\d+)")
@@ -35,7 +39,10 @@ def modules(root=ROOT):
     found = {}
     for path in sorted((root / LIBRARY).rglob("*.py")):
         parts = path.relative_to(root / LIBRARY).with_suffix("").parts
-        if parts not in (("__init__",), ("_modidx",)): # the door, which opens every room, and nbdev's index
+        if parts not in (
+            ("__init__",),
+            ("_modidx",),
+        ):  # the door, which opens every room, and nbdev's index
             found[".".join(p for p in parts if p != "__init__")] = path
     return found
 
@@ -77,7 +84,7 @@ def imported_names(node, package):
     if isinstance(node, ast.Import):
         return [a.name for a in node.names]
     if isinstance(node, ast.ImportFrom):
-        base = package[:len(package) + 1 - node.level] if node.level else []
+        base = package[: len(package) + 1 - node.level] if node.level else []
         base = ".".join([*base, *([node.module] if node.module else [])])
         return [f"{base}.{a.name}" for a in node.names]
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -94,7 +101,7 @@ def ties(root=ROOT):
         for node in ast.walk(ast.parse(path.read_text())):
             for name in imported_names(node, [LIBRARY, *inside]):
                 other = name.removeprefix(f"{LIBRARY}.")
-                while other and other not in known: # the name of a function: its module
+                while other and other not in known:  # the name of a function: its module
                     other = other.rpartition(".")[0]
                 if name.startswith(f"{LIBRARY}.") and other not in ("", module):
                     yield module, other, node.lineno, isinstance(node, ast.Constant)
@@ -117,11 +124,12 @@ def upward(found, text):
     used = {folder_of(m) for tie in found for m in tie[:2]}
     yield from (f"CONTRIBUTING.md gives {f}/ no floor" for f in sorted(used - floor.keys()))
     for module, other, line, by_name in found:
-        own, there = folder_of(module), folder_of(other)
+        own = folder_of(module)
+        there = folder_of(other)
         if own == there or own not in floor or there not in floor:
             continue
         how = "names" if by_name else "imports"
-        limit = floor[own] if by_name else highest[own] # what is loaded on demand: the floor alone
+        limit = floor[own] if by_name else highest[own]  # what is loaded on demand: the floor alone
         if floor[there] > limit:
             yield f"{module}, line {line}, {how} {other}: {own} may look no higher than floor {limit}"
 
@@ -134,9 +142,9 @@ def circles(arrows):
             graphlib.TopologicalSorter(graph).prepare()
             return
         except graphlib.CycleError as e:
-            path = e.args[1][:0:-1] # graphlib lists who is needed before who needs it
+            path = e.args[1][:0:-1]  # graphlib lists who is needed before who needs it
             first = path.index(min(path))
-            path = path[first:] + path[:first + 1]
+            path = path[first:] + path[: first + 1]
             yield " -> ".join(path)
             graph[path[0]].remove(path[1])
 
@@ -157,7 +165,8 @@ def too_much(root=ROOT, limits=LIMITS):
         if folder_of(name) not in limits:
             continue
         most_lines, most_ways = limits[folder_of(name)]
-        text, where = path.read_text(), path.relative_to(root)
+        text = path.read_text()
+        where = path.relative_to(root)
         lines = len(text.splitlines())
         if lines > most_lines:
             yield f"{where} has {lines} lines, at most {most_lines}: make it two chapters"
@@ -167,14 +176,17 @@ def too_much(root=ROOT, limits=LIMITS):
 
 
 def main():
-    start, found = time.time(), sorted(set(ties()))
+    start = time.time()
+    found = sorted(set(ties()))
     complaints = [*chapters_match(), *upward(found, (ROOT / "CONTRIBUTING.md").read_text())]
     rooms = graph_of((folder_of(a), folder_of(b)) for a, b, *_ in found)
     close = (t[:2] for t in found if not is_entry(t))
     complaints += [f"a circle of modules: {c}" for c in circles(graph_of(close))]
     complaints += [f"a circle of folders: {c}" for c in circles(rooms)]
     complaints += too_much()
-    summary = f"{len(modules())} modules in {len(rooms)} folders, {len({t[:2] for t in found})} ties"
+    summary = (
+        f"{len(modules())} modules in {len(rooms)} folders, {len({t[:2] for t in found})} ties"
+    )
     finish("house", complaints, summary, start)
 
 

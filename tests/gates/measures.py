@@ -1,4 +1,5 @@
 """How long a module is and how many ways lead through a function."""
+
 import ast
 
 ONE_MORE = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert)

@@ -3,6 +3,7 @@
 ruff (pyproject.toml, `[tool.ruff]`) finds imports, local variables and names that are used but not there; what it
 does not look for, a private function or class that nobody calls, is looked for here.
 """
+
 import ast
 import subprocess
 import sys
@@ -16,10 +17,21 @@ PLACES = ("unpaired_kd", "tests")
 
 def ruff(root=ROOT, places=PLACES):
     "What ruff complains about, one line each."
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format", "concise"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--quiet",
+        "--output-format",
+        "concise",
+    ]
     done = subprocess.run([*command, *places], cwd=root, capture_output=True, text=True)
     if done.stderr:
-        return [f"ruff did not run (pip install -e \".[dev]\" -c constraints.txt): {done.stderr.strip()}"]
+        return [
+            f'ruff did not run (pip install -e ".[dev]" -c constraints.txt): {done.stderr.strip()}'
+        ]
     return done.stdout.splitlines()
 
 
@@ -36,7 +48,11 @@ def used(tree):
 
 def idle(root=ROOT, place=PLACES[0]):
     "Private functions, methods and classes of the library that the library never uses."
-    trees = {p: ast.parse(p.read_text()) for p in sorted((root / place).rglob("*.py")) if p.name != "_modidx.py"}
+    trees = {
+        p: ast.parse(p.read_text())
+        for p in sorted((root / place).rglob("*.py"))
+        if p.name != "_modidx.py"
+    }
     uses = Counter(name for tree in trees.values() for name in used(tree))
     for path, tree in trees.items():
         for node in ast.walk(tree):

@@ -3,6 +3,7 @@
 `forward` is nbdev's order, `reversed` the other; `make test` does both. Names after it choose chapters. On the way
 the stored text of every cell is compared with what it gives now (stored.py). Experiments run in their own gate.
 """
+
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ MEND = "run the chapter in Jupyter and save it"
 
 class Shell(CaptureShell):
     "nbdev's shell; as in Jupyter, a `;` at the end of a cell keeps back its value, not what it prints."
+
     def run(self, code, **options):
         outputs = super().run(f"{code}\n#", **options)
         quiet = re.search(r";\s*(?:#[^\n]*)?\s*\Z", code)
@@ -27,14 +29,22 @@ def left_out(cell, flags):
     "Whether a cell is not run, by nbdev's rules: prose, a flag, `eval: false`, or the export itself."
     given = getattr(cell, "directives_", None) or {}
     never = given.get("eval:", [""])[0].lower() == "false"
-    return cell.cell_type != "code" or "nbdev_export(" in cell.source or never or bool(flags & given.keys())
+    return (
+        cell.cell_type != "code"
+        or "nbdev_export(" in cell.source
+        or never
+        or bool(flags & given.keys())
+    )
 
 
 def run_chapter(path, flags=frozenset()):
     "Run a notebook as nbdev_test does. Returns (what failed or differs, one line each; cells run)."
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
-    nb, found, stored = NBProcessor(path, procs=FrontmatterProc, process=True).nb, [], {}
+
+    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    found = []
+    stored = {}
     shell = Shell(path, mpl_format="png")
 
     def leave(cell):
@@ -44,7 +54,11 @@ def run_chapter(path, flags=frozenset()):
         cell.outputs = []
 
     def compare(cell):
-        said = None if shell.exc else difference(stored[cell.idx_], cell.outputs, "measured" in cell.directives_)
+        said = (
+            None
+            if shell.exc
+            else difference(stored[cell.idx_], cell.outputs, "measured" in cell.directives_)
+        )
         if said:
             found.append(f"cell {cell.idx_} ({cell.id}) {said}")
 
@@ -57,7 +71,11 @@ def run_chapter(path, flags=frozenset()):
 
 def chosen(names=()):
     "The chapters, in nbdev's order: all, or those of these names (`losses/segmentation`)."
-    paths = {str(p.relative_to(ROOT / "nbs").with_suffix("")): p for p in notebooks() if not is_experiment(p)}
+    paths = {
+        str(p.relative_to(ROOT / "nbs").with_suffix("")): p
+        for p in notebooks()
+        if not is_experiment(p)
+    }
     if wrong := [n for n in names if n not in paths]:
         sys.exit(f"no chapter {', '.join(wrong)}; there are {', '.join(paths)}")
     return [p for name, p in paths.items() if not names or name in names]
@@ -65,9 +83,13 @@ def chosen(names=()):
 
 def main(order="forward", *names):
     from nbdev.config import get_config
+
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
-    start, found, ran, slow = time.time(), [], 0, []
+    start = time.time()
+    found = []
+    ran = 0
+    slow = []
     paths = chosen(names)
     skipped = [p for p in paths if front_matter(p).get("skip_exec")]
     found += [f"{p.name} has `skip_exec`: only experiments may" for p in skipped]

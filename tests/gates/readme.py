@@ -1,5 +1,7 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tests/gates/readme.py --write`."""
-import re, sys
+
+import re
+import sys
 
 from common import ROOT, directives, read
 from config import settings
@@ -20,15 +22,22 @@ def as_text(outputs):
     "The text of a cell's outputs; a picture belongs in nbs/images/, with a Markdown link."
     for out in outputs:
         data = out.get("data", {})
-        if any(k.startswith("image/") for k in data): raise SystemExit("nbs/index.ipynb stores a picture in an output: put it into nbs/images/ and link to it")
-        text = "".join(out.get("text", data.get("text/markdown", data.get("text/plain", "")))).rstrip()
-        if text: yield text if "text/markdown" in data else f"```\n{text}\n```"
+        if any(k.startswith("image/") for k in data):
+            raise SystemExit(
+                "nbs/index.ipynb stores a picture in an output: put it into nbs/images/ and link to it"
+            )
+        text = "".join(
+            out.get("text", data.get("text/markdown", data.get("text/plain", "")))
+        ).rstrip()
+        if text:
+            yield text if "text/markdown" in data else f"```\n{text}\n```"
 
 
 def in_full(target):
     "The address of a file below nbs/: README.md is also a page of the package index, far from it."
     ini = settings()
-    site, branch = ini["git_url"] % ini, ini["branch"]
+    site = ini["git_url"] % ini
+    branch = ini["branch"]
     raw = site.replace("github.com", "raw.githubusercontent.com")
     place = f"{raw}/{branch}" if PICTURE.search(target) else f"{site}/blob/{branch}"
     return f"{place}/nbs/{target}"
@@ -42,13 +51,18 @@ def render(root=ROOT):
         if cell["cell_type"] == "markdown":
             source = outside_fences(source, lambda t: LINK.sub(lambda m: m[1] + in_full(m[2]), t))
             blocks.append(re.sub(r" *\{(?:#|\.|fig-alt=|width=)[^}\n]*\}", "", source))
-        elif cell["cell_type"] == "code" and source and "hide" not in (options := directives(source)):
+        elif (
+            cell["cell_type"] == "code" and source and "hide" not in (options := directives(source))
+        ):
             code = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()
-            if code and options.get("echo") != "false": blocks.append(f"```python\n{code}\n```")
+            if code and options.get("echo") != "false":
+                blocks.append(f"```python\n{code}\n```")
             blocks += as_text(cell["outputs"])
     return HEAD + "\n" + "\n\n".join(b for b in blocks if b) + "\n"
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv: (ROOT / "README.md").write_text(render())
-    else: print(render(), end="")
+    if "--write" in sys.argv:
+        (ROOT / "README.md").write_text(render())
+    else:
+        print(render(), end="")

@@ -1,5 +1,9 @@
 """Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the export of nbs/index.ipynb."""
-import difflib, subprocess, sys, time
+
+import difflib
+import subprocess
+import sys
+import time
 
 from common import ROOT, directives, finish, notebooks, read, scratch
 from readme import render
@@ -9,54 +13,81 @@ def run_nbdev(command, tree):
     "Run one nbdev command in `tree`; returns what it printed if it failed."
     code = f"from nbdev.cli import *; from nbdev.export import *; from nbdev.doclinks import *; from nbdev.clean import *; {command}()"
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
-    return [] if done.returncode == 0 else [f"{command} failed: {done.stderr.strip().splitlines()[-1]}"]
+    return (
+        []
+        if done.returncode == 0
+        else [f"{command} failed: {done.stderr.strip().splitlines()[-1]}"]
+    )
 
 
 def contents(tree, pattern, under):
     "Relative path -> bytes."
-    return {str(p.relative_to(tree)): p.read_bytes() for p in sorted((tree / under).rglob(pattern)) if "__pycache__" not in p.parts}
+    return {
+        str(p.relative_to(tree)): p.read_bytes()
+        for p in sorted((tree / under).rglob(pattern))
+        if "__pycache__" not in p.parts
+    }
 
 
 def differences(before, after, mend):
     "One complaint for each file that changed, with the first changed lines."
     found = []
     for name in sorted(before.keys() | after.keys()):
-        a, b = before.get(name), after.get(name)
-        if a == b: continue
-        if a is None: found.append(f"{name} is missing in the tree: {mend}")
-        elif b is None: found.append(f"{name} has no notebook: delete it")
+        a = before.get(name)
+        b = after.get(name)
+        if a == b:
+            continue
+        if a is None:
+            found.append(f"{name} is missing in the tree: {mend}")
+        elif b is None:
+            found.append(f"{name} has no notebook: delete it")
         else:
-            lines = [l for l in difflib.unified_diff(a.decode().splitlines(), b.decode().splitlines(), lineterm="", n=0)][2:8]
-            found.append(f"{name} differs: {mend}\n      " + "\n      ".join(l[:160] for l in lines))
+            lines = [
+                l
+                for l in difflib.unified_diff(
+                    a.decode().splitlines(), b.decode().splitlines(), lineterm="", n=0
+                )
+            ][2:8]
+            found.append(
+                f"{name} differs: {mend}\n      " + "\n      ".join(l[:160] for l in lines)
+            )
     return found
 
 
 def stored_outputs(root=ROOT):
     "Errors, machine paths and heavy pictures in stored outputs."
     import json
+
     for path in notebooks(root):
         name = path.relative_to(root)
         for i, cell in enumerate(read(path)["cells"]):
             for out in cell.get("outputs", []):
                 text = json.dumps(out)
-                if out["output_type"] == "error": yield f"{name} cell {i} stores an error: {out['ename']}"
-                if str(root) in text: yield f"{name} cell {i} stores a path of this machine"
+                if out["output_type"] == "error":
+                    yield f"{name} cell {i} stores an error: {out['ename']}"
+                if str(root) in text:
+                    yield f"{name} cell {i} stores a path of this machine"
                 for mime, data in out.get("data", {}).items():
-                    if mime.startswith("image/") and len("".join(data)) > 270_000: yield f"{name} cell {i} stores a picture over 200 kB"
+                    if mime.startswith("image/") and len("".join(data)) > 270_000:
+                        yield f"{name} cell {i} stores a picture over 200 kB"
 
 
 def manners(root=ROOT):
     "Small things that would show on the site."
     for path in notebooks(root):
-        name, cells = path.relative_to(root), read(path)["cells"]
-        if not cells[0]["source"].startswith("# "): yield f"{name}: the first cell must be `# Title` and `> claim`"
+        name = path.relative_to(root)
+        cells = read(path)["cells"]
+        if not cells[0]["source"].startswith("# "):
+            yield f"{name}: the first cell must be `# Title` and `> claim`"
         for cell in cells:
             given = directives(cell["source"]) if cell["cell_type"] == "code" else {}
-            if "default_exp" in given and "hide" not in given: yield f"{name}: put `#| hide` under `#| default_exp`, or the site shows that cell"
+            if "default_exp" in given and "hide" not in given:
+                yield f"{name}: put `#| hide` under `#| default_exp`, or the site shows that cell"
 
 
 def main():
-    start, found = time.time(), []
+    start = time.time()
+    found = []
     with scratch() as tree:
         modules = contents(tree, "*.py", "unpaired_kd")
         found += run_nbdev("nbdev_export", tree)
@@ -65,9 +96,16 @@ def main():
         found += run_nbdev("nbdev_clean", tree)
         found += differences(pages, contents(tree, "*.ipynb", "nbs"), "run nbdev_clean")
     readme = ROOT / "README.md"
-    if not readme.exists() or readme.read_text() != render(): found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
+    if not readme.exists() or readme.read_text() != render():
+        found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
     found += [*stored_outputs(), *manners()]
-    finish("sources", found, f"{len(modules)} modules exported, {len(pages)} notebooks cleaned, README.md compared", start)
+    finish(
+        "sources",
+        found,
+        f"{len(modules)} modules exported, {len(pages)} notebooks cleaned, README.md compared",
+        start,
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -3,12 +3,13 @@
 Pictures are only counted, sliders and what goes to stderr (bars, warnings) are left out. What counts as measured
 stands in `MEASURED`; a cell in which every number is measured says so with `#| measured` at its top.
 """
+
 import difflib
 import re
 
 NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?"
 UNIT = r"(?:ns|us|µs|ms|s|min|seconds?|minutes?|[kMG]i?B peak|\w+ (?:a|per) second|\w+/s)"
-MEASURED = [ # what another run may say otherwise, and what stands for it
+MEASURED = [  # what another run may say otherwise, and what stands for it
     (rf" *{NUMBER} ?{UNIT}(?!\w)", " MEASURED"),
     (rf" *{NUMBER} (?:times|x) (?=as fast|as long|faster|slower)", " MEASURED times "),
     (r"0x[0-9a-f]{6,}", "ADDRESS"),
@@ -25,12 +26,14 @@ def settled(text, measured=False):
 
 def shown(outputs, measured=False):
     "What a reader sees of a cell: (what it prints, its values in order, how many pictures)."
-    printed, values, pictures = "", [], 0
+    printed = ""
+    values = []
+    pictures = 0
     for out in outputs:
         data = out.get("data", {})
         if out.get("name") == "stdout":
             printed += "".join(out["text"])
-        elif any("widget" in kind for kind in data): # a slider, and the picture under it
+        elif any("widget" in kind for kind in data):  # a slider, and the picture under it
             return "", [], 0
         elif any(kind.startswith("image/") for kind in data):
             pictures += 1
@@ -42,11 +45,16 @@ def shown(outputs, measured=False):
 
 def difference(old, new, measured=False):
     "The first lines in which stored and fresh outputs of a cell differ, or None."
-    (printed, values, pictures), fresh = shown(old, measured), shown(new, measured)
+    (printed, values, pictures) = shown(old, measured)
+    fresh = shown(new, measured)
     if (printed, values, pictures) == fresh:
         return None
     if pictures != fresh[2]:
         return f"stores {pictures} pictures, draws {fresh[2]}"
-    before, after = ("\n".join([text, *rest]).splitlines() for text, rest in ((printed, values), fresh[:2]))
+    before, after = (
+        "\n".join([text, *rest]).splitlines() for text, rest in ((printed, values), fresh[:2])
+    )
     lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:7]
-    return "stores another text than it gives now:\n      " + "\n      ".join(l[:160] for l in lines)
+    return "stores another text than it gives now:\n      " + "\n      ".join(
+        l[:160] for l in lines
+    )

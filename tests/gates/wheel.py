@@ -4,18 +4,26 @@ The sdist is built, the wheel from the sdist. The wheel goes into an environment
 borrows other people's packages from this one, and is used from an empty folder as a user would.
 `python tests/gates/wheel.py FOLDER` leaves what was built in FOLDER.
 """
-import os, re, subprocess, sys, sysconfig, tarfile, tempfile, time, zipfile
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import zipfile
 from pathlib import Path
 
 import yaml
+from common import ROOT, finish
 from packaging.metadata import Metadata
 
-from common import ROOT, finish
-
-HOME = "nbs/experiments"          # where experiments and grids stand in the tree
-PACKED = "unpaired_kd/experiments" # where they stand in the wheel
-NOT_PACKED = {f"{PACKED}/dry.yaml"} # only tests read it
-UNSEEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "UKD_DEBUG") # not set by a user
+HOME = "nbs/experiments"  # where experiments and grids stand in the tree
+PACKED = "unpaired_kd/experiments"  # where they stand in the wheel
+NOT_PACKED = {f"{PACKED}/dry.yaml"}  # only tests read it
+UNSEEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "UKD_DEBUG")  # not set by a user
 ALONE = "import sys, unpaired_kd; print(unpaired_kd.__file__, *sys.path, sep='\\n')"
 SAME = """
 import sys, numpy as np
@@ -37,7 +45,8 @@ def call(command, folder, env=None, status=0):
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode == status:
         return done.stdout + done.stderr
-    shown, said = " ".join(command[:6]), f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    shown = " ".join(command[:6])
+    said = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     raise Failed(f"`{shown} ...` left with {done.returncode}:\n{said}")
 
 
@@ -123,6 +132,7 @@ def draw(path):
     "A grey picture with two blobs."
     import numpy as np
     from PIL import Image
+
     y, x = np.mgrid[:70, :90]
     first = np.exp(-((y - 30) ** 2 + (x - 25) ** 2) / 60)
     second = np.exp(-((y - 45) ** 2 + (x - 65) ** 2) / 90)
@@ -138,7 +148,7 @@ def use(programs, folder, env):
     found = [f"`ukd run` does not know {n}" for n in names if not re.search(rf"\b{n}\b", said)]
 
     call([ukd, "run", "lotus", "--out", "runs/lotus", *options(small["lotus"])], folder, env)
-    row = {k: v for k, v in small["lotus_ablation"].items() if k != "seeds"} # which the grid sets
+    row = {k: v for k, v in small["lotus_ablation"].items() if k != "seeds"}  # which the grid sets
     grid = ["lotus_ablation", "--cells", "seeds=[0]", "--workers", "1", "--out", "runs/sweep"]
     call([ukd, "sweep", *grid, *options(row)], folder, env)
     draw(folder / "image.png")

@@ -1,4 +1,5 @@
 """Every method of the project as a study builds it: networks, options, batches; full or small."""
+
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,24 +17,26 @@ SEED = 0
 @dataclass(frozen=True)
 class Size:
     "How large the networks and batches of a method are."
+
     network: str = "unet"  # registered name, of student and teacher
     config: dict = field(default_factory=dict)  # its arguments
-    side: int = 512        # of a patch, px or voxels
-    batch: int = 16        # patches
-    dims: int = 2          # spatial axes
+    side: int = 512  # of a patch, px or voxels
+    batch: int = 16  # patches
+    dims: int = 2  # spatial axes
     options: dict = field(default_factory=dict)  # changes to the method's preset
 
 
 @dataclass(frozen=True)
 class Case:
     "One method with one set of options."
+
     method: str  # name in the registry of methods
     preset: str  # of its options
     size: Size
     more: str = ""  # what tells it from another case of the same preset, e.g. "drit"
 
     @property
-    def name(self)->str:
+    def name(self) -> str:
         "E.g. `lotus recommended`, `cmedl recommended drit`."
         return " ".join(w for w in (self.method, self.preset, self.more) if w)
 
@@ -42,36 +45,53 @@ class Case:
 PLAIN = Size("unet", dict(in_channels=3, classes=3, width=16), 512, 16)
 SLICES = Size("unet_bilinear", dict(in_channels=1, classes=1, width=64), 256, 4)
 CUBES = Size("light_unet", dict(in_channels=1, classes=1, width=8), 96, 2, 3)
-FULL = {"cmedl": SLICES, "mutual": SLICES, "fusion": SLICES,
-        "vpbsd": CUBES, "painted": CUBES, "recalibrated": CUBES}
+FULL = {
+    "cmedl": SLICES,
+    "mutual": SLICES,
+    "fusion": SLICES,
+    "vpbsd": CUBES,
+    "painted": CUBES,
+    "recalibrated": CUBES,
+}
 
 SMALL_PLAIN = Size("unet", dict(in_channels=3, classes=3, width=4), 32, 2)
-SMALL_SLICES = Size("unet", dict(in_channels=1, classes=1, width=4), 64, 2,
-                    options=dict(width=4, blocks=1, pool=2))
+SMALL_SLICES = Size(
+    "unet", dict(in_channels=1, classes=1, width=4), 64, 2, options=dict(width=4, blocks=1, pool=2)
+)
 SMALL_CUBES = Size("light_unet", dict(in_channels=1, classes=1, width=2), 16, 2, 3)
-SMALL_TEACHER = dict(encoder_config=dict(width=4, dim=8, depth=1, heads=2, tokens=2),
-                     inner=8, decoder=4, codes=8, code_dim=4)
-SMALL = {"cmedl": SMALL_SLICES, "mutual": SMALL_SLICES, "fusion": SMALL_SLICES,
-         "vpbsd": replace(SMALL_CUBES, options=SMALL_TEACHER),
-         "painted": SMALL_CUBES, "recalibrated": SMALL_CUBES}
+SMALL_TEACHER = dict(
+    encoder_config=dict(width=4, dim=8, depth=1, heads=2, tokens=2),
+    inner=8,
+    decoder=4,
+    codes=8,
+    code_dim=4,
+)
+SMALL = {
+    "cmedl": SMALL_SLICES,
+    "mutual": SMALL_SLICES,
+    "fusion": SMALL_SLICES,
+    "vpbsd": replace(SMALL_CUBES, options=SMALL_TEACHER),
+    "painted": SMALL_CUBES,
+    "recalibrated": SMALL_CUBES,
+}
 
 # the release's first stage may take the whole run; half of it, so that the second is seen too
-HALVES = {("lotus", "released"): dict(denoise_share=.5)}
+HALVES = {("lotus", "released"): dict(denoise_share=0.5)}
 MORE = {"cmedl": {"drit": dict(i2i="drit")}}  # other ways through a method
 EVERY_PRESET = ("lotus",)  # methods whose presets differ in what they compute
 
 
-def methods()->dict: # name -> names of its presets
+def methods() -> dict:  # name -> names of its presets
     "The methods of the project and their presets. A new method is here at once."
     return {name: tuple(cls.presets) or ("recommended",) for name, cls in all_methods().items()}
 
 
 def case_of(
-    method:str,  # name in the registry of methods
-    preset:str,  # of its options
-    small:bool,  # sizes for a test on the CPU
-    more:str="", # a key of `MORE[method]`
-)->Case:
+    method: str,  # name in the registry of methods
+    preset: str,  # of its options
+    small: bool,  # sizes for a test on the CPU
+    more: str = "",  # a key of `MORE[method]`
+) -> Case:
     "A method at one of its two sizes."
     size = SMALL.get(method, SMALL_PLAIN) if small else FULL.get(method, PLAIN)
     changes = HALVES.get((method, preset), {}) | MORE.get(method, {}).get(more, {})
@@ -79,9 +99,9 @@ def case_of(
 
 
 def cases(
-    small:bool,        # sizes for a test on the CPU
-    every:bool=False,  # every preset of every method
-)->list: # of `Case`s
+    small: bool,  # sizes for a test on the CPU
+    every: bool = False,  # every preset of every method
+) -> list:  # of `Case`s
     "All methods: the preset `recommended`, others where they compute something else."
     found = []
     for method, presets in methods().items():
@@ -92,8 +112,8 @@ def cases(
 
 
 def network(
-    size:Size, # what to build
-    name:str,  # whose first weights
+    size: Size,  # what to build
+    name: str,  # whose first weights
 ):
     "A network with weights of its own."
     with seeded(SEED, name):
@@ -102,13 +122,18 @@ def network(
 
 class School:
     "Gives a method its teacher: fresh networks, or one that is trained first."
-    def __init__(self,
-        size:Size, # of the networks
-        student,   # network to be taught
-        options,   # of the method
-        train,     # function of a `Method`: trains it
+
+    def __init__(
+        self,
+        size: Size,  # of the networks
+        student,  # network to be taught
+        options,  # of the method
+        train,  # function of a `Method`: trains it
     ):
-        self.size, self.student, self.options, self.train = size, student, options, train
+        self.size = size
+        self.student = student
+        self.options = options
+        self.train = train
 
     def expert(self):
         "Of random weights: nothing is learned here, only timed."
@@ -126,11 +151,12 @@ class School:
 
 
 def train_case(
-    case:Case, # the method
-    train,     # function of a `Method`: trains it
+    case: Case,  # the method
+    train,  # function of a `Method`: trains it
 ):
     "Build the case and train it; a teacher that must be trained before comes first."
-    size, student = case.size, network(case.size, "student")
+    size = case.size
+    student = network(case.size, "student")
     options = options_of(case.method, case.preset, size.options, size.side)
     school = School(size, student, options, train)
     teacher = method_class(case.method).teacher.give(school)
@@ -138,9 +164,9 @@ def train_case(
 
 
 def enlarged(
-    coarse:Tensor, # (B,*g)
-    side:int,      # px
-)->Tensor: # (B,*s)
+    coarse: Tensor,  # (B,*g)
+    side: int,  # px
+) -> Tensor:  # (B,*s)
     "Every cell of the grid becomes a block."
     for axis, n in enumerate(coarse.shape[1:], 1):
         coarse = coarse.repeat_interleave(-(-side // n), axis).narrow(axis, 0, side)
@@ -150,18 +176,24 @@ def enlarged(
 class Blocks:
     """Batches of noisy blocks of every class, made before they are asked for, on the device: a
     few of them in turn, so that no step waits for its batch."""
-    def __init__(self,
-        size:Size,      # of the networks and patches
-        device="cpu",   # where the batches are
-        kept:int=2,     # different batches
-    ):
-        self.size, self.device, self.kept, self.made = size, device, kept, {}
 
-    def batch(self,
-        step:int,       # which batch
-        names=None,     # of the sources
-        rank:int=0,     # of the process
-    )->dict: # name -> `Batch`
+    def __init__(
+        self,
+        size: Size,  # of the networks and patches
+        device="cpu",  # where the batches are
+        kept: int = 2,  # different batches
+    ):
+        self.size = size
+        self.device = device
+        self.kept = kept
+        self.made = {}
+
+    def batch(
+        self,
+        step: int,  # which batch
+        names=None,  # of the sources
+        rank: int = 0,  # of the process
+    ) -> dict:  # name -> `Batch`
         "Batch number `step` of every source."
         names = names or ("student", "teacher", "unlabelled")
         return {name: self.one(name, step % self.kept, rank) for name in names}
@@ -169,17 +201,20 @@ class Blocks:
     def one(self, name, step, rank):
         "One batch of one source: `unlabelled` has no labels, the teacher's contrast is inverted."
         key = name, step, rank
-        if key not in self.made: self.made[key] = self.drawn(*key).to(self.device)
+        if key not in self.made:
+            self.made[key] = self.drawn(*key).to(self.device)
         return self.made[key]
 
     def drawn(self, name, step, rank):
         "Draw a batch; a function of (name, step, rank)."
-        size, g = self.size, torch_rng(SEED, name, step, rank)
+        size = self.size
+        g = torch_rng(SEED, name, step, rank)
         classes = max(2, size.config["classes"])
         coarse = torch.randint(classes, (size.batch, *[8] * size.dims), generator=g)
         label = enlarged(coarse, size.side)
         noise = torch.rand(size.batch, size.config["in_channels"], *label.shape[1:], generator=g)
-        image = .2 + .5 * label[:, None] / (classes - 1) + .3 * noise
-        if name == "teacher": image = 1 - image
+        image = 0.2 + 0.5 * label[:, None] / (classes - 1) + 0.3 * noise
+        if name == "teacher":
+            image = 1 - image
         groups = [""] * size.batch
         return Batch(image.clamp(0, 1), None if name == "unlabelled" else label, groups, groups)

@@ -1,4 +1,5 @@
 """The same answer on the device as on the CPU, the tests that need a device, and two processes."""
+
 import json
 import os
 import signal
@@ -13,36 +14,38 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-
 from machine import ROOT
 from timed import OutOfTime
+
 from unpaired_kd.core import rng, seeded
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.networks.unet import UNet
 from unpaired_kd.networks.volumes import LightUNet
 
-LEAST_EQUAL = .999  # share of equal pixels that is demanded in float32
+LEAST_EQUAL = 0.999  # share of equal pixels that is demanded in float32
 
 
 def settled(
-    make:Callable, # () -> network
-    shape:tuple,   # of a batch (B,C,*s)
+    make: Callable,  # () -> network
+    shape: tuple,  # of a batch (B,C,*s)
 ):
     "A network with random weights and the BatchNorm statistics of noise."
     with seeded(0, "student"):
         net = make().train()
-        for m in net.modules(): m.momentum = 1.
-        with torch.no_grad(): net(torch.rand(shape))
+        for m in net.modules():
+            m.momentum = 1.0
+        with torch.no_grad():
+            net(torch.rand(shape))
     return net.eval()
 
 
 def equal_share(
-    net,          # a network
-    recipe:Recipe, # its recipe
-    image,        # raw array
-    device:str,   # cpu | cuda
-    precision:str="fp32", # on the device
-)->float: # share of equal pixels
+    net,  # a network
+    recipe: Recipe,  # its recipe
+    image,  # raw array
+    device: str,  # cpu | cuda
+    precision: str = "fp32",  # on the device
+) -> float:  # share of equal pixels
     "How much of the device's label map is the CPU's."
     here = Student(net.cpu(), recipe).predict(image)
     there = Student(net.to(device), recipe, precision).predict(image)
@@ -50,8 +53,8 @@ def equal_share(
 
 
 def students(
-    small:bool, # for a test
-): # yields (name, network, recipe, image)
+    small: bool,  # for a test
+):  # yields (name, network, recipe, image)
     "A student of images and one of volumes, and what they are to segment."
     side, cube = (64, 16) if small else (1024, 96)
     classes = ("background", "a", "b")
@@ -64,39 +67,60 @@ def students(
 
 
 def without_tf32(
-    f, *args, # a function and its arguments
-): # what it returns
+    f,
+    *args,  # a function and its arguments
+):  # what it returns
     "Convolutions in full float32, as on the CPU, while the function runs."
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    try: return f(*args)
-    finally: torch.backends.cudnn.allow_tf32 = before
+    try:
+        return f(*args)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def prediction(
-    say:Callable, device:str, small:bool, until:float, # see `speed.variation`
+    say: Callable,
+    device: str,
+    small: bool,
+    until: float,  # see `speed.variation`
 ):
     "The label maps of device and CPU. `AssertionError` if they differ in float32."
     for name, net, recipe, image in students(small):
         begin = time.perf_counter()
         share = without_tf32(equal_share, net, recipe, image, device)
-        found = {"equal_fp32": share, "equal_as_found": equal_share(net, recipe, image, device),
-                 "equal_bf16": equal_share(net, recipe, image, device, "bf16")}
+        found = {
+            "equal_fp32": share,
+            "equal_as_found": equal_share(net, recipe, image, device),
+            "equal_bf16": equal_share(net, recipe, image, device, "bf16"),
+        }
         fine = share >= LEAST_EQUAL
-        say(stage=name, status="ok" if fine else "failed", detail=found,
+        say(
+            stage=name,
+            status="ok" if fine else "failed",
+            detail=found,
             seconds=time.perf_counter() - begin,
-            error="" if fine else f"only {share:.4%} of the pixels are the CPU's")
-        if time.monotonic() > until: raise OutOfTime
+            error="" if fine else f"only {share:.4%} of the pixels are the CPU's",
+        )
+        if time.monotonic() > until:
+            raise OutOfTime
 
 
 def finished(
-    command:list, # program and arguments
-    until:float,  # end of the time
-    **more,       # environment
-)->tuple: # exit code, standard output, standard error
+    command: list,  # program and arguments
+    until: float,  # end of the time
+    **more,  # environment
+) -> tuple:  # exit code, standard output, standard error
     "Run another program. At the end of the time it is killed with all it started: `OutOfTime`."
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, **more}, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **more},
+        start_new_session=True,
+    )
     try:
         shown, errors = process.communicate(timeout=max(1, until - time.monotonic()))
     except subprocess.TimeoutExpired as e:
@@ -107,17 +131,20 @@ def finished(
 
 
 def marked(
-    few:bool, # one is enough
-)->list: # paths
+    few: bool,  # one is enough
+) -> list:  # paths
     "The test files that name the marker `gpu`."
-    found = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py"))
-             if "mark.gpu" in p.read_text(encoding="utf-8")]
+    found = [
+        str(p)
+        for p in sorted((ROOT / "tests").glob("test_*.py"))
+        if "mark.gpu" in p.read_text(encoding="utf-8")
+    ]
     return found[:1] if few else found
 
 
 def outcomes(
-    report, # JUnit's XML, of pytest
-)->tuple: # ({outcome: number}, messages of what failed)
+    report,  # JUnit's XML, of pytest
+) -> tuple:  # ({outcome: number}, messages of what failed)
     "Count what happened to the tests."
     counts = dict(passed=0, failed=0, skipped=0)
     said = []
@@ -125,29 +152,50 @@ def outcomes(
         wrong = [c for c in case if c.tag in ("failure", "error")]
         skipped = case.find("skipped") is not None
         counts["failed" if wrong else "skipped" if skipped else "passed"] += 1
-        said += [f"{case.get('name')}: {c.get('message', '').splitlines()[0][:200]}"
-                 for c in wrong if c.get("message")]
+        said += [
+            f"{case.get('name')}: {c.get('message', '').splitlines()[0][:200]}"
+            for c in wrong
+            if c.get("message")
+        ]
     return counts, said
 
 
 def pytest_gpu(
-    say:Callable, device:str, small:bool, until:float, # see `speed.variation`
+    say: Callable,
+    device: str,
+    small: bool,
+    until: float,  # see `speed.variation`
 ):
     "The tests marked `gpu`. A file whose imports are not here counts as failed."
-    import_module("pytest") # so that its absence is said
+    import_module("pytest")  # so that its absence is said
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-                   "--continue-on-collection-errors", f"--junitxml={report}", *marked(small)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+            f"--junitxml={report}",
+            *marked(small),
+        ]
         code, shown, _ = finished(command, until)
         assert report.exists(), f"pytest ended with {code}: {shown[-500:]}"
         counts, said = outcomes(report)
-    if said: print(shown[-8000:], file=sys.stderr)
+    if said:
+        print(shown[-8000:], file=sys.stderr)
     say(status="failed" if counts["failed"] else "ok", detail=counts, error="; ".join(said))
 
 
 def two_processes(
-    say:Callable, device:str, small:bool, until:float, # see `speed.variation`
+    say: Callable,
+    device: str,
+    small: bool,
+    until: float,  # see `speed.variation`
 ):
     """LOTUS and VpbSD on two devices (small: two processes). `AssertionError` unless both
     end with the same weights."""
@@ -155,12 +203,23 @@ def two_processes(
         say(status="left out", error="this machine has one device")
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr",
-                   "127.0.0.1", "--nproc-per-node", "2", str(Path(__file__).with_name("pair.py")),
-                   folder, *(["--small"] if small else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            "2",
+            str(Path(__file__).with_name("pair.py")),
+            folder,
+            *(["--small"] if small else []),
+        ]
         more = {} if device == "cuda" else {"ACCELERATE_USE_CPU": "true"}
         code, _, errors = finished(command, until, **more)
-        if code: print(errors[-8000:], file=sys.stderr)
+        if code:
+            print(errors[-8000:], file=sys.stderr)
         assert code == 0, f"ended with {code}: {errors[-300:]}"
         first, second = (json.loads((Path(folder) / f"{k}.json").read_text()) for k in (0, 1))
     assert first["processes"] == second["processes"] == 2, "the processes did not find each other"

@@ -1,4 +1,5 @@
 """One of two processes that train together; `torch.distributed.run` starts it."""
+
 import json
 import sys
 import tempfile
@@ -9,23 +10,31 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cases import Blocks, case_of, train_case
 from timed import Plan, Stopwatch, learner_of
+
 from unpaired_kd.networks.registry import weights_digest
 
 
 class Together:
     "Trains the methods of a case and keeps what both processes must agree on."
+
     def __init__(self, case, plan):
-        self.case, self.plan, self.weights, self.took = case, plan, {}, {}
+        self.case = case
+        self.plan = plan
+        self.weights = {}
+        self.took = {}
 
     def __call__(self, method):
         "Train one method."
         watch = Stopwatch(Blocks(self.case.size), self.plan.until)
+
         def tell(row):
             self.took[f"{self.case.name}, {row['stage']}"] = watch.seconds(self.plan.warm)
-        with tempfile.TemporaryDirectory() as folder: # `last.pt` is written by the first process
+
+        with tempfile.TemporaryDirectory() as folder:  # `last.pt` is written by the first process
             learner = learner_of(method, watch, folder, self.plan, tell)
             learner.fit()
-        self.processes, self.device = learner.accelerator.num_processes, str(learner.device)
+        self.processes = learner.accelerator.num_processes
+        self.device = str(learner.device)
         for name, net in method.networks.items():
             self.weights[f"{type(method).__name__} {name}"] = weights_digest(net)
 
@@ -45,4 +54,5 @@ def main(folder, small):
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__": main(sys.argv[1], "--small" in sys.argv)
+if __name__ == "__main__":
+    main(sys.argv[1], "--small" in sys.argv)

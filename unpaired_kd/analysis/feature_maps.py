@@ -16,85 +16,130 @@ from ..networks.taps import Taps
 
 # %% ../../nbs/analysis/feature_maps.ipynb #03c1557f
 def channel_maps(
-    net,          # a 2-D network; its mode is restored
-    image,        # one image (C,H,W), as the network wants it
-    layer:str,    # tapped layer, e.g. the last of `net.hint_layers["high"]`
+    net,  # a 2-D network; its mode is restored
+    image,  # one image (C,H,W), as the network wants it
+    layer: str,  # tapped layer, e.g. the last of `net.hint_layers["high"]`
     channels=24,  # how many, counted from the first (all, where there are fewer), or a list of channel numbers
-)->np.ndarray: # (n,h,w) float32
+) -> np.ndarray:  # (n,h,w) float32
     "Maps of some channels of a layer. Raises `InputError` for an unknown layer, channels that do not exist, and more than one image."
-    if image.ndim != 3: raise InputError(f"channel_maps takes one image (C,H,W), got shape {tuple(image.shape)}.")
-    training, p = net.training, next(net.parameters())
+    if image.ndim != 3:
+        raise InputError(f"channel_maps takes one image (C,H,W), got shape {tuple(image.shape)}.")
+    training = net.training
+    p = next(net.parameters())
     try:
         with Taps(net.eval(), (layer,)) as taps, torch.no_grad():
             net(image[None].to(p))
             f = taps.take()[layer][0].float().cpu().numpy()
-    finally: net.train(training)
-    chosen = list(range(min(channels, len(f)))) if isinstance(channels, int) else [int(c) for c in channels]
-    if not chosen or min(chosen) < 0 or max(chosen) >= len(f): raise InputError(f"channels {channels}: layer {layer!r} has channels 0 to {len(f) - 1}, and at least one is needed.")
+    finally:
+        net.train(training)
+    chosen = (
+        list(range(min(channels, len(f))))
+        if isinstance(channels, int)
+        else [int(c) for c in channels]
+    )
+    if not chosen or min(chosen) < 0 or max(chosen) >= len(f):
+        raise InputError(
+            f"channels {channels}: layer {layer!r} has channels 0 to {len(f) - 1}, and at least one is needed."
+        )
     return f[chosen]
 
 # %% ../../nbs/analysis/feature_maps.ipynb #8ab1412d
 def montage(
-    maps,       # (n,h,w)
-    columns:int=8, # tiles in a row
-)->np.ndarray: # (rows * (h+1), columns * (w+1)) in [0,1]; lines between tiles are 1
+    maps,  # (n,h,w)
+    columns: int = 8,  # tiles in a row
+) -> np.ndarray:  # (rows * (h+1), columns * (w+1)) in [0,1]; lines between tiles are 1
     "Maps as one picture, each scaled to its own range."
     m = np.asarray(maps, np.float32)
-    low, high = m.min((1, 2), keepdims=True), m.max((1, 2), keepdims=True)
-    m = np.pad((m - low) / np.where(high > low, high - low, 1), ((0, -len(m) % columns), (0, 1), (0, 1)), constant_values=1)
+    low = m.min((1, 2), keepdims=True)
+    high = m.max((1, 2), keepdims=True)
+    m = np.pad(
+        (m - low) / np.where(high > low, high - low, 1),
+        ((0, -len(m) % columns), (0, 1), (0, 1)),
+        constant_values=1,
+    )
     return m.reshape(-1, columns, *m.shape[1:]).swapaxes(1, 2).reshape(-1, columns * m.shape[2])
 
+# %% ../../nbs/analysis/feature_maps.ipynb #3e8ffa69
 def feature_grid(
-    maps:dict,     # name -> maps (n,h,w); the first one is the reference
-    match:bool=False, # True: put the channels of each other network in the order of the reference's
-    columns:int=8, # tiles in a row
-    width:float=6., # width of the figure, inches
-): # matplotlib Figure; the titles carry the mean correlation with the reference
+    maps: dict,  # name -> maps (n,h,w); the first one is the reference
+    match: bool = False,  # True: put the channels of each other network in the order of the reference's
+    columns: int = 8,  # tiles in a row
+    width: float = 6.0,  # width of the figure, inches
+):  # matplotlib Figure; the titles carry the mean correlation with the reference
     "Channels of several networks, one block for each, the mean correlation of the channels that stand at one place in its title."
     import matplotlib.pyplot as plt
+
     name, *others = maps
-    shown, titles = {name: maps[name]}, {name: name}
+    shown = {name: maps[name]}
+    titles = {name: name}
     for k in others:
-        order, r = match_channels(maps[name], maps[k]) if match else tied_channels(maps[name], maps[k])
-        shown[k], titles[k] = maps[k][order], f"{k}: mean correlation with {name} {r.mean():.2f}"
+        order, r = (
+            match_channels(maps[name], maps[k]) if match else tied_channels(maps[name], maps[k])
+        )
+        shown[k] = maps[k][order]
+        titles[k] = f"{k}: mean correlation with {name} {r.mean():.2f}"
     pictures = {k: montage(m, columns) for k, m in shown.items()}
-    fig, axes = plt.subplots(len(maps), 1, figsize=(width, sum(p.shape[0] / p.shape[1] * width + .3 for p in pictures.values())), squeeze=False)
+    fig, axes = plt.subplots(
+        len(maps),
+        1,
+        figsize=(width, sum(p.shape[0] / p.shape[1] * width + 0.3 for p in pictures.values())),
+        squeeze=False,
+    )
     for ax, (k, p) in zip(axes[:, 0], pictures.items()):
-        ax.imshow(p, vmin=0, vmax=1, aspect="equal"); ax.axis("off"); ax.set_title(titles[k], fontsize=9)
+        ax.imshow(p, vmin=0, vmax=1, aspect="equal")
+        ax.axis("off")
+        ax.set_title(titles[k], fontsize=9)
     return fig
 
 # %% ../../nbs/analysis/feature_maps.ipynb #7eaa0e3a
 def correlations(
-    a, # maps (n,h,w)
-    b, # maps (m,h',w'); enlarged or shrunk to (h,w) where the sizes differ
-)->np.ndarray: # (n,m) in [-1,1]; 0 for constant maps
+    a,  # maps (n,h,w)
+    b,  # maps (m,h',w'); enlarged or shrunk to (h,w) where the sizes differ
+) -> np.ndarray:  # (n,m) in [-1,1]; 0 for constant maps
     "Correlation over positions of every channel of `a` with every channel of `b`."
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 3 or b.ndim != 3: raise InputError(f"maps have shapes {a.shape} and {b.shape}; give (channels, height, width).")
-    if a.shape[1:] != b.shape[1:]: b = F.interpolate(torch.from_numpy(b)[None], a.shape[1:], mode="bilinear", align_corners=False)[0].numpy()
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
+    if a.ndim != 3 or b.ndim != 3:
+        raise InputError(
+            f"maps have shapes {a.shape} and {b.shape}; give (channels, height, width)."
+        )
+    if a.shape[1:] != b.shape[1:]:
+        b = F.interpolate(
+            torch.from_numpy(b)[None], a.shape[1:], mode="bilinear", align_corners=False
+        )[0].numpy()
+
     def unit(m):
         "Maps (C,N), each centred and of length 1; a constant map becomes 0."
         m = m.reshape(len(m), -1)
         centred = m - m.mean(1, keepdims=True)
         length = np.linalg.norm(centred, axis=1, keepdims=True)
-        return centred / np.where(length > 1e-9 * np.linalg.norm(m, axis=1, keepdims=True), length, np.inf)
+        return centred / np.where(
+            length > 1e-9 * np.linalg.norm(m, axis=1, keepdims=True), length, np.inf
+        )
+
     return unit(a) @ unit(b).T
 
+# %% ../../nbs/analysis/feature_maps.ipynb #755b2b98
 def tied_channels(
-    reference, # maps (n,h,w)
-    other,     # maps (m,h',w'), m at least n
-)->tuple: # (0..n-1, correlation of channel k with channel k (n,))
+    reference,  # maps (n,h,w)
+    other,  # maps (m,h',w'), m at least n
+) -> tuple:  # (0..n-1, correlation of channel k with channel k (n,))
     "The channels as they stand: for networks whose channels are tied, by a hint for instance. Raises `InputError` if `other` has fewer channels."
-    if len(other) < len(reference): raise InputError(f"the reference has {len(reference)} channels and the other network {len(other)}: choose fewer channels of the reference.")
+    if len(other) < len(reference):
+        raise InputError(
+            f"the reference has {len(reference)} channels and the other network {len(other)}: choose fewer channels of the reference."
+        )
     k = np.arange(len(reference))
     return k, correlations(reference, other)[k, k]
 
+
 def match_channels(
-    reference, # maps (n,h,w)
-    other,     # maps (m,h',w'), m at least n: give all channels of the layer, so that each has a partner to choose
-)->tuple: # (channel of `other` for each channel of the reference (n,), their correlations (n,))
+    reference,  # maps (n,h,w)
+    other,  # maps (m,h',w'), m at least n: give all channels of the layer, so that each has a partner to choose
+) -> tuple:  # (channel of `other` for each channel of the reference (n,), their correlations (n,))
     "The one-to-one assignment of channels with the largest sum of correlations. Raises `InputError` if `other` has fewer channels."
     from scipy.optimize import linear_sum_assignment
+
     tied_channels(reference, other)
     c = correlations(reference, other)
     rows, order = linear_sum_assignment(c, maximize=True)
@@ -102,25 +147,39 @@ def match_channels(
 
 # %% ../../nbs/analysis/feature_maps.ipynb #da3e75cc
 def linear_cka(
-    a, # maps (n,h,w), or (B,n,h,w) of several images
-    b, # maps of the same images and the same size (m,h,w) or (B,m,h,w)
-)->float: # in [0,1]; NaN if one side is constant
+    a,  # maps (n,h,w), or (B,n,h,w) of several images
+    b,  # maps of the same images and the same size (m,h,w) or (B,m,h,w)
+) -> float:  # in [0,1]; NaN if one side is constant
     "Linear centred kernel alignment of two sets of channels over positions (Kornblith et al. 2019). Raises `InputError` for maps of different positions."
+
     def rows(m):
         "Pixels x channels, each channel centred; and the shape without channels."
         m = np.asarray(m, np.float64)
         m = m[None] if m.ndim == 3 else m
-        if m.ndim != 4: raise InputError(f"maps have shape {m.shape}; give (channels, height, width) or (images, channels, height, width).")
+        if m.ndim != 4:
+            raise InputError(
+                f"maps have shape {m.shape}; give (channels, height, width) or (images, channels, height, width)."
+            )
         x = np.moveaxis(m, 1, -1).reshape(-1, m.shape[1])
         return x - x.mean(0), (len(m), *m.shape[2:])
-    (x, of_a), (y, of_b) = rows(a), rows(b)
-    if of_a != of_b: raise InputError(f"the maps have other positions: images, height and width are {of_a} and {of_b}.")
+
+    (x, of_a) = rows(a)
+    (y, of_b) = rows(b)
+    if of_a != of_b:
+        raise InputError(
+            f"the maps have other positions: images, height and width are {of_a} and {of_b}."
+        )
     below = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(x.T @ y)**2 / below) if below > 0 else float("nan")
+    return float(np.linalg.norm(x.T @ y) ** 2 / below) if below > 0 else float("nan")
+
 
 def similarity(
-    reference, # maps (n,h,w)
-    other,     # maps of the same image (m,h,w), m at least n
-)->dict: # tied, matched: mean correlations; cka
+    reference,  # maps (n,h,w)
+    other,  # maps of the same image (m,h,w), m at least n
+) -> dict:  # tied, matched: mean correlations; cka
     "Three figures for two networks on one image: channel by channel, after matching, and CKA."
-    return dict(tied=float(tied_channels(reference, other)[1].mean()), matched=float(match_channels(reference, other)[1].mean()), cka=linear_cka(reference, other))
+    return dict(
+        tied=float(tied_channels(reference, other)[1].mean()),
+        matched=float(match_channels(reference, other)[1].mean()),
+        cka=linear_cka(reference, other),
+    )

@@ -13,23 +13,25 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import InputError, PALETTE, rng, unknown
-from ..study.statistics import bootstrap_ci
+from ..core import PALETTE, InputError, rng, unknown
 from ..networks.taps import Taps
+from ..study.statistics import bootstrap_ci
 
 # %% ../../nbs/analysis/tsne.ipynb #2213f381
 class Pixels(NamedTuple):
     "A list of N pixels of several cases."
-    case:np.ndarray   # (N,) number of the case
-    slice:np.ndarray  # (N,) slice; 0 for images
-    row:np.ndarray    # (N,)
-    column:np.ndarray # (N,)
-    label:np.ndarray  # (N,) bool: foreground
+
+    case: np.ndarray  # (N,) number of the case
+    slice: np.ndarray  # (N,) slice; 0 for images
+    row: np.ndarray  # (N,)
+    column: np.ndarray  # (N,)
+    label: np.ndarray  # (N,) bool: foreground
+
 
 def crop_window(
-    mask,     # one slice (H,W), not empty
-    crop:int, # side of the square, px
-)->tuple: # (rows, columns) as slices
+    mask,  # one slice (H,W), not empty
+    crop: int,  # side of the square, px
+) -> tuple:  # (rows, columns) as slices
     "The square around the structure's bounding box, moved inward at borders; the whole axis where the image is smaller."
     out = []
     for axis, size in enumerate(mask.shape):
@@ -40,75 +42,116 @@ def crop_window(
 
 # %% ../../nbs/analysis/tsne.ipynb #45e4ee4a
 def sample_pixels(
-    labels,          # list of label maps, one per case: (H,W) or (D,H,W); above 0 is foreground
-    most:int=35_000, # pixels in all, at most; half of them foreground
-    crop:int=160,    # side of the square around the structure, px
-    seed:int=0,      # seed of the choice
-)->Pixels: # balanced in each case: as many foreground as background pixels
+    labels,  # list of label maps, one per case: (H,W) or (D,H,W); above 0 is foreground
+    most: int = 35_000,  # pixels in all, at most; half of them foreground
+    crop: int = 160,  # side of the square around the structure, px
+    seed: int = 0,  # seed of the choice
+) -> Pixels:  # balanced in each case: as many foreground as background pixels
     "Pixels around the structure, the same for every network (after Jiang et al. 2021). Raises `InputError` if there is no foreground anywhere or `most` is too small."
-    labels, parts = [np.asarray(y) > 0 for y in labels], []
+    labels = [np.asarray(y) > 0 for y in labels]
+    parts = []
     quota = most // (2 * len(labels)) if labels else 0
-    if quota < 1: raise InputError(f"most={most} pixels over {len(labels)} cases leaves none: give at least one case and two pixels for each.")
+    if quota < 1:
+        raise InputError(
+            f"most={most} pixels over {len(labels)} cases leaves none: give at least one case and two pixels for each."
+        )
     for c, y in enumerate(labels):
-        if y.ndim not in (2, 3): raise InputError(f"label {c} has shape {y.shape}; give (H,W) or (D,H,W).")
+        if y.ndim not in (2, 3):
+            raise InputError(f"label {c} has shape {y.shape}; give (H,W) or (D,H,W).")
         y = y.reshape(-1, *y.shape[-2:])
         near = np.zeros_like(y)
-        for s in np.flatnonzero(y.any((1, 2))): near[(s, *crop_window(y[s], crop))] = True
+        for s in np.flatnonzero(y.any((1, 2))):
+            near[(s, *crop_window(y[s], crop))] = True
         at = [np.argwhere(near & (y == k)) for k in (True, False)]
         n = min(quota, len(at[0]), len(at[1]))
         for k, a in zip((True, False), at):
-            chosen = np.sort(rng(seed, "pixels", c, int(k)).choice(len(a), n, replace=False)) if n else []
-            parts.append(np.column_stack([np.full(n, c), a[chosen], np.full(n, k)]) if n else np.zeros((0, 5), int))
+            chosen = (
+                np.sort(rng(seed, "pixels", c, int(k)).choice(len(a), n, replace=False))
+                if n
+                else []
+            )
+            parts.append(
+                np.column_stack([np.full(n, c), a[chosen], np.full(n, k)])
+                if n
+                else np.zeros((0, 5), int)
+            )
     p = np.concatenate(parts)
-    if not len(p): raise InputError("no case has both foreground and background inside the crop: there is nothing to compare.")
+    if not len(p):
+        raise InputError(
+            "no case has both foreground and background inside the crop: there is nothing to compare."
+        )
     return Pixels(*p.T[:4], p[:, 4] > 0)
 
 # %% ../../nbs/analysis/tsne.ipynb #aff8021b
 def read_at(
-    f,        # map (1,C,h,w)
-    row,      # rows (N,) in the image, LongTensor
-    column,   # columns (N,)
-    size,     # (H,W) of the image
-): # (N,C): the bilinear enlargement of `f` to `size`, at these pixels
+    f,  # map (1,C,h,w)
+    row,  # rows (N,) in the image, LongTensor
+    column,  # columns (N,)
+    size,  # (H,W) of the image
+):  # (N,C): the bilinear enlargement of `f` to `size`, at these pixels
     "Bilinear values at single pixels, equal to enlarging the whole map and indexing it."
-    grid = torch.stack([(2 * column + 1) / size[1] - 1, (2 * row + 1) / size[0] - 1], -1).to(f)[None, None]
-    return F.grid_sample(f, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].T
+    grid = torch.stack([(2 * column + 1) / size[1] - 1, (2 * row + 1) / size[0] - 1], -1).to(f)[
+        None, None
+    ]
+    return F.grid_sample(f, grid, mode="bilinear", padding_mode="border", align_corners=False)[
+        0, :, 0
+    ].T
 
+# %% ../../nbs/analysis/tsne.ipynb #48084325
 def pixel_features(
-    net,           # a 2-D network; its mode is restored
-    images,        # list of cases: tensors (C,H,W) or (C,D,H,W), as the network wants them
-    names,         # tapped layers, e.g. `net.hint_layers["high"]`
-    pixels:Pixels, # the list of `sample_pixels`
-)->np.ndarray: # (N, channels of all taps) float32, in the order of `pixels`
+    net,  # a 2-D network; its mode is restored
+    images,  # list of cases: tensors (C,H,W) or (C,D,H,W), as the network wants them
+    names,  # tapped layers, e.g. `net.hint_layers["high"]`
+    pixels: Pixels,  # the list of `sample_pixels`
+) -> np.ndarray:  # (N, channels of all taps) float32, in the order of `pixels`
     "Features of single pixels: tap maps enlarged to the image and stacked. Only one slice's maps are in memory at a time. Raises `InputError` for unknown layers and pixels outside the images."
-    training, p, out = net.training, next(net.parameters()), [None] * len(pixels.label)
+    training = net.training
+    p = next(net.parameters())
+    out = [None] * len(pixels.label)
     try:
         with Taps(net.eval(), names) as taps, torch.no_grad():
             for c, s in sorted(set(zip(pixels.case.tolist(), pixels.slice.tolist()))):
-                if c >= len(images): raise InputError(f"pixels of case {c}, but there are {len(images)} images. Sample from the labels of these images.")
+                if c >= len(images):
+                    raise InputError(
+                        f"pixels of case {c}, but there are {len(images)} images. Sample from the labels of these images."
+                    )
                 x = images[c] if images[c].ndim == 3 else images[c][:, s]
                 mine = np.flatnonzero((pixels.case == c) & (pixels.slice == s))
                 row, column = (torch.from_numpy(v[mine]) for v in (pixels.row, pixels.column))
-                if row.max() >= x.shape[-2] or column.max() >= x.shape[-1]: raise InputError(f"case {c}: a pixel lies outside its image of {tuple(x.shape[-2:])}. Image and label must have one size.")
+                if row.max() >= x.shape[-2] or column.max() >= x.shape[-1]:
+                    raise InputError(
+                        f"case {c}: a pixel lies outside its image of {tuple(x.shape[-2:])}. Image and label must have one size."
+                    )
                 net(x[None].to(p))
-                f = torch.cat([read_at(m, row.to(p.device), column.to(p.device), x.shape[-2:]) for m in taps.take().values()], 1)
-                for i, v in zip(mine, f.float().cpu().numpy()): out[i] = v
-    finally: net.train(training)
+                f = torch.cat(
+                    [
+                        read_at(m, row.to(p.device), column.to(p.device), x.shape[-2:])
+                        for m in taps.take().values()
+                    ],
+                    1,
+                )
+                for i, v in zip(mine, f.float().cpu().numpy()):
+                    out[i] = v
+    finally:
+        net.train(training)
     return np.stack(out)
 
 # %% ../../nbs/analysis/tsne.ipynb #27c5c6b6
 ENGINES = ("auto", "opentsne", "sklearn")
 
+
 class Embedding(NamedTuple):
     "Points in the plane, and how they came there."
-    xy:np.ndarray    # (N,2) float32
-    engine:str       # opentsne | sklearn
-    perplexity:float # how many neighbours a point looks at, about
-    iterations:int   # steps
+
+    xy: np.ndarray  # (N,2) float32
+    engine: str  # opentsne | sklearn
+    perplexity: float  # how many neighbours a point looks at, about
+    iterations: int  # steps
+
 
 def standardised(
-    features, # (N,C)
-)->np.ndarray: # (N,C) float64, mean 0 and standard deviation 1; constant channels are 0
+    features,  # (N,C)
+) -> np.ndarray:  # (N,C) float64, mean 0 and standard deviation 1; constant channels are 0
     "Every channel on one scale."
     f = np.asarray(features, np.float64)
     sd = f.std(0)
@@ -116,67 +159,115 @@ def standardised(
 
 # %% ../../nbs/analysis/tsne.ipynb #f390571c
 def embed(
-    features,            # (N,C)
-    engine:str="auto",   # auto: openTSNE if installed | opentsne | sklearn
-    perplexity:float=60, # how many neighbours a point looks at, about
-    iterations:int=1000, # steps, 250 of them with exaggeration
-    seed:int=0,          # seed
-    components:int=50,   # directions kept before t-SNE
-    threads:int=-1,      # threads, -1: all
-)->Embedding: # the points, with the engine's name
+    features,  # (N,C)
+    engine: str = "auto",  # auto: openTSNE if installed | opentsne | sklearn
+    perplexity: float = 60,  # how many neighbours a point looks at, about
+    iterations: int = 1000,  # steps, 250 of them with exaggeration
+    seed: int = 0,  # seed
+    components: int = 50,  # directions kept before t-SNE
+    threads: int = -1,  # threads, -1: all
+) -> Embedding:  # the points, with the engine's name
     "t-SNE after standardising and PCA, begun at the first two components. Raises `InputError` for unknown or missing engines, too few points or too few iterations."
     from importlib.util import find_spec
+
     from sklearn.decomposition import PCA
-    if engine not in ENGINES: raise InputError(unknown("engine", engine, ENGINES))
-    if engine == "opentsne" and not find_spec("openTSNE"): raise InputError("openTSNE is not installed: pip install 'unpaired_kd[tsne]', or use engine='sklearn'.")
-    if engine == "auto": engine = "opentsne" if find_spec("openTSNE") else "sklearn"
+
+    if engine not in ENGINES:
+        raise InputError(unknown("engine", engine, ENGINES))
+    if engine == "opentsne" and not find_spec("openTSNE"):
+        raise InputError(
+            "openTSNE is not installed: pip install 'unpaired_kd[tsne]', or use engine='sklearn'."
+        )
+    if engine == "auto":
+        engine = "opentsne" if find_spec("openTSNE") else "sklearn"
     n, c = np.shape(features)
-    if not np.isfinite(features).all(): raise InputError("features hold NaN or infinite values.")
-    if n <= 3 * perplexity: raise InputError(f"{n} points are too few for perplexity {perplexity}: give more than {3 * perplexity:g} points or a smaller perplexity.")
-    if iterations < 250: raise InputError(f"iterations={iterations}: give at least 250.")
-    x = PCA(max(min(components, c, n), 2) if c > 1 else 1, random_state=seed).fit_transform(standardised(features))
+    if not np.isfinite(features).all():
+        raise InputError("features hold NaN or infinite values.")
+    if n <= 3 * perplexity:
+        raise InputError(
+            f"{n} points are too few for perplexity {perplexity}: give more than {3 * perplexity:g} points or a smaller perplexity."
+        )
+    if iterations < 250:
+        raise InputError(f"iterations={iterations}: give at least 250.")
+    x = PCA(max(min(components, c, n), 2) if c > 1 else 1, random_state=seed).fit_transform(
+        standardised(features)
+    )
     start = np.column_stack([x, np.zeros(n)])[:, :2] / max(x[:, 0].std(), 1e-12) * 1e-4
     if engine == "sklearn":
         from sklearn.manifold import TSNE
-        xy = TSNE(perplexity=perplexity, max_iter=iterations, init=start.astype(np.float32), learning_rate="auto", random_state=seed, n_jobs=threads).fit_transform(x)
+
+        xy = TSNE(
+            perplexity=perplexity,
+            max_iter=iterations,
+            init=start.astype(np.float32),
+            learning_rate="auto",
+            random_state=seed,
+            n_jobs=threads,
+        ).fit_transform(x)
     else:
         from openTSNE import TSNE
-        xy = np.asarray(TSNE(perplexity=perplexity, n_iter=iterations - 250, initialization=start, random_state=seed, n_jobs=threads).fit(x))
+
+        xy = np.asarray(
+            TSNE(
+                perplexity=perplexity,
+                n_iter=iterations - 250,
+                initialization=start,
+                random_state=seed,
+                n_jobs=threads,
+            ).fit(x)
+        )
     return Embedding(xy.astype(np.float32), engine, float(perplexity), int(iterations))
 
 # %% ../../nbs/analysis/tsne.ipynb #48febe09
 def plot_embedding(
-    xy,         # (N,2)
-    values,     # (N,) class, case or network of each point
-    title:str="", # title
-    ax=None,    # matplotlib axes; None: a new figure
-): # the axes
+    xy,  # (N,2)
+    values,  # (N,) class, case or network of each point
+    title: str = "",  # title
+    ax=None,  # matplotlib axes; None: a new figure
+):  # the axes
     "Points in the plane, coloured by `values`."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(3.4, 3))[1]
     names = sorted(set(np.asarray(values).tolist()))
     for k, v in enumerate(names):
         some = np.asarray(values) == v
-        ax.scatter(*np.asarray(xy)[some].T, s=3, color=PALETTE[k % len(PALETTE)], label=str(v), linewidths=0)
+        ax.scatter(
+            *np.asarray(xy)[some].T,
+            s=3,
+            color=PALETTE[k % len(PALETTE)],
+            label=str(v),
+            linewidths=0,
+        )
     ax.set(xticks=[], yticks=[], title=title)
-    ax.legend(fontsize=6, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+    ax.legend(fontsize=6, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../../nbs/analysis/tsne.ipynb #a495f902
 def explore(
-    xy,           # (N,2)
-    colours:dict, # name -> values (N,), e.g. {"class": ..., "case": ..., "network": ...}
-): # an ipywidgets box: a menu and a picture
+    xy,  # (N,2)
+    colours: dict,  # name -> values (N,), e.g. {"class": ..., "case": ..., "network": ...}
+):  # an ipywidgets box: a menu and a picture
     "A menu that recolours the points. Needs a live notebook and ipywidgets; `plot_embedding` is the static form. Raises `InputError` if ipywidgets is missing."
     import io
+
     import matplotlib.pyplot as plt
-    try: import ipywidgets as widgets
-    except ImportError: raise InputError("explore needs ipywidgets: pip install ipywidgets, or use plot_embedding.") from None
+
+    try:
+        import ipywidgets as widgets
+    except ImportError:
+        raise InputError(
+            "explore needs ipywidgets: pip install ipywidgets, or use plot_embedding."
+        ) from None
+
     def png(name):
         "The picture coloured by `name`, as bytes."
-        ax, buffer = plot_embedding(xy, colours[name], f"by {name}"), io.BytesIO()
-        ax.figure.savefig(buffer, format="png"); plt.close(ax.figure)
+        ax = plot_embedding(xy, colours[name], f"by {name}")
+        buffer = io.BytesIO()
+        ax.figure.savefig(buffer, format="png")
+        plt.close(ax.figure)
         return buffer.getvalue()
+
     menu = widgets.Dropdown(options=list(colours), description="colour by")
     picture = widgets.Image(value=png(menu.value))
     menu.observe(lambda change: setattr(picture, "value", png(change["new"])), "value")
@@ -185,25 +276,26 @@ def explore(
 # %% ../../nbs/analysis/tsne.ipynb #6525da80
 class Separation(NamedTuple):
     "How well features tell the classes apart."
-    knn:float            # accuracy of 15 nearest neighbours, mean over cases, cases held out
-    auc:float            # AUC of a logistic probe within a case, mean over cases, cases held out
-    silhouette:float     # mean silhouette of a sample, all cases together
-    trustworthiness:float # of the map, NaN without one
-    cases:list           # names of the cases
-    knn_case:np.ndarray  # (cases,) accuracy
-    auc_case:np.ndarray  # (cases,) AUC
+
+    knn: float  # accuracy of 15 nearest neighbours, mean over cases, cases held out
+    auc: float  # AUC of a logistic probe within a case, mean over cases, cases held out
+    silhouette: float  # mean silhouette of a sample, all cases together
+    trustworthiness: float  # of the map, NaN without one
+    cases: list  # names of the cases
+    knn_case: np.ndarray  # (cases,) accuracy
+    auc_case: np.ndarray  # (cases,) AUC
 
 # %% ../../nbs/analysis/tsne.ipynb #35df5912
 def separation(
-    features,          # (N,C)
-    labels,            # (N,) bool
-    groups,            # (N,) case or patient of each pixel
-    xy=None,           # (N,2) map of these points, for its trustworthiness
-    neighbours:int=15, # number of neighbours
-    folds:int=5,       # folds over groups, at most one per group
-    sample:int=5000,   # points used for silhouette and trustworthiness
-    seed:int=0,        # seed of that sample
-)->Separation: # headline numbers, and those of each case
+    features,  # (N,C)
+    labels,  # (N,) bool
+    groups,  # (N,) case or patient of each pixel
+    xy=None,  # (N,2) map of these points, for its trustworthiness
+    neighbours: int = 15,  # number of neighbours
+    folds: int = 5,  # folds over groups, at most one per group
+    sample: int = 5000,  # points used for silhouette and trustworthiness
+    seed: int = 0,  # seed of that sample
+) -> Separation:  # headline numbers, and those of each case
     "Separation of two classes in feature space, with groups held out. Raises `InputError` for fewer than two groups, and for a group that has one class only."
     from sklearn.linear_model import LogisticRegression
     from sklearn.manifold import trustworthiness
@@ -211,32 +303,62 @@ def separation(
     from sklearn.model_selection import GroupKFold
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import StandardScaler
-    x, y, (names, g) = np.asarray(features, np.float64), np.asarray(labels) > 0, np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < 2: raise InputError(f"there is one group, {names.tolist()}: separation holds whole cases out and needs at least 2.")
+
+    x = np.asarray(features, np.float64)
+    y = np.asarray(labels) > 0
+    (names, g) = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        raise InputError(
+            f"there is one group, {names.tolist()}: separation holds whole cases out and needs at least 2."
+        )
     for k, n in enumerate(names):
-        if y[g == k].all() or not y[g == k].any(): raise InputError(f"group {n} has pixels of one class only. Leave it out, or sample with `sample_pixels`.")
-    vote, line = np.zeros(len(y), bool), np.zeros(len(y))
+        if y[g == k].all() or not y[g == k].any():
+            raise InputError(
+                f"group {n} has pixels of one class only. Leave it out, or sample with `sample_pixels`."
+            )
+    vote = np.zeros(len(y), bool)
+    line = np.zeros(len(y))
     for fit, held in GroupKFold(min(folds, len(names))).split(x, y, g):
         scale = StandardScaler().fit(x[fit])
-        a, b = scale.transform(x[fit]), scale.transform(x[held])
+        a = scale.transform(x[fit])
+        b = scale.transform(x[held])
         vote[held] = KNeighborsClassifier(min(neighbours, len(fit))).fit(a, y[fit]).predict(b)
         line[held] = LogisticRegression(max_iter=500).fit(a, y[fit]).decision_function(b)
     knn = np.array([(vote == y)[g == k].mean() for k in range(len(names))])
     auc = np.array([roc_auc_score(y[g == k], line[g == k]) for k in range(len(names))])
     pick = np.sort(rng(seed, "separation").permutation(len(y))[:sample])
     z = standardised(x)[pick]
-    trust = float("nan") if xy is None else float(trustworthiness(z, np.asarray(xy)[pick], n_neighbors=min(neighbours, (len(pick) - 1) // 2)))
-    return Separation(float(knn.mean()), float(auc.mean()), float(silhouette_score(z, y[pick])), trust, names.tolist(), knn, auc)
+    trust = (
+        float("nan")
+        if xy is None
+        else float(
+            trustworthiness(
+                z, np.asarray(xy)[pick], n_neighbors=min(neighbours, (len(pick) - 1) // 2)
+            )
+        )
+    )
+    return Separation(
+        float(knn.mean()),
+        float(auc.mean()),
+        float(silhouette_score(z, y[pick])),
+        trust,
+        names.tolist(),
+        knn,
+        auc,
+    )
 
 # %% ../../nbs/analysis/tsne.ipynb #1d57240e
 def separation_difference(
-    a:Separation, # one network
-    b:Separation, # another one, on the same pixels
-    n:int=2000,   # bootstrap draws, from eight cases on
-    seed:int=0,   # of the draws
-)->dict: # "knn" and "auc" -> (difference b - a, low, high): mean over cases and 95 % interval
+    a: Separation,  # one network
+    b: Separation,  # another one, on the same pixels
+    n: int = 2000,  # bootstrap draws, from eight cases on
+    seed: int = 0,  # of the draws
+) -> dict:  # "knn" and "auc" -> (difference b - a, low, high): mean over cases and 95 % interval
     "Paired difference of two networks over cases; Student's interval for few cases, NaN if all differ alike. Raises `InputError` if the cases differ."
-    if a.cases != b.cases: raise InputError(f"the networks were measured on other cases: {a.cases[:3]} and {b.cases[:3]} ... Use one list of pixels.")
+    if a.cases != b.cases:
+        raise InputError(
+            f"the networks were measured on other cases: {a.cases[:3]} and {b.cases[:3]} ... Use one list of pixels."
+        )
     out = {}
     for k in ("knn", "auc"):
         d = getattr(b, f"{k}_case") - getattr(a, f"{k}_case")

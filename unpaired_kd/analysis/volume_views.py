@@ -10,7 +10,7 @@ __all__ = ['PLACES', 'LEFT', 'BOTTOM', 'TOP', 'GAP', 'ERRORS', 'projections', 's
 import numpy as np
 import torch
 
-from ..core import InputError, PALETTE, outlined
+from ..core import PALETTE, InputError, outlined
 
 # %% ../../nbs/analysis/volume_views.ipynb #6c984647
 class _Volume:
@@ -20,264 +20,503 @@ class _Volume:
         if isinstance(volume, torch.Tensor):
             v = volume.detach().cpu()
             volume = (v.float() if v.dtype in (torch.bfloat16, torch.float16) else v).numpy()
-        elif not hasattr(volume, "shape"): volume = np.asarray(volume)
+        elif not hasattr(volume, "shape"):
+            volume = np.asarray(volume)
         shape = tuple(volume.shape)
-        self.of, self.name, self.lead = volume, name, (0,) if len(shape) == 4 and shape[0] == 1 else ()
-        self.shape = shape[len(self.lead):]
-        if len(self.shape) != 3: raise InputError(f"{name} has shape {shape}; give one volume (D,H,W) or (1,D,H,W).")
-        if 0 in self.shape: raise InputError(f"{name} of shape {shape} is empty: there is nothing to see.")
+        self.of = volume
+        self.name = name
+        self.lead = (0,) if len(shape) == 4 and shape[0] == 1 else ()
+        self.shape = shape[len(self.lead) :]
+        if len(self.shape) != 3:
+            raise InputError(f"{name} has shape {shape}; give one volume (D,H,W) or (1,D,H,W).")
+        if 0 in self.shape:
+            raise InputError(f"{name} of shape {shape} is empty: there is nothing to see.")
         chunks = getattr(volume, "chunks", None)
         step = chunks[-3] if chunks and all(isinstance(c, int) for c in chunks) else 1
-        self.step = step * max(1, 2**24 // (step * self.shape[1] * self.shape[2]))                # slices of about 16 million voxels, whole chunks
+        self.step = step * max(
+            1, 2**24 // (step * self.shape[1] * self.shape[2])
+        )  # slices of about 16 million voxels, whole chunks
 
     def read(self, *where):
         "Part of the volume as an array. `InputError` for NaN."
         a = np.asarray(self.of[(*self.lead, *where)])
-        if a.dtype.kind not in "fiub": raise InputError(f"{self.name} holds {a.dtype}: give numbers.")
-        if a.dtype.kind == "f" and not np.isfinite(a).all(): raise InputError(f"{self.name} holds NaN or infinite values. Replace them before looking, e.g. with np.nan_to_num.")
+        if a.dtype.kind not in "fiub":
+            raise InputError(f"{self.name} holds {a.dtype}: give numbers.")
+        if a.dtype.kind == "f" and not np.isfinite(a).all():
+            raise InputError(
+                f"{self.name} holds NaN or infinite values. Replace them before looking, e.g. with np.nan_to_num."
+            )
         return a
 
-    def plane(self, axis, i): return self.read(*(slice(None),) * axis, i)
+    def plane(self, axis, i):
+        return self.read(*(slice(None),) * axis, i)
 
+# %% ../../nbs/analysis/volume_views.ipynb #8f609c6c
 def _fold(shape, step, read):
     "Maxima along each axis of what `read(first, last)` gives, slab by slab."
-    top, y, x = None, [], []
+    top = None
+    y = []
+    x = []
     for a in range(0, shape[0], step):
         part = read(a, min(a + step, shape[0]))
         top = part.max(0) if top is None else np.maximum(top, part.max(0))
-        y.append(part.max(1)); x.append(part.max(2))
+        y.append(part.max(1))
+        x.append(part.max(2))
     return {"z": top, "y": np.concatenate(y), "x": np.concatenate(x)}
 
 # %% ../../nbs/analysis/volume_views.ipynb #2d3f6041
 def _spacing(spacing):
     "Three numbers above 0 (default: ones)."
     s = tuple(float(v) for v in ((1, 1, 1) if spacing is None else spacing))
-    if len(s) != 3 or not all(0 < v < np.inf for v in s): raise InputError(f"spacing={spacing}: give the size of a voxel along z, y and x, three numbers above 0.")
+    if len(s) != 3 or not all(0 < v < np.inf for v in s):
+        raise InputError(
+            f"spacing={spacing}: give the size of a voxel along z, y and x, three numbers above 0."
+        )
     return s
 
+
 def projections(
-    volume,       # (D,H,W) or (1,D,H,W): array, tensor, or anything that can be sliced (Zarr)
-    spacing=None, # size of a voxel along z, y, x; then the maps are enlarged (rows and columns repeated) to square pixels of the smallest size
-    slab:int=None, # slices to read at a time (default: about 16 million voxels)
-)->dict: # z: (H,W), y: (D,W), x: (D,H), of the volume's type
+    volume,  # (D,H,W) or (1,D,H,W): array, tensor, or anything that can be sliced (Zarr)
+    spacing=None,  # size of a voxel along z, y, x; then the maps are enlarged (rows and columns repeated) to square pixels of the smallest size
+    slab: int = None,  # slices to read at a time (default: about 16 million voxels)
+) -> dict:  # z: (H,W), y: (D,W), x: (D,H), of the volume's type
     "Maximum-intensity projections along the three axes, read slab by slab. Raises `InputError` for other shapes, an empty volume, NaN, or spacing that is not above 0."
-    v, s = _Volume(volume), _spacing(spacing)
-    if slab is not None and slab < 1: raise InputError(f"slab={slab}: read at least 1 slice at a time.")
+    v = _Volume(volume)
+    s = _spacing(spacing)
+    if slab is not None and slab < 1:
+        raise InputError(f"slab={slab}: read at least 1 slice at a time.")
     maps = _fold(v.shape, slab or v.step, lambda a, b: v.read(slice(a, b)))
-    if spacing is None: return maps
+    if spacing is None:
+        return maps
+
     def nearest(axis):
         n = v.shape[axis]
         m = max(1, round(n * s[axis] / min(s)))
-        return (np.arange(m) + .5) * n / m
+        return (np.arange(m) + 0.5) * n / m
+
     at = [nearest(axis).astype(int) for axis in range(3)]
-    return {"z": maps["z"][np.ix_(at[1], at[2])], "y": maps["y"][np.ix_(at[0], at[2])], "x": maps["x"][np.ix_(at[0], at[1])]}
+    return {
+        "z": maps["z"][np.ix_(at[1], at[2])],
+        "y": maps["y"][np.ix_(at[0], at[2])],
+        "x": maps["x"][np.ix_(at[0], at[1])],
+    }
 
 # %% ../../nbs/analysis/volume_views.ipynb #4ea94a85
-PLACES = {"z": (0, 0, 1, 2), "y": (1, 0, 0, 2), "x": (0, 1, 1, 0)} # row and column in the drawing; axis downwards, axis to the right
-LEFT, BOTTOM, TOP, GAP = .62, .5, .28, .32                          # margins of a drawing and the room between its pictures, inches
+PLACES = {
+    "z": (0, 0, 1, 2),
+    "y": (1, 0, 0, 2),
+    "x": (0, 1, 1, 0),
+}  # row and column in the drawing; axis downwards, axis to the right
+LEFT = 0.62
+BOTTOM = 0.5
+TOP = 0.28
+GAP = 0.32  # margins of a drawing and the room between its pictures, inches
+
 
 def _plan(shape, spacing, width):
     "Widths of both columns and heights of both rows of a drawing, inches; all pictures to one scale."
     d, h, w = (n * s for n, s in zip(shape, spacing))
-    scale = min((width - LEFT - GAP - .1) / (w + d), 1.6 * width / (h + d))
+    scale = min((width - LEFT - GAP - 0.1) / (w + d), 1.6 * width / (h + d))
     return (w * scale, d * scale), (h * scale, d * scale)
 
-def _figure(shape, spacing, width, drawings=1, strip=0.):
+
+def _figure(shape, spacing, width, drawings=1, strip=0.0):
     "An empty figure for one or more drawings side by side, with a strip below, inches."
     import matplotlib.pyplot as plt
-    columns, rows = _plan(shape, spacing, width)
-    return plt.figure(figsize=((LEFT + sum(columns) + GAP + .1) * drawings, BOTTOM + strip + sum(rows) + GAP + TOP), layout="none")
 
-def _draw(fig, number, maps, shape, spacing, width, strip=0., outlines=None, lines=None, known=True, **how):
+    columns, rows = _plan(shape, spacing, width)
+    return plt.figure(
+        figsize=(
+            (LEFT + sum(columns) + GAP + 0.1) * drawings,
+            BOTTOM + strip + sum(rows) + GAP + TOP,
+        ),
+        layout="none",
+    )
+
+# %% ../../nbs/analysis/volume_views.ipynb #5211f0c9
+def _draw(
+    fig,
+    number,
+    maps,
+    shape,
+    spacing,
+    width,
+    strip=0.0,
+    outlines=None,
+    lines=None,
+    known=True,
+    **how,
+):
     "Drawing `number` of `fig`: three pictures of one volume; returns their axes, and the empty corner."
-    (columns, rows), (wide, high), unit = _plan(shape, spacing, width), fig.get_size_inches(), "mm" if known else "voxels"
-    start, axes = LEFT + number * (LEFT + sum(columns) + GAP + .1), {}
-    def box(row, column): return fig.add_axes([(start + column * (columns[0] + GAP)) / wide, (BOTTOM + strip + (1 - row) * (rows[1] + GAP)) / high, columns[column] / wide, rows[row] / high])
+    (columns, rows) = _plan(shape, spacing, width)
+    (wide, high) = fig.get_size_inches()
+    unit = "mm" if known else "voxels"
+    start = LEFT + number * (LEFT + sum(columns) + GAP + 0.1)
+    axes = {}
+
+    def box(row, column):
+        return fig.add_axes(
+            [
+                (start + column * (columns[0] + GAP)) / wide,
+                (BOTTOM + strip + (1 - row) * (rows[1] + GAP)) / high,
+                columns[column] / wide,
+                rows[row] / high,
+            ]
+        )
+
     for k, (row, column, down, right) in PLACES.items():
         ax = axes[k] = box(row, column)
-        extent, turn = (0, shape[right] * spacing[right], shape[down] * spacing[down], 0), (lambda m: m.swapaxes(0, 1)) if k == "x" else (lambda m: m)
+        extent = (0, shape[right] * spacing[right], shape[down] * spacing[down], 0)
+        turn = (lambda m: m.swapaxes(0, 1)) if k == "x" else (lambda m: m)
         ax.imshow(turn(maps[k]), extent=extent, aspect="auto", **how)
-        if outlines is not None and outlines[k].any() and min(outlines[k].shape) > 1: ax.contour(outlined(turn(outlines[k])), levels=[.5], colors=PALETTE[1], linewidths=.8, extent=extent, origin="upper")
-        if lines is not None: [f(v, color=PALETTE[5], lw=.8, ls=(0, (4, 3))) for f, v in ((ax.axhline, lines[down]), (ax.axvline, lines[right]))]
+        if outlines is not None and outlines[k].any() and min(outlines[k].shape) > 1:
+            ax.contour(
+                outlined(turn(outlines[k])),
+                levels=[0.5],
+                colors=PALETTE[1],
+                linewidths=0.8,
+                extent=extent,
+                origin="upper",
+            )
+        if lines is not None:
+            [
+                f(v, color=PALETTE[5], lw=0.8, ls=(0, (4, 3)))
+                for f, v in ((ax.axhline, lines[down]), (ax.axvline, lines[right]))
+            ]
         ax.set_title(f"along {k}", fontsize=9, pad=3)
-        for side, inches, on, words in ((ax.xaxis, columns[column], k != "z", f"{'zyx'[right]}, {unit}"), (ax.yaxis, rows[row], k != "x", f"{'zyx'[down]}, {unit}")):
-            if inches < .3: side.set_ticks([])                     # a few slices: no room for numbers
-            else: side.get_major_locator().set_params(nbins=int(np.clip(inches / .28, 1, 4))); side.set_label_text(words if on else ""); side.set_tick_params(labelbottom=on, labelleft=on)
-    corner = box(1, 1); corner.axis("off")
+        for side, inches, on, words in (
+            (ax.xaxis, columns[column], k != "z", f"{'zyx'[right]}, {unit}"),
+            (ax.yaxis, rows[row], k != "x", f"{'zyx'[down]}, {unit}"),
+        ):
+            if inches < 0.3:
+                side.set_ticks([])  # a few slices: no room for numbers
+            else:
+                side.get_major_locator().set_params(nbins=int(np.clip(inches / 0.28, 1, 4)))
+                side.set_label_text(words if on else "")
+                side.set_tick_params(labelbottom=on, labelleft=on)
+    corner = box(1, 1)
+    corner.axis("off")
     return axes, corner
 
+# %% ../../nbs/analysis/volume_views.ipynb #b3a00a58
 def _window(maps, window):
     "Grey values that become black and white (default: the smallest and the largest of all pictures)."
-    low, high = window if window is not None else (min(m.min() for m in maps), max(m.max() for m in maps))
-    return dict(vmin=low, vmax=high if high > low else low + 1, cmap="gray", interpolation="nearest")
+    low, high = (
+        window if window is not None else (min(m.min() for m in maps), max(m.max() for m in maps))
+    )
+    return dict(
+        vmin=low, vmax=high if high > low else low + 1, cmap="gray", interpolation="nearest"
+    )
 
 # %% ../../nbs/analysis/volume_views.ipynb #5229c584
 def _same_shape(v, other, name):
     "`other` as a volume of the shape of `v`, or None."
-    if other is None: return None
+    if other is None:
+        return None
     o = _Volume(other, name)
-    if o.shape != v.shape: raise InputError(f"{name} has shape {o.shape}, the {v.name} {v.shape}: both must agree.")
+    if o.shape != v.shape:
+        raise InputError(f"{name} has shape {o.shape}, the {v.name} {v.shape}: both must agree.")
     return o
 
+
 def show_projections(
-    volume,         # (D,H,W) or (1,D,H,W): array, tensor or Zarr
-    label=None,     # (D,H,W), not 0 in the foreground: its projections are outlined
-    spacing=None,   # size of a voxel along z, y, x, mm (default: lengths in voxels)
-    window=None,    # grey values that are black and white (default: smallest and largest projected value)
-    width:float=4., # of the figure, inches
-): # matplotlib Figure
+    volume,  # (D,H,W) or (1,D,H,W): array, tensor or Zarr
+    label=None,  # (D,H,W), not 0 in the foreground: its projections are outlined
+    spacing=None,  # size of a voxel along z, y, x, mm (default: lengths in voxels)
+    window=None,  # grey values that are black and white (default: smallest and largest projected value)
+    width: float = 4.0,  # of the figure, inches
+):  # matplotlib Figure
     "Maximum-intensity projections along z, y and x, to one scale. Raises `InputError` as `projections` does, and for a label of another shape."
-    v, s = _Volume(volume), _spacing(spacing)
+    v = _Volume(volume)
+    s = _spacing(spacing)
     y = _same_shape(v, label, "label")
     maps = projections(volume)
     outlines = None if y is None else _fold(v.shape, y.step, lambda a, b: y.read(slice(a, b)) != 0)
     fig = _figure(v.shape, s, width)
-    _draw(fig, 0, maps, v.shape, s, width, 0., outlines, known=spacing is not None, **_window(maps.values(), window))
+    _draw(
+        fig,
+        0,
+        maps,
+        v.shape,
+        s,
+        width,
+        0.0,
+        outlines,
+        known=spacing is not None,
+        **_window(maps.values(), window),
+    )
     return fig
 
 # %% ../../nbs/analysis/volume_views.ipynb #91b97da4
 def orthogonal(
-    volume,         # (D,H,W) or (1,D,H,W): array, tensor or Zarr
-    at=None,        # the point (z,y,x) in voxels (default: the middle)
-    label=None,     # (D,H,W), not 0 in the foreground: outlined
-    spacing=None,   # size of a voxel along z, y, x, mm (default: lengths in voxels)
-    window=None,    # grey values that are black and white (default: smallest and largest of the three slices)
-    width:float=4., # of the figure, inches
-): # matplotlib Figure
+    volume,  # (D,H,W) or (1,D,H,W): array, tensor or Zarr
+    at=None,  # the point (z,y,x) in voxels (default: the middle)
+    label=None,  # (D,H,W), not 0 in the foreground: outlined
+    spacing=None,  # size of a voxel along z, y, x, mm (default: lengths in voxels)
+    window=None,  # grey values that are black and white (default: smallest and largest of the three slices)
+    width: float = 4.0,  # of the figure, inches
+):  # matplotlib Figure
     "Three slices through one point, to one scale, with cross lines. Reads these slices only. Raises `InputError` as `show_projections` does, and for a point outside."
-    v, s = _Volume(volume), _spacing(spacing)
+    v = _Volume(volume)
+    s = _spacing(spacing)
     y = _same_shape(v, label, "label")
     at = tuple(n // 2 for n in v.shape) if at is None else tuple(int(i) for i in at)
-    if len(at) != 3 or any(not 0 <= i < n for i, n in zip(at, v.shape)): raise InputError(f"at={at}: give a voxel (z,y,x) of a volume of shape {v.shape}, counted from 0.")
+    if len(at) != 3 or any(not 0 <= i < n for i, n in zip(at, v.shape)):
+        raise InputError(
+            f"at={at}: give a voxel (z,y,x) of a volume of shape {v.shape}, counted from 0."
+        )
     maps = {k: v.plane(axis, at[axis]) for axis, k in enumerate("zyx")}
-    outlines = None if y is None else {k: y.plane(axis, at[axis]) != 0 for axis, k in enumerate("zyx")}
+    outlines = (
+        None if y is None else {k: y.plane(axis, at[axis]) != 0 for axis, k in enumerate("zyx")}
+    )
     fig = _figure(v.shape, s, width)
-    axes, _ = _draw(fig, 0, maps, v.shape, s, width, 0., outlines, [(i + .5) * d for i, d in zip(at, s)], spacing is not None, **_window(maps.values(), window))
-    for axis, k in enumerate("zyx"): axes[k].set_title(f"slice {k} = {at[axis]}", fontsize=9, pad=3)
+    axes, _ = _draw(
+        fig,
+        0,
+        maps,
+        v.shape,
+        s,
+        width,
+        0.0,
+        outlines,
+        [(i + 0.5) * d for i, d in zip(at, s)],
+        spacing is not None,
+        **_window(maps.values(), window),
+    )
+    for axis, k in enumerate("zyx"):
+        axes[k].set_title(f"slice {k} = {at[axis]}", fontsize=9, pad=3)
     return fig
 
 # %% ../../nbs/analysis/volume_views.ipynb #b114bc3f
 def browse(
-    volume,       # (D,H,W) or (1,D,H,W): array, tensor or Zarr
-    label=None,   # (D,H,W), not 0 in the foreground: outlined
-    spacing=None, # size of a voxel along z, y, x (default: cubes)
+    volume,  # (D,H,W) or (1,D,H,W): array, tensor or Zarr
+    label=None,  # (D,H,W), not 0 in the foreground: outlined
+    spacing=None,  # size of a voxel along z, y, x (default: cubes)
     window=None,  # grey values that are black and white (default: from the three slices through the middle)
-    width:float=3.5, # of the picture, inches
-): # an ipywidgets box: axis, position, picture; without ipywidgets the figure of `orthogonal`
+    width: float = 3.5,  # of the picture, inches
+):  # an ipywidgets box: axis, position, picture; without ipywidgets the figure of `orthogonal`
     "Leaf through the slices along z, y or x. Needs a live notebook. Reads one slice at a time. Raises `InputError` as `orthogonal` does."
     import io
+
     import matplotlib.pyplot as plt
-    v, s = _Volume(volume), _spacing(spacing)
-    y, names = _same_shape(v, label, "label"), ("z", "y", "x")
+
+    v = _Volume(volume)
+    s = _spacing(spacing)
+    y = _same_shape(v, label, "label")
+    names = ("z", "y", "x")
     how = _window([v.plane(axis, n // 2) for axis, n in enumerate(v.shape)], window)
-    try: import ipywidgets as widgets
-    except ImportError: return orthogonal(volume, None, label, spacing, window, width)
+    try:
+        import ipywidgets as widgets
+    except ImportError:
+        return orthogonal(volume, None, label, spacing, window, width)
     axis = widgets.ToggleButtons(options=names, description="along")
     place = widgets.IntSlider(v.shape[0] // 2, 0, v.shape[0] - 1, description="slice")
+
     def png():
-        k, buffer = names.index(axis.value), io.BytesIO()
+        k = names.index(axis.value)
+        buffer = io.BytesIO()
         down, right = [a for a in range(3) if a != k]
-        fig, ax = plt.subplots(figsize=(width, np.clip(width * v.shape[down] * s[down] / (v.shape[right] * s[right]), .3 * width, 3 * width)))
-        ax.imshow(v.plane(k, place.value), aspect=s[down] / s[right], **how); ax.axis("off")
-        if y is not None and (m := y.plane(k, place.value) != 0).any() and min(m.shape) > 1: ax.contour(outlined(m), levels=[.5], colors=PALETTE[1], linewidths=1)
-        fig.savefig(buffer, format="png"); plt.close(fig)
+        fig, ax = plt.subplots(
+            figsize=(
+                width,
+                np.clip(
+                    width * v.shape[down] * s[down] / (v.shape[right] * s[right]),
+                    0.3 * width,
+                    3 * width,
+                ),
+            )
+        )
+        ax.imshow(v.plane(k, place.value), aspect=s[down] / s[right], **how)
+        ax.axis("off")
+        if y is not None and (m := y.plane(k, place.value) != 0).any() and min(m.shape) > 1:
+            ax.contour(outlined(m), levels=[0.5], colors=PALETTE[1], linewidths=1)
+        fig.savefig(buffer, format="png")
+        plt.close(fig)
         return buffer.getvalue()
+
     picture = widgets.Image(value=png())
+
     def turn(change):
         n = v.shape[names.index(axis.value)]
-        place.value, place.max = min(place.value, n - 1), n - 1
+        place.value = min(place.value, n - 1)
+        place.max = n - 1
         picture.value = png()
-    axis.observe(turn, "value"); place.observe(lambda change: setattr(picture, "value", png()), "value")
+
+    axis.observe(turn, "value")
+    place.observe(lambda change: setattr(picture, "value", png()), "value")
     return widgets.VBox([axis, place, picture])
 
 # %% ../../nbs/analysis/volume_views.ipynb #78cb17e1
-ERRORS = {"correct": (1., 1., 1.), "extra": tuple(int(PALETTE[5][i:i + 2], 16) / 255 for i in (1, 3, 5)), "missed": tuple(int(PALETTE[3][i:i + 2], 16) / 255 for i in (1, 3, 5))}
-_COLOURS = np.array([(0., 0., 0.), *ERRORS.values()], np.float32)
+ERRORS = {
+    "correct": (1.0, 1.0, 1.0),
+    "extra": tuple(int(PALETTE[5][i : i + 2], 16) / 255 for i in (1, 3, 5)),
+    "missed": tuple(int(PALETTE[3][i : i + 2], 16) / 255 for i in (1, 3, 5)),
+}
+_COLOURS = np.array([(0.0, 0.0, 0.0), *ERRORS.values()], np.float32)
+
 
 def _mask(a, name):
     "An array of truth values."
     a = np.asarray(a.detach().cpu() if isinstance(a, torch.Tensor) else a)
-    if a.dtype.kind not in "fiub": raise InputError(f"{name} holds {a.dtype}: give a mask.")
-    if a.dtype.kind == "f" and not np.isin(a, (0, 1)).all(): raise InputError(f"{name} holds numbers other than 0 and 1. Give a mask: threshold probabilities first, e.g. `p > 0.5`.")
+    if a.dtype.kind not in "fiub":
+        raise InputError(f"{name} holds {a.dtype}: give a mask.")
+    if a.dtype.kind == "f" and not np.isin(a, (0, 1)).all():
+        raise InputError(
+            f"{name} holds numbers other than 0 and 1. Give a mask: threshold probabilities first, e.g. `p > 0.5`."
+        )
     return a != 0
 
+# %% ../../nbs/analysis/volume_views.ipynb #d87d2fb5
 def error_classes(
-    pred,   # predicted mask, (H,W) or (D,H,W), not 0 in the foreground
-    target, # the label, same shape
-)->np.ndarray: # uint8, same shape: 0 background, 1 correct, 2 extra, 3 missed
+    pred,  # predicted mask, (H,W) or (D,H,W), not 0 in the foreground
+    target,  # the label, same shape
+) -> np.ndarray:  # uint8, same shape: 0 background, 1 correct, 2 extra, 3 missed
     "Which kind of answer each voxel is. Raises `InputError` for different shapes, empty masks, and numbers that are no mask (NaN, probabilities)."
-    p, t = _mask(pred, "pred"), _mask(target, "target")
-    if p.shape != t.shape: raise InputError(f"pred has shape {p.shape}, target {t.shape}: both must agree.")
-    if not p.size: raise InputError(f"masks of shape {p.shape} are empty: there is nothing to compare.")
+    p = _mask(pred, "pred")
+    t = _mask(target, "target")
+    if p.shape != t.shape:
+        raise InputError(f"pred has shape {p.shape}, target {t.shape}: both must agree.")
+    if not p.size:
+        raise InputError(f"masks of shape {p.shape} are empty: there is nothing to compare.")
     return np.where(p & t, 1, np.where(p, 2, np.where(t, 3, 0))).astype(np.uint8)
 
+
 def error_overlay(
-    pred,   # predicted mask, (H,W) or (D,H,W), not 0 in the foreground
-    target, # the label, same shape
-)->np.ndarray: # (...,3) float32 in [0,1]: black background, `ERRORS` says the other colours
+    pred,  # predicted mask, (H,W) or (D,H,W), not 0 in the foreground
+    target,  # the label, same shape
+) -> np.ndarray:  # (...,3) float32 in [0,1]: black background, `ERRORS` says the other colours
     "Colours of correct, missed and extra voxels. Raises `InputError` as `error_classes` does."
     return _COLOURS[error_classes(pred, target)]
 
 # %% ../../nbs/analysis/volume_views.ipynb #5639d579
 def error_projections(
-    pred,   # predicted mask, (D,H,W) or (1,D,H,W): array, tensor or Zarr, not 0 in the foreground
-    target, # the label, same shape
-)->tuple: # dict z: (H,W), y: (D,W), x: (D,H) uint8 (classes as `error_classes`); dict class -> voxels
+    pred,  # predicted mask, (D,H,W) or (1,D,H,W): array, tensor or Zarr, not 0 in the foreground
+    target,  # the label, same shape
+) -> (
+    tuple
+):  # dict z: (H,W), y: (D,W), x: (D,H) uint8 (classes as `error_classes`); dict class -> voxels
     "The most frequent class of the foreground along each line (ties: missed, extra, correct), read slab by slab. Raises `InputError` as `error_classes` and `projections` do."
     t = _Volume(target, "target")
     p = _same_shape(t, pred, "pred")
-    (D, H, W), step = t.shape, min(p.step, t.step)
-    z, y, x = np.zeros((3, H, W), np.int64), [], []
+    (D, H, W) = t.shape
+    step = min(p.step, t.step)
+    z = np.zeros((3, H, W), np.int64)
+    y = []
+    x = []
     for a in range(0, D, step):
         c = error_classes(p.read(slice(a, a + step)), t.read(slice(a, a + step)))
-        hot = np.stack([c == k for k in (3, 2, 1)])                                           # argmax takes the first of equals
-        z += hot.sum(1); y.append(hot.sum(2)); x.append(hot.sum(3))
+        hot = np.stack([c == k for k in (3, 2, 1)])  # argmax takes the first of equals
+        z += hot.sum(1)
+        y.append(hot.sum(2))
+        x.append(hot.sum(3))
     lines = {"z": z, "y": np.concatenate(y, 1), "x": np.concatenate(x, 1)}
     counts = z.sum((1, 2))[::-1].tolist()
-    return {k: np.where(n.any(0), 3 - n.argmax(0), 0).astype(np.uint8) for k, n in lines.items()}, {"background": D * H * W - sum(counts), **dict(zip(ERRORS, counts))}
+    return {k: np.where(n.any(0), 3 - n.argmax(0), 0).astype(np.uint8) for k, n in lines.items()}, {
+        "background": D * H * W - sum(counts),
+        **dict(zip(ERRORS, counts)),
+    }
 
 # %% ../../nbs/analysis/volume_views.ipynb #28993f5a
 def _legend(ax, counts, unit, **how):
     "Which colour is what, with counts."
     from matplotlib.patches import Patch
-    ax.legend(handles=[Patch(fc=ERRORS[k], ec="0.3", label=f"{k}: {counts[k]:,} {unit}") for k in ("correct", "missed", "extra")], frameon=False, fontsize=8, **how)
 
+    ax.legend(
+        handles=[
+            Patch(fc=ERRORS[k], ec="0.3", label=f"{k}: {counts[k]:,} {unit}")
+            for k in ("correct", "missed", "extra")
+        ],
+        frameon=False,
+        fontsize=8,
+        **how,
+    )
+
+# %% ../../nbs/analysis/volume_views.ipynb #ba1fac6e
 def _flat_errors(image, c, window, width):
     "Image and error classes `c` of a 2-D segmentation."
     import matplotlib.pyplot as plt
-    a = None if image is None else np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
-    if a is not None and a.shape != c.shape: raise InputError(f"image has shape {a.shape}, pred {c.shape}: both must agree.")
-    if a is not None and not np.isfinite(a).all(): raise InputError("image holds NaN or infinite values.")
-    fig, axes = plt.subplots(1, 1 if a is None else 2, figsize=(width * (1 if a is None else 2), width + .5), squeeze=False)
-    if a is not None: axes[0, 0].imshow(a, **_window([a], window))
+
+    a = (
+        None
+        if image is None
+        else np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)
+    )
+    if a is not None and a.shape != c.shape:
+        raise InputError(f"image has shape {a.shape}, pred {c.shape}: both must agree.")
+    if a is not None and not np.isfinite(a).all():
+        raise InputError("image holds NaN or infinite values.")
+    fig, axes = plt.subplots(
+        1,
+        1 if a is None else 2,
+        figsize=(width * (1 if a is None else 2), width + 0.5),
+        squeeze=False,
+    )
+    if a is not None:
+        axes[0, 0].imshow(a, **_window([a], window))
     axes[0, -1].imshow(_COLOURS[c], interpolation="nearest")
-    for ax in axes.flat: ax.axis("off")
-    _legend(axes[0, -1], dict(zip(("background", *ERRORS), np.bincount(c.ravel(), minlength=4).tolist())), "px", loc="upper center", bbox_to_anchor=(.5, 0), ncols=1)
+    for ax in axes.flat:
+        ax.axis("off")
+    _legend(
+        axes[0, -1],
+        dict(zip(("background", *ERRORS), np.bincount(c.ravel(), minlength=4).tolist())),
+        "px",
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=1,
+    )
     return fig
 
 # %% ../../nbs/analysis/volume_views.ipynb #cc2bf0cf
 def show_errors(
-    image,          # (D,H,W), (1,D,H,W) or (H,W): what was segmented; None: errors only
-    pred,           # predicted mask, same shape
-    target,         # the label, same shape
-    spacing=None,   # size of a voxel along z, y, x, mm (volumes only)
-    window=None,    # grey values that are black and white in the image
-    width:float=3.6, # of one half of the figure, inches
-): # matplotlib Figure: the image, and its errors
+    image,  # (D,H,W), (1,D,H,W) or (H,W): what was segmented; None: errors only
+    pred,  # predicted mask, same shape
+    target,  # the label, same shape
+    spacing=None,  # size of a voxel along z, y, x, mm (volumes only)
+    window=None,  # grey values that are black and white in the image
+    width: float = 3.6,  # of one half of the figure, inches
+):  # matplotlib Figure: the image, and its errors
     "An image beside the errors of its segmentation; volumes as projections, read slab by slab. Raises `InputError` as `error_classes` and `projections` do."
     if np.ndim(pred) == 2:
         return _flat_errors(image, error_classes(pred, target), window, width)
-    t, s = _Volume(target, "target"), _spacing(spacing)
+    t = _Volume(target, "target")
+    s = _spacing(spacing)
     _same_shape(t, pred, "pred")
     v = _same_shape(t, image, "image")
     maps, counts = error_projections(pred, target)
-    (columns, rows), n = _plan(t.shape, s, width), 1 if v is None else 2
-    inside = columns[1] > 1.4 and rows[1] > .7                                                # room for the legend in the corner
-    strip = 0. if inside else .3 if n == 2 and sum(columns) > 2.4 else .7
+    (columns, rows) = _plan(t.shape, s, width)
+    n = 1 if v is None else 2
+    inside = columns[1] > 1.4 and rows[1] > 0.7  # room for the legend in the corner
+    strip = 0.0 if inside else 0.3 if n == 2 and sum(columns) > 2.4 else 0.7
     fig = _figure(t.shape, s, width, n, strip)
     if v is not None:
         shown = _fold(v.shape, v.step, lambda a, b: v.read(slice(a, b)))
-        _draw(fig, 0, shown, v.shape, s, width, strip, known=spacing is not None, **_window(shown.values(), window))
-    _, corner = _draw(fig, n - 1, {k: _COLOURS[m] for k, m in maps.items()}, t.shape, s, width, strip, known=spacing is not None, interpolation="nearest")
-    _legend(corner if inside else fig, counts, "voxels", loc="center" if inside else "lower center", ncols=3 if strip == .3 else 1)
+        _draw(
+            fig,
+            0,
+            shown,
+            v.shape,
+            s,
+            width,
+            strip,
+            known=spacing is not None,
+            **_window(shown.values(), window),
+        )
+    _, corner = _draw(
+        fig,
+        n - 1,
+        {k: _COLOURS[m] for k, m in maps.items()},
+        t.shape,
+        s,
+        width,
+        strip,
+        known=spacing is not None,
+        interpolation="nearest",
+    )
+    _legend(
+        corner if inside else fig,
+        counts,
+        "voxels",
+        loc="center" if inside else "lower center",
+        ncols=3 if strip == 0.3 else 1,
+    )
     return fig

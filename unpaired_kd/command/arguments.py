@@ -15,130 +15,178 @@ from .. import __version__
 # %% ../../nbs/command/arguments.ipynb #87585231
 class Sentence(argparse.ArgumentParser):
     "A parser that guesses no option, and says in a sentence what is wrong."
-    def __init__(self,
-        *args,     # of argparse
-        **options, # of argparse
+
+    def __init__(
+        self,
+        *args,  # of argparse
+        **options,  # of argparse
     ):
         super().__init__(*args, allow_abbrev=False, **options)
-    def error(self,
-        message:str, # of argparse
+
+    def error(
+        self,
+        message: str,  # of argparse
     ):
         "End the process with status 2."
         whole = message.rstrip(".")
         self.exit(2, f"{self.prog}: {whole}. `{self.prog} --help` lists the arguments.\n")
 
+
 def word(
-    kind:str, # what is asked for, e.g. "label kind"
-    *known:str, # the words that it may be
-): # a function for `type` of argparse, which takes text and gives it back
+    kind: str,  # what is asked for, e.g. "label kind"
+    *known: str,  # the words that it may be
+):  # a function for `type` of argparse, which takes text and gives it back
     "One of several words; an unknown one is refused with the nearest."
+
     def check(text):
-        if text in known: return text
+        if text in known:
+            return text
         from unpaired_kd.core import unknown
+
         raise argparse.ArgumentTypeError(unknown(kind, text, known))
+
     return check
 
 # %% ../../nbs/command/arguments.ipynb #4e220002
 def pair(
-    text:str, # key and value with a NUL between, as `join_pairs` leaves them
-)->list: # [key, value]
+    text: str,  # key and value with a NUL between, as `join_pairs` leaves them
+) -> list:  # [key, value]
     "A parameter as it was given."
     key, apart, value = text.partition("\0")
     if not apart:
         raise argparse.ArgumentTypeError("write name and value apart, -p NAME VALUE")
     return [key, value]
 
+
 def join_pairs(
-    argv:list, # arguments
-)->list: # the same, each `-p KEY VALUE` in one word
+    argv: list,  # arguments
+) -> list:  # the same, each `-p KEY VALUE` in one word
     "So that argparse sees one option with one value."
     left = list(argv)
     joined = []
     while left:
         next_word = left.pop(0)
         whole = next_word == "-p" and len(left) > 1 and "=" not in left[0]
-        if whole: next_word = f"-p{left.pop(0)}\0{left.pop(0)}"
-        if next_word == "--": return [*joined, next_word, *left]
+        if whole:
+            next_word = f"-p{left.pop(0)}\0{left.pop(0)}"
+        if next_word == "--":
+            return [*joined, next_word, *left]
         joined.append(next_word)
-    if joined and joined[-1] == "-p": joined.append("") # for `pair` to complain about
+    if joined and joined[-1] == "-p":
+        joined.append("")  # for `pair` to complain about
     return joined
 
 # %% ../../nbs/command/arguments.ipynb #5a6bc2f4
 def check_options(
-    one, # parser of `ukd check`
+    one,  # parser of `ukd check`
 ):
     "The arguments of `ukd check`."
     add = one.add_argument
     add("data", help="folder, or a phantom such as phantom:bone")
     add("modalities", nargs="*", metavar="MODALITY", help="which (default: all)")
-    add("--out", metavar="FOLDER",
-        help="draw the labels on images, one picture a modality (default: no pictures)")
-    add("--group", metavar="PATTERN", help="the patient in an image's name: what the first bracket "
-        "matches, e.g. '^(p[0-9]+)'")
-    add("--classes", nargs="+", metavar="NAME",
-        help="names of the label's numbers 0, 1, ... (default: from the labels)")
-    add("--label-kind", type=word("label kind", "semantic", "instance"),
+    add(
+        "--out",
+        metavar="FOLDER",
+        help="draw the labels on images, one picture a modality (default: no pictures)",
+    )
+    add(
+        "--group",
+        metavar="PATTERN",
+        help="the patient in an image's name: what the first bracket matches, e.g. '^(p[0-9]+)'",
+    )
+    add(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="names of the label's numbers 0, 1, ... (default: from the labels)",
+    )
+    add(
+        "--label-kind",
+        type=word("label kind", "semantic", "instance"),
         metavar="semantic|instance",
-        help="whether the numbers are classes or objects (default: from the labels)")
+        help="whether the numbers are classes or objects (default: from the labels)",
+    )
     add("--some-labels", action="store_true", help="images without labels are meant")
 
 # %% ../../nbs/command/arguments.ipynb #a5f66324
 def parameter_option(
-    one, # parser of a command
-    text:str, # what the parameters do there
+    one,  # parser of a command
+    text: str,  # what the parameters do there
 ):
     "The option `-p`."
-    one.add_argument("-p", dest="given", type=pair, action="append", default=[],
-                     metavar="KEY VALUE", help=text)
+    one.add_argument(
+        "-p", dest="given", type=pair, action="append", default=[], metavar="KEY VALUE", help=text
+    )
+
 
 def run_options(
-    one, # parser of `ukd run`
+    one,  # parser of `ukd run`
 ):
     "The arguments of `ukd run`."
     add = one.add_argument
     add("notebook", help="name of an experiment (lotus) or path of a notebook")
     parameter_option(one, "a parameter; KEY.ENTRY sets one entry of a dict; may be repeated")
-    add("-f", dest="layers", action="append", default=[], metavar="FILE",
+    add(
+        "-f",
+        dest="layers",
+        action="append",
+        default=[],
+        metavar="FILE",
         help="YAML file of parameters, KEY: VALUE; may be repeated, later over earlier; -p lies "
-        "over all")
+        "over all",
+    )
     add("--out", help="run folder (default: runs/<notebook>-<fingerprint of the parameters>)")
-    add("--extend", action="store_true",
-        help="use --out although it was made with other parameters")
+    add(
+        "--extend", action="store_true", help="use --out although it was made with other parameters"
+    )
     add("--help-notebook", action="store_true", help="list the notebook's parameters and stop")
 
 # %% ../../nbs/command/arguments.ipynb #4e220004
 def sweep_options(
-    one, # parser of `ukd sweep`
+    one,  # parser of `ukd sweep`
 ):
     "The arguments of `ukd sweep`."
     add = one.add_argument
-    add("grid", help="name of a grid (lotus_ablation) or path of a YAML file: notebook, base, "
-        "grid, cells, scales")
+    add(
+        "grid",
+        help="name of a grid (lotus_ablation) or path of a YAML file: notebook, base, "
+        "grid, cells, scales",
+    )
     parameter_option(one, "a parameter of every cell, instead of the one in base; may be repeated")
     add("--scale", help="one of the grid file's scales, laid over base")
     add("--out", help="sweep folder (default: runs/<name of the grid file>)")
     add("--workers", type=int, help="runs at a time (default: one a core)")
     add("--scheduler", metavar="tcp://HOST:PORT", help="give the runs to this Dask cluster")
-    add("--cells", nargs="+", action="extend", metavar="NAME",
+    add(
+        "--cells",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
         help="only the cells whose name or row, or its first words, fit one of these patterns, "
-        "e.g. R00 \"R1[0-7]*\" (default: all)")
+        'e.g. R00 "R1[0-7]*" (default: all)',
+    )
     add("--dry-run", action="store_true", help="list the cells and what is done, and stop")
 
-METRICS = ("dsc", "hd95", "aji", "pq") # columns of `ukd report`
+# %% ../../nbs/command/arguments.ipynb #435cbfaa
+METRICS = ("dsc", "hd95", "aji", "pq")  # columns of `ukd report`
+
 
 def report_options(
-    one, # parser of `ukd report`
+    one,  # parser of `ukd report`
 ):
     "The arguments of `ukd report`."
     add = one.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder with metrics.csv")
-    add("--reference", default="alone",
-        help="the arm that the others are compared with (default: alone)")
+    add(
+        "--reference",
+        default="alone",
+        help="the arm that the others are compared with (default: alone)",
+    )
     add("--metrics", nargs="+", metavar="COLUMN", help=f"columns (default: {' '.join(METRICS)})")
 
 # %% ../../nbs/command/arguments.ipynb #4e220005
 def predict_options(
-    one, # parser of `ukd predict`
+    one,  # parser of `ukd predict`
 ):
     "The arguments of `ukd predict`."
     add = one.add_argument
@@ -147,62 +195,121 @@ def predict_options(
     add("output", help="where the label maps go")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--precision", default="fp32", help="fp32, bf16, fp16 or auto (default: fp32)")
-    add("--instances", action="store_true",
-        help="write the numbered objects too, as <name>_instances")
-    add("--overwrite", action="store_true",
-        help="replace label maps that are there (default: refuse); nothing beside them is touched")
-    volume_options(one.add_argument_group(
-        "whole volumes", "A 3-D student reads a .zarr, writes a .zarr, and takes what is larger "
-        "than memory, block by block; the same command again continues. Any option of this group "
-        "asks for blocks."))
+    add(
+        "--instances",
+        action="store_true",
+        help="write the numbered objects too, as <name>_instances",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace label maps that are there (default: refuse); nothing beside them is touched",
+    )
+    volume_options(
+        one.add_argument_group(
+            "whole volumes",
+            "A 3-D student reads a .zarr, writes a .zarr, and takes what is larger "
+            "than memory, block by block; the same command again continues. Any option of this group "
+            "asks for blocks.",
+        )
+    )
 
 # %% ../../nbs/command/arguments.ipynb #f07776a6
-BLOCK_OPTIONS = ("blocks", "tile", "halo", "memory", "empty", "scheduler", "workers", "spacing",
-                 "absent", "probabilities")
+BLOCK_OPTIONS = (
+    "blocks",
+    "tile",
+    "halo",
+    "memory",
+    "empty",
+    "scheduler",
+    "workers",
+    "spacing",
+    "absent",
+    "probabilities",
+)
+
 
 def volume_options(
-    group, # where to add them
+    group,  # where to add them
 ):
     "The options of `ukd predict` for whole volumes. Those that are not given are None."
     add = group.add_argument
-    add("--blocks", action="store_true", default=None,
-        help="work block by block also where it is not needed")
-    add("--tile", metavar="N|Z,Y,X",
-        help="voxels of a block that are kept (default: what fits --memory with the least work)")
-    add("--halo", metavar="N|Z,Y,X",
-        help="voxels read around a block (default: as far as the network looks)")
-    add("--memory", metavar="SIZE",
-        help="what the process may use, e.g. 4GB (default: 1.5GB; on a GPU half of what is free)")
-    add("--empty", metavar="VALUE", type=float,
-        help="blocks without a raw value above this are background (default: all are computed)")
+    add(
+        "--blocks",
+        action="store_true",
+        default=None,
+        help="work block by block also where it is not needed",
+    )
+    add(
+        "--tile",
+        metavar="N|Z,Y,X",
+        help="voxels of a block that are kept (default: what fits --memory with the least work)",
+    )
+    add(
+        "--halo",
+        metavar="N|Z,Y,X",
+        help="voxels read around a block (default: as far as the network looks)",
+    )
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="what the process may use, e.g. 4GB (default: 1.5GB; on a GPU half of what is free)",
+    )
+    add(
+        "--empty",
+        metavar="VALUE",
+        type=float,
+        help="blocks without a raw value above this are background (default: all are computed)",
+    )
     add("--scheduler", metavar="tcp://HOST:PORT", help="give the blocks to this Dask cluster")
     add("--workers", type=int, metavar="N", help="or to N processes of this machine")
-    add("--spacing", metavar="Z,Y,X",
-        help="voxel size in mm for the output (default: the input's)")
-    add("--absent", type=word("word", "error", "empty"), metavar="error|empty",
-        help="what a Zarr chunk that is not there means (default: error)")
-    add("--probabilities", action="store_true", default=None,
-        help="write probabilities, 0 to 255, instead of labels")
+    add("--spacing", metavar="Z,Y,X", help="voxel size in mm for the output (default: the input's)")
+    add(
+        "--absent",
+        type=word("word", "error", "empty"),
+        metavar="error|empty",
+        help="what a Zarr chunk that is not there means (default: error)",
+    )
+    add(
+        "--probabilities",
+        action="store_true",
+        default=None,
+        help="write probabilities, 0 to 255, instead of labels",
+    )
 
 # %% ../../nbs/command/arguments.ipynb #87585233
-TEXTS = { # command -> (help, description)
-    "check": ("read a data set, say what is in it and what is wrong with it",
-              "Read a whole data set. Nothing is changed; the exit status is 1 if there is a "
-              "fault."),
-    "run": ("run an experiment notebook with checked parameters",
-            "Run an experiment. The same command again resumes it."),
-    "sweep": ("run a notebook with a grid of parameters, several runs at a time",
-              "Run every cell of a grid. The same command again skips what is finished."),
+TEXTS = {  # command -> (help, description)
+    "check": (
+        "read a data set, say what is in it and what is wrong with it",
+        "Read a whole data set. Nothing is changed; the exit status is 1 if there is a fault.",
+    ),
+    "run": (
+        "run an experiment notebook with checked parameters",
+        "Run an experiment. The same command again resumes it.",
+    ),
+    "sweep": (
+        "run a notebook with a grid of parameters, several runs at a time",
+        "Run every cell of a grid. The same command again skips what is finished.",
+    ),
     "predict": ("segment an image, a folder or a volume with a trained student", None),
-    "report": ("print the table of one or several run folders", None)}
+    "report": ("print the table of one or several run folders", None),
+}
 
-OPTIONS = {"check": check_options, "run": run_options, "sweep": sweep_options,
-           "predict": predict_options, "report": report_options}
+OPTIONS = {
+    "check": check_options,
+    "run": run_options,
+    "sweep": sweep_options,
+    "predict": predict_options,
+    "report": report_options,
+}
 
-def parsers()->dict: # command -> its parser; "" -> that of `ukd`, which holds them
+
+def parsers() -> dict:  # command -> its parser; "" -> that of `ukd`, which holds them
     "The commands and their arguments."
-    top = Sentence("ukd", description="Unpaired knowledge distillation: run experiments, use "
-                   "students, print tables.")
+    top = Sentence(
+        "ukd",
+        description="Unpaired knowledge distillation: run experiments, use students, print tables.",
+    )
     top.add_argument("--version", action="version", version=f"ukd {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(TEXTS))
     made = {"": top}
@@ -213,43 +320,52 @@ def parsers()->dict: # command -> its parser; "" -> that of `ukd`, which holds t
 
 # %% ../../nbs/command/arguments.ipynb #4e220007
 def read_arguments(
-    argv:list, # what stands behind `ukd`
-)->argparse.Namespace: # what each argument is
+    argv: list,  # what stands behind `ukd`
+) -> argparse.Namespace:  # what each argument is
     "The arguments of a command. Unknown words end the process with status 2 and a sentence."
     made = parsers()
-    if argv: check_first(argv[0], made)
+    if argv:
+        check_first(argv[0], made)
     words = join_pairs(argv) if argv[:1] in (["run"], ["sweep"]) else argv
     args, left = made[""].parse_known_args(words)
-    if left: made[args.command].error(not_taken(made[args.command], left))
+    if left:
+        made[args.command].error(not_taken(made[args.command], left))
     return args
 
+
 def check_first(
-    word:str,  # the first one behind `ukd`
-    made:dict, # of `parsers`
+    word: str,  # the first one behind `ukd`
+    made: dict,  # of `parsers`
 ):
     "End the process if this is neither a command nor an option of `ukd` itself."
     commands = [name for name in made if name]
     options = options_of(made[""])
-    if word in (*commands, *options): return
+    if word in (*commands, *options):
+        return
     from unpaired_kd.core import unknown
-    if word.startswith("-"): made[""].error(unknown("option", word, options))
+
+    if word.startswith("-"):
+        made[""].error(unknown("option", word, options))
     made[""].error(unknown("command", word, commands))
 
 # %% ../../nbs/command/arguments.ipynb #40857b0c
 def options_of(
-    one, # a parser
-)->list: # names of its options
+    one,  # a parser
+) -> list:  # names of its options
     "All of them, short and long."
     return [name for action in one._actions for name in action.option_strings]
 
+
 def not_taken(
-    one,       # parser of a command
-    left:list, # the words that it did not take
-)->str: # a sentence
+    one,  # parser of a command
+    left: list,  # the words that it did not take
+) -> str:  # a sentence
     "Which option is not known, and the nearest that is; else which word is too many."
     from unpaired_kd.core import unknown
+
     options = [w.partition("=")[0] for w in left if w.startswith("-")]
-    if not options: return f"{left[0]!r} is one word too many"
+    if not options:
+        return f"{left[0]!r} is one word too many"
     known = options_of(one)
     hint = " Parameters are given with -p NAME VALUE." if "-p" in known else ""
     return unknown("option", options[0], known) + hint

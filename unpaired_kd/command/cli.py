@@ -7,131 +7,189 @@ __all__ = ['PRINTED', 'COMMANDS', 'check', 'run', 'sweep', 'predict', 'predict_b
            'bad_input', 'continues', 'main']
 
 # %% ../../nbs/command/cli.ipynb #598b7c1a
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 from .arguments import BLOCK_OPTIONS, METRICS, read_arguments
-from .talk import (Stopped, fill_descriptors, of_the_system, say,
-                                      stopped_by_signals, talking)
+from unpaired_kd.command.talk import (
+    Stopped,
+    fill_descriptors,
+    of_the_system,
+    say,
+    stopped_by_signals,
+    talking,
+)
 
 # %% ../../nbs/command/cli.ipynb #c7de1309
 def check(
-    args, # what `read_arguments` gives
-)->int: # exit status: 0 no fault, 1 faults
+    args,  # what `read_arguments` gives
+) -> int:  # exit status: 0 no fault, 1 faults
     "`ukd check`: read a whole data set, and print what is in it and what is wrong with it."
     from unpaired_kd.data.check import check_data
     from unpaired_kd.data.formats.outputs import check_path, check_place
+
     check_path("DATA", args.data)
-    if args.out: check_place(args.out) # now, not after all files were read
-    faults = check_data(args.data, args.modalities, args.out, args.group, args.classes,
-                        args.label_kind, args.some_labels)
+    if args.out:
+        check_place(args.out)  # now, not after all files were read
+    faults = check_data(
+        args.data,
+        args.modalities,
+        args.out,
+        args.group,
+        args.classes,
+        args.label_kind,
+        args.some_labels,
+    )
     return int(faults > 0)
 
+# %% ../../nbs/command/cli.ipynb #492a787c
 def run(
-    args, # what `read_arguments` gives
-)->int: # exit status: 0 done, 1 a cell failed
+    args,  # what `read_arguments` gives
+) -> int:  # exit status: 0 done, 1 a cell failed
     "`ukd run`: execute a notebook in a run folder, or list its parameters."
     from unpaired_kd.command.notebook import find_notebook, run_notebook
     from unpaired_kd.command.parameters import read_parameters, table
+
     if not args.help_notebook:
         return run_notebook(args.notebook, args.given, args.out, args.extend, args.layers)
     path = find_notebook(args.notebook)
     print(f"Parameters of {path}:\n{table(read_parameters(path))}")
     return 0
 
+
 def sweep(
-    args, # what `read_arguments` gives
-)->int: # exit status: 0 all done, 1 a cell failed
+    args,  # what `read_arguments` gives
+) -> int:  # exit status: 0 all done, 1 a cell failed
     "`ukd sweep`: many runs from a YAML file of parameters."
     from unpaired_kd.command.sweep import run_sweep
-    return run_sweep(args.grid, args.given, args.scale, args.out, args.workers, args.scheduler,
-                     args.dry_run, args.cells)
+
+    return run_sweep(
+        args.grid,
+        args.given,
+        args.scale,
+        args.out,
+        args.workers,
+        args.scheduler,
+        args.dry_run,
+        args.cells,
+    )
 
 # %% ../../nbs/command/cli.ipynb #1f1d7094
 def predict(
-    args, # what `read_arguments` gives
-)->int: # exit status: 0 done, 1 some images failed, the others are finished
+    args,  # what `read_arguments` gives
+) -> int:  # exit status: 0 done, 1 some images failed, the others are finished
     "`ukd predict`: a trained student on images, folders or volumes."
     from unpaired_kd.core import InputError
     from unpaired_kd.inference.files import PartlyDone, predict_path
     from unpaired_kd.inference.volumes import goes_in_blocks
+
     given = {k: getattr(args, k) for k in BLOCK_OPTIONS if getattr(args, k) is not None}
     if given and args.instances:
-        raise InputError("--instances needs the whole volume at once, so it cannot go with "
-                         f"--{next(iter(given))}. Leave out one of them.")
+        raise InputError(
+            "--instances needs the whole volume at once, so it cannot go with "
+            f"--{next(iter(given))}. Leave out one of them."
+        )
     if given or not args.instances and goes_in_blocks(args.student, args.input, args.output):
         return predict_blocks(args, given)
     try:
-        predict_path(args.student, args.input, args.output, args.device, args.precision,
-                     instances=args.instances, overwrite=args.overwrite)
+        predict_path(
+            args.student,
+            args.input,
+            args.output,
+            args.device,
+            args.precision,
+            instances=args.instances,
+            overwrite=args.overwrite,
+        )
     except PartlyDone as e:
         print(f"ukd predict: {e}", file=sys.stderr)
         return 1
     return 0
 
+# %% ../../nbs/command/cli.ipynb #cf21b822
 def predict_blocks(
-    args,       # what `read_arguments` gives
-    given:dict, # those of `BLOCK_OPTIONS` that were given
-)->int: # exit status, 0
+    args,  # what `read_arguments` gives
+    given: dict,  # those of `BLOCK_OPTIONS` that were given
+) -> int:  # exit status, 0
     "A whole volume, block by block."
     from unpaired_kd.inference.volumes import predict_volume
+
     options = {k: v for k, v in given.items() if k not in ("blocks", "probabilities")}
-    predict_volume(args.student, args.input, args.output, labels="probabilities" not in given,
-                   device=args.device, precision=args.precision, bars=True,
-                   overwrite=args.overwrite, **options)
+    predict_volume(
+        args.student,
+        args.input,
+        args.output,
+        labels="probabilities" not in given,
+        device=args.device,
+        precision=args.precision,
+        bars=True,
+        overwrite=args.overwrite,
+        **options,
+    )
     return 0
 
 # %% ../../nbs/command/cli.ipynb #9c2dd7fa
 def report(
-    args, # what `read_arguments` gives
-)->int: # exit status, 0
+    args,  # what `read_arguments` gives
+) -> int:  # exit status, 0
     "`ukd report`: the table of one or more run folders."
     from unpaired_kd.core import InputError
     from unpaired_kd.data.formats.outputs import check_path
     from unpaired_kd.study.joined import join_runs, remarks
     from unpaired_kd.study.rows import load_rows
     from unpaired_kd.study.tables import results_table
-    for r in args.runs: check_path("RUN", r)
+
+    for r in args.runs:
+        check_path("RUN", r)
     runs = {str(r): load_rows(r) for r in args.runs}
     rows = join_runs(runs)
     metrics = columns_of(rows, args.metrics)
-    try: print(results_table(rows, reference=args.reference, metrics=metrics))
+    try:
+        print(results_table(rows, reference=args.reference, metrics=metrics))
     except InputError as e:
         hint = ["Give --reference ARM."] if args.reference not in {r["arm"] for r in rows} else []
         raise InputError("\n".join([" ".join([str(e), *hint]), *remarks(runs)])) from e
     twice = sum(map(len, runs.values())) - len(rows)
     if twice:
         say(f"ukd report: {twice} rows stand in the tables twice, the same; each is counted once.")
-    for line in remarks(runs): print(f"\n{line}")
+    for line in remarks(runs):
+        print(f"\n{line}")
     return 0
 
+# %% ../../nbs/command/cli.ipynb #2794e59a
 def columns_of(
-    rows:list, # of the joined tables
-    asked,     # names of columns, or None
-)->tuple: # names of those to print
+    rows: list,  # of the joined tables
+    asked,  # names of columns, or None
+) -> tuple:  # names of those to print
     "What was asked for, or those of `METRICS` that are there. Raises `InputError` for others."
     from unpaired_kd.core import InputError, unknown
     from unpaired_kd.study.rows import TEXT
+
     known = {k for r in rows for k in r} - {"seed", *TEXT}
     for name in asked or ():
         if name not in known:
             raise InputError(f"--metrics: {unknown('column', name, known)}")
     found = tuple(asked or [m for m in METRICS if m in known])
-    if found: return found
-    raise InputError(f"the tables hold none of {', '.join(METRICS)}. Name others with --metrics, "
-                     "or score again.")
+    if found:
+        return found
+    raise InputError(
+        f"the tables hold none of {', '.join(METRICS)}. Name others with --metrics, or score again."
+    )
 
 # %% ../../nbs/command/cli.ipynb #633c27e2
-PRINTED = ("check", "report") # the commands whose work is what they print
+PRINTED = ("check", "report")  # the commands whose work is what they print
 
 COMMANDS = {"check": check, "run": run, "sweep": sweep, "predict": predict, "report": report}
 
+
 def obey(
-    args, # what `read_arguments` gives
-)->int: # exit status, as of `main`
+    args,  # what `read_arguments` gives
+) -> int:  # exit status, as of `main`
     "Do what a command says. What the user can mend is told in a sentence."
     try:
-        with stopped_by_signals(): return COMMANDS[args.command](args)
+        with stopped_by_signals():
+            return COMMANDS[args.command](args)
     except KeyboardInterrupt as e:
         more = " The same command continues." if continues(args) else ""
         say(f"\nukd {args.command}: stopped.{more}")
@@ -143,26 +201,32 @@ def obey(
         say(f"ukd {args.command}: {message}")
         return 2
 
+# %% ../../nbs/command/cli.ipynb #4940d1b4
 def bad_input(
-    e:Exception, # what was raised
-)->str: # a sentence; None: a mistake of ours, to be shown with its traceback
+    e: Exception,  # what was raised
+) -> str:  # a sentence; None: a mistake of ours, to be shown with its traceback
     "What to tell the user about an error that he can mend."
     from unpaired_kd.core import InputError
-    if isinstance(e, InputError): return str(e)
-    if isinstance(e, (OSError, MemoryError)): return of_the_system(e)
+
+    if isinstance(e, InputError):
+        return str(e)
+    if isinstance(e, (OSError, MemoryError)):
+        return of_the_system(e)
+
 
 def continues(
-    args, # what `read_arguments` gives
-)->bool: # whether the same command goes on where this one stopped
+    args,  # what `read_arguments` gives
+) -> bool:  # whether the same command goes on where this one stopped
     "Runs and sweeps continue, and a prediction that has finished a block, or an image of a folder."
-    if args.command != "predict": return args.command in ("run", "sweep")
+    if args.command != "predict":
+        return args.command in ("run", "sweep")
     output = Path(args.output).absolute()
-    return (output/".ukd.notes").exists() or output.with_name(output.name + ".part").exists()
+    return (output / ".ukd.notes").exists() or output.with_name(output.name + ".part").exists()
 
 # %% ../../nbs/command/cli.ipynb #633c27dc
 def main(
-    argv:list=None, # arguments (default: those of the process)
-)->int: # exit status: 0 done, 1 a cell or an image failed, 2 bad input, 128 + number of a signal
+    argv: list = None,  # arguments (default: those of the process)
+) -> int:  # exit status: 0 done, 1 a cell or an image failed, 2 bad input, 128 + number of a signal
     "The command `ukd`. With `UKD_DEBUG=1` in the environment, every error shows where it arose."
     fill_descriptors()
     with talking() as out:
@@ -170,6 +234,7 @@ def main(
         status = obey(args)
         out.flush()
         unheard = out.fault and not isinstance(out.fault, BrokenPipeError)
-        if args.command not in PRINTED or not unheard: return status
+        if args.command not in PRINTED or not unheard:
+            return status
         say(f"ukd {args.command}: cannot print the table: {of_the_system(out.fault)}")
         return 2

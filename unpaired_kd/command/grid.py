@@ -8,33 +8,39 @@ __all__ = ['SECTIONS', 'MOST', 'read_grid', 'name_of_notebook', 'check_sections'
            'is_beginning', 'near_names']
 
 # %% ../../nbs/command/grid.ipynb #4e200004
-import difflib, itertools, math, re
+import difflib
+import itertools
+import math
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .notebook import find_notebook, known_files
 from .parameters import clash, read_experiment, resolve
-from .values import (Misfit, cast, entries_of, is_text_node, read_tree,
-                                        source_of)
+from .values import Misfit, cast, entries_of, is_text_node, read_tree, source_of
 from ..core import InputError, digest, read_text, unknown
 
 # %% ../../nbs/command/grid.ipynb #fda7f0bb
 SECTIONS = ("notebook", "base", "grid", "cells", "scales")
 
+
 def read_grid(
-    path, # the grid file
-)->dict: # its five sections; those that are absent are empty, values are nodes of `compose`
+    path,  # the grid file
+) -> dict:  # its five sections; those that are absent are empty, values are nodes of `compose`
     "Read a grid file. Raises `InputError` with the file, the key, and what to write."
     tree = read_tree(path, "grid")
     if tree.id != "mapping":
-        raise InputError(f"{path} is no grid: write `notebook: NAME` and "
-                         "`grid: {parameter: [value, value]}`.")
+        raise InputError(
+            f"{path} is no grid: write `notebook: NAME` and `grid: {{parameter: [value, value]}}`."
+        )
     found = entries_of(str(path), tree)
     for key in found:
         if key not in SECTIONS:
-            raise InputError(f"{path}: {unknown('section', key, SECTIONS)} Parameters of every "
-                             "cell go under `base`.")
+            raise InputError(
+                f"{path}: {unknown('section', key, SECTIONS)} Parameters of every "
+                "cell go under `base`."
+            )
     grid = {k: entries_of(f"{path}: `{k}`", found.get(k)) for k in SECTIONS[1:]}
     for section in ("cells", "scales"):
         rows = grid[section].items()
@@ -43,81 +49,102 @@ def read_grid(
     check_sections(path, grid)
     return grid
 
+
 def name_of_notebook(
-    path, # the grid file, for the message
-    node, # of its section `notebook`, or None
-)->str: # what it says
+    path,  # the grid file, for the message
+    node,  # of its section `notebook`, or None
+) -> str:  # what it says
     "The name or path of the notebook."
-    if node is not None and is_text_node(node) and node.value: return node.value
-    raise InputError(f"{path}: `notebook` must be the name of an experiment or the path of a "
-                     "notebook, for example `notebook: lotus`.")
+    if node is not None and is_text_node(node) and node.value:
+        return node.value
+    raise InputError(
+        f"{path}: `notebook` must be the name of an experiment or the path of a "
+        "notebook, for example `notebook: lotus`."
+    )
 
 # %% ../../nbs/command/grid.ipynb #c6bfc877
-MOST = 10_000 # cells of a grid
+MOST = 10_000  # cells of a grid
+
 
 def check_sections(
-    path,      # the grid file, for messages
-    grid:dict, # its sections
+    path,  # the grid file, for messages
+    grid: dict,  # its sections
 ):
     """Raise `InputError` for an empty or endless grid, an empty list, an unusable name, or a
     parameter that is set in two places at once."""
     if not grid["grid"] and not grid["cells"]:
-        raise InputError(f"{path} is empty: give `grid: {{parameter: [value, value]}}`, or named "
-                         "rows under `cells`.")
+        raise InputError(
+            f"{path} is empty: give `grid: {{parameter: [value, value]}}`, or named "
+            "rows under `cells`."
+        )
     for name, values in grid["grid"].items():
         if values.id != "sequence" or not values.value:
-            raise InputError(f"{path}: `grid: {name}` must be a list of values with at least one, "
-                             f"for example `{name}: [1, 2]`; a single value for all cells goes "
-                             "under `base`.")
+            raise InputError(
+                f"{path}: `grid: {name}` must be a list of values with at least one, "
+                f"for example `{name}: [1, 2]`; a single value for all cells goes "
+                "under `base`."
+            )
     points = math.prod(len(v.value) for v in grid["grid"].values())
     number = points * max(1, len(grid["cells"]))
     if number > MOST:
-        raise InputError(f"{path} has {number} cells, more than {MOST}. Divide it into several "
-                         "files.")
-    for name, row in grid["cells"].items(): check_row(path, name, row, grid["grid"])
+        raise InputError(
+            f"{path} has {number} cells, more than {MOST}. Divide it into several files."
+        )
+    for name, row in grid["cells"].items():
+        check_row(path, name, row, grid["grid"])
 
+# %% ../../nbs/command/grid.ipynb #55476258
 def check_row(
-    path,      # the grid file, for messages
-    name:str,  # of a row of `cells`
-    row:dict,  # what it sets
-    grid:dict, # what `grid` sets
+    path,  # the grid file, for messages
+    name: str,  # of a row of `cells`
+    row: dict,  # what it sets
+    grid: dict,  # what `grid` sets
 ):
     "Raise `InputError` for a name that cannot name a folder, and for what is set twice."
     if not re.fullmatch(r"\w([\w .,+=()-]{0,58}[\w)+])?", name):
-        raise InputError(f"{path}: cell name {name!r} cannot name a folder: use up to 60 letters, "
-                         "digits, spaces and _ . , + = ( ) -, with a letter or digit first.")
+        raise InputError(
+            f"{path}: cell name {name!r} cannot name a folder: use up to 60 letters, "
+            "digits, spaces and _ . , + = ( ) -, with a letter or digit first."
+        )
     for key in row:
         both = clash(key, grid)
         if both:
-            raise InputError(f"{path}: cell {name!r} sets {key!r}, and `grid` sets {both!r} too. "
-                             "Keep one of them.")
+            raise InputError(
+                f"{path}: cell {name!r} sets {key!r}, and `grid` sets {both!r} too. "
+                "Keep one of them."
+            )
 
 # %% ../../nbs/command/grid.ipynb #4e200009
 def find_grid(
-    name:str, # path of a grid file, or the name of a grid
-)->Path: # where it is
+    name: str,  # path of a grid file, or the name of a grid
+) -> Path:  # where it is
     """A grid by name (`lotus_ablation`), or any grid by its path. Raises `InputError` with the
     known names."""
-    if name.endswith((".yaml", ".yml")) or "/" in name: return Path(name)
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
     known = {n: p for n, p in known_files(".yaml").items() if is_grid(p)}
-    if name in known: return known[name]
-    if Path(name).exists(): return Path(name)
+    if name in known:
+        return known[name]
+    if Path(name).exists():
+        return Path(name)
     raise InputError(unknown("grid", name, known) + " Or give the path of a grid file.")
 
+
 def is_grid(
-    path, # a YAML file
-)->bool: # whether it names a notebook
+    path,  # a YAML file
+) -> bool:  # whether it names a notebook
     "Told by its line `notebook:`."
     return re.search("^notebook:", read_text(path), re.MULTILINE) is not None
 
 # %% ../../nbs/command/grid.ipynb #3c7fbe71
 def hint_of(
-    message:str, # of an `InputError`
-    shared:list, # lists of pairs (name, text or node) that all cells share
-    own:list,    # pairs of one cell
-)->str: # a sentence, or nothing
+    message: str,  # of an `InputError`
+    shared: list,  # lists of pairs (name, text or node) that all cells share
+    own: list,  # pairs of one cell
+) -> str:  # a sentence, or nothing
     "What to do about a list in the wrong place, where that is the trouble."
-    if message.endswith("quotes."): return ""
+    if message.endswith("quotes."):
+        return ""
     for k, v in itertools.chain(*shared):
         if getattr(v, "id", "") == "sequence" and f"{k!r} takes" in message:
             return " A list of values to try goes under `grid`."
@@ -126,16 +153,18 @@ def hint_of(
             return " Each value is a list, so write a list of lists."
     return ""
 
+
 def check_values(
-    where:str,       # file and cell, for messages
-    notebook,        # the notebook
-    parameters:dict, # its parameters (`read_parameters`)
-    layers:list,     # lists of pairs (name, text or node), the later over the earlier
-)->dict: # name -> value, for all parameters but the run folder
+    where: str,  # file and cell, for messages
+    notebook,  # the notebook
+    parameters: dict,  # its parameters (`read_parameters`)
+    layers: list,  # lists of pairs (name, text or node), the later over the earlier
+) -> dict:  # name -> value, for all parameters but the run folder
     "The parameters of one cell. Raises `InputError` for unknown names and wrong types."
     workers = parameters.get("workers")
     one = [("workers", "1")] if workers and type(workers.default) is int else []
-    try: values = resolve(notebook, parameters, one, *layers)
+    try:
+        values = resolve(notebook, parameters, one, *layers)
     except InputError as e:
         first, *rest = str(e).split("\n")
         hint = hint_of(first, layers[:-1], layers[-1])
@@ -147,15 +176,17 @@ def check_values(
 @dataclass(frozen=True)
 class Cell:
     "One run of a grid."
-    name:str    # row of `cells` and point of `grid`, e.g. "no kl seed=1"
-    given:dict  # what the row and the point set, as text
-    values:dict # all parameters of the notebook, without the run folder
-    key:str     # fingerprint of the notebook's name and all values
-    row:str=""  # row of `cells`, where there is one
+
+    name: str  # row of `cells` and point of `grid`, e.g. "no kl seed=1"
+    given: dict  # what the row and the point set, as text
+    values: dict  # all parameters of the notebook, without the run folder
+    key: str  # fingerprint of the notebook's name and all values
+    row: str = ""  # row of `cells`, where there is one
+
 
 def points_of(
-    grid:dict, # of `read_grid`
-)->list: # tuples (row, name of the cell, what it sets: name -> node)
+    grid: dict,  # of `read_grid`
+) -> list:  # tuples (row, name of the cell, what it sets: name -> node)
     "Every row of `cells` with every point of `grid`."
     axes = grid["grid"]
     points = [dict(zip(axes, p)) for p in itertools.product(*(v.value for v in axes.values()))]
@@ -165,29 +196,34 @@ def points_of(
         found.append((row, name, point | grid["cells"].get(row, {})))
     return found
 
+
 def as_text(
-    node, # of `compose`
-)->str: # e.g. "0.001" for 1e-3; text stays as it is
+    node,  # of `compose`
+) -> str:  # e.g. "0.001" for 1e-3; text stays as it is
     "A value for the name of a cell."
     import yaml
-    try: value = cast(node)
-    except Misfit: return source_of(node) # it will be refused
-    if isinstance(value, str): return value
+
+    try:
+        value = cast(node)
+    except Misfit:
+        return source_of(node)  # it will be refused
+    if isinstance(value, str):
+        return value
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 # %% ../../nbs/command/grid.ipynb #85ea998b
 def expand(
-    path,           # the grid file
-    given:list=(),  # pairs (name, text) of the command line, for every cell
-    scale:str=None, # one of its scales
-)->tuple: # (the notebook, list of `Cell`)
+    path,  # the grid file
+    given: list = (),  # pairs (name, text) of the command line, for every cell
+    scale: str = None,  # one of its scales
+) -> tuple:  # (the notebook, list of `Cell`)
     """All cells of a grid, every parameter checked. Raises `InputError` before anything has been
     written."""
     grid = read_grid(path)
     name = grid["notebook"]
     is_path = name.endswith(".ipynb") or "/" in name
-    notebook = Path(path).parent/name if is_path else find_notebook(name)
+    notebook = Path(path).parent / name if is_path else find_notebook(name)
     parameters = read_experiment(notebook)
     if scale is not None and scale not in grid["scales"]:
         raise InputError(f"{path}: {unknown('scale', scale, grid['scales'])}")
@@ -200,74 +236,84 @@ def expand(
         values = check_values(f"{path}, cell {name[:80]!r}", notebook, parameters, layers)
         key = digest({"notebook": notebook.stem, **values})
         if key in cells:
-            raise InputError(f"{path}: cells {cells[key].name!r} and {name!r} have the same "
-                             "parameters. Remove one of them.")
+            raise InputError(
+                f"{path}: cells {cells[key].name!r} and {name!r} have the same "
+                "parameters. Remove one of them."
+            )
         cells[key] = Cell(name, {k: as_text(v) for k, v in own.items()}, values, key, row)
     return notebook, list(cells.values())
 
 # %% ../../nbs/command/grid.ipynb #0ff28207
 def check_given(
-    path,       # the grid file, for messages
-    given:list, # pairs (name, text) of the command line
-    grid:dict,  # of `read_grid`
+    path,  # the grid file, for messages
+    given: list,  # pairs (name, text) of the command line
+    grid: dict,  # of `read_grid`
 ):
     "Raise `InputError` for a parameter that the cells set themselves."
     theirs = [*grid["grid"], *itertools.chain(*grid["cells"].values())]
     for key, _ in given:
         both = clash(key, theirs)
         if both:
-            raise InputError(f"-p {key}: {path} sets {both!r} in its grid or cells, so this would "
-                             "not reach them. Change the file.")
+            raise InputError(
+                f"-p {key}: {path} sets {both!r} in its grid or cells, so this would "
+                "not reach them. Change the file."
+            )
 
 # %% ../../nbs/command/grid.ipynb #5cb437f4
 def choose(
-    path,          # the grid file, for messages
-    cells:list,    # of `Cell`
-    patterns:list, # of text, e.g. ["R00", "R1[0-7]*"]
-)->list: # of `Cell`, in the order of the grid
+    path,  # the grid file, for messages
+    cells: list,  # of `Cell`
+    patterns: list,  # of text, e.g. ["R00", "R1[0-7]*"]
+) -> list:  # of `Cell`, in the order of the grid
     """The cells that a pattern names, each once: by the name of the cell or its row, else by the
     first words of one. Raises `InputError` for a pattern that names none."""
     chosen = set()
     for p in patterns:
         found = named(cells, p, is_name) or named(cells, p, is_beginning)
         if not found:
-            raise InputError(f"--cells: {p!r} fits no cell of {path}. {near_names(p, cells)} Put "
-                             "patterns in quotes; --dry-run without --cells lists all cells.")
+            raise InputError(
+                f"--cells: {p!r} fits no cell of {path}. {near_names(p, cells)} Put "
+                "patterns in quotes; --dry-run without --cells lists all cells."
+            )
         chosen |= found
     return [c for c in cells if c.key in chosen]
 
+# %% ../../nbs/command/grid.ipynb #ce13d1a5
 def named(
-    cells:list,  # of `Cell`
-    pattern:str, # one pattern
-    test,        # `is_name` or `is_beginning`
-)->set: # keys of cells
+    cells: list,  # of `Cell`
+    pattern: str,  # one pattern
+    test,  # `is_name` or `is_beginning`
+) -> set:  # keys of cells
     "The cells of which the name or the row passes the test."
     return {c.key for c in cells if any(test(n, pattern) for n in (c.name, c.row) if n)}
 
+
 def is_name(
-    name:str,    # of a cell or row
-    pattern:str, # one pattern
-)->bool: # whether the pattern fits the whole name
+    name: str,  # of a cell or row
+    pattern: str,  # one pattern
+) -> bool:  # whether the pattern fits the whole name
     "With `==`, because the name `seeds=[0]` does not fit itself as a pattern."
     return name == pattern or fnmatchcase(name, pattern)
 
+
 def is_beginning(
-    name:str,    # of a cell or row
-    pattern:str, # one pattern
-)->bool: # whether the pattern fits the first words of the name
+    name: str,  # of a cell or row
+    pattern: str,  # one pattern
+) -> bool:  # whether the pattern fits the first words of the name
     "`R07` begins `R07 student alone`, and not `R071`."
     return name.startswith(f"{pattern} ") or fnmatchcase(name, f"{pattern} *")
 
 # %% ../../nbs/command/grid.ipynb #4e20000b
 def near_names(
-    pattern:str, # that fits no cell
-    cells:list,  # of `Cell`
-    most:int=5,  # names
-)->str: # a sentence
+    pattern: str,  # that fits no cell
+    cells: list,  # of `Cell`
+    most: int = 5,  # names
+) -> str:  # a sentence
     "The names like a pattern; where none is like it, the first of all."
     rows = [c.row or c.name for c in cells]
     label = {name: name for name in [*(c.name for c in cells), *rows]}
-    for name in rows: label.setdefault(name.split()[0], name)
+    for name in rows:
+        label.setdefault(name.split()[0], name)
     near = difflib.get_close_matches(re.sub("[*?]", "", pattern), label, n=most)
     shown = list(dict.fromkeys(label[n] for n in near) or dict.fromkeys(rows))[:most]
     return f"{'Near names' if near else 'The first names'}: {', '.join(map(repr, shown))}."

@@ -9,7 +9,11 @@ __all__ = ['LOCK', 'KERNEL_LOG', 'MAY_WRITE', 'places', 'known_files', 'find_not
            'need']
 
 # %% ../../nbs/command/notebook.ipynb #4e1e0004
-import contextlib, json, os, re, sys
+import contextlib
+import json
+import os
+import re
+import sys
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,113 +21,148 @@ from pathlib import Path
 from .parameters import read_cell, read_experiment, read_layer, resolve
 from .talk import of_the_system, say
 from .values import is_text
-from ..core import (OLD, PART, InputError, clear_parts, digest, given, hold, read_json,
-                              unknown, watched, write_json)
+from unpaired_kd.core import (
+    OLD,
+    PART,
+    InputError,
+    clear_parts,
+    digest,
+    given,
+    hold,
+    read_json,
+    unknown,
+    watched,
+    write_json,
+)
 from ..study.joined import equal, is_study
 
 # %% ../../nbs/command/notebook.ipynb #1c06b993
-def places()->list: # folders, there or not; the first counts most
+def places() -> list:  # folders, there or not; the first counts most
     "Where experiments lie: in the current folder, in a checkout, in the installed package."
     home = Path(str(files("unpaired_kd")))
-    return [Path("nbs/experiments"), home.parent/"nbs/experiments", home/"experiments"]
+    return [Path("nbs/experiments"), home.parent / "nbs/experiments", home / "experiments"]
+
 
 def known_files(
-    ending:str, # e.g. ".ipynb"
-)->dict: # name without the ending -> path
+    ending: str,  # e.g. ".ipynb"
+) -> dict:  # name without the ending -> path
     "The files of all `places`; of two with one name, the one that counts most."
     return {p.stem: p for place in places()[::-1] for p in sorted(place.glob(f"*{ending}"))}
 
+
 def find_notebook(
-    name:str, # path of a notebook, or the name of an experiment
-)->Path: # where it is
+    name: str,  # path of a notebook, or the name of an experiment
+) -> Path:  # where it is
     """An experiment by name (`lotus`), or any notebook by its path. Raises `InputError` with the
     known names."""
-    if name.endswith(".ipynb") or "/" in name: return Path(name)
+    if name.endswith(".ipynb") or "/" in name:
+        return Path(name)
     known = known_files(".ipynb")
-    if name in known: return known[name]
+    if name in known:
+        return known[name]
     raise InputError(unknown("experiment", name, known) + " Or give the path of a notebook.")
 
+# %% ../../nbs/command/notebook.ipynb #4ae35230
 def check_notebook(
-    path, # a notebook
+    path,  # a notebook
 ):
     "Raise `InputError` for a notebook that papermill could not read."
     from nbformat import ValidationError, validate
     from papermill.iorw import load_notebook_node
-    try: validate(load_notebook_node(str(path)))
+
+    try:
+        validate(load_notebook_node(str(path)))
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as e:
         why = str(e).strip().split("\n")[0][:200]
-        raise InputError(f"{path} is not a valid notebook ({why}). Open it in JupyterLab and save "
-                         "it again.") from e
+        raise InputError(
+            f"{path} is not a valid notebook ({why}). Open it in JupyterLab and save it again."
+        ) from e
 
 # %% ../../nbs/command/notebook.ipynb #2c15aa65
-LOCK = ".ukd.lock" # of `hold`
+LOCK = ".ukd.lock"  # of `hold`
 
-KERNEL_LOG = "kernel.log" # what a kernel says that is not for the notebook
+KERNEL_LOG = "kernel.log"  # what a kernel says that is not for the notebook
 
 MAY_WRITE = "Choose a folder that you may write to."
 
+
 def run_name(
-    path,        # the notebook
-    values:dict, # all its parameters
-)->str: # e.g. "runs/lotus-3f9c21a0b7de"
+    path,  # the notebook
+    values: dict,  # all its parameters
+) -> str:  # e.g. "runs/lotus-3f9c21a0b7de"
     "The default run folder: the notebook's name and a fingerprint of the parameters."
     return f"runs/{Path(path).stem}-{digest(values)}"
 
+
 def differences(
-    folder,      # a run folder
-    asked:dict,  # the record of this run
-): # list of lines, empty if the folder's record is the same; None if it has no record
+    folder,  # a run folder
+    asked: dict,  # the record of this run
+):  # list of lines, empty if the folder's record is the same; None if it has no record
     """Where the record of an earlier run in this folder differs. Raises `InputError` for the record
     of another program."""
-    path = Path(folder)/"parameters.json"
-    if not given(path): return None
+    path = Path(folder) / "parameters.json"
+    if not given(path):
+        return None
     before = read_json(path)
     now = json.loads(json.dumps(asked))
-    kinds = {"notebook", "sweep"} # a run's record has the one, a sweep's the other
+    kinds = {"notebook", "sweep"}  # a run's record has the one, a sweep's the other
     if not isinstance(before, dict) or kinds & before.keys() != kinds & now.keys():
         raise InputError(f"--out: {path} is not the record of such a run. Choose another folder.")
-    return [f"  {k}: {before.get(k, 'absent')!r} there, {now.get(k, 'absent')!r} now"
-            for k in sorted(before.keys() | now.keys()) if not equal(before.get(k), now.get(k))]
+    return [
+        f"  {k}: {before.get(k, 'absent')!r} there, {now.get(k, 'absent')!r} now"
+        for k in sorted(before.keys() | now.keys())
+        if not equal(before.get(k), now.get(k))
+    ]
 
 # %% ../../nbs/command/notebook.ipynb #90728962
 def was_refused(
-    folder:Path, # a run folder
-    names:list,  # of what lies in it
-)->bool: # whether a notebook found its parameters bad before it had made anything
+    folder: Path,  # a run folder
+    names: list,  # of what lies in it
+) -> bool:  # whether a notebook found its parameters bad before it had made anything
     """Then a corrected command may take the folder: nothing is lost. The error of the notebook
     says so."""
-    if set(names) - {LOCK, KERNEL_LOG} != {"parameters.json", "notebook.ipynb"}: return False
-    try: cells = json.loads((folder/"notebook.ipynb").read_bytes())["cells"]
-    except (ValueError, KeyError, TypeError, OSError): return False
+    if set(names) - {LOCK, KERNEL_LOG} != {"parameters.json", "notebook.ipynb"}:
+        return False
+    try:
+        cells = json.loads((folder / "notebook.ipynb").read_bytes())["cells"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
     outputs = [o for c in cells for o in c.get("outputs", [])]
     return "InputError" in [o.get("ename") for o in outputs]
 
 # %% ../../nbs/command/notebook.ipynb #4e1e000b
 def check_place(
-    folder:Path, # a run folder, there or to be made
-    asked:dict,  # see `claim`
-    extend:bool, # see `claim`
+    folder: Path,  # a run folder, there or to be made
+    asked: dict,  # see `claim`
+    extend: bool,  # see `claim`
 ):
     "Raise `InputError` for a folder that this run must not take. Writes nothing."
     names = names_in(folder)
-    if was_refused(folder, names): return
+    if was_refused(folder, names):
+        return
     strangers = [n for n in names if n != LOCK and not n.startswith((PART, OLD))]
     if strangers and "parameters.json" not in names and not is_study(folder):
-        raise InputError(f"--out: {folder} is not empty and holds no run ({strangers[0]} lies "
-                         "there). Choose a new folder.")
+        raise InputError(
+            f"--out: {folder} is not empty and holds no run ({strangers[0]} lies "
+            "there). Choose a new folder."
+        )
     differ = differences(folder, asked)
     if differ and not extend:
         listed = "\n".join(differ)
-        raise InputError(f"--out: {folder} was made with other parameters:\n{listed}\nChoose "
-                         "another folder, or --extend to add to this one (say, more seeds).")
+        raise InputError(
+            f"--out: {folder} was made with other parameters:\n{listed}\nChoose "
+            "another folder, or --extend to add to this one (say, more seeds)."
+        )
+
 
 def names_in(
-    folder:Path, # a run folder, there or to be made
-)->list: # sorted names of what lies in it
+    folder: Path,  # a run folder, there or to be made
+) -> list:  # sorted names of what lies in it
     "Raises `InputError` for what is no folder, or cannot be the name of one."
     if not is_text(str(folder)) or "\0" in str(folder):
         raise InputError(f"--out: {str(folder)!r} is no name in UTF-8. Choose another one.")
-    if not folder.exists(): return []
+    if not folder.exists():
+        return []
     if not folder.is_dir():
         raise InputError(f"--out: cannot write to {folder}: it is a file. Choose a folder.")
     return sorted(p.name for p in folder.iterdir())
@@ -131,56 +170,66 @@ def names_in(
 # %% ../../nbs/command/notebook.ipynb #9072896b
 @contextlib.contextmanager
 def claim(
-    folder,       # the run folder; made if it is not there
-    asked:dict,   # what this run is: notebook and parameters
-    extend:bool=False, # allow another record than the folder's
+    folder,  # the run folder; made if it is not there
+    asked: dict,  # what this run is: notebook and parameters
+    extend: bool = False,  # allow another record than the folder's
 ):
     """Hold a run folder while a notebook runs. Raises `InputError` if it cannot be written, is in
     use, or belongs to another run."""
     folder = Path(folder)
-    try: check_place(folder, asked, extend)
+    try:
+        check_place(folder, asked, extend)
     except OSError as e:
         raise InputError(f"--out: cannot write to {folder}: {e.strerror}. {MAY_WRITE}") from e
     make_folder(folder)
     with hold(folder, "--out: another `ukd run`"):
-        clear_parts(folder) # of one that was killed
-        check_place(folder, asked, extend) # again: somebody else may have been faster
-        write_json(folder/"parameters.json", asked)
+        clear_parts(folder)  # of one that was killed
+        check_place(folder, asked, extend)  # again: somebody else may have been faster
+        write_json(folder / "parameters.json", asked)
         yield folder
 
+
 def make_folder(
-    folder:Path, # to be made, with those above it
+    folder: Path,  # to be made, with those above it
 ):
     "Make a folder. Raises `InputError` if that cannot be; then nothing has been made."
     missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
-    try: folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         for p in missing:
-            with contextlib.suppress(OSError): p.rmdir()
+            with contextlib.suppress(OSError):
+                p.rmdir()
         raise InputError(f"--out: cannot write to {folder}: {e.strerror}. {MAY_WRITE}") from e
 
 # %% ../../nbs/command/notebook.ipynb #e6700fc9
 def own_kernel(
-    log=None, # open file for what the kernel itself complains about (default: our standard error)
-): # a class for nbclient
+    log=None,  # open file for what the kernel itself complains about (default: our standard error)
+):  # a class for nbclient
     "A kernel manager that starts the Python we are running in, whatever kernels are installed."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class OwnKernel(AsyncKernelManager):
         "Starts `sys.executable`."
+
         @property
         def kernel_spec(self):
             "The command that starts the kernel."
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=command, env={"PYTHONUTF8": "1"}, display_name="python3",
-                              language="python")
-        async def start_kernel(self,
-            **options, # of the kernel manager
+            return KernelSpec(
+                argv=command, env={"PYTHONUTF8": "1"}, display_name="python3", language="python"
+            )
+
+        async def start_kernel(
+            self,
+            **options,  # of the kernel manager
         ):
             "As usual, but a kernel that cannot start shows its traceback in the log."
-            if log: options["stderr"] = log
+            if log:
+                options["stderr"] = log
             return await super().start_kernel(**options)
+
     return OwnKernel
 
 # %% ../../nbs/command/notebook.ipynb #4e1e000d
@@ -192,89 +241,111 @@ def own_translator():
 
     class Exact(PythonTranslator):
         "Parameters by Python's parser, and Python source of plain data."
+
         @classmethod
         def inspect(cls, parameters_cell):
             "The parameters of a cell."
             found = read_cell("the notebook", parameters_cell["source"]).values()
             return [Seen(p.name, p.type, repr(p.default), p.help) for p in found]
+
         @classmethod
         def translate_dict(cls, val):
             "A dict whose keys keep their type."
             pairs = [f"{cls.translate(k)}: {cls.translate(v)}" for k, v in val.items()]
             return "{" + ", ".join(pairs) + "}"
+
     before = papermill_translators.find_translator("python3", "python")
     papermill_translators.register("python3", Exact)
-    try: yield
-    finally: papermill_translators.register("python3", before)
+    try:
+        yield
+    finally:
+        papermill_translators.register("python3", before)
 
 # %% ../../nbs/command/notebook.ipynb #5ee73281
 @contextlib.contextmanager
 def kernel_log(
-    folder, # a run folder
+    folder,  # a run folder
 ):
     """A file for what the kernel says outside of cells, kept if it says something; with
     `UKD_DEBUG=1` none."""
-    path = Path(folder)/KERNEL_LOG
+    path = Path(folder) / KERNEL_LOG
     if os.environ.get("UKD_DEBUG"):
         yield None
         return
     with open(path, "wb") as log:
-        try: yield log
+        try:
+            yield log
         finally:
             with contextlib.suppress(OSError):
-                if not path.stat().st_size: path.unlink()
+                if not path.stat().st_size:
+                    path.unlink()
 
+# %% ../../nbs/command/notebook.ipynb #5d2376f6
 def with_papermill(
-    path,        # the notebook
-    out,         # the notebook with its outputs
-    values:dict, # all its parameters, and the run folder
-    log=None,    # open file for what the kernel itself complains about
+    path,  # the notebook
+    out,  # the notebook with its outputs
+    values: dict,  # all its parameters, and the run folder
+    log=None,  # open file for what the kernel itself complains about
 ):
     "Hand over to papermill, in our Python."
     import papermill
+
     silence("traitlets", "asyncio")
-    braces = str.maketrans({"{": "{{", "}": "}}"}) # papermill would fill them in
+    braces = str.maketrans({"{": "{{", "}": "}}"})  # papermill would fill them in
     with own_translator():
         papermill.execute_notebook(
-            str(path).translate(braces), str(out).translate(braces), parameters=values,
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-            kernel_name="python3", language="python", kernel_manager_class=own_kernel(log),
-            extra_arguments=["--log-level=50"])
+            str(path).translate(braces),
+            str(out).translate(braces),
+            parameters=values,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=own_kernel(log),
+            extra_arguments=["--log-level=50"],
+        )
 
 # %% ../../nbs/command/notebook.ipynb #c4df668d
 def silence(
-    *names:str, # of loggers
+    *names: str,  # of loggers
 ):
     """Let libraries keep their remarks on kernels that end, also those they make as this process
     ends."""
     import logging
-    if os.environ.get("UKD_DEBUG"): return
-    for name in names: logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+    if os.environ.get("UKD_DEBUG"):
+        return
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 # %% ../../nbs/command/notebook.ipynb #5ee73290
 def execute(
-    path,        # the notebook
-    values:dict, # all its parameters
-    folder,      # its run folder, already claimed
-)->int: # 0, or 1 if a cell failed
+    path,  # the notebook
+    values: dict,  # all its parameters
+    folder,  # its run folder, already claimed
+) -> int:  # 0, or 1 if a cell failed
     "Run the notebook into `folder/notebook.ipynb`; what it prints appears at once."
     from papermill.exceptions import PapermillExecutionError
+
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1") # a debugger's remark
-    out = Path(folder)/"notebook.ipynb"
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's remark
+    out = Path(folder) / "notebook.ipynb"
     try:
         with kernel_log(folder) as log:
             with_papermill(path, out, values | {"run_folder": str(folder)}, log)
     except PapermillExecutionError as e:
         tell_failed_cell(path, out, e)
         return 1
-    except RuntimeError as e: # of nbclient and of the kernel manager, which say so
+    except RuntimeError as e:  # of nbclient and of the kernel manager, which say so
         if "ernel" not in str(e):
             raise
-        said = Path(folder)/KERNEL_LOG
-        say(f"ukd run: the kernel that runs {path} ended or did not start ({str(e).strip()}); see "
+        said = Path(folder) / KERNEL_LOG
+        say(
+            f"ukd run: the kernel that runs {path} ended or did not start ({str(e).strip()}); see "
             f"{said if said.exists() else out}. The same command continues; perhaps the memory was "
-            "full.")
+            "full."
+        )
         return 1
     except OSError as e:
         raise InputError(f"cannot run {path} into {out}: {of_the_system(e)}") from e
@@ -283,25 +354,28 @@ def execute(
 
 # %% ../../nbs/command/notebook.ipynb #f8b08c1e
 def tell_failed_cell(
-    path, # the notebook
+    path,  # the notebook
     out,  # the notebook with its outputs
-    e,    # what papermill raised
+    e,  # what papermill raised
 ):
     "Say what a cell has raised. Bad input needs no traceback, and a file no colours."
     trace = "\n".join(e.traceback)
-    if not watched(): trace = re.sub(r"\x1b\[[\d;]*m", "", trace)
+    if not watched():
+        trace = re.sub(r"\x1b\[[\d;]*m", "", trace)
     say(f"\n{e.evalue if e.ename == 'InputError' else trace}")
-    say(f"ukd run: {path} failed in cell [{e.exec_count}] with {e.ename}. "
-        f"The notebook up to there: {out}")
+    say(
+        f"ukd run: {path} failed in cell [{e.exec_count}] with {e.ename}. "
+        f"The notebook up to there: {out}"
+    )
 
 # %% ../../nbs/command/notebook.ipynb #951aef9e
 def run_notebook(
-    name:str,       # path of a notebook, or the name of an experiment
-    given:list=(),  # pairs (name, text) of parameters
-    out:str=None,   # run folder (default: `run_name`)
-    extend:bool=False, # allow other parameters than an existing folder's
-    layers:list=(), # files of parameters, later over earlier; `given` lies over all
-)->int: # 0: done, 1: a cell failed
+    name: str,  # path of a notebook, or the name of an experiment
+    given: list = (),  # pairs (name, text) of parameters
+    out: str = None,  # run folder (default: `run_name`)
+    extend: bool = False,  # allow other parameters than an existing folder's
+    layers: list = (),  # files of parameters, later over earlier; `given` lies over all
+) -> int:  # 0: done, 1: a cell failed
     """Check, claim, run. The same call again finds the same folder; what is finished there, the
     notebook skips."""
     path = find_notebook(name)
@@ -316,11 +390,13 @@ def run_notebook(
     with claim(folder, {"notebook": path.stem, **values}, extend) as folder:
         return execute(path, values, folder)
 
+
 def need(
-    *modules:str, # names of modules
+    *modules: str,  # names of modules
 ):
     "Raise `InputError` if a module of the extra `run` is missing."
     missing = [m for m in modules if find_spec(m) is None]
     if missing:
-        raise InputError(f"this command needs {', '.join(missing)}: "
-                         "pip install \"unpaired_kd[run]\".")
+        raise InputError(
+            f'this command needs {", ".join(missing)}: pip install "unpaired_kd[run]".'
+        )

@@ -8,41 +8,47 @@ __all__ = ['Parameter', 'table', 'comments', 'parameters_cell', 'is_tagged', 're
            'set_parameter', 'set_entry', 'entry_of', 'read_layer']
 
 # %% ../../nbs/command/parameters.ipynb #4e1b0004
-import ast, io, json, tokenize
+import ast
+import io
+import json
+import tokenize
 from dataclasses import dataclass
 
-from ..core import InputError, read_text, unknown
 from .values import Misfit, cast, cast_text, entries_of, read_tree, shown
+from ..core import InputError, read_text, unknown
 
 # %% ../../nbs/command/parameters.ipynb #9d9858e0
 @dataclass(frozen=True, eq=False)
 class Parameter:
     "One line of a parameters cell."
-    name:str       # the variable
-    type:str       # its annotation; without one, the type of its default
-    default:object # its value in the notebook
-    help:str       # the comment behind it
+
+    name: str  # the variable
+    type: str  # its annotation; without one, the type of its default
+    default: object  # its value in the notebook
+    help: str  # the comment behind it
+
 
 def table(
-    parameters:dict, # name -> `Parameter`
-)->str: # one line for each
+    parameters: dict,  # name -> `Parameter`
+) -> str:  # one line for each
     "Parameters as they stand in a notebook, comments in one column."
     lines = [f"{p.name}: {p.type} = {p.default!r}" for p in parameters.values()]
     width = min(60, max(map(len, lines), default=0))
     comments = [p.help for p in parameters.values()]
     return "\n".join(f"  {l:<{width}}  {c}".rstrip() for l, c in zip(lines, comments))
 
+
 def comments(
-    source:str, # Python source
-)->dict: # line number -> comment without its hash
+    source: str,  # Python source
+) -> dict:  # line number -> comment without its hash
     "The comments of a piece of code."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 # %% ../../nbs/command/parameters.ipynb #075a8457
 def parameters_cell(
-    path, # a notebook
-)->str: # the source of its one cell with the tag `parameters`
+    path,  # a notebook
+) -> str:  # the source of its one cell with the tag `parameters`
     """Find the parameters cell. Raises `InputError` if the notebook cannot be read, or has none or
     several."""
     text = read_text(path)
@@ -51,30 +57,35 @@ def parameters_cell(
         sources = ["".join(c["source"]) for c in tagged]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path} is not a notebook. Give a file that Jupyter has saved.") from e
-    if len(sources) == 1: return sources[0]
-    raise InputError(f"{path} has {len(sources)} cells tagged `parameters`; it needs exactly one. "
-                     "In JupyterLab: select the cell, then Property Inspector (the gears), "
-                     "Cell Tags, add `parameters`.")
+    if len(sources) == 1:
+        return sources[0]
+    raise InputError(
+        f"{path} has {len(sources)} cells tagged `parameters`; it needs exactly one. "
+        "In JupyterLab: select the cell, then Property Inspector (the gears), "
+        "Cell Tags, add `parameters`."
+    )
+
 
 def is_tagged(
-    cell:dict, # of a notebook
-)->bool: # whether it is code with the tag `parameters`
+    cell: dict,  # of a notebook
+) -> bool:  # whether it is code with the tag `parameters`
     "The cell that papermill looks for."
     tags = cell.get("metadata", {}).get("tags", [])
     return "parameters" in tags and cell["cell_type"] == "code"
 
 # %% ../../nbs/command/parameters.ipynb #e7eaacfd
 def read_parameters(
-    path, # a notebook
-)->dict: # name -> `Parameter`, in the order of the cell
+    path,  # a notebook
+) -> dict:  # name -> `Parameter`, in the order of the cell
     """The parameters of a notebook. Raises `InputError` for anything in the cell that is not
     `name: type = value  # comment`."""
     return read_cell(path, parameters_cell(path))
 
+
 def read_cell(
-    path,       # the notebook, for messages
-    source:str, # of its parameters cell
-)->dict: # name -> `Parameter`
+    path,  # the notebook, for messages
+    source: str,  # of its parameters cell
+) -> dict:  # name -> `Parameter`
     "The parameters of a cell. Raises `InputError` as `read_parameters`."
     try:
         tree = ast.parse(source)
@@ -83,12 +94,16 @@ def read_cell(
         raise InputError(f"{path}: the parameters cell is not valid Python: {e}.") from e
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): continue # docstring
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # docstring
         where = f"{path}, parameters cell, line {node.lineno}"
-        try: parameter = read_line(node, notes)
+        try:
+            parameter = read_line(node, notes)
         except (SyntaxError, ValueError, TypeError):
-            raise InputError(f"{where}: write `name: type = value  # comment` with a plain value; "
-                             "move all else to the next cell.") from None
+            raise InputError(
+                f"{where}: write `name: type = value  # comment` with a plain value; "
+                "move all else to the next cell."
+            ) from None
         if parameter.name in found:
             raise InputError(f"{where}: {parameter.name!r} stands there twice. Keep one of them.")
         found[parameter.name] = parameter
@@ -96,9 +111,9 @@ def read_cell(
 
 # %% ../../nbs/command/parameters.ipynb #4e1b0008
 def read_line(
-    node,       # a statement of the parameters cell
-    notes:dict, # line number -> comment
-)->Parameter: # what it says
+    node,  # a statement of the parameters cell
+    notes: dict,  # line number -> comment
+) -> Parameter:  # what it says
     "One line of a parameters cell. Raises `ValueError` or `TypeError` for any other statement."
     typed = isinstance(node, ast.AnnAssign)
     if not typed and not (isinstance(node, ast.Assign) and len(node.targets) == 1):
@@ -107,13 +122,14 @@ def read_line(
     if not isinstance(target, ast.Name):
         raise ValueError
     default = ast.literal_eval(node.value)
-    json.dumps(default) # only what a record can hold
+    json.dumps(default)  # only what a record can hold
     kind = annotation(node.annotation) if typed else type(default).__name__
     return Parameter(target.id, kind, default, notes.get(node.end_lineno, ""))
 
+
 def annotation(
-    node, # syntax tree of an annotation
-)->str: # its text
+    node,  # syntax tree of an annotation
+) -> str:  # its text
     "An annotation as we show it: without quotes, and names of `typing` as Python writes them now."
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         node = ast.parse(node.value, mode="eval").body
@@ -122,68 +138,85 @@ def annotation(
 # %% ../../nbs/command/parameters.ipynb #e7eaacf1
 class Modern(ast.NodeTransformer):
     "`typing.Optional[T]` becomes `T | None`, `Union` a bar, `List` and `Dict` small."
-    def visit_Attribute(self,
-        node, # e.g. typing.List
-    ): # the name alone
+
+    def visit_Attribute(
+        self,
+        node,  # e.g. typing.List
+    ):  # the name alone
         "Leave out the module `typing`."
         of_typing = ast.unparse(node.value) in ("typing", "t")
         return self.visit(ast.Name(node.attr)) if of_typing else node
-    def visit_Name(self,
-        node, # e.g. List
-    ): # its small form
+
+    def visit_Name(
+        self,
+        node,  # e.g. List
+    ):  # its small form
         "`List` and `Dict`."
         return ast.Name({"List": "list", "Dict": "dict"}.get(node.id, node.id))
-    def visit_Subscript(self,
-        node, # e.g. Optional[int]
-    ): # with a bar
+
+    def visit_Subscript(
+        self,
+        node,  # e.g. Optional[int]
+    ):  # with a bar
         "`Optional` and `Union`."
         self.generic_visit(node)
         name = ast.unparse(node.value)
         inner = node.slice
         kinds = list(inner.elts) if isinstance(inner, ast.Tuple) else [inner]
-        if name == "Optional": kinds.append(ast.Constant(None))
-        if name not in ("Optional", "Union"): return node
+        if name == "Optional":
+            kinds.append(ast.Constant(None))
+        if name not in ("Optional", "Union"):
+            return node
         return ast.parse(" | ".join(map(ast.unparse, kinds)), mode="eval").body
 
 # %% ../../nbs/command/parameters.ipynb #4e1b0009
 def read_experiment(
-    path, # a notebook
-)->dict: # name -> `Parameter`
+    path,  # a notebook
+) -> dict:  # name -> `Parameter`
     """The parameters of a notebook that can be run. Raises `InputError` for one without a run
     folder."""
     parameters = read_parameters(path)
-    if "run_folder" in parameters and parameters["run_folder"].type == "str": return parameters
-    raise InputError(f"{path}: the parameters cell must have the line `run_folder: str = \"\"  "
-                     "# where results go`, for --out to reach the notebook.")
+    if "run_folder" in parameters and parameters["run_folder"].type == "str":
+        return parameters
+    raise InputError(
+        f'{path}: the parameters cell must have the line `run_folder: str = ""  '
+        "# where results go`, for --out to reach the notebook."
+    )
 
 # %% ../../nbs/command/parameters.ipynb #4e1b000b
 def parse_value(
-    parameter:Parameter, # what is to be set
-    given,               # text as it was typed, or a node of a YAML file
-): # the value
+    parameter: Parameter,  # what is to be set
+    given,  # text as it was typed, or a node of a YAML file
+):  # the value
     "Text to value, by the parameter's annotation. Raises `InputError` if it does not fit."
     kind = ast.parse(parameter.type, mode="eval").body
-    try: return cast_text(given, kind) if isinstance(given, str) else cast(given, kind, strict=True)
+    try:
+        return cast_text(given, kind) if isinstance(given, str) else cast(given, kind, strict=True)
     except Misfit as e:
         example = "" if parameter.default is None else f", for example {parameter.default!r}"
-        raise InputError(f"parameter {parameter.name!r} takes {parameter.type}{example}; "
-                         f"{shown(given)} does not fit. {e}".rstrip()) from None
+        raise InputError(
+            f"parameter {parameter.name!r} takes {parameter.type}{example}; "
+            f"{shown(given)} does not fit. {e}".rstrip()
+        ) from None
 
 # %% ../../nbs/command/parameters.ipynb #d78afd60
 class Layer(list):
     "Pairs (name, node) of a file of parameters; a message about one begins with the file's name."
-    def __init__(self,
-        pairs,      # the pairs
-        source:str, # the file
+
+    def __init__(
+        self,
+        pairs,  # the pairs
+        source: str,  # the file
     ):
         super().__init__(pairs)
         self.source = source
 
+
 def resolve(
-    path,            # the notebook, for messages
-    parameters:dict, # its parameters (`read_parameters`)
-    *layers:list,    # pairs (name, text as typed or node of a YAML file), later over earlier ones
-)->dict: # name -> value, for all parameters
+    path,  # the notebook, for messages
+    parameters: dict,  # its parameters (`read_parameters`)
+    *layers: list,  # pairs (name, text as typed or node of a YAML file), later over earlier ones
+) -> dict:  # name -> value, for all parameters
     """Defaults, overlaid with what was given. Raises `InputError` for unknown names, names given
     twice in a layer, a dict that would undo an entry set before it, and values that do not fit."""
     values = {n: p.default for n, p in parameters.items()}
@@ -193,7 +226,8 @@ def resolve(
         names = [name for name, _ in layer]
         check_names(names, before, where)
         for name, given in layer:
-            try: set_parameter(parameters, values, name, given)
+            try:
+                set_parameter(parameters, values, name, given)
             except InputError as e:
                 known = f"Parameters of {path}:\n{table(parameters)}"
                 raise InputError(f"{where}{e}\n{known}") from None
@@ -202,9 +236,9 @@ def resolve(
 
 # %% ../../nbs/command/parameters.ipynb #b16400ea
 def check_names(
-    names:list,   # of parameters, perhaps with entries, as one layer gives them
-    before:list,  # those of the layers below it
-    where:str="", # what the message begins with
+    names: list,  # of parameters, perhaps with entries, as one layer gives them
+    before: list,  # those of the layers below it
+    where: str = "",  # what the message begins with
 ):
     """Raise `InputError` for a name that may not be given, that sets the same as another one, or
     that would undo what a lower layer has set."""
@@ -218,23 +252,27 @@ def check_names(
             raise InputError(f"{where}{other!r} and {name!r} set the same thing. Keep one of them.")
         lost = next((n for n in before if n.startswith(f"{name}.")), None)
         if lost:
-            raise InputError(f"{where}{name!r} would undo {lost!r}, which is set too. Keep one of "
-                             f"them, or set the entries of {name!r} one by one, as that one.")
+            raise InputError(
+                f"{where}{name!r} would undo {lost!r}, which is set too. Keep one of "
+                f"them, or set the entries of {name!r} one by one, as that one."
+            )
+
 
 def clash(
-    key:str, # parameter, e.g. `weights.kl`
+    key: str,  # parameter, e.g. `weights.kl`
     others,  # parameters that are set elsewhere
-)->str: # the first that clashes, or None
+) -> str:  # the first that clashes, or None
     "The one of `others` that sets the same parameter as `key`, wholly or in part."
     for other in others:
-        if f"{other}.".startswith(f"{key}.") or f"{key}.".startswith(f"{other}."): return other
+        if f"{other}.".startswith(f"{key}.") or f"{key}.".startswith(f"{other}."):
+            return other
 
 # %% ../../nbs/command/parameters.ipynb #d78afd61
 def set_parameter(
-    parameters:dict, # name -> `Parameter`
-    values:dict,     # name -> value; the new one goes here
-    name:str,        # of a parameter, or of an entry of it: `weights.kl`
-    given,           # text as typed, or a node of a YAML file
+    parameters: dict,  # name -> `Parameter`
+    values: dict,  # name -> value; the new one goes here
+    name: str,  # of a parameter, or of an entry of it: `weights.kl`
+    given,  # text as typed, or a node of a YAML file
 ):
     "Set one parameter, wholly or in part. Raises `InputError`."
     base, *entry = name.split(".")
@@ -242,24 +280,27 @@ def set_parameter(
         raise InputError(unknown("parameter", base, parameters))
     values[base] = set_entry(parameters[base], values[base], entry, given)
 
+# %% ../../nbs/command/parameters.ipynb #2c917bad
 def set_entry(
-    parameter:Parameter, # what is to be set, wholly or in part
-    value,               # its value as it is
-    entry:list,          # keys below it, from the outside in; empty: the whole value
-    given,               # text as typed, or a node of a YAML file
-): # the new value
+    parameter: Parameter,  # what is to be set, wholly or in part
+    value,  # its value as it is
+    entry: list,  # keys below it, from the outside in; empty: the whole value
+    given,  # text as typed, or a node of a YAML file
+):  # the new value
     "Text to value, for a parameter or one entry of a dict. Raises `InputError`."
-    if not entry: return parse_value(parameter, given)
+    if not entry:
+        return parse_value(parameter, given)
     if not isinstance(value, dict):
         whole = ".".join([parameter.name, *entry])
         raise InputError(f"parameter {parameter.name!r} is no dict: {whole} cannot be set.")
     key, *rest = entry
     return value | {key: set_entry(entry_of(parameter, key), value.get(key, {}), rest, given)}
 
+
 def entry_of(
-    parameter:Parameter, # a dict parameter
-    key:str,             # the key of one entry
-)->Parameter: # that entry
+    parameter: Parameter,  # a dict parameter
+    key: str,  # the key of one entry
+) -> Parameter:  # that entry
     """An entry of a dict, typed by the dict's annotation, else by its own default. Raises
     `InputError` for a key that is not there."""
     default = parameter.default if isinstance(parameter.default, dict) else {}
@@ -272,7 +313,7 @@ def entry_of(
 
 # %% ../../nbs/command/parameters.ipynb #4e1b000d
 def read_layer(
-    path, # a YAML file: `name: value` for each parameter that is to be set
-)->Layer: # its pairs
+    path,  # a YAML file: `name: value` for each parameter that is to be set
+) -> Layer:  # its pairs
     "The parameters of a file. Raises `InputError` for a file that holds anything else."
     return Layer(entries_of(str(path), read_tree(path, "file of parameters")).items(), str(path))

@@ -9,44 +9,60 @@ __all__ = ['OF_DATA', 'folders', 'folder_name', 'state', 'claim_patiently', 'wor
            'check_workers', 'check_folder', 'tell_failed']
 
 # %% ../../nbs/command/sweep.ipynb #7ae7b546
-import contextlib, json, os, re, subprocess, sys, time
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .grid import choose, expand, find_grid
 from .notebook import check_notebook, check_place, claim, execute, need
-from ..core import (InputError, cluster_client, cores, digest, end_with_parent, write_csv,
-                              write_json)
+from unpaired_kd.core import (
+    InputError,
+    cluster_client,
+    cores,
+    digest,
+    end_with_parent,
+    write_csv,
+    write_json,
+)
 from ..study.joined import data_of
 
 # %% ../../nbs/command/sweep.ipynb #e2847867
 def folders(
-    out,        # sweep folder
-    cells:list, # of `Cell`
-)->dict: # key -> run folder, there or to be made
+    out,  # sweep folder
+    cells: list,  # of `Cell`
+) -> dict:  # key -> run folder, there or to be made
     "The run folder of every cell."
     there = {p.name.rpartition("-")[2]: p for p in Path(out).glob("cells/*-*")}
-    return {c.key: there.get(c.key) or Path(out)/"cells"/folder_name(c) for c in cells}
+    return {c.key: there.get(c.key) or Path(out) / "cells" / folder_name(c) for c in cells}
+
 
 def folder_name(
-    cell, # a `Cell`
-)->str: # e.g. "no_kl_seed=1-3f9c21a0b7de"
+    cell,  # a `Cell`
+) -> str:  # e.g. "no_kl_seed=1-3f9c21a0b7de"
     "What of its name can be the name of a folder, and its fingerprint."
     return f"{re.sub(r'[^A-Za-z0-9_.+=-]+', '_', cell.name)[:60]}-{cell.key}"
 
+
 def state(
-    folder, # run folder of a cell
-)->str: # "done", "begun" or "to do"
+    folder,  # run folder of a cell
+) -> str:  # "done", "begun" or "to do"
     "How far a cell is."
-    if (Path(folder)/"done.json").exists(): return "done"
-    return "begun" if (Path(folder)/"parameters.json").exists() else "to do"
+    if (Path(folder) / "done.json").exists():
+        return "done"
+    return "begun" if (Path(folder) / "parameters.json").exists() else "to do"
 
 # %% ../../nbs/command/sweep.ipynb #c482e43d
 @contextlib.contextmanager
 def claim_patiently(
-    folder,     # folder to claim
-    record,     # what to write there, see `claim`
-    seconds=15, # longest wait, s
+    folder,  # folder to claim
+    record,  # what to write there, see `claim`
+    seconds=15,  # longest wait, s
 ):
     """`claim`, but wait a little for the last writer: a killed sweep's processes need a moment to
     notice."""
@@ -59,7 +75,7 @@ def claim_patiently(
             except InputError as e:
                 if "at work" not in str(e) or time.monotonic() > until:
                     raise
-                time.sleep(.5)
+                time.sleep(0.5)
         yield
 
 # %% ../../nbs/command/sweep.ipynb #1ca5043e
@@ -67,8 +83,9 @@ def work():
     "The life of a cell's process: read the job from standard input, run it, leave with its status."
     job = json.load(sys.stdin)
     end_with_parent(job["parent"])
-    to_parent = os.dup(2) # what is written there is told to the watcher
-    try: code = work_on(job)
+    to_parent = os.dup(2)  # what is written there is told to the watcher
+    try:
+        code = work_on(job)
     except InputError as e:
         os.write(to_parent, str(e).encode(errors="replace"))
         code = 2
@@ -76,100 +93,122 @@ def work():
     sys.stderr.flush()
     os._exit(code)
 
+
 def work_on(
-    job:dict, # see `run_cell`
-)->int: # exit status, as of `execute`
+    job: dict,  # see `run_cell`
+) -> int:  # exit status, as of `execute`
     "Claim the folder, run the notebook, read its rows, mark it done."
     folder = Path(job["folder"])
     start = time.time()
-    with claim_patiently(folder, job["record"]), open(folder/"log.txt", "wb") as log:
-        (folder/"done.json").unlink(missing_ok=True)
-        for descriptor in (1, 2): os.dup2(log.fileno(), descriptor) # also for the kernel
+    with claim_patiently(folder, job["record"]), open(folder / "log.txt", "wb") as log:
+        (folder / "done.json").unlink(missing_ok=True)
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)  # also for the kernel
         code = execute(job["notebook"], job["values"], folder)
-        if code: return code
-        if (folder/"metrics.csv").exists():
+        if code:
+            return code
+        if (folder / "metrics.csv").exists():
             from unpaired_kd.study.rows import load_rows
+
             load_rows(folder)
-        write_json(folder/"done.json", {"seconds": round(time.time() - start, 1)})
+        write_json(folder / "done.json", {"seconds": round(time.time() - start, 1)})
     return 0
 
 # %% ../../nbs/command/sweep.ipynb #af0875d6
 def run_cell(
-    job:dict, # notebook, values, record, folder, stop (paths absolute), directory: where we are
-)->dict: # state: done | failed | stopped; seconds; said: why, where there is something to say
+    job: dict,  # notebook, values, record, folder, stop (paths absolute), directory: where we are
+) -> dict:  # state: done | failed | stopped; seconds; said: why, where there is something to say
     "Run one cell in a process of its own, and wait for it."
     start = time.monotonic()
     stop = Path(job["stop"])
-    if stop.exists(): return answer("stopped", start)
+    if stop.exists():
+        return answer("stopped", start)
     child = start_cell(job)
     said = wait_for(child, json.dumps(job | {"parent": os.getpid()}).encode(), stop)
-    if child.returncode == 0: return answer("done", start)
-    if stop.exists(): return answer("stopped", start)
-    if child.returncode < 0: said = f"killed by signal {-child.returncode}"
+    if child.returncode == 0:
+        return answer("done", start)
+    if stop.exists():
+        return answer("stopped", start)
+    if child.returncode < 0:
+        said = f"killed by signal {-child.returncode}"
     return answer("failed", start, said)
 
+
 def answer(
-    state:str,   # done | failed | stopped
-    start:float, # by `time.monotonic`, s
-    said:str="", # why
-)->dict: # state, seconds, said
+    state: str,  # done | failed | stopped
+    start: float,  # by `time.monotonic`, s
+    said: str = "",  # why
+) -> dict:  # state, seconds, said
     "What `run_cell` gives."
     return dict(state=state, seconds=time.monotonic() - start, said=said)
 
 # %% ../../nbs/command/sweep.ipynb #fff43c37
 def start_cell(
-    job:dict, # see `run_cell`
-)->subprocess.Popen: # a process that waits for its job
+    job: dict,  # see `run_cell`
+) -> subprocess.Popen:  # a process that waits for its job
     "The process of a cell: this Python, one thread, text in UTF-8."
     line = "from unpaired_kd.command.sweep import work; work()"
-    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-                "PYTHONIOENCODING": "utf-8:replace"}
-    return subprocess.Popen([sys.executable, "-c", line], cwd=job["directory"],
-                            env=os.environ | settings, stdin=subprocess.PIPE,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONIOENCODING": "utf-8:replace",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", line],
+        cwd=job["directory"],
+        env=os.environ | settings,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
 
 def wait_for(
-    child,         # of `start_cell`
-    message:bytes, # its job
-    stop:Path,     # the stop file
-)->str: # what it said
+    child,  # of `start_cell`
+    message: bytes,  # its job
+    stop: Path,  # the stop file
+) -> str:  # what it said
     "Give a cell its job and wait for its end; ask it to end when the stop file is there."
     while True:
-        try: return child.communicate(message, timeout=.2)[1].decode(errors="replace").strip()
+        try:
+            return child.communicate(message, timeout=0.2)[1].decode(errors="replace").strip()
         except subprocess.TimeoutExpired:
-            message = None # sent once
-            if stop.exists(): child.terminate()
+            message = None  # sent once
+            if stop.exists():
+                child.terminate()
 
 # %% ../../nbs/command/sweep.ipynb #2891d971
 @contextlib.contextmanager
 def local(
-    workers, # cells at a time
+    workers,  # cells at a time
 ):
     """Yields a function that submits a job to a thread of this process, and one that gives results
     as they come."""
     with ThreadPoolExecutor(workers) as pool:
         yield lambda job: pool.submit(run_cell, job), as_completed
 
+
 @contextlib.contextmanager
 def cluster(
-    address:str, # of a Dask scheduler, e.g. "tcp://node7:8786"
+    address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
 ):
     "The same for a Dask cluster. `InputError` if nobody answers."
     client = cluster_client(address, "--scheduler")
     from dask import distributed
+
     with client, client.as_current():
         yield lambda job: client.submit(run_cell, job, pure=False), distributed.as_completed
 
 # %% ../../nbs/command/sweep.ipynb #e86c6cd4
 def run_cells(
-    jobs:dict, # key of a cell -> its job
-    names:dict, # key of a cell -> its name
-    place:tuple, # what `local(...)` or `cluster(...)` yields
-    stop:Path, # the stop file
-)->dict: # key -> answer of `run_cell`
+    jobs: dict,  # key of a cell -> its job
+    names: dict,  # key of a cell -> its name
+    place: tuple,  # what `local(...)` or `cluster(...)` yields
+    stop: Path,  # the stop file
+) -> dict:  # key -> answer of `run_cell`
     "Run all jobs, one line for each as it ends. When this is interrupted, the cells end first."
     submit, finishing = place
-    stop.unlink(missing_ok=True) # of a sweep that was interrupted
+    stop.unlink(missing_ok=True)  # of a sweep that was interrupted
     futures = {submit(job): key for key, job in jobs.items()}
     answers = {}
     try:
@@ -179,37 +218,45 @@ def run_cells(
             number = f"[{len(answers)}/{len(jobs)}]"
             print(f"{number} {names[key]}: {a['state']}, {a['seconds']:.1f} s", flush=True)
     except BaseException:
-        stop.touch() # the watchers see it
+        stop.touch()  # the watchers see it
         with contextlib.suppress(TimeoutError):
-            for _ in finishing(list(futures), timeout=20): pass
+            for _ in finishing(list(futures), timeout=20):
+                pass
         raise
     return answers
 
+# %% ../../nbs/command/sweep.ipynb #b7cabbca
 def answer_of(
-    future,   # of a cell that has ended
-    job:dict, # its job
-)->dict: # answer of `run_cell`
+    future,  # of a cell that has ended
+    job: dict,  # its job
+) -> dict:  # answer of `run_cell`
     """What a cell has answered. It has failed if its worker was lost, or left nothing that we can
     see."""
-    try: found = future.result()
+    try:
+        found = future.result()
     except Exception as e:
         return dict(state="failed", seconds=float("nan"), said=f"{type(e).__name__}: {e}")
-    if found["state"] != "done" or state(job["folder"]) == "done": return found
-    return found | dict(state="failed", said="the worker saw another file system: its results are "
-                        "not here. Workers of a cluster must see the same folders.")
+    if found["state"] != "done" or state(job["folder"]) == "done":
+        return found
+    return found | dict(
+        state="failed",
+        said="the worker saw another file system: its results are "
+        "not here. Workers of a cluster must see the same folders.",
+    )
 
 # %% ../../nbs/command/sweep.ipynb #d2bdd63b
 def varied(
-    cells:list, # of `Cell`
-)->list: # names of parameters
+    cells: list,  # of `Cell`
+) -> list:  # names of parameters
     "The parameters that are not the same in all cells."
     return [k for k in cells[0].values if len({digest(c.values[k]) for c in cells}) > 1]
 
+
 def tidy(
-    cells:list, # of `Cell`, those with results
-    rows:dict,  # key -> rows of that cell
-    names:list, # parameters to show
-)->list: # rows
+    cells: list,  # of `Cell`, those with results
+    rows: dict,  # key -> rows of that cell
+    names: list,  # parameters to show
+) -> list:  # rows
     "One row per row of every cell, which says where it comes from."
     title = {n: f"given_{n}" if is_contradicted(n, cells, rows) else n for n in names}
     found = []
@@ -218,65 +265,84 @@ def tidy(
         found += [first | r | {"cell": c.name} for r in rows[c.key]]
     return found
 
+
 def is_contradicted(
-    name:str,   # of a parameter
-    cells:list, # of `Cell`
-    rows:dict,  # key -> rows of that cell
-)->bool: # whether a row has a column of this name that says something else
+    name: str,  # of a parameter
+    cells: list,  # of `Cell`
+    rows: dict,  # key -> rows of that cell
+) -> bool:  # whether a row has a column of this name that says something else
     "`cell` is a column of the table itself."
-    return name == "cell" or any(r.get(name, c.values[name]) != c.values[name]
-                                 for c in cells for r in rows[c.key])
+    return name == "cell" or any(
+        r.get(name, c.values[name]) != c.values[name] for c in cells for r in rows[c.key]
+    )
+
 
 def as_field(
-    value, # of a parameter
-): # text, a number, a truth value or None
+    value,  # of a parameter
+):  # text, a number, a truth value or None
     "A value for one field of a table."
     return json.dumps(value) if isinstance(value, (dict, list)) else value
 
 # %% ../../nbs/command/sweep.ipynb #4e210004
-OF_DATA = ("data", "data_options", "teacher", "student", "classes", "zoom", "intensity",
-           "invert_student", "cells") # parameters that say which images
+OF_DATA = (
+    "data",
+    "data_options",
+    "teacher",
+    "student",
+    "classes",
+    "zoom",
+    "intensity",
+    "invert_student",
+    "cells",
+)  # parameters that say which images
+
 
 def check_same_data(
-    cells:list,  # of `Cell`
-    places:dict, # key -> run folder
+    cells: list,  # of `Cell`
+    places: dict,  # key -> run folder
 ):
     "Raise `InputError` if two cells that name the same data have seen other images or labels."
     first = {}
     for c in cells:
         data = data_of(places[c.key])
-        if not data: continue # not a study
+        if not data:
+            continue  # not a study
         other = first.setdefault(digest({k: c.values.get(k) for k in OF_DATA}), c)
         if data_of(places[other.key]) != data:
-            raise InputError(f"{places[other.key]} and {places[c.key]}: the data have changed "
-                             "between these two cells. Delete the folder of the one with the old "
-                             "data, and give the command again.")
+            raise InputError(
+                f"{places[other.key]} and {places[c.key]}: the data have changed "
+                "between these two cells. Delete the folder of the one with the old "
+                "data, and give the command again."
+            )
 
+# %% ../../nbs/command/sweep.ipynb #670f64d5
 def write_results(
-    out,        # sweep folder
-    cells:list, # all cells of the grid
-)->list: # the rows, also in results.csv
+    out,  # sweep folder
+    cells: list,  # all cells of the grid
+) -> list:  # the rows, also in results.csv
     "Gather what the finished cells have scored. Without any rows, no file."
     from unpaired_kd.study.rows import load_rows
+
     places = folders(out, cells)
     done = [c for c in cells if state(places[c.key]) == "done"]
-    have = [c for c in done if (places[c.key]/"metrics.csv").exists()]
+    have = [c for c in done if (places[c.key] / "metrics.csv").exists()]
     check_same_data(have, places)
     rows = tidy(have, {c.key: load_rows(places[c.key]) for c in have}, varied(cells))
-    if rows: write_csv(Path(out)/"results.csv", rows)
+    if rows:
+        write_csv(Path(out) / "results.csv", rows)
     return rows
 
 # %% ../../nbs/command/sweep.ipynb #a9e1e46b
 def run_sweep(
-    name:str,        # path of a grid file, or the name of a grid
-    given:list=(),   # pairs (name, text) of parameters for every cell
-    scale:str=None,  # one of the file's scales
-    out:str=None,    # sweep folder (default: runs/<name of the grid file>)
-    workers:int=None, # cells at a time (default: one a core)
-    scheduler:str=None, # address of a Dask scheduler, instead of workers here
-    dry_run:bool=False, # only list the cells
-    only:list=None, # patterns for names of cells or rows (`choose`; default: all cells)
-)->int: # 0: all done; 1: a cell failed
+    name: str,  # path of a grid file, or the name of a grid
+    given: list = (),  # pairs (name, text) of parameters for every cell
+    scale: str = None,  # one of the file's scales
+    out: str = None,  # sweep folder (default: runs/<name of the grid file>)
+    workers: int = None,  # cells at a time (default: one a core)
+    scheduler: str = None,  # address of a Dask scheduler, instead of workers here
+    dry_run: bool = False,  # only list the cells
+    only: list = None,  # patterns for names of cells or rows (`choose`; default: all cells)
+) -> int:  # 0: all done; 1: a cell failed
     """Check all cells, then run what is not done. The same call again continues. Raises
     `InputError` before anything has been written."""
     check_workers(workers, scheduler)
@@ -287,14 +353,16 @@ def run_sweep(
     check_folder(path, out)
     places = folders(out, cells)
     todo = [c for c in chosen if state(places[c.key]) != "done"]
-    if dry_run: print(list_cells(chosen, places))
+    if dry_run:
+        print(list_cells(chosen, places))
     part = "" if only is None else f"{len(chosen)} chosen, of these "
     done = len(chosen) - len(todo)
     print(f"{len(cells)} cells of {notebook}: {part}{done} done, {len(todo)} to do")
-    if dry_run: return 0
+    if dry_run:
+        return 0
     need("papermill", "ipykernel")
     check_notebook(notebook)
-    stop = out.resolve()/".stop"
+    stop = out.resolve() / ".stop"
     jobs = {c.key: job_of(c, notebook, places[c.key], stop) for c in todo}
     with place_for(len(todo), workers, scheduler) as place:
         answers = gather(path, out, cells, jobs, place, stop)
@@ -303,83 +371,101 @@ def run_sweep(
 
 # %% ../../nbs/command/sweep.ipynb #4e210005
 def list_cells(
-    cells:list,  # of `Cell`
-    places:dict, # key -> run folder
-)->str: # one line for each
+    cells: list,  # of `Cell`
+    places: dict,  # key -> run folder
+) -> str:  # one line for each
     "How far each cell is, its name and its folder."
     return "\n".join(f"{state(places[c.key]):<6} {c.name}  {places[c.key]}" for c in cells)
 
+
 def place_for(
-    number:int, # of cells to run
-    workers,    # cells at a time, or None
+    number: int,  # of cells to run
+    workers,  # cells at a time, or None
     scheduler,  # address of a Dask scheduler, or None
-): # a context: `cluster` or `local`
+):  # a context: `cluster` or `local`
     "Where the cells run. With nothing to do, nobody is called."
-    if scheduler and number: return cluster(scheduler)
+    if scheduler and number:
+        return cluster(scheduler)
     return local(min(workers or cores(), max(1, number)))
 
+
 def job_of(
-    cell,     # a `Cell`
-    notebook, # its notebook
-    folder,   # its run folder
-    stop,     # the stop file
-)->dict: # what `run_cell` takes; plain data, so that it can travel
+    cell,  # a `Cell`
+    notebook,  # its notebook
+    folder,  # its run folder
+    stop,  # the stop file
+) -> dict:  # what `run_cell` takes; plain data, so that it can travel
     "All that a process needs to know, with absolute paths."
     record = {"notebook": notebook.stem, **cell.values}
-    return dict(notebook=str(notebook.resolve()), values=cell.values, record=record,
-                folder=str(folder.resolve()), stop=str(stop), directory=os.getcwd())
+    return dict(
+        notebook=str(notebook.resolve()),
+        values=cell.values,
+        record=record,
+        folder=str(folder.resolve()),
+        stop=str(stop),
+        directory=os.getcwd(),
+    )
 
 # %% ../../nbs/command/sweep.ipynb #4cee856b
 def gather(
-    path,        # the grid file
-    out:Path,    # sweep folder
-    cells:list,  # all cells of the grid
-    jobs:dict,   # key of a cell -> its job
-    place:tuple, # what `local(...)` or `cluster(...)` yields
-    stop:Path,   # the stop file
-)->dict: # key -> answer of `run_cell`
+    path,  # the grid file
+    out: Path,  # sweep folder
+    cells: list,  # all cells of the grid
+    jobs: dict,  # key of a cell -> its job
+    place: tuple,  # what `local(...)` or `cluster(...)` yields
+    stop: Path,  # the stop file
+) -> dict:  # key -> answer of `run_cell`
     "Hold the sweep's folder while its cells run; write the table in any case."
     names = {c.key: c.name for c in cells}
     rows = []
     with claim(out, {"sweep": path.stem}, extend=True):
-        try: answers = run_cells(jobs, names, place, stop)
-        finally: rows = write_results(out, cells)
-    if rows: print(f"results: {out}/results.csv, {len(rows)} rows")
+        try:
+            answers = run_cells(jobs, names, place, stop)
+        finally:
+            rows = write_results(out, cells)
+    if rows:
+        print(f"results: {out}/results.csv, {len(rows)} rows")
     return answers
 
 # %% ../../nbs/command/sweep.ipynb #c70ce305
 def check_workers(
-    workers,   # `--workers`, or None
-    scheduler, # `--scheduler`, or None
+    workers,  # `--workers`, or None
+    scheduler,  # `--scheduler`, or None
 ):
     "Raise `InputError` for a number of processes that cannot be."
-    if workers is None: return
+    if workers is None:
+        return
     if scheduler:
         raise InputError("--workers: with --scheduler the cluster decides; leave it out.")
     if workers < 1:
         raise InputError(f"--workers {workers}: give 1 or more.")
 
+# %% ../../nbs/command/sweep.ipynb #4ac86b94
 def check_folder(
-    path,     # the grid file
-    out:Path, # folder of the sweep
+    path,  # the grid file
+    out: Path,  # folder of the sweep
 ):
     "Raise `InputError` for the folder of something else. Writes nothing."
-    if (out/"config.json").exists():
-        raise InputError(f"--out: {out} is the folder of a run, not of a sweep. Choose another "
-                         "folder.")
-    try: check_place(out, {"sweep": path.stem}, extend=True)
+    if (out / "config.json").exists():
+        raise InputError(
+            f"--out: {out} is the folder of a run, not of a sweep. Choose another folder."
+        )
+    try:
+        check_place(out, {"sweep": path.stem}, extend=True)
     except OSError as e:
         raise InputError(f"--out: cannot use {out}: {e.strerror}. Choose another folder.") from e
 
+
 def tell_failed(
-    failed:dict, # name -> (folder, answer of `run_cell`)
-)->int: # exit status
+    failed: dict,  # name -> (folder, answer of `run_cell`)
+) -> int:  # exit status
     "List the failed cells: the notebook that holds the error, or what was said instead."
     for name, (folder, answer) in failed.items():
-        kept = folder/"notebook.ipynb"
-        seen = kept if kept.exists() else folder/"log.txt"
+        kept = folder / "notebook.ipynb"
+        seen = kept if kept.exists() else folder / "log.txt"
         why = f" ({answer['said']})" if answer["said"] else ""
         print(f"failed: {name}: {seen}{why}", file=sys.stderr)
-    if not failed: return 0
+    if not failed:
+        return 0
     print(f"cells that failed: {len(failed)}. The same command tries them again.", file=sys.stderr)
     return 1

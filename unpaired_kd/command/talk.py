@@ -6,40 +6,55 @@
 __all__ = ['Talk', 'talking', 'fill_descriptors', 'say', 'of_the_system', 'has_folder', 'Stopped', 'stopped_by_signals']
 
 # %% ../../nbs/command/talk.ipynb #4e1f0004
-import contextlib, os, sys
+import contextlib
+import os
+import sys
 
 # %% ../../nbs/command/talk.ipynb #633c27df
 class Talk:
     "A text stream that cannot stop the work: what can no longer be written is dropped."
-    def __init__(self,
-        stream, # standard output or error; None: it is closed
+
+    def __init__(
+        self,
+        stream,  # standard output or error; None: it is closed
     ):
         self.stream = stream or open(os.devnull, "w")
-        self.fault = None # the error that ended it
+        self.fault = None  # the error that ended it
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace") # a terminal that has no ±
-    def __getattr__(self, name): return getattr(self.stream, name)
-    def write(self,
-        text:str, # to be said
-    )->int: # its length
+            stream.reconfigure(errors="replace")  # a terminal that has no ±
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(
+        self,
+        text: str,  # to be said
+    ) -> int:  # its length
         "Write text."
         self.do(self.stream.write, text)
         return len(text)
-    def writelines(self,
-        texts, # to be said
+
+    def writelines(
+        self,
+        texts,  # to be said
     ):
         "Write several texts."
-        for text in texts: self.write(text)
+        for text in texts:
+            self.write(text)
+
     def flush(self):
         "Send what was written."
         self.do(self.stream.flush)
-    def do(self,
-        method, # of the stream
+
+    def do(
+        self,
+        method,  # of the stream
         *args,  # for it
     ):
         "Do it, or let the stream lead nowhere from now on."
-        try: method(*args)
-        except (OSError, ValueError) as e: # ValueError: the stream was closed
+        try:
+            method(*args)
+        except (OSError, ValueError) as e:  # ValueError: the stream was closed
             self.fault = self.fault or e
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
@@ -51,65 +66,88 @@ def talking():
     before = sys.stdout, sys.stderr
     out = Talk(sys.stdout)
     error = Talk(sys.stderr)
-    sys.stdout, sys.stderr = out, error
-    try: yield out
+    sys.stdout = out
+    sys.stderr = error
+    try:
+        yield out
     finally:
-        for stream in (out, error): stream.flush()
+        for stream in (out, error):
+            stream.flush()
         sys.stdout, sys.stderr = before
+
 
 def fill_descriptors():
     """Let standard input, output and error lead nowhere where they are closed: a kernel cannot
     start without them."""
     for number in (0, 1, 2):
-        try: os.fstat(number)
-        except OSError: # the new one takes the lowest free number
+        try:
+            os.fstat(number)
+        except OSError:  # the new one takes the lowest free number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 # %% ../../nbs/command/talk.ipynb #5ee73291
 def say(
-    text:str, # one message
+    text: str,  # one message
 ):
     "Tell the user, on standard error; if nobody can hear it, go on."
-    with contextlib.suppress(OSError, ValueError): print(text, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
+
 
 def of_the_system(
-    e, # an OSError or MemoryError
-)->str: # a sentence
+    e,  # an OSError or MemoryError
+) -> str:  # a sentence
     "What the system refused, and for which file."
     if isinstance(e, MemoryError):
-        return ("the memory is full. Close other programs, or take smaller images, patches or "
-                "batches.")
+        return (
+            "the memory is full. Close other programs, or take smaller images, patches or batches."
+        )
     names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, (str, bytes))]
     if not names and not has_folder():
         return "the current folder is not there any more. Change to another one (cd)."
     return f"{' and '.join(names) or 'the system refused a file or device'}: {e.strerror or e}."
 
-def has_folder()->bool: # whether the current folder is there
+
+def has_folder() -> bool:  # whether the current folder is there
     "A folder can be deleted under a shell that stands in it."
-    try: os.getcwd()
-    except OSError: return False
+    try:
+        os.getcwd()
+    except OSError:
+        return False
     return True
 
 # %% ../../nbs/command/talk.ipynb #633c27dd
 class Stopped(KeyboardInterrupt):
     "A signal asked this process to end."
-    def __init__(self,
-        number:int, # of the signal
+
+    def __init__(
+        self,
+        number: int,  # of the signal
     ):
         super().__init__(number)
         self.number = number
+
 
 @contextlib.contextmanager
 def stopped_by_signals():
     """Within the block, SIGTERM (a queue, `timeout`) and SIGHUP (a closed terminal) end the command
     in order, as Ctrl-C does."""
-    import signal, threading
-    def stop(number, frame): raise Stopped(number)
+    import signal
+    import threading
+
+    def stop(number, frame):
+        raise Stopped(number)
+
     here = threading.current_thread() is threading.main_thread()
-    names = ("SIGTERM", "SIGHUP") if here else () # the system sends them to the main thread
+    names = ("SIGTERM", "SIGHUP") if here else ()  # the system sends them to the main thread
     numbers = [getattr(signal, n) for n in names if hasattr(signal, n)]
-    mine = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL] # `nohup` has set the other
-    for n in mine: signal.signal(n, stop)
-    try: yield
+    mine = [
+        n for n in numbers if signal.getsignal(n) == signal.SIG_DFL
+    ]  # `nohup` has set the other
+    for n in mine:
+        signal.signal(n, stop)
+    try:
+        yield
     finally:
-        for n in mine: signal.signal(n, signal.SIG_DFL)
+        for n in mine:
+            signal.signal(n, signal.SIG_DFL)

@@ -10,7 +10,10 @@ __all__ = ['LONGEST', 'DEEPEST', 'REPEATED', 'NULL', 'TRUTH', 'WHOLE', 'REAL', '
            'cast_key', 'cast_text', 'shown', 'source_of', 'read_tree', 'entries_of', 'is_null', 'is_text_node']
 
 # %% ../../nbs/command/values.ipynb #4e1a0004
-import ast, contextlib, math, re
+import ast
+import contextlib
+import math
+import re
 
 from ..core import InputError, read_text
 
@@ -18,17 +21,19 @@ from ..core import InputError, read_text
 class Misfit(TypeError):
     "A value that is not what its place asks for; the message, which may be empty, says why."
 
-LONGEST = 200_000 # characters of YAML
 
-DEEPEST = 50 # levels of brackets
+LONGEST = 200_000  # characters of YAML
 
-REPEATED = 10_000 # parts of a file that stand there through anchors alone
+DEEPEST = 50  # levels of brackets
+
+REPEATED = 10_000  # parts of a file that stand there through anchors alone
+
 
 def check_event(
-    event,        # one event of `yaml.parse`
-    depth:int,    # brackets that are open before it
-    anchors:bool, # whether anchors are allowed
-)->int: # brackets that are open after it
+    event,  # one event of `yaml.parse`
+    depth: int,  # brackets that are open before it
+    anchors: bool,  # whether anchors are allowed
+) -> int:  # brackets that are open after it
     "Raises `Misfit` for what plain data do not need: tags, deep nesting, broken characters."
     if getattr(event, "anchor", None) and not anchors:
         raise Misfit("Write values out; anchors (& and *) are not read here.")
@@ -42,21 +47,25 @@ def check_event(
         raise Misfit(f"It is nested more than {DEEPEST} deep.")
     return depth
 
+
 def is_text(
-    text:str, # any text
-)->bool: # whether it can be written as UTF-8
+    text: str,  # any text
+) -> bool:  # whether it can be written as UTF-8
     "False for text with lone surrogates, as bytes that are no UTF-8 become on a command line."
-    try: text.encode()
-    except UnicodeEncodeError: return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
     return True
 
 # %% ../../nbs/command/values.ipynb #71270a90
 def compose(
-    text:str, # YAML
-    anchors:bool=False, # whether a part may be named with & and repeated with *
-): # the tree of its nodes; scalars are as they were written
+    text: str,  # YAML
+    anchors: bool = False,  # whether a part may be named with & and repeated with *
+):  # the tree of its nodes; scalars are as they were written
     "The parts of a piece of YAML, none of them interpreted. Raises `Misfit`."
     import yaml
+
     if len(text) > LONGEST:
         raise Misfit(f"It is longer than {LONGEST} characters.")
     depth = 0
@@ -64,7 +73,8 @@ def compose(
         for event in yaml.parse(text, yaml.BaseLoader):
             depth = check_event(event, depth, anchors)
         tree = yaml.compose(text, yaml.BaseLoader) or yaml.ScalarNode("", "")
-        if anchors: check_repeats(tree)
+        if anchors:
+            check_repeats(tree)
         return tree
     except yaml.MarkedYAMLError as e:
         where = f" (line {e.problem_mark.line + 1})" if e.problem_mark else ""
@@ -74,7 +84,7 @@ def compose(
 
 # %% ../../nbs/command/values.ipynb #32bab6a3
 def check_repeats(
-    tree, # of `compose`
+    tree,  # of `compose`
 ):
     "Raise `Misfit` where anchors unfold a small file to a large one, or to one without an end."
     sizes = {}
@@ -82,17 +92,20 @@ def check_repeats(
     if whole - len(sizes) > REPEATED:
         raise Misfit(f"Its anchors repeat more than {REPEATED} parts. Write values out.")
 
+
 def unfold(
-    node,       # of `compose`
-    sizes:dict, # id of a node -> its size; None while it is being measured
-)->tuple: # (parts in it, levels below it), both as if written out
+    node,  # of `compose`
+    sizes: dict,  # id of a node -> its size; None while it is being measured
+) -> tuple:  # (parts in it, levels below it), both as if written out
     "The size of a node when its anchors are unfolded; each node is measured once."
     if sizes.get(id(node), "new") is None:
         raise Misfit("An anchor contains itself.")
-    if id(node) in sizes: return sizes[id(node)]
+    if id(node) in sizes:
+        return sizes[id(node)]
     sizes[id(node)] = None
     inner = node.value if node.id != "scalar" else []
-    if node.id == "mapping": inner = [part for pair in inner for part in pair]
+    if node.id == "mapping":
+        inner = [part for pair in inner for part in pair]
     below = [unfold(part, sizes) for part in inner]
     size = 1 + sum(s for s, _ in below)
     levels = 1 + max((d for _, d in below), default=0)
@@ -110,55 +123,69 @@ REAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?
 ODD = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 UNSURE = "YAML's versions differ on {!r}: write {}."
 
-CLEARLY = {"int": "a number like 1000 or -3", "float": "a number like 0.001 or 1e-3",
-           "bool": "true or false", "": "it in quotes if it is text, else in another way"}
+CLEARLY = {
+    "int": "a number like 1000 or -3",
+    "float": "a number like 0.001 or 1e-3",
+    "bool": "true or false",
+    "": "it in quotes if it is text, else in another way",
+}
+
 
 def read_plain(
-    text:str, # a scalar without quotes
-    kind:str="", # a key of `CLEARLY`: what its place takes
-): # None, bool, int, float or str
+    text: str,  # a scalar without quotes
+    kind: str = "",  # a key of `CLEARLY`: what its place takes
+):  # None, bool, int, float or str
     """A scalar by the core schema of YAML 1.2. Raises `Misfit` where YAML 1.1 reads another thing
     than text."""
-    if NULL.fullmatch(text): return None
-    if TRUTH.fullmatch(text): return text.lower() == "true"
-    if ODD.fullmatch(text): return float(text.lower().replace(".", ""))
-    if WHOLE.fullmatch(text): return read_whole(text)
-    if REAL.fullmatch(text): return read_real(text)
+    if NULL.fullmatch(text):
+        return None
+    if TRUTH.fullmatch(text):
+        return text.lower() == "true"
+    if ODD.fullmatch(text):
+        return float(text.lower().replace(".", ""))
+    if WHOLE.fullmatch(text):
+        return read_whole(text)
+    if REAL.fullmatch(text):
+        return read_real(text)
     if is_unsure(text):
         raise Misfit(UNSURE.format(text, CLEARLY[kind]))
     return text
 
 # %% ../../nbs/command/values.ipynb #4e1a0009
 def read_whole(
-    text:str, # that fits `WHOLE`
-)->int: # its value
+    text: str,  # that fits `WHOLE`
+) -> int:  # its value
     "A whole number, also octal or hexadecimal. Raises `Misfit` for one that Python does not read."
-    try: return int(text, 0)
+    try:
+        return int(text, 0)
     except ValueError:
         raise Misfit("It has too many digits.") from None
 
+
 def read_real(
-    text:str, # that fits `REAL`
-)->float: # its value
+    text: str,  # that fits `REAL`
+) -> float:  # its value
     "A finite number. Raises `Misfit` for one beyond the largest."
     value = float(text)
     if math.isinf(value):
         raise Misfit("It is too large.")
     return value
 
+
 def is_unsure(
-    text:str, # that is text by YAML 1.2
-)->bool: # whether YAML 1.1 reads something else
+    text: str,  # that is text by YAML 1.2
+) -> bool:  # whether YAML 1.1 reads something else
     "`off`, a date, a clock time, `1_000`, and numbers with a zero in front."
     from yaml import ScalarNode
     from yaml.resolver import Resolver
+
     old = Resolver().resolve(ScalarNode, text, (True, False))
     return not old.endswith(":str") or bool(re.fullmatch("[-+]?0[0-9]+", text))
 
 # %% ../../nbs/command/values.ipynb #992c16af
-ANY = ast.Name("object") # the annotation of a value of which nothing is known
+ANY = ast.Name("object")  # the annotation of a value of which nothing is known
 
-FREE = ("object", "Any", "NoneType") # NoneType: of a parameter that has no annotation and is None
+FREE = ("object", "Any", "NoneType")  # NoneType: of a parameter that has no annotation and is None
 
 PLAIN = (*FREE, "int", "float", "bool", "None", "str", "list", "dict")
 
@@ -166,110 +193,132 @@ NO_TYPE = "A parameter is int, float, str, bool, list, dict, or None; change it 
 
 SWITCH = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
+
 def cast(
-    node,              # of `compose`
-    kind=ANY,          # the annotation, as a syntax tree
-    strict:bool=False, # text that could be a number, say, must stand in quotes
-): # the value, as the annotation wants it
+    node,  # of `compose`
+    kind=ANY,  # the annotation, as a syntax tree
+    strict: bool = False,  # text that could be a number, say, must stand in quotes
+):  # the value, as the annotation wants it
     """Fit a node to an annotation made of int, float, str, bool, list, dict, None and bars. Raises
     `Misfit` if it does not fit."""
-    if len(sides(kind)) > 1: return cast_first(node, sides(kind), strict)
+    if len(sides(kind)) > 1:
+        return cast_first(node, sides(kind), strict)
     name, inner = parts_of(kind)
     if node.id == "sequence" and name in ("list", *FREE):
         return [cast(n, inner[0], strict) for n in node.value]
     if node.id == "mapping" and name in ("dict", *FREE):
         return cast_mapping(node, *inner[:2], strict)
-    if node.id == "scalar": return cast_scalar(node, name, strict)
+    if node.id == "scalar":
+        return cast_scalar(node, name, strict)
     raise Misfit
 
+
 def parts_of(
-    kind, # an annotation without bars, as a syntax tree
-)->tuple: # (its name, annotations of what it holds; `ANY` where it does not say)
+    kind,  # an annotation without bars, as a syntax tree
+) -> tuple:  # (its name, annotations of what it holds; `ANY` where it does not say)
     "`dict[str, int]` is `dict`, of `str` and `int`."
-    if not isinstance(kind, ast.Subscript): return ast.unparse(kind), [ANY, ANY]
+    if not isinstance(kind, ast.Subscript):
+        return ast.unparse(kind), [ANY, ANY]
     inner = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
     return ast.unparse(kind.value), [*inner, ANY, ANY]
 
 # %% ../../nbs/command/values.ipynb #80306f81
 def sides(
-    kind, # an annotation, as a syntax tree
-)->list: # its alternatives, `str` last: text is taken when nothing else fits
+    kind,  # an annotation, as a syntax tree
+) -> list:  # its alternatives, `str` last: text is taken when nothing else fits
     "The alternatives of an annotation with bars."
-    if not (isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.BitOr)): return [kind]
+    if not (isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.BitOr)):
+        return [kind]
     return sorted([*sides(kind.left), *sides(kind.right)], key=is_str)
 
+
 def is_str(
-    kind, # an annotation, as a syntax tree
-)->bool: # whether it is `str`
+    kind,  # an annotation, as a syntax tree
+) -> bool:  # whether it is `str`
     "Whether an annotation asks for text."
     return ast.unparse(kind) == "str"
 
+
 def cast_first(
-    node,        # of `compose`
-    kinds:list,  # annotations without bars
-    strict:bool, # see `cast`
-): # the value
+    node,  # of `compose`
+    kinds: list,  # annotations without bars
+    strict: bool,  # see `cast`
+):  # the value
     "Fit a node to the first annotation that admits it; else the last that says why it does not."
     refused = []
     for kind in kinds:
-        try: return cast(node, kind, strict)
-        except Misfit as e: refused.append(e)
+        try:
+            return cast(node, kind, strict)
+        except Misfit as e:
+            refused.append(e)
     raise next((e for e in reversed(refused) if str(e)), refused[-1])
 
 # %% ../../nbs/command/values.ipynb #992c16b0
 def cast_scalar(
-    node,        # of `compose`
-    name:str,    # of a type
-    strict:bool, # see `cast`
-): # the value
+    node,  # of `compose`
+    name: str,  # of a type
+    strict: bool,  # see `cast`
+):  # the value
     "Fit a scalar to a type. Raises `Misfit`."
     text = node.value
     quoted = node.style is not None
-    if name == "str": return text if quoted or not strict else clear_text(text)
-    if quoted and name in FREE: return text
+    if name == "str":
+        return text if quoted or not strict else clear_text(text)
+    if quoted and name in FREE:
+        return text
     if quoted:
         raise Misfit("Write it without quotes.")
-    if name in FREE: return cast_free(text)
+    if name in FREE:
+        return cast_free(text)
     if name not in PLAIN:
         raise Misfit(NO_TYPE)
-    if name == "None": return cast_none(text)
-    if name == "bool" and text.lower() in SWITCH: return SWITCH[text.lower()]
+    if name == "None":
+        return cast_none(text)
+    if name == "bool" and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
     return cast_number(text, name)
 
+
 def clear_text(
-    text:str, # a scalar without quotes
-)->str: # the same
+    text: str,  # a scalar without quotes
+) -> str:  # the same
     "Text that can be taken for nothing else; for any other, `Misfit`."
     with contextlib.suppress(Misfit):
-        if isinstance(read_plain(text), str): return text
+        if isinstance(read_plain(text), str):
+            return text
     raise Misfit("Write it in quotes.")
 
 # %% ../../nbs/command/values.ipynb #9b59d0a9
 def cast_free(
-    text:str, # a scalar without quotes
-): # None, bool, int, float or str
+    text: str,  # a scalar without quotes
+):  # None, bool, int, float or str
     "What the scalar is by itself. Raises `Misfit` for nothing at all."
     if not text:
         raise Misfit("A value is missing: write null, or '' for no text.")
     return read_plain(text)
 
+
 def cast_none(
-    text:str, # a scalar without quotes
-): # None
+    text: str,  # a scalar without quotes
+):  # None
     "Nothing, as YAML or Python writes it. Raises `Misfit` for anything else."
-    if text == "None" or text and NULL.fullmatch(text): return None
+    if text == "None" or text and NULL.fullmatch(text):
+        return None
     raise Misfit
 
+
 def cast_number(
-    text:str, # a scalar without quotes
-    name:str, # of a type; only int and float take a number
-): # int or float; for any other type `Misfit`
+    text: str,  # a scalar without quotes
+    name: str,  # of a type; only int and float take a number
+):  # int or float; for any other type `Misfit`
     "A number of the type that its place takes. NaN is none."
     value = read_plain(text, name if name in CLEARLY else "")
-    if name == "int" and type(value) is int: return value
+    if name == "int" and type(value) is int:
+        return value
     if name != "float" or type(value) not in (int, float):
         raise Misfit
-    try: real = float(value)
+    try:
+        real = float(value)
     except OverflowError:
         raise Misfit("It is too large.") from None
     if math.isnan(real):
@@ -278,13 +327,14 @@ def cast_number(
 
 # %% ../../nbs/command/values.ipynb #e201f740
 def cast_mapping(
-    node,        # of `compose`
-    key_kind,    # annotation of its keys
-    kind,        # annotation of its values
-    strict:bool, # see `cast`
-)->dict: # the value
+    node,  # of `compose`
+    key_kind,  # annotation of its keys
+    kind,  # annotation of its values
+    strict: bool,  # see `cast`
+) -> dict:  # the value
     "Fit a mapping to annotations. Keys are text or whole numbers, all of one kind, each once."
-    found, seen = {}, set()
+    found = {}
+    seen = set()
     for k, v in node.value:
         key = cast_key(k, key_kind, strict)
         if str(key) in seen:
@@ -295,15 +345,17 @@ def cast_mapping(
         raise Misfit("Its keys are text and numbers: write all in quotes.")
     return found
 
+
 NOT_MERGED = "Entries are not merged with << here. Write them out."
 
 TWICE = "(line {}) stands twice in one place. Keep one, or rename it."
 
+
 def cast_key(
-    node,        # of `compose`
-    kind,        # its annotation
-    strict:bool, # see `cast`
-): # int or str
+    node,  # of `compose`
+    kind,  # its annotation
+    strict: bool,  # see `cast`
+):  # int or str
     "The key of a mapping. Raises `Misfit`."
     if node.value == "<<" and node.style is None:
         raise Misfit(NOT_MERGED)
@@ -314,51 +366,58 @@ def cast_key(
 
 # %% ../../nbs/command/values.ipynb #628620b1
 def cast_text(
-    text:str, # as it was typed
-    kind,     # the annotation, as a syntax tree
-): # the value
+    text: str,  # as it was typed
+    kind,  # the annotation, as a syntax tree
+):  # the value
     """Fit text to an annotation. A `str` takes it as it is, in an alternative when nothing else
     fits."""
     if not is_text(text):
         raise Misfit("It holds a broken character: give text in UTF-8.")
     others = [k for k in sides(kind) if not is_str(k)]
     as_it_is = len(others) < len(sides(kind))
-    try: return cast_first(compose(text), others, False) if others else text
+    try:
+        return cast_first(compose(text), others, False) if others else text
     except Misfit:
-        if as_it_is: return text
+        if as_it_is:
+            return text
         raise
 
+
 def shown(
-    given,        # text, or a node of `compose`
-    most:int=80,  # characters
-)->str: # its source in quotes, cut
+    given,  # text, or a node of `compose`
+    most: int = 80,  # characters
+) -> str:  # its source in quotes, cut
     "What was given, for a message."
     text = given if isinstance(given, str) else source_of(given)
     return repr(text if len(text) <= most else text[:most] + "...")
 
+
 def source_of(
-    node, # of `compose`
-)->str: # the text from which it was read
+    node,  # of `compose`
+) -> str:  # the text from which it was read
     "How a node stands in its file."
     start = node.start_mark
-    return "" if start is None else start.buffer[start.pointer:node.end_mark.pointer].strip()
+    return "" if start is None else start.buffer[start.pointer : node.end_mark.pointer].strip()
 
 # %% ../../nbs/command/values.ipynb #4e1a000e
 def read_tree(
-    path,      # a YAML file
-    what:str,  # what it should be, for the message: "grid"
-): # the tree of its nodes
+    path,  # a YAML file
+    what: str,  # what it should be, for the message: "grid"
+):  # the tree of its nodes
     "A file as `compose` reads it, anchors allowed. Raises `InputError` with the file and the line."
-    try: return compose(read_text(path), anchors=True)
+    try:
+        return compose(read_text(path), anchors=True)
     except Misfit as e:
         raise InputError(f"{path} cannot be taken for a {what}. {e}") from None
 
+
 def entries_of(
-    where:str, # which part of which file, for the message
-    node,      # what was found there, or None
-)->dict: # key -> node
+    where: str,  # which part of which file, for the message
+    node,  # what was found there, or None
+) -> dict:  # key -> node
     "The entries of a mapping with text keys, each once; what is absent or null has none."
-    if node is None or is_null(node): return {}
+    if node is None or is_null(node):
+        return {}
     if node.id != "mapping":
         raise InputError(f"{where} must be a mapping, `{{name: value}}`, not {shown(node)}.")
     found = {}
@@ -374,17 +433,22 @@ def entries_of(
 
 # %% ../../nbs/command/values.ipynb #b3681ed7
 def is_null(
-    node, # of `compose`
-)->bool: # whether it says nothing
+    node,  # of `compose`
+) -> bool:  # whether it says nothing
     "An empty place, `null` or `~`."
     return node.id == "scalar" and node.style is None and NULL.fullmatch(node.value) is not None
 
+
 def is_text_node(
-    node, # of `compose`
-)->bool: # whether it is text beyond doubt
+    node,  # of `compose`
+) -> bool:  # whether it is text beyond doubt
     "Text in quotes, or text that is nothing else."
-    if node.id != "scalar": return False
-    if node.style is not None: return True
-    try: clear_text(node.value)
-    except Misfit: return False
+    if node.id != "scalar":
+        return False
+    if node.style is not None:
+        return True
+    try:
+        clear_text(node.value)
+    except Misfit:
+        return False
     return True

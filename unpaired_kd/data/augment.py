@@ -18,80 +18,103 @@ from ..core import InputError
 
 # %% ../../nbs/data/augment.ipynb #0c8b4a2c
 def affine(
-    flips:Tensor,    # (B,d) signs, +1 or -1, order depth, height, width
-    quarter:Tensor,  # (B,) quarter turns, 0..3
-    angle:Tensor,    # (B,) radians
-    log_scale:Tensor, # (B,) $s$
-    shift:Tensor,    # (B,d) share of each side
-    sides,           # the d sides, px
-)->Tensor: # (B,d,d+1) for `torch.nn.functional.affine_grid`
+    flips: Tensor,  # (B,d) signs, +1 or -1, order depth, height, width
+    quarter: Tensor,  # (B,) quarter turns, 0..3
+    angle: Tensor,  # (B,) radians
+    log_scale: Tensor,  # (B,) $s$
+    shift: Tensor,  # (B,d) share of each side
+    sides,  # the d sides, px
+) -> Tensor:  # (B,d,d+1) for `torch.nn.functional.affine_grid`
     "The matrices of a batch, from output to input, in torch's coordinates (last axis first)."
     B, d = flips.shape
-    exact = torch.tensor([1., 0., -1., 0.])
-    c, s = exact[quarter], exact[(quarter - 1) % 4]
+    exact = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    c = exact[quarter]
+    s = exact[(quarter - 1) % 4]
     c, s = c * angle.cos() - s * angle.sin(), s * angle.cos() + c * angle.sin()
     A = torch.eye(d).repeat(B, 1, 1)
-    A[:, 0, 0], A[:, 0, 1], A[:, 1, 0], A[:, 1, 1] = c, -s, s, c
+    A[:, 0, 0] = c
+    A[:, 0, 1] = -s
+    A[:, 1, 0] = s
+    A[:, 1, 1] = c
     A = log_scale.exp()[:, None, None] * A * flips.flip(1)[:, None]
     half = torch.tensor([float(n) for n in sides]).flip(0) / 2
     return torch.cat([A * half / half[:, None], 2 * shift.flip(1)[:, :, None]], 2)
 
 # %% ../../nbs/data/augment.ipynb #05e6db70
 def warp(
-    x:Tensor,    # (B,C,*s) floats, or (B,*s) whole numbers
-    grid:Tensor, # (B,*s,d) from `affine_grid`, on the device of x
-)->Tensor: # same shape and type as x
+    x: Tensor,  # (B,C,*s) floats, or (B,*s) whole numbers
+    grid: Tensor,  # (B,*s,d) from `affine_grid`, on the device of x
+) -> Tensor:  # same shape and type as x
     "Resample images linearly, label maps (whole numbers) by the nearest pixel; mirrored at the border."
-    if x.is_floating_point(): return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode="reflection", align_corners=False)
-    return F.grid_sample(x[:, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False)[:, 0].to(x.dtype)
+    if x.is_floating_point():
+        return F.grid_sample(
+            x, grid.to(x.dtype), mode="bilinear", padding_mode="reflection", align_corners=False
+        )
+    return F.grid_sample(
+        x[:, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False
+    )[:, 0].to(x.dtype)
 
 # %% ../../nbs/data/augment.ipynb #7c8f4ebe
 def blur(
-    x:Tensor,     # (B,C,*s)
-    sigma:Tensor, # (B,) standard deviations, px; 0 leaves an image as it is
-)->Tensor: # (B,C,*s)
+    x: Tensor,  # (B,C,*s)
+    sigma: Tensor,  # (B,) standard deviations, px; 0 leaves an image as it is
+) -> Tensor:  # (B,C,*s)
     "Gaussian blur with a width for each image."
     B, C, *s = x.shape
     reach = min(max(1, math.ceil(3 * float(sigma.max()))), min(s) - 1)
-    k = torch.arange(-reach, reach + 1.)
-    k = torch.exp(-.5 * (k / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    k = torch.arange(-reach, reach + 1.0)
+    k = torch.exp(-0.5 * (k / sigma.clamp(min=1e-3)[:, None]) ** 2)
     k = (k / k.sum(1, keepdim=True)).repeat_interleave(C, 0).to(x)
     x = x.reshape(1, B * C, *s)
     for axis in range(len(s)):
-        shape, pad = [1] * len(s), [0] * (2 * len(s))
-        shape[axis], pad[2 * (len(s) - 1 - axis)], pad[2 * (len(s) - 1 - axis) + 1] = 2 * reach + 1, reach, reach
+        shape = [1] * len(s)
+        pad = [0] * (2 * len(s))
+        shape[axis] = 2 * reach + 1
+        pad[2 * (len(s) - 1 - axis)] = reach
+        pad[2 * (len(s) - 1 - axis) + 1] = reach
         conv = F.conv2d if len(s) == 2 else F.conv3d
         x = conv(F.pad(x, pad, mode="reflect"), k.reshape(B * C, 1, *shape), groups=B * C)
     return x.reshape(B, C, *s)
 
 # %% ../../nbs/data/augment.ipynb #a89afbd5
 def class_pairs(
-    pairs, # sequence of pairs of class numbers, from code or from YAML; empty or 0: none
-)->tuple: # of tuples (a, b)
+    pairs,  # sequence of pairs of class numbers, from code or from YAML; empty or 0: none
+) -> tuple:  # of tuples (a, b)
     "Check pairs of classes. Raises `InputError` unless each holds two different class numbers and no class is in two pairs."
-    try: out = tuple((int(a), int(b)) for a, b in pairs or ())
-    except (TypeError, ValueError): raise InputError(f"swap={pairs!r}: give pairs of class numbers, e.g. ((2, 3),) to exchange classes 2 and 3.") from None
+    try:
+        out = tuple((int(a), int(b)) for a, b in pairs or ())
+    except (TypeError, ValueError):
+        raise InputError(
+            f"swap={pairs!r}: give pairs of class numbers, e.g. ((2, 3),) to exchange classes 2 and 3."
+        ) from None
     flat = [k for p in out for k in p]
-    if len(set(flat)) < len(flat) or min(flat, default=1) < 1: raise InputError(f"swap={pairs!r}: each pair needs two different classes from 1 on, and each class may be in one pair only.")
+    if len(set(flat)) < len(flat) or min(flat, default=1) < 1:
+        raise InputError(
+            f"swap={pairs!r}: each pair needs two different classes from 1 on, and each class may be in one pair only."
+        )
     return out
 
+# %% ../../nbs/data/augment.ipynb #80204875
 def swap_sides(
-    label:Tensor,      # (B,*s) whole numbers
-    pairs,             # pairs of classes to exchange
-    where:Tensor=None, # (B,) bool: in which images; None: in all
-)->Tensor: # (B,*s), same type
+    label: Tensor,  # (B,*s) whole numbers
+    pairs,  # pairs of classes to exchange
+    where: Tensor = None,  # (B,) bool: in which images; None: in all
+) -> Tensor:  # (B,*s), same type
     "Exchange classes in pairs. Doing it twice changes nothing. Raises `InputError` for pairs that are none."
     chosen = torch.ones(len(label), dtype=torch.bool) if where is None else where
-    chosen, out = chosen.to(label.device).reshape(-1, *[1] * (label.ndim - 1)), label.clone()
+    chosen = chosen.to(label.device).reshape(-1, *[1] * (label.ndim - 1))
+    out = label.clone()
     for a, b in class_pairs(pairs):
-        out[chosen & (label == a)], out[chosen & (label == b)] = b, a
+        out[chosen & (label == a)] = b
+        out[chosen & (label == b)] = a
     return out
 
+
 def mirrored(
-    a,        # an `Augment`
-    u:Tensor, # (B,19) uniform numbers
-    d:int,    # spatial axes
-)->Tensor: # (B,) bool
+    a,  # an `Augment`
+    u: Tensor,  # (B,19) uniform numbers
+    d: int,  # spatial axes
+) -> Tensor:  # (B,) bool
     "Which images of the batch come out as mirror images: those with an odd number of flipped axes."
     return (u[:, :d] < a.flip).sum(1) % 2 == 1
 
@@ -99,109 +122,152 @@ def mirrored(
 @dataclass(frozen=True)
 class Augment:
     """Random changes of a batch of images (B,C,*s) in [0,1] and of its label maps (B,*s), 2-D or 3-D. Call it with a CPU generator."""
-    flip:float = .5       # probability of mirroring, for each axis
-    rot90:bool = True     # turn by a random multiple of 90 degrees (180 if height and width differ)
-    rotate:float = 10.    # largest angle, degrees, in the plane of the last two axes
-    scale:float = .1      # largest change of size, logarithm (0.1: 10%)
-    shift:float = .05     # largest shift, share of each side
-    elastic:float = 0.    # largest displacement of a smooth random deformation, px
-    brightness:float = .1 # largest change added
-    contrast:float = .2   # largest change of contrast, logarithm, about the image's mean
-    gamma:float = .2      # largest change of the exponent, logarithm
-    noise:float = .02     # largest standard deviation of white noise, drawn for each channel; half of the images get none
-    blur:float = .6       # largest standard deviation of blur, px; half of the images get none
-    hue:float = 0.        # largest change of each colour, logarithm; only for images with 3 channels
-    swap:tuple = ()       # pairs of classes, e.g. ((2, 3),), that are exchanged in the labels of mirrored images: left and right organs
+
+    flip: float = 0.5  # probability of mirroring, for each axis
+    rot90: bool = True  # turn by a random multiple of 90 degrees (180 if height and width differ)
+    rotate: float = 10.0  # largest angle, degrees, in the plane of the last two axes
+    scale: float = 0.1  # largest change of size, logarithm (0.1: 10%)
+    shift: float = 0.05  # largest shift, share of each side
+    elastic: float = 0.0  # largest displacement of a smooth random deformation, px
+    brightness: float = 0.1  # largest change added
+    contrast: float = 0.2  # largest change of contrast, logarithm, about the image's mean
+    gamma: float = 0.2  # largest change of the exponent, logarithm
+    noise: float = 0.02  # largest standard deviation of white noise, drawn for each channel; half of the images get none
+    blur: float = 0.6  # largest standard deviation of blur, px; half of the images get none
+    hue: float = 0.0  # largest change of each colour, logarithm; only for images with 3 channels
+    swap: tuple = ()  # pairs of classes, e.g. ((2, 3),), that are exchanged in the labels of mirrored images: left and right organs
 
     def __post_init__(self):
         object.__setattr__(self, "swap", class_pairs(self.swap))
         for f in fields(self):
             v = getattr(self, f.name)
-            if f.name == "swap": continue
-            if not isinstance(v, (bool, int, float)) or not 0 <= v < math.inf: raise InputError(f"augmentation {f.name}={v!r}: give a number, 0 or larger (0 switches it off).")
-        if self.flip > 1: raise InputError(f"augmentation flip={self.flip} is a probability: give at most 1.")
+            if f.name == "swap":
+                continue
+            if not isinstance(v, (bool, int, float)) or not 0 <= v < math.inf:
+                raise InputError(
+                    f"augmentation {f.name}={v!r}: give a number, 0 or larger (0 switches it off)."
+                )
+        if self.flip > 1:
+            raise InputError(f"augmentation flip={self.flip} is a probability: give at most 1.")
 
     @property
-    def moves(self)->bool: # whether pixels move
+    def moves(self) -> bool:  # whether pixels move
         "Whether any change of geometry is on."
         return any((self.flip, self.rot90, self.rotate, self.scale, self.shift, self.elastic))
 
     @property
-    def recolours(self)->bool: # whether values change
+    def recolours(self) -> bool:  # whether values change
         "Whether any change of intensity is on."
         return any((self.brightness, self.contrast, self.gamma, self.noise, self.blur, self.hue))
 
 # %% ../../nbs/data/augment.ipynb #0d479e10
 @patch
-def __call__(self:Augment,
-    image:Tensor,              # (B,C,*s) float, in [0,1]
-    label:Tensor=None,         # (B,*s) whole numbers, or None
-    generator:torch.Generator=None, # CPU generator, see `core.torch_rng`
-)->tuple: # (image, label), same shapes and types, on the same device
+def __call__(
+    self: Augment,
+    image: Tensor,  # (B,C,*s) float, in [0,1]
+    label: Tensor = None,  # (B,*s) whole numbers, or None
+    generator: torch.Generator = None,  # CPU generator, see `core.torch_rng`
+) -> tuple:  # (image, label), same shapes and types, on the same device
     "A changed copy of a batch. Raises `InputError` when image and label do not fit."
     check_batch(image, label)
     u = torch.rand(len(image), 19, generator=generator)
     bends = torch.rand(len(image), image.ndim - 2, *[5] * (image.ndim - 2), generator=generator)
-    seed = int(torch.randint(2 ** 31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=generator))
     if self.moves:
         grid = draw_grid(self, image.shape, u, bends, image.device)
         image = warp(image, grid)
         label = None if label is None else warp(label, grid)
-    if self.swap and label is not None: label = swap_sides(label, self.swap, mirrored(self, u, image.ndim - 2))
-    if self.recolours: image = recolour(self, image, u, seed)
+    if self.swap and label is not None:
+        label = swap_sides(label, self.swap, mirrored(self, u, image.ndim - 2))
+    if self.recolours:
+        image = recolour(self, image, u, seed)
     return image, label
 
 # %% ../../nbs/data/augment.ipynb #eb7828a3
 def draw_grid(
-    a,            # an `Augment`
-    shape,        # of the images (B,C,*s)
-    u:Tensor,     # (B,19) uniform numbers
-    bends:Tensor, # (B,d,5,..) uniform numbers for the elastic field
-    device,       # where the grid is needed
-)->Tensor: # (B,*s,d)
+    a,  # an `Augment`
+    shape,  # of the images (B,C,*s)
+    u: Tensor,  # (B,19) uniform numbers
+    bends: Tensor,  # (B,d,5,..) uniform numbers for the elastic field
+    device,  # where the grid is needed
+) -> Tensor:  # (B,*s,d)
     "Where each output pixel reads: one affine map an image, plus an elastic field if asked for."
     B, _, *s = shape
-    d, w = len(s), 2 * u - 1
+    d = len(s)
+    w = 2 * u - 1
     flips = 1 - 2 * (u[:, :d] < a.flip).float()
     quarter = (u[:, 3] * 4).long().clamp(max=3) * bool(a.rot90)
-    if s[-1] != s[-2]: quarter = quarter // 2 * 2
-    m = affine(flips, quarter, w[:, 4] * math.radians(a.rotate), w[:, 5] * a.scale, w[:, 6:6 + d] * a.shift, s)
+    if s[-1] != s[-2]:
+        quarter = quarter // 2 * 2
+    m = affine(
+        flips,
+        quarter,
+        w[:, 4] * math.radians(a.rotate),
+        w[:, 5] * a.scale,
+        w[:, 6 : 6 + d] * a.shift,
+        s,
+    )
     out = F.affine_grid(m.to(device), list(shape), align_corners=False)
     if a.elastic:
         half = torch.tensor([float(n) for n in s]).flip(0).reshape(1, d, *[1] * d) / 2
         field = (a.elastic * (2 * bends - 1) / half).to(device)
-        out = out + F.interpolate(field, size=s, mode="bilinear" if d == 2 else "trilinear", align_corners=True).movedim(1, -1)
+        out = out + F.interpolate(
+            field, size=s, mode="bilinear" if d == 2 else "trilinear", align_corners=True
+        ).movedim(1, -1)
     return out
 
 # %% ../../nbs/data/augment.ipynb #6e6b1015
 def recolour(
-    a,        # an `Augment`
-    x:Tensor, # images (B,C,*s), in [0,1]
-    u:Tensor, # (B,19) uniform numbers
-    seed:int, # for the noise field
-)->Tensor: # (B,C,*s), in [0,1]
+    a,  # an `Augment`
+    x: Tensor,  # images (B,C,*s), in [0,1]
+    u: Tensor,  # (B,19) uniform numbers
+    seed: int,  # for the noise field
+) -> Tensor:  # (B,C,*s), in [0,1]
     "Change intensities, the same in all channels (but for noise and hue)."
     w = (2 * u - 1)[:, 9:]
-    each = lambda column: column.to(x).reshape(-1, *[1] * (x.ndim - 1))
-    if a.blur and (sigma := a.blur * w[:, 0].clamp(min=0)).max() > 0: x = blur(x, sigma)
+
+    def each(column):
+        return column.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+    if a.blur and (sigma := a.blur * w[:, 0].clamp(min=0)).max() > 0:
+        x = blur(x, sigma)
     if a.contrast:
         mean = x.mean(tuple(range(1, x.ndim)), keepdim=True)
         x = (x - mean) * each((a.contrast * w[:, 1]).exp()) + mean
-    if a.brightness: x = x + each(a.brightness * w[:, 2])
-    if a.hue and x.shape[1] == 3: x = x * (a.hue * w[:, 5:8]).exp().to(x).reshape(-1, 3, *[1] * (x.ndim - 2))
+    if a.brightness:
+        x = x + each(a.brightness * w[:, 2])
+    if a.hue and x.shape[1] == 3:
+        x = x * (a.hue * w[:, 5:8]).exp().to(x).reshape(-1, 3, *[1] * (x.ndim - 2))
     x = x.clamp(0, 1)
-    if a.gamma: x = x ** each((a.gamma * w[:, 3]).exp())
+    if a.gamma:
+        x = x ** each((a.gamma * w[:, 3]).exp())
     if a.noise:
-        field = torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device, dtype=x.dtype)
+        field = torch.randn(
+            x.shape,
+            generator=torch.Generator(x.device).manual_seed(seed),
+            device=x.device,
+            dtype=x.dtype,
+        )
         x = (x + field * each(a.noise * w[:, 4].clamp(min=0))).clamp(0, 1)
     return x
 
+# %% ../../nbs/data/augment.ipynb #37ead772
 def check_batch(
-    image:Tensor, # (B,C,*s)
-    label:Tensor, # (B,*s) or None
+    image: Tensor,  # (B,C,*s)
+    label: Tensor,  # (B,*s) or None
 ):
     "Raise `InputError` unless image and label are a batch in 2-D or 3-D."
-    if image.ndim not in (4, 5) or not image.is_floating_point(): raise InputError(f"augmentation needs float images (B,C,H,W) or (B,C,D,H,W), not {image.dtype} of shape {tuple(image.shape)}.")
-    if label is None: return
-    if label.is_floating_point(): raise InputError(f"augmentation needs labels of whole numbers, not {label.dtype}: they are moved by the nearest pixel.")
-    if label.shape != image.shape[:1] + image.shape[2:]: raise InputError(f"labels of shape {tuple(label.shape)} do not fit images of shape {tuple(image.shape)}: give (B,*s) for (B,C,*s).")
+    if image.ndim not in (4, 5) or not image.is_floating_point():
+        raise InputError(
+            f"augmentation needs float images (B,C,H,W) or (B,C,D,H,W), not {image.dtype} of shape {tuple(image.shape)}."
+        )
+    if label is None:
+        return
+    if label.is_floating_point():
+        raise InputError(
+            f"augmentation needs labels of whole numbers, not {label.dtype}: they are moved by the nearest pixel."
+        )
+    if label.shape != image.shape[:1] + image.shape[2:]:
+        raise InputError(
+            f"labels of shape {tuple(label.shape)} do not fit images of shape {tuple(image.shape)}: give (B,*s) for (B,C,*s)."
+        )

@@ -9,7 +9,10 @@ __all__ = ['PAINTS', 'SMALL', 'modalities_of', 'cases_of', 'form_in', 'plain_num
            'check_modality', 'not_used', 'draw']
 
 # %% ../../nbs/data/check.ipynb #863a3547
-import importlib, os, re, warnings
+import importlib
+import os
+import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,55 +21,78 @@ import numpy as np
 
 from ..core import InputError, atomic, progress, show_images, unknown, watched
 from .collections import PHANTOMS, Collection, checksum_faults, open_collection
-from .labels import MIXED, TWO, WHITE, label_map, numbers_in, spelled
-from .layouts import (IMAGE_DIRS, LABEL_DIRS, folder_cases, form_of, images_in,
-                                      lotus_cases, manifest_cases, sub_folder)
-from .splits import near_groups
 from .formats.files import array_hash, name_key, read_table, table_in
 from .formats.geometry import Spacing, usable
 from .formats.images import suffix_of
-from .intensity import to_unit
 from .formats.pictures import companions, visible
+from .intensity import to_unit
+from .labels import MIXED, TWO, WHITE, label_map, numbers_in, spelled
+from unpaired_kd.data.layouts import (
+    IMAGE_DIRS,
+    LABEL_DIRS,
+    folder_cases,
+    form_of,
+    images_in,
+    lotus_cases,
+    manifest_cases,
+    sub_folder,
+)
+from .splits import near_groups
 
 # %% ../../nbs/data/check.ipynb #10bd7318
-PAINTS = {"bone": "PAINT", "chest": "CHEST_PAINT", "vessels": "MICROSCOPES"} # tables of modalities
+PAINTS = {"bone": "PAINT", "chest": "CHEST_PAINT", "vessels": "MICROSCOPES"}  # tables of modalities
+
 
 def modalities_of(
-    data, # folder, or a phantom such as "phantom:bone"
-)->list: # names of the modalities; "." stands for the folder itself
+    data,  # folder, or a phantom such as "phantom:bone"
+) -> list:  # names of the modalities; "." stands for the folder itself
     "The modalities of a data set. `InputError` if there is none."
     if str(data).startswith("phantom:"):
         kind = str(data).split(":", 1)[1]
-        if kind not in PHANTOMS: raise InputError("data: " + unknown("phantom", kind, PHANTOMS))
+        if kind not in PHANTOMS:
+            raise InputError("data: " + unknown("phantom", kind, PHANTOMS))
         return list(getattr(importlib.import_module(PHANTOMS[kind]), PAINTS[kind]))
     folder = Path(data)
-    if not folder.is_dir(): raise InputError(f"{folder} is not a folder. Give a folder of images.")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder. Give a folder of images.")
     if table := table_in(folder, "manifest.csv"):
         rows = read_table(table, ("modality", "id", "image"))
         return sorted({r["modality"] for r in rows} - {""})
-    if sub_folder(folder, IMAGE_DIRS): return ["."]
+    if sub_folder(folder, IMAGE_DIRS):
+        return ["."]
     for p in visible(folder):
         if p.name.lower() in IMAGE_DIRS:
-            raise InputError(f"{p} should be the folder of the images, but it is none. Copy the "
-                             "data again (a link may have become a file), or remove it.")
-    beside = ("__MACOSX", *LABEL_DIRS) # what a Mac's zip holds besides, and labels
+            raise InputError(
+                f"{p} should be the folder of the images, but it is none. Copy the "
+                "data again (a link may have become a file), or remove it."
+            )
+    beside = ("__MACOSX", *LABEL_DIRS)  # what a Mac's zip holds besides, and labels
     inside = [p for p in visible(folder) if p.is_dir() and p.name not in beside]
-    usual = any(_holds_images(p) for p in inside) # beside them a picture is only a picture
-    try: here = images_in(folder)
-    except InputError: here = [] # one of its folders cannot be listed: that modality will say so
-    if here and not usual: return ["."]
-    if (folder/"imagesTr").is_dir(): form_of(folder, "imagesTr") # says what to do instead
+    usual = any(_holds_images(p) for p in inside)  # beside them a picture is only a picture
+    try:
+        here = images_in(folder)
+    except InputError:
+        here = []  # one of its folders cannot be listed: that modality will say so
+    if here and not usual:
+        return ["."]
+    if (folder / "imagesTr").is_dir():
+        form_of(folder, "imagesTr")  # says what to do instead
     found = [p.name for p in inside if _may_hold_images(p)]
     if not found:
-        raise InputError(f"{folder} holds no images: neither a manifest.csv, nor a folder for each "
-                         "modality with images/ (and labels/) in it.")
+        raise InputError(
+            f"{folder} holds no images: neither a manifest.csv, nor a folder for each "
+            "modality with images/ (and labels/) in it."
+        )
     return found
 
 # %% ../../nbs/data/check.ipynb #944daaae
 def _may_hold_images(folder):
     "Whether it is a modality; one that cannot be looked at may be: reading it says what is wrong."
-    try: return bool(images_in(folder)) or _holds_images(folder)
-    except InputError: return True
+    try:
+        return bool(images_in(folder)) or _holds_images(folder)
+    except InputError:
+        return True
+
 
 def _holds_images(folder):
     "Whether a folder of the usual name lies anywhere below."
@@ -74,56 +100,70 @@ def _holds_images(folder):
 
 # %% ../../nbs/data/check.ipynb #8633b78c
 def cases_of(
-    data,         # folder or phantom
-    modality:str, # of `modalities_of`
-    group=None,   # pattern for the patient, as in `Collection.from_folders`
-    some:bool=False, # images without labels are meant
-)->tuple: # list of `Case`, and list of faults
+    data,  # folder or phantom
+    modality: str,  # of `modalities_of`
+    group=None,  # pattern for the patient, as in `Collection.from_folders`
+    some: bool = False,  # images without labels are meant
+) -> tuple:  # list of `Case`, and list of faults
     "What is listed or lies in the folder, and the faults that a study would name."
-    if str(data).startswith("phantom:"): return open_collection(data, modality).cases, []
+    if str(data).startswith("phantom:"):
+        return open_collection(data, modality).cases, []
     labels = "some" if some else None
     form, place = form_in(Path(data), modality)
-    if form == "from_folders": return folder_cases(*place, group, labels)
+    if form == "from_folders":
+        return folder_cases(*place, group, labels)
     if group:
-        raise InputError(f"{data}: the table or the folders name the patients, so no pattern "
-                         "(group) can be given. Leave it out.")
+        raise InputError(
+            f"{data}: the table or the folders name the patients, so no pattern "
+            "(group) can be given. Leave it out."
+        )
     return (manifest_cases if form == "from_manifest" else lotus_cases)(*place, labels)
 
+
 def form_in(
-    data:Path,    # folder
-    modality:str, # of `modalities_of`
-)->tuple: # name of the way in, and its arguments
+    data: Path,  # folder
+    modality: str,  # of `modalities_of`
+) -> tuple:  # name of the way in, and its arguments
     "As `form_of`; the folder itself is a modality too."
     return ("from_folders", (data,)) if modality == "." else form_of(data, modality)
 
 # %% ../../nbs/data/check.ipynb #9b40e2d8
 def plain_numbers(
-    a:np.ndarray, # (C,*s), finite
-)->np.ndarray: # whole numbers in the smallest type, others as float32; grey kept as RGB: C = 1
+    a: np.ndarray,  # (C,*s), finite
+) -> np.ndarray:  # whole numbers in the smallest type, others as float32; grey kept as RGB: C = 1
     "The same array for equal values, whatever type their file had."
-    if len(a) > 1 and all((a[0] == other).all() for other in a[1:]): a = a[:1]
-    planes, low, high = a.reshape(-1, *a.shape[-2:]), float(a.min()), float(a.max())
+    if len(a) > 1 and all((a[0] == other).all() for other in a[1:]):
+        a = a[:1]
+    planes = a.reshape(-1, *a.shape[-2:])
+    low = float(a.min())
+    high = float(a.max())
     small = max(-low, high) < 2**31
     whole = a.dtype.kind != "f" or small and all((p == np.rint(p)).all() for p in planes)
-    if not whole: return a.astype(np.float32, copy=False)
+    if not whole:
+        return a.astype(np.float32, copy=False)
     kind = np.result_type(np.min_scalar_type(int(low)), np.min_scalar_type(int(high)))
     return a.astype(kind, copy=False)
 
+# %% ../../nbs/data/check.ipynb #e2a986bd
 def upright(
-    a:np.ndarray, # (C,*s)
-    affine,       # (4,4) in file order, or None
-)->np.ndarray: # (C,up,front,right): axes in the order and direction of the patient's
+    a: np.ndarray,  # (C,*s)
+    affine,  # (4,4) in file order, or None
+) -> np.ndarray:  # (C,up,front,right): axes in the order and direction of the patient's
     "The same array for one volume, however its voxels are stored. Without a place it stays."
     from nibabel.orientations import apply_orientation, io_orientation
-    if affine is None or not usable(affine): return a
+
+    if affine is None or not usable(affine):
+        return a
     way = io_orientation(affine)
-    if (way == [[0, 1], [1, 1], [2, 1]]).all() or np.isnan(way).any(): return a
+    if (way == [[0, 1], [1, 1], [2, 1]]).all() or np.isnan(way).any():
+        return a
     return apply_orientation((a if a.ndim == 4 else a[:, None]).T, way).T
 
+
 def marks_of(
-    image:np.ndarray, # (C,*s)
-    affine,           # (4,4), or None
-)->tuple: # one hash, or two
+    image: np.ndarray,  # (C,*s)
+    affine,  # (4,4), or None
+) -> tuple:  # one hash, or two
     "What stands for the pixels: as they are stored, and as the patient lies."
     stored = plain_numbers(image)
     lying = upright(stored, affine)
@@ -134,40 +174,54 @@ def marks_of(
 @dataclass
 class Look:
     "What one case showed."
-    case: object             # `Case`
-    size: tuple              # spatial shape, voxels
-    spacing: tuple|None      # mm
-    channels: int            # 1 grey, 3 RGB
-    dtype: str               # type of the image's numbers
-    low: float               # smallest number of the image
-    high: float              # largest
-    marks: tuple             # stand for the pixels, of `marks_of`; () for a constant image
-    numbers: tuple|None      # those of the label, 0 included; None: no label
 
+    case: object  # `Case`
+    size: tuple  # spatial shape, voxels
+    spacing: tuple | None  # mm
+    channels: int  # 1 grey, 3 RGB
+    dtype: str  # type of the image's numbers
+    low: float  # smallest number of the image
+    high: float  # largest
+    marks: tuple  # stand for the pixels, of `marks_of`; () for a constant image
+    numbers: tuple | None  # those of the label, 0 included; None: no label
+
+# %% ../../nbs/data/check.ipynb #c3c552f2
 def look_at(
-    case, # `Case`
-)->Look: # what it shows
+    case,  # `Case`
+) -> Look:  # what it shows
     "Read image and label of a case. `InputError` says what is wrong with them."
     try:
         alone = Collection([replace(case, plane=None)], classes=TWO, label_kind="instance")
         image, label, spacing, affine = alone._placed(alone.cases[0])
-    except OSError as e: raise InputError(f"{case.image} cannot be read ({e}).") from e
-    low, high = float(image.min()), float(image.max())
+    except OSError as e:
+        raise InputError(f"{case.image} cannot be read ({e}).") from e
+    low = float(image.min())
+    high = float(image.max())
     numbers = None
     if label is not None:
         zero = (0,) if (label == 0).any() else ()
         numbers = (*zero, *numbers_in(label).tolist())
-    return Look(case, image.shape[1:], spacing, image.shape[0], image.dtype.name, low, high,
-                marks_of(image, affine) if low < high else (), numbers)
+    return Look(
+        case,
+        image.shape[1:],
+        spacing,
+        image.shape[0],
+        image.dtype.name,
+        low,
+        high,
+        marks_of(image, affine) if low < high else (),
+        numbers,
+    )
 
 # %% ../../nbs/data/check.ipynb #5167dffe
-SMALL = 16 # pixels: networks here halve an image up to four times
+SMALL = 16  # pixels: networks here halve an image up to four times
+
 
 def faults_of(
-    look:Look,    # a case
-    classes,      # names, or None if nobody knows what the labels mean
-    kind:str,     # "semantic" or "instance"
-)->list: # faults of its values
+    look: Look,  # a case
+    classes,  # names, or None if nobody knows what the labels mean
+    kind: str,  # "semantic" or "instance"
+) -> list:  # faults of its values
     "A constant image, an image that is too small, numbers that are no classes."
     image = _name(look.case, look.case.image)
     faults = []
@@ -175,13 +229,18 @@ def faults_of(
         faults.append(f"{image}: every pixel is {look.low:g}. Was it exported empty? Leave it out.")
     if min(look.size[-2:]) < SMALL:
         h, w = look.size[-2:]
-        faults.append(f"{image}: {h} x {w} pixels are too few; most networks need {SMALL} x "
-                      f"{SMALL}. Leave it out.")
+        faults.append(
+            f"{image}: {h} x {w} pixels are too few; most networks need {SMALL} x "
+            f"{SMALL}. Leave it out."
+        )
     if look.numbers is not None and classes:
         where = _name(look.case, look.case.label)
-        try: label_map(np.array(look.numbers, np.int64), tuple(classes), kind, where)
-        except InputError as e: faults.append(str(e))
+        try:
+            label_map(np.array(look.numbers, np.int64), tuple(classes), kind, where)
+        except InputError as e:
+            faults.append(str(e))
     return faults
+
 
 def _name(case, source):
     "A file's path, or the case of an array."
@@ -191,88 +250,110 @@ def _name(case, source):
 @dataclass
 class Finding:
     "What was found in one modality."
+
     name: str
     looks: list = field(default_factory=list)  # of `Look`, sound cases
-    faults: list = field(default_factory=list) # sentences: mend these
+    faults: list = field(default_factory=list)  # sentences: mend these
     notes: list = field(default_factory=list)  # sentences: know these
     cases: list = field(default_factory=list)  # all that are listed
-    collection: object = None # of the sound cases; None: what the labels mean is not known
+    collection: object = None  # of the sound cases; None: what the labels mean is not known
 
+# %% ../../nbs/data/check.ipynb #10ae4193
 def examine(
-    name:str,       # of the modality
-    cases:list,     # of `Case`
-    faults:list,    # what listing them found
-    some:bool=False, # images without labels are meant
-    bar=None,       # progress bar
-    **kw,           # classes, label_kind: as in `Collection`
-)->Finding: # everything but leaks
+    name: str,  # of the modality
+    cases: list,  # of `Case`
+    faults: list,  # what listing them found
+    some: bool = False,  # images without labels are meant
+    bar=None,  # progress bar
+    **kw,  # classes, label_kind: as in `Collection`
+) -> Finding:  # everything but leaks
     "Read all cases of a modality and judge them."
     f = Finding(name, faults=list(faults), cases=list(cases))
     wrong = checksum_faults(cases)
     f.faults += wrong.values()
     for c in cases:
-        if bar: bar.update()
-        try: f.looks.append(look_at(c))
-        except InputError as e: f.faults.append(str(e))
+        if bar:
+            bar.update()
+        try:
+            f.looks.append(look_at(c))
+        except InputError as e:
+            f.faults.append(str(e))
     labelled = [k for k in f.looks if k.numbers is not None]
     said = "\n".join(faults)
     for k in f.looks if labelled and not some else ():
         bare = f"{_name(k.case, k.case.image)} has no label"
         if k.numbers is None and bare not in said:
             f.faults.append(f"{bare}, while others have. Add it, or pass --some-labels.")
-    if f.looks: judge(f, labelled, **kw)
+    if f.looks:
+        judge(f, labelled, **kw)
     return f
 
 # %% ../../nbs/data/check.ipynb #c1e33961
 def judge(
-    f:Finding,     # with all that could be read
-    labelled:list, # `Look`s with labels
-    **kw,          # classes, label_kind
+    f: Finding,  # with all that could be read
+    labelled: list,  # `Look`s with labels
+    **kw,  # classes, label_kind
 ):
     "Add what the cases say together."
     channels = Counter(k.channels for k in f.looks).most_common(1)[0][0]
     axes = len(f.looks[0].size)
     odd = [k for k in f.looks if k.channels != channels or len(k.size) != axes]
-    f.faults += [f"{_name(k.case, k.case.image)}: {k.channels} channels and {len(k.size)} axes, "
-                 f"where most have {channels} and {axes}. Convert it." for k in odd]
-    sound = {k.case.id: k.case for k in f.looks if k not in odd} # ids that occur twice are told
-    try: f.collection = Collection(list(sound.values()), name=f.name, channels=channels, **kw)
-    except InputError as e: f.faults.append(str(e))
+    f.faults += [
+        f"{_name(k.case, k.case.image)}: {k.channels} channels and {len(k.size)} axes, "
+        f"where most have {channels} and {axes}. Convert it."
+        for k in odd
+    ]
+    sound = {k.case.id: k.case for k in f.looks if k not in odd}  # ids that occur twice are told
+    try:
+        f.collection = Collection(list(sound.values()), name=f.name, channels=channels, **kw)
+    except InputError as e:
+        f.faults.append(str(e))
     c = f.collection
-    for k in f.looks: f.faults += faults_of(k, c and c.classes, c and c.label_kind)
+    for k in f.looks:
+        f.faults += faults_of(k, c and c.classes, c and c.label_kind)
     judge_labels(f, labelled)
     if any(not fits_unit(k) for k in f.looks):
-        f.notes.append("its numbers are neither 8- or 16-bit nor in 0 to 1: a study needs "
-                       "intensity=percentile, or a window such as [-160, 240]")
+        f.notes.append(
+            "its numbers are neither 8- or 16-bit nor in 0 to 1: a study needs "
+            "intensity=percentile, or a window such as [-160, 240]"
+        )
     skew = [_name(k.case, k.case.image) for k in f.looks if isinstance(k.spacing, Spacing)]
     if skew:
-        f.notes.append(f"the axes of {len(skew)} of {len(f.looks)} images are not at right angles "
-                       f"(such as {skew[0]}): distances in mm follow them, and programs built on "
-                       "ITK do not open label maps on such a grid")
+        f.notes.append(
+            f"the axes of {len(skew)} of {len(f.looks)} images are not at right angles "
+            f"(such as {skew[0]}): distances in mm follow them, and programs built on "
+            "ITK do not open label maps on such a grid"
+        )
 
+# %% ../../nbs/data/check.ipynb #376c0a62
 def fits_unit(
-    look:Look, # a case
-)->bool: # whether the intensity rule "dtype" can bring it to [0,1]
+    look: Look,  # a case
+) -> bool:  # whether the intensity rule "dtype" can bring it to [0,1]
     "Unsigned integers, or numbers from 0 to 1."
     return look.dtype in ("uint8", "uint16", "bool") or 0 <= look.low <= look.high <= 1
 
 # %% ../../nbs/data/check.ipynb #5f543469
 def judge_labels(
-    f:Finding,     # of a modality
-    labelled:list, # `Look`s with labels
+    f: Finding,  # of a modality
+    labelled: list,  # `Look`s with labels
 ):
     "Labels that are empty or full, and masks that mark the foreground in two ways."
     found = [set(k.numbers) - {0} for k in labelled]
-    shown, empty = set().union(*found), sum(not n for n in found)
+    shown = set().union(*found)
+    empty = sum(not n for n in found)
     if labelled and not shown:
         f.faults.append(f"{f.name}: every label is empty, so there is nothing to learn.")
-    elif not labelled: f.notes.append("no image has a label")
-    elif empty: f.notes.append(f"{empty} of {len(labelled)} labels are empty (background only)")
+    elif not labelled:
+        f.notes.append("no image has a label")
+    elif empty:
+        f.notes.append(f"{empty} of {len(labelled)} labels are empty (background only)")
     full = [k for k in labelled if 0 not in k.numbers]
     if full:
         first = _name(full[0].case, full[0].case.label)
-        f.notes.append(f"{len(full)} of {len(labelled)} labels hold no 0 (background), as {first}; "
-                       "is all of the image meant?")
+        f.notes.append(
+            f"{len(full)} of {len(labelled)} labels hold no 0 (background), as {first}; "
+            "is all of the image meant?"
+        )
     c = f.collection
     masks = c is not None and len(c.classes) == 2 and c.label_kind == "semantic"
     one_each = max(map(len, found), default=0) < 2
@@ -281,141 +362,185 @@ def judge_labels(
 
 # %% ../../nbs/data/check.ipynb #d3b417cc
 def leaks(
-    findings:list, # of `Finding`
-)->tuple: # faults and notes
+    findings: list,  # of `Finding`
+) -> tuple:  # faults and notes
     "Images whose pixels are equal, over all modalities, and groups whose names are nearly equal."
-    faults, notes, first = [], [], {}
+    faults = []
+    notes = []
+    first = {}
     for f in findings:
         for k in f.looks:
-            equal = [first[m] for m in k.marks if m in first] # a constant image has none
-            for m in k.marks: first.setdefault(m, (f.name, k))
-            if not equal: continue
+            equal = [first[m] for m in k.marks if m in first]  # a constant image has none
+            for m in k.marks:
+                first.setdefault(m, (f.name, k))
+            if not equal:
+                continue
             name, old = equal[0]
-            a, b = old.case, k.case
+            a = old.case
+            b = k.case
             both = f"{_name(a, a.image)} and {_name(b, b.image)} show the same pixels"
             if a.group == b.group and name == f.name:
                 notes.append(f"{both}; both are of group {a.group!r}")
                 continue
-            faults.append(f"{both}, in groups {a.group!r} ({name}) and {b.group!r} ({f.name}). One "
-                          "patient must have one group: remove one, or mend the groups.")
+            faults.append(
+                f"{both}, in groups {a.group!r} ({name}) and {b.group!r} ({f.name}). One "
+                "patient must have one group: remove one, or mend the groups."
+            )
     notes += near_names(findings)
     known = [f.collection for f in findings if f.collection is not None and f.collection.has_labels]
     if len({(c.label_kind, c.classes) for c in known}) > 1:
-        notes.append("the labels of the modalities mean different things; teacher and student need "
-                     "the same classes")
+        notes.append(
+            "the labels of the modalities mean different things; teacher and student need "
+            "the same classes"
+        )
     return faults, notes
 
+# %% ../../nbs/data/check.ipynb #91128a64
 def near_names(
-    findings:list, # of `Finding`
-)->list: # notes
+    findings: list,  # of `Finding`
+) -> list:  # notes
     "Groups of one modality or of several whose names are nearly the same."
     groups = {f.name: {c.group for c in f.cases} for f in findings}
     notes = []
     for gs in near_groups(*(sorted(names) for names in groups.values())):
         where = ", ".join(m for m, names in groups.items() if names & set(gs))
-        notes.append(f"{where}: groups {', '.join(map(repr, gs))} have nearly the same name; are "
-                     "they one patient?")
+        notes.append(
+            f"{where}: groups {', '.join(map(repr, gs))} have nearly the same name; are "
+            "they one patient?"
+        )
     return notes
 
 # %% ../../nbs/data/check.ipynb #456210f1
 def leftovers(
-    folder:Path, # where to look
-    cases:list,  # of all modalities below it
-    tables=(),   # paths of the tables that list them
-)->tuple: # faults (links that lead nowhere), and names of files that are not used
+    folder: Path,  # where to look
+    cases: list,  # of all modalities below it
+    tables=(),  # paths of the tables that list them
+) -> tuple:  # faults (links that lead nowhere), and names of files that are not used
     "Files below the folder that belong to no case, and other tables; hidden ones are left out."
     sources = [x for c in cases for x in (c.image, c.label) if isinstance(x, (str, Path))]
     sources += [p for x in sources for p in companions(x)]
     used = {os.path.abspath(x) for x in (*sources, *tables)}
-    faults, unused = [], []
+    faults = []
+    unused = []
     for at, folders, files in os.walk(folder):
-        folders[:] = sorted(d for d in folders if not d.startswith(".") and suffix_of(d) != ".zarr"
-                            and os.path.abspath(os.path.join(at, d)) not in used)
+        folders[:] = sorted(
+            d
+            for d in folders
+            if not d.startswith(".")
+            and suffix_of(d) != ".zarr"
+            and os.path.abspath(os.path.join(at, d)) not in used
+        )
         for name in sorted(files):
-            path = Path(at)/name
-            if name.startswith(".") or os.path.abspath(path) in used: continue
+            path = Path(at) / name
+            if name.startswith(".") or os.path.abspath(path) in used:
+                continue
             lost = os.path.islink(path) and not os.path.exists(path)
-            if lost: faults.append(f"{path} is a link that leads nowhere. Fetch the file.")
-            else: unused.append(os.path.relpath(path, folder))
+            if lost:
+                faults.append(f"{path} is a link that leads nowhere. Fetch the file.")
+            else:
+                unused.append(os.path.relpath(path, folder))
     return faults, unused
 
+# %% ../../nbs/data/check.ipynb #212221bc
 def tables_of(
-    data:Path,    # folder
-    modality:str, # of `modalities_of`
-)->list: # the table that is read for it, if any
+    data: Path,  # folder
+    modality: str,  # of `modalities_of`
+) -> list:  # the table that is read for it, if any
     "The manifest; or the groups.csv beside the images, and no other."
-    try: form, place = form_in(data, modality)
-    except InputError: return [] # told already
+    try:
+        form, place = form_in(data, modality)
+    except InputError:
+        return []  # told already
     names = {"from_manifest": "manifest.csv", "from_folders": "groups.csv"}
-    return [Path(place[0])/names[form]] if form in names else []
+    return [Path(place[0]) / names[form]] if form in names else []
 
 # %% ../../nbs/data/check.ipynb #2b8000c1
 def table_of(
-    f:Finding, # one modality
-)->str: # lines of two columns
+    f: Finding,  # one modality
+) -> str:  # lines of two columns
     "What is in a modality."
-    cases, looks = f.cases, f.looks
-    labelled, groups = sum(c.label is not None for c in cases), len({c.group for c in cases})
-    rows = {"images": f"{len(cases)}, of {groups} group{'s' * (groups != 1)}",
-            "labels": f"{labelled} with, {len(cases) - labelled} without"}
-    if len(looks) < len(cases): rows["images"] += f"; {len(looks)} could be read"
+    cases = f.cases
+    looks = f.looks
+    labelled = sum(c.label is not None for c in cases)
+    groups = len({c.group for c in cases})
+    rows = {
+        "images": f"{len(cases)}, of {groups} group{'s' * (groups != 1)}",
+        "labels": f"{labelled} with, {len(cases) - labelled} without",
+    }
+    if len(looks) < len(cases):
+        rows["images"] += f"; {len(looks)} could be read"
     kinds = Counter(c.label_group or "none" for c in cases)
-    if set(kinds) - {"none"}: rows["label groups"] = counted(kinds, sorted(kinds))
+    if set(kinds) - {"none"}:
+        rows["label groups"] = counted(kinds, sorted(kinds))
     if looks:
-        low, high = min(k.low for k in looks), max(k.high for k in looks)
+        low = min(k.low for k in looks)
+        high = max(k.high for k in looks)
         rows["size"] = common(_by(k.size) for k in looks)
         rows["spacing, mm"] = common(_by(k.spacing) for k in looks)
         rows["numbers"] = f"{common(k.dtype for k in looks)}, {low:g} to {high:g}"
         rows["colours"] = common("grey" if k.channels == 1 else str(k.channels) for k in looks)
-    if f.collection is not None and labelled: rows["meaning"] = meaning_of(f.collection)
+    if f.collection is not None and labelled:
+        rows["meaning"] = meaning_of(f.collection)
     shown = Counter(n for k in looks if k.numbers for n in k.numbers if n)
-    if shown: rows["label numbers"] = spelled(shown)
-    if 0 < len(shown) < 10: rows["found in"] = counted(shown, sorted(shown))
+    if shown:
+        rows["label numbers"] = spelled(shown)
+    if 0 < len(shown) < 10:
+        rows["found in"] = counted(shown, sorted(shown))
     return f"{f.name}\n" + "\n".join(f"  {k:<14}{v}" for k, v in rows.items())
 
-def _by(lengths): return " x ".join(f"{s:.4g}" for s in lengths) if lengths else "not stated"
+# %% ../../nbs/data/check.ipynb #498e66d3
+def _by(lengths):
+    return " x ".join(f"{s:.4g}" for s in lengths) if lengths else "not stated"
+
 
 def meaning_of(
-    collection, # `Collection` with labels
-)->str: # what the numbers mean, and why
+    collection,  # `Collection` with labels
+) -> str:  # what the numbers mean, and why
     "One line of the table."
     what = collection.describe_labels()
     names = what["classes"][1:] if len(what["classes"]) < 10 else ["..."]
     kind = "objects" if what["kind"] == "instance" else "classes"
-    return (f"{kind} ({len(what['classes'])} with background: {', '.join(names)}), because "
-            f"{what['why']}")
+    return (
+        f"{kind} ({len(what['classes'])} with background: {', '.join(names)}), because "
+        f"{what['why']}"
+    )
 
 # %% ../../nbs/data/check.ipynb #541046ff
 def counted(
-    found:dict, # word -> how often it occurs
-    words,      # which of them, in order
-)->str: # each with its count
+    found: dict,  # word -> how often it occurs
+    words,  # which of them, in order
+) -> str:  # each with its count
     "Words and counts."
     return ", ".join(f"{w} ({found[w]})" for w in words)
 
+
 def common(
-    words, # any number of them
-)->str: # each with its count, the most frequent first; at most four
+    words,  # any number of them
+) -> str:  # each with its count, the most frequent first; at most four
     "What occurs how often."
-    found = Counter(sorted(words)) # of equal counts the first in the alphabet comes first
-    if len(found) == 1: return next(iter(found))
+    found = Counter(sorted(words))  # of equal counts the first in the alphabet comes first
+    if len(found) == 1:
+        return next(iter(found))
     first = [w for w, _ in found.most_common(4)]
     return counted(found, first) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 # %% ../../nbs/data/check.ipynb #c2915768
 def outlines(
-    f:Finding, # one modality
-    n:int=6,   # cases to show, evenly spaced
-): # matplotlib Figure; None if there is nothing to show
+    f: Finding,  # one modality
+    n: int = 6,  # cases to show, evenly spaced
+):  # matplotlib Figure; None if there is nothing to show
     "Images with the outlines of their labels; of volumes the plane with the largest label."
     c = f.collection
-    if c is None: return None
-    pictures, labels = {}, []
+    if c is None:
+        return None
+    pictures = {}
+    labels = []
     for i in np.unique(np.linspace(0, len(c) - 1, n).astype(int)):
         image, label, _ = c._raw(c.cases[i])
         if image.ndim == 4:
             z = image.shape[1] // 2 if label is None else int(np.argmax((label > 0).sum((1, 2))))
-            image, label = image[:, z], None if label is None else label[z]
+            image = image[:, z]
+            label = None if label is None else label[z]
         step = max(1, max(image.shape[-2:]) // 512)
         pictures[c.cases[i].id] = to_unit(image[:, ::step, ::step], "percentile")
         labels.append(None if label is None else label[::step, ::step])
@@ -423,74 +548,88 @@ def outlines(
 
 # %% ../../nbs/data/check.ipynb #e2dc9df6
 def check_data(
-    data,            # folder, or a phantom such as "phantom:bone"
-    modalities=(),   # which; empty: all
-    out=None,        # folder for one picture a modality; None: no pictures
-    group=None,      # pattern whose first bracket is the patient in an image's name
-    classes=None,    # class names, [0] = background
-    label_kind=None, # "semantic" or "instance"
-    some:bool=False, # images without labels are meant
-)->int: # number of faults
+    data,  # folder, or a phantom such as "phantom:bone"
+    modalities=(),  # which; empty: all
+    out=None,  # folder for one picture a modality; None: no pictures
+    group=None,  # pattern whose first bracket is the patient in an image's name
+    classes=None,  # class names, [0] = background
+    label_kind=None,  # "semantic" or "instance"
+    some: bool = False,  # images without labels are meant
+) -> int:  # number of faults
     "Read a whole data set, print what is in it and what is wrong. `InputError` if there is none."
     known = modalities_of(data)
     chosen = [name_key(m) for m in modalities] or known
     for m in chosen:
-        if m not in known: raise InputError(f"{data}: " + unknown("modality", m, known))
+        if m not in known:
+            raise InputError(f"{data}: " + unknown("modality", m, known))
     pictures = places(out, data, chosen)
     kw = dict(classes=classes, label_kind=label_kind, some=some)
     findings = [check_modality(data, m, group, **kw) for m in chosen]
     faults, notes = leaks(findings)
     if not str(data).startswith("phantom:"):
         lost, unused = not_used(Path(data), findings, known)
-        faults, notes = faults + lost, notes + unused
-    for f in findings: print(table_of(f) + told(f.faults, f.notes, "  ") + "\n")
-    if faults or notes: print(told(faults, notes).lstrip("\n"))
-    for f in findings: draw(f, pictures.get(f.name))
+        faults = faults + lost
+        notes = notes + unused
+    for f in findings:
+        print(table_of(f) + told(f.faults, f.notes, "  ") + "\n")
+    if faults or notes:
+        print(told(faults, notes).lstrip("\n"))
+    for f in findings:
+        draw(f, pictures.get(f.name))
     n = len(faults) + sum(len(f.faults) for f in findings)
     hint = "" if out else "; --out FOLDER draws the labels on the images"
     print(f"{n or 'no'} fault{'s' * (n != 1)}{hint}")
     return n
 
+# %% ../../nbs/data/check.ipynb #5ae0aaa1
 def told(
-    faults:list,    # sentences
-    notes:list,     # sentences
-    indent:str="",  # before each line
-)->str: # a line for each, each after a line break
+    faults: list,  # sentences
+    notes: list,  # sentences
+    indent: str = "",  # before each line
+) -> str:  # a line for each, each after a line break
     "Faults, then notes."
-    return "".join([f"\n{indent}fault: {s}" for s in faults] + [f"\n{indent}note: {s}" for s in notes])
+    return "".join(
+        [f"\n{indent}fault: {s}" for s in faults] + [f"\n{indent}note: {s}" for s in notes]
+    )
 
 # %% ../../nbs/data/check.ipynb #4647c805
 def places(
-    out,         # folder, or None
-    data,        # the data: its name stands for a modality without one
-    chosen:list, # modalities
-)->dict: # modality -> picture to write
+    out,  # folder, or None
+    data,  # the data: its name stands for a modality without one
+    chosen: list,  # modalities
+) -> dict:  # modality -> picture to write
     "Where pictures go. `InputError`, before anything is read, if something is there already."
-    if out is None: return {}
-    if not str(out): raise InputError("--out: the name is empty. Give a folder.")
+    if out is None:
+        return {}
+    if not str(out):
+        raise InputError("--out: the name is empty. Give a folder.")
     if os.path.lexists(out) and not Path(out).is_dir():
         raise InputError(f"--out: {out} is not a folder. Give another name.")
-    place, home = Path(out).resolve(), Path(data).resolve()
+    place = Path(out).resolve()
+    home = Path(data).resolve()
     if home in (place, *place.parents):
-        raise InputError(f"--out: {out} lies in {data}, where a picture would be one more image. "
-                         "Give a folder elsewhere.")
+        raise InputError(
+            f"--out: {out} lies in {data}, where a picture would be one more image. "
+            "Give a folder elsewhere."
+        )
     found = {}
     for m in chosen:
         name = Path(data).resolve().name if m == "." else m
-        found[m] = Path(out)/(re.sub(r"[^-+.() \w]", "_", name) + ".png")
+        found[m] = Path(out) / (re.sub(r"[^-+.() \w]", "_", name) + ".png")
         if os.path.lexists(found[m]):
-            raise InputError(f"{found[m]} is there already. Remove it, or give another folder with "
-                             "--out.")
+            raise InputError(
+                f"{found[m]} is there already. Remove it, or give another folder with --out."
+            )
     return found
 
 # %% ../../nbs/data/check.ipynb #8fb85ce5
 def check_modality(
-    data,          # folder or phantom
-    modality:str,  # of `modalities_of`
-    group,         # pattern for the patient
-    some:bool,     # images without labels are meant
-    **kw,          # classes, label_kind
-)->Finding: # all that was found
+    data,  # folder or phantom
+    modality: str,  # of `modalities_of`
+    group,  # pattern for the patient
+    some: bool,  # images without labels are meant
+    **kw,  # classes, label_kind
+) -> Finding:  # all that was found
     "List and examine one modality; where that is impossible, the reason is its only fault."
     try:
         with warnings.catch_warnings(record=True) as heard:
@@ -501,46 +640,59 @@ def check_modality(
                 kw = dict(classes=c.classes, label_kind=c.label_kind)
             with progress(len(cases), modality, enabled=watched()) as bar:
                 f = examine(modality, cases, faults, some, bar, **kw)
-    except InputError as e: return Finding(modality, faults=[str(e)])
+    except InputError as e:
+        return Finding(modality, faults=[str(e)])
     except OSError as e:
-        return Finding(modality, faults=[f"{e.filename} cannot be read: {e.strerror}. Check its "
-                                         "rights, and those of its folder."])
+        return Finding(
+            modality,
+            faults=[
+                f"{e.filename} cannot be read: {e.strerror}. Check its "
+                "rights, and those of its folder."
+            ],
+        )
     f.notes += [str(w.message) for w in heard if issubclass(w.category, UserWarning)]
     return f
 
 # %% ../../nbs/data/check.ipynb #b6bffc93
 def not_used(
-    folder:Path,   # the data
-    findings:list, # of `Finding`
-    known:list,    # all modalities of the data
-)->tuple: # faults and notes
+    folder: Path,  # the data
+    findings: list,  # of `Finding`
+    known: list,  # all modalities of the data
+) -> tuple:  # faults and notes
     "What lies in the folder and is used by no modality; what a fault names already is left out."
     cases = [c for f in findings for c in f.cases]
     names = {f.name for f in findings}
     listed = table_in(folder, "manifest.csv") is not None
     for m in known if listed else ():
-        if m not in names: cases += cases_of(folder, m)[0] # the table lists their files too
+        if m not in names:
+            cases += cases_of(folder, m)[0]  # the table lists their files too
     whole = listed or names == set(known)
     said = "\n".join(s for f in findings for s in f.faults)
     tables = [t for m in known for t in tables_of(folder, m)]
-    faults, unused = [], []
-    for at in [folder] if whole else [folder/m for m in names]:
+    faults = []
+    unused = []
+    for at in [folder] if whole else [folder / m for m in names]:
         lost, rest = leftovers(at, cases, tables)
         faults += [s for s in lost if s.split(" is a link")[0] not in said]
-        unused += [str((at/u).relative_to(folder)) for u in rest if str(at/u) not in said]
-    if not unused: return faults, []
+        unused += [str((at / u).relative_to(folder)) for u in rest if str(at / u) not in said]
+    if not unused:
+        return faults, []
     more = ", ..." if len(unused) > 10 else ""
     are = "s are" if len(unused) > 1 else " is"
     return faults, [f"{folder}: {len(unused)} file{are} not used: {', '.join(unused[:10])}{more}"]
 
+# %% ../../nbs/data/check.ipynb #05a775e5
 def draw(
-    f:Finding, # one modality
-    path,      # the picture, or None
+    f: Finding,  # one modality
+    path,  # the picture, or None
 ):
     "Write the picture of a modality, if there is anything to show."
     figure = outlines(f) if path is not None else None
-    if figure is None: return
+    if figure is None:
+        return
     import matplotlib.pyplot as plt
-    with atomic(path) as t: figure.savefig(t, format="png", dpi=120)
+
+    with atomic(path) as t:
+        figure.savefig(t, format="png", dpi=120)
     plt.close(figure)
     print(f"{path}: {f.name}")

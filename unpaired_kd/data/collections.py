@@ -26,8 +26,17 @@ from .formats.files import array_hash, hashes_of, header_size
 from .formats.geometry import lay_on, without_axis
 from .formats.pictures import companions
 from .formats.writing import smallest
-from .labels import (MIXED, TWO, WHITE, Meaning, class_names, infer_labels, label_map,
-                                     numbers_in, spelled)
+from unpaired_kd.data.labels import (
+    MIXED,
+    TWO,
+    WHITE,
+    Meaning,
+    class_names,
+    infer_labels,
+    label_map,
+    numbers_in,
+    spelled,
+)
 from .layouts import Case, folder_cases, form_of, lotus_cases, manifest_cases
 from .matching import refuse_first
 from .resampling import prepare, zoom_label, zoom_spacing, zoomed_size
@@ -36,36 +45,41 @@ from .resampling import prepare, zoom_label, zoom_spacing, zoomed_size
 @dataclass
 class Sample:
     "One case, ready for a network."
-    image: torch.Tensor                   # float32 (C,*s) in [0,1]
-    label: torch.Tensor | None = None     # int64 (*s): 0 background, 1.. classes
-    instances: torch.Tensor | None = None # int32 (*s): 0 background, 1.. objects
-    spacing: tuple | None = None          # mm along *s
+
+    image: torch.Tensor  # float32 (C,*s) in [0,1]
+    label: torch.Tensor | None = None  # int64 (*s): 0 background, 1.. classes
+    instances: torch.Tensor | None = None  # int32 (*s): 0 background, 1.. objects
+    spacing: tuple | None = None  # mm along *s
     id: str = ""
     group: str = ""
     label_group: str = ""
 
+
 class Native(NamedTuple):
     "One case as it lies on disk: what a finished student is scored on."
-    image: np.ndarray             # (C,*s), the file's own numbers
-    label: np.ndarray | None      # int64 (*s), classes
+
+    image: np.ndarray  # (C,*s), the file's own numbers
+    label: np.ndarray | None  # int64 (*s), classes
     instances: np.ndarray | None  # int32 (*s), objects
-    spacing: tuple | None         # mm along *s
+    spacing: tuple | None  # mm along *s
 
 # %% ../../nbs/data/collections.ipynb #e572d7a6
 @dataclass
 class Decoded:
     "A case in memory, as small as it can be kept without loss."
-    pixels: np.ndarray               # (C,*s): uint8 or uint16 as read, else float32 in [0,1]
-    divisor: float = 0.              # 255 or 65535 for whole numbers, 0 for float32
-    invert: bool = False             # bright becomes dark
-    label: np.ndarray | None = None  # (*s), class numbers
-    instances: np.ndarray | None = None # (*s), object numbers
-    spacing: tuple | None = None     # mm along *s
 
-    def unit(self,
-        pixels:np.ndarray,  # a cut of `self.pixels`
-        out:np.ndarray=None, # float32 array of the same shape to write to
-    )->np.ndarray: # float32 in [0,1]
+    pixels: np.ndarray  # (C,*s): uint8 or uint16 as read, else float32 in [0,1]
+    divisor: float = 0.0  # 255 or 65535 for whole numbers, 0 for float32
+    invert: bool = False  # bright becomes dark
+    label: np.ndarray | None = None  # (*s), class numbers
+    instances: np.ndarray | None = None  # (*s), object numbers
+    spacing: tuple | None = None  # mm along *s
+
+    def unit(
+        self,
+        pixels: np.ndarray,  # a cut of `self.pixels`
+        out: np.ndarray = None,  # float32 array of the same shape to write to
+    ) -> np.ndarray:  # float32 in [0,1]
         "The cut as the network wants it."
         out = np.empty(pixels.shape, np.float32) if out is None else out
         if self.divisor:
@@ -74,24 +88,33 @@ class Decoded:
             np.copyto(out, pixels)
         return np.subtract(np.float32(1), out, out=out) if self.invert else out
 
-    def plane(self,
-        axis:int,  # spatial axis
-        index:int, # position on it
-    ): # `Decoded` with one axis less, sharing this one's memory
+    def plane(
+        self,
+        axis: int,  # spatial axis
+        index: int,  # position on it
+    ):  # `Decoded` with one axis less, sharing this one's memory
         "One slice of a volume."
+
         def cut(a, first=0):
             return None if a is None else a[(slice(None),) * (axis + first) + (index,)]
+
         spacing = without_axis(self.spacing, axis)
-        return replace(self, pixels=cut(self.pixels, 1), label=cut(self.label),
-                       instances=cut(self.instances), spacing=spacing)
+        return replace(
+            self,
+            pixels=cut(self.pixels, 1),
+            label=cut(self.label),
+            instances=cut(self.instances),
+            spacing=spacing,
+        )
 
 # %% ../../nbs/data/collections.ipynb #68f0b776
 class Store:
     """Values that were expensive to make, the least recently used dropped first when `gigabytes`
     are full."""
 
-    def __init__(self,
-        gigabytes:float, # memory that the values may take
+    def __init__(
+        self,
+        gigabytes: float,  # memory that the values may take
     ):
         if not gigabytes >= 0:
             raise InputError(f"cache_gb={gigabytes}: give a number of gigabytes, 0 or larger.")
@@ -100,17 +123,21 @@ class Store:
         self.items = OrderedDict()
         self.seen = set()
 
-    def get(self,
+    def get(
+        self,
         key,  # name of the value
-        make, # function that makes it: () -> (value, bytes)
+        make,  # function that makes it: () -> (value, bytes)
     ):
         "The value under `key`, made if it is not there."
         if key in self.items:
             self.items.move_to_end(key)
             return self.items[key][0]
         if key in self.seen:
-            warnings.warn(f"the decoded images do not fit into cache_gb={self.limit / 2**30:.3g}, so "
-                          "files are read again and again. Give more, or zoom out.", stacklevel=2)
+            warnings.warn(
+                f"the decoded images do not fit into cache_gb={self.limit / 2**30:.3g}, so "
+                "files are read again and again. Give more, or zoom out.",
+                stacklevel=2,
+            )
         self.seen.add(key)
         value, size = make()
         if size <= self.limit:
@@ -133,16 +160,17 @@ class Collection:
     """Images (and labels) of ONE modality, each decoded once and kept in memory up to `cache_gb`.
     `collection[i]` is a `Sample`. `InputError` for an empty collection and two cases of one id."""
 
-    def __init__(self,
-        cases,                   # list of `Case`
-        name:str="collection",   # for messages and run folders
-        classes=None,            # names, index = label value, background first; None: from the labels
-        label_kind:str=None,     # "semantic" or "instance"; None: from the labels
-        channels:int=None,       # 1 grey, 3 RGB; None: as the first image
-        intensity="dtype",       # rule of `to_unit`: "dtype", "percentile" or (low, high)
-        zoom:float=1.0,          # in-plane resampling (images antialiased, labels nearest)
-        invert:bool=False,       # bright becomes dark
-        cache_gb:float=2.0,      # memory for decoded cases
+    def __init__(
+        self,
+        cases,  # list of `Case`
+        name: str = "collection",  # for messages and run folders
+        classes=None,  # names, index = label value, background first; None: from the labels
+        label_kind: str = None,  # "semantic" or "instance"; None: from the labels
+        channels: int = None,  # 1 grey, 3 RGB; None: as the first image
+        intensity="dtype",  # rule of `to_unit`: "dtype", "percentile" or (low, high)
+        zoom: float = 1.0,  # in-plane resampling (images antialiased, labels nearest)
+        invert: bool = False,  # bright becomes dark
+        cache_gb: float = 2.0,  # memory for decoded cases
     ):
         self.cases = [replace(c, group=c.group or c.id) for c in cases]
         self.name = name
@@ -150,8 +178,9 @@ class Collection:
             raise InputError(f"collection {name!r} is empty: no images were found.")
         twice = [i for i, n in Counter(self.ids).items() if n > 1]
         if twice:
-            raise InputError(f"collection {name!r}: id {twice[0]!r} occurs more than once. Ids "
-                             "must be unique.")
+            raise InputError(
+                f"collection {name!r}: id {twice[0]!r} occurs more than once. Ids must be unique."
+            )
         if label_kind not in (None, "semantic", "instance"):
             raise InputError(unknown("label_kind", label_kind, ("semantic", "instance")))
         self.intensity = tuple(intensity) if isinstance(intensity, list) else intensity
@@ -172,29 +201,35 @@ class Collection:
 
     def __len__(self):
         return len(self.cases)
+
     def __repr__(self):
         plural = "s" * (self.channels > 1)
-        return (f"Collection({self.name!r}: {len(self)} images of {len(set(self.groups))} groups, "
-                f"{len(self.classes)} classes, {self.channels} channel{plural}, {self.dims}-D)")
+        return (
+            f"Collection({self.name!r}: {len(self)} images of {len(set(self.groups))} groups, "
+            f"{len(self.classes)} classes, {self.channels} channel{plural}, {self.dims}-D)"
+        )
 
 # %% ../../nbs/data/collections.ipynb #d12c9ac6
 @patch_to(Collection, as_prop=True)
-def ids(self)->list:
+def ids(self) -> list:
     "Name of every image."
     return [c.id for c in self.cases]
 
+
 @patch_to(Collection, as_prop=True)
-def groups(self)->list:
+def groups(self) -> list:
     "Group (patient) of every image."
     return [c.group for c in self.cases]
 
+
 @patch_to(Collection, as_prop=True)
-def label_groups(self)->list:
+def label_groups(self) -> list:
     "Stratum of every image, e.g. a diagnosis; '' if there is none."
     return [c.label_group for c in self.cases]
 
+
 @patch_to(Collection, as_prop=True)
-def has_labels(self)->bool:
+def has_labels(self) -> bool:
     "Whether every image has a label."
     return bool(self.cases) and all(c.label is not None for c in self.cases)
 
@@ -204,27 +239,40 @@ def _raw(self, case):
     "(image (C,*s), label (*s) or None, spacing) of a whole case, before slicing."
     return self._placed(case)[:3]
 
+# %% ../../nbs/data/collections.ipynb #cc77c222
 @patch_to(Collection)
 def _placed(self, case):
     "The same and the image's affine, or None; opens the files, or finds them in the store."
+
     def make():
-        image, label, spacing, affine = case.image, case.label, case.spacing, None
+        image = case.image
+        label = case.label
+        spacing = case.spacing
+        affine = None
         picture = None if isinstance(image, np.ndarray) else _read("read_image", image)
         if picture is not None:
-            image, spacing, affine = picture.array, picture.spacing, picture.affine
+            image = picture.array
+            spacing = picture.spacing
+            affine = picture.affine
         if label is not None and not isinstance(label, np.ndarray):
             drawn = _read("read_label", label)
             label = drawn.array if picture is None else np.ascontiguousarray(lay_on(drawn, picture))
         if self.channels and image.shape[0] != self.channels:
-            raise InputError(f"{_where(case.image, case)}: the image has {image.shape[0]} channels "
-                             f"where {self.channels} are expected in collection {self.name!r}. "
-                             f"Convert it, or pass channels={image.shape[0]} if all images are so.")
+            raise InputError(
+                f"{_where(case.image, case)}: the image has {image.shape[0]} channels "
+                f"where {self.channels} are expected in collection {self.name!r}. "
+                f"Convert it, or pass channels={image.shape[0]} if all images are so."
+            )
         if label is not None and label.shape != image.shape[1:]:
-            raise InputError(f"{_where(case.label, case)}: the label has shape {label.shape} and "
-                             f"its image {image.shape[1:]}. Both must show the same pixels.")
+            raise InputError(
+                f"{_where(case.label, case)}: the label has shape {label.shape} and "
+                f"its image {image.shape[1:]}. Both must show the same pixels."
+            )
         held = 0 if isinstance(case.image, np.ndarray) else _bytes(image, label)
         return (image, label, spacing, affine), held
+
     return self._store.get(("raw", source_key(case.image), source_key(case.label)), make)
+
 
 def _where(source, case):
     return f"case {case.id!r}" if isinstance(source, np.ndarray) else str(source)
@@ -233,14 +281,18 @@ def _where(source, case):
 def _read(function, path):
     found = getattr(images, function)(path)
     array = found.array if function == "read_image" else smallest(found.array)
-    return replace(found, array=np.ascontiguousarray(array)) # patches are cut twice as fast
+    return replace(found, array=np.ascontiguousarray(array))  # patches are cut twice as fast
+
+
 def source_key(
-    source, # path, or array
-): # the path as text, or the array's identity in this process
+    source,  # path, or array
+):  # the path as text, or the array's identity in this process
     "What a file or an array is filed under."
     return id(source) if isinstance(source, np.ndarray) else str(source)
 
-WIDE = ("uint16", "int16", "int32", "uint32") # in pictures the usual types of object numbers
+
+WIDE = ("uint16", "int16", "int32", "uint32")  # in pictures the usual types of object numbers
+
 
 @patch_to(Collection)
 def _labels(self):
@@ -252,6 +304,7 @@ def _labels(self):
             wide = _is_wide(c.label)
         yield _where(c.label, c), y, wide
 
+
 def _is_wide(label):
     "Whether a label is a picture (no NIfTI) of 16 or 32 bits."
     if isinstance(label, np.ndarray):
@@ -262,27 +315,32 @@ def _is_wide(label):
 
 # %% ../../nbs/data/collections.ipynb #92e445e9
 @patch_to(Collection)
-def decoded(self,
-    i:int, # position
-)->Decoded:
+def decoded(
+    self,
+    i: int,  # position
+) -> Decoded:
     "Case `i` in compact form. A slice of a volume shares the memory of its volume."
     case = self.cases[i]
+
     def make():
         d = self._decode(case)
         return d, _bytes(d.pixels, d.label, d.instances)
+
     rule = self.intensity, self.zoom, self.invert, self.classes, self.label_kind
     d = self._store.get((source_key(case.image), source_key(case.label), *rule), make)
     return d if case.plane is None else d.plane(*case.plane)
+
 
 @patch_to(Collection)
 def _decode(self, case):
     """Read a whole case and bring it to [0,1] (or keep whole numbers that only need a division),
     zoomed."""
     image, label, spacing = self._raw(case)
-    instances, where = None, _where(case.image, case)
+    instances = None
+    where = _where(case.image, case)
     if label is not None:
         label, instances = label_map(label, self.classes, self.label_kind, _where(case.label, case))
-    divisor = {np.dtype(np.uint8): 255., np.dtype(np.uint16): 65535.}.get(image.dtype, 0.)
+    divisor = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}.get(image.dtype, 0.0)
     if divisor and self.intensity == "dtype" and self.zoom == 1:
         return Decoded(image, divisor, self.invert, label, instances, spacing)
     try:
@@ -291,13 +349,14 @@ def _decode(self, case):
         raise InputError(f"{where}: {e}") from None
     label, instances = (None if y is None else zoom_label(y, self.zoom) for y in (label, instances))
     spacing = zoom_spacing(spacing, image.shape[1:], self.zoom)
-    return Decoded(pixels, 0., False, label, instances, spacing)
+    return Decoded(pixels, 0.0, False, label, instances, spacing)
 
 # %% ../../nbs/data/collections.ipynb #02413700
 @patch_to(Collection)
-def __getitem__(self,
-    i:int, # position
-)->Sample:
+def __getitem__(
+    self,
+    i: int,  # position
+) -> Sample:
     "Case `i` as tensors."
     d = self.decoded(i)
     c = self.cases[i]
@@ -306,10 +365,12 @@ def __getitem__(self,
     image = torch.from_numpy(d.unit(d.pixels))
     return Sample(image, label, objects, d.spacing, c.id, c.group, c.label_group)
 
+
 @patch_to(Collection)
-def native(self,
-    i:int, # position
-)->Native:
+def native(
+    self,
+    i: int,  # position
+) -> Native:
     "Case `i` as it lies on disk: no intensity rule, no zoom, no inversion."
     case = self.cases[i]
     image, label, spacing = self._raw(case)
@@ -331,10 +392,12 @@ def _with(self, cases, **changes):
     new.__dict__.update(self.__dict__, cases=list(cases), **changes)
     return new
 
+
 @patch_to(Collection)
-def subset(self,
-    ids, # case ids
-)->Collection:
+def subset(
+    self,
+    ids,  # case ids
+) -> Collection:
     "The cases with these ids, in this order. Raises `InputError` for an id that is not there."
     at = {c.id: c for c in self.cases}
     for i in ids:
@@ -342,10 +405,12 @@ def subset(self,
             raise InputError(f"collection {self.name!r}: " + unknown("id", i, list(at)[:20]))
     return self._with([at[i] for i in ids])
 
+
 @patch_to(Collection)
-def of_groups(self,
-    groups, # group names
-)->Collection:
+def of_groups(
+    self,
+    groups,  # group names
+) -> Collection:
     "All cases of these groups. Raises `InputError` for a group that is not there."
     for g in groups:
         if g not in set(self.groups):
@@ -354,16 +419,18 @@ def of_groups(self,
 
 # %% ../../nbs/data/collections.ipynb #f88cd14e
 @patch_to(Collection)
-def unlabelled(self)->Collection:
+def unlabelled(self) -> Collection:
     "The same images without their labels: label files are never opened."
     return self._with([replace(c, label=None) for c in self.cases])
 
+
 @patch_to(Collection)
-def resampled(self,
-    zoom:float=None,   # in-plane resampling factor
-    invert:bool=None,  # bright becomes dark
-    intensity=None,    # rule of `to_unit`
-)->Collection:
+def resampled(
+    self,
+    zoom: float = None,  # in-plane resampling factor
+    invert: bool = None,  # bright becomes dark
+    intensity=None,  # rule of `to_unit`
+) -> Collection:
     "The same images under other settings; what is None stays."
     intensity = tuple(intensity) if isinstance(intensity, list) else intensity
     new = dict(zoom=zoom, invert=invert, intensity=intensity)
@@ -371,24 +438,26 @@ def resampled(self,
 
 # %% ../../nbs/data/collections.ipynb #dd07170a
 @patch_to(Collection, cls_method=True)
-def from_arrays(cls,
-    images,            # list of arrays (*s), (C,*s) or (*s,C), C = 1 or 3
-    labels=None,       # list of integer arrays (*s)
-    groups=None,       # group of each image (default: its id)
-    ids=None,          # default: 0000, 0001, ...
-    label_groups=None, # default: ""
-    spacing=None,      # mm along *s, of all images
-    dims:int=2,        # spatial axes
-    name:str="arrays", # name of the collection
-    **kw,              # see `Collection`
-)->Collection:
+def from_arrays(
+    cls,
+    images,  # list of arrays (*s), (C,*s) or (*s,C), C = 1 or 3
+    labels=None,  # list of integer arrays (*s)
+    groups=None,  # group of each image (default: its id)
+    ids=None,  # default: 0000, 0001, ...
+    label_groups=None,  # default: ""
+    spacing=None,  # mm along *s, of all images
+    dims: int = 2,  # spatial axes
+    name: str = "arrays",  # name of the collection
+    **kw,  # see `Collection`
+) -> Collection:
     "A collection of arrays."
     n = len(images)
     given = dict(labels=labels, groups=groups, ids=ids, label_groups=label_groups)
     for what, values in given.items():
         if values is not None and len(values) != n:
-            raise InputError(f"{what}: {len(values)} values for {n} images. Give one for each "
-                             "image.")
+            raise InputError(
+                f"{what}: {len(values)} values for {n} images. Give one for each image."
+            )
     ids = [f"{i:04d}" for i in range(n)] if ids is None else list(map(str, ids))
     groups = ids if groups is None else list(map(str, groups))
     label_groups = [""] * n if label_groups is None else list(map(str, label_groups))
@@ -409,8 +478,11 @@ def _channels_first(a, dims, id):
         return a
     if a.ndim == dims + 1 and a.shape[-1] in (1, 3):
         return np.ascontiguousarray(np.moveaxis(a, -1, 0))
-    raise InputError(f"image {id!r} has shape {a.shape}: expected {dims} spatial axes and 1 or 3 "
-                     "channels. Pass dims=3 for volumes.")
+    raise InputError(
+        f"image {id!r} has shape {a.shape}: expected {dims} spatial axes and 1 or 3 "
+        "channels. Pass dims=3 for volumes."
+    )
+
 
 def _whole(label, id):
     "A label array of whole numbers; booleans and whole floats become such."
@@ -424,13 +496,14 @@ def _whole(label, id):
 
 # %% ../../nbs/data/collections.ipynb #403c3676
 @patch_to(Collection, cls_method=True)
-def from_manifest(cls,
-    folder,            # folder with manifest.csv
-    modality:str,      # rows to take
-    labels=None,       # True: of every image; False: ignored; "some": those there are; None: all or none
-    split:str=None,    # take only rows whose `split` column says this
-    **kw,              # see `Collection`
-)->Collection:
+def from_manifest(
+    cls,
+    folder,  # folder with manifest.csv
+    modality: str,  # rows to take
+    labels=None,  # True: of every image; False: ignored; "some": those there are; None: all or none
+    split: str = None,  # take only rows whose `split` column says this
+    **kw,  # see `Collection`
+) -> Collection:
     "The images of one modality that a table lists, in the order of their ids."
     cases, faults = manifest_cases(folder, modality, labels, split)
     refuse_first(faults)
@@ -438,12 +511,13 @@ def from_manifest(cls,
 
 # %% ../../nbs/data/collections.ipynb #9dd9bcc3
 @patch_to(Collection, cls_method=True)
-def from_folders(cls,
-    folder,            # holds images/ and perhaps labels/ (or images only)
-    group=None,        # pattern whose first bracket is the patient: r"^(p\d+)"; or function of the id
-    labels=None,       # as in `from_manifest`; None: required if there is a label folder
-    **kw,              # see `Collection`
-)->Collection:
+def from_folders(
+    cls,
+    folder,  # holds images/ and perhaps labels/ (or images only)
+    group=None,  # pattern whose first bracket is the patient: r"^(p\d+)"; or function of the id
+    labels=None,  # as in `from_manifest`; None: required if there is a label folder
+    **kw,  # see `Collection`
+) -> Collection:
     """The images of a folder, in the order of their names; patients from groups.csv or from the
     file name."""
     folder = Path(folder)
@@ -453,13 +527,14 @@ def from_folders(cls,
 
 # %% ../../nbs/data/collections.ipynb #1d8ae1fe
 @patch_to(Collection, cls_method=True)
-def from_lotus(cls,
-    folder,            # holds one folder per modality
-    modality:str,      # its name, e.g. "bonesai-microct"
-    labels=None,       # as in `from_manifest`; None: required where there is a mask folder
-    split:str=None,    # "train", "val" or "test" where the data come so divided
-    **kw,              # see `Collection`
-)->Collection:
+def from_lotus(
+    cls,
+    folder,  # holds one folder per modality
+    modality: str,  # its name, e.g. "bonesai-microct"
+    labels=None,  # as in `from_manifest`; None: required where there is a mask folder
+    split: str = None,  # "train", "val" or "test" where the data come so divided
+    **kw,  # see `Collection`
+) -> Collection:
     """Images in the folder layout of the LOTUS repository: <modality>/[<label
     group>/]<patient>/{tissue images,mask binary}/."""
     cases, faults = lotus_cases(folder, modality, labels, split)
@@ -467,13 +542,16 @@ def from_lotus(cls,
     return cls(cases, **dict(dict(name=modality), **kw))
 
 # %% ../../nbs/data/collections.ipynb #92c0ac41
-PHANTOMS = {k: f"unpaired_kd.data.phantoms.{k}" for k in ("bone", "chest", "vessels")} # name -> module
+PHANTOMS = {
+    k: f"unpaired_kd.data.phantoms.{k}" for k in ("bone", "chest", "vessels")
+}  # name -> module
+
 
 def open_collection(
-    data,          # folder, or a built-in phantom: "phantom:bone" and others of `PHANTOMS`
-    modality:str,  # which modality of it
-    **kw,          # passed on: classes, zoom, intensity, label_kind, ...
-)->Collection:
+    data,  # folder, or a built-in phantom: "phantom:bone" and others of `PHANTOMS`
+    modality: str,  # which modality of it
+    **kw,  # passed on: classes, zoom, intensity, label_kind, ...
+) -> Collection:
     "Open a collection, whatever its form. Raises `InputError` that says what was looked for."
     if str(data).startswith("phantom:"):
         kind = str(data).split(":", 1)[1]
@@ -484,13 +562,16 @@ def open_collection(
         classes = kw.pop("classes", None)
         c = phantom(modality, **kw).resampled(**settings)
         if classes and len(classes) != len(c.classes):
-            raise InputError(f"classes={tuple(classes)}: the phantom has {len(c.classes)} classes, "
-                             f"{c.classes}.")
+            raise InputError(
+                f"classes={tuple(classes)}: the phantom has {len(c.classes)} classes, {c.classes}."
+            )
         return c._with(c.cases, classes=tuple(classes or c.classes))
     folder = Path(data)
     if not folder.is_dir():
-        raise InputError(f"data: {folder} is not a folder. Give a folder of images, or "
-                         f"{' or '.join(repr(f'phantom:{k}') for k in PHANTOMS)}.")
+        raise InputError(
+            f"data: {folder} is not a folder. Give a folder of images, or "
+            f"{' or '.join(repr(f'phantom:{k}') for k in PHANTOMS)}."
+        )
     form, place = form_of(folder, modality)
     way = getattr(Collection, form)
     known = {*inspect.signature(way).parameters, *inspect.signature(Collection).parameters}
@@ -502,20 +583,23 @@ def open_collection(
 
 # %% ../../nbs/data/collections.ipynb #e06d2633
 @patch_to(Collection)
-def slices(self,
-    axis:int=0,           # spatial axis to cut across
-    keep:str="labelled",  # "labelled": slices with foreground; "all"
-)->Collection:
+def slices(
+    self,
+    axis: int = 0,  # spatial axis to cut across
+    keep: str = "labelled",  # "labelled": slices with foreground; "all"
+) -> Collection:
     """Volumes as 2-D cases with ids like ct_000/z012, in the same groups. Reads all labels (or
     images, where there are none)."""
     if self.dims != 3:
-        raise InputError(f"collection {self.name!r} is {self.dims}-D: only volumes can be cut into "
-                         "slices.")
+        raise InputError(
+            f"collection {self.name!r} is {self.dims}-D: only volumes can be cut into slices."
+        )
     if keep not in ("labelled", "all"):
         raise InputError(unknown("keep", keep, ("labelled", "all")))
     if keep == "labelled" and not self.has_labels:
-        raise InputError(f"collection {self.name!r} has no labels, so no labelled slices. Pass "
-                         "keep='all'.")
+        raise InputError(
+            f"collection {self.name!r} has no labels, so no labelled slices. Pass keep='all'."
+        )
     if axis not in (0, 1, 2) or axis and self.zoom != 1:
         raise InputError(f"axis={axis}: use 0, 1 or 2, and 0 with zoom.")
     cases = []
@@ -533,7 +617,7 @@ def slices(self,
 
 # %% ../../nbs/data/collections.ipynb #42f679da
 @patch_to(Collection)
-def hashes(self)->dict:
+def hashes(self) -> dict:
     "Key of each image and label -> SHA-256 of its content (64 hexadecimal digits)."
     sources = [x for c in self.cases for x in (c.image, c.label) if x is not None]
     arrays = {source_key(x): array_hash(x) for x in sources if isinstance(x, np.ndarray)}
@@ -541,12 +625,15 @@ def hashes(self)->dict:
     others = [p for x in files for p in companions(x)]
     return arrays | hashes_of(dict.fromkeys(map(str, [*files, *others])))
 
+
 @patch_to(Collection)
-def contents(self)->dict:
+def contents(self) -> dict:
     "File, relative to the folder that holds all (arrays: id) -> 16 digits of its SHA-256."
-    found, named, paths = self.hashes(), {}, set()
+    found = self.hashes()
+    named = {}
+    paths = set()
     for c in self.cases:
-        whole = c.id if c.plane is None else c.id.rsplit("/", 1)[0] # slices share their volume
+        whole = c.id if c.plane is None else c.id.rsplit("/", 1)[0]  # slices share their volume
         for what, x in (("image", c.image), ("label", c.label)):
             if isinstance(x, np.ndarray):
                 named[f"{whole} ({what})"] = found[source_key(x)]
@@ -558,55 +645,82 @@ def contents(self)->dict:
 
 # %% ../../nbs/data/collections.ipynb #edf2e2d0
 @patch_to(Collection)
-def fingerprint(self)->str:
+def fingerprint(self) -> str:
     "16 digits that stand for the cases: ids, groups, label groups, contents of images and labels."
     found = self.hashes() | {"": ""}
+
     def mark(source):
         own = found["" if source is None else source_key(source)]
         if source is None or isinstance(source, np.ndarray):
             return own
         others = [found[str(p)] for p in companions(source)]
         return digest([own, *others], 64) if others else own
+
     rows = [[c.id, c.group, c.label_group, mark(c.image), mark(c.label)] for c in self.cases]
     return digest(sorted(rows), 16)
 
+
 @patch_to(Collection)
-def describe_labels(self)->dict:
+def describe_labels(self) -> dict:
     "What the labels' numbers mean, what it follows from, and what was read to find out."
     m = self.meaning
-    return dict(kind=self.label_kind, classes=list(self.classes), why=m.why,
-                values=spelled(m.values), read=m.read,
-                labelled=sum(c.label is not None for c in self.cases), images=len(self))
+    return dict(
+        kind=self.label_kind,
+        classes=list(self.classes),
+        why=m.why,
+        values=spelled(m.values),
+        read=m.read,
+        labelled=sum(c.label is not None for c in self.cases),
+        images=len(self),
+    )
 
 # %% ../../nbs/data/collections.ipynb #d076e83b
 @patch_to(Collection)
-def describe(self)->dict:
+def describe(self) -> dict:
     "What is in the collection. Decodes every image."
-    shapes, spacings, kinds = Counter(), set(), set()
+    shapes = Counter()
+    spacings = set()
+    kinds = set()
     for c in {source_key(c.image): c for c in self.cases}.values():
         image, _, spacing = self._raw(c)
         shapes["x".join(map(str, image.shape[1:]))] += 1
         kinds.add(str(image.dtype))
         if spacing is not None:
             spacings.add(tuple(round(float(s), 3) for s in spacing))
-    return dict(name=self.name, images=len(self), groups=len(set(self.groups)),
-                label_groups=dict(sorted(Counter(self.label_groups).items())),
-                labelled=self.has_labels, classes=list(self.classes), label_kind=self.label_kind,
-                channels=self.channels, dims=self.dims, intensity=self.intensity, zoom=self.zoom,
-                invert=self.invert, shapes=dict(sorted(shapes.items())), spacing=sorted(spacings),
-                dtype=sorted(kinds), labels=self.describe_labels(), data=self.fingerprint())
+    return dict(
+        name=self.name,
+        images=len(self),
+        groups=len(set(self.groups)),
+        label_groups=dict(sorted(Counter(self.label_groups).items())),
+        labelled=self.has_labels,
+        classes=list(self.classes),
+        label_kind=self.label_kind,
+        channels=self.channels,
+        dims=self.dims,
+        intensity=self.intensity,
+        zoom=self.zoom,
+        invert=self.invert,
+        shapes=dict(sorted(shapes.items())),
+        spacing=sorted(spacings),
+        dtype=sorted(kinds),
+        labels=self.describe_labels(),
+        data=self.fingerprint(),
+    )
 
 # %% ../../nbs/data/collections.ipynb #a41f6fd9
 @patch_to(Collection)
-def check(self,
-    strict:bool=True, # also refuse a class that no image shows
-)->dict: # class name -> number of cases that show it
+def check(
+    self,
+    strict: bool = True,  # also refuse a class that no image shows
+) -> dict:  # class name -> number of cases that show it
     "Read every case once; raise one `InputError` that lists every fault found."
-    wrong, shown, marks = checksum_faults(self.cases), Counter(), set()
+    wrong = checksum_faults(self.cases)
+    shown = Counter()
+    marks = set()
     faults = list(wrong.values())
     for i, c in enumerate(self.cases):
         if source_key(c.image) in wrong or source_key(c.label) in wrong:
-            continue # said already
+            continue  # said already
         try:
             d = self.decoded(i)
             if d.pixels.size == 0:
@@ -627,15 +741,18 @@ def check(self,
     if strict and self.has_labels and not faults:
         absent = [k for k in self.classes[1:] if not shown[k]]
         if absent:
-            faults.append(f"collection {self.name!r}: no image shows class "
-                          f"{', '.join(map(repr, absent))}. Correct `classes`, or pass strict=False.")
+            faults.append(
+                f"collection {self.name!r}: no image shows class "
+                f"{', '.join(map(repr, absent))}. Correct `classes`, or pass strict=False."
+            )
     self.refuse(faults)
     return {k: shown[k] for k in self.classes}
 
 # %% ../../nbs/data/collections.ipynb #bc7038df
 @patch_to(Collection)
-def refuse(self,
-    faults:list, # sentences
+def refuse(
+    self,
+    faults: list,  # sentences
 ):
     "Raise one `InputError` that lists all faults, if there are any."
     if faults:
@@ -644,15 +761,15 @@ def refuse(self,
 
 # %% ../../nbs/data/collections.ipynb #7d7bc6a9
 def checksum_faults(
-    cases:list, # of `Case`
-)->dict: # file -> fault, for files that are not the ones of the manifest
+    cases: list,  # of `Case`
+) -> dict:  # file -> fault, for files that are not the ones of the manifest
     "Compare files with the checksums of the manifest; what was hashed before is not read again."
     pairs = [(f, s) for c in cases for f, s in zip((c.image, c.label), c.sha256)]
     stated = {str(f): s for f, s in pairs if s and f is not None}
     faults = {}
     try:
         found = hashes_of(stated)
-    except InputError: # one file cannot be read: the others still can
+    except InputError:  # one file cannot be read: the others still can
         found = {}
         for f in stated:
             try:
@@ -660,8 +777,11 @@ def checksum_faults(
             except InputError as e:
                 faults[f] = str(e)
     wrong = [f for f in found if found[f] != stated[f].lower()]
-    return faults | {f: f"{f}: the file's SHA-256 is not the one in the manifest. Restore the file, or "
-                        "correct the manifest." for f in wrong}
+    return faults | {
+        f: f"{f}: the file's SHA-256 is not the one in the manifest. Restore the file, or "
+        "correct the manifest."
+        for f in wrong
+    }
 
 # %% ../../nbs/data/collections.ipynb #9592be57
 @patch_to(Collection)
@@ -676,19 +796,23 @@ def verify(self):
             faults[f] = str(e)
     self.refuse(list(faults.values()))
 
+
 @patch_to(Collection)
-def check_sizes(self,
-    least:int, # pixels that rows and columns must have at the collection's zoom
+def check_sizes(
+    self,
+    least: int,  # pixels that rows and columns must have at the collection's zoom
 ):
     "Raise one `InputError` that lists the images which are smaller. Reads headers only."
     faults = []
     for c in {source_key(c.image): c for c in self.cases}.values():
         size = c.image.shape[-2:] if isinstance(c.image, np.ndarray) else header_size(c.image)
         if size is None:
-            continue # reading it says what is wrong
+            continue  # reading it says what is wrong
         h, w = zoomed_size(size, self.zoom)
         if min(h, w) >= least:
             continue
-        faults.append(f"{_where(c.image, c)}: the image has {h} x {w} pixels (zoom {self.zoom:g}) "
-                      f"and needs at least {least} x {least}. Leave it out, or take a larger zoom.")
+        faults.append(
+            f"{_where(c.image, c)}: the image has {h} x {w} pixels (zoom {self.zoom:g}) "
+            f"and needs at least {least} x {least}. Leave it out, or take a larger zoom."
+        )
     self.refuse(faults)

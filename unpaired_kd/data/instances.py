@@ -16,30 +16,36 @@ from ..metrics.segmentation import components
 
 # %% ../../nbs/data/instances.ipynb #1b6e6572
 def heights(
-    mask:np.ndarray, # boolean (*spatial)
-    ratio:np.ndarray, # spacing of each axis over the finest spacing (ndim,), all at least 1
-)->np.ndarray: # float (*spatial): smoothed distance $d$ to the outside, finest pixels; 0 outside
+    mask: np.ndarray,  # boolean (*spatial)
+    ratio: np.ndarray,  # spacing of each axis over the finest spacing (ndim,), all at least 1
+) -> np.ndarray:  # float (*spatial): smoothed distance $d$ to the outside, finest pixels; 0 outside
     "The landscape of the watershed. The image border counts as outside."
     from scipy import ndimage
+
     d = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=ratio)[(slice(1, -1),) * mask.ndim]
     return np.where(mask, ndimage.gaussian_filter(d, 1 / ratio), 0)
 
+
 def summits(
-    d:np.ndarray,       # landscape of `heights`
-    mask:np.ndarray,    # boolean (*spatial)
-    ratio:np.ndarray,   # as in `heights`
-    min_distance:float, # summits of one piece lie further apart ($d_min$, finest pixels)
-)->np.ndarray: # int32 (*spatial): markers 1..n, highest first, one pixel each
+    d: np.ndarray,  # landscape of `heights`
+    mask: np.ndarray,  # boolean (*spatial)
+    ratio: np.ndarray,  # as in `heights`
+    min_distance: float,  # summits of one piece lie further apart ($d_min$, finest pixels)
+) -> np.ndarray:  # int32 (*spatial): markers 1..n, highest first, one pixel each
     """One marker per object: local maxima, thinned from the highest down within each connected
     piece."""
     from scipy import ndimage
     from scipy.spatial import cKDTree
+
     at = np.argwhere((d == ndimage.maximum_filter(d, 3)) & mask)
     at = at[np.argsort(-d[tuple(at.T)], kind="stable")]
-    piece, out = components(mask)[tuple(at.T)], np.zeros(mask.shape, np.int32)
+    piece = components(mask)[tuple(at.T)]
+    out = np.zeros(mask.shape, np.int32)
     if not len(at):
         return out
-    tree, alive, n = cKDTree(at * ratio), np.ones(len(at), bool), 0
+    tree = cKDTree(at * ratio)
+    alive = np.ones(len(at), bool)
+    n = 0
     for i, p in enumerate(at):
         if not alive[i]:
             continue
@@ -51,30 +57,34 @@ def summits(
 # %% ../../nbs/data/instances.ipynb #f138b1b6
 INSTANCES = Registry("instance method")
 
+
 @INSTANCES.register("none")
 def whole(
-    mask:np.ndarray, # boolean (*spatial)
-    **ignored,       # the other methods' settings
-)->np.ndarray: # int32 (*spatial), 0 or 1
+    mask: np.ndarray,  # boolean (*spatial)
+    **ignored,  # the other methods' settings
+) -> np.ndarray:  # int32 (*spatial), 0 or 1
     "The whole class is one object."
     return mask.astype(np.int32)
 
+
 @INSTANCES.register("components")
 def connected(
-    mask:np.ndarray, # boolean (*spatial)
-    **ignored,       # the other methods' settings
-)->np.ndarray: # int32 (*spatial), objects 1..n
+    mask: np.ndarray,  # boolean (*spatial)
+    **ignored,  # the other methods' settings
+) -> np.ndarray:  # int32 (*spatial), objects 1..n
     "Connected components; corners connect."
     return components(mask)
 
+
 @INSTANCES.register("watershed")
 def marker_watershed(
-    mask:np.ndarray,      # boolean (*spatial)
-    ratio:np.ndarray,     # spacing of each axis over the finest spacing (ndim,)
-    min_distance:float=3, # $d_min$ of `summits`
-)->np.ndarray: # int32 (*spatial), objects numbered by marker, every pixel of the mask in one
+    mask: np.ndarray,  # boolean (*spatial)
+    ratio: np.ndarray,  # spacing of each axis over the finest spacing (ndim,)
+    min_distance: float = 3,  # $d_min$ of `summits`
+) -> np.ndarray:  # int32 (*spatial), objects numbered by marker, every pixel of the mask in one
     "Marker watershed on the distance transform."
     from skimage.segmentation import watershed
+
     d = heights(mask, ratio)
     corners = np.ones((3,) * mask.ndim)
     found = watershed(-d, summits(d, mask, ratio, min_distance), connectivity=corners, mask=mask)
@@ -82,32 +92,39 @@ def marker_watershed(
 
 # %% ../../nbs/data/instances.ipynb #8159cdc7
 def class_map(
-    x, # class map: whole numbers or booleans (*spatial); or probabilities (K,*spatial)
-)->np.ndarray: # whole numbers (*spatial), 0 is background
+    x,  # class map: whole numbers or booleans (*spatial); or probabilities (K,*spatial)
+) -> np.ndarray:  # whole numbers (*spatial), 0 is background
     "The class of every pixel. Raises `InputError` for anything else."
     a = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     if a.dtype.kind in "bui":
         if a.size and a.min() < 0:
-            raise InputError("label holds negative values; background is 0 and classes are 1, 2, "
-                             "...")
+            raise InputError(
+                "label holds negative values; background is 0 and classes are 1, 2, ..."
+            )
         return a.astype(np.uint8) if a.dtype == bool else a
     if a.dtype.kind != "f" or a.ndim < 3 or len(a) < 2:
-        raise InputError(f"an array of type {a.dtype} and shape {a.shape} is neither a class map "
-                         "(whole numbers) nor probabilities (K,*spatial) of at least 2 classes. "
-                         "For one probability map p, give p > 0.5.")
-    if not np.allclose(a.sum(0, dtype=np.float64), 1, atol=.02):
-        raise InputError("the fractions do not sum to 1 over the first axis, so they are not "
-                         "probabilities (K,*spatial). Give the softmax of the scores, background "
-                         "first.")
+        raise InputError(
+            f"an array of type {a.dtype} and shape {a.shape} is neither a class map "
+            "(whole numbers) nor probabilities (K,*spatial) of at least 2 classes. "
+            "For one probability map p, give p > 0.5."
+        )
+    if not np.allclose(a.sum(0, dtype=np.float64), 1, atol=0.02):
+        raise InputError(
+            "the fractions do not sum to 1 over the first axis, so they are not "
+            "probabilities (K,*spatial). Give the softmax of the scores, background "
+            "first."
+        )
     return a.argmax(0)
 
+
 def without_holes(
-    mask:np.ndarray, # boolean (*spatial)
-    free:np.ndarray, # boolean (*spatial): pixels that may be filled (background)
-    size:int,        # holes of more pixels stay
-)->np.ndarray: # boolean (*spatial)
+    mask: np.ndarray,  # boolean (*spatial)
+    free: np.ndarray,  # boolean (*spatial): pixels that may be filled (background)
+    size: int,  # holes of more pixels stay
+) -> np.ndarray:  # boolean (*spatial)
     "Fill small holes, but never a pixel of another class."
     from scipy import ndimage
+
     holes = ndimage.label(ndimage.binary_fill_holes(mask) & free & ~mask)[0]
     small = np.bincount(holes.ravel()) <= size
     small[0] = False
@@ -115,16 +132,17 @@ def without_holes(
 
 # %% ../../nbs/data/instances.ipynb #b39c42e0
 def instances(
-    label,                    # class map (*spatial), or probabilities (K,*spatial): see `class_map`
-    method:str="components",  # components | watershed | none (or another name in `INSTANCES`)
-    min_size:int=0,           # smaller objects are dropped, pixels
-    classes:tuple=None,       # class numbers to cut into objects (default: all above 0)
-    spacing=None,             # mm along each axis, or one number; only the ratios matter
-    min_distance:float=3,     # watershed: smallest distance of two middles, finest pixels
-    max_hole:int=0,           # holes in an object of up to so many pixels are filled first
-)->np.ndarray: # int32 (*spatial): 0 background, objects 1..n
+    label,  # class map (*spatial), or probabilities (K,*spatial): see `class_map`
+    method: str = "components",  # components | watershed | none (or another name in `INSTANCES`)
+    min_size: int = 0,  # smaller objects are dropped, pixels
+    classes: tuple = None,  # class numbers to cut into objects (default: all above 0)
+    spacing=None,  # mm along each axis, or one number; only the ratios matter
+    min_distance: float = 3,  # watershed: smallest distance of two middles, finest pixels
+    max_hole: int = 0,  # holes in an object of up to so many pixels are filled first
+) -> np.ndarray:  # int32 (*spatial): 0 background, objects 1..n
     "Number the objects of a class map, class by class."
-    y, cut = class_map(label), INSTANCES[method]
+    y = class_map(label)
+    cut = INSTANCES[method]
     limits = {"min_size": min_size, "min_distance": min_distance, "max_hole": max_hole}
     for name, value in limits.items():
         if not value >= 0:
@@ -134,9 +152,11 @@ def instances(
     known = [int(k) for k in np.unique(y) if k]
     wanted = known if classes is None else sorted(set(map(int, classes)))
     if any(k < 1 for k in wanted):
-        raise InputError(f"classes is {tuple(classes)}; give class numbers of 1 or more (0 is "
-                         "background).")
-    out, n = np.zeros(y.shape, np.int32), 0
+        raise InputError(
+            f"classes is {tuple(classes)}; give class numbers of 1 or more (0 is background)."
+        )
+    out = np.zeros(y.shape, np.int32)
+    n = 0
     for k in wanted:
         mask = y == k
         if not mask.any():
@@ -153,14 +173,14 @@ def instances(
 
 # %% ../../nbs/data/instances.ipynb #9e35a9a7
 def instances_of(
-    label:np.ndarray,           # class map (*spatial), values 0..K
-    classes:tuple,              # class names, [0] = background
-    drawn:np.ndarray=None,      # instance map (*spatial), if one was drawn
-    min_size:int=0,             # smaller objects are dropped (pixels); not for organs
-    method:str="components",    # components | watershed | none
-    cells:bool=None,            # of three classes or more: whether they consist of objects; None: if by watershed
-    spacing=None,               # mm along each axis; only the ratios matter
-)->np.ndarray: # (*spatial) int: 0 = background, one number per object
+    label: np.ndarray,  # class map (*spatial), values 0..K
+    classes: tuple,  # class names, [0] = background
+    drawn: np.ndarray = None,  # instance map (*spatial), if one was drawn
+    min_size: int = 0,  # smaller objects are dropped (pixels); not for organs
+    method: str = "components",  # components | watershed | none
+    cells: bool = None,  # of three classes or more: whether they consist of objects; None: if by watershed
+    spacing=None,  # mm along each axis; only the ratios matter
+) -> np.ndarray:  # (*spatial) int: 0 = background, one number per object
     """The objects in a label map: given ones, else cut by `method`, else one region per class
     (organs)."""
     if drawn is not None:

@@ -16,59 +16,69 @@ from ..core import InputError, unknown
 
 # %% ../../nbs/data/intensity.ipynb #44c8f54f
 def check_finite(
-    array:np.ndarray, # any numbers
-    name:str="the image", # file or argument, for the message
+    array: np.ndarray,  # any numbers
+    name: str = "the image",  # file or argument, for the message
 ):
     "Raise `InputError` for what is no real number: NaN, infinity, complex numbers, text."
     if array.dtype.kind not in "biuf":
-        raise InputError(f"{name} holds values of type {array.dtype}, which are no real numbers. "
-                         "Save numbers; of complex ones their magnitude (numpy.abs).")
+        raise InputError(
+            f"{name} holds values of type {array.dtype}, which are no real numbers. "
+            "Save numbers; of complex ones their magnitude (numpy.abs)."
+        )
     if array.dtype.kind != "f":
         return
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
-        raise InputError(f"{name} holds NaN or infinity in {bad} of {array.size} values. Replace "
-                         "them, e.g. with numpy.nan_to_num, or leave the image out.")
+        raise InputError(
+            f"{name} holds NaN or infinity in {bad} of {array.size} values. Replace "
+            "them, e.g. with numpy.nan_to_num, or leave the image out."
+        )
+
 
 def window(
-    rule, # two numbers (low, high)
-)->tuple: # (low, high) as floats
+    rule,  # two numbers (low, high)
+) -> tuple:  # (low, high) as floats
     "Check an intensity window. `InputError` for what is none, and for one that is upside down."
     try:
         low, high = (float(v) for v in rule)
     except (TypeError, ValueError):
-        raise InputError(f"intensity={rule!r} is not a rule. Use 'dtype', 'percentile' or a window "
-                         "(low, high).") from None
+        raise InputError(
+            f"intensity={rule!r} is not a rule. Use 'dtype', 'percentile' or a window (low, high)."
+        ) from None
     if not (np.isfinite([low, high]).all() and low < high):
         raise InputError(f"intensity window {rule!r}: low must be below high.")
     return low, high
 
 # %% ../../nbs/data/intensity.ipynb #3cd94826
-RULES = ("dtype", "percentile") # names of rules; a window (low, high) is the third
+RULES = ("dtype", "percentile")  # names of rules; a window (low, high) is the third
+
 
 def rule_window(
-    a:np.ndarray, # raw image, numbers
-    rule,         # as in `to_unit`
-)->tuple: # (low, high): values that become 0 and 1
+    a: np.ndarray,  # raw image, numbers
+    rule,  # as in `to_unit`
+) -> tuple:  # (low, high): values that become 0 and 1
     "The window that a rule means for one image. `InputError` where the rule cannot place a value."
     if not isinstance(rule, str):
         return window(rule)
     if rule not in RULES:
         raise InputError(unknown("intensity rule", rule, RULES) + " Or give a window (low, high).")
     if rule == "percentile":
-        return tuple(np.percentile(a, (.5, 99.5)))
+        return tuple(np.percentile(a, (0.5, 99.5)))
     if a.dtype.kind == "u":
         return 0, np.iinfo(a.dtype).max
     if a.size and (a.min() < 0 or a.max() > 1):
-        raise InputError(f"the image has type {a.dtype} and values {a.min():g} to {a.max():g}; the "
-                         "intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Use "
-                         "intensity='percentile', or a window such as intensity=(-160, 240).")
+        raise InputError(
+            f"the image has type {a.dtype} and values {a.min():g} to {a.max():g}; the "
+            "intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Use "
+            "intensity='percentile', or a window such as intensity=(-160, 240)."
+        )
     return 0, 1
 
+# %% ../../nbs/data/intensity.ipynb #498d2270
 def to_unit(
-    array:np.ndarray, # raw image, any shape; bool, integer or float
-    rule="dtype",     # "dtype" | "percentile" | (low, high), see the table above
-)->np.ndarray: # float32, same shape, in [0,1]
+    array: np.ndarray,  # raw image, any shape; bool, integer or float
+    rule="dtype",  # "dtype" | "percentile" | (low, high), see the table above
+) -> np.ndarray:  # float32, same shape, in [0,1]
     "Map raw values to [0,1]. `InputError` for NaN, and where the rule cannot place a value."
     a = np.asarray(array)
     if a.dtype == bool:
@@ -84,11 +94,11 @@ def to_unit(
 
 # %% ../../nbs/data/intensity.ipynb #61af187d
 def volume_window(
-    source,            # array, or what has a `shape` and can be cut along its first axes: zarr
-    low:float=.5,      # percentile that becomes 0
-    high:float=99.8,   # percentile that becomes 1
-    budget:int=2**24,  # voxels to look at, at most; smaller volumes are read whole and exactly
-)->tuple: # (low, high) in the units of the source, low < high: a rule for `to_unit`
+    source,  # array, or what has a `shape` and can be cut along its first axes: zarr
+    low: float = 0.5,  # percentile that becomes 0
+    high: float = 99.8,  # percentile that becomes 1
+    budget: int = 2**24,  # voxels to look at, at most; smaller volumes are read whole and exactly
+) -> tuple:  # (low, high) in the units of the source, low < high: a rule for `to_unit`
     """Percentiles of a volume from strided slabs, without loading it. `InputError` for an empty
     source, percentiles out of order, NaN."""
     if not 0 <= low < high <= 100:
@@ -96,8 +106,9 @@ def volume_window(
     shape = tuple(source.shape)
     size = int(np.prod(shape, dtype=np.int64))
     if not size or budget < 1:
-        raise InputError(f"a source of shape {shape} with budget={budget}: there is nothing to "
-                         "look at.")
+        raise InputError(
+            f"a source of shape {shape} with budget={budget}: there is nothing to look at."
+        )
     if size <= budget:
         seen = np.asarray(source[...])
     else:
@@ -106,26 +117,27 @@ def volume_window(
         seen = seen.astype(np.uint8)
     check_finite(seen, "the volume")
     a, b = (float(v) for v in np.percentile(seen, (low, high)))
-    return a, b if b > a else a + 1.
+    return a, b if b > a else a + 1.0
 
 # %% ../../nbs/data/intensity.ipynb #a56659a9
 def slabs(
-    source,     # as in `volume_window`
-    shape:tuple, # its shape
-    budget:int, # voxels in all
-    planes:int=16, # cuts along the first axis that is longer than 4 (channels are never left out)
-): # iterates over flat arrays
+    source,  # as in `volume_window`
+    shape: tuple,  # its shape
+    budget: int,  # voxels in all
+    planes: int = 16,  # cuts along the first axis that is longer than 4 (channels are never left out)
+):  # iterates over flat arrays
     """Pieces of the source, about `budget` voxels together; never are more than `budget` in memory
     twice."""
     axis = next((i for i, n in enumerate(shape) if n > 4), 0)
     lead = int(np.prod(shape[:axis]))
-    n, rest = shape[axis], shape[axis + 1:]
+    n = shape[axis]
+    rest = shape[axis + 1 :]
     count = min(planes, n)
-    cuts = np.unique(((np.arange(count) + .5) * n / count).astype(int))
+    cuts = np.unique(((np.arange(count) + 0.5) * n / count).astype(int))
     voxels = lead * len(cuts) * np.prod(rest, dtype=float)
-    every = max(1, int(np.ceil((voxels / budget)**(1 / max(1, len(rest[-2:]))))))
+    every = max(1, int(np.ceil((voxels / budget) ** (1 / max(1, len(rest[-2:]))))))
     row = lead * np.prod(rest[1:], dtype=float)
-    rows = max(1, int(budget // max(1, row))) # rows of a plane that are read at once
+    rows = max(1, int(budget // max(1, row)))  # rows of a plane that are read at once
     for i in cuts:
         for j in range(0, rest[0] if rest else 1, rows):
             box = (slice(None),) * axis + (slice(int(i), int(i) + 1),)
@@ -136,67 +148,83 @@ def slabs(
 
 # %% ../../nbs/data/intensity.ipynb #60ddad80
 def check_hu(
-    volume:np.ndarray,       # numbers that should be Hounsfield units
-    name:str="the volume",   # file or argument, for the message
+    volume: np.ndarray,  # numbers that should be Hounsfield units
+    name: str = "the volume",  # file or argument, for the message
 ):
     """`InputError` for numbers that cannot be the Hounsfield units of a patient: NaN, 8-bit
     pictures, stored values with an offset."""
     a = np.asarray(volume)
     if a.dtype.kind not in "iuf" or not a.size:
-        raise InputError(f"{name} has type {a.dtype} and shape {a.shape}; Hounsfield units are "
-                         "whole or real numbers.")
+        raise InputError(
+            f"{name} has type {a.dtype} and shape {a.shape}; Hounsfield units are "
+            "whole or real numbers."
+        )
     check_finite(a, name)
-    low, high = a.min(), a.max()
+    low = a.min()
+    high = a.max()
     if low < -50 and high > -900:
         return
     if high <= -900:
         fix = "It holds nothing but air. Leave it out"
     elif high > 500:
-        fix = ("Were they stored with an offset? Then apply RescaleSlope and RescaleIntercept of "
-               "the DICOM file, or subtract the offset (often 1024)")
+        fix = (
+            "Were they stored with an offset? Then apply RescaleSlope and RescaleIntercept of "
+            "the DICOM file, or subtract the offset (often 1024)"
+        )
     else:
-        fix = ("Were they windowed before, e.g. to 8 bits? Then go back to the original scan; or "
-               "give a window of these values to `to_unit`")
-    raise InputError(f"{name} has values {low:g} to {high:g} ({a.dtype}), but Hounsfield units of "
-                     f"a patient reach from air (-1000) and fat (-100) to bone. {fix}.")
+        fix = (
+            "Were they windowed before, e.g. to 8 bits? Then go back to the original scan; or "
+            "give a window of these values to `to_unit`"
+        )
+    raise InputError(
+        f"{name} has values {low:g} to {high:g} ({a.dtype}), but Hounsfield units of "
+        f"a patient reach from air (-1000) and fat (-100) to bone. {fix}."
+    )
 
+# %% ../../nbs/data/intensity.ipynb #ec7e0426
 def window_hu(
-    volume:np.ndarray,     # CT in Hounsfield units, any shape
-    low:float=-1000,       # becomes 0
-    high:float=500,        # becomes 1
-    name:str="the volume", # file or argument, for the message
-)->np.ndarray: # float32, same shape, in [0,1]
+    volume: np.ndarray,  # CT in Hounsfield units, any shape
+    low: float = -1000,  # becomes 0
+    high: float = 500,  # becomes 1
+    name: str = "the volume",  # file or argument, for the message
+) -> np.ndarray:  # float32, same shape, in [0,1]
     "The CT window of CMEDL. `InputError` for numbers that are not Hounsfield units."
     check_hu(volume, name)
     return to_unit(volume, (low, high))
 
 # %% ../../nbs/data/intensity.ipynb #89155534
-PERCENTILES = (1., 10., 20., 30., 40., 50., 60., 70., 80., 90., 99.)
+PERCENTILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
+
 
 def mr_landmarks(
-    volume:np.ndarray,       # MR of one patient, any shape
-    percentiles=PERCENTILES, # of the voxels above the mean
-    name:str="the volume",   # file or argument, for the message
-)->np.ndarray: # (L+1,) float, $m_0 \dots m_L$, rising
+    volume: np.ndarray,  # MR of one patient, any shape
+    percentiles=PERCENTILES,  # of the voxels above the mean
+    name: str = "the volume",  # file or argument, for the message
+) -> np.ndarray:  # (L+1,) float, $m_0 \dots m_L$, rising
     """First percentile of all voxels, then percentiles of the voxels above the mean. `InputError`
     for NaN and for volumes of one or two values."""
     a = np.asarray(volume)
     check_finite(a, name)
     if not a.size or a.min() == a.max():
-        raise InputError(f"{name} is constant ({a.flat[0] if a.size else 'empty'}): it has no "
-                         "histogram. Leave it out.")
+        raise InputError(
+            f"{name} is constant ({a.flat[0] if a.size else 'empty'}): it has no "
+            "histogram. Leave it out."
+        )
     tissue = a[a > a.mean(dtype=np.float64)]
-    m = np.concatenate([np.percentile(a, [1.]), np.percentile(tissue, percentiles)]).astype(float)
+    m = np.concatenate([np.percentile(a, [1.0]), np.percentile(tissue, percentiles)]).astype(float)
     if not (m[0] <= m[1] < m[-1]):
-        raise InputError(f"{name}: nearly all voxels above the mean have the value {m[-1]:g}. Is "
-                         "it a label map, or cut off at the top? Give the original image.")
+        raise InputError(
+            f"{name}: nearly all voxels above the mean have the value {m[-1]:g}. Is "
+            "it a label map, or cut off at the top? Give the original image."
+        )
     return m
 
+# %% ../../nbs/data/intensity.ipynb #64aa616b
 def piecewise(
-    v:np.ndarray, # values, any shape
-    m:np.ndarray, # landmarks, rising
-    mu:np.ndarray, # where they go, rising
-)->np.ndarray: # float64, same shape
+    v: np.ndarray,  # values, any shape
+    m: np.ndarray,  # landmarks, rising
+    mu: np.ndarray,  # where they go, rising
+) -> np.ndarray:  # float64, same shape
     "Straight lines between landmarks; the outer ones go on outside. Equal landmarks count once."
     once = np.r_[True, np.diff(m) > 0]
     m = np.asarray(m, float)[once]
@@ -208,18 +236,22 @@ def piecewise(
 
 # %% ../../nbs/data/intensity.ipynb #a05da3c0
 def check_scale(
-    mu:np.ndarray, # landmarks (L+1,)
-    p:np.ndarray,  # percentiles (L,)
-    clip:float,    # standard value that becomes 1
+    mu: np.ndarray,  # landmarks (L+1,)
+    p: np.ndarray,  # percentiles (L,)
+    clip: float,  # standard value that becomes 1
 ):
     "`InputError` for numbers that are no scale."
     if len(p) < 2 or (np.diff(p) <= 0).any() or p[0] < 0 or p[-1] > 100:
-        raise InputError(f"histogram standard: percentiles {tuple(p.tolist())} must rise from 0 to "
-                         "100 at most, and be two or more.")
+        raise InputError(
+            f"histogram standard: percentiles {tuple(p.tolist())} must rise from 0 to "
+            "100 at most, and be two or more."
+        )
     rising = np.isfinite(mu).all() and not (np.diff(mu) < 0).any()
     if len(mu) != len(p) + 1 or not rising or mu[0] == mu[-1]:
-        raise InputError(f"histogram standard: {len(mu)} landmarks for {len(p)} percentiles; give "
-                         "one more than percentiles, rising.")
+        raise InputError(
+            f"histogram standard: {len(mu)} landmarks for {len(p)} percentiles; give "
+            "one more than percentiles, rising."
+        )
     if not 0 < clip < float("inf"):
         raise InputError(f"histogram standard: clip={clip} must be a positive number.")
 
@@ -228,10 +260,11 @@ def check_scale(
 class HistogramStandard:
     """A common intensity scale for MR. Fit it on training volumes, apply it to any; plain data.
     Nyúl et al. 2000, with air as the lowest landmark."""
-    landmarks:tuple                 # $\mu_0 \dots \mu_L$
-    clip:float                      # $c$, the standard value that becomes 1
-    percentiles:tuple = PERCENTILES # of the voxels above the mean
-    volumes:int = 0                 # number it was fitted on
+
+    landmarks: tuple  # $\mu_0 \dots \mu_L$
+    clip: float  # $c$, the standard value that becomes 1
+    percentiles: tuple = PERCENTILES  # of the voxels above the mean
+    volumes: int = 0  # number it was fitted on
 
     def __post_init__(self):
         try:
@@ -239,68 +272,76 @@ class HistogramStandard:
                 object.__setattr__(self, k, tuple(float(v) for v in getattr(self, k)))
             object.__setattr__(self, "clip", float(self.clip))
         except (TypeError, ValueError):
-            raise InputError("histogram standard: landmarks, percentiles and clip must be "
-                             "numbers.") from None
+            raise InputError(
+                "histogram standard: landmarks, percentiles and clip must be numbers."
+            ) from None
         check_scale(np.array(self.landmarks), np.array(self.percentiles), self.clip)
 
-    def apply(self,
-        volume:np.ndarray,       # MR, the whole volume, any shape
-        name:str="the volume",   # file or argument, for the message
-    )->np.ndarray: # float32, same shape, in [0,1]
+    def apply(
+        self,
+        volume: np.ndarray,  # MR, the whole volume, any shape
+        name: str = "the volume",  # file or argument, for the message
+    ) -> np.ndarray:  # float32, same shape, in [0,1]
         "Standardise, cut to [0, clip], divide by clip. `InputError` for NaN and constant volumes."
         a = np.asarray(volume)
         m = mr_landmarks(a, self.percentiles, name)
         y = piecewise(a.astype(np.float64), m, self.landmarks)
         return (np.clip(y, 0, self.clip) / self.clip).astype(np.float32)
 
-    def to_dict(self)->dict: # lists and numbers
+    def to_dict(self) -> dict:  # lists and numbers
         "Plain data for JSON."
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls,
-        data:dict, # what `to_dict` gave, perhaps through JSON
-    ): # HistogramStandard
+    def from_dict(
+        cls,
+        data: dict,  # what `to_dict` gave, perhaps through JSON
+    ):  # HistogramStandard
         "Back from plain data. `InputError` for entries that are unknown, missing or impossible."
         try:
             return cls(**data)
         except TypeError as e:
-            raise InputError(f"histogram standard: {e}. Give the dict that `to_dict` "
-                             "made.") from None
+            raise InputError(
+                f"histogram standard: {e}. Give the dict that `to_dict` made."
+            ) from None
 
 # %% ../../nbs/data/intensity.ipynb #e7bf3e5c
 @patch_to(HistogramStandard, cls_method=True)
-def fit(cls,
-    volumes,                 # iterable of MR volumes of training patients; each is looked at once
-    clip:float=None,         # $c$; None: the mean standard value of percentile `top`
-    top:float=99.9,          # percentile of the voxels above the mean
-    percentiles=PERCENTILES, # landmarks
-    scale:float=1000.,       # standard value of the last landmark
-    least:int=3,             # fewest volumes
-    names=None,              # of the volumes, for messages
-)->HistogramStandard:
+def fit(
+    cls,
+    volumes,  # iterable of MR volumes of training patients; each is looked at once
+    clip: float = None,  # $c$; None: the mean standard value of percentile `top`
+    top: float = 99.9,  # percentile of the voxels above the mean
+    percentiles=PERCENTILES,  # landmarks
+    scale: float = 1000.0,  # standard value of the last landmark
+    least: int = 3,  # fewest volumes
+    names=None,  # of the volumes, for messages
+) -> HistogramStandard:
     "Fit the common scale. `InputError` for constant volumes, NaN, or fewer than `least` volumes."
     names = None if names is None else list(names)
     asked = (*percentiles, top) if top > percentiles[-1] else percentiles
     k = 1 + len(percentiles)
-    mu, tops = [], []
+    mu = []
+    tops = []
     for i, v in enumerate(volumes):
         m = mr_landmarks(v, asked, names[i] if names else f"volume {i}")
         m = scale * (m - m[0]) / (m[k - 1] - m[0])
         mu.append(m[:k])
         tops.append(m[-1])
     if len(mu) < least:
-        raise InputError(f"{len(mu)} volumes are too few for a common intensity scale: give at "
-                         f"least {least} training patients, or a scale that was fitted before.")
+        raise InputError(
+            f"{len(mu)} volumes are too few for a common intensity scale: give at "
+            f"least {least} training patients, or a scale that was fitted before."
+        )
     clip = float(np.mean(tops)) if clip is None else clip
     return cls(tuple(np.mean(mu, 0)), clip, tuple(percentiles), len(tops))
 
 # %% ../../nbs/data/intensity.ipynb #b8a24369
 def standardise(
-    volume:np.ndarray,     # raw numbers, the whole volume
-    rule:dict,             # kind "window_hu" with low and high, or "histogram" with its plain data
-    name:str="the volume", # file or argument, for the message
-)->np.ndarray: # float32, same shape, in [0,1]
+    volume: np.ndarray,  # raw numbers, the whole volume
+    rule: dict,  # kind "window_hu" with low and high, or "histogram" with its plain data
+    name: str = "the volume",  # file or argument, for the message
+) -> np.ndarray:  # float32, same shape, in [0,1]
     "Bring a raw volume to [0,1] by a rule that was stored. `InputError` for another kind of rule."
     rest = {k: v for k, v in rule.items() if k != "kind"}
     if rule.get("kind") == "window_hu":

@@ -15,37 +15,43 @@ from ..core import InputError
 
 # %% ../../nbs/data/labels.ipynb #50ddd906
 def label_map(
-    label:np.ndarray, # integers (*s), as read
-    classes:tuple,    # class names, index = label value
-    kind:str,         # "semantic" or "instance"
-    where:str,        # file or case, for the error message
-): # (class map (*s) uint8 or uint16, instance map (*s) or None)
+    label: np.ndarray,  # integers (*s), as read
+    classes: tuple,  # class names, index = label value
+    kind: str,  # "semantic" or "instance"
+    where: str,  # file or case, for the error message
+):  # (class map (*s) uint8 or uint16, instance map (*s) or None)
     "Class numbers and objects from a label file of any habit."
     K = len(classes)
     low = int(label.min()) if label.size else 0
     high = int(label.max()) if label.size else 0
     if low < 0:
-        raise InputError(f"{where}: the label holds negative values (down to {low}). Labels are 0 "
-                         "for background and 1, 2, ... for classes or objects.")
+        raise InputError(
+            f"{where}: the label holds negative values (down to {low}). Labels are 0 "
+            "for background and 1, 2, ... for classes or objects."
+        )
     if kind == "instance":
         return (label > 0).astype(np.uint8), label
     if K == 2 and high > 1 and one_value(label, high):
         return (label > 0).astype(np.uint8), None
     if high >= K:
         found = np.unique(label)
-        raise InputError(f"{where}: label values {found[found >= K][:8].tolist()} are outside the "
-                         f"classes 0..{K - 1} {tuple(classes)}. Pass the full `classes`, or "
-                         "label_kind='instance' if each object has its own number; save labels as "
-                         "PNG, TIFF or NIfTI, never JPEG"
-                         + ("; a value for 'ignore' is not supported." if high in WHITE else "."))
+        raise InputError(
+            f"{where}: label values {found[found >= K][:8].tolist()} are outside the "
+            f"classes 0..{K - 1} {tuple(classes)}. Pass the full `classes`, or "
+            "label_kind='instance' if each object has its own number; save labels as "
+            "PNG, TIFF or NIfTI, never JPEG"
+            + ("; a value for 'ignore' is not supported." if high in WHITE else ".")
+        )
     return label.astype(np.uint8 if K <= 256 else np.uint16), None
 
-WHITE = (254, 255, 65535) # values that mean "foreground" even in a label without background
+# %% ../../nbs/data/labels.ipynb #8e334955
+WHITE = (254, 255, 65535)  # values that mean "foreground" even in a label without background
+
 
 def one_value(
-    label:np.ndarray, # integers, not negative
-    high:int,         # their maximum
-)->bool:
+    label: np.ndarray,  # integers, not negative
+    high: int,  # their maximum
+) -> bool:
     """Whether the label holds 0 and one other value, and nothing else. 0 may be missing beside a
     value of `WHITE`."""
     marked = np.count_nonzero(label)
@@ -54,13 +60,14 @@ def one_value(
 # %% ../../nbs/data/labels.ipynb #a9b18fc4
 TWO = ("background", "foreground")
 
-FEW = 16   # more numbers than this are not taken for classes of a picture
+FEW = 16  # more numbers than this are not taken for classes of a picture
 
-MOST = 253 # nor more than this for classes of a volume
+MOST = 253  # nor more than this for classes of a volume
+
 
 def class_names(
-    classes, # names, index = label value; None: not known
-)->tuple|None: # the same, checked
+    classes,  # names, index = label value; None: not known
+) -> tuple | None:  # the same, checked
     "`InputError` unless there are two names or more, and all differ."
     if not classes:
         return None
@@ -68,65 +75,80 @@ def class_names(
     words = {n for n in names if isinstance(n, str) and n}
     if len(words) == len(names) > 1:
         return names
-    raise InputError(f"classes={classes!r}: give a list of two names or more, all different, the "
-                     "background first.")
+    raise InputError(
+        f"classes={classes!r}: give a list of two names or more, all different, the "
+        "background first."
+    )
 
+# %% ../../nbs/data/labels.ipynb #16be5912
 @dataclass(frozen=True)
 class Meaning:
     "What the numbers in a collection's labels mean, and how that is known."
-    classes: tuple     # names, index = label value, [0] = background
-    kind: str          # "semantic": classes; "instance": objects
-    why: str           # what it follows from
-    values: tuple = () # numbers above 0 that were seen
-    read: int = 0      # labels that were read to find out
+
+    classes: tuple  # names, index = label value, [0] = background
+    kind: str  # "semantic": classes; "instance": objects
+    why: str  # what it follows from
+    values: tuple = ()  # numbers above 0 that were seen
+    read: int = 0  # labels that were read to find out
+
 
 def numbers_in(
-    label:np.ndarray, # whole numbers (*s), not negative
-)->np.ndarray: # the numbers above 0 that occur, sorted
+    label: np.ndarray,  # whole numbers (*s), not negative
+) -> np.ndarray:  # the numbers above 0 that occur, sorted
     "As `np.unique`, without sorting every voxel."
     high = int(label.max()) if label.size else 0
     if high > 2**20:
         return np.setdiff1d(label, 0)
     there = np.zeros(high + 1, bool)
     for part in label if label.ndim > 2 else (label,):
-        there[part] = True # a plane at a time
+        there[part] = True  # a plane at a time
     return np.flatnonzero(there[1:]) + 1
 
 # %% ../../nbs/data/labels.ipynb #b26c143a
 def in_one_piece(
-    label:np.ndarray, # whole numbers (*s)
-)->bool: # whether nine in ten numbers form one connected region each
+    label: np.ndarray,  # whole numbers (*s)
+) -> bool:  # whether nine in ten numbers form one connected region each
     "Whether the numbers look like objects."
     from skimage.measure import label as regions
+
     found = regions(label, background=0, connectivity=label.ndim)
-    owner = np.zeros(int(found.max()) + 1, np.int64) # region -> number
+    owner = np.zeros(int(found.max()) + 1, np.int64)  # region -> number
     owner[found.ravel()] = label.ravel()
     pieces = np.unique(owner[1:], return_counts=True)[1]
-    return bool((pieces == 1).mean() >= .9) if len(pieces) else True
+    return bool((pieces == 1).mean() >= 0.9) if len(pieces) else True
 
 # %% ../../nbs/data/labels.ipynb #94243ded
-NO_IGNORE = ("Labels are 0 for background and 1, 2, ... for classes or objects; a value for "
-             "'ignore' is not supported: make it background or a class, or leave the image out.")
+NO_IGNORE = (
+    "Labels are 0 for background and 1, 2, ... for classes or objects; a value for "
+    "'ignore' is not supported: make it background or a class, or leave the image out."
+)
 
-MIXED = ("mark the foreground by {}, each by one of them. Write one number in all labels, or name "
-         "every class with `classes`.")
+MIXED = (
+    "mark the foreground by {}, each by one of them. Write one number in all labels, or name "
+    "every class with `classes`."
+)
+
 
 def refuse_ignored(
-    where:str,  # file or case
-    found:set,  # numbers of its label
-    before:set, # numbers of other labels
+    where: str,  # file or case
+    found: set,  # numbers of its label
+    before: set,  # numbers of other labels
 ):
     "`InputError` for 254, 255 or 65535 beside a few small numbers: it is no class, and no object."
-    marks, small = found & set(WHITE), (found | before) - set(WHITE)
-    alone = len(found) == 1 and small <= {1} # black and white here, 0 and 1 there
+    marks = found & set(WHITE)
+    small = (found | before) - set(WHITE)
+    alone = len(found) == 1 and small <= {1}  # black and white here, 0 and 1 there
     if not marks or alone or max(small, default=0) > FEW:
         return
-    raise InputError(f"{where}: the label holds {spelled(marks)} beside {spelled(small) or '0'}. "
-                     f"{NO_IGNORE} If it is an object, pass label_kind='instance'.")
+    raise InputError(
+        f"{where}: the label holds {spelled(marks)} beside {spelled(small) or '0'}. "
+        f"{NO_IGNORE} If it is an object, pass label_kind='instance'."
+    )
+
 
 def spelled(
-    values, # whole numbers
-)->str: # such as "1-4, 7", at most about 60 letters
+    values,  # whole numbers
+) -> str:  # such as "1-4, 7", at most about 60 letters
     "Numbers as ranges."
     v = np.array(sorted(values), np.int64)
     if not len(v):
@@ -140,45 +162,55 @@ class Evidence:
     "What the labels that were read so far say about their numbers."
 
     def __init__(self):
-        self.values, self.counts = set(), set() # numbers above 0; how many a label holds
-        self.gapless = self.whole = True        # every label: 1..n; its numbers in one piece each
-        self.read, self.top, self.where = 0, (0, 0), "the labels" # top: of the label `where`
-        self.white, self.odd = 0, {} # labels of 0 and one of `WHITE`; such a number -> its label
-        self.wide = self.volume = self.zero = False # zero: some label holds 0
+        self.values = set()
+        self.counts = set()  # numbers above 0; how many a label holds
+        self.gapless = self.whole = True  # every label: 1..n; its numbers in one piece each
+        self.read = 0
+        self.top = (0, 0)
+        self.where = "the labels"  # top: of the label `where`
+        self.white = 0
+        self.odd = {}  # labels of 0 and one of `WHITE`; such a number -> its label
+        self.wide = self.volume = self.zero = False  # zero: some label holds 0
 
-    def add(self,
-        where:str,        # file or case
-        label:np.ndarray, # whole numbers (*s)
-        wide:bool,        # from a picture of 16 or 32 bits
-    )->int: # how many numbers above 0 this label holds
+    def add(
+        self,
+        where: str,  # file or case
+        label: np.ndarray,  # whole numbers (*s)
+        wide: bool,  # from a picture of 16 or 32 bits
+    ) -> int:  # how many numbers above 0 this label holds
         "One more label. `InputError` for negative numbers and for one that says ignore."
         if label.size and label.min() < 0:
-            raise InputError(f"{where}: the label holds negative values (down to {label.min()}). "
-                             + NO_IGNORE)
+            raise InputError(
+                f"{where}: the label holds negative values (down to {label.min()}). " + NO_IGNORE
+            )
         found = numbers_in(label)
-        n, values = len(found), set(found.tolist())
+        n = len(found)
+        values = set(found.tolist())
         refuse_ignored(where, values, set())
         self.values |= values
         self.zero = self.zero or not label.all()
         if n == 1 and values <= set(WHITE):
             self.white += 1
             self.odd.setdefault(*values, where)
-        self.read, self.wide, self.volume = self.read + 1, bool(wide), label.ndim > 2
+        self.read = self.read + 1
+        self.wide = bool(wide)
+        self.volume = label.ndim > 2
         if n:
             self.counts.add(n)
         self.gapless = self.gapless and (not n or int(found[-1]) == n)
         self.whole = self.whole and (n < 2 or in_one_piece(label))
-        top = (n, int(found[-1]) if n else 0) # how many numbers, and the highest
+        top = (n, int(found[-1]) if n else 0)  # how many numbers, and the highest
         if top > self.top:
-            self.top, self.where = top, where
+            self.top = top
+            self.where = where
         return n
 
-    def black_white(self)->bool:
+    def black_white(self) -> bool:
         "Whether most labels are 0 and 255 (or its like), or all are, with some of 0 and 1."
         all_are = self.counts == {1} and self.values <= {1, *WHITE} and self.white > 0
         return all_are or 2 * self.white > self.read
 
-    def held(self, *numbers)->str:
+    def held(self, *numbers) -> str:
         "These numbers, after 0 if any label holds it: such as 0 and 255."
         return " and ".join(map(str, (0, *numbers) if self.zero else numbers))
 
@@ -188,17 +220,19 @@ class Evidence:
 
     def ask(self):
         "The error for labels that may be either."
-        raise InputError(f"{self.where}: the labels' numbers {spelled(self.values)} may be classes "
-                         "or objects. Pass label_kind='instance' if each object has its own "
-                         "number, or `classes` with a name for each value; a mark for pixels "
-                         "to leave out is not supported.")
+        raise InputError(
+            f"{self.where}: the labels' numbers {spelled(self.values)} may be classes "
+            "or objects. Pass label_kind='instance' if each object has its own "
+            "number, or `classes` with a name for each value; a mark for pixels "
+            "to leave out is not supported."
+        )
 
 # %% ../../nbs/data/labels.ipynb #ad1f9f6a
 def infer_labels(
-    labels,       # iterable of (where, integer array, whether it is a picture of 16 or 32 bits)
-    classes=None, # class names, if known
-    kind=None,    # "semantic" or "instance", if known
-)->Meaning: # of the numbers
+    labels,  # iterable of (where, integer array, whether it is a picture of 16 or 32 bits)
+    classes=None,  # class names, if known
+    kind=None,  # "semantic" or "instance", if known
+) -> Meaning:  # of the numbers
     "What the numbers mean; stops reading as soon as it knows. `InputError` where nobody can know."
     names = tuple(classes or TWO)
     if kind == "instance" or len(names) > 2:
@@ -207,7 +241,7 @@ def infer_labels(
     for where, y, wide in labels:
         n = seen.add(where, y, wide)
         if seen.black_white() and seen.read > 2:
-            break # one alone may be the odd one
+            break  # one alone may be the odd one
         if classes and n == 1 and not wide:
             return seen.means(names, "semantic", "two names")
         if classes and n > 1 and not seen.whole:
@@ -220,12 +254,13 @@ def infer_labels(
 
 # %% ../../nbs/data/labels.ipynb #8d3c6686
 def decided(
-    seen:Evidence, # of the labels that were read
-    names:tuple,   # of two classes
-    kind,          # "semantic", if known
-)->Meaning: # of the numbers
+    seen: Evidence,  # of the labels that were read
+    names: tuple,  # of two classes
+    kind,  # "semantic", if known
+) -> Meaning:  # of the numbers
     "The rest of the table: what is known when all labels were read."
-    high, single = max(seen.values, default=0), len(seen.values) == 1
+    high = max(seen.values, default=0)
+    single = len(seen.values) == 1
     if not seen.read:
         return Meaning(names, kind or "semantic", "there are no labels")
     if high < 2:
@@ -236,7 +271,7 @@ def decided(
         refuse_ignored(where, {number}, seen.values)
     if single and high > FEW:
         return seen.means(names, "semantic", f"the labels hold {seen.held(high)}")
-    sparse = high > FEW and 3 * len(seen.values) < high # such as 1, 2, 99: not 99 classes
+    sparse = high > FEW and 3 * len(seen.values) < high  # such as 1, 2, 99: not 99 classes
     named = [f"class {k}" for k in range(1, high + 1)]
     several = () if sparse or high > MOST else ("background", *named)
     numbered = seen.whole and seen.gapless and seen.top[0] > 1

@@ -27,34 +27,46 @@ from .matching import label_pairs
 class Case:
     """One image and what we know about it. `image` and `label` are paths, or arrays for images that
     were made in memory."""
-    id: str                      # unique in its collection
-    image: object                # path, or array (C,*s)
-    label: object = None         # path, or integer array (*s); None: no label
-    group: str = ""              # patient (or block, or mosaic): never split
-    label_group: str = ""        # what the whole image is, e.g. the disease
-    plane: tuple | None = None   # (axis, index) when the case is a slice of a volume
-    sha256: tuple = ("", "")     # of image and label, where a manifest states them
-    spacing: tuple | None = None # mm along *s, for arrays only: files know their own
+
+    id: str  # unique in its collection
+    image: object  # path, or array (C,*s)
+    label: object = None  # path, or integer array (*s); None: no label
+    group: str = ""  # patient (or block, or mosaic): never split
+    label_group: str = ""  # what the whole image is, e.g. the disease
+    plane: tuple | None = None  # (axis, index) when the case is a slice of a volume
+    sha256: tuple = ("", "")  # of image and label, where a manifest states them
+    spacing: tuple | None = None  # mm along *s, for arrays only: files know their own
 
 # %% ../../nbs/data/layouts.ipynb #589f5531
-SOME = "`ukd check`: --some-labels" # how the command says labels="some"
+SOME = "`ukd check`: --some-labels"  # how the command says labels="some"
 
 # %% ../../nbs/data/layouts.ipynb #3cc59d24
-COLUMNS = ("modality", "id", "image", "label", "group", "label_group", "split", "sha256_image",
-           "sha256_label")
+COLUMNS = (
+    "modality",
+    "id",
+    "image",
+    "label",
+    "group",
+    "label_group",
+    "split",
+    "sha256_image",
+    "sha256_label",
+)
+
 
 def check_columns(
-    table:Path, # for the message
-    header,     # names of its columns
-    ours:tuple=COLUMNS, # names that mean something
+    table: Path,  # for the message
+    header,  # names of its columns
+    ours: tuple = COLUMNS,  # names that mean something
 ):
     "`InputError` for a column whose name is nearly one of ours. Others belong to the user."
     free = [c for c in ours if c not in header]
     for c in header:
-        meant = get_close_matches(c, free, 1, .8) if c not in ours else []
+        meant = get_close_matches(c, free, 1, 0.8) if c not in ours else []
         if meant:
             raise InputError(f"{table}: column {c!r} is not known. Did you mean {meant[0]!r}?")
 
+# %% ../../nbs/data/layouts.ipynb #f90eb82a
 def _listed(folder, table, r, wanted, grouped):
     "The case of one row."
     where = f"{table}, line {r.line}"
@@ -63,22 +75,29 @@ def _listed(folder, table, r, wanted, grouped):
             continue
         raise InputError(f"{where}: column {c!r} is empty. Fill it, or remove the row.")
     if grouped and not r.get("group"):
-        raise InputError(f"{where}: image {r['image']} has no group, while others have. Fill the "
-                         "column: an image without a patient may land on both sides of a split.")
+        raise InputError(
+            f"{where}: image {r['image']} has no group, while others have. Fill the "
+            "column: an image without a patient may land on both sides of a split."
+        )
     label = find_file(folder, r["label"], where) if wanted and r.get("label") else None
-    return Case(r["id"], find_file(folder, r["image"], where), label, r.get("group") or r["id"],
-                r.get("label_group", ""),
-                sha256=(r.get("sha256_image", ""), r.get("sha256_label", "") if label else ""))
+    return Case(
+        r["id"],
+        find_file(folder, r["image"], where),
+        label,
+        r.get("group") or r["id"],
+        r.get("label_group", ""),
+        sha256=(r.get("sha256_image", ""), r.get("sha256_label", "") if label else ""),
+    )
 
 # %% ../../nbs/data/layouts.ipynb #a78b119e
 def manifest_cases(
-    folder,       # folder with manifest.csv
-    modality:str, # rows to take
+    folder,  # folder with manifest.csv
+    modality: str,  # rows to take
     labels=None,  # as in `from_manifest`
-    split=None,   # take only rows whose `split` column says this
-)->tuple: # list of `Case`, sorted by id, and list of faults
+    split=None,  # take only rows whose `split` column says this
+) -> tuple:  # list of `Case`, sorted by id, and list of faults
     "What the table lists. One fault a row; the other rows are still taken."
-    table = Path(folder)/"manifest.csv"
+    table = Path(folder) / "manifest.csv"
     rows = read_table(table, ("modality", "id", "image"))
     check_columns(table, rows[0])
     known = {r["modality"] for r in rows}
@@ -91,15 +110,22 @@ def manifest_cases(
     wanted = any(r.get("label") for r in mine) if labels in (None, "some") else labels
     grouped = any(r.get("group") for r in mine)
     cases = []
-    faults = [f"{table}, line {r.line}: column 'modality' is empty. Fill it, or remove the row."
-              for r in rows if not r["modality"]]
+    faults = [
+        f"{table}, line {r.line}: column 'modality' is empty. Fill it, or remove the row."
+        for r in rows
+        if not r["modality"]
+    ]
     own = mine[0]["modality"]
     near = [k for k in sorted(known) if k != own and k.casefold() == own.casefold()]
-    faults += [f"{table}: modality {modality!r} is also written {k!r}. Write it in one way."
-               for k in near]
+    faults += [
+        f"{table}: modality {modality!r} is also written {k!r}. Write it in one way." for k in near
+    ]
     if not grouped and len(mine) > 1:
-        warnings.warn(f"{table} names no groups: each image counts as its own patient. If a "
-                      "patient has several, fill a column 'group'.", stacklevel=3)
+        warnings.warn(
+            f"{table} names no groups: each image counts as its own patient. If a "
+            "patient has several, fill a column 'group'.",
+            stacklevel=3,
+        )
     for r in sorted(mine, key=itemgetter("id")):
         try:
             cases.append(_listed(folder, table, r, wanted, grouped))
@@ -107,64 +133,76 @@ def manifest_cases(
             faults.append(str(e))
         else:
             if cases[-1].label is None and wanted and labels != "some":
-                faults.append(f"{table}, line {r.line}: {cases[-1].image} has no label. Fill the "
-                              "column, remove the row, or pass labels=False (no labels) or "
-                              f"labels='some' ({SOME}).")
+                faults.append(
+                    f"{table}, line {r.line}: {cases[-1].image} has no label. Fill the "
+                    "column, remove the row, or pass labels=False (no labels) or "
+                    f"labels='some' ({SOME})."
+                )
     return cases, faults + shared_files(table, cases)
 
 # %% ../../nbs/data/layouts.ipynb #3fe83998
 def shared_files(
-    where,      # table or folder, for messages
-    cases:list, # of `Case`
-)->list: # faults
+    where,  # table or folder, for messages
+    cases: list,  # of `Case`
+) -> list:  # faults
     "Ids that occur twice, images that are listed twice, and files that belong to two groups."
-    faults, first = [], {}
+    faults = []
+    first = {}
     twice = [i for i, n in Counter(c.id for c in cases).items() if n > 1]
     faults += [f"{where}: id {i!r} occurs more than once. Ids must be unique." for i in twice]
     for c in cases:
-        for f in (c.image, c.label): # a link to an image is that image
+        for f in (c.image, c.label):  # a link to an image is that image
             if f is None:
                 continue
             old = first.setdefault(os.path.realpath(f) if f is c.image else os.path.abspath(f), c)
             if old is c:
                 continue
             if old.group != c.group:
-                faults.append(f"{where}: {f} belongs to id {old.id!r} of group {old.group!r} and "
-                              f"to id {c.id!r} of group {c.group!r}. Give both one group, or remove "
-                              "one.")
+                faults.append(
+                    f"{where}: {f} belongs to id {old.id!r} of group {old.group!r} and "
+                    f"to id {c.id!r} of group {c.group!r}. Give both one group, or remove "
+                    "one."
+                )
             elif f is c.image and old.label == c.label:
-                faults.append(f"{where}: {f} is listed twice, as id {old.id!r} and {c.id!r}. "
-                              "Remove one row.")
+                faults.append(
+                    f"{where}: {f} is listed twice, as id {old.id!r} and {c.id!r}. Remove one row."
+                )
     return faults
 
 # %% ../../nbs/data/layouts.ipynb #c8d31f3c
 IMAGE_DIRS = ("images", "image", "imgs", "tissue images")
 LABEL_DIRS = ("labels", "label", "masks", "mask", "mask binary")
 
+
 def images_in(
-    folder, # a folder
-)->list: # paths
+    folder,  # a folder
+) -> list:  # paths
     "Images in a folder, sorted by name; and links, pipes and folders that are only named like one."
+
     def counts(p):
         return is_image(p) or suffix_of(p) not in ("", ".zarr")
+
     return [p for p in visible(folder) if counts(p)]
 
+
 def sub_folder(
-    folder, # to look in
+    folder,  # to look in
     names,  # in lower case
-)->Path|None:
+) -> Path | None:
     "The sub-folder that has one of these names, or None. `InputError` if there are several."
     found = [p for p in visible(folder) if p.is_dir() and p.name.lower() in names]
     if len(found) > 1:
         names = " and ".join(p.name for p in found)
-        raise InputError(f"{folder} holds {names}, and nobody can know which is meant. Keep one, "
-                         "and move the others away.")
+        raise InputError(
+            f"{folder} holds {names}, and nobody can know which is meant. Keep one, "
+            "and move the others away."
+        )
     return found[0] if found else None
 
 # %% ../../nbs/data/layouts.ipynb #49095db9
 def absent(
-    *paths, # of a case; None is left out
-)->list: # faults
+    *paths,  # of a case; None is left out
+) -> list:  # faults
     "Dangling links, pipes, folders, and what may not be read: found without opening them."
     faults = []
     for p in paths:
@@ -175,15 +213,19 @@ def absent(
         except InputError as e:
             faults.append(str(e))
         if p.is_dir() and not is_image(p):
-            faults.append(f"{p} is a folder that is named like an image. Move the image out of it, "
-                          "or rename the folder.")
+            faults.append(
+                f"{p} is a folder that is named like an image. Move the image out of it, "
+                "or rename the folder."
+            )
     return faults
 
+
 def entries(
-    folder:Path, # of images or labels
-)->tuple: # as `images_in` those whose names are text, and faults of the others
+    folder: Path,  # of images or labels
+) -> tuple:  # as `images_in` those whose names are text, and faults of the others
     "Old disks and archives hold names that are not UTF-8; no id can be made of them."
-    good, faults = [], []
+    good = []
+    faults = []
     for p in one_of_each_set(images_in(folder)):
         try:
             good.append((stem(p), p))
@@ -197,46 +239,58 @@ def _groups(folder, ids, group):
     if group is None and (table := table_in(folder, "groups.csv")):
         return _listed_groups(table, ids)
     if group is None:
-        other = folder.parent/"groups.csv"
+        other = folder.parent / "groups.csv"
         unread = f" {other} is not read: write one for each modality." if other.is_file() else ""
         if len(ids) > 1:
-            warnings.warn(f"{folder} has no groups.csv: each image counts as its own patient. If a "
-                          "patient has several, say what the names of one have in common "
-                          "(group=r\"^(pattern)\", or --group of ukd check), or write the "
-                          f"table.{unread}", stacklevel=5)
+            warnings.warn(
+                f"{folder} has no groups.csv: each image counts as its own patient. If a "
+                "patient has several, say what the names of one have in common "
+                '(group=r"^(pattern)", or --group of ukd check), or write the '
+                f"table.{unread}",
+                stacklevel=5,
+            )
         return {i: (i, "") for i in ids}, []
     if callable(group):
         return {i: (str(group(i)), "") for i in ids}, []
     try:
         found = {i: re.search(group, i) for i in ids}
     except re.error as e:
-        raise InputError(f"group pattern {group!r} is no regular expression ({e}). Write e.g. "
-                         "^(p[0-9]+).") from None
-    lost = [f"group pattern {group!r} finds no group in image name {i!r}. It needs one bracket that "
-            "matches in every name." for i, m in found.items() if not m or not m.groups()]
+        raise InputError(
+            f"group pattern {group!r} is no regular expression ({e}). Write e.g. ^(p[0-9]+)."
+        ) from None
+    lost = [
+        f"group pattern {group!r} finds no group in image name {i!r}. It needs one bracket that "
+        "matches in every name."
+        for i, m in found.items()
+        if not m or not m.groups()
+    ]
     return {i: (m.group(1), "") for i, m in found.items() if m and m.groups()}, lost
 
 # %% ../../nbs/data/layouts.ipynb #1e4251b4
 def _listed_groups(table, ids):
     "The same from groups.csv, whose ids are names of images with or without their endings."
-    who, faults, rows = {}, [], read_table(table, ("id", "group"))
+    who = {}
+    faults = []
+    rows = read_table(table, ("id", "group"))
     check_columns(table, rows[0], ("id", "group", "label_group"))
     for r in rows:
         i = r["id"] if r["id"] in ids else stem(Path(r["id"]))
         new = (r["group"], r.get("label_group", ""))
         if who.setdefault(i, new) != new:
-            faults.append(f"{table}, line {r.line}: image {i!r} belongs to {who[i]} and to {new}. "
-                          "Keep one row.")
+            faults.append(
+                f"{table}, line {r.line}: image {i!r} belongs to {who[i]} and to {new}. "
+                "Keep one row."
+            )
     lost = [i for i in ids if not who.get(i, ("",))[0]]
     faults += [f"{table} names no group for image {i!r}." for i in lost]
     return {i: who[i] for i in ids if i not in lost}, faults
 
 # %% ../../nbs/data/layouts.ipynb #4437f827
 def folder_cases(
-    folder,      # holds images/ and perhaps labels/ (or images only)
+    folder,  # holds images/ and perhaps labels/ (or images only)
     group=None,  # as in `from_folders`
-    labels=None, # as in `from_folders`
-)->tuple: # list of `Case`, and list of faults
+    labels=None,  # as in `from_folders`
+) -> tuple:  # list of `Case`, and list of faults
     "What the folder holds. One fault an image; the other images are still taken."
     folder = Path(folder)
     if not folder.is_dir():
@@ -248,25 +302,31 @@ def folder_cases(
     if not images and not faults:
         raise InputError(f"{at} holds no images (PNG, JPEG, TIFF, NIfTI, DICOM series or .zarr).")
     if labels is True and label_dir is None:
-        raise InputError(f"{folder} has no label folder. Name it {LABEL_DIRS[0]!r}, or pass "
-                         "labels=False.")
+        raise InputError(
+            f"{folder} has no label folder. Name it {LABEL_DIRS[0]!r}, or pass labels=False."
+        )
     label, wrong = label_pairs(images, drawn) if label_dir else ([None] * len(images), {})
-    by_id, faults = {}, [*faults, *more]
+    by_id = {}
+    faults = [*faults, *more]
     for p in images:
         by_id.setdefault(stem(p), []).append(p)
     for i, ps in by_id.items():
         if len(ps) > 1:
             names = ", ".join(p.name for p in ps)
-            faults.append(f"{at} holds {len(ps)} images of one name: {names}. Their id would be {i!r} "
-                          "for each: rename, or keep one.")
+            faults.append(
+                f"{at} holds {len(ps)} images of one name: {names}. Their id would be {i!r} "
+                "for each: rename, or keep one."
+            )
     who, no_group = _groups(folder, list(by_id), group)
     cases = []
     for p, y in zip(images, label):
         if p in wrong:
             faults.append(wrong[p])
         elif label_dir and y is None and labels != "some":
-            faults.append(f"{p} has no label in {label_dir}. Add it, move the image away, or pass "
-                          f"labels=False (no labels) or labels='some' ({SOME}).")
+            faults.append(
+                f"{p} has no label in {label_dir}. Add it, move the image away, or pass "
+                f"labels=False (no labels) or labels='some' ({SOME})."
+            )
         lost = absent(p, y)
         faults += lost
         sound = not lost and p not in wrong and len(by_id[stem(p)]) == 1
@@ -276,9 +336,9 @@ def folder_cases(
 
 # %% ../../nbs/data/layouts.ipynb #dd605313
 def lotus_groups(
-    parts:tuple, # folders between the modality and the image folder
-    name:str,    # of the image
-)->tuple: # group, label group
+    parts: tuple,  # folders between the modality and the image folder
+    name: str,  # of the image
+) -> tuple:  # group, label group
     "The patient is the last folder; in train, val and test it is a tile's name without its copies."
     if not parts or {"train", "val", "test"} & set(parts):
         return re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", name), ""
@@ -288,17 +348,18 @@ def lotus_groups(
 
 # %% ../../nbs/data/layouts.ipynb #e6b8f630
 def lotus_cases(
-    folder,       # as in `from_lotus`
-    modality:str, # as in `from_lotus`
+    folder,  # as in `from_lotus`
+    modality: str,  # as in `from_lotus`
     labels=None,  # as in `from_lotus`
-    split=None,   # as in `from_lotus`
-)->tuple: # list of `Case`, sorted by id, and list of faults
+    split=None,  # as in `from_lotus`
+) -> tuple:  # list of `Case`, sorted by id, and list of faults
     "What the folders hold. One fault an image; the other images are still taken."
-    root = Path(folder)/modality
+    root = Path(folder) / modality
     if not root.is_dir():
         there = [p.name for p in Path(folder).iterdir() if p.is_dir()]
         raise InputError(f"{folder}: " + unknown("modality", modality, there))
-    cases, faults = [], []
+    cases = []
+    faults = []
     for at in sorted(p for p in root.rglob("*") if p.is_dir() and p.name.lower() in IMAGE_DIRS):
         parts = tuple(map(name_key, at.parent.relative_to(root).parts))
         label_dir = None if labels is False else sub_folder(at.parent, LABEL_DIRS)
@@ -312,35 +373,41 @@ def lotus_cases(
             if p in wrong:
                 faults.append(wrong[p])
             elif y is None and (label_dir or labels) and labels != "some":
-                faults.append(f"{p} has no label in {label_dir or at.parent}. Add it, or pass "
-                              f"labels=False (no labels) or labels='some' ({SOME}).")
+                faults.append(
+                    f"{p} has no label in {label_dir or at.parent}. Add it, or pass "
+                    f"labels=False (no labels) or labels='some' ({SOME})."
+                )
             lost = absent(p, y)
             faults += lost
             if lost or p in wrong:
                 continue
             cases.append(Case("/".join((*parts, stem(p))), p, y, *lotus_groups(parts, stem(p))))
     if not cases and not faults:
-        raise InputError(f"{root} holds no images. Expected <patient>/tissue images/ (or images/) "
-                         "with files in it.")
+        raise InputError(
+            f"{root} holds no images. Expected <patient>/tissue images/ (or images/) "
+            "with files in it."
+        )
     if len({c.label_group for c in cases}) == 1:
         cases = [replace(c, label_group="") for c in cases]
-    return sorted(cases, key=attrgetter('id')), faults + shared_files(root, cases)
+    return sorted(cases, key=attrgetter("id")), faults + shared_files(root, cases)
 
 # %% ../../nbs/data/layouts.ipynb #3503e83c
 def form_of(
-    folder:Path,  # the data
-    modality:str, # which modality of it
-)->tuple: # name of the way in, and its arguments
+    folder: Path,  # the data
+    modality: str,  # which modality of it
+) -> tuple:  # name of the way in, and its arguments
     "Which of the three ways into a folder fits. `InputError` where none does."
     if table_in(folder, "manifest.csv"):
         return "from_manifest", (folder, modality)
-    if (folder/"imagesTr").is_dir():
-        raise InputError(f"{folder} is a data set of nnU-Net (imagesTr, labelsTr), which is not "
-                         "read. Put the files of one channel into <modality>/images and "
-                         "<modality>/labels, or list them in a manifest.csv.")
+    if (folder / "imagesTr").is_dir():
+        raise InputError(
+            f"{folder} is a data set of nnU-Net (imagesTr, labelsTr), which is not "
+            "read. Put the files of one channel into <modality>/images and "
+            "<modality>/labels, or list them in a manifest.csv."
+        )
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()]
     name = name_key(Path(modality).name)
-    named = (p for p in (folder/modality, *inside) if p.is_dir() and name_key(p.name) == name)
+    named = (p for p in (folder / modality, *inside) if p.is_dir() and name_key(p.name) == name)
     inner = next(named, None)
     if inner is None:
         raise InputError(f"{folder}: " + unknown("modality", modality, [p.name for p in inside]))

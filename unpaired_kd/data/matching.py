@@ -16,7 +16,7 @@ from .formats.images import suffix_of
 
 # %% ../../nbs/data/matching.ipynb #68209923
 def refuse_first(
-    faults:list, # sentences
+    faults: list,  # sentences
 ):
     "Raise the first fault, if there is one, and say how many more there are."
     if not faults:
@@ -25,34 +25,79 @@ def refuse_first(
     raise InputError(faults[0] + (f" ({more} more: `ukd check` lists them.)" if more else ""))
 
 # %% ../../nbs/data/matching.ipynb #087a8d4a
-IMAGE_WORDS = ("im", "img", "imgs", "image", "images", "imaging", "raw", "scan", "scans", "vol",
-               "volume")
-LABEL_WORDS = ("mask", "masks", "msk", "label", "labels", "labelmap", "lab", "lbl", "seg", "segs",
-               "segm", "dseg", "segmentation", "segmentations", "segmented", "gt", "groundtruth",
-               "ground", "truth", "annotation", "annotations", "annot", "anno", "manual", "roi",
-               "rois", "contour", "contours", "target", "targets", "binary", "instances")
+IMAGE_WORDS = (
+    "im",
+    "img",
+    "imgs",
+    "image",
+    "images",
+    "imaging",
+    "raw",
+    "scan",
+    "scans",
+    "vol",
+    "volume",
+)
+LABEL_WORDS = (
+    "mask",
+    "masks",
+    "msk",
+    "label",
+    "labels",
+    "labelmap",
+    "lab",
+    "lbl",
+    "seg",
+    "segs",
+    "segm",
+    "dseg",
+    "segmentation",
+    "segmentations",
+    "segmented",
+    "gt",
+    "groundtruth",
+    "ground",
+    "truth",
+    "annotation",
+    "annotations",
+    "annot",
+    "anno",
+    "manual",
+    "roi",
+    "rois",
+    "contour",
+    "contours",
+    "target",
+    "targets",
+    "binary",
+    "instances",
+)
+
 
 def label_names(
-    path:Path, # label file
-)->set: # names of the images that it may belong to
+    path: Path,  # label file
+) -> set:  # names of the images that it may belong to
     "Its own name, and that without _mask, gt- and the like at its ends."
-    names, words = {stem(path)}, "|".join(LABEL_WORDS)
+    names = {stem(path)}
+    words = "|".join(LABEL_WORDS)
     for end in (rf"[ _.-]+({words})$", rf"^({words})[ _.-]+"):
         names |= {re.sub(end, "", name, flags=re.I) for name in names}
     return names
 
+# %% ../../nbs/data/matching.ipynb #b22676a3
 def name_parts(
-    path:Path, # image or label
-)->tuple: # words and numbers, such as ("p", "1", "left") of p01_img_Left.png
+    path: Path,  # image or label
+) -> tuple:  # words and numbers, such as ("p", "1", "left") of p01_img_Left.png
     "A name without case, signs, zeros in front, and words that say what a file is, not whose."
     parts = re.findall(r"\d+|[^\d\s_.,()-]+", stem(path).casefold())
     plain = [str(int(p)) if p.isdecimal() else p for p in parts]
     return tuple(p for p in plain if p not in (*IMAGE_WORDS, *LABEL_WORDS))
 
+
 def match_labels(
-    images:list, # paths
-    labels:list, # paths
-)->list: # the label path of each image, None where there is none
+    images: list,  # paths
+    labels: list,  # paths
+) -> list:  # the label path of each image, None where there is none
     "Each image's label. `InputError` for an image that has several, or perhaps one."
     found, faults = label_pairs(images, labels)
     refuse_first(list(faults.values()))
@@ -60,9 +105,9 @@ def match_labels(
 
 # %% ../../nbs/data/matching.ipynb #7e0b6a19
 def cuts(
-    parts:tuple, # of `name_parts`
-    least:int,   # parts that must be left
-): # iterates over (addition in front, rest, addition behind)
+    parts: tuple,  # of `name_parts`
+    least: int,  # parts that must be left
+):  # iterates over (addition in front, rest, addition behind)
     "All ways to leave out additions. A number in front is none: 1_2 may be the second of 1."
     for i in range(len(parts) + 1):
         if i and all(p.isdecimal() for p in parts[:i]):
@@ -70,18 +115,21 @@ def cuts(
         for j in range(i + least, len(parts) + 1):
             yield parts[:i], parts[i:j], parts[j:]
 
+
 def by_one_rule(
-    images:list, # paths
-    labels:list, # paths
-)->dict: # image -> its labels
+    images: list,  # paths
+    labels: list,  # paths
+) -> dict:  # image -> its labels
     "The longer name is the shorter one and an addition. The addition that finds most pairs counts."
-    whose, drawn, rules = {}, {}, {}
+    whose = {}
+    drawn = {}
+    rules = {}
     for p in images:
         whose.setdefault(name_parts(p), []).append(p)
     for p in labels:
         drawn.setdefault(name_parts(p), []).append(p)
     whose = {parts: ps[0] for parts, ps in whose.items() if len(ps) == 1}
-    least = 0 if len(images) == len(labels) == 1 else 1 # a single label may be called "mask"
+    least = 0 if len(images) == len(labels) == 1 else 1  # a single label may be called "mask"
     for longer, shorter in ((drawn, whose), (whose, drawn)):
         for parts in longer:
             for before, core, after in cuts(parts, least):
@@ -96,11 +144,12 @@ def by_one_rule(
 
 # %% ../../nbs/data/matching.ipynb #a7ee7692
 def label_pairs(
-    images:list, # paths
-    labels:list, # paths
-)->tuple: # the label of each image (or None), and image -> fault where nobody can know
+    images: list,  # paths
+    labels: list,  # paths
+) -> tuple:  # the label of each image (or None), and image -> fault where nobody can know
     "The only label: of the same name (perhaps in another case), or by one rule for all names."
-    exact, loose = {}, {}
+    exact = {}
+    loose = {}
     for p in labels:
         for name in label_names(p):
             exact.setdefault(name, []).append(p)
@@ -109,36 +158,47 @@ def label_pairs(
     found = [exact.get(stem(p), []) for p in images]
     if any(found):
         used = {p for ps in found for p in ps}
-        found = [ps + [q for q in loose.get(stem(p).casefold(), []) if q not in used]
-                 for p, ps in zip(images, found)]
+        found = [
+            ps + [q for q in loose.get(stem(p).casefold(), []) if q not in used]
+            for p, ps in zip(images, found)
+        ]
     else:
         pairs = by_one_rule(images, labels)
         found = [pairs.get(p, []) for p in images]
-    faults = {p: f"{p} has {len(ps)} labels: {', '.join(q.name for q in ps)}. Keep one, and move "
-                 "the others away." for p, ps in zip(images, found) if len(ps) > 1}
+    faults = {
+        p: f"{p} has {len(ps)} labels: {', '.join(q.name for q in ps)}. Keep one, and move "
+        "the others away."
+        for p, ps in zip(images, found)
+        if len(ps) > 1
+    }
     return [ps[0] if len(ps) == 1 else None for ps in found], doubts(images, labels, found) | faults
 
 # %% ../../nbs/data/matching.ipynb #2af9ea0d
 def doubts(
-    images:list, # paths
-    labels:list, # paths
-    found:list,  # labels of each image
-)->dict: # image -> fault
+    images: list,  # paths
+    labels: list,  # paths
+    found: list,  # labels of each image
+) -> dict:  # image -> fault
     "Images without a label, for which an unused one has the same numbers, or is the only one."
-    used, free = {q for ps in found for q in ps}, {}
+    used = {q for ps in found for q in ps}
+    free = {}
     for q in labels:
         if q not in used:
             free.setdefault(_numbers(q), []).append(q)
-    alone, faults = len(images) == len(labels) == 1, {}
+    alone = len(images) == len(labels) == 1
+    faults = {}
     for p, ps in zip(images, found):
         if ps or not (alone or _numbers(p)):
             continue
         for q in free.get(_numbers(p), [])[:1]:
             new = stem(p) + suffix_of(q)
-            faults[p] = (f"{p} and {q} may belong together, but their names do not say so. If they "
-                         f"do, call the label {new}, or list both in a manifest.csv; else move it "
-                         "away.")
+            faults[p] = (
+                f"{p} and {q} may belong together, but their names do not say so. If they "
+                f"do, call the label {new}, or list both in a manifest.csv; else move it "
+                "away."
+            )
     return faults
+
 
 def _numbers(path):
     return tuple(map(int, re.findall(r"\d+", stem(path))))

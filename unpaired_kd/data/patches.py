@@ -19,25 +19,30 @@ from ..core import InputError, rng, torch_rng, unknown
 @dataclass
 class Plan:
     "Which patches a batch is made of: addresses only, no pixels."
-    index: np.ndarray   # (B,) which case of the collection
+
+    index: np.ndarray  # (B,) which case of the collection
     corner: np.ndarray  # (B,dims) first pixel of each patch, in the image padded to the patch size
     label_groups: list  # (B,) label group of each case
-    address: tuple      # address of the random stream for augmentation
+    address: tuple  # address of the random stream for augmentation
+
 
 @dataclass
 class Batch:
     "Patches of one collection, stacked."
-    image: torch.Tensor          # (B,C,*s) float32 in [0,1]
-    label: torch.Tensor | None   # (B,*s) int64, or None for a collection without labels
-    ids: list                    # (B,) case ids
-    label_groups: list           # (B,) label group of each case
-    plan: Plan | None = None     # where the patches come from
 
-    def __len__(self): return len(self.image)
+    image: torch.Tensor  # (B,C,*s) float32 in [0,1]
+    label: torch.Tensor | None  # (B,*s) int64, or None for a collection without labels
+    ids: list  # (B,) case ids
+    label_groups: list  # (B,) label group of each case
+    plan: Plan | None = None  # where the patches come from
 
-    def to(self,
-        device, # torch device or its name
-    ): # the batch with its tensors there
+    def __len__(self):
+        return len(self.image)
+
+    def to(
+        self,
+        device,  # torch device or its name
+    ):  # the batch with its tensors there
         "The same batch on `device`."
         label = None if self.label is None else self.label.to(device, non_blocking=True)
         return replace(self, image=self.image.to(device, non_blocking=True), label=label)
@@ -45,75 +50,111 @@ class Batch:
 # %% ../../nbs/data/patches.ipynb #e04de5ba
 PAIRINGS = ("random", "label_group", "index")
 
+
 class Patches:
     """Patches of one collection. `batch(step)` is a pure function of (seed, stream, step, rank): there is no state to save.
     Raises `InputError` for a size that does not fit the collection's dimensions, an empty collection, and labels on some cases only."""
 
-    def __init__(self,
-        collection,           # `Collection`
-        size,                 # patch size in pixels: one number, or one per spatial axis
-        batch_size:int=8,     # B
-        seed:int=0,           # seed of the run
-        stream:str="student", # name of this source: sources with other names draw other patches
-        foreground:float=.5,  # with labels: probability that a patch is placed on a pixel of a class
-        augment=None,         # `Augment`, or None
-        channels:int=None,    # repeat grey images to this many channels (after augmentation)
-        rich:float=0.,        # without labels: probability that a patch is placed on a bright block, see `_rich_blocks`
+    def __init__(
+        self,
+        collection,  # `Collection`
+        size,  # patch size in pixels: one number, or one per spatial axis
+        batch_size: int = 8,  # B
+        seed: int = 0,  # seed of the run
+        stream: str = "student",  # name of this source: sources with other names draw other patches
+        foreground: float = 0.5,  # with labels: probability that a patch is placed on a pixel of a class
+        augment=None,  # `Augment`, or None
+        channels: int = None,  # repeat grey images to this many channels (after augmentation)
+        rich: float = 0.0,  # without labels: probability that a patch is placed on a bright block, see `_rich_blocks`
     ):
         dims = collection.dims
         size = (int(size),) * dims if np.isscalar(size) else tuple(int(s) for s in size)
-        if len(size) != dims or min(size) < 1: raise InputError(f"patch size {size} does not fit {collection.name!r}, whose images have {dims} spatial axes. Give {dims} positive numbers.")
-        if not len(collection): raise InputError(f"collection {collection.name!r} is empty: there is nothing to draw.")
+        if len(size) != dims or min(size) < 1:
+            raise InputError(
+                f"patch size {size} does not fit {collection.name!r}, whose images have {dims} spatial axes. Give {dims} positive numbers."
+            )
+        if not len(collection):
+            raise InputError(f"collection {collection.name!r} is empty: there is nothing to draw.")
         labelled = sum(c.label is not None for c in collection.cases)
-        if 0 < labelled < len(collection): raise InputError(f"{len(collection) - labelled} of {len(collection)} cases of {collection.name!r} have no label. Use `.subset` of the labelled ones, or `.unlabelled()`.")
-        if channels not in (None, collection.channels) and collection.channels != 1: raise InputError(f"channels={channels}: only grey images can be repeated, {collection.name!r} has {collection.channels} channels.")
-        self.collection, self.size, self.batch_size, self.seed, self.stream = collection, size, int(batch_size), seed, stream
-        if not 0 <= rich <= 1: raise InputError(f"rich={rich} is a probability: give 0 to 1.")
-        self.foreground, self.rich, self.augment, self.channels = foreground if labelled else 0., 0. if labelled else rich, augment, channels
-        self._pixels, self._shapes, self._blocks, self._warned = {}, {}, None, False
+        if 0 < labelled < len(collection):
+            raise InputError(
+                f"{len(collection) - labelled} of {len(collection)} cases of {collection.name!r} have no label. Use `.subset` of the labelled ones, or `.unlabelled()`."
+            )
+        if channels not in (None, collection.channels) and collection.channels != 1:
+            raise InputError(
+                f"channels={channels}: only grey images can be repeated, {collection.name!r} has {collection.channels} channels."
+            )
+        self.collection = collection
+        self.size = size
+        self.batch_size = int(batch_size)
+        self.seed = seed
+        self.stream = stream
+        if not 0 <= rich <= 1:
+            raise InputError(f"rich={rich} is a probability: give 0 to 1.")
+        self.foreground = foreground if labelled else 0.0
+        self.rich = 0.0 if labelled else rich
+        self.augment = augment
+        self.channels = channels
+        self._pixels = {}
+        self._shapes = {}
+        self._blocks = None
+        self._warned = False
         self._members = {}
-        for i, g in enumerate(collection.label_groups): self._members.setdefault(g, []).append(i)
+        for i, g in enumerate(collection.label_groups):
+            self._members.setdefault(g, []).append(i)
 
 # %% ../../nbs/data/patches.ipynb #0fe60253
 @patch_to(Patches)
-def batch(self,
-    step:int,          # which batch
-    rank:int=0,        # which process
-    like=None,         # the lead `Batch` or `Plan`, for the pairings that need one
+def batch(
+    self,
+    step: int,  # which batch
+    rank: int = 0,  # which process
+    like=None,  # the lead `Batch` or `Plan`, for the pairings that need one
     pairing="random",  # random | label_group | index
-)->Batch:
+) -> Batch:
     "Batch number `step`."
     return self.read(self.plan(step, rank, like, pairing))
 
+
 @patch_to(Patches)
-def passes(self,
-    n:float=1, # how often each case is to be shown, in the mean
-)->int: # batches
+def passes(
+    self,
+    n: float = 1,  # how often each case is to be shown, in the mean
+) -> int:  # batches
     "Batches in `n` passes over the cases."
     return max(1, round(n * len(self.collection) / self.batch_size))
 
 # %% ../../nbs/data/patches.ipynb #dea74f40
 @patch_to(Patches)
-def plan(self,
-    step:int,         # which batch
-    rank:int=0,       # which process
-    like=None,        # the lead `Batch` or `Plan`
-    pairing="random", # random | label_group | index
-)->Plan:
+def plan(
+    self,
+    step: int,  # which batch
+    rank: int = 0,  # which process
+    like=None,  # the lead `Batch` or `Plan`
+    pairing="random",  # random | label_group | index
+) -> Plan:
     "Decide which patches batch `step` holds. Reads label maps (once), no images."
-    if pairing not in PAIRINGS: raise InputError(unknown("pairing", pairing, PAIRINGS))
-    if pairing == "index" and like is not None: return self._same(like)
-    r, n, B = rng(self.seed, "patches", self.stream, step, rank), len(self.collection), self.batch_size
+    if pairing not in PAIRINGS:
+        raise InputError(unknown("pairing", pairing, PAIRINGS))
+    if pairing == "index" and like is not None:
+        return self._same(like)
+    r = rng(self.seed, "patches", self.stream, step, rank)
+    n = len(self.collection)
+    B = self.batch_size
     index = np.concatenate([r.permutation(n) for _ in range(-(-B // n))])[:B]
     u = r.random((B, 3 + 2 * len(self.size)))
-    if pairing == "label_group" and like is not None: index = self._same_group(like.label_groups, index, u[:, 0])
+    if pairing == "label_group" and like is not None:
+        index = self._same_group(like.label_groups, index, u[:, 0])
     return self._placed(index, u[:, 1:], (self.seed, "augment", self.stream, step, rank))
+
 
 @patch_to(Patches)
 def _placed(self, index, u, address):
     "A plan for these cases; `u` holds the uniform numbers that place each patch."
     corner = np.stack([self._corner(i, *row) for i, row in zip(index, u)])
-    return Plan(np.asarray(index), corner, [self.collection.cases[i].label_group for i in index], address)
+    return Plan(
+        np.asarray(index), corner, [self.collection.cases[i].label_group for i in index], address
+    )
 
 # %% ../../nbs/data/patches.ipynb #6d0a6e6f
 @patch_to(Patches)
@@ -121,121 +162,185 @@ def _corner(self, i, place, which, *u):
     "First pixel of a patch of case `i`; the arguments after it are uniform in [0,1)."
     dims = len(self.size)
     shape = np.maximum(self._shape(i), self.size)
-    room, size = shape - self.size, np.array(self.size)
-    if place < self.rich and len(self._rich_blocks()[i]): return self._on_block(i, shape, which, np.array(u[dims:2 * dims]))
+    room = shape - self.size
+    size = np.array(self.size)
+    if place < self.rich and len(self._rich_blocks()[i]):
+        return self._on_block(i, shape, which, np.array(u[dims : 2 * dims]))
     classes = self._foreground(i) if place < self.foreground else []
-    if not classes: return (np.array(u[:dims]) * (room + 1)).astype(np.int64)
+    if not classes:
+        return (np.array(u[:dims]) * (room + 1)).astype(np.int64)
     which *= len(classes)
     pixels = classes[int(which)]
-    pixel = np.array(np.unravel_index(pixels[int(which % 1 * len(pixels))], self._shape(i))) + (shape - self._shape(i)) // 2
-    jitter = np.floor((np.array(u[dims:2 * dims]) - .5) * (size // 2)).astype(np.int64)
+    pixel = (
+        np.array(np.unravel_index(pixels[int(which % 1 * len(pixels))], self._shape(i)))
+        + (shape - self._shape(i)) // 2
+    )
+    jitter = np.floor((np.array(u[dims : 2 * dims]) - 0.5) * (size // 2)).astype(np.int64)
     return np.clip(pixel - size // 2 + jitter, 0, room)
 
+# %% ../../nbs/data/patches.ipynb #b7c053e8
 @patch_to(Patches)
 def _shape(self, i):
     "Spatial shape of case `i`."
-    if i not in self._shapes: self._shapes[i] = np.array(self.collection.decoded(i).pixels.shape[1:])
+    if i not in self._shapes:
+        self._shapes[i] = np.array(self.collection.decoded(i).pixels.shape[1:])
     return self._shapes[i]
+
 
 @patch_to(Patches)
 def _foreground(self, i):
     "For each class present in case `i`: at most 4096 of its pixels, as flat positions. Found once."
     if i not in self._pixels:
-        label, found = self.collection.decoded(i).label.reshape(-1), []
+        label = self.collection.decoded(i).label.reshape(-1)
+        found = []
         for k in range(1, len(self.collection.classes)):
             at = np.flatnonzero(label == k)
-            if len(at) > 4096: at = rng(0, "pixels", self.collection.cases[i].id, k).choice(at, 4096, replace=False)
-            if len(at): found.append(at.astype(np.int64))
+            if len(at) > 4096:
+                at = rng(0, "pixels", self.collection.cases[i].id, k).choice(
+                    at, 4096, replace=False
+                )
+            if len(at):
+                found.append(at.astype(np.int64))
         self._pixels[i] = found
     return self._pixels[i]
 
 # %% ../../nbs/data/patches.ipynb #411f96a1
-RICH = (.5, 99.8) # percentiles of an image that count as 0 and 1 when blocks are compared
-RICHEST = .25     # share of the blocks of a collection that are rich
+RICH = (0.5, 99.8)  # percentiles of an image that count as 0 and 1 when blocks are compared
+RICHEST = 0.25  # share of the blocks of a collection that are rich
+
 
 @patch_to(Patches)
 def _rich_blocks(self):
     "For each case the corners (n,dims) of its blocks that are among the brightest of the collection. Looks at all images, once; at no label."
     if self._blocks is None:
-        size, found = np.maximum(np.array(self.size) // 2, 1), []
+        size = np.maximum(np.array(self.size) // 2, 1)
+        found = []
         for i in range(len(self.collection)):
-            d, shape = self.collection.decoded(i), self._shape(i)
+            d = self.collection.decoded(i)
+            shape = self._shape(i)
             grey = d.unit(d.pixels).mean(0)
             low, high = np.percentile(grey, RICH)
-            starts = [np.unique(np.r_[0:max(n - s, 0) + 1:s, max(n - s, 0)]) for n, s in zip(shape, size)]
+            starts = [
+                np.unique(np.r_[0 : max(n - s, 0) + 1 : s, max(n - s, 0)])
+                for n, s in zip(shape, size)
+            ]
             corners = np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, len(size))
-            tops = [np.percentile(grey[tuple(slice(a, a + s) for a, s in zip(c, size))], 99) for c in corners]
+            tops = [
+                np.percentile(grey[tuple(slice(a, a + s) for a, s in zip(c, size))], 99)
+                for c in corners
+            ]
             found.append((corners, (np.array(tops) - low) / max(high - low, 1e-6)))
         threshold = np.quantile(np.concatenate([t for _, t in found]), 1 - RICHEST)
         self._blocks = [corners[top > threshold] for corners, top in found]
     return self._blocks
 
+# %% ../../nbs/data/patches.ipynb #7cf05d21
 @patch_to(Patches)
 def _on_block(self, i, shape, which, u):
     "First pixel of a patch around a rich block of case `i`, up to a quarter of the patch off its middle."
-    blocks, size = self._rich_blocks()[i], np.array(self.size)
-    middle = blocks[int(which * len(blocks))] + np.maximum(size // 2, 1) // 2 + (shape - self._shape(i)) // 2
-    return np.clip(middle - size // 2 + np.floor((u - .5) * (size // 2)).astype(np.int64), 0, shape - size)
+    blocks = self._rich_blocks()[i]
+    size = np.array(self.size)
+    middle = (
+        blocks[int(which * len(blocks))]
+        + np.maximum(size // 2, 1) // 2
+        + (shape - self._shape(i)) // 2
+    )
+    return np.clip(
+        middle - size // 2 + np.floor((u - 0.5) * (size // 2)).astype(np.int64), 0, shape - size
+    )
 
 # %% ../../nbs/data/patches.ipynb #887f64ec
 @patch_to(Patches)
-def read(self,
-    plan:Plan,          # from `plan`
-    augment:bool=True,  # apply the augmentation
-)->Batch:
+def read(
+    self,
+    plan: Plan,  # from `plan`
+    augment: bool = True,  # apply the augmentation
+) -> Batch:
     "Cut the planned patches out of their images and stack them."
-    c, B = self.collection, len(plan.index)
+    c = self.collection
+    B = len(plan.index)
     image = np.empty((B, c.channels, *self.size), np.float32)
     label = np.empty((B, *self.size), np.int64) if c.has_labels else None
     for j, (i, corner) in enumerate(zip(plan.index, plan.corner)):
         d = c.decoded(i)
         cut = tuple(slice(a, a + s) for a, s in zip(corner, self.size))
-        if (self._shape(i) < self.size).any(): d = padded(d, self.size)
+        if (self._shape(i) < self.size).any():
+            d = padded(d, self.size)
         d.unit(d.pixels[(slice(None), *cut)], out=image[j])
-        if label is not None: label[j] = d.label[cut]
-    image, label = torch.from_numpy(image), None if label is None else torch.from_numpy(label)
-    if augment and self.augment is not None: image, label = self.augment(image, label, torch_rng(*plan.address))
-    if self.channels and image.shape[1] != self.channels: image = image.expand(-1, self.channels, *[-1] * len(self.size))
+        if label is not None:
+            label[j] = d.label[cut]
+    image = torch.from_numpy(image)
+    label = None if label is None else torch.from_numpy(label)
+    if augment and self.augment is not None:
+        image, label = self.augment(image, label, torch_rng(*plan.address))
+    if self.channels and image.shape[1] != self.channels:
+        image = image.expand(-1, self.channels, *[-1] * len(self.size))
     return Batch(image, label, [c.cases[i].id for i in plan.index], list(plan.label_groups), plan)
 
 # %% ../../nbs/data/patches.ipynb #472bb5d7
 def padded(
-    decoded, # `Decoded`
-    size,    # smallest size wanted along each spatial axis
-): # `Decoded`, its image and label mirrored at the border up to `size`
+    decoded,  # `Decoded`
+    size,  # smallest size wanted along each spatial axis
+):  # `Decoded`, its image and label mirrored at the border up to `size`
     "Mirror an image that is smaller than the patch at its borders."
     extra = [max(0, s - n) for s, n in zip(size, decoded.pixels.shape[1:])]
     width = [(e // 2, e - e // 2) for e in extra]
     label = None if decoded.label is None else np.pad(decoded.label, width, mode="reflect")
-    return replace(decoded, pixels=np.pad(decoded.pixels, [(0, 0), *width], mode="reflect"), label=label, instances=None)
+    return replace(
+        decoded,
+        pixels=np.pad(decoded.pixels, [(0, 0), *width], mode="reflect"),
+        label=label,
+        instances=None,
+    )
 
 # %% ../../nbs/data/patches.ipynb #be28db60
 @patch_to(Patches)
 def _same_group(self, wanted, index, u):
     "For each lead image a case of its label group; where there is none, the random case, and one warning."
     missing = sorted({g for g in wanted} - set(self._members))
-    if missing and not self._warned and set(self._members) != {""}: # without any group there is nothing to pair by
+    if (
+        missing and not self._warned and set(self._members) != {""}
+    ):  # without any group there is nothing to pair by
         self._warned = True
-        warnings.warn(f"{self.collection.name!r} has no image of label group {', '.join(map(repr, missing))}: these are paired at random. It has {', '.join(map(repr, sorted(self._members)))}.")
-    return np.array([self._members[g][int(x * len(self._members[g]))] if g in self._members else i for g, i, x in zip(wanted, index, u)])
+        warnings.warn(
+            f"{self.collection.name!r} has no image of label group {', '.join(map(repr, missing))}: these are paired at random. It has {', '.join(map(repr, sorted(self._members)))}."
+        )
+    return np.array(
+        [
+            self._members[g][int(x * len(self._members[g]))] if g in self._members else i
+            for g, i, x in zip(wanted, index, u)
+        ]
+    )
+
 
 @patch_to(Patches)
 def _same(self, like):
     "The lead's own cases, places and augmentation: for registered collections only."
     lead = getattr(like, "plan", like)
-    if lead is None: raise InputError("pairing='index' needs a lead batch that knows where its patches come from (`Batch.plan`).")
-    if lead.index.max() >= len(self.collection): raise InputError(f"pairing='index': case {lead.index.max()} of the lead has no partner, {self.collection.name!r} has {len(self.collection)} cases. Registered collections hold the same cases in the same order.")
+    if lead is None:
+        raise InputError(
+            "pairing='index' needs a lead batch that knows where its patches come from (`Batch.plan`)."
+        )
+    if lead.index.max() >= len(self.collection):
+        raise InputError(
+            f"pairing='index': case {lead.index.max()} of the lead has no partner, {self.collection.name!r} has {len(self.collection)} cases. Registered collections hold the same cases in the same order."
+        )
     for i, c in zip(lead.index, lead.corner):
-        if (c + self.size > np.maximum(self._shape(i), self.size)).any(): raise InputError(f"pairing='index': case {self.collection.cases[i].id!r} is smaller than its partner. Registered images have one size.")
+        if (c + self.size > np.maximum(self._shape(i), self.size)).any():
+            raise InputError(
+                f"pairing='index': case {self.collection.cases[i].id!r} is smaller than its partner. Registered images have one size."
+            )
     return replace(lead, label_groups=[self.collection.cases[i].label_group for i in lead.index])
 
 # %% ../../nbs/data/patches.ipynb #fde43198
 @patch_to(Patches)
-def eval_batches(self,
-    n:int=None, # number of batches (default: one pass over the cases)
-)->list: # of `Batch`
+def eval_batches(
+    self,
+    n: int = None,  # number of batches (default: one pass over the cases)
+) -> list:  # of `Batch`
     "The same un-augmented batches every time, the cases in order (and from the first again): for validation."
-    out, B = [], self.batch_size
+    out = []
+    B = self.batch_size
     for k in range(-(-len(self.collection) // B) if n is None else n):
         index = np.arange(k * B, (k + 1) * B) % len(self.collection)
         u = rng(self.seed, "eval", self.stream, k).random((B, 2 + 2 * len(self.size)))
@@ -246,25 +351,40 @@ def eval_batches(self,
 class Unpaired:
     "Several sources side by side. Each batch is a dict of `Batch`, drawn independently unless `pairing` says otherwise."
 
-    def __init__(self,
-        sources:dict,     # name -> `Patches`
-        pairing="random", # random | label_group | index
-        lead="student",   # the source that the others follow
+    def __init__(
+        self,
+        sources: dict,  # name -> `Patches`
+        pairing="random",  # random | label_group | index
+        lead="student",  # the source that the others follow
     ):
-        if pairing not in PAIRINGS: raise InputError(unknown("pairing", pairing, PAIRINGS))
-        if pairing != "random" and lead not in sources: raise InputError(unknown("lead source", lead, sources))
+        if pairing not in PAIRINGS:
+            raise InputError(unknown("pairing", pairing, PAIRINGS))
+        if pairing != "random" and lead not in sources:
+            raise InputError(unknown("lead source", lead, sources))
         counts = {k: len(p.collection.classes) for k, p in sources.items()}
-        if len(set(counts.values())) > 1: raise InputError(f"the sources have different numbers of classes: {counts}. Unpaired teaching needs the same classes in the same order.")
-        self.sources, self.pairing, self.lead = dict(sources), pairing, lead
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                f"the sources have different numbers of classes: {counts}. Unpaired teaching needs the same classes in the same order."
+            )
+        self.sources = dict(sources)
+        self.pairing = pairing
+        self.lead = lead
 
-    def batch(self,
-        step:int,   # which batch
-        names=None, # sources to draw (default: all)
-        rank:int=0, # which process
-    )->dict: # name -> `Batch`
+    def batch(
+        self,
+        step: int,  # which batch
+        names=None,  # sources to draw (default: all)
+        rank: int = 0,  # which process
+    ) -> dict:  # name -> `Batch`
         "Batch number `step` of each source."
-        for n in names or (): 
-            if n not in self.sources: raise InputError(unknown("source", n, self.sources))
+        for n in names or ():
+            if n not in self.sources:
+                raise InputError(unknown("source", n, self.sources))
         lead = None if self.pairing == "random" else self.sources[self.lead].plan(step, rank)
         names = self.sources if names is None else names
-        return {n: self.sources[n].read(lead) if n == self.lead and lead is not None else self.sources[n].batch(step, rank, lead, self.pairing) for n in names}
+        return {
+            n: self.sources[n].read(lead)
+            if n == self.lead and lead is not None
+            else self.sources[n].batch(step, rank, lead, self.pairing)
+            for n in names
+        }

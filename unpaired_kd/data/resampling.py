@@ -15,35 +15,37 @@ from .intensity import to_unit
 
 # %% ../../nbs/data/resampling.ipynb #748e8c62
 def zoomed_size(
-    size:tuple, # shape (..., H, W)
-    zoom:float, # in-plane factor; 0.5 halves H and W
-)->tuple: # (H', W')
+    size: tuple,  # shape (..., H, W)
+    zoom: float,  # in-plane factor; 0.5 halves H and W
+) -> tuple:  # (H', W')
     "Height and width after zooming, rounded, at least 1."
     if not (np.isfinite(zoom) and zoom > 0):
         raise InputError(f"zoom={zoom}: give a positive number; 1 leaves the image as it is.")
     return tuple(max(1, round(s * zoom)) for s in size[-2:])
 
+
 def resize(
-    x:np.ndarray, # (..., H, W) float
-    size:tuple,   # (H', W')
-)->np.ndarray: # (..., H', W') float32
+    x: np.ndarray,  # (..., H, W) float
+    size: tuple,  # (H', W')
+) -> np.ndarray:  # (..., H', W') float32
     """Linear interpolation in the plane, antialiased when it shrinks. Planes and channels do not
     mix."""
     x = np.ascontiguousarray(x, np.float32)
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     t = torch.from_numpy(x).reshape(-1, 1, *x.shape[-2:])
-    t = torch.nn.functional.interpolate(t, size=tuple(size), mode="bilinear", antialias=True,
-                                        align_corners=False)
+    t = torch.nn.functional.interpolate(
+        t, size=tuple(size), mode="bilinear", antialias=True, align_corners=False
+    )
     return t.reshape(*x.shape[:-2], *size).numpy()
 
 # %% ../../nbs/data/resampling.ipynb #73d977f1
 def prepare(
-    array:np.ndarray,    # raw image (C,*s), C = 1 or 3
-    intensity="dtype",   # rule of `to_unit`
-    invert:bool=False,   # bright becomes dark
-    zoom:float=1.0,      # in-plane factor
-)->np.ndarray: # float32 (C,*s'), in [0,1]
+    array: np.ndarray,  # raw image (C,*s), C = 1 or 3
+    intensity="dtype",  # rule of `to_unit`
+    invert: bool = False,  # bright becomes dark
+    zoom: float = 1.0,  # in-plane factor
+) -> np.ndarray:  # float32 (C,*s'), in [0,1]
     """From raw values to what a network sees. Give whole volumes: percentiles are of the whole
     array."""
     x = to_unit(array, intensity)
@@ -51,22 +53,24 @@ def prepare(
         x = 1 - x
     return np.clip(resize(x, zoomed_size(x.shape, zoom)), 0, 1)
 
+
 def zoom_label(
-    label:np.ndarray, # integer map (*s)
-    zoom:float=1.0,   # in-plane factor
-)->np.ndarray: # (*s'), same type; only values that were there
+    label: np.ndarray,  # integer map (*s)
+    zoom: float = 1.0,  # in-plane factor
+) -> np.ndarray:  # (*s'), same type; only values that were there
     "The nearest pixel of the label map, in the plane; sizes agree with `prepare`."
     size = zoomed_size(label.shape, zoom)
     if size == tuple(label.shape[-2:]):
         return label
-    y, x = (((np.arange(n) + .5) * s / n).astype(int) for n, s in zip(size, label.shape[-2:]))
+    y, x = (((np.arange(n) + 0.5) * s / n).astype(int) for n, s in zip(size, label.shape[-2:]))
     return label[..., y[:, None], x]
 
+# %% ../../nbs/data/resampling.ipynb #f152706a
 def zoom_spacing(
-    spacing,     # pixel size along the spatial axes, or None
-    shape:tuple, # spatial shape before zooming
-    zoom:float,  # in-plane factor
-): # pixel size after zooming, or None
+    spacing,  # pixel size along the spatial axes, or None
+    shape: tuple,  # spatial shape before zooming
+    zoom: float,  # in-plane factor
+):  # pixel size after zooming, or None
     "The pixel size that belongs to a zoomed image: the extent in mm stays the same."
     if spacing is None:
         return None

@@ -21,32 +21,34 @@ from .formats.files import plain_key
 
 # %% ../../nbs/data/splits.ipynb #e5b5b823
 def deck(
-    colour:dict,              # group -> its label group
-    r:np.random.Generator,    # source of the shuffle
-)->list: # all groups; any stretch holds the label groups in nearly their true shares
+    colour: dict,  # group -> its label group
+    r: np.random.Generator,  # source of the shuffle
+) -> list:  # all groups; any stretch holds the label groups in nearly their true shares
     """Shuffle groups so that label groups are evenly interleaved. The order of `colour` does not
     matter."""
     place = {}
     for c in sorted(set(colour.values())):
         cards = sorted(g for g in colour if colour[g] == c)
         for j, k in enumerate(r.permutation(len(cards))):
-            place[cards[k]] = (j + .5) / len(cards)
+            place[cards[k]] = (j + 0.5) / len(cards)
     tie = dict(zip(sorted(place), r.random(len(place))))
     return sorted(place, key=lambda g: (round(place[g], 9), tie[g]))
 
+
 def colours_of(
-    collection, # `Collection`
-)->dict: # group -> label group (joined by + if its images have several)
+    collection,  # `Collection`
+) -> dict:  # group -> label group (joined by + if its images have several)
     "What each patient is, for an even deal."
     found = {}
     for c in collection.cases:
         found.setdefault(c.group, set()).add(c.label_group)
     return {g: "+".join(sorted(s)) for g, s in found.items()}
 
+
 def ids_of(
-    collection, # `Collection`
-    groups,     # names of groups; those of other collections may be among them
-)->list: # ids, sorted
+    collection,  # `Collection`
+    groups,  # names of groups; those of other collections may be among them
+) -> list:  # ids, sorted
     "All cases of some patients."
     return sorted(c.id for c in collection.cases if c.group in groups)
 
@@ -55,7 +57,8 @@ def ids_of(
 class Split:
     """Which case ids belong to which part. `data` is the fingerprint of the collection that was
     split."""
-    parts: dict     # part name -> list of ids
+
+    parts: dict  # part name -> list of ids
     data: str = ""  # `Collection.fingerprint()`
 
     def __getitem__(self, part):
@@ -64,41 +67,49 @@ class Split:
         return self.parts[part]
 
     @property
-    def hash(self)->str:
+    def hash(self) -> str:
         "Digest of parts and data: two equal hashes, one split."
         return digest(dict(parts=self.parts, data=self.data))
 
-    def apply(self,
-        collection, # the collection that was split
-    )->dict: # part name -> `Collection`
+    def apply(
+        self,
+        collection,  # the collection that was split
+    ) -> dict:  # part name -> `Collection`
         "The parts as collections. Empty parts are left out."
         return {k: collection.subset(ids) for k, ids in self.parts.items() if ids}
 
-    def save(self,
-        path, # JSON file
+    def save(
+        self,
+        path,  # JSON file
     ):
         "Write the split, atomically."
         write_json(path, dict(parts=self.parts, data=self.data, hash=self.hash))
 
 # %% ../../nbs/data/splits.ipynb #7cf37322
 @patch_to(Split)
-def verify(self,
-    collection, # the collection to be split
-    where="split", # file name, for the error message
-)->Split:
+def verify(
+    self,
+    collection,  # the collection to be split
+    where="split",  # file name, for the error message
+) -> Split:
     """Raise `InputError` unless ids exist once, no group lies in two parts, and the data are those
     that were split. Returns itself."""
     group = dict(zip(collection.ids, collection.groups))
-    owner, seen = {}, set()
+    owner = {}
+    seen = set()
     for part, ids in self.parts.items():
         for i in ids:
             if i not in group:
-                raise InputError(f"{where}: id {i!r} of part {part!r} is not in collection "
-                                 f"{collection.name!r}. The split belongs to other data.")
+                raise InputError(
+                    f"{where}: id {i!r} of part {part!r} is not in collection "
+                    f"{collection.name!r}. The split belongs to other data."
+                )
             if owner.setdefault(group[i], part) != part:
-                raise InputError(f"{where}: group {group[i]!r} lies in two parts, "
-                                 f"{owner[group[i]]!r} and {part!r} (image {i!r}). A patient must "
-                                 "lie in one part: make the split again with `split_groups`.")
+                raise InputError(
+                    f"{where}: group {group[i]!r} lies in two parts, "
+                    f"{owner[group[i]]!r} and {part!r} (image {i!r}). A patient must "
+                    "lie in one part: make the split again with `split_groups`."
+                )
             if i in seen:
                 raise InputError(f"{where}: id {i!r} occurs twice in part {part!r}.")
             seen.add(i)
@@ -107,41 +118,49 @@ def verify(self,
 
 # %% ../../nbs/data/splits.ipynb #b7c67527
 def check_data(
-    data:str,   # fingerprint that a split was made for; "": not known
-    collection, # `Collection`
-    where,      # file name, for messages
+    data: str,  # fingerprint that a split was made for; "": not known
+    collection,  # `Collection`
+    where,  # file name, for messages
 ):
     "`InputError` for other data; a warning for a fingerprint of the old kind, without labels."
     if len(data) == 12 and data == images_only(collection):
-        warnings.warn(f"{where} is older than fingerprints that hold the labels: the images are "
-                      "those that were split; whether labels have changed since, nobody can tell.",
-                      stacklevel=3)
+        warnings.warn(
+            f"{where} is older than fingerprints that hold the labels: the images are "
+            "those that were split; whether labels have changed since, nobody can tell.",
+            stacklevel=3,
+        )
     elif data and data != collection.fingerprint():
-        raise InputError(f"{where} was made for other data (fingerprint {data}, collection "
-                         f"{collection.name!r} has {collection.fingerprint()}). Use the split of "
-                         "these data, or make a new one.")
+        raise InputError(
+            f"{where} was made for other data (fingerprint {data}, collection "
+            f"{collection.name!r} has {collection.fingerprint()}). Use the split of "
+            "these data, or make a new one."
+        )
+
 
 def images_only(
-    collection, # `Collection`
-)->str: # 12 digits
+    collection,  # `Collection`
+) -> str:  # 12 digits
     """The fingerprint as it was before labels and contents of files were part of it, to read old
     splits."""
+
     def mark(c):
         if c.sha256[0]:
             return c.sha256[0]
         if isinstance(c.image, np.ndarray):
             return f"crc {zlib.crc32(np.ascontiguousarray(c.image)):08x}"
         return str(Path(c.image).stat().st_size)
+
     marks = {source_key(c.image): mark(c) for c in collection.cases}
     rows = [[c.id, c.group, c.label_group, marks[source_key(c.image)]] for c in collection.cases]
     return digest(sorted(rows))
 
 # %% ../../nbs/data/splits.ipynb #9ee31aab
 @patch_to(Split, cls_method=True)
-def load(cls,
-    path,       # JSON file that `save` wrote, or one by hand with "parts" only
-    collection, # the collection that it splits
-)->Split:
+def load(
+    cls,
+    path,  # JSON file that `save` wrote, or one by hand with "parts" only
+    collection,  # the collection that it splits
+) -> Split:
     "Read and verify a split."
     saved = read_json(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("parts"), dict):
@@ -149,90 +168,100 @@ def load(cls,
     split = cls({k: list(v) for k, v in saved["parts"].items()}, saved.get("data", ""))
     split.verify(collection, path)
     if saved.get("hash", split.hash) != split.hash:
-        raise InputError(f"{path} was changed after it was saved (its hash does not fit). Restore "
-                         "it, or remove its 'hash' entry if the change is meant.")
+        raise InputError(
+            f"{path} was changed after it was saved (its hash does not fit). Restore "
+            "it, or remove its 'hash' entry if the change is meant."
+        )
     return split
 
 # %% ../../nbs/data/splits.ipynb #85254044
 def part_sizes(
-    parts:dict, # part name -> fraction of the groups (float), number of groups (int), or "rest"
-    n:int,      # groups
-    name:str,   # of the collection, for messages
-)->dict: # part name -> number of groups
+    parts: dict,  # part name -> fraction of the groups (float), number of groups (int), or "rest"
+    n: int,  # groups
+    name: str,  # of the collection, for messages
+) -> dict:  # part name -> number of groups
     "Whole numbers as they are, fractions rounded so that none is lost, what is left to `rest`."
     share = {k: v for k, v in parts.items() if isinstance(v, float)}
     fixed = {k: int(v) for k, v in parts.items() if not isinstance(v, (float, str))}
     rest = [k for k, v in parts.items() if isinstance(v, str)]
     if any(parts[k] != "rest" for k in rest) or len(rest) > 1:
-        raise InputError(f"parts={parts}: a part is a fraction, a number of groups, or (once) "
-                         "'rest'.")
+        raise InputError(
+            f"parts={parts}: a part is a fraction, a number of groups, or (once) 'rest'."
+        )
     if min([0, *share.values(), *fixed.values()]) < 0 or sum(share.values()) > 1 + 1e-9:
         raise InputError(f"parts={parts}: fractions must be positive and sum to at most 1.")
     sizes = rounded(share, n) | fixed
     if sum(sizes.values()) > n or any(sizes[k] < 1 for k in share if share[k] > 0):
-        raise InputError(f"parts={parts}: collection {name!r} has only {n} groups (patients). Ask "
-                         "for fewer.")
+        raise InputError(
+            f"parts={parts}: collection {name!r} has only {n} groups (patients). Ask for fewer."
+        )
     left = n - sum(sizes.values())
     return {k: sizes.get(k, left) for k in parts}
 
 # %% ../../nbs/data/splits.ipynb #b8330dc8
 def rounded(
-    share:dict, # part -> fraction, in all at most 1
-    n:int,      # groups
-)->dict: # part -> whole number, at least 1 where there is a share
+    share: dict,  # part -> fraction, in all at most 1
+    n: int,  # groups
+) -> dict:  # part -> whole number, at least 1 where there is a share
     "Largest remainders: what is lost by rounding down goes to those that lost most."
     sizes = {k: max(int(n * v), int(v > 0)) for k, v in share.items()}
     missing = round(n * sum(share.values())) - sum(sizes.values())
     cut_off = sorted(share, key=lambda k: int(n * share[k]) - n * share[k])
-    for k in cut_off[:max(0, missing)]:
+    for k in cut_off[: max(0, missing)]:
         sizes[k] += 1
     if share:
         sizes[max(sizes, key=sizes.get)] -= max(0, -missing)
     return sizes
 
+
 def split_groups(
     collection,  # `Collection`
-    parts:dict,  # part name -> fraction of the groups (float), number of groups (int), or "rest"
-    seed:int=0,  # another seed, another split
-)->Split:
+    parts: dict,  # part name -> fraction of the groups (float), number of groups (int), or "rest"
+    seed: int = 0,  # another seed, another split
+) -> Split:
     "Split by group, with the label groups spread evenly over the parts."
     cards = deck(colours_of(collection), rng(seed, "split"))
-    start, out = 0, {}
+    start = 0
+    out = {}
     for part, n in part_sizes(parts, len(cards), collection.name).items():
-        out[part] = ids_of(collection, set(cards[start:start + n]))
+        out[part] = ids_of(collection, set(cards[start : start + n]))
         start += n
     return Split(out, collection.fingerprint())
 
 # %% ../../nbs/data/splits.ipynb #069f955f
 def fold_groups(
-    colour:dict, # group -> its label group
-    k:int,       # number of folds
-    seed:int,    # another seed, other folds
-    valid:int,   # groups taken from the training part for "val"
-    name:str,    # of the collection, for messages
-)->list: # k dicts: part -> set of groups
+    colour: dict,  # group -> its label group
+    k: int,  # number of folds
+    seed: int,  # another seed, other folds
+    valid: int,  # groups taken from the training part for "val"
+    name: str,  # of the collection, for messages
+) -> list:  # k dicts: part -> set of groups
     "Cut the deck into k stretches; each is tested once. `InputError` for impossible numbers."
     if not 2 <= k <= len(colour):
-        raise InputError(f"k={k}: collection {name!r} has {len(colour)} groups (patients); k must "
-                         f"lie in 2..{len(colour)}.")
+        raise InputError(
+            f"k={k}: collection {name!r} has {len(colour)} groups (patients); k must "
+            f"lie in 2..{len(colour)}."
+        )
     cards = np.array(deck(colour, rng(seed, "kfold")), dtype=object)
     folds = [list(f) for f in np.array_split(cards, k)]
     out = []
     for i, test in enumerate(folds):
         train = [g for f in folds for g in f if f is not test]
         if valid >= len(train):
-            raise InputError(f"valid={valid}: only {len(train)} groups are left for training. Ask "
-                             "for fewer.")
+            raise InputError(
+                f"valid={valid}: only {len(train)} groups are left for training. Ask for fewer."
+            )
         val = deck({g: colour[g] for g in train}, rng(seed, "kfold-val", i))[:valid]
         out.append(dict(train=set(train) - set(val), val=set(val), test=set(test)))
     return out
 
+
 def kfold_groups(
-    collection, # `Collection`
-    k:int=5,    # number of folds
-    seed:int=0, # another seed, other folds
-    valid:int=0, # groups taken from the training part for "val"
-)->list: # k `Split`s with parts "train", ("val",) "test"; each group is tested exactly once
+    collection,  # `Collection`
+    k: int = 5,  # number of folds
+    seed: int = 0,  # another seed, other folds
+    valid: int = 0,  # groups taken from the training part for "val"
+) -> list:  # k `Split`s with parts "train", ("val",) "test"; each group is tested exactly once
     "Cross-validation by group, with the label groups spread evenly over the folds."
     folds = fold_groups(colours_of(collection), k, seed, valid, collection.name)
     mark = collection.fingerprint()
@@ -240,11 +269,11 @@ def kfold_groups(
 
 # %% ../../nbs/data/splits.ipynb #c0527b3f
 def patient_folds(
-    collections:dict, # name -> `Collection`; equal group names are one patient
-    k:int=5,          # folds
-    seed:int=0,       # another seed, other folds
-    valid:int=0,      # patients taken from the training part for "val"
-)->list: # k dicts of name -> `Split`, with parts "train", ("val",) "test"
+    collections: dict,  # name -> `Collection`; equal group names are one patient
+    k: int = 5,  # folds
+    seed: int = 0,  # another seed, other folds
+    valid: int = 0,  # patients taken from the training part for "val"
+) -> list:  # k dicts of name -> `Split`, with parts "train", ("val",) "test"
     """Cross-validation by patient over several collections: no patient is in two parts of a fold,
     in whichever collection. `InputError` for an impossible k, and for a collection without a part."""
     if not collections:
@@ -253,7 +282,9 @@ def patient_folds(
     for name, c in collections.items():
         for g in c.groups:
             where.setdefault(g, set()).add(name)
-    colour = {g: "+".join(sorted(names)) for g, names in where.items()} # patients of equal presence
+    colour = {
+        g: "+".join(sorted(names)) for g, names in where.items()
+    }  # patients of equal presence
     marks = {name: c.fingerprint() for name, c in collections.items()}
     out = []
     for i, fold in enumerate(fold_groups(colour, k, seed, valid, " and ".join(collections))):
@@ -262,16 +293,18 @@ def patient_folds(
             parts = {part: ids_of(c, groups) for part, groups in fold.items() if groups}
             empty = [part for part, ids in parts.items() if not ids]
             if empty:
-                raise InputError(f"fold {i}: collection {name!r} has no image in part "
-                                 f"{', '.join(empty)}. Its patients are too few for k={k}: choose "
-                                 "a smaller k.")
+                raise InputError(
+                    f"fold {i}: collection {name!r} has no image in part "
+                    f"{', '.join(empty)}. Its patients are too few for k={k}: choose "
+                    "a smaller k."
+                )
             out[-1][name] = Split(parts, marks[name])
     return out
 
 # %% ../../nbs/data/splits.ipynb #14b7ddc0
 def near_groups(
-    *sets, # of group names, one a modality
-)->list: # tuples of different names, in the order of the first set
+    *sets,  # of group names, one a modality
+) -> list:  # tuples of different names, in the order of the first set
     "Groups whose names differ only in case, signs and leading zeros: P-01 and p1."
     near = {}
     for g in dict.fromkeys(g for names in sets for g in names):
@@ -280,11 +313,11 @@ def near_groups(
 
 # %% ../../nbs/data/splits.ipynb #6a59246e
 def label_budget(
-    collection,         # `Collection` (the training part)
-    n:int,              # how many
-    unit:str="images",  # "images" or "groups"
-    seed:int=0,         # another seed, another choice
-)->list: # ids; those of a smaller budget are contained in those of a larger one
+    collection,  # `Collection` (the training part)
+    n: int,  # how many
+    unit: str = "images",  # "images" or "groups"
+    seed: int = 0,  # another seed, another choice
+) -> list:  # ids; those of a smaller budget are contained in those of a larger one
     "Choose what is labelled: round the groups, label groups in turn."
     if unit not in ("images", "groups"):
         raise InputError(unknown("unit", unit, ("images", "groups")))
@@ -292,8 +325,9 @@ def label_budget(
     cards = deck(colours_of(collection), rng(seed, "budget-deck"))
     have = len(collection) if unit == "images" else len(cards)
     if not 1 <= n <= have:
-        raise InputError(f"label budget {n}: collection {collection.name!r} has {have} {unit}. "
-                         f"Choose 1..{have}.")
+        raise InputError(
+            f"label budget {n}: collection {collection.name!r} has {have} {unit}. Choose 1..{have}."
+        )
     members = {g: ids_of(collection, {g}) for g in cards}
     if unit == "groups":
         return [i for g in cards[:n] for i in members[g]]

@@ -16,38 +16,50 @@ from .variation import one_hot
 # %% ../../nbs/distillation/class_means.ipynb #18431954
 PER = ("batch", "image")
 
+
 def class_mean_scores(
-    logits:Tensor,     # scores (B,C,*s)
-    label:Tensor,      # class of every pixel, (B,*s); those outside 0..K-1 belong to no class
-    classes:int,       # number of classes $K$, background included
-    per:str="batch",   # batch: one mean over all pixels of the batch | image: one per image
-)->tuple: # means $\bar x$, (R,K,C) float32, and presence (R,K) bool; R is 1 for batch, B for image
+    logits: Tensor,  # scores (B,C,*s)
+    label: Tensor,  # class of every pixel, (B,*s); those outside 0..K-1 belong to no class
+    classes: int,  # number of classes $K$, background included
+    per: str = "batch",  # batch: one mean over all pixels of the batch | image: one per image
+) -> (
+    tuple
+):  # means $\bar x$, (R,K,C) float32, and presence (R,K) bool; R is 1 for batch, B for image
     "Mean scores over the pixels of each class. An absent class has zeros, and presence False."
-    if per not in PER: raise InputError(unknown("per", per, PER))
+    if per not in PER:
+        raise InputError(unknown("per", per, PER))
     if label.shape != (len(logits), *logits.shape[2:]):
-        raise InputError(f"label has shape {tuple(label.shape)}, but scores {tuple(logits.shape)} need {(len(logits), *logits.shape[2:])}.")
+        raise InputError(
+            f"label has shape {tuple(label.shape)}, but scores {tuple(logits.shape)} need {(len(logits), *logits.shape[2:])}."
+        )
     with torch.autocast(logits.device.type, enabled=False):
         y = one_hot(label, classes)
-        total, count = y @ logits.float().flatten(2).mT, y.sum(2)
-        if per == "batch": total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+        total = y @ logits.float().flatten(2).mT
+        count = y.sum(2)
+        if per == "batch":
+            total = total.sum(0, keepdim=True)
+            count = count.sum(0, keepdim=True)
         return total / count.clamp_min(1)[..., None], count > 0
 
 # %% ../../nbs/distillation/class_means.ipynb #9b76eecb
 def class_mean_kl(
-    logits_s:Tensor,           # the student's scores, (B,C,*s)
-    y_s:Tensor,                # labels of the student's images, (B,*s)
-    logits_t:Tensor,           # the teacher's scores on other images, (B',C,*s')
-    y_t:Tensor,                # their labels, (B',*s')
-    classes:int,               # number of classes $K$, background included
-    tau:float=2.,              # temperature $\tau$
-    direction:str="symmetric", # symmetric | forward: KL(teacher || student) | reverse
-    per:str="batch",           # batch | image (then image i is compared with image i)
-    tau_squared:bool=False,    # multiply by $\tau^2$
-)->Tensor: # one number, float32, at least 0; 0 if no class is on both sides
+    logits_s: Tensor,  # the student's scores, (B,C,*s)
+    y_s: Tensor,  # labels of the student's images, (B,*s)
+    logits_t: Tensor,  # the teacher's scores on other images, (B',C,*s')
+    y_t: Tensor,  # their labels, (B',*s')
+    classes: int,  # number of classes $K$, background included
+    tau: float = 2.0,  # temperature $\tau$
+    direction: str = "symmetric",  # symmetric | forward: KL(teacher || student) | reverse
+    per: str = "batch",  # batch | image (then image i is compared with image i)
+    tau_squared: bool = False,  # multiply by $\tau^2$
+) -> Tensor:  # one number, float32, at least 0; 0 if no class is on both sides
     "Divergence between the softened mean scores of each class, the mean over the classes that both sides have (Dou et al. 2020)."
-    (m_s, has_s), (m_t, has_t) = class_mean_scores(logits_s, y_s, classes, per), class_mean_scores(logits_t, y_t, classes, per)
+    (m_s, has_s) = class_mean_scores(logits_s, y_s, classes, per)
+    (m_t, has_t) = class_mean_scores(logits_t, y_t, classes, per)
     if m_s.shape != m_t.shape:
-        raise InputError(f"class means of shape {tuple(m_s.shape)} and {tuple(m_t.shape)} cannot be compared: the numbers of scores must agree, and with per='image' the numbers of images too.")
+        raise InputError(
+            f"class means of shape {tuple(m_s.shape)} and {tuple(m_t.shape)} cannot be compared: the numbers of scores must agree, and with per='image' the numbers of images too."
+        )
     d = directed_kl(log_probs(m_s.flatten(0, 1), tau), log_probs(m_t.flatten(0, 1), tau), direction)
     both = (has_s & has_t).flatten().float()
     return (d * both).sum() / both.sum().clamp_min(1) * (tau**2 if tau_squared else 1)

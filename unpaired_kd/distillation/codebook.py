@@ -22,32 +22,40 @@ from ..core import InputError, torch_rng, unknown
 def _check_rows(z, table, what="tokens"):
     "Rows `z` (M,D) must be as long as the rows of `table` (K,D)."
     if z.ndim != 2 or table.ndim != 2 or z.shape[1] != table.shape[1]:
-        raise InputError(f"{what} have shape {tuple(z.shape)}, but a table of shape {tuple(table.shape)} needs (M,{table.shape[-1]}). Put the channels last, and set dim to their number.")
+        raise InputError(
+            f"{what} have shape {tuple(z.shape)}, but a table of shape {tuple(table.shape)} needs (M,{table.shape[-1]}). Put the channels last, and set dim to their number."
+        )
 
 # %% ../../nbs/distillation/codebook.ipynb #1698c02d
 @torch.no_grad()
 def nearest_code(
-    z:Tensor,       # tokens $z_i$, (M,D)
-    table:Tensor,   # codes $e_j$, (K,D)
-    chunk:int=1024, # tokens per block: one block of distances fits in the cache
-)->Tensor: # number of the nearest code of every token, (M,) int64, 0 to K-1; the first one of a tie
+    z: Tensor,  # tokens $z_i$, (M,D)
+    table: Tensor,  # codes $e_j$, (K,D)
+    chunk: int = 1024,  # tokens per block: one block of distances fits in the cache
+) -> (
+    Tensor
+):  # number of the nearest code of every token, (M,) int64, 0 to K-1; the first one of a tie
     """The code with the smallest Euclidean distance, without gradient. Computed in float32 (float64 if an input is), also under autocast.
     Raises `InputError` if the numbers of channels differ."""
     _check_rows(z, table)
     with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
         kind = torch.promote_types(torch.promote_types(z.dtype, table.dtype), torch.float32)
-        z, e = z.to(kind), table.to(kind)
-        half, e = e.square().sum(1) / 2, e.mT
+        z = z.to(kind)
+        e = table.to(kind)
+        half = e.square().sum(1) / 2
+        e = e.mT
         index = torch.empty(len(z), dtype=torch.int64, device=z.device)
         for i in range(0, len(z), chunk):
-            torch.argmin(torch.addmm(half, z[i:i + chunk], e, alpha=-1), 1, out=index[i:i + chunk])
+            torch.argmin(
+                torch.addmm(half, z[i : i + chunk], e, alpha=-1), 1, out=index[i : i + chunk]
+            )
     return index
 
 # %% ../../nbs/distillation/codebook.ipynb #04885c0e
 def unit(
-    v:Tensor,  # vectors: features (B,D,*s), or rows (M,D)
-    dim:int=1, # axis of their components
-)->Tensor: # the same shape and directions, length 1, float32 at least
+    v: Tensor,  # vectors: features (B,D,*s), or rows (M,D)
+    dim: int = 1,  # axis of their components
+) -> Tensor:  # the same shape and directions, length 1, float32 at least
     """Divide each vector by its length, the root of the sum of squares (`F.normalize` is several times slower on a CPU).
     A vector of length 0 has no direction: it stays 0 and gets no gradient."""
     v = v.to(torch.promote_types(v.dtype, torch.float32))
@@ -56,52 +64,71 @@ def unit(
 
 # %% ../../nbs/distillation/codebook.ipynb #03bbb441
 def straight_through(
-    z:Tensor, # tokens, any shape
-    q:Tensor, # their codes, same shape
-)->Tensor: # q in the forward pass, exactly; the gradient goes to z unchanged
+    z: Tensor,  # tokens, any shape
+    q: Tensor,  # their codes, same shape
+) -> Tensor:  # q in the forward pass, exactly; the gradient goes to z unchanged
     "The straight-through estimator (van den Oord et al. 2017): $z + \\mathrm{sg}[q - z]$."
     return q.detach() + (z - z.detach())
 
+
 def rotated(
-    z:Tensor,    # tokens
-    q:Tensor,    # their codes, same shape
-    dim:int=-1,  # axis of the channels
-)->Tensor: # q in the forward pass, up to rounding; the gradient is turned and scaled as z is
+    z: Tensor,  # tokens
+    q: Tensor,  # their codes, same shape
+    dim: int = -1,  # axis of the channels
+) -> Tensor:  # q in the forward pass, up to rounding; the gradient is turned and scaled as z is
     "The rotation trick (Fifty et al. 2024): turn and stretch $z$ onto $q$, with the turn and the stretch held constant in the backward pass."
     with torch.no_grad():
-        a, b = unit(z, dim), unit(q, dim)
+        a = unit(z, dim)
+        b = unit(q, dim)
         r = unit(a + b, dim)
-        stretch = (q.square().sum(dim, keepdim=True) / z.square().sum(dim, keepdim=True).clamp_min(1e-24)).sqrt()
-    return stretch * (z - 2 * r * (r * z).sum(dim, keepdim=True) + 2 * b * (a * z).sum(dim, keepdim=True))
+        stretch = (
+            q.square().sum(dim, keepdim=True) / z.square().sum(dim, keepdim=True).clamp_min(1e-24)
+        ).sqrt()
+    return stretch * (
+        z - 2 * r * (r * z).sum(dim, keepdim=True) + 2 * b * (a * z).sum(dim, keepdim=True)
+    )
 
 # %% ../../nbs/distillation/codebook.ipynb #8955e0c5
 @torch.no_grad()
 def code_statistics(
-    z:Tensor,     # tokens, (M,D)
-    index:Tensor, # their codes, (M,) int64
-    K:int,        # number of codes
-)->tuple: # hits $n_j$ (K,) and sums of the tokens (K,D), in the number format of z (float32 at least)
+    z: Tensor,  # tokens, (M,D)
+    index: Tensor,  # their codes, (M,) int64
+    K: int,  # number of codes
+) -> (
+    tuple
+):  # hits $n_j$ (K,) and sums of the tokens (K,D), in the number format of z (float32 at least)
     "How often each code was hit, and the sum of its tokens: one pass over the tokens, without the one-hot table."
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return torch.bincount(index, minlength=K).to(z.dtype), z.new_zeros(K, z.shape[1]).index_add_(0, index, z)
+    return torch.bincount(index, minlength=K).to(z.dtype), z.new_zeros(K, z.shape[1]).index_add_(
+        0, index, z
+    )
 
 # %% ../../nbs/distillation/codebook.ipynb #64c30394
 @torch.no_grad()
 def kmeans(
-    tokens:Tensor,     # tokens, (T,D)
-    K:int,             # number of codes
-    cosine:bool=False, # compare directions only: rows of length 1
-    steps:int=10,      # rounds of assignment and averaging
-    seed:int=0,        # draws the first codes
-)->tuple: # table (K,D), no two rows equal, and the tokens of each code (K,), float32 at least
+    tokens: Tensor,  # tokens, (T,D)
+    K: int,  # number of codes
+    cosine: bool = False,  # compare directions only: rows of length 1
+    steps: int = 10,  # rounds of assignment and averaging
+    seed: int = 0,  # draws the first codes
+) -> tuple:  # table (K,D), no two rows equal, and the tokens of each code (K,), float32 at least
     """k-means with `K` different tokens as the start; a code that loses its tokens takes the token that is worst off.
     Raises `InputError` for tokens that are not finite, and for fewer different tokens than codes."""
-    if tokens.ndim != 2 or not torch.isfinite(tokens.sum()): raise InputError(f"k-means needs finite tokens of shape (T,D); these have shape {tuple(tokens.shape)} and {int((~torch.isfinite(tokens)).sum())} values that are not finite.")
+    if tokens.ndim != 2 or not torch.isfinite(tokens.sum()):
+        raise InputError(
+            f"k-means needs finite tokens of shape (T,D); these have shape {tuple(tokens.shape)} and {int((~torch.isfinite(tokens)).sum())} values that are not finite."
+        )
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    if cosine: tokens = unit(tokens)
+    if cosine:
+        tokens = unit(tokens)
     distinct, inverse = tokens.unique(dim=0, return_inverse=True)
-    if len(distinct) < K: raise InputError(f"{K} codes need at least {K} different tokens; there are {len(distinct)} among {len(tokens)}. Gather tokens from more volumes, or take fewer codes.")
-    table = distinct[torch.randperm(len(distinct), generator=torch_rng(seed, "kmeans"))[:K].to(tokens.device)]
+    if len(distinct) < K:
+        raise InputError(
+            f"{K} codes need at least {K} different tokens; there are {len(distinct)} among {len(tokens)}. Gather tokens from more volumes, or take fewer codes."
+        )
+    table = distinct[
+        torch.randperm(len(distinct), generator=torch_rng(seed, "kmeans"))[:K].to(tokens.device)
+    ]
     for step in range(steps + 1):
         nearest = nearest_code(distinct, table)
         counts, sums = code_statistics(tokens, nearest[inverse], K)
@@ -111,89 +138,135 @@ def kmeans(
         empty = (counts == 0).nonzero()[:, 0]
         if len(empty):
             far = (distinct - table[nearest]).square().sum(1).topk(len(empty)).indices
-            table[empty], counts[empty] = distinct[far], 1
+            table[empty] = distinct[far]
+            counts[empty] = 1
     return table, counts
 
 # %% ../../nbs/distillation/codebook.ipynb #d4bac813
 class Quantised(NamedTuple):
     "What a quantiser returns for features (B,D,*s)."
-    values: Tensor # the codes in the forward pass, the gradient of the features in the backward pass, (B,D,*s) float32
+
+    values: Tensor  # the codes in the forward pass, the gradient of the features in the backward pass, (B,D,*s) float32
     codes: Tensor  # the codes, without gradient, (B,D,*s)
     index: Tensor  # number of the code at every place, (B,*s) int64
-    loss: Tensor   # one number: commitment, and the codebook term where the table is a parameter
+    loss: Tensor  # one number: commitment, and the codebook term where the table is a parameter
+
 
 def _rows(z, dim):
     "Features (B,D,*s) as rows (M,D), float32 at least."
-    if z.ndim < 2 or z.shape[1] != dim: raise InputError(f"features have shape {tuple(z.shape)}; this quantiser needs (B,{dim},*s). Project them to {dim} channels first.")
+    if z.ndim < 2 or z.shape[1] != dim:
+        raise InputError(
+            f"features have shape {tuple(z.shape)}; this quantiser needs (B,{dim},*s). Project them to {dim} channels first."
+        )
     rows = z.movedim(1, -1).reshape(-1, dim)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if rows.device.type != "meta" and not torch.isfinite(rows.detach().sum()): raise InputError(f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} features are not finite: they would spoil the codebook for good. Lower the learning rate, or clip the gradient.")
+    if rows.device.type != "meta" and not torch.isfinite(rows.detach().sum()):
+        raise InputError(
+            f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} features are not finite: they would spoil the codebook for good. Lower the learning rate, or clip the gradient."
+        )
     return rows
+
 
 def _grid(rows, z):
     "Rows (M,D) back at their places: (B,D,*s)."
     return rows.reshape(len(z), *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 # %% ../../nbs/distillation/codebook.ipynb #f1fd62a6
-UPDATES, GRADIENTS = ("ema", "gradient"), ("straight", "rotate")
+UPDATES = ("ema", "gradient")
+GRADIENTS = ("straight", "rotate")
+
 
 class Codebook(nn.Module):
     """A vector quantiser: every feature is replaced by the nearest of `codes` learned vectors (van den Oord et al. 2017; eq. of the EMA in its appendix A.1).
     It learns only in training mode, and never again after `freeze`; on several processes from the tokens of all. Raises `InputError` for settings, features or a stored table that do not fit."""
-    own_buffers = True # equal on all processes after every step: a trainer need not average them
 
-    def __init__(self,
-        codes:int=512,           # number of codes $K$
-        dim:int=16,              # channels of a code $D$
-        cosine:bool=True,        # compare directions: tokens and codes have length 1
-        update:str="ema",        # ema: codes are moving means of their tokens | gradient: codes are a parameter
-        decay:float=.99,         # $\gamma$, 0 to below 1: share of the old mean that is kept in a step
-        eps:float=1e-5,          # $\epsilon$, above 0: keeps a count away from zero
-        beta:float=.25,          # $\beta$: weight of the commitment term
-        restart:float=2.,        # a code whose moving count of hits per step falls below this restarts; 0: never. Set it well below tokens/codes
-        gradient:str="straight", # straight: straight-through | rotate: rotation trick
-        seed:int=0,              # draws the first table and the restarts
+    own_buffers = True  # equal on all processes after every step: a trainer need not average them
+
+    def __init__(
+        self,
+        codes: int = 512,  # number of codes $K$
+        dim: int = 16,  # channels of a code $D$
+        cosine: bool = True,  # compare directions: tokens and codes have length 1
+        update: str = "ema",  # ema: codes are moving means of their tokens | gradient: codes are a parameter
+        decay: float = 0.99,  # $\gamma$, 0 to below 1: share of the old mean that is kept in a step
+        eps: float = 1e-5,  # $\epsilon$, above 0: keeps a count away from zero
+        beta: float = 0.25,  # $\beta$: weight of the commitment term
+        restart: float = 2.0,  # a code whose moving count of hits per step falls below this restarts; 0: never. Set it well below tokens/codes
+        gradient: str = "straight",  # straight: straight-through | rotate: rotation trick
+        seed: int = 0,  # draws the first table and the restarts
     ):
         super().__init__()
-        self.config = dict(codes=codes, dim=dim, cosine=cosine, update=update, decay=decay, eps=eps, beta=beta, restart=restart, gradient=gradient, seed=seed)
-        if update not in UPDATES: raise InputError(unknown("update", update, UPDATES))
-        if gradient not in GRADIENTS: raise InputError(unknown("gradient", gradient, GRADIENTS))
+        self.config = dict(
+            codes=codes,
+            dim=dim,
+            cosine=cosine,
+            update=update,
+            decay=decay,
+            eps=eps,
+            beta=beta,
+            restart=restart,
+            gradient=gradient,
+            seed=seed,
+        )
+        if update not in UPDATES:
+            raise InputError(unknown("update", update, UPDATES))
+        if gradient not in GRADIENTS:
+            raise InputError(unknown("gradient", gradient, GRADIENTS))
         if codes < 1 or dim < 1 or not 0 <= decay < 1 or eps <= 0 or restart < 0 or beta < 0:
-            raise InputError(f"a codebook needs codes and dim of at least 1, decay in [0,1), eps above 0, restart and beta of at least 0; got {self.config}.")
-        for name, value in self.config.items(): setattr(self, name, value)
+            raise InputError(
+                f"a codebook needs codes and dim of at least 1, decay in [0,1), eps above 0, restart and beta of at least 0; got {self.config}."
+            )
+        for name, value in self.config.items():
+            setattr(self, name, value)
         table = (torch.rand(codes, dim, generator=torch_rng(seed, "codebook")) * 2 - 1) / codes
-        if cosine: table = unit(table)
-        if update == "ema": self.register_buffer("table", table)
-        else: self.table = nn.Parameter(table)
-        self.register_buffer("counts", torch.full((codes,), 10.))            # $N_j$, as after a start with ten tokens a code
-        self.register_buffer("sums", 10 * table.clone())                     # $m_j$
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))    # updates so far
-        self.register_buffer("restarted", torch.zeros((), dtype=torch.int64)) # restarts so far, over all codes
-        self.register_buffer("drawn", None, persistent=False)                # see `shuffled`
-        self.frozen, self.restarting = False, True
+        if cosine:
+            table = unit(table)
+        if update == "ema":
+            self.register_buffer("table", table)
+        else:
+            self.table = nn.Parameter(table)
+        self.register_buffer(
+            "counts", torch.full((codes,), 10.0)
+        )  # $N_j$, as after a start with ten tokens a code
+        self.register_buffer("sums", 10 * table.clone())  # $m_j$
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # updates so far
+        self.register_buffer(
+            "restarted", torch.zeros((), dtype=torch.int64)
+        )  # restarts so far, over all codes
+        self.register_buffer("drawn", None, persistent=False)  # see `shuffled`
+        self.frozen = False
+        self.restarting = True
 
 # %% ../../nbs/distillation/codebook.ipynb #5f28d8ee
 @patch
-def rows(self:Codebook)->Tensor: # codes $e_j$ (K,D)
+def rows(self: Codebook) -> Tensor:  # codes $e_j$ (K,D)
     "The codes as the search sees them: `table`, and of length 1 where an optimiser may have stretched a cosine table."
     table = self.table.detach() if self.frozen else self.table
     return unit(table) if self.cosine and self.update == "gradient" else table
 
+
 @patch
-def forward(self:Codebook,
-    z:Tensor, # features (B,D,*s); cosine: only their direction counts
-)->Quantised: # values and codes (B,D,*s), index (B,*s), loss
+def forward(
+    self: Codebook,
+    z: Tensor,  # features (B,D,*s); cosine: only their direction counts
+) -> Quantised:  # values and codes (B,D,*s), index (B,*s), loss
     "Replace every feature by its nearest code. In training mode an `ema` table moves afterwards."
     with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
-        rows, table = _rows(z, self.dim), self.rows()
-        if self.cosine: rows = unit(rows)
+        rows = _rows(z, self.dim)
+        table = self.rows()
+        if self.cosine:
+            rows = unit(rows)
         index = nearest_code(rows, table)
         codes = (table if self.drawn is None else self.drawn)[index]
         fixed = codes.detach()
-        values = straight_through(rows, fixed) if self.gradient == "straight" else rotated(rows, fixed)
+        values = (
+            straight_through(rows, fixed) if self.gradient == "straight" else rotated(rows, fixed)
+        )
         loss = self.beta * (rows - fixed).square().mean()
-        if self.update == "gradient": loss = loss + (rows.detach() - codes).square().mean()
-        if self.training and not self.frozen and self.update == "ema": self._learn(rows.detach(), index)
+        if self.update == "gradient":
+            loss = loss + (rows.detach() - codes).square().mean()
+        if self.training and not self.frozen and self.update == "ema":
+            self._learn(rows.detach(), index)
     return Quantised(_grid(values, z), _grid(fixed, z), index.reshape(len(z), *z.shape[2:]), loss)
 
 # %% ../../nbs/distillation/codebook.ipynb #81fa3d6b
@@ -202,71 +275,87 @@ def _processes():
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_world_size(), torch.distributed.get_rank()) if there else (1, 0)
 
+
 def summed(
-    x:Tensor, # numbers of this process, any shape
-)->Tensor: # the same shape: their sum over all processes
+    x: Tensor,  # numbers of this process, any shape
+) -> Tensor:  # the same shape: their sum over all processes
     "Add up over all processes; each of them must ask."
     if _processes()[0] > 1:
         x = x.contiguous()
         torch.distributed.all_reduce(x)
     return x
 
+# %% ../../nbs/distillation/codebook.ipynb #45ca3020
 def first_says(
-    x:Tensor, # numbers, any shape
-)->Tensor: # those of the first process
+    x: Tensor,  # numbers, any shape
+) -> Tensor:  # those of the first process
     "The same numbers on all processes, where rounding may have made them differ (k-means on GPUs); each of them must ask."
     if _processes()[0] > 1:
         x = x.contiguous()
         torch.distributed.broadcast(x, 0)
     return x
 
+
 def drawn_rows(
-    rows:Tensor,               # tokens of this process (M,D)
-    number:int,                # how many to draw; fewer if there are fewer
-    generator:torch.Generator, # the same on all processes
-)->Tensor: # (number,D), the same on all processes
+    rows: Tensor,  # tokens of this process (M,D)
+    number: int,  # how many to draw; fewer if there are fewer
+    generator: torch.Generator,  # the same on all processes
+) -> Tensor:  # (number,D), the same on all processes
     "Random rows of the joint batch, no row twice; the joint batch is that of process 0, then that of process 1, ..."
     count, rank = _processes()
     sizes = torch.zeros(count, dtype=torch.int64, device=rows.device)
     sizes[rank] = len(rows)
     sizes = summed(sizes).tolist()
-    chosen = torch.randperm(sum(sizes), generator=generator)[:number].to(rows.device) - sum(sizes[:rank])
+    chosen = torch.randperm(sum(sizes), generator=generator)[:number].to(rows.device) - sum(
+        sizes[:rank]
+    )
     own = (chosen >= 0) & (chosen < len(rows))
     return summed(rows[chosen.clamp(0, len(rows) - 1)] * own[:, None])
 
 # %% ../../nbs/distillation/codebook.ipynb #1b22b887
 @patch
 @torch.no_grad()
-def _learn(self:Codebook,
-    rows:Tensor,  # tokens (M,D), of length 1 in cosine mode
-    index:Tensor, # their codes (M,)
+def _learn(
+    self: Codebook,
+    rows: Tensor,  # tokens (M,D), of length 1 in cosine mode
+    index: Tensor,  # their codes (M,)
 ):
     "One step of the moving means, then the restarts. A code without hits keeps its row."
     hits, sums = code_statistics(rows, index, self.codes)
     joint = summed(torch.cat([hits[:, None], sums], 1))
-    hits, sums = joint[:, 0], joint[:, 1:]
+    hits = joint[:, 0]
+    sums = joint[:, 1:]
     self.counts.lerp_(hits.to(self.counts.dtype), 1 - self.decay)
     self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
-    if self.cosine: means = unit(self.sums)
+    if self.cosine:
+        means = unit(self.sums)
     else:
         total = self.counts.sum()
-        means = self.sums / ((self.counts + self.eps) / (total + self.codes * self.eps) * total)[:, None]
+        means = (
+            self.sums
+            / ((self.counts + self.eps) / (total + self.codes * self.eps) * total)[:, None]
+        )
     moved = hits > 0
-    if self.cosine: moved &= self.sums.square().sum(1) > 1e-12      # opposite tokens cancel: no direction
+    if self.cosine:
+        moved &= self.sums.square().sum(1) > 1e-12  # opposite tokens cancel: no direction
     self.table.copy_(torch.where(moved[:, None], means, self.table))
-    if self.restarting and self.restart > 0: self._revive(rows)
+    if self.restarting and self.restart > 0:
+        self._revive(rows)
     self.steps += 1
 
+# %% ../../nbs/distillation/codebook.ipynb #fc4d5033
 @patch
 @torch.no_grad()
-def _revive(self:Codebook,
-    rows:Tensor, # tokens (M,D)
+def _revive(
+    self: Codebook,
+    rows: Tensor,  # tokens (M,D)
 ):
     "Codes with a moving count below `restart` become random tokens of the batch, no token twice."
     dead = (self.counts < self.restart).nonzero()[:, 0]
-    if not len(dead): return
+    if not len(dead):
+        return
     new = drawn_rows(rows, len(dead), torch_rng(self.seed, "restart", int(self.steps)))
-    dead = dead[:len(new)]
+    dead = dead[: len(new)]
     self.table[dead] = new.to(self.table.dtype)
     self.counts[dead] = self.restart
     self.sums[dead] = self.restart * self.table[dead]
@@ -274,20 +363,28 @@ def _revive(self:Codebook,
 
 # %% ../../nbs/distillation/codebook.ipynb #5034735f
 @patch
-def start(self:Codebook,
-    tokens:Tensor,      # tokens (T,D), or features (B,D,*s)
-    seed:int=None,      # draws the first codes (default: the codebook's seed)
-    per_code:float=10,  # at least this many tokens per code; fewer only if you say so
-    steps:int=10,       # rounds of k-means
-)->"Codebook": # itself
+def start(
+    self: Codebook,
+    tokens: Tensor,  # tokens (T,D), or features (B,D,*s)
+    seed: int = None,  # draws the first codes (default: the codebook's seed)
+    per_code: float = 10,  # at least this many tokens per code; fewer only if you say so
+    steps: int = 10,  # rounds of k-means
+) -> "Codebook":  # itself
     "Set the table by k-means. Raises `InputError` if it is frozen or there are too few tokens."
-    if self.frozen: raise InputError("this codebook is frozen: start it before freeze().")
-    if tokens.ndim > 2: tokens = _rows(tokens, self.dim)
+    if self.frozen:
+        raise InputError("this codebook is frozen: start it before freeze().")
+    if tokens.ndim > 2:
+        tokens = _rows(tokens, self.dim)
     _check_rows(tokens, self.table)
     if len(tokens) < per_code * self.codes:
-        raise InputError(f"a start of {self.codes} codes needs {math.ceil(per_code * self.codes)} tokens, {per_code:g} a code; there are {len(tokens)}. Gather more patches, or lower per_code= or codes=.")
-    table, sizes = kmeans(tokens.detach(), self.codes, self.cosine, steps, self.seed if seed is None else seed)
-    table, sizes = first_says(table), first_says(sizes)
+        raise InputError(
+            f"a start of {self.codes} codes needs {math.ceil(per_code * self.codes)} tokens, {per_code:g} a code; there are {len(tokens)}. Gather more patches, or lower per_code= or codes=."
+        )
+    table, sizes = kmeans(
+        tokens.detach(), self.codes, self.cosine, steps, self.seed if seed is None else seed
+    )
+    table = first_says(table)
+    sizes = first_says(sizes)
     with torch.no_grad():
         self.table.copy_(table)
         self.counts.copy_(sizes * 10 * self.codes / sizes.sum())
@@ -296,123 +393,179 @@ def start(self:Codebook,
 
 # %% ../../nbs/distillation/codebook.ipynb #c449add3
 @patch
-def freeze(self:Codebook)->"Codebook": # itself
+def freeze(self: Codebook) -> "Codebook":  # itself
     "Make the table immovable: from now on `train()` has no effect, and a parameter takes no gradient."
     self.frozen = True
     self.requires_grad_(False)
-    for p in self.parameters(): p.grad = None
+    for p in self.parameters():
+        p.grad = None
     return self.train(False)
 
+
 @patch
-def train(self:Codebook,
-    mode:bool=True, # training or evaluation
-)->"Codebook": # itself
+def train(
+    self: Codebook,
+    mode: bool = True,  # training or evaluation
+) -> "Codebook":  # itself
     "As for any module, but a frozen codebook stays in evaluation mode."
     return nn.Module.train(self, mode and not self.frozen)
 
+
 @patch
-def lookup(self:Codebook,
-    index:Tensor, # numbers of codes, (B,*s)
-)->Tensor: # the codes, (B,D,*s), without gradient
+def lookup(
+    self: Codebook,
+    index: Tensor,  # numbers of codes, (B,*s)
+) -> Tensor:  # the codes, (B,D,*s), without gradient
     "The vectors of these codes."
     return (self.rows() if self.drawn is None else self.drawn).detach()[index].movedim(-1, 1)
 
+
 @patch
-def _load_from_state_dict(self:Codebook, state_dict, prefix, *args):
+def _load_from_state_dict(self: Codebook, state_dict, prefix, *args):
     "A table of another shape is refused by name."
     stored = state_dict.get(prefix + "table")
     if stored is not None and stored.shape != self.table.shape:
-        raise InputError(f"the stored {prefix}table has shape {tuple(stored.shape)}; this codebook has {tuple(self.table.shape)}. Build it with codes={stored.shape[0]}, dim={stored.shape[-1]}.")
+        raise InputError(
+            f"the stored {prefix}table has shape {tuple(stored.shape)}; this codebook has {tuple(self.table.shape)}. Build it with codes={stored.shape[0]}, dim={stored.shape[-1]}."
+        )
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/distillation/codebook.ipynb #d23ce2dd
 class FSQ(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): every channel is squeezed and rounded to a few levels; the codes are all combinations.
     Nothing is learned, so `start` and `freeze` do nothing and the loss is 0. Raises `InputError` for features that do not fit."""
-    def __init__(self,
-        levels=(8, 6, 5), # levels of each channel, at least 2; their number is $D$, their product $K$
+
+    def __init__(
+        self,
+        levels=(
+            8,
+            6,
+            5,
+        ),  # levels of each channel, at least 2; their number is $D$, their product $K$
     ):
         super().__init__()
-        if not len(levels) or any(int(n) != n or n < 2 for n in levels): raise InputError(f"levels={levels}: every channel needs a whole number of at least 2 levels.")
-        self.config, self.levels = dict(levels=tuple(levels)), tuple(int(n) for n in levels)
-        self.dim, self.codes = len(levels), math.prod(self.levels)
-        self.frozen, self.restarting = False, False
+        if not len(levels) or any(int(n) != n or n < 2 for n in levels):
+            raise InputError(
+                f"levels={levels}: every channel needs a whole number of at least 2 levels."
+            )
+        self.config = dict(levels=tuple(levels))
+        self.levels = tuple(int(n) for n in levels)
+        self.dim = len(levels)
+        self.codes = math.prod(self.levels)
+        self.frozen = False
+        self.restarting = False
         n = torch.tensor(self.levels)
-        self.register_buffer("count", n, persistent=False)                # not `counts`: nothing is counted here
-        self.register_buffer("place", torch.cat([n.new_ones(1), n[:-1].cumprod(0)]), persistent=False)
+        self.register_buffer("count", n, persistent=False)  # not `counts`: nothing is counted here
+        self.register_buffer(
+            "place", torch.cat([n.new_ones(1), n[:-1].cumprod(0)]), persistent=False
+        )
 
-    def lookup(self,
-        index:Tensor, # numbers of codes, (B,*s)
-    )->Tensor: # the codes in [-1,1], (B,D,*s)
+    def lookup(
+        self,
+        index: Tensor,  # numbers of codes, (B,*s)
+    ) -> Tensor:  # the codes in [-1,1], (B,D,*s)
         "The vectors of these codes."
-        return (index[..., None] // self.place % self.count * 2 / (self.count - 1) - 1).movedim(-1, 1)
+        return (index[..., None] // self.place % self.count * 2 / (self.count - 1) - 1).movedim(
+            -1, 1
+        )
 
-    def forward(self,
-        z:Tensor, # features (B,D,*s)
-    )->Quantised: # values and codes in [-1,1], index, and a loss of 0
+    def forward(
+        self,
+        z: Tensor,  # features (B,D,*s)
+    ) -> Quantised:  # values and codes in [-1,1], index, and a loss of 0
         "Squeeze with tanh, round, scale to [-1,1]; the rounding is straight-through."
         with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
-            soft = (_rows(z, self.dim).tanh() + 1) * (self.count - 1) / 2       # 0 to levels-1
+            soft = (_rows(z, self.dim).tanh() + 1) * (self.count - 1) / 2  # 0 to levels-1
             level = soft.detach().round()
             values = straight_through(soft, level) * 2 / (self.count - 1) - 1
             index = (level.long() * self.place).sum(1).reshape(len(z), *z.shape[2:])
         return Quantised(_grid(values, z), _grid(values.detach(), z), index, values.new_zeros(()))
 
-    def start(self, *args, **kwargs)->"FSQ": # itself; arguments as for `Codebook.start`, not used
+    def start(
+        self, *args, **kwargs
+    ) -> "FSQ":  # itself; arguments as for `Codebook.start`, not used
         "Nothing to start: there is no table."
         return self
 
-    def freeze(self)->"FSQ": # itself
+    def freeze(self) -> "FSQ":  # itself
         "Nothing can move; the flag is kept for those who ask."
-        self.frozen = True; return self
+        self.frozen = True
+        return self
 
 # %% ../../nbs/distillation/codebook.ipynb #702042fd
 def code_use(
-    index:Tensor, # codes of many tokens, any shape, int64
-    K:int,        # number of codes
-)->dict: # active: share of the codes that occur, 0 to 1; perplexity: 1 (one code) to K (all equally often)
+    index: Tensor,  # codes of many tokens, any shape, int64
+    K: int,  # number of codes
+) -> dict:  # active: share of the codes that occur, 0 to 1; perplexity: 1 (one code) to K (all equally often)
     "How many codes are in use. Perplexity, $\\exp(-\\sum_j p_j \\log p_j)$, depends on the number of tokens: compare only equal sets, of at least $50K$."
-    if not index.numel() or index.min() < 0 or index.max() >= K: raise InputError(f"the codes must be numbers from 0 to {K - 1}, and at least one; got {index.numel()} from {index.min().item() if index.numel() else '-'} to {index.max().item() if index.numel() else '-'}.")
+    if not index.numel() or index.min() < 0 or index.max() >= K:
+        raise InputError(
+            f"the codes must be numbers from 0 to {K - 1}, and at least one; got {index.numel()} from {index.min().item() if index.numel() else '-'} to {index.max().item() if index.numel() else '-'}."
+        )
     p = torch.bincount(index.flatten(), minlength=K).double() / index.numel()
-    return dict(active=(p > 0).double().mean().item(), perplexity=torch.special.entr(p).sum().exp().item())
+    return dict(
+        active=(p > 0).double().mean().item(), perplexity=torch.special.entr(p).sum().exp().item()
+    )
 
+# %% ../../nbs/distillation/codebook.ipynb #534696e7
 def vessel_information(
-    index:Tensor,     # codes of many tokens, any shape, int64
-    occupancy:Tensor, # share of vessel voxels in the cube of each token, same shape, 0 to 1
-    K:int,            # number of codes
-)->float: # 0: the code says nothing about occupancy, 1: it says all
+    index: Tensor,  # codes of many tokens, any shape, int64
+    occupancy: Tensor,  # share of vessel voxels in the cube of each token, same shape, 0 to 1
+    K: int,  # number of codes
+) -> float:  # 0: the code says nothing about occupancy, 1: it says all
     "Information of the code about occupancy in five equal bins of [0,1], divided by the entropy of the bins; nan if only one bin occurs."
-    if index.shape != occupancy.shape: raise InputError(f"codes have shape {tuple(index.shape)}, occupancy {tuple(occupancy.shape)}: give one occupancy a token (average the mask over the token's cube).")
-    if not ((occupancy >= 0) & (occupancy <= 1)).all(): raise InputError("occupancy must lie in [0,1]: the mean of a mask of zeros and ones.")
+    if index.shape != occupancy.shape:
+        raise InputError(
+            f"codes have shape {tuple(index.shape)}, occupancy {tuple(occupancy.shape)}: give one occupancy a token (average the mask over the token's cube)."
+        )
+    if not ((occupancy >= 0) & (occupancy <= 1)).all():
+        raise InputError("occupancy must lie in [0,1]: the mean of a mask of zeros and ones.")
     bins = (occupancy.double() * 5).long().clamp_max(4)
-    p = torch.bincount((index * 5 + bins).flatten(), minlength=5 * K).double().reshape(K, 5) / index.numel()
-    entropy = lambda q: torch.special.entr(q).sum()
+    p = (
+        torch.bincount((index * 5 + bins).flatten(), minlength=5 * K).double().reshape(K, 5)
+        / index.numel()
+    )
+
+    def entropy(q):
+        return torch.special.entr(q).sum()
+
     h = entropy(p.sum(0))
     return ((entropy(p.sum(1)) + h - entropy(p)) / h).clamp(0, 1).item() if h > 0 else math.nan
 
+
 def codebook_health(
-    index:Tensor,     # codes of held-out tokens, any shape, int64
-    occupancy:Tensor, # share of vessel voxels in the cube of each token, same shape, 0 to 1
-    K:int,            # number of codes
-)->dict: # active, perplexity (see `code_use`), active_vessel: share of the codes that occur where there is vessel, nmi (see `vessel_information`)
+    index: Tensor,  # codes of held-out tokens, any shape, int64
+    occupancy: Tensor,  # share of vessel voxels in the cube of each token, same shape, 0 to 1
+    K: int,  # number of codes
+) -> dict:  # active, perplexity (see `code_use`), active_vessel: share of the codes that occur where there is vessel, nmi (see `vessel_information`)
     "Is the codebook in use, and does it speak of vessels?"
-    nmi, vessel = vessel_information(index, occupancy, K), index[occupancy > 0]
-    return dict(**code_use(index, K), active_vessel=code_use(vessel, K)["active"] if len(vessel) else 0., nmi=nmi)
+    nmi = vessel_information(index, occupancy, K)
+    vessel = index[occupancy > 0]
+    return dict(
+        **code_use(index, K),
+        active_vessel=code_use(vessel, K)["active"] if len(vessel) else 0.0,
+        nmi=nmi,
+    )
 
 # %% ../../nbs/distillation/codebook.ipynb #7a096dd6
 def shuffled(
-    codebook:Codebook, # a codebook
-    seed:int=0,        # draws the permutation
-)->Codebook: # a frozen copy: it searches the old table and answers with the rows of a permuted one
+    codebook: Codebook,  # a codebook
+    seed: int = 0,  # draws the permutation
+) -> (
+    Codebook
+):  # a frozen copy: it searches the old table and answers with the rows of a permuted one
     "For the shuffle test: a decoder that reads the codes must fail with this copy. (To permute the table itself would change nothing: the search would follow.)"
     new = copy.deepcopy(codebook).freeze()
     rows = new.rows()
-    new.drawn = rows[torch.randperm(new.codes, generator=torch_rng(seed, "shuffled")).to(rows.device)]
+    new.drawn = rows[
+        torch.randperm(new.codes, generator=torch_rng(seed, "shuffled")).to(rows.device)
+    ]
     return new
 
+
 def averaged(
-    codebook:Codebook, # a codebook
-)->Codebook: # a frozen copy that answers with the mean row, whatever the token
+    codebook: Codebook,  # a codebook
+) -> Codebook:  # a frozen copy that answers with the mean row, whatever the token
     "For the shuffle test: what remains of the reconstruction when the codes carry nothing."
     new = copy.deepcopy(codebook).freeze()
     rows = new.rows()

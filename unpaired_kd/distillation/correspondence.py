@@ -13,20 +13,31 @@ from ..core import InputError
 
 # %% ../../nbs/distillation/correspondence.ipynb #d8d923e4
 def random_same_class(
-    values:Tensor,  # something of the teacher's at every pixel, (B',C,*s')
-    y_t:Tensor,     # labels of the teacher's images, (B',*s')
-    y_s:Tensor,     # labels of the student's images, (B,*s)
-    classes:int,    # number of classes $K$, background included
-    generator:torch.Generator=None, # for the draws
-)->tuple: # values at drawn partners (B,C,*s), and which pixels have a partner (B,*s) bool
+    values: Tensor,  # something of the teacher's at every pixel, (B',C,*s')
+    y_t: Tensor,  # labels of the teacher's images, (B',*s')
+    y_s: Tensor,  # labels of the student's images, (B,*s)
+    classes: int,  # number of classes $K$, background included
+    generator: torch.Generator = None,  # for the draws
+) -> tuple:  # values at drawn partners (B,C,*s), and which pixels have a partner (B,*s) bool
     "Give every pixel of the student a random pixel of the same class from the teacher's batch. A class that the teacher's batch does not show has no partners."
-    if values.shape[:1] + values.shape[2:] != y_t.shape: raise InputError(f"values {tuple(values.shape)} and y_t {tuple(y_t.shape)} do not fit; give (B,C,*s) and (B,*s).")
-    flat, own, other = values.transpose(0, 1).flatten(1), y_s.flatten(), y_t.flatten()
+    if values.shape[:1] + values.shape[2:] != y_t.shape:
+        raise InputError(
+            f"values {tuple(values.shape)} and y_t {tuple(y_t.shape)} do not fit; give (B,C,*s) and (B,*s)."
+        )
+    flat = values.transpose(0, 1).flatten(1)
+    own = y_s.flatten()
+    other = y_t.flatten()
     device = own.device if generator is None else generator.device
-    draw = torch.rand(len(own), generator=generator, device=device, dtype=torch.float64).to(own.device)
-    partner, found = torch.zeros_like(own), torch.zeros_like(own, dtype=torch.bool)
+    draw = torch.rand(len(own), generator=generator, device=device, dtype=torch.float64).to(
+        own.device
+    )
+    partner = torch.zeros_like(own)
+    found = torch.zeros_like(own, dtype=torch.bool)
     for k in range(classes):
-        pixels, mine = (other == k).nonzero()[:, 0], own == k
-        if len(pixels): partner, found = torch.where(mine, pixels[(draw * len(pixels)).long()], partner), found | mine
+        pixels = (other == k).nonzero()[:, 0]
+        mine = own == k
+        if len(pixels):
+            partner = torch.where(mine, pixels[(draw * len(pixels)).long()], partner)
+            found = found | mine
     out = flat[:, partner] * found
     return out.reshape(values.shape[1], *y_s.shape).transpose(0, 1), found.reshape(y_s.shape)

@@ -24,113 +24,140 @@ from ..networks.unet import layer
 @dataclass(frozen=True)
 class Schedule:
     "How fast features turn into noise: $\\beta_t$ grows linearly, $\\bar\\alpha_t$ is the share of signal variance that is left (Ho et al. 2020)."
-    steps:int=1000     # number of noise levels $T$
-    start:float=1e-4   # first $\beta$
-    end:float=0.02     # last $\beta$
+
+    steps: int = 1000  # number of noise levels $T$
+    start: float = 1e-4  # first $\beta$
+    end: float = 0.02  # last $\beta$
 
     @cached_property
-    def alpha_bar(self)->Tensor: # (steps,), float32, falling from about 1 to about 0
+    def alpha_bar(self) -> Tensor:  # (steps,), float32, falling from about 1 to about 0
         "$\\bar\\alpha_t=\\prod_{s\\le t}(1-\\beta_s)$"
         beta = torch.linspace(self.start, self.end, self.steps, dtype=torch.float64)
         return (1 - beta).cumprod(0).float()
 
 # %% ../../nbs/distillation/diffusion.ipynb #223ba070
 def spread(
-    a:Tensor, # one number per sample, (B,), or one for all, ()
-    z:Tensor, # features (B,C,*s)
-)->Tensor: # `a` with as many axes as `z`
+    a: Tensor,  # one number per sample, (B,), or one for all, ()
+    z: Tensor,  # features (B,C,*s)
+) -> Tensor:  # `a` with as many axes as `z`
     "Shape one number per sample so that it multiplies features."
     return a.reshape(-1, *[1] * (z.ndim - 1))
 
+
 def q_sample(
-    z:Tensor,         # clean features $z_0$, (B,C,*s)
-    t:Tensor,         # step of each sample, (B,), whole numbers
-    eps:Tensor,       # noise $\epsilon$, shape of `z`
-    alpha_bar:Tensor, # $\bar\alpha$, (steps,)
-)->Tensor: # noisy features $z_t$, shape of `z`
+    z: Tensor,  # clean features $z_0$, (B,C,*s)
+    t: Tensor,  # step of each sample, (B,), whole numbers
+    eps: Tensor,  # noise $\epsilon$, shape of `z`
+    alpha_bar: Tensor,  # $\bar\alpha$, (steps,)
+) -> Tensor:  # noisy features $z_t$, shape of `z`
     "$z_t=\\sqrt{\\bar\\alpha_t}z_0+\\sqrt{1-\\bar\\alpha_t}\\epsilon$ (LOTUS eq. 1, its variance mended)."
     a = spread(alpha_bar[t], z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
 
+
 def noise_like(
-    z:Tensor,                       # anything (B,C,*s)
-    generator:torch.Generator=None, # where the numbers come from; they are drawn on its device, then moved
-)->Tensor: # float32, shape and device of `z`
+    z: Tensor,  # anything (B,C,*s)
+    generator: torch.Generator = None,  # where the numbers come from; they are drawn on its device, then moved
+) -> Tensor:  # float32, shape and device of `z`
     "White noise. From a CPU generator the numbers are the same whatever device `z` is on."
     device = generator.device if generator is not None else z.device
     return torch.randn(z.shape, generator=generator, device=device).to(z.device)
 
 # %% ../../nbs/distillation/diffusion.ipynb #f560e69f
 def norm_layer(
-    kind:str, # batch | group
-    c:int,    # channels
-    dims:int, # 2 or 3
-)->nn.Module: # the layer
+    kind: str,  # batch | group
+    c: int,  # channels
+    dims: int,  # 2 or 3
+) -> nn.Module:  # the layer
     "Batch normalisation, or group normalisation with one group, which keeps no running statistics."
-    if kind not in ("batch", "group"): raise InputError(unknown("norm", kind, ("batch", "group")))
+    if kind not in ("batch", "group"):
+        raise InputError(unknown("norm", kind, ("batch", "group")))
     return layer("BatchNorm", dims)(c) if kind == "batch" else nn.GroupNorm(1, c)
 
+# %% ../../nbs/distillation/diffusion.ipynb #01efb6e2
 class Bottleneck(nn.Module):
     "A residual block that squeezes the channels: 1x1 down, 3x3, 1x1 up, plus the input (He et al. 2016); no ReLU after the sum."
-    def __init__(self,
-        c:int,            # channels in and out
-        reduction:int=4,  # the inner width is `c // reduction`, at least 1
-        dims:int=2,       # 2 for images, 3 for volumes
-        norm:str="batch", # batch | group
+
+    def __init__(
+        self,
+        c: int,  # channels in and out
+        reduction: int = 4,  # the inner width is `c // reduction`, at least 1
+        dims: int = 2,  # 2 for images, 3 for volumes
+        norm: str = "batch",  # batch | group
     ):
         super().__init__()
-        r, conv = max(1, c // reduction), layer("Conv", dims)
-        self.body = nn.Sequential(conv(c, r, 1), norm_layer(norm, r, dims), nn.ReLU(),
-                                  conv(r, r, 3, padding=1), norm_layer(norm, r, dims), nn.ReLU(),
-                                  conv(r, c, 1), norm_layer(norm, c, dims))
+        r = max(1, c // reduction)
+        conv = layer("Conv", dims)
+        self.body = nn.Sequential(
+            conv(c, r, 1),
+            norm_layer(norm, r, dims),
+            nn.ReLU(),
+            conv(r, r, 3, padding=1),
+            norm_layer(norm, r, dims),
+            nn.ReLU(),
+            conv(r, c, 1),
+            norm_layer(norm, c, dims),
+        )
 
-    def forward(self,
-        x:Tensor, # features (B,c,*s)
-    )->Tensor: # (B,c,*s)
+    def forward(
+        self,
+        x: Tensor,  # features (B,c,*s)
+    ) -> Tensor:  # (B,c,*s)
         "What the convolutions add to `x`, and `x`."
         return x + self.body(x)
 
 # %% ../../nbs/distillation/diffusion.ipynb #18e9aeea
 class Phi(nn.Module):
     "The light noise predictor $\\Phi_\\theta(z_t,t)$: a learned vector per step, two bottlenecks, one 1x1 convolution and a normalisation."
-    def __init__(self,
-        channels:int=16,     # channels of the teacher's features
-        dims:int=2,          # 2 or 3
-        norm:str="batch",    # batch | group
-        embeddings:int=1280, # rows in the table of step vectors; at least the steps of the schedule
+
+    def __init__(
+        self,
+        channels: int = 16,  # channels of the teacher's features
+        dims: int = 2,  # 2 or 3
+        norm: str = "batch",  # batch | group
+        embeddings: int = 1280,  # rows in the table of step vectors; at least the steps of the schedule
     ):
         super().__init__()
         self.step = nn.Embedding(embeddings, channels)
-        self.body = nn.Sequential(Bottleneck(channels, 4, dims, norm), Bottleneck(channels, 4, dims, norm),
-                                  layer("Conv", dims)(channels, channels, 1), norm_layer(norm, channels, dims))
+        self.body = nn.Sequential(
+            Bottleneck(channels, 4, dims, norm),
+            Bottleneck(channels, 4, dims, norm),
+            layer("Conv", dims)(channels, channels, 1),
+            norm_layer(norm, channels, dims),
+        )
 
-    def forward(self,
-        z:Tensor, # noisy features $z_t$, (B,C,*s)
-        t:Tensor, # steps (B,)
-    )->Tensor: # predicted noise, (B,C,*s)
+    def forward(
+        self,
+        z: Tensor,  # noisy features $z_t$, (B,C,*s)
+        t: Tensor,  # steps (B,)
+    ) -> Tensor:  # predicted noise, (B,C,*s)
         "Say what the noise in `z` was."
         v = self.step(t)
         return self.body(z + v.reshape(*v.shape, *[1] * (z.ndim - 2)))
 
 # %% ../../nbs/distillation/diffusion.ipynb #28d97e45
 def ddim_timesteps(
-    steps:int=1000,      # length of the schedule
-    uniform:int=10,      # uniform steps that the schedule is cut into
-    evaluations:int=5,   # how many of them, counted from the clean end, are walked
-)->list: # falling steps, the last one 0
+    steps: int = 1000,  # length of the schedule
+    uniform: int = 10,  # uniform steps that the schedule is cut into
+    evaluations: int = 5,  # how many of them, counted from the clean end, are walked
+) -> list:  # falling steps, the last one 0
     "The steps at which the noise predictor is asked."
-    if not 1 <= evaluations <= uniform <= steps: raise InputError(f"evaluations={evaluations}, uniform={uniform}, steps={steps}: each must be at least 1 and at most the next.")
+    if not 1 <= evaluations <= uniform <= steps:
+        raise InputError(
+            f"evaluations={evaluations}, uniform={uniform}, steps={steps}: each must be at least 1 and at most the next."
+        )
     stride = steps // uniform
     return [stride * i for i in reversed(range(evaluations))]
 
+
 def ddim_step(
-    z:Tensor,          # noisy features $z_t$
-    e:Tensor,          # predicted noise, shape of `z`
-    a:Tensor,          # $\bar\alpha_t$, one number
-    a_next:Tensor,     # $\bar\alpha$ of the next, cleaner step; 1 for the last
-    eta:float=0.,      # 0: deterministic (DDIM); 1: as noisy as DDPM
-    noise:Tensor=None, # fresh noise, needed when `eta` > 0
-)->Tensor: # features at the next step
+    z: Tensor,  # noisy features $z_t$
+    e: Tensor,  # predicted noise, shape of `z`
+    a: Tensor,  # $\bar\alpha_t$, one number
+    a_next: Tensor,  # $\bar\alpha$ of the next, cleaner step; 1 for the last
+    eta: float = 0.0,  # 0: deterministic (DDIM); 1: as noisy as DDPM
+    noise: Tensor = None,  # fresh noise, needed when `eta` > 0
+) -> Tensor:  # features at the next step
     "Guess $z_0$, then put back as much of the predicted noise as the next step has."
     sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     z0 = (z - (1 - a).sqrt() * e) / a.sqrt()
@@ -139,13 +166,13 @@ def ddim_step(
 
 # %% ../../nbs/distillation/diffusion.ipynb #4ba08ddf
 def ddim(
-    phi,              # noise predictor: (z (B,C,*s), t (B,)) -> noise
-    z:Tensor,         # start $z_T$, (B,C,*s), float32
-    timesteps:list,   # falling steps, see `ddim_timesteps`
-    alpha_bar:Tensor, # $\bar\alpha$, (steps,)
-    eta:float=0.,     # see `ddim_step`
-    generator:torch.Generator=None, # for the noise of `eta` > 0
-)->Tensor: # clean features, shape of `z`
+    phi,  # noise predictor: (z (B,C,*s), t (B,)) -> noise
+    z: Tensor,  # start $z_T$, (B,C,*s), float32
+    timesteps: list,  # falling steps, see `ddim_timesteps`
+    alpha_bar: Tensor,  # $\bar\alpha$, (steps,)
+    eta: float = 0.0,  # see `ddim_step`
+    generator: torch.Generator = None,  # for the noise of `eta` > 0
+) -> Tensor:  # clean features, shape of `z`
     "Walk from noisy to clean features, asking `phi` once per step (Song et al. 2021)."
     for t, t_next in zip(timesteps, [*timesteps[1:], None]):
         a_next = alpha_bar.new_ones(()) if t_next is None else alpha_bar[t_next]
@@ -156,26 +183,30 @@ def ddim(
 # %% ../../nbs/distillation/diffusion.ipynb #729a8d60
 class NoiseAdapter(nn.Module):
     "Reads from the features how large their share $\\gamma$ should be when noise is mixed in: bottleneck, mean over space, two scores, softmax."
-    def __init__(self,
-        channels:int=16,  # channels of the features
-        dims:int=2,       # 2 or 3
-        norm:str="batch", # batch | group
+
+    def __init__(
+        self,
+        channels: int = 16,  # channels of the features
+        dims: int = 2,  # 2 or 3
+        norm: str = "batch",  # batch | group
     ):
         super().__init__()
         self.body = Bottleneck(channels, 8, dims, norm)
         self.head = nn.Linear(channels, 2)
 
-    def forward(self,
-        z:Tensor, # features (B,C,*s)
-    )->Tensor: # $\gamma$, (B,), float32, strictly between 0 and 1
+    def forward(
+        self,
+        z: Tensor,  # features (B,C,*s)
+    ) -> Tensor:  # $\gamma$, (B,), float32, strictly between 0 and 1
         "One share per sample."
         return self.head(self.body(z).flatten(2).mean(2)).float().softmax(1)[:, 0]
 
+
 def blend(
-    z:Tensor,     # student features $z$, (B,C,*s)
-    gamma:Tensor, # $\gamma$, (B,), share of signal
-    eps:Tensor,   # noise, shape of `z`
-)->Tensor: # $z_T$, shape of `z`
+    z: Tensor,  # student features $z$, (B,C,*s)
+    gamma: Tensor,  # $\gamma$, (B,), share of signal
+    eps: Tensor,  # noise, shape of `z`
+) -> Tensor:  # $z_T$, shape of `z`
     "$z_T=\\gamma z+(1-\\gamma)\\epsilon$: the student's features, brought to the noise level at which denoising starts."
     g = spread(gamma, z)
     return g * z + (1 - g) * eps
@@ -183,104 +214,141 @@ def blend(
 # %% ../../nbs/distillation/diffusion.ipynb #45904588
 PROJECTORS = Registry("projector")
 
+
 @PROJECTORS.register("channel")
 def channel_mlp(
-    c_in:int,  # channels of the student's features
-    c_out:int, # channels of the teacher's features
-    dims:int,  # 2 or 3
-    side:int,  # not used
-)->nn.Module: # (B,c_in,*s) -> (B,c_out,*s)
+    c_in: int,  # channels of the student's features
+    c_out: int,  # channels of the teacher's features
+    dims: int,  # 2 or 3
+    side: int,  # not used
+) -> nn.Module:  # (B,c_in,*s) -> (B,c_out,*s)
     "A two-layer perceptron per pixel."
     conv = layer("Conv", dims)
     return nn.Sequential(conv(c_in, 2 * c_out, 1), nn.ReLU(), conv(2 * c_out, c_out, 1))
 
+
 @PROJECTORS.register("none")
 def no_projector(
-    c_in:int,  # channels of the student's features
-    c_out:int, # channels of the teacher's features
-    dims:int,  # 2 or 3
-    side:int,  # not used
-)->nn.Module: # the identity
+    c_in: int,  # channels of the student's features
+    c_out: int,  # channels of the teacher's features
+    dims: int,  # 2 or 3
+    side: int,  # not used
+) -> nn.Module:  # the identity
     "Nothing; the numbers of channels must agree."
-    if c_in != c_out: raise InputError(f"projector='none' cannot map {c_in} channels to {c_out}. Use projector='channel'.")
+    if c_in != c_out:
+        raise InputError(
+            f"projector='none' cannot map {c_in} channels to {c_out}. Use projector='channel'."
+        )
     return nn.Identity()
 
 # %% ../../nbs/distillation/diffusion.ipynb #157aec19
 @PROJECTORS.register("width")
 class WidthMLP(nn.Module):
     "A two-layer perceptron along the image's width, the same for every row and channel: the projector of LOTUS's released code."
-    def __init__(self,
-        c_in:int,  # channels of the student's features
-        c_out:int, # channels of the teacher's features; the same
-        dims:int,  # 2 or 3
-        side:int,  # width of the features, px; 512 in the release
+
+    def __init__(
+        self,
+        c_in: int,  # channels of the student's features
+        c_out: int,  # channels of the teacher's features; the same
+        dims: int,  # 2 or 3
+        side: int,  # width of the features, px; 512 in the release
     ):
         super().__init__()
-        if c_in != c_out: raise InputError(f"projector='width' keeps the channels and cannot map {c_in} to {c_out}. Use projector='channel'.")
-        self.side, self.body = side, nn.Sequential(nn.Linear(side, 2 * side), nn.ReLU(), nn.Linear(2 * side, side))
+        if c_in != c_out:
+            raise InputError(
+                f"projector='width' keeps the channels and cannot map {c_in} to {c_out}. Use projector='channel'."
+            )
+        self.side = side
+        self.body = nn.Sequential(nn.Linear(side, 2 * side), nn.ReLU(), nn.Linear(2 * side, side))
 
-    def forward(self,
-        z:Tensor, # features (B,C,*s,side)
-    )->Tensor: # the same shape
+    def forward(
+        self,
+        z: Tensor,  # features (B,C,*s,side)
+    ) -> Tensor:  # the same shape
         "Mix the columns of every row. `InputError` if the features are not `side` px wide."
-        if z.shape[-1] != self.side: raise InputError(f"projector='width' was built for features {self.side} px wide and got {z.shape[-1]}. Set `side` to the patch width divided by the stride, or use projector='channel', which takes any width.")
+        if z.shape[-1] != self.side:
+            raise InputError(
+                f"projector='width' was built for features {self.side} px wide and got {z.shape[-1]}. Set `side` to the patch width divided by the stride, or use projector='channel', which takes any width."
+            )
         return self.body(z)
 
+# %% ../../nbs/distillation/diffusion.ipynb #c2845e67
 class Projector(nn.Module):
     "Maps student features into the space of the teacher's: the $\\mathbf{P}$ of LOTUS eq. 3, applied once."
-    def __init__(self,
-        channels:int=16,       # channels of the student's features
-        out:int=None,          # channels of the teacher's features (default: the same)
-        dims:int=2,            # 2 or 3
-        kind:str="channel",    # channel | width | none
-        unit:bool=False,       # scale every pixel's vector to length 1 afterwards
-        side:int=512,          # width of the features, px; matters for kind="width" only
+
+    def __init__(
+        self,
+        channels: int = 16,  # channels of the student's features
+        out: int = None,  # channels of the teacher's features (default: the same)
+        dims: int = 2,  # 2 or 3
+        kind: str = "channel",  # channel | width | none
+        unit: bool = False,  # scale every pixel's vector to length 1 afterwards
+        side: int = 512,  # width of the features, px; matters for kind="width" only
     ):
         super().__init__()
-        self.unit, self.body = unit, PROJECTORS[kind](channels, out or channels, dims, side)
+        self.unit = unit
+        self.body = PROJECTORS[kind](channels, out or channels, dims, side)
 
-    def forward(self,
-        z:Tensor, # features (B,channels,*s)
-    )->Tensor: # (B,out,*s)
+    def forward(
+        self,
+        z: Tensor,  # features (B,channels,*s)
+    ) -> Tensor:  # (B,out,*s)
         "Project; with `unit`, scale every pixel's vector to length 1."
         z = self.body(z)
-        return z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt() if self.unit else z
+        return (
+            z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt() if self.unit else z
+        )
 
 # %% ../../nbs/distillation/diffusion.ipynb #dbb71617
 STATISTICS = ("running", "batch", "all")
 
+
 @contextlib.contextmanager
 def frozen_statistics(
-    module:nn.Module,    # any network
-    use:str="running",   # running: normalise by the running statistics | batch: by those of the batch
+    module: nn.Module,  # any network
+    use: str = "running",  # running: normalise by the running statistics | batch: by those of the batch
 ):
     "Within the block, batch normalisation leaves its running statistics alone."
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in layers]
-    for m in layers: m.training, m.track_running_stats = use == "batch", use != "batch"
-    try: yield
+    for m in layers:
+        m.training = use == "batch"
+        m.track_running_stats = use != "batch"
+    try:
+        yield
     finally:
-        for m, (m.training, m.track_running_stats) in zip(layers, before): pass
+        for m, (m.training, m.track_running_stats) in zip(layers, before):
+            pass
 
 # %% ../../nbs/distillation/diffusion.ipynb #d5d10289
 class DiffusionBlock(nn.Module):
     "All that denoising needs for one tap: a noise predictor trained on the teacher's features, and the way of the student's features through it."
-    def __init__(self,
-        channels:int=16,              # channels of the teacher's features (and of the projected student's)
-        dims:int=2,                   # 2 or 3
-        schedule:Schedule=Schedule(), # noise levels
-        uniform:int=10,               # see `ddim_timesteps`
-        evaluations:int=5,            # see `ddim_timesteps`
-        eta:float=0.,                 # noise of the sampler; 0 is deterministic
-        norm:str="batch",             # batch | group
-        checkpoint:bool=False,        # recompute Phi in the backward pass: less memory, one more forward
-        phi_grad:bool=True,           # whether losses on the denoised features train Phi too (as in the released code)
-        statistics:str="running",     # what Phi normalises by on the student's way: running | batch | all: the batch's, and update the running ones too
+
+    def __init__(
+        self,
+        channels: int = 16,  # channels of the teacher's features (and of the projected student's)
+        dims: int = 2,  # 2 or 3
+        schedule: Schedule = Schedule(),  # noise levels
+        uniform: int = 10,  # see `ddim_timesteps`
+        evaluations: int = 5,  # see `ddim_timesteps`
+        eta: float = 0.0,  # noise of the sampler; 0 is deterministic
+        norm: str = "batch",  # batch | group
+        checkpoint: bool = False,  # recompute Phi in the backward pass: less memory, one more forward
+        phi_grad: bool = True,  # whether losses on the denoised features train Phi too (as in the released code)
+        statistics: str = "running",  # what Phi normalises by on the student's way: running | batch | all: the batch's, and update the running ones too
     ):
         super().__init__()
-        if statistics not in STATISTICS: raise InputError(unknown("statistics", statistics, STATISTICS))
-        if statistics == "all" and checkpoint: raise InputError("statistics='all' with checkpoint=True would count every pass twice. Choose one of them.")
-        self.schedule, self.eta, self.checkpoint, self.phi_grad, self.statistics = schedule, eta, checkpoint, phi_grad, statistics
+        if statistics not in STATISTICS:
+            raise InputError(unknown("statistics", statistics, STATISTICS))
+        if statistics == "all" and checkpoint:
+            raise InputError(
+                "statistics='all' with checkpoint=True would count every pass twice. Choose one of them."
+            )
+        self.schedule = schedule
+        self.eta = eta
+        self.checkpoint = checkpoint
+        self.phi_grad = phi_grad
+        self.statistics = statistics
         self.timesteps = ddim_timesteps(schedule.steps, uniform, evaluations)
         self.register_buffer("alpha_bar", schedule.alpha_bar.clone(), persistent=False)
         conv = layer("Conv", dims)
@@ -291,38 +359,56 @@ class DiffusionBlock(nn.Module):
 
 # %% ../../nbs/distillation/diffusion.ipynb #80db55ec
 @patch
-def loss(self:DiffusionBlock,
-    z:Tensor,                       # teacher features $z^{(h)}$, (B,C,*s)
-    generator:torch.Generator=None, # for the steps and the noise
-)->Tensor: # one number, float32
+def loss(
+    self: DiffusionBlock,
+    z: Tensor,  # teacher features $z^{(h)}$, (B,C,*s)
+    generator: torch.Generator = None,  # for the steps and the noise
+) -> Tensor:  # one number, float32
     "$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only pass that updates Phi's statistics, unless `statistics='all'`."
     z, device = z.float(), z.device if generator is None else generator.device
-    t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(z.device)
+    t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(
+        z.device
+    )
     eps = noise_like(z, generator)
     return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
 
-@patch
-def predict(self:DiffusionBlock,
-    z:Tensor, # noisy student features, (B,C,*s)
-    t:Tensor, # steps, (B,)
-)->Tensor: # predicted noise, (B,C,*s)
-    "One question to Phi on the student's way: its running statistics stay as they are (unless `statistics='all'`), and it gets no gradient if `phi_grad` is False."
-    fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
-    def ask(z, t):
-        with contextlib.nullcontext() if self.statistics == "all" else frozen_statistics(self.phi, self.statistics): return torch.func.functional_call(self.phi, fixed, (z, t))
-    if self.checkpoint and torch.is_grad_enabled(): return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
-    return ask(z, t)
 
 @patch
-def denoise(self:DiffusionBlock,
-    z:Tensor,                       # student features, already projected, (B,C,*s)
-    generator:torch.Generator=None, # for the noise that is mixed in
-    gamma:Tensor=None,              # use these shares instead of the adapter's, (B,)
-)->tuple: # denoised features $\hat z$ (B,C,*s), float32, and $\gamma$ (B,)
+def predict(
+    self: DiffusionBlock,
+    z: Tensor,  # noisy student features, (B,C,*s)
+    t: Tensor,  # steps, (B,)
+) -> Tensor:  # predicted noise, (B,C,*s)
+    "One question to Phi on the student's way: its running statistics stay as they are (unless `statistics='all'`), and it gets no gradient if `phi_grad` is False."
+    fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
+
+    def ask(z, t):
+        with (
+            contextlib.nullcontext()
+            if self.statistics == "all"
+            else frozen_statistics(self.phi, self.statistics)
+        ):
+            return torch.func.functional_call(self.phi, fixed, (z, t))
+
+    if self.checkpoint and torch.is_grad_enabled():
+        return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
+    return ask(z, t)
+
+# %% ../../nbs/distillation/diffusion.ipynb #947bf420
+@patch
+def denoise(
+    self: DiffusionBlock,
+    z: Tensor,  # student features, already projected, (B,C,*s)
+    generator: torch.Generator = None,  # for the noise that is mixed in
+    gamma: Tensor = None,  # use these shares instead of the adapter's, (B,)
+) -> tuple:  # denoised features $\hat z$ (B,C,*s), float32, and $\gamma$ (B,)
     "`trans`, noise adapter, five DDIM evaluations, `proj` (LOTUS eq. 3). Gradients flow all the way back to `z`."
     z = self.trans(z)
     gamma = self.adapter(z) if gamma is None else gamma
     z = blend(z.float(), gamma, noise_like(z, generator))
-    return self.proj(ddim(self.predict, z, self.timesteps, self.alpha_bar, self.eta, generator)).float(), gamma
+    return self.proj(
+        ddim(self.predict, z, self.timesteps, self.alpha_bar, self.eta, generator)
+    ).float(), gamma
+
 
 DiffusionBlock.forward = DiffusionBlock.denoise

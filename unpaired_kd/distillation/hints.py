@@ -14,18 +14,26 @@ from ..networks.taps import tap_channels
 # %% ../../nbs/distillation/hints.ipynb #2f4787c3
 REDUCTIONS = ("mean", "sum")
 
+
 def hint_loss(
-    student,                # features of the tapped layers, a list of (B,C,*s)
-    teacher,                # the same layers of the teacher on the translated image, same shapes
-    reduction:str="mean",   # over the numbers of a layer: mean | sum (equation 2 as printed)
-)->Tensor: # one number, float32, at least 0: the sum over the layers
+    student,  # features of the tapped layers, a list of (B,C,*s)
+    teacher,  # the same layers of the teacher on the translated image, same shapes
+    reduction: str = "mean",  # over the numbers of a layer: mean | sum (equation 2 as printed)
+) -> Tensor:  # one number, float32, at least 0: the sum over the layers
     """Squared difference of features, layer by layer (CMEDL eq. 2; Romero et al. 2015).
     Raises `InputError` for different numbers of layers or different shapes: the error names the layer."""
-    if reduction not in REDUCTIONS: raise InputError(unknown("reduction", reduction, REDUCTIONS))
-    if len(student) != len(teacher) or not student: raise InputError(f"the student gives {len(student)} layers, the teacher {len(teacher)}: a hint compares the same layers of both, at least one.")
-    total = 0.
+    if reduction not in REDUCTIONS:
+        raise InputError(unknown("reduction", reduction, REDUCTIONS))
+    if len(student) != len(teacher) or not student:
+        raise InputError(
+            f"the student gives {len(student)} layers, the teacher {len(teacher)}: a hint compares the same layers of both, at least one."
+        )
+    total = 0.0
     for i, (f, g) in enumerate(zip(student, teacher)):
-        if f.shape != g.shape: raise InputError(f"layer {i} of the hint: the student has {tuple(f.shape)}, the teacher {tuple(g.shape)}. Hints need the same architecture and width on both sides, and the translated image of the same batch.")
+        if f.shape != g.shape:
+            raise InputError(
+                f"layer {i} of the hint: the student has {tuple(f.shape)}, the teacher {tuple(g.shape)}. Hints need the same architecture and width on both sides, and the translated image of the same batch."
+            )
         d = (f.float() - g.float()).square()
         total = total + (d.mean() if reduction == "mean" else d.sum())
     return total
@@ -33,23 +41,35 @@ def hint_loss(
 # %% ../../nbs/distillation/hints.ipynb #a84b2a82
 LEVELS = ("low", "mid", "high")
 
+
 def hint_layers(
-    student:nn.Module, # network to be taught
-    teacher:nn.Module, # network that teaches
-    level:str,         # low | mid | high
-)->tuple: # names of the layers, the same in both
+    student: nn.Module,  # network to be taught
+    teacher: nn.Module,  # network that teaches
+    level: str,  # low | mid | high
+) -> tuple:  # names of the layers, the same in both
     "The layers of a level. `InputError` when the networks have none, have other names, or other numbers of channels."
-    if level not in LEVELS: raise InputError(unknown("hint level", level, LEVELS))
+    if level not in LEVELS:
+        raise InputError(unknown("hint level", level, LEVELS))
     names = getattr(student, "hint_layers", {}).get(level)
-    if not names: raise InputError(f"{type(student).__name__} does not say which layers are {level!r}: give the class a dict `hint_layers`.")
-    if type(student) is not type(teacher): raise InputError(f"the student is a {type(student).__name__}, the teacher a {type(teacher).__name__}: hints compare the same layers of one architecture.")
-    c_s, c_t = tap_channels(student, names), tap_channels(teacher, names)
-    if c_s != c_t: raise InputError(f"the layers of the hint have {c_s} channels in the student and {c_t} in the teacher. Give both the same width, or use soft labels, which need no equal features.")
+    if not names:
+        raise InputError(
+            f"{type(student).__name__} does not say which layers are {level!r}: give the class a dict `hint_layers`."
+        )
+    if type(student) is not type(teacher):
+        raise InputError(
+            f"the student is a {type(student).__name__}, the teacher a {type(teacher).__name__}: hints compare the same layers of one architecture."
+        )
+    c_s = tap_channels(student, names)
+    c_t = tap_channels(teacher, names)
+    if c_s != c_t:
+        raise InputError(
+            f"the layers of the hint have {c_s} channels in the student and {c_t} in the teacher. Give both the same width, or use soft labels, which need no equal features."
+        )
     return tuple(names)
 
 # %% ../../nbs/distillation/hints.ipynb #23880db7
 def feature_rms(
-    features, # list of (B,C,*s)
-)->Tensor: # one number: the mean over the layers
+    features,  # list of (B,C,*s)
+) -> Tensor:  # one number: the mean over the layers
     "Root mean square of features, to see whether a hint is met by agreeing or by shrinking."
     return sum(f.detach().float().square().mean().sqrt() for f in features) / len(features)

@@ -18,142 +18,225 @@ from .codebook import unit
 
 # %% ../../nbs/distillation/patterns.ipynb #e055199e
 def token_cosine(
-    u:Tensor,     # projected features $u$, (B,D,*g), any length
-    codes:Tensor, # the teacher's codes $\hat z$, (B,D,*g); gets no gradient
-)->Tensor: # (B,*g), between 0 and 2
+    u: Tensor,  # projected features $u$, (B,D,*g), any length
+    codes: Tensor,  # the teacher's codes $\hat z$, (B,D,*g); gets no gradient
+) -> Tensor:  # (B,*g), between 0 and 2
     "One minus the cosine, token by token: half of the squared distance of the two directions (pair from VpbSD, form our choice)."
     return 1 - (unit(u) * unit(codes.detach())).sum(1)
 
+
 def token_code_ce(
-    u:Tensor,     # projected features $u$, (B,D,*g), any length
-    index:Tensor, # the teacher's code numbers $k$, (B,*g) int64, 0 to K-1
-    table:Tensor, # the codebook $e$, (K,D); gets no gradient
-    tau:float=.1, # temperature $\tau$
-)->Tensor: # (B,*g), above 0
+    u: Tensor,  # projected features $u$, (B,D,*g), any length
+    index: Tensor,  # the teacher's code numbers $k$, (B,*g) int64, 0 to K-1
+    table: Tensor,  # the codebook $e$, (K,D); gets no gradient
+    tau: float = 0.1,  # temperature $\tau$
+) -> Tensor:  # (B,*g), above 0
     "Cross-entropy of the cosines with all codes over $\\tau$, token by token."
     v = unit(u)
     scores = v.movedim(1, -1) @ unit(table.detach()).to(v.dtype).T / tau
-    return F.cross_entropy(scores.flatten(0, -2), index.flatten(), reduction="none").view(index.shape)
+    return F.cross_entropy(scores.flatten(0, -2), index.flatten(), reduction="none").view(
+        index.shape
+    )
+
 
 def channel_kl(
-    u:Tensor,       # projected features $u$, (B,D,*g), any length
-    codes:Tensor,   # the teacher's codes $\hat z$, (B,D,*g); gets no gradient
-    tau:float=4.,   # temperature $\tau$
-    weight:Tensor=None, # how often each token counts, (B,*g), at least 0
-)->Tensor: # one number, at least 0: mean over images and channels
+    u: Tensor,  # projected features $u$, (B,D,*g), any length
+    codes: Tensor,  # the teacher's codes $\hat z$, (B,D,*g); gets no gradient
+    tau: float = 4.0,  # temperature $\tau$
+    weight: Tensor = None,  # how often each token counts, (B,*g), at least 0
+) -> Tensor:  # one number, at least 0: mean over images and channels
     "$\\tau^2$ times the KL divergence of each channel's distribution over positions (channel-wise distillation, Shu et al. 2021)."
-    log_w = 0. if weight is None else weight.flatten(1)[:, None].clamp_min(1e-30).log()
+    log_w = 0.0 if weight is None else weight.flatten(1)[:, None].clamp_min(1e-30).log()
     log_p, log_q = ((unit(f).flatten(2) / tau + log_w).log_softmax(-1) for f in (codes.detach(), u))
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 # %% ../../nbs/distillation/patterns.ipynb #30bac1e7
 PATTERN_KINDS = ("cosine", "code_ce", "channel")
 
+
 def _refuse(u, codes, kind, index, table, tau, weight):
     "Raise `InputError` for what cannot be compared."
-    if kind not in PATTERN_KINDS: raise InputError(unknown("pattern loss", kind, PATTERN_KINDS))
-    if tau is not None and not tau > 0: raise InputError(f"tau={tau}: the temperature must be above 0.")
-    if u.ndim < 3: raise InputError(f"u has shape {tuple(u.shape)}; give (B,D,*grid).")
+    if kind not in PATTERN_KINDS:
+        raise InputError(unknown("pattern loss", kind, PATTERN_KINDS))
+    if tau is not None and not tau > 0:
+        raise InputError(f"tau={tau}: the temperature must be above 0.")
+    if u.ndim < 3:
+        raise InputError(f"u has shape {tuple(u.shape)}; give (B,D,*grid).")
     grid = (u.shape[0], *u.shape[2:])
-    if codes is None and kind != "code_ce": raise InputError(f"pattern loss {kind!r} needs `codes`, the teacher's quantised features {tuple(u.shape)}.")
-    if codes is not None and (codes.ndim != u.ndim or codes.shape[0] != u.shape[0] or codes.shape[2:] != u.shape[2:]):
-        raise InputError(f"the student's features stand on the grid {tuple(u.shape[2:])} (batch {u.shape[0]}), the teacher's codes on {tuple(codes.shape[2:])} (batch {codes.shape[0]}). Give both the same batch, and the same stride, or bring the student to the coarser grid with to_grid.")
-    wide = codes.shape[1] if codes is not None else table.shape[-1] if table is not None else u.shape[1]
-    if wide != u.shape[1]: raise InputError(f"the student is projected to {u.shape[1]} dimensions and the codes have {wide}. Make the projector with dim={wide}.")
+    if codes is None and kind != "code_ce":
+        raise InputError(
+            f"pattern loss {kind!r} needs `codes`, the teacher's quantised features {tuple(u.shape)}."
+        )
+    if codes is not None and (
+        codes.ndim != u.ndim or codes.shape[0] != u.shape[0] or codes.shape[2:] != u.shape[2:]
+    ):
+        raise InputError(
+            f"the student's features stand on the grid {tuple(u.shape[2:])} (batch {u.shape[0]}), the teacher's codes on {tuple(codes.shape[2:])} (batch {codes.shape[0]}). Give both the same batch, and the same stride, or bring the student to the coarser grid with to_grid."
+        )
+    wide = (
+        codes.shape[1]
+        if codes is not None
+        else table.shape[-1]
+        if table is not None
+        else u.shape[1]
+    )
+    if wide != u.shape[1]:
+        raise InputError(
+            f"the student is projected to {u.shape[1]} dimensions and the codes have {wide}. Make the projector with dim={wide}."
+        )
     if kind == "code_ce":
-        if index is None or table is None: raise InputError("pattern loss 'code_ce' needs `index` (B,*grid) and `table` (K,D) of the teacher's codebook. A quantiser without a table (FSQ) cannot be used with it: take 'cosine'.")
-        if table.ndim != 2 or table.shape[1] != u.shape[1]: raise InputError(f"the table has shape {tuple(table.shape)}; give (K,{u.shape[1]}).")
-        if tuple(index.shape) != grid: raise InputError(f"index has shape {tuple(index.shape)}; give (B,*grid) = {grid}.")
-        if index.is_floating_point() or index.min() < 0 or index.max() >= len(table): raise InputError(f"index goes from {index.min().item()} to {index.max().item()} ({index.dtype}); give whole numbers from 0 to {len(table) - 1}. Is it from another codebook?")
+        if index is None or table is None:
+            raise InputError(
+                "pattern loss 'code_ce' needs `index` (B,*grid) and `table` (K,D) of the teacher's codebook. A quantiser without a table (FSQ) cannot be used with it: take 'cosine'."
+            )
+        if table.ndim != 2 or table.shape[1] != u.shape[1]:
+            raise InputError(f"the table has shape {tuple(table.shape)}; give (K,{u.shape[1]}).")
+        if tuple(index.shape) != grid:
+            raise InputError(f"index has shape {tuple(index.shape)}; give (B,*grid) = {grid}.")
+        if index.is_floating_point() or index.min() < 0 or index.max() >= len(table):
+            raise InputError(
+                f"index goes from {index.min().item()} to {index.max().item()} ({index.dtype}); give whole numbers from 0 to {len(table) - 1}. Is it from another codebook?"
+            )
     if weight is not None:
-        if tuple(weight.shape) != grid: raise InputError(f"weight has shape {tuple(weight.shape)}; give one number for each token, (B,*grid) = {grid}.")
-        if not (weight >= 0).all() or not weight.flatten(1).sum(1).isfinite().all() or not (weight.flatten(1).sum(1) > 0).all(): raise InputError("the weights of the tokens must be finite, at least 0, and not all 0 for an image.")
+        if tuple(weight.shape) != grid:
+            raise InputError(
+                f"weight has shape {tuple(weight.shape)}; give one number for each token, (B,*grid) = {grid}."
+            )
+        if (
+            not (weight >= 0).all()
+            or not weight.flatten(1).sum(1).isfinite().all()
+            or not (weight.flatten(1).sum(1) > 0).all()
+        ):
+            raise InputError(
+                "the weights of the tokens must be finite, at least 0, and not all 0 for an image."
+            )
 
 # %% ../../nbs/distillation/patterns.ipynb #c6a6bb80
 def pattern_loss(
-    u:Tensor,             # the student's projected features $u$, (B,D,*g), any length; 2-D or 3-D grid
-    codes:Tensor,         # the teacher's quantised features $\hat z$, (B,D,*g); may be None for code_ce
-    kind:str="cosine",    # cosine | code_ce | channel
-    index:Tensor=None,    # the teacher's code numbers, (B,*g) int64; code_ce only
-    table:Tensor=None,    # the codebook, (K,D); code_ce only
-    tau:float=None,       # temperature $\tau$ (default: 0.1 for code_ce, 4 for channel)
-    weight:Tensor=None,   # how often each token counts, (B,*g), at least 0, e.g. 1 + gamma * occupancy
-)->Tensor: # one number, float32 (float64 if u is), also under autocast
+    u: Tensor,  # the student's projected features $u$, (B,D,*g), any length; 2-D or 3-D grid
+    codes: Tensor,  # the teacher's quantised features $\hat z$, (B,D,*g); may be None for code_ce
+    kind: str = "cosine",  # cosine | code_ce | channel
+    index: Tensor = None,  # the teacher's code numbers, (B,*g) int64; code_ce only
+    table: Tensor = None,  # the codebook, (K,D); code_ce only
+    tau: float = None,  # temperature $\tau$ (default: 0.1 for code_ce, 4 for channel)
+    weight: Tensor = None,  # how often each token counts, (B,*g), at least 0, e.g. 1 + gamma * occupancy
+) -> Tensor:  # one number, float32 (float64 if u is), also under autocast
     """$L_{dis}$ of VpbSD: the student's encoding against the teacher's quantised encoding. Only directions count; nothing but `u` gets a gradient.
     The pair that is compared is the paper's; the form of the comparison is our choice. Raises `InputError` for different grids, batches or dimensions, an index outside the table, weights below 0, and NaN."""
     _refuse(u, codes, kind, index, table, tau, weight)
-    weight = None if weight is None else weight.detach().to(torch.float64 if u.dtype == torch.float64 else torch.float32)
+    weight = (
+        None
+        if weight is None
+        else weight.detach().to(torch.float64 if u.dtype == torch.float64 else torch.float32)
+    )
     with torch.autocast(u.device.type, enabled=False):
-        if kind == "channel": loss = channel_kl(u, codes, tau or 4., weight)
+        if kind == "channel":
+            loss = channel_kl(u, codes, tau or 4.0, weight)
         else:
-            each = token_cosine(u, codes) if kind == "cosine" else token_code_ce(u, index.long(), table, tau or .1)
+            each = (
+                token_cosine(u, codes)
+                if kind == "cosine"
+                else token_code_ce(u, index.long(), table, tau or 0.1)
+            )
             loss = each.mean() if weight is None else (each * weight).sum() / weight.sum()
     if not loss.isfinite():
-        names = [n for n, t in dict(u=u, codes=codes, table=table).items() if t is not None and not t.isfinite().all()]
-        raise InputError(f"the pattern loss {kind!r} is {loss.item()}: NaN or infinite numbers in {', '.join(names) or 'none of the inputs'}. Lower the learning rate, or look at the teacher's codes.")
+        names = [
+            n
+            for n, t in dict(u=u, codes=codes, table=table).items()
+            if t is not None and not t.isfinite().all()
+        ]
+        raise InputError(
+            f"the pattern loss {kind!r} is {loss.item()}: NaN or infinite numbers in {', '.join(names) or 'none of the inputs'}. Lower the learning rate, or look at the teacher's codes."
+        )
     return loss
 
 # %% ../../nbs/distillation/patterns.ipynb #b351ab5f
 class PatternProjector(nn.Module):
     "$\\phi$: a 1 x 1 convolution without bias from student channels to the dimension of the codes, then length 1. Used in training only."
 
-    def __init__(self,
-        channels:int, # channels of the student's features
-        dim:int,      # $D$, dimension of the codes
-        dims:int=3,   # 2 or 3: spatial axes
-        seed:int=0,   # weights are a function of this number; the global generators are left alone
+    def __init__(
+        self,
+        channels: int,  # channels of the student's features
+        dim: int,  # $D$, dimension of the codes
+        dims: int = 3,  # 2 or 3: spatial axes
+        seed: int = 0,  # weights are a function of this number; the global generators are left alone
     ):
         super().__init__()
-        if dims not in (2, 3): raise InputError(f"dims={dims}: a PatternProjector has 2 or 3 spatial axes.")
-        if channels < 1 or dim < 1: raise InputError(f"channels={channels}, dim={dim}: both must be at least 1.")
+        if dims not in (2, 3):
+            raise InputError(f"dims={dims}: a PatternProjector has 2 or 3 spatial axes.")
+        if channels < 1 or dim < 1:
+            raise InputError(f"channels={channels}, dim={dim}: both must be at least 1.")
         self.config = dict(channels=channels, dim=dim, dims=dims, seed=seed)
-        with seeded(seed, "pattern projector"): self.phi = (nn.Conv2d, nn.Conv3d)[dims - 2](channels, dim, 1, bias=False)
+        with seeded(seed, "pattern projector"):
+            self.phi = (nn.Conv2d, nn.Conv3d)[dims - 2](channels, dim, 1, bias=False)
 
-    def forward(self,
-        f:Tensor, # the student's features, (B,channels,*g)
-    )->Tensor: # $u$, (B,dim,*g), float32, length 1
+    def forward(
+        self,
+        f: Tensor,  # the student's features, (B,channels,*g)
+    ) -> Tensor:  # $u$, (B,dim,*g), float32, length 1
         "Project and normalise, in float32 also under autocast. Raises `InputError` for another number of channels or axes."
         c = self.config
-        if f.ndim != c["dims"] + 2 or f.shape[1] != c["channels"]: raise InputError(f"the projector takes features (B,{c['channels']},*{c['dims']} axes), got {tuple(f.shape)}.")
-        with torch.autocast(f.device.type, enabled=False): return unit(self.phi(f.to(self.phi.weight.dtype)))
+        if f.ndim != c["dims"] + 2 or f.shape[1] != c["channels"]:
+            raise InputError(
+                f"the projector takes features (B,{c['channels']},*{c['dims']} axes), got {tuple(f.shape)}."
+            )
+        with torch.autocast(f.device.type, enabled=False):
+            return unit(self.phi(f.to(self.phi.weight.dtype)))
 
 # %% ../../nbs/distillation/patterns.ipynb #3ac2d0aa
 def _overlap(n, m, like):
     "(m,n) matrix: the share of each of `m` equal cells that each of `n` equal cells covers."
-    edges = lambda k: torch.arange(k + 1, dtype=torch.float64) * (m * n // k)
-    a, b = edges(n), edges(m)
+
+    def edges(k):
+        return torch.arange(k + 1, dtype=torch.float64) * (m * n // k)
+
+    a = edges(n)
+    b = edges(m)
     shared = torch.minimum(b[1:, None], a[None, 1:]) - torch.maximum(b[:-1, None], a[None, :-1])
     return (shared.clamp_min(0) / n).to(like)
 
+
 def to_grid(
-    f:Tensor, # features, (B,C,*s)
-    size,     # grid of the result: as many whole numbers as spatial axes, none above those of `f`
-)->Tensor: # (B,C,*size), at least float32: means over the area of each cell
+    f: Tensor,  # features, (B,C,*s)
+    size,  # grid of the result: as many whole numbers as spatial axes, none above those of `f`
+) -> Tensor:  # (B,C,*size), at least float32: means over the area of each cell
     "Average features to a coarser grid, with exact shares where a cell of one grid crosses cells of the other. Raises `InputError` for a finer grid."
     size = tuple(int(n) for n in size)
-    if len(size) != f.ndim - 2: raise InputError(f"size {size}: the features {tuple(f.shape)} have {f.ndim - 2} spatial axes.")
-    if any(m < 1 or m > n for m, n in zip(size, f.shape[2:])): raise InputError(f"size {size} is not a coarser grid than {tuple(f.shape[2:])}. Features are averaged, never refined: give the student a smaller stride, or the teacher a larger one.")
+    if len(size) != f.ndim - 2:
+        raise InputError(
+            f"size {size}: the features {tuple(f.shape)} have {f.ndim - 2} spatial axes."
+        )
+    if any(m < 1 or m > n for m, n in zip(size, f.shape[2:])):
+        raise InputError(
+            f"size {size} is not a coarser grid than {tuple(f.shape[2:])}. Features are averaged, never refined: give the student a smaller stride, or the teacher a larger one."
+        )
     f = f if f.dtype == torch.float64 else f.float()
     with torch.autocast(f.device.type, enabled=False):
         for axis, (n, m) in enumerate(zip(f.shape[2:], size), 2):
-            if m != n: f = (f.movedim(axis, -1) @ _overlap(n, m, f).T).movedim(-1, axis)
+            if m != n:
+                f = (f.movedim(axis, -1) @ _overlap(n, m, f).T).movedim(-1, axis)
     return f
 
 # %% ../../nbs/distillation/patterns.ipynb #e8060d7d
 def codebook_digest(
-    table:Tensor, # the codebook, (K,D)
-)->str: # 16 hexadecimal digits
+    table: Tensor,  # the codebook, (K,D)
+) -> str:  # 16 hexadecimal digits
     "Fingerprint of a codebook: shape, numbers (as float32) and order of the rows. The same on every device."
-    if table.ndim != 2: raise InputError(f"the codebook has shape {tuple(table.shape)}; give (K,D).")
+    if table.ndim != 2:
+        raise InputError(f"the codebook has shape {tuple(table.shape)}; give (K,D).")
     rows = table.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
     return hashlib.sha256(f"{tuple(rows.shape)}".encode() + rows.tobytes()).hexdigest()[:16]
 
+
 def same_codebook(
-    expected_digest:str, # `codebook_digest` of the codebook that is wanted, from the record of a run
-    table:Tensor,        # the codebook at hand, (K,D)
-    source:str,          # where it comes from, for the message: a file or a run
-)->str: # the digest
+    expected_digest: str,  # `codebook_digest` of the codebook that is wanted, from the record of a run
+    table: Tensor,  # the codebook at hand, (K,D)
+    source: str,  # where it comes from, for the message: a file or a run
+) -> str:  # the digest
     "Raises `InputError` unless `table` is the codebook that `expected_digest` was taken of."
     found = codebook_digest(table)
-    if found != expected_digest: raise InputError(f"{source}: this is the codebook of another teacher ({tuple(table.shape)}, digest {found}, expected {expected_digest}). Its code numbers mean other patterns. Give the checkpoint of the teacher that the student was started with, or start the student anew.")
+    if found != expected_digest:
+        raise InputError(
+            f"{source}: this is the codebook of another teacher ({tuple(table.shape)}, digest {found}, expected {expected_digest}). Its code numbers mean other patterns. Give the checkpoint of the teacher that the student was started with, or start the student anew."
+        )
     return found

@@ -14,47 +14,57 @@ from ..core import InputError, unknown
 
 # %% ../../nbs/distillation/soft_labels.ipynb #0ef6e4db
 def log_probs(
-    logits:Tensor, # scores before softmax, (B,C,*s) or (N,C); C = 1 means one sigmoid
-    tau:float=1.,  # temperature $\tau$; larger is softer
-)->Tensor: # log probabilities, float32, (B,max(C,2),*s)
+    logits: Tensor,  # scores before softmax, (B,C,*s) or (N,C); C = 1 means one sigmoid
+    tau: float = 1.0,  # temperature $\tau$; larger is softer
+) -> Tensor:  # log probabilities, float32, (B,max(C,2),*s)
     "Softened class probabilities, as logarithms. One logit is a coin: the other side has the score 0."
-    if not tau > 0: raise InputError(f"tau={tau}: the temperature must be above 0.")
+    if not tau > 0:
+        raise InputError(f"tau={tau}: the temperature must be above 0.")
     x = logits.float() / tau
     return F.log_softmax(torch.cat([torch.zeros_like(x), x], 1) if x.shape[1] == 1 else x, 1)
 
 # %% ../../nbs/distillation/soft_labels.ipynb #1f066ccc
 def kl(
-    log_p:Tensor, # log probabilities, (B,C,*s)
-    log_q:Tensor, # log probabilities, same shape
-)->Tensor: # (B,*s), at least 0
+    log_p: Tensor,  # log probabilities, (B,C,*s)
+    log_q: Tensor,  # log probabilities, same shape
+) -> Tensor:  # (B,*s), at least 0
     "$\\mathrm{KL}(p\\,\\|\\,q)=\\sum_i p_i(\\log p_i-\\log q_i)$, over axis 1."
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
+
 DIRECTIONS = {
-    "forward":   lambda s, t: kl(t, s),                  # KL(teacher || student): leave out nothing that the teacher believes
-    "reverse":   lambda s, t: kl(s, t),                  # KL(student || teacher): believe nothing that the teacher does not
-    "symmetric": lambda s, t: (kl(t, s) + kl(s, t)) / 2, # the mean of both
+    "forward": lambda s, t: kl(
+        t, s
+    ),  # KL(teacher || student): leave out nothing that the teacher believes
+    "reverse": lambda s, t: kl(
+        s, t
+    ),  # KL(student || teacher): believe nothing that the teacher does not
+    "symmetric": lambda s, t: (kl(t, s) + kl(s, t)) / 2,  # the mean of both
 }
 
+
 def directed_kl(
-    log_s:Tensor,            # the student's log probabilities, (B,C,*s)
-    log_t:Tensor,            # the teacher's, same shape
-    direction:str="forward", # forward: KL(teacher || student) | reverse | symmetric
-)->Tensor: # (B,*s), at least 0
+    log_s: Tensor,  # the student's log probabilities, (B,C,*s)
+    log_t: Tensor,  # the teacher's, same shape
+    direction: str = "forward",  # forward: KL(teacher || student) | reverse | symmetric
+) -> Tensor:  # (B,*s), at least 0
     "The divergence in the chosen direction, pixel by pixel."
-    if direction not in DIRECTIONS: raise InputError(unknown("direction", direction, DIRECTIONS))
+    if direction not in DIRECTIONS:
+        raise InputError(unknown("direction", direction, DIRECTIONS))
     return DIRECTIONS[direction](log_s, log_t)
 
 # %% ../../nbs/distillation/soft_labels.ipynb #a9830ae1
 def soft_label_kl(
-    logits_s:Tensor,         # the student's scores, (B,C,*s)
-    logits_t:Tensor,         # the teacher's scores, same shape
-    tau:float=1.,            # temperature $\tau$, on both sides
-    direction:str="forward", # forward: KL(teacher || student) | reverse | symmetric
-    tau_squared:bool=True,   # multiply by $\tau^2$, so that the gradient keeps its size
-)->Tensor: # one number, float32, at least 0: the mean over pixels
+    logits_s: Tensor,  # the student's scores, (B,C,*s)
+    logits_t: Tensor,  # the teacher's scores, same shape
+    tau: float = 1.0,  # temperature $\tau$, on both sides
+    direction: str = "forward",  # forward: KL(teacher || student) | reverse | symmetric
+    tau_squared: bool = True,  # multiply by $\tau^2$, so that the gradient keeps its size
+) -> Tensor:  # one number, float32, at least 0: the mean over pixels
     "Soft-label distillation (Hinton et al. 2015; LOTUS eq. 4). A single logit is a Bernoulli variable."
     if logits_s.shape != logits_t.shape:
-        raise InputError(f"the student's scores have shape {tuple(logits_s.shape)}, the teacher's {tuple(logits_t.shape)}: both must agree.")
+        raise InputError(
+            f"the student's scores have shape {tuple(logits_s.shape)}, the teacher's {tuple(logits_t.shape)}: both must agree."
+        )
     d = directed_kl(log_probs(logits_s, tau), log_probs(logits_t, tau), direction).mean()
     return d * tau**2 if tau_squared else d

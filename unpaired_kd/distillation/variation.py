@@ -16,54 +16,69 @@ from ..core import InputError
 
 # %% ../../nbs/distillation/variation.ipynb #a42987fc
 def label_to(
-    f:Tensor,     # features (B,D,*s), or anything of that spatial shape
-    label:Tensor, # class of every pixel, (B,*S), whole numbers
-)->Tensor: # (B,*s), whole numbers
+    f: Tensor,  # features (B,D,*s), or anything of that spatial shape
+    label: Tensor,  # class of every pixel, (B,*S), whole numbers
+) -> Tensor:  # (B,*s), whole numbers
     "Bring a label map to the size of the features: each feature pixel gets the label at its centre."
-    if label.shape[1:] == f.shape[2:]: return label
-    return F.interpolate(label[:, None].float(), f.shape[2:], mode="nearest-exact")[:, 0].to(label.dtype)
+    if label.shape[1:] == f.shape[2:]:
+        return label
+    return F.interpolate(label[:, None].float(), f.shape[2:], mode="nearest-exact")[:, 0].to(
+        label.dtype
+    )
+
 
 def one_hot(
-    label:Tensor, # (B,*s), whole numbers; those outside 0..K-1 belong to no class
-    classes:int,  # $K$
-)->Tensor: # (B,K,N) float32, N pixels
+    label: Tensor,  # (B,*s), whole numbers; those outside 0..K-1 belong to no class
+    classes: int,  # $K$
+) -> Tensor:  # (B,K,N) float32, N pixels
     "Membership of every pixel in every class."
     k = torch.arange(classes, device=label.device)
     return (label.flatten(1)[:, None] == k[:, None]).float()
 
+
 def check_features(
-    f:Tensor,     # features
-    label:Tensor, # labels
-    classes:int,  # number of classes
+    f: Tensor,  # features
+    label: Tensor,  # labels
+    classes: int,  # number of classes
 ):
     "Raise `InputError` for labels of another shape, for a single channel, and for no class."
     if f.ndim < 3 or label.shape != (len(f), *f.shape[2:]):
-        raise InputError(f"label has shape {tuple(label.shape)}, but features {tuple(f.shape)} need {(len(f), *f.shape[2:])}. Use label_to(f, label).")
+        raise InputError(
+            f"label has shape {tuple(label.shape)}, but features {tuple(f.shape)} need {(len(f), *f.shape[2:])}. Use label_to(f, label)."
+        )
     if f.shape[1] < 2:
-        raise InputError("f has 1 channel: the cosine of single numbers is +1 or -1 and its gradient is zero. Give features with 2 channels or more, not a binary logit.")
-    if classes < 1: raise InputError(f"classes={classes}: give the number of classes, background included.")
+        raise InputError(
+            "f has 1 channel: the cosine of single numbers is +1 or -1 and its gradient is zero. Give features with 2 channels or more, not a binary logit."
+        )
+    if classes < 1:
+        raise InputError(f"classes={classes}: give the number of classes, background included.")
 
 # %% ../../nbs/distillation/variation.ipynb #d51609a4
-SHORTEST = 1e-8 # squared length; shorter vectors count as this long, which keeps gradients finite where features are zero
+SHORTEST = 1e-8  # squared length; shorter vectors count as this long, which keeps gradients finite where features are zero
+
 
 def inverse_length(
-    x:Tensor, # vectors
-    dim:int,  # axis of their components
-)->Tensor: # `x` without that axis
+    x: Tensor,  # vectors
+    dim: int,  # axis of their components
+) -> Tensor:  # `x` without that axis
     "One over the length, by `rsqrt` of the summed squares."
     return x.square().sum(dim).clamp_min(SHORTEST).rsqrt()
+
 
 def _prototypes(x, y):
     "Class means (B,K,D) of features `x` (B,D,N) with membership `y` (B,K,N)."
     return y @ x.mT / y.sum(2, keepdim=True).clamp_min(1)
 
-def _working(dtype): return torch.promote_types(dtype, torch.float32) # what half precision is computed in
+
+def _working(dtype):
+    return torch.promote_types(dtype, torch.float32)  # what half precision is computed in
+
 
 def prototypes(
-    f:Tensor,     # features $f(p)$, (B,D,*s)
-    label:Tensor, # class of every pixel, (B,*s)
-    classes:int,  # number of classes $K$, background included
-)->Tensor: # $\mu$, (B,K,D), float32 (float64 for such features); zero for a class that the image does not have
+    f: Tensor,  # features $f(p)$, (B,D,*s)
+    label: Tensor,  # class of every pixel, (B,*s)
+    classes: int,  # number of classes $K$, background included
+) -> Tensor:  # $\mu$, (B,K,D), float32 (float64 for such features); zero for a class that the image does not have
     "The mean feature of each class in each image."
     check_features(f, label, classes)
     with torch.autocast(f.device.type, enabled=False):
@@ -71,14 +86,19 @@ def prototypes(
         return _prototypes(x, one_hot(label, classes).to(x.dtype))
 
 # %% ../../nbs/distillation/variation.ipynb #2761cdb1
-BLOCK = 2**19 # numbers in a block on the CPU, for each thread: 2 MB in float32, e.g. 8192 pixels of 64 channels
+BLOCK = (
+    2**19
+)  # numbers in a block on the CPU, for each thread: 2 MB in float32, e.g. 8192 pixels of 64 channels
+
 
 def _blocks(x):
     "Pairs of slices (images, pixels) that cover `x` (B,D,N)."
-    if x.is_cuda: return [(slice(None), slice(None))]
+    if x.is_cuda:
+        return [(slice(None), slice(None))]
     B, D, N = x.shape
     step = max(1, BLOCK * torch.get_num_threads() // D)
     return [(slice(b, b + 1), slice(i, i + step)) for b in range(B) for i in range(0, N, step)]
+
 
 def _members(label, classes):
     "A function that gives the one-hot labels (b,K,n) of a block. `label` (B,N) is of the floating type wanted: comparing equal types is ten times faster."
@@ -88,50 +108,80 @@ def _members(label, classes):
 # %% ../../nbs/distillation/variation.ipynb #9dd7464e
 class Variation(torch.autograd.Function):
     "$M$ (B,N) of features `x` (B,D,N) with labels (B,N). Keeps `x`, four numbers a pixel, and the prototypes. Cannot be differentiated twice."
+
     @staticmethod
-    def forward(ctx,
-        x:Tensor,     # features (B,D,N)
-        label:Tensor, # integer labels (B,N)
-        classes:int,  # number of classes
-    )->Tensor: # $M$ (B,N)
+    def forward(
+        ctx,
+        x: Tensor,  # features (B,D,N)
+        label: Tensor,  # integer labels (B,N)
+        classes: int,  # number of classes
+    ) -> Tensor:  # $M$ (B,N)
         "Prototypes in one pass over the blocks, the map in a second."
-        (B, D, N), t, parts = x.shape, _working(x.dtype), _blocks(x)
-        new, label = lambda *s: torch.zeros(s, device=x.device, dtype=t), label.to(t)
-        q, m, mu, n, member = new(B, N), new(B, N), new(B, classes, D), new(B, classes, 1), _members(label, classes)
+        (B, D, N) = x.shape
+        t = _working(x.dtype)
+        parts = _blocks(x)
+
+        def new(*s):
+            return torch.zeros(s, device=x.device, dtype=t)
+
+        label = label.to(t)
+        q = new(B, N)
+        m = new(B, N)
+        mu = new(B, classes, D)
+        n = new(B, classes, 1)
+        member = _members(label, classes)
         for b, i in parts:
-            f, y = x[b, :, i].to(t), member(b, i)
-            q[b, i] = f.square().sum(1)                                     # squared lengths
-            mu[b] += y @ f.mT; n[b] += y.sum(2, keepdim=True)
+            f = x[b, :, i].to(t)
+            y = member(b, i)
+            q[b, i] = f.square().sum(1)  # squared lengths
+            mu[b] += y @ f.mT
+            n[b] += y.sum(2, keepdim=True)
         mu /= n.clamp_min_(1)
-        u, r = mu * inverse_length(mu, 2)[..., None], q.clamp_min_(SHORTEST).rsqrt()
-        for b, i in parts: m[b, i] = (u[b] @ x[b, :, i].to(t)).mul_(member(b, i)).sum(1) * r[b, i]
+        u = mu * inverse_length(mu, 2)[..., None]
+        r = q.clamp_min_(SHORTEST).rsqrt()
+        for b, i in parts:
+            m[b, i] = (u[b] @ x[b, :, i].to(t)).mul_(member(b, i)).sum(1) * r[b, i]
         ctx.save_for_backward(x, label, q, m, mu, n)
         return m
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g:Tensor)->tuple: # `g` (B,N): gradient at $M$; gives that at `x` (B,D,N), and None twice
+    def backward(
+        ctx, g: Tensor
+    ) -> tuple:  # `g` (B,N): gradient at $M$; gives that at `x` (B,D,N), and None twice
         "The sums $a_k$ in one pass over the blocks, the derivative in a second."
         x, label, q, m, mu, n = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            t, parts, member = q.dtype, _blocks(x), _members(label, mu.shape[1])
-            r, s = q.rsqrt(), inverse_length(mu, 2)[..., None]
-            u, a, gr, out = mu * s, torch.zeros_like(mu), g * r, torch.empty_like(x)
-            for b, i in parts: a[b] += member(b, i).mul_(gr[b, None, i]) @ x[b, :, i].to(t).mT
+            t = q.dtype
+            parts = _blocks(x)
+            member = _members(label, mu.shape[1])
+            r = q.rsqrt()
+            s = inverse_length(mu, 2)[..., None]
+            u = mu * s
+            a = torch.zeros_like(mu)
+            gr = g * r
+            out = torch.empty_like(x)
+            for b, i in parts:
+                a[b] += member(b, i).mul_(gr[b, None, i]) @ x[b, :, i].to(t).mT
             long = mu.square().sum(2, keepdim=True) > SHORTEST
             h = s / n * (a - (a * u).sum(2, keepdim=True) * u * long)
-            w, c = torch.cat([u, h], 1).mT, -gr * m * r * (q > SHORTEST)
+            w = torch.cat([u, h], 1).mT
+            c = -gr * m * r * (q > SHORTEST)
             for b, i in parts:
                 y = member(b, i)
-                out[b, :, i] = (x[b, :, i].to(t) * c[b, None, i]).baddbmm_(w[b], torch.cat([y * gr[b, None, i], y], 1))
+                out[b, :, i] = (x[b, :, i].to(t) * c[b, None, i]).baddbmm_(
+                    w[b], torch.cat([y * gr[b, None, i], y], 1)
+                )
         return out, None, None
 
 # %% ../../nbs/distillation/variation.ipynb #d69f9feb
 def variation_map(
-    f:Tensor,     # features $f(p)$, (B,D,*s), D at least 2; contiguous or channels_last, either is read in place
-    label:Tensor, # class of every pixel, (B,*s); see `label_to`
-    classes:int,  # number of classes $K$, background included
-)->Tensor: # $M(p)$, (B,*s), float32 in [-1,1] (float64 for such features); 0 where the label is no class
+    f: Tensor,  # features $f(p)$, (B,D,*s), D at least 2; contiguous or channels_last, either is read in place
+    label: Tensor,  # class of every pixel, (B,*s); see `label_to`
+    classes: int,  # number of classes $K$, background included
+) -> (
+    Tensor
+):  # $M(p)$, (B,*s), float32 in [-1,1] (float64 for such features); 0 where the label is no class
     "Cosine of every pixel with the prototype of its class in its image (LOTUS eq. 5), in blocks, with its own backward pass."
     check_features(f, label, classes)
     with torch.autocast(f.device.type, enabled=False):
@@ -139,81 +189,111 @@ def variation_map(
 
 # %% ../../nbs/distillation/variation.ipynb #6afd0164
 def positional_ifv(
-    m_s:Tensor,       # the student's map $M_{ct}$, (B,*s)
-    m_t:Tensor,       # the teacher's map $M_h$, same shape
-    mask:Tensor=None, # (B,*s) bool: the pixels that count (default: all)
-)->Tensor: # one number, in [0,4]; 0 if no pixel counts
+    m_s: Tensor,  # the student's map $M_{ct}$, (B,*s)
+    m_t: Tensor,  # the teacher's map $M_h$, same shape
+    mask: Tensor = None,  # (B,*s) bool: the pixels that count (default: all)
+) -> Tensor:  # one number, in [0,4]; 0 if no pixel counts
     "$L_{ifv}$ as printed (LOTUS eq. 6): mean squared difference at equal positions. Has a meaning for registered images only."
-    if m_s.shape != m_t.shape: raise InputError(f"maps of shape {tuple(m_s.shape)} and {tuple(m_t.shape)} have no common positions.")
+    if m_s.shape != m_t.shape:
+        raise InputError(
+            f"maps of shape {tuple(m_s.shape)} and {tuple(m_t.shape)} have no common positions."
+        )
     d = (m_s - m_t).square()
-    if mask is None: return d.mean()
-    if mask.shape != d.shape: raise InputError(f"mask has shape {tuple(mask.shape)}, but the maps have {tuple(d.shape)}.")
+    if mask is None:
+        return d.mean()
+    if mask.shape != d.shape:
+        raise InputError(f"mask has shape {tuple(mask.shape)}, but the maps have {tuple(d.shape)}.")
     return torch.where(mask.bool(), d, 0).sum() / mask.bool().sum().clamp_min(1)
 
 # %% ../../nbs/distillation/variation.ipynb #abae0c5c
 def _share_means(x, n):
     "Means of the `n` equal shares of sorted values (N,)."
-    c = F.pad(x.double().cumsum(0), (1, 0))                            # integral of the quantile function, at whole positions
+    c = F.pad(x.double().cumsum(0), (1, 0))  # integral of the quantile function, at whole positions
     u = torch.linspace(0, len(x), n + 1, device=x.device, dtype=torch.float64)
     i = u.floor().long().clamp_max(len(x) - 1)
     c = c[i] + (u - i) * (c[i + 1] - c[i])
     return (c.diff() * n / len(x)).to(x.dtype)
 
+
 def quantile_means(
-    x:Tensor, # values (N,), any order, N at least 1
-    n:int=32, # number of equal shares
-)->Tensor: # (n,), rising
+    x: Tensor,  # values (N,), any order, N at least 1
+    n: int = 32,  # number of equal shares
+) -> Tensor:  # (n,), rising
     "Means of the `n` equal shares of the sorted values: the quantile function, averaged. Every value gets gradient."
     return _share_means(x.sort().values, n)
 
 # %% ../../nbs/distillation/variation.ipynb #84fd4d07
 def sorted_by_class(
-    m:Tensor,     # map in [-1,1], any shape
-    label:Tensor, # classes, same shape; outside 0..K-1: left out
-    classes:int,  # $K$
-)->tuple: # K tensors: the sorted values of each class
+    m: Tensor,  # map in [-1,1], any shape
+    label: Tensor,  # classes, same shape; outside 0..K-1: left out
+    classes: int,  # $K$
+) -> tuple:  # K tensors: the sorted values of each class
     "Sort all classes at once, by whole numbers made of class and value."
-    m, label = m.flatten(), label.flatten().long()
+    m = m.flatten()
+    label = label.flatten().long()
     k = torch.where((label >= 0) & (label < classes), label, classes)
     whole = torch.int32 if classes < 127 else torch.int64
     key = ((m.detach().clamp(-1, 1) + 1) * 2**22).to(whole) + k.to(whole) * 2**24
-    return m.index_select(0, key.sort().indices).split(torch.bincount(k, minlength=classes + 1).tolist())[:classes]
+    return m.index_select(0, key.sort().indices).split(
+        torch.bincount(k, minlength=classes + 1).tolist()
+    )[:classes]
 
 # %% ../../nbs/distillation/variation.ipynb #ab3b62e6
 def class_ifv(
-    f_s:Tensor,        # student features, (B,D,*s)
-    y_s:Tensor,        # labels of the student's images, (B,*s)
-    f_t:Tensor,        # teacher features, (B',D',*s'), of other images
-    y_t:Tensor,        # their labels, (B',*s')
-    classes:int,       # number of classes $K$, background included
-    quantiles:int=32,  # shares $n$ that the sorted values of a class are averaged over
-    only:tuple=None,   # the classes to compare (default: all)
-)->Tensor: # one number, in [0,4]; 0 if no class is on both sides
+    f_s: Tensor,  # student features, (B,D,*s)
+    y_s: Tensor,  # labels of the student's images, (B,*s)
+    f_t: Tensor,  # teacher features, (B',D',*s'), of other images
+    y_t: Tensor,  # their labels, (B',*s')
+    classes: int,  # number of classes $K$, background included
+    quantiles: int = 32,  # shares $n$ that the sorted values of a class are averaged over
+    only: tuple = None,  # the classes to compare (default: all)
+) -> Tensor:  # one number, in [0,4]; 0 if no class is on both sides
     "Squared Wasserstein distance between the two sides' values of $M$, class by class; the mean over the classes that both sides have."
-    if only is not None and not all(0 <= k < classes for k in only): raise InputError(f"only={only!r}: classes are 0 to {classes - 1}.")
-    m_s, m_t = variation_map(f_s, y_s, classes), variation_map(f_t, y_t, classes)
-    a, b = sorted_by_class(m_s, y_s, classes), sorted_by_class(m_t, y_t, classes)
-    terms = [(_share_means(a[k], quantiles) - _share_means(b[k], quantiles)).square().mean()
-             for k in (range(classes) if only is None else only) if len(a[k]) and len(b[k])]
+    if only is not None and not all(0 <= k < classes for k in only):
+        raise InputError(f"only={only!r}: classes are 0 to {classes - 1}.")
+    m_s = variation_map(f_s, y_s, classes)
+    m_t = variation_map(f_t, y_t, classes)
+    a = sorted_by_class(m_s, y_s, classes)
+    b = sorted_by_class(m_t, y_t, classes)
+    terms = [
+        (_share_means(a[k], quantiles) - _share_means(b[k], quantiles)).square().mean()
+        for k in (range(classes) if only is None else only)
+        if len(a[k]) and len(b[k])
+    ]
     return torch.stack(terms).mean() if terms else m_s.sum() * 0
 
 # %% ../../nbs/distillation/variation.ipynb #7196602c
 def _listed_map(x, label, only):
     "The variation map of logits with prototypes for the classes in `only`; 1 elsewhere. Accepts one channel."
-    if x.ndim < 3 or label.shape != (len(x), *x.shape[2:]): raise InputError(f"label has shape {tuple(label.shape)}, but logits {tuple(x.shape)} need {(len(x), *x.shape[2:])}. Use label_to(x, label).")
+    if x.ndim < 3 or label.shape != (len(x), *x.shape[2:]):
+        raise InputError(
+            f"label has shape {tuple(label.shape)}, but logits {tuple(x.shape)} need {(len(x), *x.shape[2:])}. Use label_to(x, label)."
+        )
     listed = torch.isin(label, torch.tensor(only, device=label.device))
     inside = torch.where(listed, label, -1)
-    if x.shape[1] > 1: m = variation_map(x, inside, max(only) + 1)
-    else: m = x[:, 0].float().sign() * sum((x[:, 0].float() * (inside == k)).flatten(1).sum(1).sign().reshape(-1, *[1] * (x.ndim - 2)) * (inside == k) for k in set(only))
+    if x.shape[1] > 1:
+        m = variation_map(x, inside, max(only) + 1)
+    else:
+        m = x[:, 0].float().sign() * sum(
+            (x[:, 0].float() * (inside == k))
+            .flatten(1)
+            .sum(1)
+            .sign()
+            .reshape(-1, *[1] * (x.ndim - 2))
+            * (inside == k)
+            for k in set(only)
+        )
     return torch.where(listed, m, 1)
 
+
 def released_ifv(
-    x_s:Tensor,  # the student's logits, (B,C,*s), C may be 1
-    y_s:Tensor,  # labels of its images, (B,*s)
-    x_t:Tensor,  # the teacher's logits, same shape as `x_s`
-    y_t:Tensor,  # labels of its (other) images, (B,*s)
-    only:tuple,  # the foreground classes: only these have a prototype; elsewhere $M = 1$
-)->Tensor: # one number, in [0,4]; mean over all pixels
+    x_s: Tensor,  # the student's logits, (B,C,*s), C may be 1
+    y_s: Tensor,  # labels of its images, (B,*s)
+    x_t: Tensor,  # the teacher's logits, same shape as `x_s`
+    y_t: Tensor,  # labels of its (other) images, (B,*s)
+    only: tuple,  # the foreground classes: only these have a prototype; elsewhere $M = 1$
+) -> Tensor:  # one number, in [0,4]; mean over all pixels
     "The variation loss as LOTUS was released: on logits, foreground classes only, at equal positions. With one channel its gradient is exactly zero."
-    if not len(only) or min(only) < 0: raise InputError(f"only={only!r}: list the foreground classes, e.g. (1,).")
+    if not len(only) or min(only) < 0:
+        raise InputError(f"only={only!r}: list the foreground classes, e.g. (1,).")
     return positional_ifv(_listed_map(x_s, y_s, tuple(only)), _listed_map(x_t, y_t, tuple(only)))

@@ -20,26 +20,39 @@ from ..data.formats.dicom import dicom_files, is_dicom, is_scan
 from ..data.formats.files import header_size
 from ..data.formats.images import read_image, stem_of, suffix_of
 from ..data.formats.ngff import is_zarr
-from ..data.formats.outputs import (Notes, check_apart, check_format, check_input,
-                                              check_names, check_new, check_outside_zarr,
-                                              check_path, check_place, check_room, files_mark,
-                                              free_bytes, is_ours, keeping_notes)
+from unpaired_kd.data.formats.outputs import (
+    Notes,
+    check_apart,
+    check_format,
+    check_input,
+    check_names,
+    check_new,
+    check_outside_zarr,
+    check_path,
+    check_place,
+    check_room,
+    files_mark,
+    free_bytes,
+    is_ours,
+    keeping_notes,
+)
 from ..data.formats.pictures import companions, one_of_each_set, visible
 from ..data.formats.writing import WRITERS, write_label
 from .student import Student, faults_named, resolve_device, student_files
 
 # %% ../../nbs/inference/files.ipynb #8314a76f
 def output_name(
-    path:Path, # input image
-)->str: # file name of its label map
+    path: Path,  # input image
+) -> str:  # file name of its label map
     "The same name, in a format that can hold labels."
     suffix = suffix_of(path)
     other = {".jpg": ".png", ".jpeg": ".png", ".dcm": ".nii.gz", "": ".nii.gz"}
     return stem_of(path) + other.get(suffix, suffix)
 
+
 def is_image(
-    path:Path, # a file, a folder, or a link
-)->bool:
+    path: Path,  # a file, a folder, or a link
+) -> bool:
     """Whether it is to be segmented: by its name, or as DICOM by its first bytes; a folder if it is
     a .zarr or holds DICOM files."""
     if suffix_of(path) == ".zarr" or not os.path.isdir(path):
@@ -47,11 +60,12 @@ def is_image(
     try:
         return is_zarr(path) or bool(dicom_files(path))
     except (OSError, InputError):
-        return True # something is wrong in it: reading it will say what
+        return True  # something is wrong in it: reading it will say what
+
 
 def one_series(
-    folder:Path, # an input
-)->bool: # True: a DICOM series; False: a folder of images
+    folder: Path,  # an input
+) -> bool:  # True: a DICOM series; False: a folder of images
     "Whether a folder is one image. `InputError` if it holds a series and images beside it."
     series = [p for p in visible(folder) if is_dicom(p)]
     if not is_scan(series):
@@ -59,17 +73,19 @@ def one_series(
     inside = [p for p in visible(folder) if p not in series]
     images = [p.name for p in inside if is_image(p) and suffix_of(p) != ".dcm"]
     if images:
-        raise InputError(f"{folder} holds DICOM files ({series[0].name}) and other images: "
-                         f"{', '.join(images[:5])}{' ...' if len(images) > 5 else ''}. "
-                         "Put the series into a folder of its own.")
-    dicom_files(folder) # says what may be a slice and cannot be read
+        raise InputError(
+            f"{folder} holds DICOM files ({series[0].name}) and other images: "
+            f"{', '.join(images[:5])}{' ...' if len(images) > 5 else ''}. "
+            "Put the series into a folder of its own."
+        )
+    dicom_files(folder)  # says what may be a slice and cannot be read
     return True
 
 # %% ../../nbs/inference/files.ipynb #a7c10006
 def plan(
-    source:Path, # input: image or folder
-    target:Path, # output: file or folder
-)->tuple: # list of (input, output), list of files that are no images
+    source: Path,  # input: image or folder
+    target: Path,  # output: file or folder
+) -> tuple:  # list of (input, output), list of files that are no images
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
     check_input(source)
     zarr = suffix_of(source) == ".zarr" or is_zarr(source)
@@ -80,11 +96,14 @@ def plan(
     if single and suffix in WRITERS and (suffix == ".zarr" or not os.path.isdir(target)):
         return [(source, target)], []
     if single and target.suffix and not os.path.isdir(target):
-        raise InputError(f"output {target}: the ending is not one we write; "
-                         f"use {', '.join(WRITERS)}. Or give a folder.")
+        raise InputError(
+            f"output {target}: the ending is not one we write; "
+            f"use {', '.join(WRITERS)}. Or give a folder."
+        )
     if os.path.isfile(target):
-        raise InputError(f"output {target}: it is a file, and the input is a folder. "
-                         "Give a folder.")
+        raise InputError(
+            f"output {target}: it is a file, and the input is a folder. Give a folder."
+        )
     if single:
         return [(source, target / output_name(source))], []
     inside = one_of_each_set(visible(source))
@@ -96,28 +115,31 @@ def plan(
 
 # %% ../../nbs/inference/files.ipynb #97edc42d
 def instance_name(
-    path:Path, # a label map
-)->Path: # where its instance map goes
+    path: Path,  # a label map
+) -> Path:  # where its instance map goes
     "`a.nii.gz` gives `a_instances.nii.gz`, in the same folder."
     suffix = suffix_of(path)
-    return path.with_name(path.name[:len(path.name) - len(suffix)] + "_instances" + suffix)
+    return path.with_name(path.name[: len(path.name) - len(suffix)] + "_instances" + suffix)
+
 
 def weights_mark(
-    student, # folder of a saved student, or a `Student`
-)->str: # SHA-256 of its weights
+    student,  # folder of a saved student, or a `Student`
+) -> str:  # SHA-256 of its weights
     "What tells one student's weights from another's."
     if not isinstance(student, Student):
         return file_sha256(student_files(student)[0])
     import hashlib
+
     h = hashlib.sha256()
     for k, v in sorted(student.network.state_dict().items()):
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
+
 def student_mark(
-    student, # folder of a saved student, or a `Student`
-)->str: # fingerprint of its weights and its recipe
+    student,  # folder of a saved student, or a `Student`
+) -> str:  # fingerprint of its weights and its recipe
     "What tells one student from another."
     if isinstance(student, Student):
         return digest([weights_mark(student), asdict(student.recipe)])
@@ -127,15 +149,17 @@ def student_mark(
 @dataclass(frozen=True)
 class FileJob:
     "One image to segment."
-    source:Path    # the image
-    outputs:tuple  # where the label map goes, and the instance map if it is wanted
-    mark:str       # fingerprint of all that they depend on; "" if the image cannot be looked at
+
+    source: Path  # the image
+    outputs: tuple  # where the label map goes, and the instance map if it is wanted
+    mark: str  # fingerprint of all that they depend on; "" if the image cannot be looked at
+
 
 def file_jobs(
-    jobs:list,      # pairs (input, output) of `plan`
-    instances:bool, # write instance maps too
-    *settings,      # plain data that all outputs depend on
-)->list: # of `FileJob`
+    jobs: list,  # pairs (input, output) of `plan`
+    instances: bool,  # write instance maps too
+    *settings,  # plain data that all outputs depend on
+) -> list:  # of `FileJob`
     "What is written for each image, with its fingerprint."
     found = []
     for source, target in jobs:
@@ -147,20 +171,21 @@ def file_jobs(
         found.append(FileJob(source, outputs, mark))
     return found
 
+
 def notes_of(
-    target:Path, # the first label map
-    alone:bool,  # the only one
-)->Path: # the file of the notes
+    target: Path,  # the first label map
+    alone: bool,  # the only one
+) -> Path:  # the file of the notes
     "Where a job notes what it has begun and done."
     return target.with_name(f".ukd.notes.{digest(target.name)}" if alone else ".ukd.notes")
 
 # %% ../../nbs/inference/files.ipynb #64f9ba20
 def check_outputs(
-    jobs:list,      # of `FileJob`
-    source:Path,    # the input as it was given: an image, or the folder that holds them
-    student,        # its folder, or a `Student`
-    notes:Notes,    # of an earlier try
-    overwrite:bool, # what is there may be replaced
+    jobs: list,  # of `FileJob`
+    source: Path,  # the input as it was given: an image, or the folder that holds them
+    student,  # its folder, or a `Student`
+    notes: Notes,  # of an earlier try
+    overwrite: bool,  # what is there may be replaced
 ):
     "All that can be known before any work. Raises `InputError`."
     pairs = [(job.source, o) for job in jobs for o in job.outputs]
@@ -179,39 +204,43 @@ def check_outputs(
 
 # %% ../../nbs/inference/files.ipynb #a7c10007
 def unpacked_bytes(
-    jobs:list, # of `FileJob`
-)->int: # bytes; of a volume one plane, of an image whose header cannot be read nothing
+    jobs: list,  # of `FileJob`
+) -> int:  # bytes; of a volume one plane, of an image whose header cannot be read nothing
     "What the label maps of all images take at least, before packing. Only headers are read."
     total = 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # reading the image will say it
+        warnings.simplefilter("ignore")  # reading the image will say it
         for job in jobs:
             if os.path.isfile(job.source) or os.path.isdir(job.source):
                 size = header_size(job.source) or (0, 0)
                 total += math.prod(size) * (5 if len(job.outputs) > 1 else 1)
     return total
 
+
 def foresee_room(
-    jobs:list, # of `FileJob`
+    jobs: list,  # of `FileJob`
 ):
     "Say so if the disk may become full on the way: label maps are packed, so nobody knows before."
     need = unpacked_bytes(jobs)
     free = free_bytes(jobs[0].outputs[0])
     if need > free:
-        print(f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
-              f"{free / 1e6:,.1f} MB are free there: the disk may become full.")
+        print(
+            f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
+            f"{free / 1e6:,.1f} MB are free there: the disk may become full."
+        )
+
 
 class PartlyDone(InputError):
     "Some images could not be segmented; the others are finished."
 
 # %% ../../nbs/inference/files.ipynb #4b3a86a2
 def segment_file(
-    student:Student, # in memory
-    job:FileJob,     # image and outputs
-    notes:Notes,     # of this try and the one before
-    overwrite:bool,  # what is there may be replaced
-    bar:bool=False,  # show a progress bar over the slices of a volume
-)->bool: # False: an earlier try has done it
+    student: Student,  # in memory
+    job: FileJob,  # image and outputs
+    notes: Notes,  # of this try and the one before
+    overwrite: bool,  # what is there may be replaced
+    bar: bool = False,  # show a progress bar over the slices of a volume
+) -> bool:  # False: an earlier try has done it
     "Segment one image and write its maps. Every fault is an `InputError`."
     check_input(job.source)
     if all(notes.has("done", job.mark, o) and os.path.lexists(o) for o in job.outputs):
@@ -232,7 +261,7 @@ def segment_file(
         try:
             write_label(output, drawn, image, overwrite or begun)
         except InputError:
-            if not begun and os.path.lexists(output): # it came meanwhile, and is not ours
+            if not begun and os.path.lexists(output):  # it came meanwhile, and is not ours
                 notes.add("failed", job.mark, output)
             raise
         notes.add("done", job.mark, output)
@@ -240,15 +269,15 @@ def segment_file(
 
 # %% ../../nbs/inference/files.ipynb #a7c10008
 def predict_path(
-    student,    # folder of a saved student, or a `Student`
-    input,      # image, folder of images, volume, or folder of one DICOM series
-    output,     # file or folder for the label maps
-    device=None, # torch device (default: cuda if there is one)
-    precision:str="fp32", # fp32 | bf16 | fp16 | auto
-    bars:bool=True, # show progress bars
-    instances:bool=False, # write the objects too, as <name>_instances
-    overwrite:bool=False, # replace outputs that are there
-)->list: # paths of the label maps
+    student,  # folder of a saved student, or a `Student`
+    input,  # image, folder of images, volume, or folder of one DICOM series
+    output,  # file or folder for the label maps
+    device=None,  # torch device (default: cuda if there is one)
+    precision: str = "fp32",  # fp32 | bf16 | fp16 | auto
+    bars: bool = True,  # show progress bars
+    instances: bool = False,  # write the objects too, as <name>_instances
+    overwrite: bool = False,  # replace outputs that are there
+) -> list:  # paths of the label maps
     """Segment files: `ukd predict`. Label maps are written as they are finished, each atomically.
     Raises `InputError` before any work for what can be known, `PartlyDone` at the end if some
     images failed."""
@@ -283,19 +312,21 @@ def predict_path(
 
 # %% ../../nbs/inference/files.ipynb #af3418eb
 def told(
-    jobs:list,   # of `FileJob`
-    failed:dict, # job -> what was wrong
-    fresh:int,   # how many were segmented now, and not before a kill
-    alone:bool,  # the input is one image
-)->list: # paths of the label maps
+    jobs: list,  # of `FileJob`
+    failed: dict,  # job -> what was wrong
+    fresh: int,  # how many were segmented now, and not before a kill
+    alone: bool,  # the input is one image
+) -> list:  # paths of the label maps
     "Say what was done. Raises `InputError` for the one image, `PartlyDone` for some of many."
     done = [job.outputs[0] for job in jobs if job not in failed]
     if failed and alone:
         raise InputError(failed[jobs[0]])
     if failed:
         lines = [" ".join(why.split("\n")) for why in failed.values()]
-        raise PartlyDone(f"{len(done)} of {len(jobs)} images were segmented; "
-                         f"{len(failed)} were not:\n  " + "\n  ".join(lines))
+        raise PartlyDone(
+            f"{len(done)} of {len(jobs)} images were segmented; "
+            f"{len(failed)} were not:\n  " + "\n  ".join(lines)
+        )
     before = f", {len(done) - fresh} of them from before" if fresh < len(done) else ""
     place = done[0] if alone else done[0].parent
     print(f"{len(done)} label map{'s' if len(done) > 1 else ''} in {place}{before}")

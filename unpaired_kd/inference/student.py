@@ -24,18 +24,29 @@ from fastcore.basics import patch_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import InputError, atomic, digest, file_sha256, given, progress, read_json, resolve_precision, unknown, write_json
+from unpaired_kd.core import (
+    InputError,
+    atomic,
+    digest,
+    file_sha256,
+    given,
+    progress,
+    read_json,
+    resolve_precision,
+    unknown,
+    write_json,
+)
 from ..data.formats.images import Image, match_channels, read_image
 from ..data.formats.outputs import check_path
+from ..data.instances import INSTANCES, instances_of
 from ..data.intensity import window
 from ..data.resampling import prepare, resize
-from ..data.instances import INSTANCES, instances_of
 from ..networks.registry import build, load_weights, name_of
 from ..networks.unet import best_layout
 
 # %% ../../nbs/inference/student.ipynb #a7c10001
 def check_types(
-    recipe, # an instance of `Recipe`
+    recipe,  # an instance of `Recipe`
 ):
     "`InputError` for an entry of another type than its annotation: recipes come from anywhere."
     for entry in fields(recipe):
@@ -47,54 +58,77 @@ def check_types(
         if entry.name == "classes":
             good = isinstance(value, (list, tuple)) and all(isinstance(c, str) for c in value)
         if entry.name == "standard":
-            good = True # `checked_standard` looks closer
+            good = True  # `checked_standard` looks closer
         if entry.name == "intensity":
             good = value in ("dtype", "percentile")
             if isinstance(value, (list, tuple)):
                 good = bool(window(value))
         if not good:
-            raise InputError(f"recipe: {entry.name}={value!r} is of the wrong type, or not a value "
-                             "that it can have. See the table of `Recipe`.")
+            raise InputError(
+                f"recipe: {entry.name}={value!r} is of the wrong type, or not a value "
+                "that it can have. See the table of `Recipe`."
+            )
 
 # %% ../../nbs/inference/student.ipynb #eb1877d1
 @dataclass(frozen=True)
 class Recipe:
     "How a student goes from a raw image to a label map. Plain data: `asdict`, JSON and back. Raises `InputError` for values that cannot be."
-    channels:int = 1           # image channels expected: 1 or 3
-    in_channels:int = 3        # channels the network takes
-    classes:tuple = ("background", "foreground") # index = label value
-    intensity:object = "dtype" # rule of `to_unit`: "dtype", "percentile" or (low, high)
-    zoom:float = 1.0           # in-plane factor before the network
-    invert:bool = False        # bright becomes dark
-    dims:int = 2               # spatial axes of the network
-    patch:int = 256            # side of a tile, network pixels
-    overlap:float = 0.25       # shared by neighbouring tiles, fraction of the side
-    network:str = "unet"       # registered name
-    network_config:dict = field(default_factory=dict) # its arguments
-    min_size:int = 0           # smallest object, native pixels
-    instances:str = "components" # how classes become objects: components | watershed | none
-    cells:bool|None = None     # three classes or more: True: each holds objects, False: each is one region; None: objects if instances is watershed
-    standard:dict|None = None  # histogram standard of MR, plain data: `HistogramStandard.to_dict()` or its entry in preparation.json
+
+    channels: int = 1  # image channels expected: 1 or 3
+    in_channels: int = 3  # channels the network takes
+    classes: tuple = ("background", "foreground")  # index = label value
+    intensity: object = "dtype"  # rule of `to_unit`: "dtype", "percentile" or (low, high)
+    zoom: float = 1.0  # in-plane factor before the network
+    invert: bool = False  # bright becomes dark
+    dims: int = 2  # spatial axes of the network
+    patch: int = 256  # side of a tile, network pixels
+    overlap: float = 0.25  # shared by neighbouring tiles, fraction of the side
+    network: str = "unet"  # registered name
+    network_config: dict = field(default_factory=dict)  # its arguments
+    min_size: int = 0  # smallest object, native pixels
+    instances: str = "components"  # how classes become objects: components | watershed | none
+    cells: bool | None = (
+        None  # three classes or more: True: each holds objects, False: each is one region; None: objects if instances is watershed
+    )
+    standard: dict | None = (
+        None  # histogram standard of MR, plain data: `HistogramStandard.to_dict()` or its entry in preparation.json
+    )
 
     def __post_init__(self):
         check_types(self)
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not isinstance(self.intensity, str): object.__setattr__(self, "intensity", tuple(self.intensity))
-        rules = {"channels": self.channels in (1, 3), "in_channels": self.in_channels == self.channels or (self.channels, self.in_channels) == (1, 3),
-                 "classes": len(self.classes) > 1 and len(set(self.classes)) == len(self.classes), "zoom": 1 / 64 <= self.zoom <= 64, "dims": self.dims in (2, 3),
-                 "patch": self.patch > 0, "overlap": 0 <= self.overlap < 1, "min_size": self.min_size >= 0}
-        if self.instances not in INSTANCES: raise InputError(f"recipe: {unknown('instance method', self.instances, INSTANCES)}")
-        if bad := [name for name, good in rules.items() if not good]: raise InputError(f"recipe: {bad[0]}={getattr(self, bad[0])!r} is not possible. See the table of `Recipe` for its meaning.")
-        if self.standard is not None: object.__setattr__(self, "standard", checked_standard(self))
+        if not isinstance(self.intensity, str):
+            object.__setattr__(self, "intensity", tuple(self.intensity))
+        rules = {
+            "channels": self.channels in (1, 3),
+            "in_channels": self.in_channels == self.channels
+            or (self.channels, self.in_channels) == (1, 3),
+            "classes": len(self.classes) > 1 and len(set(self.classes)) == len(self.classes),
+            "zoom": 1 / 64 <= self.zoom <= 64,
+            "dims": self.dims in (2, 3),
+            "patch": self.patch > 0,
+            "overlap": 0 <= self.overlap < 1,
+            "min_size": self.min_size >= 0,
+        }
+        if self.instances not in INSTANCES:
+            raise InputError(f"recipe: {unknown('instance method', self.instances, INSTANCES)}")
+        if bad := [name for name, good in rules.items() if not good]:
+            raise InputError(
+                f"recipe: {bad[0]}={getattr(self, bad[0])!r} is not possible. See the table of `Recipe` for its meaning."
+            )
+        if self.standard is not None:
+            object.__setattr__(self, "standard", checked_standard(self))
 
     @classmethod
-    def load(cls,
-        data:dict,          # what `asdict` gave, perhaps through JSON
-        name:str="recipe",  # where it comes from, for messages
-    ): # Recipe
+    def load(
+        cls,
+        data: dict,  # what `asdict` gave, perhaps through JSON
+        name: str = "recipe",  # where it comes from, for messages
+    ):  # Recipe
         "A recipe from plain data; entries that are not known or of another type are an `InputError`."
         known = {f.name: f for f in fields(cls)}
-        if odd := [k for k in data if k not in known]: raise InputError(f"{name}: {unknown('recipe entry', odd[0], known)}")
+        if odd := [k for k in data if k not in known]:
+            raise InputError(f"{name}: {unknown('recipe entry', odd[0], known)}")
         try:
             return cls(**data)
         except InputError as e:
@@ -102,103 +136,154 @@ class Recipe:
 
 # %% ../../nbs/inference/student.ipynb #545ea1d3
 def checked_standard(
-    recipe:Recipe, # one with a `standard`
-)->dict: # plain data: kind, landmarks, clip, percentiles, volumes
+    recipe: Recipe,  # one with a `standard`
+) -> dict:  # plain data: kind, landmarks, clip, percentiles, volumes
     "The histogram standard of a recipe, checked. Raises `InputError` for data that is none, and for a recipe that contradicts it."
     from unpaired_kd.data.intensity import HistogramStandard
-    s = recipe.standard
-    if not isinstance(s, dict): raise InputError(f"recipe: standard is of type {type(s).__name__}. Give the dict of `HistogramStandard.to_dict`, or an entry of \"rules\" in preparation.json.")
-    kind, rest = s.get("kind", "histogram"), {k: v for k, v in s.items() if k != "kind"}
-    if kind == "window_hu": raise InputError(f"recipe: standard is a window in HU. Leave it out and give intensity=({rest.get('low')}, {rest.get('high')}).")
-    if kind != "histogram": raise InputError(f"recipe: standard: {unknown('kind of rule', kind, ('histogram',))}")
-    if recipe.intensity != "dtype": raise InputError(f"recipe: a standard gives values in [0,1], so intensity={recipe.intensity!r} would change them again. Use intensity='dtype'.")
-    if recipe.channels != 1: raise InputError(f"recipe: a standard is for grey volumes, but channels={recipe.channels}. Use channels=1.")
-    try: return dict(kind=kind, **HistogramStandard.from_dict(rest).to_dict())
-    except InputError as e: raise InputError(f"recipe: {e}") from e
 
+    s = recipe.standard
+    if not isinstance(s, dict):
+        raise InputError(
+            f'recipe: standard is of type {type(s).__name__}. Give the dict of `HistogramStandard.to_dict`, or an entry of "rules" in preparation.json.'
+        )
+    kind = s.get("kind", "histogram")
+    rest = {k: v for k, v in s.items() if k != "kind"}
+    if kind == "window_hu":
+        raise InputError(
+            f"recipe: standard is a window in HU. Leave it out and give intensity=({rest.get('low')}, {rest.get('high')})."
+        )
+    if kind != "histogram":
+        raise InputError(f"recipe: standard: {unknown('kind of rule', kind, ('histogram',))}")
+    if recipe.intensity != "dtype":
+        raise InputError(
+            f"recipe: a standard gives values in [0,1], so intensity={recipe.intensity!r} would change them again. Use intensity='dtype'."
+        )
+    if recipe.channels != 1:
+        raise InputError(
+            f"recipe: a standard is for grey volumes, but channels={recipe.channels}. Use channels=1."
+        )
+    try:
+        return dict(kind=kind, **HistogramStandard.from_dict(rest).to_dict())
+    except InputError as e:
+        raise InputError(f"recipe: {e}") from e
+
+# %% ../../nbs/inference/student.ipynb #eb5a385a
 def standardised(
-    recipe:Recipe,  # one with a `standard`
-    raw:np.ndarray, # (1,D,H,W), the whole volume, D at least 2
-    name:str,       # of the image, for messages
-)->np.ndarray: # float32, same shape, in [0,1]
+    recipe: Recipe,  # one with a `standard`
+    raw: np.ndarray,  # (1,D,H,W), the whole volume, D at least 2
+    name: str,  # of the image, for messages
+) -> np.ndarray:  # float32, same shape, in [0,1]
     "A raw volume on the scale of the training data. Raises `InputError` for single slices, NaN and constant volumes."
     from unpaired_kd.data.intensity import standardise
-    if raw.ndim != 4 or raw.shape[1] < 2: raise InputError(f"{name} is a single slice, but this student reads intensities by the histogram of the whole volume. Give the volume (D,H,W), not its slices.")
+
+    if raw.ndim != 4 or raw.shape[1] < 2:
+        raise InputError(
+            f"{name} is a single slice, but this student reads intensities by the histogram of the whole volume. Give the volume (D,H,W), not its slices."
+        )
     return standardise(raw, recipe.standard, name)
 
 # %% ../../nbs/inference/student.ipynb #c4b1581b
 def channels_first(
-    array,      # raw image, see the table above
-    dims:int=2, # spatial axes of the network
-)->np.ndarray: # (C,H,W) or (C,D,H,W)
+    array,  # raw image, see the table above
+    dims: int = 2,  # spatial axes of the network
+) -> np.ndarray:  # (C,H,W) or (C,D,H,W)
     "Bring an array into the layout of `read_image`."
-    try: a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    except (TypeError, ValueError) as e: raise InputError(f"the image is no array of numbers ({e}). Give a path, or a NumPy array.") from e
-    if a.ndim and (a.dtype.kind not in "biuf" or not a.size): raise InputError(f"an array of type {a.dtype} and shape {a.shape} is not an image. Give real numbers.")
+    try:
+        a = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    except (TypeError, ValueError) as e:
+        raise InputError(
+            f"the image is no array of numbers ({e}). Give a path, or a NumPy array."
+        ) from e
+    if a.ndim and (a.dtype.kind not in "biuf" or not a.size):
+        raise InputError(
+            f"an array of type {a.dtype} and shape {a.shape} is not an image. Give real numbers."
+        )
     colours = (1, 3)
-    if a.ndim == 2 or (a.ndim == 3 and dims == 3): return a[None]
-    if a.ndim in (3, 4) and a.shape[0] in colours: return a
-    if a.ndim == 3 and a.shape[-1] in colours or a.ndim == 4 and a.shape[-1] == 3: return np.moveaxis(a, -1, 0)
-    if a.ndim == 3: return a[None]
-    raise InputError(f"an array of shape {a.shape} is not an image. Give (H,W), (C,H,W), (H,W,C), (D,H,W) or (C,D,H,W) with C = 1 or 3.")
+    if a.ndim == 2 or (a.ndim == 3 and dims == 3):
+        return a[None]
+    if a.ndim in (3, 4) and a.shape[0] in colours:
+        return a
+    if a.ndim == 3 and a.shape[-1] in colours or a.ndim == 4 and a.shape[-1] == 3:
+        return np.moveaxis(a, -1, 0)
+    if a.ndim == 3:
+        return a[None]
+    raise InputError(
+        f"an array of shape {a.shape} is not an image. Give (H,W), (C,H,W), (H,W,C), (D,H,W) or (C,D,H,W) with C = 1 or 3."
+    )
 
 # %% ../../nbs/inference/student.ipynb #4485eed1
 def strides_of(
-    net:nn.Module, # a network
-    dims:int,      # its spatial axes
-)->tuple: # one whole number an axis
+    net: nn.Module,  # a network
+    dims: int,  # its spatial axes
+) -> tuple:  # one whole number an axis
     "What the sides of the input must be divisible by: the network's `strides`, else its `stride` along every axis, else 1."
     found = getattr(net, "strides", None)
     return (getattr(net, "stride", 1),) * dims if found is None else tuple(found)
 
+
 def pad_to(
-    x:Tensor, # (N,C,*s)
-    stride,   # wanted divisor of every side: one number, or one an axis
-)->Tensor: # (N,C,*s'), reflected at the far end of each axis
+    x: Tensor,  # (N,C,*s)
+    stride,  # wanted divisor of every side: one number, or one an axis
+) -> Tensor:  # (N,C,*s'), reflected at the far end of each axis
     "Reflect so that every side is a multiple of `stride`; where a side is too short for that, its last plane of the mirror is repeated."
     size = x.shape[2:]
-    more = [-s % k for s, k in zip(size, stride if isinstance(stride, tuple) else (stride,) * len(size))]
+    more = [
+        -s % k for s, k in zip(size, stride if isinstance(stride, tuple) else (stride,) * len(size))
+    ]
     near = [min(m, s - 1) for m, s in zip(more, size)]
     for part, mode in ((near, "reflect"), ([m - n for m, n in zip(more, near)], "replicate")):
-        if any(part): x = F.pad(x, [v for m in reversed(part) for v in (0, m)], mode=mode)
+        if any(part):
+            x = F.pad(x, [v for m in reversed(part) for v in (0, m)], mode=mode)
     return x
 
+# %% ../../nbs/inference/student.ipynb #14e67f34
 def logits(
-    net:nn.Module,     # network in eval mode
-    x:Tensor,          # (N,C,*s), on the network's device
-    patch:int,         # side of a tile
-    overlap:float=.25, # fraction shared by neighbours
-    blend:str="gaussian", # gaussian | constant
-)->Tensor: # (N,K,*s)
+    net: nn.Module,  # network in eval mode
+    x: Tensor,  # (N,C,*s), on the network's device
+    patch: int,  # side of a tile
+    overlap: float = 0.25,  # fraction shared by neighbours
+    blend: str = "gaussian",  # gaussian | constant
+) -> Tensor:  # (N,K,*s)
     "Scores for images of any size, in one piece or in tiles."
     size = x.shape[2:]
     x = pad_to(x, strides_of(net, x.ndim - 2))
     tile = tuple(min(patch, s) for s in x.shape[2:])
-    if tile == tuple(x.shape[2:]): z = net(x)
+    if tile == tuple(x.shape[2:]):
+        z = net(x)
     else:
         from monai.inferers import sliding_window_inference
-        z = sliding_window_inference(x, tile, sw_batch_size=1 if x.device.type == "cpu" else 8, predictor=net, overlap=overlap, mode=blend)
+
+        z = sliding_window_inference(
+            x,
+            tile,
+            sw_batch_size=1 if x.device.type == "cpu" else 8,
+            predictor=net,
+            overlap=overlap,
+            mode=blend,
+        )
     return z[(..., *(slice(s) for s in size))]
 
 # %% ../../nbs/inference/student.ipynb #5f5edcc9
 def probabilities(
-    z:Tensor, # logits (N,K,*s)
-)->Tensor: # (N,max(K,2),*s) float32, sums to 1 over axis 1
+    z: Tensor,  # logits (N,K,*s)
+) -> Tensor:  # (N,max(K,2),*s) float32, sums to 1 over axis 1
     "Sigmoid for one logit, softmax for several."
     z = z.float()
-    if z.shape[1] > 1: return z.softmax(1)
+    if z.shape[1] > 1:
+        return z.softmax(1)
     p = z.sigmoid()
     return torch.cat([1 - p, p], 1)
 
 # %% ../../nbs/inference/student.ipynb #a7c10002
-def devices()->list: # names, e.g. ["cpu", "cuda:0"]
+def devices() -> list:  # names, e.g. ["cpu", "cuda:0"]
     "The devices of this machine."
     found = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
     return found + ["mps"] * torch.backends.mps.is_available()
 
+
 def resolve_device(
-    device=None, # torch device or its name; None: cuda if there is one, else cpu
-)->torch.device: # one that is here
+    device=None,  # torch device or its name; None: cuda if there is one, else cpu
+) -> torch.device:  # one that is here
     "The device to use. `InputError` that lists those of this machine for all others."
     here = devices()
     if device is None:
@@ -209,43 +294,52 @@ def resolve_device(
         found = None
     if found is not None and (found.type == "cpu" or str(found) in here or f"{found}:0" in here):
         return found
-    raise InputError(f"--device {device}: there is no such device here. "
-                     f"This machine has {', '.join(here)}.")
+    raise InputError(
+        f"--device {device}: there is no such device here. This machine has {', '.join(here)}."
+    )
 
 # %% ../../nbs/inference/student.ipynb #181bedae
 class Student:
     "A network and its recipe. `predict` and `probabilities` take paths or raw arrays (see `channels_first`) and answer in native size."
 
-    def __init__(self,
-        network:nn.Module, # trained network
-        recipe:Recipe,     # how it wants its images
-        precision:str="fp32", # fp32 | bf16 | fp16 | auto
+    def __init__(
+        self,
+        network: nn.Module,  # trained network
+        recipe: Recipe,  # how it wants its images
+        precision: str = "fp32",  # fp32 | bf16 | fp16 | auto
     ):
-        self.network, self.recipe, self.precision = network, check_fit(network, recipe), precision
+        self.network = network
+        self.recipe = check_fit(network, recipe)
+        self.precision = precision
 
     @property
-    def device(self)->torch.device:
+    def device(self) -> torch.device:
         "Where the network's weights are."
         return next(self.network.parameters()).device
 
-    def prepare(self,
-        image, # path, `Image`, or raw array
-    )->Tensor: # float32 (N,in_channels,*s), in [0,1], on the CPU; N: slices for a 2-D network on a volume, else 1
+    def prepare(
+        self,
+        image,  # path, `Image`, or raw array
+    ) -> Tensor:  # float32 (N,in_channels,*s), in [0,1], on the CPU; N: slices for a 2-D network on a volume, else 1
         "What the network sees: intensity, inversion, zoom, grey replication, slices as a batch. Not padded."
         return network_input(self.recipe, image, strides_of(self.network, self.recipe.dims))[0]
 
-    def predict(self,
-        image,          # path, `Image`, or raw array
-        bar:bool=False, # show a progress bar over slices
-    )->np.ndarray: # (H,W) or (D,H,W), native size; uint8 (int32 beyond 256 classes)
+    def predict(
+        self,
+        image,  # path, `Image`, or raw array
+        bar: bool = False,  # show a progress bar over slices
+    ) -> np.ndarray:  # (H,W) or (D,H,W), native size; uint8 (int32 beyond 256 classes)
         "The label map: the most probable class of every pixel."
         x, size = network_input(self.recipe, image, strides_of(self.network, self.recipe.dims))
         kind = np.uint8 if len(self.recipe.classes) <= 256 else np.int32
-        return np.concatenate([p.argmax(1).astype(kind) for p in self.blocks(x, size, bar)]).reshape(size)
+        return np.concatenate(
+            [p.argmax(1).astype(kind) for p in self.blocks(x, size, bar)]
+        ).reshape(size)
 
-    def probabilities(self,
-        image, # path, `Image`, or raw array
-    )->np.ndarray: # float32 (classes,H,W) or (classes,D,H,W), native size, sums to 1
+    def probabilities(
+        self,
+        image,  # path, `Image`, or raw array
+    ) -> np.ndarray:  # float32 (classes,H,W) or (classes,D,H,W), native size, sums to 1
         "The probability of every class, background first."
         x, size = network_input(self.recipe, image, strides_of(self.network, self.recipe.dims))
         p = np.concatenate(list(self.blocks(x, size)))
@@ -253,127 +347,247 @@ class Student:
 
 # %% ../../nbs/inference/student.ipynb #55d14d92
 @patch_to(Student)
-def blocks(self,
-    x:Tensor,       # (N,in_channels,*s) of `prepare`
-    size:tuple,     # native spatial shape
-    bar:bool=False, # show a progress bar
-): # yields float32 arrays (n,classes,*s) in native size
+def blocks(
+    self,
+    x: Tensor,  # (N,in_channels,*s) of `prepare`
+    size: tuple,  # native spatial shape
+    bar: bool = False,  # show a progress bar
+):  # yields float32 arrays (n,classes,*s) in native size
     "Probabilities of a few slices at a time."
-    r, device = self.recipe, self.device
-    n = max(1, (2**16 if device.type == "cpu" else 2**22) // int(np.prod(x.shape[2:]))) # a CPU gains nothing from larger batches
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(self.precision, device))
+    r = self.recipe
+    device = self.device
+    n = max(
+        1, (2**16 if device.type == "cpu" else 2**22) // int(np.prod(x.shape[2:]))
+    )  # a CPU gains nothing from larger batches
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        resolve_precision(self.precision, device)
+    )
     cast = torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
     layout = best_layout(self.network) if r.dims == 2 else torch.contiguous_format
-    with evaluating(self.network), torch.inference_mode(), cast, contextlib.closing(progress(len(x), "slices", enabled=bar)) as shown:
+    with (
+        evaluating(self.network),
+        torch.inference_mode(),
+        cast,
+        contextlib.closing(progress(len(x), "slices", enabled=bar)) as shown,
+    ):
         for part in x.split(n):
-            z = logits(self.network, part.to(device).contiguous(memory_format=layout), r.patch, r.overlap)
-            if z.shape[1] not in (len(r.classes), len(r.classes) - 1): raise InputError(f"the network gives {z.shape[1]} scores a pixel, the recipe names {len(r.classes)} classes: {', '.join(r.classes)}.")
+            z = logits(
+                self.network, part.to(device).contiguous(memory_format=layout), r.patch, r.overlap
+            )
+            if z.shape[1] not in (len(r.classes), len(r.classes) - 1):
+                raise InputError(
+                    f"the network gives {z.shape[1]} scores a pixel, the recipe names {len(r.classes)} classes: {', '.join(r.classes)}."
+                )
             yield resize(probabilities(z).cpu().numpy(), size[-2:])
             shown.update(len(part))
 
+# %% ../../nbs/inference/student.ipynb #10671e0b
 @contextlib.contextmanager
 def evaluating(
-    net:nn.Module, # a network
+    net: nn.Module,  # a network
 ):
     "Within the block the network is in eval mode; afterwards each of its layers is as before."
     modes = [(m, m.training) for m in net.modules()]
     net.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
 
 # %% ../../nbs/inference/student.ipynb #aed3bfaf
 @patch_to(Student)
-def instances(self,
-    image,           # path, `Image`, or raw array
-    cells:bool=None, # three classes or more: True: cut them into objects, False: one region per class; None: as the recipe says
-    label:np.ndarray=None, # what `predict` gave for this image, if it is at hand
-)->np.ndarray: # int32 (H,W) or (D,H,W), native size: 0 background, 1..n objects
+def instances(
+    self,
+    image,  # path, `Image`, or raw array
+    cells: bool = None,  # three classes or more: True: cut them into objects, False: one region per class; None: as the recipe says
+    label: np.ndarray = None,  # what `predict` gave for this image, if it is at hand
+) -> np.ndarray:  # int32 (H,W) or (D,H,W), native size: 0 background, 1..n objects
     "The objects in an image, by the recipe's `instances` and `min_size`."
-    if isinstance(image, (str, Path)): image = read_image(image)
-    r, found = self.recipe, self.predict(image) if label is None else label
-    return instances_of(found, r.classes, None, r.min_size, r.instances, r.cells if cells is None else cells, getattr(image, "spacing", None)).astype(np.int32)
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    r = self.recipe
+    found = self.predict(image) if label is None else label
+    return instances_of(
+        found,
+        r.classes,
+        None,
+        r.min_size,
+        r.instances,
+        r.cells if cells is None else cells,
+        getattr(image, "spacing", None),
+    ).astype(np.int32)
 
 # %% ../../nbs/inference/student.ipynb #be99ce46
 def network_input(
-    recipe:Recipe, # what the network wants
-    image,         # path, `Image`, or raw array
-    strides=1,     # what the network needs of a side: one number, or one an axis
-)->tuple: # x (N,in_channels,*s) float32 and the native spatial shape
+    recipe: Recipe,  # what the network wants
+    image,  # path, `Image`, or raw array
+    strides=1,  # what the network needs of a side: one number, or one an axis
+) -> tuple:  # x (N,in_channels,*s) float32 and the native spatial shape
     "From a path or a raw array to the network's input. Every fault is an `InputError` that names the image."
-    if isinstance(image, (str, Path)): image = read_image(image)
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
     named = isinstance(image, Image)
     raw = image.array if named else channels_first(image, recipe.dims)
     name = image.path if named and image.path else f"the image of shape {tuple(np.shape(raw))}"
     raw = match_channels(raw, recipe.channels, name)
     size = raw.shape[1:]
-    if recipe.dims == 3 and len(size) == 2: raise InputError(f"{name} is 2-D, but this student takes volumes. Give (D,H,W).")
-    if recipe.standard is not None: raw = standardised(recipe, raw, name)
-    try: x = prepare(raw, recipe.intensity, recipe.invert, recipe.zoom)
-    except InputError as e: raise InputError(str(e) if name in str(e) else f"{name}: {e}") from e
+    if recipe.dims == 3 and len(size) == 2:
+        raise InputError(f"{name} is 2-D, but this student takes volumes. Give (D,H,W).")
+    if recipe.standard is not None:
+        raw = standardised(recipe, raw, name)
+    try:
+        x = prepare(raw, recipe.intensity, recipe.invert, recipe.zoom)
+    except InputError as e:
+        raise InputError(str(e) if name in str(e) else f"{name}: {e}") from e
     need = strides if isinstance(strides, tuple) else (strides,) * recipe.dims
-    if recipe.dims == 2 and any(s < k for s, k in zip(x.shape[-2:], need)): # thin volumes are padded
-        raise InputError(f"{name} is {' x '.join(map(str, x.shape[-2:]))} pixels for the network (zoom {recipe.zoom:g}); it needs at least {max(need)} along each axis. Use a larger image, or a student trained with a larger zoom.")
+    if recipe.dims == 2 and any(
+        s < k for s, k in zip(x.shape[-2:], need)
+    ):  # thin volumes are padded
+        raise InputError(
+            f"{name} is {' x '.join(map(str, x.shape[-2:]))} pixels for the network (zoom {recipe.zoom:g}); it needs at least {max(need)} along each axis. Use a larger image, or a student trained with a larger zoom."
+        )
     x = torch.from_numpy(np.ascontiguousarray(x))
-    x = x.transpose(0, 1) if recipe.dims == 2 and len(size) == 3 else x[None] # slices become the batch
-    return x.expand(-1, recipe.in_channels, *x.shape[2:]) if x.shape[1] != recipe.in_channels else x, size
+    x = (
+        x.transpose(0, 1) if recipe.dims == 2 and len(size) == 3 else x[None]
+    )  # slices become the batch
+    return x.expand(-1, recipe.in_channels, *x.shape[2:]) if x.shape[
+        1
+    ] != recipe.in_channels else x, size
 
+# %% ../../nbs/inference/student.ipynb #f9139249
 def check_fit(
-    net:nn.Module, # a network, with a `config` as all of ours
-    recipe:Recipe, # its recipe
-)->Recipe: # the recipe with the network's name and arguments
+    net: nn.Module,  # a network, with a `config` as all of ours
+    recipe: Recipe,  # its recipe
+) -> Recipe:  # the recipe with the network's name and arguments
     "`InputError` if recipe and network contradict each other."
-    c, k, strides = getattr(net, "config", {}), len(recipe.classes), strides_of(net, recipe.dims)
-    wanted = {"in_channels": (recipe.in_channels,), "dims": (recipe.dims,), "classes": (k, 1) if k == 2 else (k,)}
+    c = getattr(net, "config", {})
+    k = len(recipe.classes)
+    strides = strides_of(net, recipe.dims)
+    wanted = {
+        "in_channels": (recipe.in_channels,),
+        "dims": (recipe.dims,),
+        "classes": (k, 1) if k == 2 else (k,),
+    }
     for key, values in wanted.items():
-        if key in c and c[key] not in values: raise InputError(f"the network was built with {key}={c[key]}, the recipe needs {' or '.join(map(str, values))}. Change the recipe ({recipe.classes if key == 'classes' else key}).")
-    if any(recipe.patch % s for s in strides): raise InputError(f"recipe: patch={recipe.patch}; this network needs a multiple of {math.lcm(*strides)}.")
-    if recipe.network_config and c and recipe.network_config != c: raise InputError(f"the recipe says network_config={recipe.network_config}, the network was built with {c}.")
+        if key in c and c[key] not in values:
+            raise InputError(
+                f"the network was built with {key}={c[key]}, the recipe needs {' or '.join(map(str, values))}. Change the recipe ({recipe.classes if key == 'classes' else key})."
+            )
+    if any(recipe.patch % s for s in strides):
+        raise InputError(
+            f"recipe: patch={recipe.patch}; this network needs a multiple of {math.lcm(*strides)}."
+        )
+    if recipe.network_config and c and recipe.network_config != c:
+        raise InputError(
+            f"the recipe says network_config={recipe.network_config}, the network was built with {c}."
+        )
     return replace(recipe, network=name_of(net), network_config=dict(c)) if c else recipe
 
 # %% ../../nbs/inference/student.ipynb #97679ac7
 FILES = ("weights.safetensors", "README.md", "config.json")
 
+
 @patch_to(Student)
-def save(self,
-    folder,         # where to write the three files
-    card:dict=None, # what a reader should know, e.g. {"training data": ..., "scores": {...}}
-)->Path: # the folder
+def save(
+    self,
+    folder,  # where to write the three files
+    card: dict = None,  # what a reader should know, e.g. {"training data": ..., "scores": {...}}
+) -> Path:  # the folder
     "Write weights, model card and recipe. Each file appears whole or not at all."
     from safetensors.torch import save_file
+
     check_path("folder", folder)
-    folder, r = Path(folder), self.recipe
-    if not r.network_config: raise InputError("this network has no `config`, so it could not be built again. Register its class (`NETWORKS.register`) and give it a `config`.")
+    folder = Path(folder)
+    r = self.recipe
+    if not r.network_config:
+        raise InputError(
+            "this network has no `config`, so it could not be built again. Register its class (`NETWORKS.register`) and give it a `config`."
+        )
     state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-    with atomic(folder / FILES[0]) as t: save_file(state, t)
+    with atomic(folder / FILES[0]) as t:
+        save_file(state, t)
     n = sum(p.numel() for p in self.network.parameters())
-    with atomic(folder / FILES[1]) as t: t.write_text(model_card(r, n, card or {}), encoding="utf-8", errors="backslashreplace", newline="\n")
-    write_json(folder / FILES[2], {"format": 1, "recipe": asdict(r), "recipe_digest": digest(asdict(r), 64), "parameters": n, "weights_sha256": file_sha256(folder / FILES[0])})
+    with atomic(folder / FILES[1]) as t:
+        t.write_text(
+            model_card(r, n, card or {}), encoding="utf-8", errors="backslashreplace", newline="\n"
+        )
+    write_json(
+        folder / FILES[2],
+        {
+            "format": 1,
+            "recipe": asdict(r),
+            "recipe_digest": digest(asdict(r), 64),
+            "parameters": n,
+            "weights_sha256": file_sha256(folder / FILES[0]),
+        },
+    )
     return folder
 
+# %% ../../nbs/inference/student.ipynb #afe12327
 def model_card(
-    recipe:Recipe,  # of the student
-    parameters:int, # trainable numbers
-    card:dict,      # facts; a dict inside becomes a list
-)->str: # Markdown
+    recipe: Recipe,  # of the student
+    parameters: int,  # trainable numbers
+    card: dict,  # facts; a dict inside becomes a list
+) -> str:  # Markdown
     "The model card."
+
     def lines(d, depth=0):
-        for k, v in d.items(): yield from ([f"{'  ' * depth}- **{k}**:", *lines(v, depth + 1)] if isinstance(v, dict) else [f"{'  ' * depth}- **{k}**: {v}"])
-    grey, s = "grey" if recipe.channels == 1 else "RGB", recipe.standard
-    scale = {"standard": f"histogram of the whole raw volume, {len(s['landmarks'])} landmarks fitted on {s['volumes']} volumes"} if s else {}
-    facts = {"input": f"{grey} images, {recipe.dims}-D network, any size from {16 / recipe.zoom:.0f} pixels", **scale, "intensity": recipe.intensity, "zoom": recipe.zoom, "inverted": recipe.invert,
-             "classes": ", ".join(f"{i} {c}" for i, c in enumerate(recipe.classes)), "network": f"{recipe.network} {recipe.network_config}", "parameters": f"{parameters:,}"}
-    return "\n".join(["# A student of `unpaired_kd`", "", "A segmentation network. It was trained with `unpaired_kd`; it needs nothing of its teacher.", "", *lines(facts), *(["", "## Facts", "", *lines(card)] if card else []),
-        "", "## Use", "", "```python", "from unpaired_kd.inference.student import Student", 'labels = Student.load("this folder").predict("image.png")', "```", "",
-        "or `ukd predict STUDENT INPUT OUTPUT`. It is research software and not a medical device: check its results before you rely on them.", ""])
+        for k, v in d.items():
+            yield from (
+                [f"{'  ' * depth}- **{k}**:", *lines(v, depth + 1)]
+                if isinstance(v, dict)
+                else [f"{'  ' * depth}- **{k}**: {v}"]
+            )
+
+    grey = "grey" if recipe.channels == 1 else "RGB"
+    s = recipe.standard
+    scale = (
+        {
+            "standard": f"histogram of the whole raw volume, {len(s['landmarks'])} landmarks fitted on {s['volumes']} volumes"
+        }
+        if s
+        else {}
+    )
+    facts = {
+        "input": f"{grey} images, {recipe.dims}-D network, any size from {16 / recipe.zoom:.0f} pixels",
+        **scale,
+        "intensity": recipe.intensity,
+        "zoom": recipe.zoom,
+        "inverted": recipe.invert,
+        "classes": ", ".join(f"{i} {c}" for i, c in enumerate(recipe.classes)),
+        "network": f"{recipe.network} {recipe.network_config}",
+        "parameters": f"{parameters:,}",
+    }
+    return "\n".join(
+        [
+            "# A student of `unpaired_kd`",
+            "",
+            "A segmentation network. It was trained with `unpaired_kd`; it needs nothing of its teacher.",
+            "",
+            *lines(facts),
+            *(["", "## Facts", "", *lines(card)] if card else []),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from unpaired_kd.inference.student import Student",
+            'labels = Student.load("this folder").predict("image.png")',
+            "```",
+            "",
+            "or `ukd predict STUDENT INPUT OUTPUT`. It is research software and not a medical device: check its results before you rely on them.",
+            "",
+        ]
+    )
 
 # %% ../../nbs/inference/student.ipynb #0f674429
 @patch_to(Student, cls_method=True)
-def load(cls,
-    folder,       # folder that `save` wrote
+def load(
+    cls,
+    folder,  # folder that `save` wrote
     device=None,  # torch device or its name (default: cuda if there is one, else cpu)
-    precision:str="fp32", # fp32 | bf16 | fp16 | auto
-): # Student, in eval mode
+    precision: str = "fp32",  # fp32 | bf16 | fp16 | auto
+):  # Student, in eval mode
     "Read a student. Every fault is an `InputError` that names the file."
     device = resolve_device(device)
     resolve_precision(precision, device)
@@ -382,10 +596,16 @@ def load(cls,
     draft = draft_of(recipe, config)
     state = read_weights(draft, weights)
     if file_sha256(weights) != sha:
-        raise InputError(f"{weights} is not the file that {config} was written for (other SHA-256). "
-                         "Copy the whole folder again, or save the student again.")
+        raise InputError(
+            f"{weights} is not the file that {config} was written for (other SHA-256). "
+            "Copy the whole folder again, or save the student again."
+        )
     with faults_named(weights):
-        net = load_weights(build(recipe.network, recipe.network_config), state, weights).to(device).eval()
+        net = (
+            load_weights(build(recipe.network, recipe.network_config), state, weights)
+            .to(device)
+            .eval()
+        )
     if recipe.dims == 2:
         net = net.to(memory_format=best_layout(net))
     with faults_named(config):
@@ -393,21 +613,24 @@ def load(cls,
 
 # %% ../../nbs/inference/student.ipynb #a7c10004
 def student_files(
-    folder, # of a saved student
-)->tuple: # paths of its weights and its config
+    folder,  # of a saved student
+) -> tuple:  # paths of its weights and its config
     "Where its files are. `InputError` if one is missing."
     check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
     given(folder)
     for f in found:
         if not given(f):
-            raise InputError(f"{f} does not exist. Give the folder of a saved student; "
-                             f"it holds {', '.join(FILES)}.")
+            raise InputError(
+                f"{f} does not exist. Give the folder of a saved student; "
+                f"it holds {', '.join(FILES)}."
+            )
     return found
 
+# %% ../../nbs/inference/student.ipynb #c5c288f9
 def read_config(
-    path:Path, # config.json of a student
-)->tuple: # its `Recipe`, and the SHA-256 of its weights
+    path: Path,  # config.json of a student
+) -> tuple:  # its `Recipe`, and the SHA-256 of its weights
     "Read a student's config. `InputError` names the file."
     if os.path.getsize(path) > 2**24:
         raise InputError(f"{path} is larger than 16 MB, so it is not the config of a student.")
@@ -417,13 +640,16 @@ def read_config(
         raise InputError(f"{path} is not the config of a student of this version (format 1).")
     found = digest(saved["recipe"], 64)
     if saved.get("recipe_digest", found) != found:
-        raise InputError(f"{path}: the recipe was changed after it was saved (its digest does not fit). Restore the file, "
-                         "or remove its 'recipe_digest' if the change is meant.")
+        raise InputError(
+            f"{path}: the recipe was changed after it was saved (its digest does not fit). Restore the file, "
+            "or remove its 'recipe_digest' if the change is meant."
+        )
     return Recipe.load(saved["recipe"], str(path)), saved.get("weights_sha256")
 
+
 def whole_numbers(
-    data, # plain data
-): # yields every whole number in it
+    data,  # plain data
+):  # yields every whole number in it
     "Look through lists and dicts."
     if isinstance(data, int):
         yield data
@@ -432,59 +658,69 @@ def whole_numbers(
             yield from whole_numbers(d)
 
 # %% ../../nbs/inference/student.ipynb #8127428c
-PACKED = { # a network of several trained parts: the module that enters it into the table
+PACKED = {  # a network of several trained parts: the module that enters it into the table
     "translated": "unpaired_kd.translation.translated",
     "ensemble": "unpaired_kd.translation.translated",
 }
 
+
 def draft_of(
-    recipe:Recipe, # names a network and its arguments
-    path:Path,     # where it comes from, for messages
-)->nn.Module: # on the meta device: shapes without numbers
+    recipe: Recipe,  # names a network and its arguments
+    path: Path,  # where it comes from, for messages
+) -> nn.Module:  # on the meta device: shapes without numbers
     "The network that a recipe asks for, without its memory. `InputError` if there can be none."
     if any(abs(n) > 2**14 for n in whole_numbers(recipe.network_config)):
-        raise InputError(f"{path}: no network here has an argument above {2**14}: "
-                         f"{recipe.network_config}.")
+        raise InputError(
+            f"{path}: no network here has an argument above {2**14}: {recipe.network_config}."
+        )
     if recipe.network in PACKED:
         import_module(PACKED[recipe.network])
     try:
         with torch.device("meta"):
             return build(recipe.network, recipe.network_config)
-    except NotImplementedError: # a network of the user's own that computes while it is built
+    except NotImplementedError:  # a network of the user's own that computes while it is built
         return build(recipe.network, recipe.network_config)
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
     except Exception as e:
-        raise InputError(f"{path}: network {recipe.network!r} cannot be built with "
-                         f"{recipe.network_config} ({type(e).__name__}: {e}).") from e
+        raise InputError(
+            f"{path}: network {recipe.network!r} cannot be built with "
+            f"{recipe.network_config} ({type(e).__name__}: {e})."
+        ) from e
 
 # %% ../../nbs/inference/student.ipynb #a7c10005
 def read_weights(
-    draft:nn.Module, # the network on the meta device
-    path:Path,       # safetensors file
-)->dict: # name -> tensor
+    draft: nn.Module,  # the network on the meta device
+    path: Path,  # safetensors file
+) -> dict:  # name -> tensor
     "Weights that fit the network. `InputError` names the file and the first differences."
     from safetensors.torch import load_file
+
     try:
         state = load_file(path)
     except Exception as e:
-        raise InputError(f"{path} cannot be read ({e}). "
-                         "It is damaged or cut short: copy it again.") from e
+        raise InputError(
+            f"{path} cannot be read ({e}). It is damaged or cut short: copy it again."
+        ) from e
     load_weights(draft, {k: v.to("meta") for k, v in state.items()}, path)
     own = draft.state_dict()
     for k, v in state.items():
         if v.dtype != own[k].dtype:
-            raise InputError(f"{path}: {k} is of type {v.dtype}, the network has {own[k].dtype}. "
-                             "Save the student again with `Student.save`.")
+            raise InputError(
+                f"{path}: {k} is of type {v.dtype}, the network has {own[k].dtype}. "
+                "Save the student again with `Student.save`."
+            )
         if v.is_floating_point() and not v.isfinite().all():
-            raise InputError(f"{path}: {k} holds NaN or infinity. The training went astray: "
-                             "take an earlier checkpoint.")
+            raise InputError(
+                f"{path}: {k} holds NaN or infinity. The training went astray: "
+                "take an earlier checkpoint."
+            )
     return state
 
 # %% ../../nbs/inference/student.ipynb #a7c1000a
 @contextlib.contextmanager
 def faults_named(
-    path, # the file that is worked on
+    path,  # the file that is worked on
 ):
     "Within the block, every fault but the user's stop becomes an `InputError` that names the file."
     try:
@@ -492,10 +728,13 @@ def faults_named(
     except InputError as e:
         raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
     except MemoryError as e:
-        raise InputError(f"{path} needs more memory than is free. "
-                         "Close other programs, or take a smaller one.") from e
+        raise InputError(
+            f"{path} needs more memory than is free. Close other programs, or take a smaller one."
+        ) from e
     except Exception as e:
         if re.search("out of memory|allocate memory", str(e)):
-            raise InputError(f"{path} needs more memory than is free on the device. "
-                             "Use --device cpu, or a student with a smaller patch.") from e
+            raise InputError(
+                f"{path} needs more memory than is free on the device. "
+                "Use --device cpu, or a student with a smaller patch."
+            ) from e
         raise InputError(f"{path} cannot be used ({type(e).__name__}: {e}).") from e

@@ -12,7 +12,22 @@ __all__ = ['OPENERS', 'OURS', 'looks', 'mirrored', 'Block', 'blocks_of', 'block_
            'goes_in_blocks']
 
 # %% ../../nbs/inference/volumes.ipynb #6c58fb0c
-import contextlib, copy, ctypes, errno, functools, json, logging, math, numbers, os, queue, re, shutil, threading, time, weakref
+import contextlib
+import copy
+import ctypes
+import errno
+import functools
+import json
+import logging
+import math
+import numbers
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,29 +37,68 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core import (PART, InputError, check_there, clear_parts, cluster_client, digest, file_sha256,
-                              progress, read_json, resolve_precision, swap_folder, sync, unknown,
-                              write_json, extra)
+from unpaired_kd.core import (
+    PART,
+    InputError,
+    check_there,
+    clear_parts,
+    cluster_client,
+    digest,
+    extra,
+    file_sha256,
+    progress,
+    read_json,
+    resolve_precision,
+    swap_folder,
+    sync,
+    unknown,
+    write_json,
+)
 from ..data.formats.images import match_channels, suffix_of
 from ..data.formats.ngff import ABSENT, check_zarr_name, ome_steps, open_placed, read_box
 from ..data.formats.nifti import from_nifti, nifti_place, open_nifti
+from unpaired_kd.data.formats.outputs import (
+    check_apart,
+    check_input,
+    check_new,
+    check_outside_zarr,
+    check_path,
+    check_place,
+    check_room,
+    files_mark,
+    identity,
+    locked,
+    made_folder,
+)
 from ..data.formats.pictures import arrange, companions, lazy_tiff
 from ..data.formats.writing import sign
 from ..data.intensity import check_finite, to_unit, volume_window
 from .files import weights_mark
-from .student import (FILES, Student, evaluating, probabilities,
-                                           resolve_device, strides_of)
-from ..data.formats.outputs import check_apart, check_input, check_new, check_outside_zarr, check_path, check_place, check_room, files_mark, identity, locked, made_folder
+from unpaired_kd.inference.student import (
+    FILES,
+    Student,
+    evaluating,
+    probabilities,
+    resolve_device,
+    strides_of,
+)
 
 # %% ../../nbs/inference/volumes.ipynb #ae87328f
 def _spread(net, axis, cells, channels, strides, decoder):
     "First and last score, along one axis, that depend on the middle one of `cells` cells."
-    size, mid = [s * (cells if a == axis else 1) for a, s in enumerate(strides)], cells // 2
+    size = [s * (cells if a == axis else 1) for a, s in enumerate(strides)]
+    mid = cells // 2
     x = torch.zeros(1, channels, *size)
-    mark = lambda t: t.narrow(2 + axis, t.shape[2 + axis] // cells * mid, t.shape[2 + axis] // cells).fill_(float("nan"))
+
+    def mark(t):
+        return t.narrow(
+            2 + axis, t.shape[2 + axis] // cells * mid, t.shape[2 + axis] // cells
+        ).fill_(float("nan"))
+
     if decoder:
         z, skips = net.encode(x)
-        for t in (z, *skips): mark(t)
+        for t in (z, *skips):
+            mark(t)
         z = net.decode(z, skips)
     else:
         mark(x)
@@ -52,189 +106,276 @@ def _spread(net, axis, cells, channels, strides, decoder):
     hit = z.isnan().movedim(2 + axis, 0).flatten(1).any(1).nonzero()[:, 0]
     return int(hit.min()), int(hit.max()), size[axis], mid * strides[axis]
 
+# %% ../../nbs/inference/volumes.ipynb #855b6403
 @torch.inference_mode()
 def looks(
-    net:nn.Module,      # network; a copy of it is tried out on the CPU
-    channels:int=1,     # channels it takes
-    dims:int=3,         # its spatial axes
-    decoder:bool=False, # only `net.decode`: how far scores look in what `net.encode` gave
-)->tuple: # voxels, whole strides, one number an axis
+    net: nn.Module,  # network; a copy of it is tried out on the CPU
+    channels: int = 1,  # channels it takes
+    dims: int = 3,  # its spatial axes
+    decoder: bool = False,  # only `net.decode`: how far scores look in what `net.encode` gave
+) -> tuple:  # voxels, whole strides, one number an axis
     "How far a block's scores look beyond the block, measured. Raises `InputError` if there is no end within a thousand voxels."
     net, strides, found = copy.deepcopy(net).cpu().float().eval(), strides_of(net, dims), []
     for axis, s in enumerate(strides):
         for cells in (9, 33, 129):
             first, last, size, at = _spread(net, axis, cells, channels, strides, decoder)
-            if first > 0 and last < size - 1: break
-        else: raise InputError("this network looks at the whole volume (it normalises by image, or attends), so blocks cannot give what one piece gives. Use a network with BatchNorm, or the plain prediction.")
+            if first > 0 and last < size - 1:
+                break
+        else:
+            raise InputError(
+                "this network looks at the whole volume (it normalises by image, or attends), so blocks cannot give what one piece gives. Use a network with BatchNorm, or the plain prediction."
+            )
         found.append(max(0, -(-max(at - first, last - at - s + 1) // s) * s))
     return tuple(found)
 
 # %% ../../nbs/inference/volumes.ipynb #5122322e
 def mirrored(
-    size:int,   # voxels along an axis
-    length:int, # wanted, at least `size`
-)->np.ndarray: # (length,) index of the voxel at every padded place
+    size: int,  # voxels along an axis
+    length: int,  # wanted, at least `size`
+) -> np.ndarray:  # (length,) index of the voxel at every padded place
     "The padding of `pad_to` as a table: mirrored at the far end, then the last plane of the mirror repeated."
     n = np.arange(length)
     return np.where(n < size, n, np.maximum(2 * (size - 1) - n, 0))
 
+
 @dataclass(frozen=True)
 class Block:
     "One piece of the work."
-    at:tuple   # its place in the grid of blocks
-    core:tuple # (start, stop) an axis: what is written, in voxels of the volume
-    read:tuple # (start, stop) an axis: what the network sees, in padded voxels
+
+    at: tuple  # its place in the grid of blocks
+    core: tuple  # (start, stop) an axis: what is written, in voxels of the volume
+    read: tuple  # (start, stop) an axis: what the network sees, in padded voxels
+
 
 def blocks_of(
-    size:tuple,    # (D,H,W) of the volume
-    tile:tuple,    # side of a core along each axis
-    halo:tuple,    # width of the halo along each axis
-    strides:tuple, # of the network
-)->list: # of `Block`, the first axis slowest
+    size: tuple,  # (D,H,W) of the volume
+    tile: tuple,  # side of a core along each axis
+    halo: tuple,  # width of the halo along each axis
+    strides: tuple,  # of the network
+) -> list:  # of `Block`, the first axis slowest
     "Cut a volume into blocks. Nothing is checked here."
     axes = []
     for n, t, h, s in zip(size, tile, halo, strides):
         end = -(-n // s) * s
-        axes.append([((a, min(a + t, n)), (max(0, a - h), min(end, a + t + h))) for a in range(0, n, t)])
-    return [Block(at, *zip(*(axis[i] for axis, i in zip(axes, at)))) for at in np.ndindex(*map(len, axes))]
+        axes.append(
+            [((a, min(a + t, n)), (max(0, a - h), min(end, a + t + h))) for a in range(0, n, t)]
+        )
+    return [
+        Block(at, *zip(*(axis[i] for axis, i in zip(axes, at))))
+        for at in np.ndindex(*map(len, axes))
+    ]
 
 # %% ../../nbs/inference/volumes.ipynb #c995e055
 def block_logits(
-    net:nn.Module, # network in eval mode
-    x:Tensor,      # (1,C,*s): core and halo
-    core:tuple,    # (start, stop) an axis of the core within `x`
-    rim:tuple=None, # how far the decoder looks; None: run the whole network on all of `x`
-)->Tensor: # (1,K,*core)
+    net: nn.Module,  # network in eval mode
+    x: Tensor,  # (1,C,*s): core and halo
+    core: tuple,  # (start, stop) an axis of the core within `x`
+    rim: tuple = None,  # how far the decoder looks; None: run the whole network on all of `x`
+) -> Tensor:  # (1,K,*core)
     "Scores of the core. With `rim`, the decoder runs on the core and its rim only."
-    if rim is None: return net(x)[(..., *(slice(*c) for c in core))]
-    size, strides = x.shape[2:], strides_of(net, len(core))
-    box = [(max(0, a // s * s - r), min(n, -(-b // s) * s + r)) for (a, b), s, r, n in zip(core, strides, rim, size)]
+    if rim is None:
+        return net(x)[(..., *(slice(*c) for c in core))]
+    size = x.shape[2:]
+    strides = strides_of(net, len(core))
+    box = [
+        (max(0, a // s * s - r), min(n, -(-b // s) * s + r))
+        for (a, b), s, r, n in zip(core, strides, rim, size)
+    ]
     layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    def cut(t): return t[(..., *(slice(a * m // n, b * m // n) for (a, b), n, m in zip(box, size, t.shape[2:])))].contiguous(memory_format=layout)
+
+    def cut(t):
+        return t[
+            (..., *(slice(a * m // n, b * m // n) for (a, b), n, m in zip(box, size, t.shape[2:])))
+        ].contiguous(memory_format=layout)
+
     features, skips = net.encode(x)
     features = cut(features)
-    for i in range(len(skips)): skips[i] = cut(skips[i]) # one at a time: the uncut ones are freed
-    return net.decode(features, skips)[(..., *(slice(a - o, b - o) for (a, b), (o, _) in zip(core, box)))]
+    for i in range(len(skips)):
+        skips[i] = cut(skips[i])  # one at a time: the uncut ones are freed
+    return net.decode(features, skips)[
+        (..., *(slice(a - o, b - o) for (a, b), (o, _) in zip(core, box)))
+    ]
+
 
 def has_halves(
-    net, # a network
-)->bool:
+    net,  # a network
+) -> bool:
     "Whether the network has `encode` and `decode` as `LightUNet` has them."
     return all(hasattr(net, k) for k in ("encode", "decode", "strides"))
 
 # %% ../../nbs/inference/volumes.ipynb #a8af8ccc
 class _Alive(TorchDispatchMode):
     "Counts the bytes of the tensors that are alive at the same time."
-    def __init__(self): super().__init__(); self.seen, self.most = [], 0
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.most = 0
+
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
-        self.seen = [w for w in self.seen if w() is not None] + [weakref.ref(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.seen = [w for w in self.seen if w() is not None] + [
+            weakref.ref(t) for t in tree_leaves(out) if isinstance(t, Tensor)
+        ]
         alive = [t.untyped_storage() for w in self.seen if (t := w()) is not None]
         self.most = max(self.most, sum({s._cdata: s.nbytes() for s in alive}.values()))
         return out
 
+
 @torch.inference_mode()
 def bytes_per_voxel(
-    net:nn.Module,   # network
-    channels:int=1,  # channels it takes
-    dims:int=3,      # its spatial axes
-    rim:tuple=None,  # as in `block_logits`
-)->float: # bytes a voxel of a block, core and halo
+    net: nn.Module,  # network
+    channels: int = 1,  # channels it takes
+    dims: int = 3,  # its spatial axes
+    rim: tuple = None,  # as in `block_logits`
+) -> float:  # bytes a voxel of a block, core and halo
     "The most memory a block takes in float32, traced without computing; a quarter is added for what the convolution kernels keep themselves."
     halo = looks(net, channels, dims)
-    strides, size = strides_of(net, dims), tuple(max(128, 64 + 2 * h) for h in halo)
+    strides = strides_of(net, dims)
+    size = tuple(max(128, 64 + 2 * h) for h in halo)
     size = tuple(-(-n // s) * s for n, s in zip(size, strides))
-    core = [(min(h, n // 4 // s * s), n - min(h, n // 4 // s * s)) for h, n, s in zip(halo, size, strides)]
+    core = [
+        (min(h, n // 4 // s * s), n - min(h, n // 4 // s * s))
+        for h, n, s in zip(halo, size, strides)
+    ]
     copied = copy.deepcopy(net).eval().to("meta")
-    with _Alive() as alive: block_logits(copied, torch.empty(1, channels, *size, device="meta"), core, rim)
+    with _Alive() as alive:
+        block_logits(copied, torch.empty(1, channels, *size, device="meta"), core, rim)
     return 1.25 * alive.most / math.prod(size)
 
 # %% ../../nbs/inference/volumes.ipynb #a2030e7f
 def choose_tile(
-    size:tuple,    # (D,H,W)
-    halo:tuple,    # one number an axis
-    strides:tuple, # of the network
-    voxels:float,  # the most a block may have, core and halo
-    rim:tuple=None, # how far the decoder looks; None: as the halo
-    joined:float=math.inf, # the most voxels a core and its rim may have
-)->tuple: # side of a core along each axis
+    size: tuple,  # (D,H,W)
+    halo: tuple,  # one number an axis
+    strides: tuple,  # of the network
+    voxels: float,  # the most a block may have, core and halo
+    rim: tuple = None,  # how far the decoder looks; None: as the halo
+    joined: float = math.inf,  # the most voxels a core and its rim may have
+) -> tuple:  # side of a core along each axis
     "The cores with the least work in all, among multiples of 64 voxels (of 32, 16 or the stride if memory is short). Raises `InputError` if none fits."
     for unit in (64, 32, 16, 1):
-        sides, reads, boxes = [], [], []
+        sides = []
+        reads = []
+        boxes = []
         for n, h, r, s in zip(size, halo, rim or halo, strides):
-            u, end = math.lcm(unit, s), -(-n // s) * s
+            u = math.lcm(unit, s)
+            end = -(-n // s) * s
             sides.append(np.arange(u, min(-(-n // u) * u, 1024 // u * u + u) + 1, u))
-            for out, w in ((reads, h), (boxes, r)): # largest and summed length of the blocks, for each side
-                lengths = [[min(end, a + t + w) - max(0, a - w) for a in range(0, n, t)] for t in sides[-1]]
-                out.append((np.array([max(l) for l in lengths], float), np.array([sum(l) for l in lengths], float)))
-        all_of = lambda parts, i: np.einsum("i,j,k", *(p[i] for p in parts))
+            for out, w in (
+                (reads, h),
+                (boxes, r),
+            ):  # largest and summed length of the blocks, for each side
+                lengths = [
+                    [min(end, a + t + w) - max(0, a - w) for a in range(0, n, t)] for t in sides[-1]
+                ]
+                out.append(
+                    (
+                        np.array([max(l) for l in lengths], float),
+                        np.array([sum(l) for l in lengths], float),
+                    )
+                )
+
+        def all_of(parts, i):
+            return np.einsum("i,j,k", *(p[i] for p in parts))
+
         fits = (all_of(reads, 0) <= voxels) & (all_of(boxes, 0) <= joined)
         if fits.any():
-            best = np.unravel_index(np.where(fits, all_of(reads, 1) + all_of(boxes, 1), np.inf).argmin(), fits.shape)
+            best = np.unravel_index(
+                np.where(fits, all_of(reads, 1) + all_of(boxes, 1), np.inf).argmin(), fits.shape
+            )
             return tuple(int(t[i]) for t, i in zip(sides, best))
-    raise InputError(f"the smallest block, with its halo of {' x '.join(map(str, halo))} voxels, does not fit into the memory given. Give more, for example --memory 4GB.")
+    raise InputError(
+        f"the smallest block, with its halo of {' x '.join(map(str, halo))} voxels, does not fit into the memory given. Give more, for example --memory 4GB."
+    )
 
 # %% ../../nbs/inference/volumes.ipynb #b7a18189
 @dataclass
 class Volume:
     "A volume on disk, as if it were an array (C,D,H,W): slicing it reads that box."
-    path:Path          # file or .zarr folder
-    shape:tuple        # (C,D,H,W)
-    dtype:np.dtype     # as stored
-    spacing:tuple|None # mm along D, H, W; None: not known
-    affine:object      # (4,4), or None
-    mark:str           # fingerprint of the stored bytes: sizes and times of change
-    box:object         # function of three slices that gives an array (C,d,h,w)
-    origin:tuple|None=None # mm of the first voxel along D, H, W in OME's frame; None: not known
 
-    def read(self,
-        box, # (start, stop) along D, H, W
-    )->np.ndarray: # (C,d,h,w), as stored, in the machine's byte order
+    path: Path  # file or .zarr folder
+    shape: tuple  # (C,D,H,W)
+    dtype: np.dtype  # as stored
+    spacing: tuple | None  # mm along D, H, W; None: not known
+    affine: object  # (4,4), or None
+    mark: str  # fingerprint of the stored bytes: sizes and times of change
+    box: object  # function of three slices that gives an array (C,d,h,w)
+    origin: tuple | None = (
+        None  # mm of the first voxel along D, H, W in OME's frame; None: not known
+    )
+
+    def read(
+        self,
+        box,  # (start, stop) along D, H, W
+    ) -> np.ndarray:  # (C,d,h,w), as stored, in the machine's byte order
         "One box. A fault is an `InputError` that names file and box."
         box = [(int(a), int(b)) for a, b in box]
-        try: a = self.box(tuple(slice(*b) for b in box))
-        except MemoryError: raise
-        except InputError as e: raise InputError(f"{self.path}: {e}") from e
-        except Exception as e: raise InputError(f"{self.path}: the box {box} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again.") from e
-        return np.ascontiguousarray(a, np.dtype(np.float32) if a.dtype == np.float64 else a.dtype.newbyteorder("="))
+        try:
+            a = self.box(tuple(slice(*b) for b in box))
+        except MemoryError:
+            raise
+        except InputError as e:
+            raise InputError(f"{self.path}: {e}") from e
+        except Exception as e:
+            raise InputError(
+                f"{self.path}: the box {box} cannot be read ({type(e).__name__}: {e}). The file is damaged or cut short: copy it again."
+            ) from e
+        return np.ascontiguousarray(
+            a, np.dtype(np.float32) if a.dtype == np.float64 else a.dtype.newbyteorder("=")
+        )
 
-    def __getitem__(self, index): # `...`, or up to four slices
+    def __getitem__(self, index):  # `...`, or up to four slices
         index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
-        c, *box = [k.indices(n) for k, n in zip((*index, *[slice(None)] * (4 - len(index))), self.shape)]
+        c, *box = [
+            k.indices(n) for k, n in zip((*index, *[slice(None)] * (4 - len(index))), self.shape)
+        ]
         return self.read([k[:2] for k in box])[(slice(*c), *(slice(None, None, k[2]) for k in box))]
 
 # %% ../../nbs/inference/volumes.ipynb #e613c390
 def _boxed(array, axes, read=None):
     "A function that reads a box of a lazy array (by `read`, if given) and brings it into (C,d,h,w)."
-    arrange(np.broadcast_to(np.uint8(0), array.shape), axes) # refuses axes that are not ours
+    arrange(np.broadcast_to(np.uint8(0), array.shape), axes)  # refuses axes that are not ours
     axes = axes.lower()
-    def plain(box): return array[tuple(box)]
+
+    def plain(box):
+        return array[tuple(box)]
+
     read = read or plain
-    depth = next((a for a, n in zip(axes, array.shape) if a not in "yxcs" and (a == "z" or n > 1)), "z")
+    depth = next(
+        (a for a, n in zip(axes, array.shape) if a not in "yxcs" and (a == "z" or n > 1)), "z"
+    )
     axes = "".join("z" if a == depth else "t" if a == "z" else a for a in axes)
+
     def box(slices):
         a = read([slices["zyx".index(c)] if c in "zyx" else slice(None) for c in axes])
         a = arrange(np.asarray(a), axes)
         return a if a.ndim == 4 else a[:, None]
+
     one = box([slice(0, 1)] * 3)
     return box, (len(one), *(dict(zip(axes, array.shape)).get(c, 1) for c in "zyx")), one.dtype
 
 # %% ../../nbs/inference/volumes.ipynb #d5c7bc48
 def zarr_volume(
-    path:Path,            # .zarr folder: an array, or an OME group (its finest level)
-    absent:str="error",   # error | empty: what a chunk file that is not there means
-)->Volume: # opened
+    path: Path,  # .zarr folder: an array, or an OME group (its finest level)
+    absent: str = "error",  # error | empty: what a chunk file that is not there means
+) -> Volume:  # opened
     "A Zarr, lazily."
     z, axes, place = open_placed(path, absent)
-    if axes.strip("tc").count("y") != 1 or z.ndim < 3: raise InputError(f"it is an array of {z.ndim} axes; blocks need (D, H, W) or (C, D, H, W).")
-    def read(box): return read_box(z, path, box)
+    if axes.strip("tc").count("y") != 1 or z.ndim < 3:
+        raise InputError(f"it is an array of {z.ndim} axes; blocks need (D, H, W) or (C, D, H, W).")
+
+    def read(box):
+        return read_box(z, path, box)
+
     box, shape, kind = _boxed(z, axes, read)
-    return Volume(path, shape, kind, place.spacing, place.affine, files_mark(path), box, place.origin)
+    return Volume(
+        path, shape, kind, place.spacing, place.affine, files_mark(path), box, place.origin
+    )
 
 # %% ../../nbs/inference/volumes.ipynb #775b4ce2
 def tiff_volume(
-    path:Path, # TIFF stack
-)->Volume: # opened
+    path: Path,  # TIFF stack
+) -> Volume:  # opened
     "A TIFF whose stored numbers are its values: mapped if they lie in one piece, else page by page."
     array, axes, spacing = lazy_tiff(path)
     box, shape, kind = _boxed(array, axes)
@@ -242,157 +383,225 @@ def tiff_volume(
 
 # %% ../../nbs/inference/volumes.ipynb #9372bfce
 def nifti_volume(
-    path:Path, # .nii or .nii.gz
-)->Volume: # opened
+    path: Path,  # .nii or .nii.gz
+) -> Volume:  # opened
     "A NIfTI through nibabel's proxy, its axes as `read_nifti` brings them."
     f, stored = open_nifti(path, lazy=True)
     if len(f.shape) < 3:
         raise InputError(f"it has the shape {f.shape}; blocks need volumes (x, y, z).")
     place = nifti_place(f.header, stored, 3, path)
-    def box(slices): return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
+
+    def box(slices):
+        return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
+
     one = box([slice(0, 1)] * 3)
     shape = (len(one), *f.shape[2::-1])
     return Volume(path, shape, one.dtype, place.spacing, place.affine, files_mark(path), box)
 
-OPENERS = {".zarr": zarr_volume, ".tif": tiff_volume, ".tiff": tiff_volume, ".nii": nifti_volume, ".nii.gz": nifti_volume}
+# %% ../../nbs/inference/volumes.ipynb #8347019d
+OPENERS = {
+    ".zarr": zarr_volume,
+    ".tif": tiff_volume,
+    ".tiff": tiff_volume,
+    ".nii": nifti_volume,
+    ".nii.gz": nifti_volume,
+}
+
 
 def open_volume(
-    path,            # .zarr, .tif, .tiff, .nii or .nii.gz
-    absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
-)->Volume: # opened, not loaded
+    path,  # .zarr, .tif, .tiff, .nii or .nii.gz
+    absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
+) -> Volume:  # opened, not loaded
     "Open a volume to read boxes from. Every fault is an `InputError` that names the file."
     path = Path(path)
     check_there(path)
     check_zarr_name(path)
-    if (suffix := suffix_of(path)) not in OPENERS: raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
-    if absent not in ABSENT: raise InputError(unknown("absent", absent, ABSENT))
+    if (suffix := suffix_of(path)) not in OPENERS:
+        raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
+    if absent not in ABSENT:
+        raise InputError(unknown("absent", absent, ABSENT))
     try:
         volume = OPENERS[suffix](path, absent) if suffix == ".zarr" else OPENERS[suffix](path)
         check_finite(np.zeros(0, volume.dtype), "it")
         return volume
-    except InputError as e: raise InputError(f"{path}: {e}") from e
-    except MemoryError as e: raise InputError(f"{path} needs more memory to open than is free. Close other programs, or save it as .zarr, which is read piece by piece.") from e
-    except Exception as e: raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source.") from e
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+    except MemoryError as e:
+        raise InputError(
+            f"{path} needs more memory to open than is free. Close other programs, or save it as .zarr, which is read piece by piece."
+        ) from e
+    except Exception as e:
+        raise InputError(
+            f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, cut short, or not what its name says. Copy it again from its source."
+        ) from e
 
 # %% ../../nbs/inference/volumes.ipynb #b6df5d60
 def block_input(
-    volume:Volume, # where to read
-    block:Block,   # what to read
-    strides:tuple, # of the network
-)->np.ndarray: # raw (C,*s), padded as the whole volume would be
+    volume: Volume,  # where to read
+    block: Block,  # what to read
+    strides: tuple,  # of the network
+) -> np.ndarray:  # raw (C,*s), padded as the whole volume would be
     "The raw voxels of a block and its halo."
-    index = [mirrored(n, -(-n // s) * s)[slice(*r)] for n, s, r in zip(volume.shape[1:], strides, block.read)]
+    index = [
+        mirrored(n, -(-n // s) * s)[slice(*r)]
+        for n, s, r in zip(volume.shape[1:], strides, block.read)
+    ]
     raw = volume.read([(i.min(), i.max() + 1) for i in index])
     check_finite(raw, f"{volume.path}, block at {tuple(c[0] for c in block.core)},")
     for a, i in enumerate(index, 1):
-        if len(i) != raw.shape[a] or (np.diff(i) != 1).any(): raw = raw.take(i - i.min(), a)
+        if len(i) != raw.shape[a] or (np.diff(i) != 1).any():
+            raw = raw.take(i - i.min(), a)
     return raw
 
 # %% ../../nbs/inference/volumes.ipynb #d1d0414f
 def as_bytes(
-    p:Tensor, # probabilities in [0,1]
-)->Tensor: # uint8: nearest of p * 255, down at the half
+    p: Tensor,  # probabilities in [0,1]
+) -> Tensor:  # uint8: nearest of p * 255, down at the half
     "One byte a probability; 128 and more is above one half."
-    return (p.float() * 255 - .5).ceil().clamp_(0, 255).to(torch.uint8)
+    return (p.float() * 255 - 0.5).ceil().clamp_(0, 255).to(torch.uint8)
 
+# %% ../../nbs/inference/volumes.ipynb #4af172a8
 def create_output(
-    path:Path,    # .zarr folder or .tif file that does not exist yet
-    shape:tuple,  # (D,H,W), or (C,D,H,W)
-    tile:tuple,   # side of a core along D, H, W
-    spacing=None, # mm along D, H, W
+    path: Path,  # .zarr folder or .tif file that does not exist yet
+    shape: tuple,  # (D,H,W), or (C,D,H,W)
+    tile: tuple,  # side of a core along D, H, W
+    spacing=None,  # mm along D, H, W
     affine=None,  # (4,4), Zarr only
-    mark:str="",  # makes the file's identifier: equal jobs, equal bytes
+    mark: str = "",  # makes the file's identifier: equal jobs, equal bytes
     origin=None,  # mm of the first voxel along D, H, W, Zarr only
 ):
     "An empty uint8 volume on disk: OME-Zarr (v3, one shard a block) or BigTIFF."
-    names, scale = list("czyx"[-len(shape):]), [1.] * (len(shape) - 3) + list(spacing or (1.,) * 3)
+    names = list("czyx"[-len(shape) :])
+    scale = [1.0] * (len(shape) - 3) + list(spacing or (1.0,) * 3)
     if suffix_of(path) == ".zarr":
         unit = {"unit": "millimeter"} if spacing else {}
-        axes = [{"name": n, "type": "channel"} if n == "c" else {"name": n, "type": "space", **unit} for n in names]
+        axes = [
+            {"name": n, "type": "channel"} if n == "c" else {"name": n, "type": "space", **unit}
+            for n in names
+        ]
         chunk = [next((c for c in (64, 32, 16, 8) if t % c == 0), t) for t in tile]
         group = extra("zarr", "volumes").open_group(str(path), mode="w", zarr_format=3)
-        group.create_array("0", shape=shape, dtype="uint8", fill_value=0, chunks=(1, *chunk)[-len(shape):], shards=(*shape[:-3], *tile), config={"write_empty_chunks": True})
+        group.create_array(
+            "0",
+            shape=shape,
+            dtype="uint8",
+            fill_value=0,
+            chunks=(1, *chunk)[-len(shape) :],
+            shards=(*shape[:-3], *tile),
+            config={"write_empty_chunks": True},
+        )
         steps = ome_steps(scale, origin)
-        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}]}
-        if affine is not None: group.attrs["affine"] = np.asarray(affine).tolist()
+        group.attrs["ome"] = {
+            "version": "0.5",
+            "multiscales": [
+                {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}
+            ],
+        }
+        if affine is not None:
+            group.attrs["affine"] = np.asarray(affine).tolist()
         sign(path)
         return
     import tifffile
-    note = {"axes": "CZYX"[-len(shape):], "UUID": f"urn:uuid:{digest(mark, 32)}"}
-    for letter, s in zip("ZYX", spacing or ()): note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
-    tifffile.memmap(path, shape=shape, dtype=np.uint8, bigtiff=True, ome=True, photometric="minisblack", metadata=note).flush()
+
+    note = {"axes": "CZYX"[-len(shape) :], "UUID": f"urn:uuid:{digest(mark, 32)}"}
+    for letter, s in zip("ZYX", spacing or ()):
+        note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
+    tifffile.memmap(
+        path,
+        shape=shape,
+        dtype=np.uint8,
+        bigtiff=True,
+        ome=True,
+        photometric="minisblack",
+        metadata=note,
+    ).flush()
     reserve(path)
 
 # %% ../../nbs/inference/volumes.ipynb #3b947e7c
 def reserve(
-    path, # a file
+    path,  # a file
 ):
     "Have the disk set aside all of a file's bytes: a mapped file that finds no room later would end the process without a word."
     with open(path, "r+b") as f:
         try:
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-        except AttributeError: # not on this system
+        except AttributeError:  # not on this system
             pass
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
 
 # %% ../../nbs/inference/volumes.ipynb #3b33d250
-_OPENING = threading.Lock() # zarr's settings belong to the process, and several threads write
+_OPENING = threading.Lock()  # zarr's settings belong to the process, and several threads write
+
 
 def open_to_write(
-    folder:Path, # of a zarr array
-): # the array; empty chunks get their files, too
+    folder: Path,  # of a zarr array
+):  # the array; empty chunks get their files, too
     "Open an array of `create_output` for writing; zarr's settings are as before."
     zarr = extra("zarr", "volumes")
     with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
         return zarr.open_array(str(folder), mode="r+")
 
+
 def write_block(
-    path:Path,         # what `create_output` made
-    block:Block,       # where
-    values:np.ndarray, # uint8 (d,h,w) or (C,d,h,w)
-    shape:tuple,       # of the whole output, (D,H,W) or (C,D,H,W)
+    path: Path,  # what `create_output` made
+    block: Block,  # where
+    values: np.ndarray,  # uint8 (d,h,w) or (C,d,h,w)
+    shape: tuple,  # of the whole output, (D,H,W) or (C,D,H,W)
 ):
     "Write a core and wait until it is on the disk."
     box = (..., *(slice(*c) for c in block.core))
     if suffix_of(path) == ".zarr":
         array = open_to_write(path / "0")
         file = path / "0" / array.metadata.encode_chunk_key((*[0] * (array.ndim - 3), *block.at))
-        file.unlink(missing_ok=True) # what a killed process may have left is not read
+        file.unlink(missing_ok=True)  # what a killed process may have left is not read
         array[box] = values
-        for p in (file, *file.parents): # the names of new folders, too
+        for p in (file, *file.parents):  # the names of new folders, too
             sync(p)
             if p == path / "0":
                 break
     else:
         import tifffile
+
         m = tifffile.memmap(path, mode="r+")
-        m.reshape(shape)[box] = values # a TIFF drops axes of length 1
+        m.reshape(shape)[box] = values  # a TIFF drops axes of length 1
         m.flush()
 
 # %% ../../nbs/inference/volumes.ipynb #8d99b1c7
-OURS = ("lock", "job.json", "blocks.log", "data.zarr", "data.tif", "data.tiff") # all that lies in a work folder
+OURS = (
+    "lock",
+    "job.json",
+    "blocks.log",
+    "data.zarr",
+    "data.tif",
+    "data.tiff",
+)  # all that lies in a work folder
+
 
 def check_work(
-    work:Path, # the work folder, perhaps not there
+    work: Path,  # the work folder, perhaps not there
 ):
     "`InputError` if something else has its name: in the end it is deleted."
     if not os.path.lexists(work):
         return
-    inside, odd = {work.name}, set()
+    inside = {work.name}
+    odd = set()
     if work.is_dir() and not work.is_symlink():
         inside = {p.name for p in work.iterdir()}
         odd = {n for n in inside if (work / n).is_symlink() or (work / n).is_fifo()}
     strangers = sorted(n for n in inside if n in odd or n not in OURS and not n.startswith(PART))
     if strangers or (inside and "lock" not in inside):
         found = sorted(strangers or inside)[0]
-        raise InputError(f"{work} is there and is no unfinished work of `ukd predict` ({found}). "
-                         "Rename it, or choose another output.")
+        raise InputError(
+            f"{work} is there and is no unfinished work of `ukd predict` ({found}). "
+            "Rename it, or choose another output."
+        )
 
+# %% ../../nbs/inference/volumes.ipynb #76c2a5d9
 @contextlib.contextmanager
 def held(
-    work:Path, # the work folder; made if it is not there
+    work: Path,  # the work folder; made if it is not there
 ):
     "Hold the work folder, or raise `InputError` if another process has it. Without a record it is deleted in the end."
     check_work(work)
@@ -407,183 +616,272 @@ def held(
 
 # %% ../../nbs/inference/volumes.ipynb #b2abb02d
 def plain(
-    record:dict, # of a job
-)->dict: # the same, as JSON gives it back
+    record: dict,  # of a job
+) -> dict:  # the same, as JSON gives it back
     "Plain data."
     return json.loads(json.dumps(record, default=str))
 
-def differences(
-    work:Path,   # the work folder
-    record:dict, # of this job
-)->list: # one line an entry, empty if it is the same job
-    "Where the record in a work folder differs."
-    before, now = read_json(work / "job.json"), plain(record)
-    if not isinstance(before, dict):
-        raise InputError(f"{work / 'job.json'} is not the record of a job. Delete {work}, or choose another output.")
-    return [f"  {k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
 
+def differences(
+    work: Path,  # the work folder
+    record: dict,  # of this job
+) -> list:  # one line an entry, empty if it is the same job
+    "Where the record in a work folder differs."
+    before = read_json(work / "job.json")
+    now = plain(record)
+    if not isinstance(before, dict):
+        raise InputError(
+            f"{work / 'job.json'} is not the record of a job. Delete {work}, or choose another output."
+        )
+    return [
+        f"  {k}: {before.get(k)!r} there, {now.get(k)!r} now"
+        for k in sorted(before.keys() | now.keys())
+        if before.get(k) != now.get(k)
+    ]
+
+# %% ../../nbs/inference/volumes.ipynb #e25560fc
 def resume(
-    work:Path,   # the work folder
-    data:Path,   # the output in it
-    record:dict, # of this job
-    create,      # function that makes `data`
-)->set: # places of the blocks that are done
+    work: Path,  # the work folder
+    data: Path,  # the output in it
+    record: dict,  # of this job
+    create,  # function that makes `data`
+) -> set:  # places of the blocks that are done
     "Begin a job, or continue it. Raises `InputError` if the folder belongs to another job."
     record = json.loads(json.dumps(record, default=str))
-    if not ((work / "job.json").exists() and data.exists() and logged(work)): # nothing to go on with
-        for old in (data, work / "blocks.log", work / "job.json"): shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    if not (
+        (work / "job.json").exists() and data.exists() and logged(work)
+    ):  # nothing to go on with
+        for old in (data, work / "blocks.log", work / "job.json"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         create()
-        for p in (*data.rglob("*"), data): sync(p)
-        write_json(work / "job.json", plain(record)) # last: it says that all is ready
+        for p in (*data.rglob("*"), data):
+            sync(p)
+        write_json(work / "job.json", plain(record))  # last: it says that all is ready
         return set()
     if differ := differences(work, record):
-        raise InputError(f"{work} is the unfinished work of another job:\n" + "\n".join(differ) + "\nGive the same student, input and settings to continue it, choose another output, or delete that folder.")
+        raise InputError(
+            f"{work} is the unfinished work of another job:\n"
+            + "\n".join(differ)
+            + "\nGive the same student, input and settings to continue it, choose another output, or delete that folder."
+        )
     if data.is_dir():
-        for stray in data.rglob("*.partial"): stray.unlink() # of a write that was killed
+        for stray in data.rglob("*.partial"):
+            stray.unlink()  # of a write that was killed
     return logged(work)
 
 # %% ../../nbs/inference/volumes.ipynb #bb69f243
 def logged(
-    work:Path, # the work folder
-)->set: # places of the blocks that are done
+    work: Path,  # the work folder
+) -> set:  # places of the blocks that are done
     "What the log says; a torn or damaged line is not a block."
     log = work / "blocks.log"
     lines = log.read_bytes().decode(errors="replace").split("\n")[:-1] if log.exists() else []
     return {tuple(map(int, l.split())) for l in lines if re.fullmatch(r"\d+ \d+ \d+", l)}
 
+
 def log_block(
-    log,         # the open log
-    block:Block, # that is on the disk
+    log,  # the open log
+    block: Block,  # that is on the disk
 ):
     "Note a finished block; when this returns, the note is on the disk."
-    log.write(f"\n{' '.join(map(str, block.at))}\n") # a new line first: a torn one stays alone
-    log.flush(); os.fsync(log.fileno())
+    log.write(f"\n{' '.join(map(str, block.at))}\n")  # a new line first: a torn one stays alone
+    log.flush()
+    os.fsync(log.fileno())
 
 # %% ../../nbs/inference/volumes.ipynb #b5c89e6c
 def pipeline(
-    items,   # what to work on
-    read,    # item -> data
-    compute, # item, data -> values
-    write,   # item, values -> None
-)->dict: # seconds of each stage: read, compute, write (they overlap)
+    items,  # what to work on
+    read,  # item -> data
+    compute,  # item, data -> values
+    write,  # item, values -> None
+) -> dict:  # seconds of each stage: read, compute, write (they overlap)
     "Three stages in three threads (`compute` in this one). The first error stops all and is raised."
-    spent, failed, stop = dict(read=0., compute=0., write=0.), [], threading.Event()
-    first, last = queue.Queue(1), queue.Queue(1)
+    spent = dict(read=0.0, compute=0.0, write=0.0)
+    failed = []
+    stop = threading.Event()
+    first = queue.Queue(1)
+    last = queue.Queue(1)
+
     def timed(name, f, *a):
         start = time.perf_counter()
-        try: return f(*a)
-        finally: spent[name] += time.perf_counter() - start
+        try:
+            return f(*a)
+        finally:
+            spent[name] += time.perf_counter() - start
+
     def put(q, value):
         while not stop.is_set():
-            with contextlib.suppress(queue.Full): return q.put(value, timeout=.1)
+            with contextlib.suppress(queue.Full):
+                return q.put(value, timeout=0.1)
+
     def get(q):
         while not stop.is_set():
-            with contextlib.suppress(queue.Empty): return q.get(timeout=.1)
+            with contextlib.suppress(queue.Empty):
+                return q.get(timeout=0.1)
+
     def reader():
-        for item in items: put(first, (item, timed("read", read, item)))
+        for item in items:
+            put(first, (item, timed("read", read, item)))
         put(first, None)
+
     def writer():
-        while (got := get(last)) is not None: timed("write", write, *got)
+        while (got := get(last)) is not None:
+            timed("write", write, *got)
+
     def guarded(f):
-        try: f()
-        except BaseException as e: failed.append(e); stop.set()
+        try:
+            f()
+        except BaseException as e:
+            failed.append(e)
+            stop.set()
+
     threads = [threading.Thread(target=guarded, args=(f,), daemon=True) for f in (reader, writer)]
+
     def work():
-        while (got := get(first)) is not None: put(last, (got[0], timed("compute", compute, *got)))
+        while (got := get(first)) is not None:
+            put(last, (got[0], timed("compute", compute, *got)))
         put(last, None)
-    for t in threads: t.start()
+
+    for t in threads:
+        t.start()
     guarded(work)
-    for t in threads: t.join()
-    if failed: raise failed[0]
+    for t in threads:
+        t.join()
+    if failed:
+        raise failed[0]
     return spent
 
 # %% ../../nbs/inference/volumes.ipynb #da3e3b9d
 @dataclass(frozen=True)
 class Job:
     "All that a block's answer depends on, in plain data."
-    input:str        # path of the volume
-    mark:str         # its fingerprint
-    weights:str      # SHA-256 of the student's weights
-    data:str         # path of the output so far
-    shape:tuple      # of the output, (D,H,W) or (classes,D,H,W)
-    strides:tuple    # of the network
-    rim:tuple|None   # how far its decoder looks; None: it is not run apart
-    rule:object      # intensity: "dtype", or the window (low, high) of the whole volume
-    empty:float|None # raw values up to here are background
-    labels:bool      # write classes; else probabilities
-    precision:str    # fp32, bf16 or fp16
 
+    input: str  # path of the volume
+    mark: str  # its fingerprint
+    weights: str  # SHA-256 of the student's weights
+    data: str  # path of the output so far
+    shape: tuple  # of the output, (D,H,W) or (classes,D,H,W)
+    strides: tuple  # of the network
+    rim: tuple | None  # how far its decoder looks; None: it is not run apart
+    rule: object  # intensity: "dtype", or the window (low, high) of the whole volume
+    empty: float | None  # raw values up to here are background
+    labels: bool  # write classes; else probabilities
+    precision: str  # fp32, bf16 or fp16
+
+# %% ../../nbs/inference/volumes.ipynb #87592afb
 def compute_block(
-    student:Student, # the network and its recipe
-    job:Job,         # the job
-    block:Block,     # which block
-    raw:np.ndarray,  # (C,*s) of `block_input`
-)->np.ndarray: # uint8 (d,h,w), or (classes,d,h,w)
+    student: Student,  # the network and its recipe
+    job: Job,  # the job
+    block: Block,  # which block
+    raw: np.ndarray,  # (C,*s) of `block_input`
+) -> np.ndarray:  # uint8 (d,h,w), or (classes,d,h,w)
     "Labels or probabilities of a core."
-    r, device = student.recipe, student.device
-    size, many = tuple(b - a for a, b in block.core), len(r.classes) > 2
+    r = student.recipe
+    device = student.device
+    size = tuple(b - a for a, b in block.core)
+    many = len(r.classes) > 2
     if job.empty is not None and raw.max() <= job.empty:
         out = np.zeros(size if job.labels or not many else (len(r.classes), *size), np.uint8)
-        if out.ndim == 4: out[0] = 255
+        if out.ndim == 4:
+            out[0] = 255
         return out
     rule = job.rule
-    x = np.zeros(raw.shape, np.float32) if not isinstance(rule, str) and rule[0] >= rule[1] else to_unit(raw, rule) # a constant volume has no window
+    x = (
+        np.zeros(raw.shape, np.float32)
+        if not isinstance(rule, str) and rule[0] >= rule[1]
+        else to_unit(raw, rule)
+    )  # a constant volume has no window
     x = torch.from_numpy(1 - x if r.invert else x)[None].expand(-1, r.in_channels, -1, -1, -1)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision)
     cast = torch.autocast(device.type, kind) if kind else contextlib.nullcontext()
     with evaluating(student.network), torch.inference_mode(), cast:
-        z = block_logits(student.network, x.to(device).contiguous(memory_format=torch.channels_last_3d), [(a - o, b - o) for (a, b), (o, _) in zip(block.core, block.read)], job.rim)
-        if z.shape[1] not in (len(r.classes), len(r.classes) - 1): raise InputError(f"the network gives {z.shape[1]} scores a voxel, the recipe names {len(r.classes)} classes: {', '.join(r.classes)}.")
+        z = block_logits(
+            student.network,
+            x.to(device).contiguous(memory_format=torch.channels_last_3d),
+            [(a - o, b - o) for (a, b), (o, _) in zip(block.core, block.read)],
+            job.rim,
+        )
+        if z.shape[1] not in (len(r.classes), len(r.classes) - 1):
+            raise InputError(
+                f"the network gives {z.shape[1]} scores a voxel, the recipe names {len(r.classes)} classes: {', '.join(r.classes)}."
+            )
         p = probabilities(z)[0]
-        return (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1])).cpu().numpy()
+        return (
+            (p.argmax(0).to(torch.uint8) if job.labels else as_bytes(p if many else p[1]))
+            .cpu()
+            .numpy()
+        )
 
 # %% ../../nbs/inference/volumes.ipynb #dec53717
 @functools.lru_cache(1)
 def _student(folder, device, precision, weights):
     "Each process of a cluster loads the student once, and again when its weights are others."
     s = Student.load(folder, device, precision)
-    if file_sha256(Path(folder) / FILES[0]) != weights: raise InputError(f"{folder} holds other weights than when the job began. Give the job its student again.")
+    if file_sha256(Path(folder) / FILES[0]) != weights:
+        raise InputError(
+            f"{folder} holds other weights than when the job began. Give the job its student again."
+        )
     s.network.to(memory_format=torch.channels_last_3d)
     return s
 
+
 @functools.lru_cache(1)
-def _volume(path, mark): return open_volume(path, "empty") # missing chunks were looked for when the job began
+def _volume(path, mark):
+    return open_volume(path, "empty")  # missing chunks were looked for when the job began
+
 
 def tidy_memory():
     "Give freed memory back to the system: blocks of many sizes leave gaps that the next one cannot use. Where the C library cannot, nothing happens."
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
+# %% ../../nbs/inference/volumes.ipynb #936bb704
 def remote_block(
-    folder:str,  # folder of the student
-    device,      # torch device, or None
-    job:Job,     # the job
-    block:Block, # which block
-)->dict: # seconds: read, compute, write; skipped: whether it was empty
+    folder: str,  # folder of the student
+    device,  # torch device, or None
+    job: Job,  # the job
+    block: Block,  # which block
+) -> dict:  # seconds: read, compute, write; skipped: whether it was empty
     "Read, compute and write one block: the task of a cluster's worker."
-    student, marks = _student(folder, device, job.precision, job.weights), [time.perf_counter()]
+    student = _student(folder, device, job.precision, job.weights)
+    marks = [time.perf_counter()]
     volume = _volume(job.input, job.mark)
-    raw = match_channels(block_input(volume, block, job.strides), student.recipe.channels, job.input); marks.append(time.perf_counter())
-    values = compute_block(student, job, block, raw); tidy_memory(); marks.append(time.perf_counter())
-    write_block(Path(job.data), block, values, job.shape); marks.append(time.perf_counter())
-    return dict(zip(("read", "compute", "write"), np.diff(marks).tolist()), skipped=job.empty is not None and bool(raw.max() <= job.empty))
+    raw = match_channels(
+        block_input(volume, block, job.strides), student.recipe.channels, job.input
+    )
+    marks.append(time.perf_counter())
+    values = compute_block(student, job, block, raw)
+    tidy_memory()
+    marks.append(time.perf_counter())
+    write_block(Path(job.data), block, values, job.shape)
+    marks.append(time.perf_counter())
+    return dict(
+        zip(("read", "compute", "write"), np.diff(marks).tolist()),
+        skipped=job.empty is not None and bool(raw.max() <= job.empty),
+    )
 
 # %% ../../nbs/inference/volumes.ipynb #7ebcecad
 def on_cluster(
-    address:str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
-    folder:str,   # folder of the student, seen by all workers
-    device,       # torch device, or None
-    job:Job,      # the job
-    blocks:list,  # to do
-    done,         # function of (block, skipped), called as blocks come in
-)->dict: # seconds of all workers together: read, compute, write
+    address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
+    folder: str,  # folder of the student, seen by all workers
+    device,  # torch device, or None
+    job: Job,  # the job
+    blocks: list,  # to do
+    done,  # function of (block, skipped), called as blocks come in
+) -> dict:  # seconds of all workers together: read, compute, write
     "Give the blocks to a Dask cluster. Raises `InputError` if `distributed` is missing, nobody answers, or the workers see other folders."
     client = cluster_client(address, "--scheduler")
     from dask import distributed
-    spent = dict(read=0., compute=0., write=0.)
+
+    spent = dict(read=0.0, compute=0.0, write=0.0)
     with client, client.as_current():
-        futures = {client.submit(remote_block, folder, device, job, b, pure=False, retries=2): b for b in blocks}
+        futures = {
+            client.submit(remote_block, folder, device, job, b, pure=False, retries=2): b
+            for b in blocks
+        }
         for f in distributed.as_completed(list(futures)):
-            b, answer = futures.pop(f), f.result()
+            b = futures.pop(f)
+            answer = f.result()
             f.release()
             spent = {k: v + answer[k] for k, v in spent.items()}
             done(b, answer["skipped"])
@@ -591,93 +889,147 @@ def on_cluster(
 
 # %% ../../nbs/inference/volumes.ipynb #05a29eb8
 def voxel_limit(
-    memory,     # "1.5GB", a number of bytes, or None: 1.5 GB; on a GPU half of what is free there
-    net,        # network
-    channels:int, # channels it takes
-    rim,        # as in `block_logits`
-)->tuple: # voxels a block may have, halo included; voxels that its core and rim may have
+    memory,  # "1.5GB", a number of bytes, or None: 1.5 GB; on a GPU half of what is free there
+    net,  # network
+    channels: int,  # channels it takes
+    rim,  # as in `block_logits`
+) -> tuple:  # voxels a block may have, halo included; voxels that its core and rim may have
     "How large a block may be. On the CPU 0.5 GB of `memory` is left to Python, torch and the blocks on their way. Raises `InputError` for other text."
-    device, given = next(net.parameters(), torch.empty(0)).device, memory
-    if memory is None: memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 1.5e9
+    device = next(net.parameters(), torch.empty(0)).device
+    given = memory
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 1.5e9
     if isinstance(memory, str):
         found = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", memory.strip())
-        try: memory = float(found[1]) * 1000.**" kMGT".index(found[2] or " ")
-        except (TypeError, ValueError): memory = None
-    if not isinstance(memory, numbers.Real): raise InputError(f"memory={given!r}: give a size such as 1.5GB or 800MB.")
-    left = max(0, memory - (.5e9 if device.type == "cpu" else 0))
+        try:
+            memory = float(found[1]) * 1000.0 ** " kMGT".index(found[2] or " ")
+        except (TypeError, ValueError):
+            memory = None
+    if not isinstance(memory, numbers.Real):
+        raise InputError(f"memory={given!r}: give a size such as 1.5GB or 800MB.")
+    left = max(0, memory - (0.5e9 if device.type == "cpu" else 0))
     return left / bytes_per_voxel(net, channels, 3, rim), left / bytes_per_voxel(net, channels, 3)
 
+# %% ../../nbs/inference/volumes.ipynb #69e97f40
 def triple(
-    value,     # None, one whole number, three, or text such as "128" or "64,128,128"
-    name:str,  # of the argument, for messages
-    strides:tuple=None, # what each must be a multiple of
+    value,  # None, one whole number, three, or text such as "128" or "64,128,128"
+    name: str,  # of the argument, for messages
+    strides: tuple = None,  # what each must be a multiple of
     kind=int,  # int or float
 ):
     "Three numbers along D, H, W. Raises `InputError` if they are not positive, or off the stride."
-    if value is None: return None
+    if value is None:
+        return None
     try:
         given = value.split(",") if isinstance(value, str) else np.atleast_1d(value).tolist()
         t = tuple(kind(v) for v in given)
-        if any(a != float(v) for a, v in zip(t, given)): raise ValueError # 16.5 voxels
-        if len(t) == 1: t *= 3
-        if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)): raise ValueError
-    except (ValueError, TypeError, AttributeError, OverflowError): raise InputError(f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}.") from None
-    if strides and any(v % s for v, s in zip(t, strides)): raise InputError(f"{name}={value}: give multiples of the network's stride, {', '.join(map(str, strides))} along z, y, x. Blocks off the stride have other scores.")
+        if any(a != float(v) for a, v in zip(t, given)):
+            raise ValueError  # 16.5 voxels
+        if len(t) == 1:
+            t *= 3
+        if len(t) != 3 or not all(0 <= v < math.inf for v in t) or (name != "halo" and not all(t)):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise InputError(
+            f"{name}={value!r}: give one number, or three along z,y,x, for example {name}={'0.005,0.002,0.002' if kind is float else '64,128,128'}."
+        ) from None
+    if strides and any(v % s for v, s in zip(t, strides)):
+        raise InputError(
+            f"{name}={value}: give multiples of the network's stride, {', '.join(map(str, strides))} along z, y, x. Blocks off the stride have other scores."
+        )
     return t
 
 # %% ../../nbs/inference/volumes.ipynb #810d345d
 def check_blocks(
-    student:Student, # the student
-    volume:Volume,   # its input
+    student: Student,  # the student
+    volume: Volume,  # its input
 ):
     "`InputError` if this student cannot work in blocks."
     r = student.recipe
-    if r.dims != 3: raise InputError("this student is 2-D; it goes through a volume slice by slice. Use the plain prediction (`predict_path`, or `ukd predict` without block options).")
-    if r.zoom != 1 or r.standard is not None: raise InputError(f"the recipe has {'zoom=' + str(r.zoom) if r.zoom != 1 else 'a histogram standard'}, which needs the whole volume at once. Use the plain prediction (`predict_path`, or `ukd predict` without block options).")
-    if r.intensity == "dtype" and volume.dtype.kind == "i": raise InputError(f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe.")
-    if len(r.classes) > 256: raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
+    if r.dims != 3:
+        raise InputError(
+            "this student is 2-D; it goes through a volume slice by slice. Use the plain prediction (`predict_path`, or `ukd predict` without block options)."
+        )
+    if r.zoom != 1 or r.standard is not None:
+        raise InputError(
+            f"the recipe has {'zoom=' + str(r.zoom) if r.zoom != 1 else 'a histogram standard'}, which needs the whole volume at once. Use the plain prediction (`predict_path`, or `ukd predict` without block options)."
+        )
+    if r.intensity == "dtype" and volume.dtype.kind == "i":
+        raise InputError(
+            f"{volume.path} has type {volume.dtype}; the intensity rule 'dtype' needs unsigned integers, or values in [0,1]. Give the student a window or 'percentile' in its recipe."
+        )
+    if len(r.classes) > 256:
+        raise InputError(f"the recipe names {len(r.classes)} classes; blocks hold at most 256.")
 
 # %% ../../nbs/inference/volumes.ipynb #201f6faa
 def prepared(
-    student,       # `Student`
-    volume:Volume, # its input
-    weights:str,   # SHA-256 of the student's weights
-    data:Path,     # where the blocks go
-    tile, halo, memory, empty, labels, # as in `predict_volume`
-)->tuple: # the job, and the sides of tile and halo
+    student,  # `Student`
+    volume: Volume,  # its input
+    weights: str,  # SHA-256 of the student's weights
+    data: Path,  # where the blocks go
+    tile,
+    halo,
+    memory,
+    empty,
+    labels,  # as in `predict_volume`
+) -> tuple:  # the job, and the sides of tile and halo
     "Settle all that is left open: halo, tile, intensity window."
-    net, r = student.network, student.recipe
+    net = student.network
+    r = student.recipe
     check_blocks(student, volume)
     match_channels(volume.read([(0, 1)] * 3), r.channels, str(volume.path))
-    if r.intensity == "dtype": to_unit(volume.read([(0, 1)] * 3)) # an unfit type is refused now
-    strides, far = strides_of(net, 3), looks(net, r.in_channels)
+    if r.intensity == "dtype":
+        to_unit(volume.read([(0, 1)] * 3))  # an unfit type is refused now
+    strides = strides_of(net, 3)
+    far = looks(net, r.in_channels)
     halo = triple(halo, "halo", strides) or far
-    if any(h < f for h, f in zip(halo, far)): print(f"halo {halo} is narrower than the network looks, {far}: the blocks will not join exactly.")
+    if any(h < f for h, f in zip(halo, far)):
+        print(
+            f"halo {halo} is narrower than the network looks, {far}: the blocks will not join exactly."
+        )
     rim = looks(net, r.in_channels, decoder=True) if has_halves(net) else None
     if (tile := triple(tile, "tile", strides)) is None:
         limit = voxel_limit(memory, net, r.in_channels, rim)
         tile = choose_tile(volume.shape[1:], halo, strides, limit[0], rim, limit[1])
     whole = [-(-n // u) * u for n, u in zip(volume.shape[1:], (math.lcm(64, s) for s in strides))]
-    tile = tuple(min(t, n) for t, n in zip(tile, whole)) # a longer one is the whole axis, too
-    rule = volume_window(volume, .5, 99.5) if r.intensity == "percentile" else r.intensity
+    tile = tuple(min(t, n) for t, n in zip(tile, whole))  # a longer one is the whole axis, too
+    rule = volume_window(volume, 0.5, 99.5) if r.intensity == "percentile" else r.intensity
     precision = resolve_precision(student.precision, student.device)
     shape = (*((len(r.classes),) if not labels and len(r.classes) > 2 else ()), *volume.shape[1:])
-    return Job(str(volume.path.resolve()), volume.mark, weights, str(data), shape, strides, rim, rule, None if empty is None else float(empty), bool(labels), precision), tile, halo
+    return (
+        Job(
+            str(volume.path.resolve()),
+            volume.mark,
+            weights,
+            str(data),
+            shape,
+            strides,
+            rim,
+            rule,
+            None if empty is None else float(empty),
+            bool(labels),
+            precision,
+        ),
+        tile,
+        halo,
+    )
 
 # %% ../../nbs/inference/volumes.ipynb #62cb3e58
 def place_of(
-    input,   # the volume
+    input,  # the volume
     output,  # what was asked for
-    student, # folder of a saved student, or a `Student`
-    overwrite:bool=False, # what is there may be replaced
-)->tuple: # output, work folder, and the data in it; all absolute
+    student,  # folder of a saved student, or a `Student`
+    overwrite: bool = False,  # what is there may be replaced
+) -> tuple:  # output, work folder, and the data in it; all absolute
     "Check where an output goes. `InputError` if it is there already, would touch the input or the student, or cannot be written."
     check_input(input)
     asked = Path(output)
     output = asked.absolute()
     suffix = suffix_of(output)
     if suffix not in (".zarr", ".tif", ".tiff"):
-        raise InputError(f"output {output}: blocks are written to .zarr or .tif. Choose one of these endings.")
+        raise InputError(
+            f"output {output}: blocks are written to .zarr or .tif. Choose one of these endings."
+        )
     work = output.with_name(output.name + ".part")
     data = work / f"data{suffix}"
     kept = [(p, "the input") for p in (Path(input), *companions(input))]
@@ -687,30 +1039,36 @@ def place_of(
     check_outside_zarr([asked])
     check_work(work)
     if work.exists() and not (work / "job.json").exists():
-        with held(work): # what a job left that was killed before its first block, or after its last: it goes
+        with held(
+            work
+        ):  # what a job left that was killed before its first block, or after its last: it goes
             pass
     if not ended(work, data, output):
         check_new([output], overwrite)
     check_place(output.parent)
     return output, work, data
 
+# %% ../../nbs/inference/volumes.ipynb #399474c0
 def ended(
-    work:Path,   # the work folder
-    data:Path,   # the data in it
-    output:Path, # what it becomes
-)->bool:
+    work: Path,  # the work folder
+    data: Path,  # the data in it
+    output: Path,  # what it becomes
+) -> bool:
     "Whether a job was killed when its output had its name already, and only the work folder was left."
     if not (work / "job.json").exists() or not os.path.lexists(output):
         return False
-    return identity(data) in (None, identity(output)) # the same: it had both names when it was killed
+    return identity(data) in (
+        None,
+        identity(output),
+    )  # the same: it had both names when it was killed
 
 # %% ../../nbs/inference/volumes.ipynb #02e32b77
 def check_arguments(
-    input,       # the volume
-    output,      # what was asked for
-    student,     # folder of a saved student, or a `Student`
-    empty,       # largest raw value of the background, or None
-    workers:int, # processes of this machine; 0: this one
+    input,  # the volume
+    output,  # what was asked for
+    student,  # folder of a saved student, or a `Student`
+    empty,  # largest raw value of the background, or None
+    workers: int,  # processes of this machine; 0: this one
 ):
     "`InputError` for what no volume can answer."
     check_path("input", input)
@@ -722,27 +1080,31 @@ def check_arguments(
     if not isinstance(workers, numbers.Integral) or workers < 0:
         raise InputError(f"workers={workers!r}: give a number of processes, or 0 for this one.")
 
+
 def told(
-    volume:Volume, # the input
-    t:dict,        # what `predict_volume` returns
-)->str: # one line
+    volume: Volume,  # the input
+    t: dict,  # what `predict_volume` returns
+) -> str:  # one line
     "The job in one line."
-    return (f"{' x '.join(map(str, volume.shape[1:]))} voxels, {t['blocks']} blocks of {' x '.join(map(str, t['tile']))} (halo {', '.join(map(str, t['halo']))}): "
-            f"{t['computed']} computed, {t['skipped']} empty, {t['resumed']} from before. "
-            f"Read {t['read']:.1f} s, compute {t['compute']:.1f} s, write {t['write']:.1f} s, in all {t['seconds']:.1f} s: {t['voxels_per_second']:.3g} voxels a second.")
+    return (
+        f"{' x '.join(map(str, volume.shape[1:]))} voxels, {t['blocks']} blocks of {' x '.join(map(str, t['tile']))} (halo {', '.join(map(str, t['halo']))}): "
+        f"{t['computed']} computed, {t['skipped']} empty, {t['resumed']} from before. "
+        f"Read {t['read']:.1f} s, compute {t['compute']:.1f} s, write {t['write']:.1f} s, in all {t['seconds']:.1f} s: {t['voxels_per_second']:.3g} voxels a second."
+    )
 
 # %% ../../nbs/inference/volumes.ipynb #b7c10001
 def on_disk(
-    path:Path, # a file or folder, perhaps not there
-)->int: # bytes it takes on the disk
+    path: Path,  # a file or folder, perhaps not there
+) -> int:  # bytes it takes on the disk
     "What an output so far takes of the room that it will need."
     files = [p for p in (path, *path.rglob("*")) if p.is_file()]
     return sum(getattr(os.stat(p), "st_blocks", 0) * 512 for p in files)
 
+# %% ../../nbs/inference/volumes.ipynb #42b7d4ee
 @contextlib.contextmanager
 def unfinished(
-    work:Path,   # the work folder, held
-    output:Path, # what it becomes, for messages
+    work: Path,  # the work folder, held
+    output: Path,  # what it becomes, for messages
 ):
     "Within the block, faults of disk, memory, cluster, torch and zarr become `InputError`. After a fault the work stays if a block of it is finished, and goes if none is."
     kept = f"What is finished lies in {work}; the same command continues."
@@ -755,37 +1117,43 @@ def unfinished(
         if isinstance(e, InputError):
             raise
         if isinstance(e, OSError):
-            raise InputError(f"cannot write {output} ({e.strerror or e}). "
-                             f"Make room, or free the way. {kept}") from e
+            raise InputError(
+                f"cannot write {output} ({e.strerror or e}). Make room, or free the way. {kept}"
+            ) from e
         if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
-            raise InputError(f"{output}: a block needs more memory than is free. "
-                             f"Give a smaller --memory or --tile. {kept}") from e
+            raise InputError(
+                f"{output}: a block needs more memory than is free. "
+                f"Give a smaller --memory or --tile. {kept}"
+            ) from e
         if type(e).__module__.startswith("distributed"):
-            raise InputError(f"{output}: the cluster failed ({type(e).__name__}: {e}). "
-                             f"{kept}") from e
-        if isinstance(e, (RuntimeError, ValueError)): # of torch, zarr, or a process that cannot start
+            raise InputError(
+                f"{output}: the cluster failed ({type(e).__name__}: {e}). {kept}"
+            ) from e
+        if isinstance(
+            e, (RuntimeError, ValueError)
+        ):  # of torch, zarr, or a process that cannot start
             raise InputError(f"{output}: a block failed ({type(e).__name__}: {e}). {kept}") from e
         raise
 
 # %% ../../nbs/inference/volumes.ipynb #f0c5a32a
 def predict_volume(
-    student,           # folder of a saved 3-D student, or a `Student`
-    input,             # .zarr, .tif or .nii volume, read box by box
-    output,            # .zarr or .tif to write
-    tile=None,         # side of a core, one number or three; None: what fits `memory` with the least work
-    halo=None,         # voxels around it; None: as far as the network looks, whole strides
-    empty:float=None,  # blocks without a raw value above this are background and not computed; None: compute all
-    scheduler:str=None, # Dask scheduler to give the blocks to, tcp://host:port (output .zarr)
-    workers:int=0,     # or: this many processes on this machine
-    memory=None,       # for the choice of the tile: "1.5GB" or bytes; None: 1.5 GB, on a GPU half of what is free
-    labels:bool=False, # write classes; else probabilities in one byte (`as_bytes`)
-    spacing=None,      # mm along D, H, W for the output; None: the input's
-    absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
-    device=None,       # torch device (default: cuda if there is one)
-    precision:str="fp32", # fp32 | bf16 | fp16 | auto
-    bars:bool=False,   # show a progress bar
-    overwrite:bool=False, # replace an output that is there, when the new one is whole
-)->dict: # output, tile, halo, blocks, computed, skipped, resumed, and seconds: read, compute, write (they overlap), seconds; voxels_per_second
+    student,  # folder of a saved 3-D student, or a `Student`
+    input,  # .zarr, .tif or .nii volume, read box by box
+    output,  # .zarr or .tif to write
+    tile=None,  # side of a core, one number or three; None: what fits `memory` with the least work
+    halo=None,  # voxels around it; None: as far as the network looks, whole strides
+    empty: float = None,  # blocks without a raw value above this are background and not computed; None: compute all
+    scheduler: str = None,  # Dask scheduler to give the blocks to, tcp://host:port (output .zarr)
+    workers: int = 0,  # or: this many processes on this machine
+    memory=None,  # for the choice of the tile: "1.5GB" or bytes; None: 1.5 GB, on a GPU half of what is free
+    labels: bool = False,  # write classes; else probabilities in one byte (`as_bytes`)
+    spacing=None,  # mm along D, H, W for the output; None: the input's
+    absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
+    device=None,  # torch device (default: cuda if there is one)
+    precision: str = "fp32",  # fp32 | bf16 | fp16 | auto
+    bars: bool = False,  # show a progress bar
+    overwrite: bool = False,  # replace an output that is there, when the new one is whole
+) -> dict:  # output, tile, halo, blocks, computed, skipped, resumed, and seconds: read, compute, write (they overlap), seconds; voxels_per_second
     "Segment a volume of any size. The same call continues a job that was killed. Raises `InputError`, also for work of another job."
     start = time.perf_counter()
     check_arguments(input, output, student, empty, workers)
@@ -793,92 +1161,159 @@ def predict_volume(
     resolve_precision(precision, resolve_device(device))
     mark = weights_mark(student)
     output, work, data = place_of(input, output, student, overwrite)
-    if (scheduler or workers) and folder is None: raise InputError("a cluster needs the folder of a saved student, not a Student in memory.")
-    if (scheduler or workers) and data.suffix != ".zarr": raise InputError(f"output {output}: several processes can only write a .zarr. Choose that ending.")
+    if (scheduler or workers) and folder is None:
+        raise InputError("a cluster needs the folder of a saved student, not a Student in memory.")
+    if (scheduler or workers) and data.suffix != ".zarr":
+        raise InputError(
+            f"output {output}: several processes can only write a .zarr. Choose that ending."
+        )
     volume = open_volume(input, absent)
-    if folder: student = Student.load(folder, device, precision)
+    if folder:
+        student = Student.load(folder, device, precision)
     job, tile, halo = prepared(student, volume, mark, data, tile, halo, memory, empty, labels)
     check_room(output, math.prod(job.shape) - on_disk(data))
     affine, origin = (None, None) if spacing is not None else (volume.affine, volume.origin)
     spacing = triple(spacing, "spacing", kind=float) or volume.spacing
-    if spacing is None: print(f"{volume.path.name} does not say how large a voxel is: that of the training is assumed. Give it with --spacing z,y,x (mm).")
-    record = {"format": 1, "shape": volume.shape, "dtype": str(volume.dtype), "recipe": asdict(student.recipe), "tile": tile, "halo": halo, "spacing": spacing,
-              **{k: v for k, v in asdict(job).items() if k not in ("input", "data", "shape")}}
+    if spacing is None:
+        print(
+            f"{volume.path.name} does not say how large a voxel is: that of the training is assumed. Give it with --spacing z,y,x (mm)."
+        )
+    record = {
+        "format": 1,
+        "shape": volume.shape,
+        "dtype": str(volume.dtype),
+        "recipe": asdict(student.recipe),
+        "tile": tile,
+        "halo": halo,
+        "spacing": spacing,
+        **{k: v for k, v in asdict(job).items() if k not in ("input", "data", "shape")},
+    }
     blocks = blocks_of(volume.shape[1:], tile, halo, job.strides)
-    create = functools.partial(create_output, data, job.shape, tile, spacing, affine, digest(record), origin)
+    create = functools.partial(
+        create_output, data, job.shape, tile, spacing, affine, digest(record), origin
+    )
     with held(work), unfinished(work, output):
         clear_parts(output.parent)
         if ended(work, data, output) and not differences(work, record):
-            ready, todo, spent, skipped = {b.at for b in blocks}, [], dict(read=0., compute=0., write=0.), 0
+            ready = {b.at for b in blocks}
+            todo = []
+            spent = dict(read=0.0, compute=0.0, write=0.0)
+            skipped = 0
         else:
             check_new([output], overwrite)
             ready = resume(work, data, record, create)
             todo = [b for b in blocks if b.at not in ready]
-            spent, skipped = run_blocks(student, volume, job, todo, work, folder, device, scheduler, workers, bars)
-            check_new([output], overwrite) # another program may have been quicker
+            spent, skipped = run_blocks(
+                student, volume, job, todo, work, folder, device, scheduler, workers, bars
+            )
+            check_new([output], overwrite)  # another program may have been quicker
             swap_folder(data, output, overwrite)
         (work / "job.json").unlink()
-    seconds, done = time.perf_counter() - start, sum(math.prod(e - a for a, e in b.core) for b in todo)
-    t = dict(output=str(output), tile=tile, halo=halo, blocks=len(blocks), computed=len(todo) - skipped, skipped=skipped, resumed=len(ready), **spent, seconds=seconds, voxels_per_second=done / seconds)
+    seconds = time.perf_counter() - start
+    done = sum(math.prod(e - a for a, e in b.core) for b in todo)
+    t = dict(
+        output=str(output),
+        tile=tile,
+        halo=halo,
+        blocks=len(blocks),
+        computed=len(todo) - skipped,
+        skipped=skipped,
+        resumed=len(ready),
+        **spent,
+        seconds=seconds,
+        voxels_per_second=done / seconds,
+    )
     print(told(volume, t))
     return t
 
 # %% ../../nbs/inference/volumes.ipynb #dd2cf89f
 def own_cluster(
-    workers:int, # how many processes
-): # a Dask cluster, as a context manager
+    workers: int,  # how many processes
+):  # a Dask cluster, as a context manager
     "Processes of this machine. What fails in one is raised here, so they do not print it."
     distributed = extra("distributed", "scale")
-    return distributed.LocalCluster(n_workers=workers, threads_per_worker=1,
-                                    dashboard_address=None, silence_logs=logging.CRITICAL)
+    return distributed.LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        dashboard_address=None,
+        silence_logs=logging.CRITICAL,
+    )
 
+# %% ../../nbs/inference/volumes.ipynb #8d13bdb7
 def run_blocks(
-    student:Student, # the student
-    volume:Volume,   # its input
-    job:Job,         # the job
-    todo:list,       # blocks to do
-    work:Path,       # the work folder, held
-    folder, device, scheduler, workers, bars, # as in `predict_volume`
-)->tuple: # seconds of the stages, and how many blocks were empty
+    student: Student,  # the student
+    volume: Volume,  # its input
+    job: Job,  # the job
+    todo: list,  # blocks to do
+    work: Path,  # the work folder, held
+    folder,
+    device,
+    scheduler,
+    workers,
+    bars,  # as in `predict_volume`
+) -> tuple:  # seconds of the stages, and how many blocks were empty
     "Do the blocks here, in processes of this machine, or on a cluster; note each one when it is on the disk."
-    skipped, channels = [], student.recipe.channels
-    with open(work / "blocks.log", "a", encoding="utf-8") as log, contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown:
+    skipped = []
+    channels = student.recipe.channels
+    with (
+        open(work / "blocks.log", "a", encoding="utf-8") as log,
+        contextlib.closing(progress(len(todo), "blocks", enabled=bars)) as shown,
+    ):
+
         def done(block, empty):
             log_block(log, block)
             shown.update()
-            if empty: skipped.append(block)
+            if empty:
+                skipped.append(block)
+
         if scheduler or workers:
             with contextlib.ExitStack() as stack:
-                if not scheduler: scheduler = stack.enter_context(own_cluster(workers)).scheduler_address
+                if not scheduler:
+                    scheduler = stack.enter_context(own_cluster(workers)).scheduler_address
                 return on_cluster(scheduler, folder, device, job, todo, done), len(skipped)
         student.network.to(memory_format=torch.channels_last_3d)
         empty = set()
+
         def compute(block, raw):
-            if job.empty is not None and raw.max() <= job.empty: empty.add(block)
+            if job.empty is not None and raw.max() <= job.empty:
+                empty.add(block)
             values = compute_block(student, job, block, raw)
             tidy_memory()
             return values
+
         def write(block, values):
             write_block(Path(job.data), block, values, job.shape)
             done(block, block in empty)
-        return pipeline(todo, lambda b: match_channels(block_input(volume, b, job.strides), channels, str(volume.path)), compute, write), len(skipped)
+
+        return pipeline(
+            todo,
+            lambda b: match_channels(
+                block_input(volume, b, job.strides), channels, str(volume.path)
+            ),
+            compute,
+            write,
+        ), len(skipped)
 
 # %% ../../nbs/inference/volumes.ipynb #3eed5599
 def goes_in_blocks(
-    student, # folder of a saved student
-    input,   # what to segment
+    student,  # folder of a saved student
+    input,  # what to segment
     output,  # where to
-    memory:float=1.5e9, # bytes a volume may have as float32 before it is cut
-)->bool: # True: `predict_volume`; False: `predict_path`
+    memory: float = 1.5e9,  # bytes a volume may have as float32 before it is cut
+) -> bool:  # True: `predict_volume`; False: `predict_path`
     "Whether `ukd predict` works in blocks without being told: a student that can, one volume, and a Zarr on either side or a volume larger than memory."
-    input, output = Path(input), Path(output)
+    input = Path(input)
+    output = Path(output)
     ends = suffix_of(input), suffix_of(output)
-    if not input.exists() or ends[0] not in OPENERS or ends[1] not in (".zarr", ".tif", ".tiff"): return False
+    if not input.exists() or ends[0] not in OPENERS or ends[1] not in (".zarr", ".tif", ".tiff"):
+        return False
     student = Student.load(student, "cpu")
-    if student.recipe.dims != 3: return False
+    if student.recipe.dims != 3:
+        return False
     try:
         volume = open_volume(input, "empty")
         check_blocks(student, volume)
         looks(student.network, student.recipe.in_channels)
-    except InputError: return False
+    except InputError:
+        return False
     return ".zarr" in ends or 4 * math.prod(volume.shape) > memory

@@ -15,35 +15,44 @@ from ..core import InputError
 
 # %% ../../nbs/losses/segmentation.ipynb #ffe0e766
 def check_target(
-    logits, # (B,K,*spatial)
-    target, # (B,*spatial), whole numbers; None: no labels
+    logits,  # (B,K,*spatial)
+    target,  # (B,*spatial), whole numbers; None: no labels
 ):
     "Refuse what PyTorch would broadcast or mislearn."
     if target is None:
-        raise InputError("target is None: this batch has no labels, so it cannot feed a "
-                         "segmentation loss.")
+        raise InputError(
+            "target is None: this batch has no labels, so it cannot feed a segmentation loss."
+        )
     if logits.ndim < 3 or target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise InputError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not "
-                         "fit; give (B,K,*spatial) and (B,*spatial).")
+        raise InputError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)} do not "
+            "fit; give (B,K,*spatial) and (B,*spatial)."
+        )
     if target.is_floating_point() and logits.shape[1] > 1:
         raise InputError(f"target is {target.dtype}; give whole-number labels (torch.int64).")
     if target.device.type == "cpu" and target.numel():
-        low, high, top = target.min().item(), target.max().item(), max(logits.shape[1], 2) - 1
+        low = target.min().item()
+        high = target.max().item()
+        top = max(logits.shape[1], 2) - 1
         if low < 0 or high > top:
-            raise InputError(f"target holds labels {low:g} to {high:g}, but {logits.shape[1]} "
-                             f"logit channel(s) know 0 to {top}. An instance map must become a "
-                             "mask first: `target > 0`.")
+            raise InputError(
+                f"target holds labels {low:g} to {high:g}, but {logits.shape[1]} "
+                f"logit channel(s) know 0 to {top}. An instance map must become a "
+                "mask first: `target > 0`."
+            )
 
+# %% ../../nbs/losses/segmentation.ipynb #05872a9c
 def full_precision(
-    logits, # floats of any precision
-): # float32 for half precision, else as they are
+    logits,  # floats of any precision
+):  # float32 for half precision, else as they are
     "Half precision to float32: sums over a million pixels need it."
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
+
 def cross_entropy_loss(
-    logits:Tensor, # $x$, (B,K,*spatial)
-    target:Tensor, # $y$, (B,*spatial), int64 in 0..K-1 (0..1 if K is 1)
-)->Tensor: # scalar, at least 0
+    logits: Tensor,  # $x$, (B,K,*spatial)
+    target: Tensor,  # $y$, (B,*spatial), int64 in 0..K-1 (0..1 if K is 1)
+) -> Tensor:  # scalar, at least 0
     """Mean cross-entropy over all pixels: binary (from one logit) if K is 1, else over the K
     classes."""
     check_target(logits, target)
@@ -58,20 +67,23 @@ def _one_hot(target, k, like):
     y = target.long().unsqueeze(1)
     return y.to(like.dtype) if k == 1 else torch.zeros_like(like).scatter_(1, y, 1)
 
+
 def _dice_loss(p, y, smooth, per_image, background):
     "1 - Dice of two maps (B,K,*spatial), mean over classes (and images)."
     if p.shape[1] > 1 and not background:
-        p, y = p[:, 1:], y[:, 1:]
+        p = p[:, 1:]
+        y = y[:, 1:]
     over = tuple(range(2, p.ndim)) if per_image else (0, *range(2, p.ndim))
     return (1 - (2 * (p * y).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)).mean()
 
+
 def soft_dice_loss(
-    logits:Tensor,         # $x$, (B,K,*spatial)
-    target:Tensor,         # $y$, (B,*spatial), int64
-    smooth:float=1.0,      # $s$, in pixels
-    per_image:bool=False,  # one Dice per image, then the mean; False: one Dice over the batch
-    background:bool=False, # for K > 1: count class 0 as well
-)->Tensor: # scalar in [0,1]
+    logits: Tensor,  # $x$, (B,K,*spatial)
+    target: Tensor,  # $y$, (B,*spatial), int64
+    smooth: float = 1.0,  # $s$, in pixels
+    per_image: bool = False,  # one Dice per image, then the mean; False: one Dice over the batch
+    background: bool = False,  # for K > 1: count class 0 as well
+) -> Tensor:  # scalar in [0,1]
     "Soft Dice loss on logits (Milletari et al., 2016, with sums instead of squares)."
     check_target(logits, target)
     x = full_precision(logits)
@@ -80,12 +92,12 @@ def soft_dice_loss(
 
 # %% ../../nbs/losses/segmentation.ipynb #20e7600d
 def hard_dice_loss(
-    logits:Tensor,         # $x$, (B,K,*spatial)
-    target:Tensor,         # $y$, (B,*spatial), int64
-    smooth:float=1.0,      # $s$, in pixels
-    per_image:bool=False,  # one Dice per image, then the mean
-    background:bool=False, # for K > 1: count class 0 as well
-)->Tensor: # scalar in [0,1], without a gradient
+    logits: Tensor,  # $x$, (B,K,*spatial)
+    target: Tensor,  # $y$, (B,*spatial), int64
+    smooth: float = 1.0,  # $s$, in pixels
+    per_image: bool = False,  # one Dice per image, then the mean
+    background: bool = False,  # for K > 1: count class 0 as well
+) -> Tensor:  # scalar in [0,1], without a gradient
     """1 - Dice of the thresholded mask (LOTUS's released code). It has no gradient: it shifts the
     printed loss and teaches nothing."""
     check_target(logits, target)
@@ -96,23 +108,23 @@ def hard_dice_loss(
 
 # %% ../../nbs/losses/segmentation.ipynb #516f8d21
 def segmentation_loss(
-    logits:Tensor,         # $x$, (B,K,*spatial)
-    target:Tensor,         # $y$, (B,*spatial), int64
-    bce:float=0.5,         # $w$, weight of the cross-entropy; 0: it is not computed
-    smooth:float=1.0,      # $s$ of the Dice loss, in pixels
-    per_image:bool=False,  # Dice per image instead of over the batch
-)->Tensor: # scalar, at least 0
+    logits: Tensor,  # $x$, (B,K,*spatial)
+    target: Tensor,  # $y$, (B,*spatial), int64
+    bce: float = 0.5,  # $w$, weight of the cross-entropy; 0: it is not computed
+    smooth: float = 1.0,  # $s$ of the Dice loss, in pixels
+    per_image: bool = False,  # Dice per image instead of over the batch
+) -> Tensor:  # scalar, at least 0
     "$L_{seg}$: soft Dice plus `bce` times cross-entropy (binary or over classes), on logits."
     loss = soft_dice_loss(logits, target, smooth, per_image)
     return loss + bce * cross_entropy_loss(logits, target) if bce else loss
 
 # %% ../../nbs/losses/segmentation.ipynb #ced14955
 def released_segmentation_loss(
-    logits:Tensor,    # $x$, (B,K,*spatial)
-    target:Tensor,    # $y$, (B,*spatial), int64
-    bce:float=0.5,    # weight of the cross-entropy
-    smooth:float=1.0, # of the Dice term, in pixels
-)->Tensor: # scalar
+    logits: Tensor,  # $x$, (B,K,*spatial)
+    target: Tensor,  # $y$, (B,*spatial), int64
+    bce: float = 0.5,  # weight of the cross-entropy
+    smooth: float = 1.0,  # of the Dice term, in pixels
+) -> Tensor:  # scalar
     """$L_{seg}$ as LOTUS's released code has it: Dice of the thresholded mask (no gradient), and
     for K > 1 a softmax taken twice."""
     loss = hard_dice_loss(logits, target, smooth)

@@ -20,12 +20,14 @@ from ..metrics.topology import as_body, box_of, skeleton
 def _shrink(p):
     "Minimum over the cross of nearest neighbours; the outside does not count."
     pool = F.max_pool2d if p.ndim == 4 else F.max_pool3d
-    n, out = p.ndim - 2, None
+    n = p.ndim - 2
+    out = None
     for axis in range(n):
         window = [3 if k == axis else 1 for k in range(n)]
         low = pool(-p, window, 1, [w // 2 for w in window])
         out = low if out is None else torch.maximum(out, low)
     return -out
+
 
 def _grow(p):
     "Maximum over the block of 3 per axis, one axis after the other."
@@ -35,24 +37,26 @@ def _grow(p):
         p = pool(p, window, 1, [w // 2 for w in window])
     return p
 
+
 def soft_skeleton(
-    p:Tensor,       # probabilities in [0,1], (B,C,*spatial), 2-D or 3-D
-    iterations:int, # erosions $n$: at least the largest radius in voxels
-)->Tensor: # in [0,1], same shape: ridges of p
+    p: Tensor,  # probabilities in [0,1], (B,C,*spatial), 2-D or 3-D
+    iterations: int,  # erosions $n$: at least the largest radius in voxels
+) -> Tensor:  # in [0,1], same shape: ridges of p
     """Differentiable centre lines by minima and maxima over neighbours (Shit et al. 2021, algorithm
     1)."""
     thin = torch.zeros_like(p)
     for _ in range(iterations + 1):
         less = _shrink(p)
         ridge = F.relu(p - _grow(less))
-        thin, p = thin + (1 - thin) * ridge, less
+        thin = thin + (1 - thin) * ridge
+        p = less
     return thin
 
 # %% ../../nbs/losses/topology.ipynb #453ee490
 def foreground_of(
-    logits:Tensor, # (B,K,*spatial), 2-D or 3-D
-    label:Tensor,  # (B,*spatial), whole numbers
-)->tuple: # probability and label (B,1,*spatial) of the foreground, float32 or float64
+    logits: Tensor,  # (B,K,*spatial), 2-D or 3-D
+    label: Tensor,  # (B,*spatial), whole numbers
+) -> tuple:  # probability and label (B,1,*spatial) of the foreground, float32 or float64
     "One foreground: every class above 0. `InputError` for shapes that do not fit."
     check_target(logits, label)
     if logits.ndim not in (4, 5):
@@ -61,10 +65,11 @@ def foreground_of(
     p = torch.sigmoid(x) if x.shape[1] == 1 else x.softmax(1)[:, 1:].sum(1, keepdim=True)
     return p, (label > 0).to(p.dtype).unsqueeze(1)
 
+
 def count_layers(
-    y:Tensor,    # binary map (B,C,*spatial)
-    most:int=16, # do not count further
-)->int:
+    y: Tensor,  # binary map (B,C,*spatial)
+    most: int = 16,  # do not count further
+) -> int:
     "Erosions until nothing is left, at most `most`."
     n = 0
     while n < most and y.any():
@@ -74,16 +79,18 @@ def count_layers(
 
 # %% ../../nbs/losses/topology.ipynb #ee4afd05
 def soft_cl_dice_loss(
-    logits:Tensor,       # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
-    label:Tensor,        # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)
-    iterations:int=None, # erosions $n$; None: until nothing is left of the label, at most 16
-    smooth:float=1.,     # $s$, voxels: added above and below
-)->Tensor: # scalar in [0,1), 0 is best
+    logits: Tensor,  # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
+    label: Tensor,  # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)
+    iterations: int = None,  # erosions $n$; None: until nothing is left of the label, at most 16
+    smooth: float = 1.0,  # $s$, voxels: added above and below
+) -> Tensor:  # scalar in [0,1), 0 is best
     """1 - soft clDice over the batch (Shit et al. 2021); add it to Dice, never use it alone.
     `InputError` for shapes that do not fit."""
     if smooth <= 0 or (iterations is not None and iterations < 0):
-        raise InputError(f"smooth is {smooth} and iterations {iterations}; give smooth above 0 and "
-                         "iterations of at least 0.")
+        raise InputError(
+            f"smooth is {smooth} and iterations {iterations}; give smooth above 0 and "
+            "iterations of at least 0."
+        )
     with torch.autocast(logits.device.type, enabled=False):
         p, y = foreground_of(logits, label)
         with torch.no_grad():
@@ -96,15 +103,17 @@ def soft_cl_dice_loss(
 
 # %% ../../nbs/losses/topology.ipynb #36558e99
 def tubed_skeleton(
-    label,           # labels (B,H,W) or (B,D,H,W), tensor or array; all above 0 is foreground
-    dilations:int=2, # how often the skeleton is widened by the cross of nearest neighbours
-): # boolean, same shape; a tensor on the device of `label`, or an array for an array
+    label,  # labels (B,H,W) or (B,D,H,W), tensor or array; all above 0 is foreground
+    dilations: int = 2,  # how often the skeleton is widened by the cross of nearest neighbours
+):  # boolean, same shape; a tensor on the device of `label`, or an array for an array
     """Skeleton of each label of a batch, widened, and cut back to the label (Kirchhoff et al. 2024);
     computed by NumPy on the CPU."""
     from scipy import ndimage
+
     if label.ndim not in (3, 4):
-        raise InputError(f"label has shape {tuple(label.shape)}; give a batch, (B,H,W) or "
-                         "(B,D,H,W).")
+        raise InputError(
+            f"label has shape {tuple(label.shape)}; give a batch, (B,H,W) or (B,D,H,W)."
+        )
     array = as_array(label)
     out = np.zeros(array.shape, bool)
     for tube, one in zip(out, array):
@@ -120,11 +129,11 @@ def tubed_skeleton(
 
 # %% ../../nbs/losses/topology.ipynb #a0d532b1
 def skeleton_recall_loss(
-    logits:Tensor,    # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
-    label:Tensor,     # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)
-    tube:Tensor=None, # $U$, (B,*spatial) boolean, from `tubed_skeleton`; None: made here
-    smooth:float=1.,  # $s$, voxels
-)->Tensor: # scalar in [0,1), 0 is best
+    logits: Tensor,  # $x$, (B,K,H,W) or (B,K,D,H,W); K = 1: sigmoid; else all classes but 0
+    label: Tensor,  # (B,*spatial), whole numbers 0..K-1 (0..1 if K is 1)
+    tube: Tensor = None,  # $U$, (B,*spatial) boolean, from `tubed_skeleton`; None: made here
+    smooth: float = 1.0,  # $s$, voxels
+) -> Tensor:  # scalar in [0,1), 0 is best
     """1 - soft recall of the tubed skeleton over the batch (Kirchhoff et al. 2024); blind to false
     positives, so add it to Dice."""
     if smooth <= 0:
@@ -134,7 +143,8 @@ def skeleton_recall_loss(
         if tube is None:
             tube = tubed_skeleton(label)
         if tube.shape != label.shape:
-            raise InputError(f"tube has shape {tuple(tube.shape)}, but label has "
-                             f"{tuple(label.shape)}.")
+            raise InputError(
+                f"tube has shape {tuple(tube.shape)}, but label has {tuple(label.shape)}."
+            )
         u = tube.to(p.device, p.dtype).unsqueeze(1)
         return 1 - ((p * u).sum() + smooth) / (u.sum() + smooth)

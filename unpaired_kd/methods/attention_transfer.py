@@ -21,46 +21,55 @@ from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/attention_transfer.ipynb #671c21a9
 def attention(
-    f:Tensor, # features (B,C,*s)
-)->Tensor: # (B,*s), with mean 1 over each image
+    f: Tensor,  # features (B,C,*s)
+) -> Tensor:  # (B,*s), with mean 1 over each image
     "Where a layer looks: the energy of its features, relative to the image's mean."
     a = f.float().square().mean(1)
     return a / a.flatten(1).mean(1).clamp_min(1e-8).view(-1, *[1] * (a.ndim - 1))
 
+
 def class_attention(
-    f:Tensor, # features (B,C,*s)
-    y:Tensor, # labels (B,*t), of the whole images
-)->dict: # class -> mean attention of its pixels
+    f: Tensor,  # features (B,C,*s)
+    y: Tensor,  # labels (B,*t), of the whole images
+) -> dict:  # class -> mean attention of its pixels
     "How much a layer looks at each class that the batch shows."
-    a, y = attention(f), label_to(f, y)
+    a = attention(f)
+    y = label_to(f, y)
     return {k: a[y == k].mean() for k in y.unique().tolist()}
 
 # %% ../../nbs/methods/attention_transfer.ipynb #e29806be
 @dataclass(frozen=True)
 class AttentionOptions(Checked):
     "The choices of attention transfer."
-    taps: tuple = ("conv7", "conv9") # layers that are compared: names in both networks
+
+    taps: tuple = ("conv7", "conv9")  # layers that are compared: names in both networks
 
 # %% ../../nbs/methods/attention_transfer.ipynb #87df9463
 @METHODS.register("attention_transfer")
 class AttentionTransfer(Method):
     "Attention transfer (Zagoruyko and Komodakis 2017), by class, for images that are not paired."
+
     Options = AttentionOptions
     presets = {"recommended": AttentionOptions()}
     teacher = Expert()
 
     def __init__(self, student, teacher, options=AttentionOptions(), epochs=10, seed=0):
-        for net in (student, teacher): tap_channels(net, options.taps) # refuses unknown layers
+        for net in (student, teacher):
+            tap_channels(net, options.taps)  # refuses unknown layers
         self.options = options
         self.networks = {"student": student}
         self.frozen = {"teacher": teacher.eval().requires_grad_(False)}
         self.weights = self.default_weights(options)
 
     @classmethod
-    def default_weights(cls, options, preset="recommended"): return {"seg": 1., "attention": .1}
+    def default_weights(cls, options, preset="recommended"):
+        return {"seg": 1.0, "attention": 0.1}
+
     def identity(self):
         return dict(options=asdict(self.options), teacher=weights_digest(self.frozen["teacher"]))
-    def stages(self): return [Stage("train", [Update("student", ("student",), self.losses)])]
+
+    def stages(self):
+        return [Stage("train", [Update("student", ("student",), self.losses)])]
 
     def run(self, net, batch):
         "Logits, and the attention of every tapped layer to every class."
@@ -71,9 +80,14 @@ class AttentionTransfer(Method):
     def losses(self, batch, noise):
         "`seg` on the student's labels, `attention` against the teacher's."
         logits, own = self.run(self.student, batch["student"])
+
         def attention():
-            with torch.no_grad(): _, wanted = self.run(self.frozen["teacher"], batch["teacher"])
+            with torch.no_grad():
+                _, wanted = self.run(self.frozen["teacher"], batch["teacher"])
             gaps = [m[k] - w[k] for m, w in zip(own, wanted) for k in m.keys() & w.keys()]
-            return torch.stack(gaps).square().mean() if gaps else logits.sum() * 0.
-        return {"seg": lambda: segmentation_loss(logits, batch["student"].label),
-                "attention": attention}
+            return torch.stack(gaps).square().mean() if gaps else logits.sum() * 0.0
+
+        return {
+            "seg": lambda: segmentation_loss(logits, batch["student"].label),
+            "attention": attention,
+        }

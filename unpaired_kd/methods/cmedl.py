@@ -8,7 +8,9 @@ __all__ = ['TRANSLATIONS', 'TranslatorOptions', 'SegmentorOptions', 'HintOptions
            'CMEDL']
 
 # %% ../../nbs/methods/cmedl.ipynb #28536a8d
-import contextlib, copy, warnings
+import contextlib
+import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,17 +21,34 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Checked, Count, InputError, Natural, Positive, Range, seeded
-from ..training.method import Method, Stage, Update
 from ..distillation.hints import feature_rms, hint_layers, hint_loss
 from ..distillation.soft_labels import soft_label_kl
 from ..losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from .registry import METHODS, Peer
 from ..networks.registry import weights_digest
-from ..training.calibrate import calibrate
 from ..networks.taps import Taps
-from ..translation.contextual import body_mask, contextual_loss, encoder_layers, feature_extractor
-from ..translation.cyclegan import (Generator, PatchDiscriminator, ReplayBuffer, change, contrast_sign, cycle_loss,
-    discriminator_gan_loss, generator_gan_loss, high_frequency, identity_loss, to_signed, to_unit)
+from ..training.calibrate import calibrate
+from ..training.method import Method, Stage, Update
+from unpaired_kd.translation.contextual import (
+    body_mask,
+    contextual_loss,
+    encoder_layers,
+    feature_extractor,
+)
+from unpaired_kd.translation.cyclegan import (
+    Generator,
+    PatchDiscriminator,
+    ReplayBuffer,
+    change,
+    contrast_sign,
+    cycle_loss,
+    discriminator_gan_loss,
+    generator_gan_loss,
+    high_frequency,
+    identity_loss,
+    to_signed,
+    to_unit,
+)
 from ..translation.drit import DRIT_UPDATES, DRIT_WEIGHTS, Translation, drit_networks
 from ..translation.translated import pack, translator_of
 
@@ -37,187 +56,250 @@ from ..translation.translated import pack, translator_of
 @dataclass(frozen=True)
 class TranslatorOptions:
     "The translator: its kind, its size, how it learns."
+
     i2i: Literal["cyclegan", "drit"] = "cyclegan"
-    drit_weights: Literal["drit", "paper"] = "drit" # of DRIT's own terms (paper: its equations)
-    translate_first: bool = False # train the translation alone for half of the epochs, then stop
+    drit_weights: Literal["drit", "paper"] = "drit"  # of DRIT's own terms (paper: its equations)
+    translate_first: bool = False  # train the translation alone for half of the epochs, then stop
     gan: Literal["lsgan", "bce"] = "lsgan"
-    smooth: Positive = 1.    # the number that stands for real: 0.9 is one-sided smoothing
-    pool: Natural = 50       # fakes that each critic remembers
-    side: Count = 256        # side of the images, px (for the critics' memory)
-    width: Count = 64        # first channels of generators and critics
-    blocks: Annotated[int, Range(least=0, most=100)] = 9 # residual blocks of a generator
+    smooth: Positive = 1.0  # the number that stands for real: 0.9 is one-sided smoothing
+    pool: Natural = 50  # fakes that each critic remembers
+    side: Count = 256  # side of the images, px (for the critics' memory)
+    width: Count = 64  # first channels of generators and critics
+    blocks: Annotated[int, Range(least=0, most=100)] = 9  # residual blocks of a generator
     upsample: Literal["transposed", "resize_conv"] = "transposed"
-    rate: Positive = .5      # learning rate of the translator, as a factor on the segmentors'
-    beta1: Annotated[float, Range(least=0, below=1)] = .5 # first moment of all optimisers
+    rate: Positive = 0.5  # learning rate of the translator, as a factor on the segmentors'
+    beta1: Annotated[float, Range(least=0, below=1)] = 0.5  # first moment of all optimisers
+
 
 @dataclass(frozen=True)
 class SegmentorOptions:
     "How the segmentors learn."
-    seg: Literal["dice", "ce", "dice_ce", "house"] = "dice" # dice: per image; house: as all others
-    kd_tau: Positive = .5    # temperature of the soft labels
-    unlabelled: bool = False # also translate, and hint on, student images without labels
+
+    seg: Literal["dice", "ce", "dice_ce", "house"] = "dice"  # dice: per image; house: as all others
+    kd_tau: Positive = 0.5  # temperature of the soft labels
+    unlabelled: bool = False  # also translate, and hint on, student images without labels
 
 # %% ../../nbs/methods/cmedl.ipynb #16183c57
 @dataclass(frozen=True)
 class HintOptions:
     "What passes between teacher and student, and which of them leaves the house."
-    hint: Literal["low", "mid", "high"] = "high"   # layers of the hint
-    hint_to: Literal["both", "student"] = "both"   # who moves for it besides the generator
-    hint_reduction: Literal["mean", "sum"] = "mean" # sum: as printed
-    refresh_fake: bool = False # translate again for the segmentors, after the generators' step
-    infer: Literal["student", "teacher_on_fake"] = "student" # what segments after training
-    calibrate: bool = False    # the teacher's BatchNorm statistics from translated images alone
+
+    hint: Literal["low", "mid", "high"] = "high"  # layers of the hint
+    hint_to: Literal["both", "student"] = "both"  # who moves for it besides the generator
+    hint_reduction: Literal["mean", "sum"] = "mean"  # sum: as printed
+    refresh_fake: bool = False  # translate again for the segmentors, after the generators' step
+    infer: Literal["student", "teacher_on_fake"] = "student"  # what segments after training
+    calibrate: bool = False  # the teacher's BatchNorm statistics from translated images alone
+
 
 @dataclass(frozen=True)
 class ContextOptions:
     "The contextual loss: features, and how they are compared."
-    cx_on: Literal["auto", "vgg19", "teacher", "filters"] = "auto" # whose features
-    vgg: str = ""            # file of ImageNet's VGG19, for cx_on="vgg19"
-    cx_layers: tuple = ()    # layers of the teacher, for cx_on="teacher"; empty: `encoder_layers`
-    cx_h: Positive = .5      # bandwidth
+
+    cx_on: Literal["auto", "vgg19", "teacher", "filters"] = "auto"  # whose features
+    vgg: str = ""  # file of ImageNet's VGG19, for cx_on="vgg19"
+    cx_layers: tuple = ()  # layers of the teacher, for cx_on="teacher"; empty: `encoder_layers`
+    cx_h: Positive = 0.5  # bandwidth
     cx_direction: Literal["target", "source", "symmetric"] = "target"
-    cx_mask: Literal["body", "none"] = "body" # body: positions inside the body only
-    cx_sample: Natural = 0   # positions drawn; 0: all, exact
+    cx_mask: Literal["body", "none"] = "body"  # body: positions inside the body only
+    cx_sample: Natural = 0  # positions drawn; 0: all, exact
 
 # %% ../../nbs/methods/cmedl.ipynb #f6442f1f
 @dataclass(frozen=True)
 class CmedlOptions(ContextOptions, HintOptions, SegmentorOptions, TranslatorOptions, Checked):
     "The choices of CMEDL that are not weights. Defaults are the preset `paper`."
+
     def check(self):
         "`InputError` for choices that exclude each other."
         if self.i2i == "drit" and self.unlabelled:
-            raise InputError("unlabelled=True shows the translator more images of the student than "
-                             "of the teacher, and DRIT swaps styles one to one. Use "
-                             "i2i='cyclegan'.")
+            raise InputError(
+                "unlabelled=True shows the translator more images of the student than "
+                "of the teacher, and DRIT swaps styles one to one. Use "
+                "i2i='cyclegan'."
+            )
 
 # %% ../../nbs/methods/cmedl.ipynb #767c48c4
 class CycleTranslation:
     "One batch through two generators and two critics."
+
     @staticmethod
     def make(
-        o,              # `TranslatorOptions`
-        channels:int,   # of the images
-    )->dict: # name -> network
+        o,  # `TranslatorOptions`
+        channels: int,  # of the images
+    ) -> dict:  # name -> network
         "Generators, critics and the critics' memories."
-        generator, pool = lambda: Generator(channels, o.width, o.blocks, o.upsample), lambda: ReplayBuffer((channels, o.side, o.side), o.pool)
-        return {"g_st": generator(), "g_ts": generator(), "d_t": PatchDiscriminator(channels, o.width), "d_s": PatchDiscriminator(channels, o.width), "pool_t": pool(), "pool_s": pool()}
+
+        def generator():
+            return Generator(channels, o.width, o.blocks, o.upsample)
+
+        def pool():
+            return ReplayBuffer((channels, o.side, o.side), o.pool)
+
+        return {
+            "g_st": generator(),
+            "g_ts": generator(),
+            "d_t": PatchDiscriminator(channels, o.width),
+            "d_s": PatchDiscriminator(channels, o.width),
+            "pool_t": pool(),
+            "pool_s": pool(),
+        }
 
     @staticmethod
     def updates(
-        terms:Callable, # name of an update -> its losses
-    )->list: # of `Update`s
+        terms: Callable,  # name of an update -> its losses
+    ) -> list:  # of `Update`s
         "Generators, then critics."
-        return [Update("generators", ("g_st", "g_ts"), terms("generators")), Update("critics", ("d_t", "d_s"), terms("critics"))]
+        return [
+            Update("generators", ("g_st", "g_ts"), terms("generators")),
+            Update("critics", ("d_t", "d_s"), terms("critics")),
+        ]
 
-    def __init__(self,
-        networks:dict,   # name -> network
-        x_s:Tensor,      # images of the student's modality (B,C,H,W), in [-1,1]
-        x_t:Tensor,      # images of the teacher's modality (B,C,H,W), in [-1,1]
-        noise:Callable,  # generator for a purpose
-        o,               # `TranslatorOptions`
+    def __init__(
+        self,
+        networks: dict,  # name -> network
+        x_s: Tensor,  # images of the student's modality (B,C,H,W), in [-1,1]
+        x_t: Tensor,  # images of the teacher's modality (B,C,H,W), in [-1,1]
+        noise: Callable,  # generator for a purpose
+        o,  # `TranslatorOptions`
     ):
-        self.n, self.x_s, self.x_t, self.noise, self.o = networks, x_s, x_t, noise, o
+        self.n = networks
+        self.x_s = x_s
+        self.x_t = x_t
+        self.noise = noise
+        self.o = o
 
     @cached_property
-    def fake(self)->Tensor:
+    def fake(self) -> Tensor:
         "The student's images for the teacher."
         return self.n["g_st"](self.x_s)
+
     @cached_property
-    def fake_s(self)->Tensor:
+    def fake_s(self) -> Tensor:
         "The teacher's images for the student."
         return self.n["g_ts"](self.x_t)
 
 # %% ../../nbs/methods/cmedl.ipynb #0803f15a
 class DritTranslation(Translation):
     "One batch through DRIT: the same interface. The teacher sees the translation with the mean style of its own batch."
+
     @staticmethod
     def make(
-        o,              # `TranslatorOptions`
-        channels:int,   # of the images
-    )->dict: # name -> network
+        o,  # `TranslatorOptions`
+        channels: int,  # of the images
+    ) -> dict:  # name -> network
         "Encoders, generator and critics."
         return dict(drit_networks(channels, o.width))
 
     @staticmethod
     def updates(
-        terms:Callable, # name of an update -> its losses
-    )->list: # of `Update`s
+        terms: Callable,  # name of an update -> its losses
+    ) -> list:  # of `Update`s
         "Encoders and generators; again without the style encoder, on random styles; image critics; content critic."
-        return [Update("generators", ("content", "style", "drit_generator"), terms("generators")), Update("random style", ("content", "drit_generator"), terms("random_style")),
-                Update("critics", ("d_image",), terms("critics")), Update("content critic", ("d_content",), terms("content_critics"))]
+        return [
+            Update("generators", ("content", "style", "drit_generator"), terms("generators")),
+            Update("random style", ("content", "drit_generator"), terms("random_style")),
+            Update("critics", ("d_image",), terms("critics")),
+            Update("content critic", ("d_content",), terms("content_critics")),
+        ]
 
-    def __init__(self,
-        networks:dict,   # name -> network
-        x_s:Tensor,      # images of the student's modality (B,C,H,W), in [-1,1]
-        x_t:Tensor,      # images of the teacher's modality (B,C,H,W), in [-1,1]
-        noise:Callable,  # generator for a purpose
-        o,               # not used
-    ): super().__init__(networks, x_s, x_t, noise)
+    def __init__(
+        self,
+        networks: dict,  # name -> network
+        x_s: Tensor,  # images of the student's modality (B,C,H,W), in [-1,1]
+        x_t: Tensor,  # images of the teacher's modality (B,C,H,W), in [-1,1]
+        noise: Callable,  # generator for a purpose
+        o,  # not used
+    ):
+        super().__init__(networks, x_s, x_t, noise)
 
     @property
-    def fake(self)->Tensor:
+    def fake(self) -> Tensor:
         "The student's images for the teacher."
         return self.hint_image
+
     @property
-    def fake_s(self)->Tensor:
+    def fake_s(self) -> Tensor:
         "The teacher's images for the student."
         return self.v
 
 # %% ../../nbs/methods/cmedl.ipynb #b032b71c
 @patch
-def generators(self:CycleTranslation)->dict:
+def generators(self: CycleTranslation) -> dict:
     "adv, cyc, idt: both directions of each."
     n, of = self.n, lambda d, fake: generator_gan_loss(n[d](fake), self.o.gan)
-    return {"adv": lambda: of("d_t", self.fake) + of("d_s", self.fake_s),
-            "cyc": lambda: cycle_loss(self.x_s, n["g_ts"](self.fake)) + cycle_loss(self.x_t, n["g_st"](self.fake_s)),
-            "idt": lambda: identity_loss(self.x_t, n["g_st"](self.x_t)) + identity_loss(self.x_s, n["g_ts"](self.x_s))}
+    return {
+        "adv": lambda: of("d_t", self.fake) + of("d_s", self.fake_s),
+        "cyc": lambda: (
+            cycle_loss(self.x_s, n["g_ts"](self.fake))
+            + cycle_loss(self.x_t, n["g_st"](self.fake_s))
+        ),
+        "idt": lambda: (
+            identity_loss(self.x_t, n["g_st"](self.x_t))
+            + identity_loss(self.x_s, n["g_ts"](self.x_s))
+        ),
+    }
+
 
 @patch
-def critics(self:CycleTranslation)->dict:
+def critics(self: CycleTranslation) -> dict:
     "Each critic on real images and on fakes from its memory."
+
     def one(d, pool, real, fake):
         old = self.n[pool].query(fake.detach(), self.noise(pool))
         return discriminator_gan_loss(self.n[d](real), self.n[d](old), self.o.gan, self.o.smooth)
-    return {"critic": lambda: one("d_t", "pool_t", self.x_t, self.fake) + one("d_s", "pool_s", self.x_s, self.fake_s)}
 
+    return {
+        "critic": lambda: (
+            one("d_t", "pool_t", self.x_t, self.fake) + one("d_s", "pool_s", self.x_s, self.fake_s)
+        )
+    }
+
+# %% ../../nbs/methods/cmedl.ipynb #862daf0a
 @patch
-def generators(self:DritTranslation)->dict:
+def generators(self: DritTranslation) -> dict:
     "All but the terms on random styles."
     return {"style_kl" if k == "kl" else k: self.terms[k] for k in DRIT_UPDATES["translation"][1]}
 
+
 @patch
-def random_style(self:DritTranslation)->dict: # the weights have just moved: a new pass
+def random_style(self: DritTranslation) -> dict:  # the weights have just moved: a new pass
     "The term on random styles alone."
     return {"latent": DritTranslation(self.networks, self.x_s, self.x_t, self.noise, None).latent}
 
+
 @patch
-def critics(self:DritTranslation)->dict:
+def critics(self: DritTranslation) -> dict:
     "The critics of images."
     return {"critic": self.image_discriminator}
 
+
 @patch
-def content_critics(self:DritTranslation)->dict:
+def content_critics(self: DritTranslation) -> dict:
     "The critic of contents."
     return {"content_critic": self.content_discriminator}
+
 
 TRANSLATIONS = {"cyclegan": CycleTranslation, "drit": DritTranslation}
 
 # %% ../../nbs/methods/cmedl.ipynb #da32904a
 class Cross(torch.autograd.Function):
     "Outputs that were computed from a copy of `fake`, as outputs of `fake`. Their weights get no gradient."
+
     @staticmethod
-    def forward(ctx,
-        fake:Tensor,  # translated images, with their graph
-        leaf:Tensor,  # the copy that the outputs were computed from
-        outputs:list, # of tensors
-    )->tuple: # the same outputs
+    def forward(
+        ctx,
+        fake: Tensor,  # translated images, with their graph
+        leaf: Tensor,  # the copy that the outputs were computed from
+        outputs: list,  # of tensors
+    ) -> tuple:  # the same outputs
         "Pass the outputs on."
-        ctx.leaf, ctx.outputs = leaf, outputs
+        ctx.leaf = leaf
+        ctx.outputs = outputs
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outputs)
 
     @staticmethod
-    def backward(ctx, *grads)->tuple: # `grads`: at the outputs, None where nobody asked
+    def backward(ctx, *grads) -> tuple:  # `grads`: at the outputs, None where nobody asked
         "The gradient at the copy; the graph behind it stays for its owner."
         used = [(o, g) for o, g in zip(ctx.outputs, grads) if g is not None]
         outputs, grads = zip(*used)
@@ -226,53 +308,85 @@ class Cross(torch.autograd.Function):
 # %% ../../nbs/methods/cmedl.ipynb #c929a1e5
 class Held:
     "BatchNorm statistics that move later."
-    def __init__(self): self.pending = {} # id of a buffer -> (buffer, its later value)
+
+    def __init__(self):
+        self.pending = {}  # id of a buffer -> (buffer, its later value)
 
     @contextlib.contextmanager
-    def passing(self,
-        net:nn.Module,   # network that runs within the block
-        count:bool=True, # whether this pass is to move the statistics at all
+    def passing(
+        self,
+        net: nn.Module,  # network that runs within the block
+        count: bool = True,  # whether this pass is to move the statistics at all
     ):
         "BatchNorm layers work as always; after the block their running statistics are as before, and what they would be is kept. Passes add up."
-        buffers = [b for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for b in m.buffers()]
+        buffers = [
+            b
+            for m in net.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+            for b in m.buffers()
+        ]
         before = [b.clone() for b in buffers]
-        for b in buffers: b.data.copy_(self.pending.get(id(b), (b, b))[1]) # `.data`: no graph uses these values, and none must be told off for the change
-        try: yield
+        for b in buffers:
+            b.data.copy_(
+                self.pending.get(id(b), (b, b))[1]
+            )  # `.data`: no graph uses these values, and none must be told off for the change
+        try:
+            yield
         finally:
             for b, v in zip(buffers, before):
-                if count: self.pending[id(b)] = (b, b.clone())
+                if count:
+                    self.pending[id(b)] = (b, b.clone())
                 b.data.copy_(v)
 
     def release(self):
         "Let the statistics move."
-        for b, v in self.pending.values(): b.data.copy_(v)
+        for b, v in self.pending.values():
+            b.data.copy_(v)
         self.pending.clear()
 
 # %% ../../nbs/methods/cmedl.ipynb #36ff5779
 class _Passes:
     "The images of one batch, its translator, and how a segmentor looks at images."
-    def __init__(self,
-        method,         # a `Translating` method
-        batch:dict,     # {"student": Batch, "teacher": Batch, "unlabelled": Batch or absent}
-        noise:Callable, # generator for a purpose
-    ):
-        s, t, more = batch["student"], batch["teacher"], batch.get("unlabelled") if method.options.unlabelled else None
-        self.m, self.batch, self.noise, self.y_s, self.y_t, self.n = method, batch, noise, s.label, t.label, len(s)
-        self.x_s, self.x_t = to_signed(torch.cat([s.image, more.image]) if more else s.image), to_signed(t.image)
-        self.tr = TRANSLATIONS[method.options.i2i](method.networks, self.x_s, self.x_t, noise, method.options)
-        self.holding, self.held = True, Held()
 
-    def run(self,
-        name:str,        # student | teacher
-        x:Tensor,        # images (B,C,H,W), in [-1,1]
-        count:bool=True, # whether the pass moves running statistics
-    )->tuple: # (logits, {layer: features})
+    def __init__(
+        self,
+        method,  # a `Translating` method
+        batch: dict,  # {"student": Batch, "teacher": Batch, "unlabelled": Batch or absent}
+        noise: Callable,  # generator for a purpose
+    ):
+        s = batch["student"]
+        t = batch["teacher"]
+        more = batch.get("unlabelled") if method.options.unlabelled else None
+        self.m = method
+        self.batch = batch
+        self.noise = noise
+        self.y_s = s.label
+        self.y_t = t.label
+        self.n = len(s)
+        self.x_s = to_signed(torch.cat([s.image, more.image]) if more else s.image)
+        self.x_t = to_signed(t.image)
+        self.tr = TRANSLATIONS[method.options.i2i](
+            method.networks, self.x_s, self.x_t, noise, method.options
+        )
+        self.holding = True
+        self.held = Held()
+
+    def run(
+        self,
+        name: str,  # student | teacher
+        x: Tensor,  # images (B,C,H,W), in [-1,1]
+        count: bool = True,  # whether the pass moves running statistics
+    ) -> tuple:  # (logits, {layer: features})
         "(logits, {layer: features}) of a segmentor on signed images, with a graph for its own weights if this stage trains it."
-        net, layers = self.m.part(name), self.m.layers
+        net = self.m.part(name)
+        layers = self.m.layers
         wanted = next(net.parameters()).requires_grad
         net.requires_grad_(net.training and name in self.m.learning)
-        later = self.held.passing(net, count) if self.holding or not count else contextlib.nullcontext()
-        with later, Taps(net, layers) as taps: out = net(to_unit(x)), taps.take()
+        later = (
+            self.held.passing(net, count) if self.holding or not count else contextlib.nullcontext()
+        )
+        with later, Taps(net, layers) as taps:
+            out = net(to_unit(x)), taps.take()
         net.requires_grad_(wanted)
         return out
 
@@ -284,24 +398,31 @@ class _Passes:
 # %% ../../nbs/methods/cmedl.ipynb #7e675da7
 class Iteration(_Passes):
     "Everything of one batch that its updates share, computed once."
+
     @cached_property
-    def student(self)->tuple:
+    def student(self) -> tuple:
         "The student on its own images."
         return self.run("student", self.x_s)
+
     @cached_property
-    def teacher(self)->tuple:
+    def teacher(self) -> tuple:
         "The teacher on real images of its modality."
         return self.run("teacher", self.x_t)
+
     @cached_property
-    def leaf(self)->Tensor:
+    def leaf(self) -> Tensor:
         "The fakes, cut from their generator."
         return self.tr.fake.detach().requires_grad_()
+
     @cached_property
-    def pseudo(self)->tuple:
+    def pseudo(self) -> tuple:
         "The teacher on translated images; if they are made again, the first ones do not count."
-        return self.run("teacher", self.leaf, count=not (self.holding and self.m.options.refresh_fake))
+        return self.run(
+            "teacher", self.leaf, count=not (self.holding and self.m.options.refresh_fake)
+        )
+
     @cached_property
-    def crossed(self)->tuple:
+    def crossed(self) -> tuple:
         "The same, as the generators see it."
         logits, features = self.pseudo
         out = Cross.apply(self.tr.fake, self.leaf, [logits, *features.values()])
@@ -309,63 +430,81 @@ class Iteration(_Passes):
 
     def again(self):
         "The same iteration with new fakes; what does not depend on them is kept."
-        for k in ("leaf", "pseudo", "crossed"): self.__dict__.pop(k, None) # and their graphs are freed
+        for k in ("leaf", "pseudo", "crossed"):
+            self.__dict__.pop(k, None)  # and their graphs are freed
         new = copy.copy(self)
-        new.tr = TRANSLATIONS[self.m.options.i2i](self.m.networks, self.x_s, self.x_t, self.noise, self.m.options)
+        new.tr = TRANSLATIONS[self.m.options.i2i](
+            self.m.networks, self.x_s, self.x_t, self.noise, self.m.options
+        )
         return new
 
 # %% ../../nbs/methods/cmedl.ipynb #d825512c
 class TranslatorDeclared(Method):
     "What the methods with a translator say in common."
+
     @classmethod
-    def fit(cls,
+    def fit(
+        cls,
         options,  # with `side`
-        side:int, # of the patches, px
-    ): # options
+        side: int,  # of the patches, px
+    ):  # options
         "The critics' memories hold images of this size."
         return replace(options, side=side)
+
     @classmethod
-    def draws(cls,
-        options, # with `unlabelled`
-    )->tuple: # names of batches
+    def draws(
+        cls,
+        options,  # with `unlabelled`
+    ) -> tuple:  # names of batches
         "Both modalities, and the student's images without labels if the options say so."
         return ("student", "teacher", *(("unlabelled",) if options.unlabelled else ()))
+
     @classmethod
-    def length(cls,
-        options,    # with `translate_first`
-        epochs:int, # of the student's training
-    )->int: # epochs
+    def length(
+        cls,
+        options,  # with `translate_first`
+        epochs: int,  # of the student's training
+    ) -> int:  # epochs
         "A translation that is trained first takes as many epochs as the student."
         return 2 * epochs if options.translate_first else epochs
+
     @classmethod
-    def translator_weights(cls,
-        options, # with `i2i`, `drit_weights`
-    )->dict: # term -> weight
+    def translator_weights(
+        cls,
+        options,  # with `i2i`, `drit_weights`
+    ) -> dict:  # term -> weight
         "Of the translator's own terms: DRIT has no cycle."
-        if options.i2i == "cyclegan": return {"adv": 1., "cyc": 10., "idt": 0., "critic": 1.}
+        if options.i2i == "cyclegan":
+            return {"adv": 1.0, "cyc": 10.0, "idt": 0.0, "critic": 1.0}
         drit = DRIT_WEIGHTS[options.drit_weights]
         own = {"style_kl" if term == "kl" else term: w for term, w in drit.items()}
-        return own | {"critic": 1., "content_critic": 1.}
+        return own | {"critic": 1.0, "content_critic": 1.0}
 
 # %% ../../nbs/methods/cmedl.ipynb #83c9b9cb
 class Translating(TranslatorDeclared):
     """Base of the methods with a translator. Batches need the sources "student" and "teacher", both labelled, in [0,1].
     Subclasses give `segmentors`: the updates after the translation's."""
-    learning: tuple = ("student",) # segmentors that some update may change
-    layers: tuple = ()             # tapped layers of the segmentors
 
-    def __init__(self,
-        student:nn.Module,    # network to train
-        options,              # of the class's `Options`
-        epochs:int,           # length of the whole run
-        seed:int,             # seed of the translation's first weights
+    learning: tuple = ("student",)  # segmentors that some update may change
+    layers: tuple = ()  # tapped layers of the segmentors
+
+    def __init__(
+        self,
+        student: nn.Module,  # network to train
+        options,  # of the class's `Options`
+        epochs: int,  # length of the whole run
+        seed: int,  # seed of the translation's first weights
     ):
         if options.translate_first and epochs < 2:
-            raise InputError(f"epochs={epochs}: with translate_first there are two stages, each of "
-                             "at least one epoch.")
+            raise InputError(
+                f"epochs={epochs}: with translate_first there are two stages, each of "
+                "at least one epoch."
+            )
         if student.config["dims"] != 2:
-            raise InputError("translation networks are 2-D: give 2-D networks (volumes are "
-                             "translated slice by slice).")
+            raise InputError(
+                "translation networks are 2-D: give 2-D networks (volumes are "
+                "translated slice by slice)."
+            )
         self.options = options
         self.epochs = epochs
         self.channels = student.config["in_channels"]
@@ -376,142 +515,193 @@ class Translating(TranslatorDeclared):
         self.weights = self.default_weights(options)
         self._now = None
 
-    def part(self,
-        name:str, # e.g. "teacher"
-    )->nn.Module: # the network, trained or frozen
+    def part(
+        self,
+        name: str,  # e.g. "teacher"
+    ) -> nn.Module:  # the network, trained or frozen
         "A network by its name."
         return self.networks[name] if name in self.networks else self.frozen[name]
-    def identity(self)->dict:
+
+    def identity(self) -> dict:
         "Options and length: both decide the result."
         return dict(options=asdict(self.options), epochs=self.epochs)
 
 # %% ../../nbs/methods/cmedl.ipynb #f6737636
 @patch(as_prop=True)
-def adam(self:Translating)->dict: # network -> rate and moments
+def adam(self: Translating) -> dict:  # network -> rate and moments
     "The segmentors learn faster than the translator, DRIT's content critic slower."
     o = self.options
     segmentors = {"student", "teacher", "assistant", "alpha"}
+
     def rate(name):
-        if name in segmentors: return 1.
+        if name in segmentors:
+            return 1.0
         return o.rate / 2.5 if name == "d_content" else o.rate
-    return {n: dict(rate=rate(n), betas=(o.beta1, .999)) for n in self.networks}
+
+    return {n: dict(rate=rate(n), betas=(o.beta1, 0.999)) for n in self.networks}
 
 # %% ../../nbs/methods/cmedl.ipynb #01d2fa03
 @patch
-def segmentation(self:Translating,
-    logits:Tensor, # (B,K,H,W)
-    label:Tensor,  # (B,H,W)
-)->Tensor: # one number
+def segmentation(
+    self: Translating,
+    logits: Tensor,  # (B,K,H,W)
+    label: Tensor,  # (B,H,W)
+) -> Tensor:  # one number
     "$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), both, or the loss of the house's other methods."
-    logits, kind = logits.float(), self.options.seg
-    if kind == "house": return segmentation_loss(logits, label)
-    dice = soft_dice_loss(logits, label, per_image=True) if kind != "ce" else 0.
-    return dice + (cross_entropy_loss(logits, label) if kind != "dice" else 0.)
+    logits = logits.float()
+    kind = self.options.seg
+    if kind == "house":
+        return segmentation_loss(logits, label)
+    dice = soft_dice_loss(logits, label, per_image=True) if kind != "ce" else 0.0
+    return dice + (cross_entropy_loss(logits, label) if kind != "dice" else 0.0)
+
 
 @patch
-def now(self:Translating,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->Iteration:
+def now(
+    self: Translating,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> Iteration:
     "The iteration of this batch: the first update makes it, the others find it."
-    if self._now is None or self._now.batch is not batch: self._now = Iteration(self, batch, noise)
+    if self._now is None or self._now.batch is not batch:
+        self._now = Iteration(self, batch, noise)
     return self._now
 
+# %% ../../nbs/methods/cmedl.ipynb #9c10f863
 @patch
-def translation_terms(self:Translating,
-    name:str, # of an update of the translation
-)->Callable: # batch, noise -> terms
+def translation_terms(
+    self: Translating,
+    name: str,  # of an update of the translation
+) -> Callable:  # batch, noise -> terms
     "The losses of a translation update."
     return lambda batch, noise: getattr(self.now(batch, noise).tr, name)()
 
+
 @patch
-def stages(self:Translating)->list:
+def stages(self: Translating) -> list:
     "One stage with everything, or translation first."
     sources = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
     translation = TRANSLATIONS[self.options.i2i].updates(self.translation_terms)
-    if not self.options.translate_first: return [Stage("together", translation + self.segmentors(), sources=sources)]
-    return [Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True), Stage("segment", self.segmentors(), sources=sources, anew=True)]
+    if not self.options.translate_first:
+        return [Stage("together", translation + self.segmentors(), sources=sources)]
+    return [
+        Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True),
+        Stage("segment", self.segmentors(), sources=sources, anew=True),
+    ]
 
 # %% ../../nbs/methods/cmedl.ipynb #5ce46602
 @patch
-def begin(self:Translating,
-    stage:Stage,      # the stage that begins
-    batches:Callable, # number -> fixed batch
+def begin(
+    self: Translating,
+    stage: Stage,  # the stage that begins
+    batches: Callable,  # number -> fixed batch
 ):
     "Look at two fixed batches: both sides labelled, in [0,1], with as many channels as the networks read. `InputError` otherwise."
     for name, b in ((n, b) for i in range(2) for n, b in batches(i).items()):
-        if b.image.shape[1] != self.channels: raise InputError(f"{name}: the images have {b.image.shape[1]} channels, the networks read {self.channels}. Build them with in_channels={b.image.shape[1]}.")
-        low, high = b.image.min().item(), b.image.max().item()
-        if not (0 <= low and high <= 1): raise InputError(f"{name}: the images go from {low:.3g} to {high:.3g}; translation works in [-1,1], made from [0,1]. Set `intensity` so that the collection gives [0,1].")
-        if max(b.image.shape[2:]) != self.options.side and self.options.pool: raise InputError(f"{name}: the patches have {b.image.shape[2]} x {b.image.shape[3]} px, but side={self.options.side}. Set side to the patch size.")
-        if b.label is None and name != "unlabelled": raise InputError(f"{name}: the images have no labels, and this method learns from the labels of both modalities.")
+        if b.image.shape[1] != self.channels:
+            raise InputError(
+                f"{name}: the images have {b.image.shape[1]} channels, the networks read {self.channels}. Build them with in_channels={b.image.shape[1]}."
+            )
+        low = b.image.min().item()
+        high = b.image.max().item()
+        if not (0 <= low and high <= 1):
+            raise InputError(
+                f"{name}: the images go from {low:.3g} to {high:.3g}; translation works in [-1,1], made from [0,1]. Set `intensity` so that the collection gives [0,1]."
+            )
+        if max(b.image.shape[2:]) != self.options.side and self.options.pool:
+            raise InputError(
+                f"{name}: the patches have {b.image.shape[2]} x {b.image.shape[3]} px, but side={self.options.side}. Set side to the patch size."
+            )
+        if b.label is None and name != "unlabelled":
+            raise InputError(
+                f"{name}: the images have no labels, and this method learns from the labels of both modalities."
+            )
 
 # %% ../../nbs/methods/cmedl.ipynb #8f752dea
 @METHODS.register("cmedl")
 class CMEDL(Translating):
     """CMEDL (Jiang et al. 2021): translator, teacher and student trained together, hints on tapped
     layers of both segmentors."""
+
     Options = CmedlOptions
     teacher = Peer(of="teacher")
     after_training = ("infer", "calibrate")
-    presets = {"paper": CmedlOptions(), "released": CmedlOptions(seg="ce", refresh_fake=True),
-               "recommended": CmedlOptions(seg="house", hint_to="student", beta1=.9)}
-    preset_weights = {"released": {"idt": 5.}, "recommended": {"hint": .1, "hint_g": .1}}
+    presets = {
+        "paper": CmedlOptions(),
+        "released": CmedlOptions(seg="ce", refresh_fake=True),
+        "recommended": CmedlOptions(seg="house", hint_to="student", beta1=0.9),
+    }
+    preset_weights = {"released": {"idt": 5.0}, "recommended": {"hint": 0.1, "hint_g": 0.1}}
 
     @classmethod
     def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
         "As it is made by hand."
         return cls(student, teacher, options, epochs, seed, teacher_learns)
+
     @classmethod
-    def default_weights(cls,
-        options:CmedlOptions, # the choices
-        preset:str="paper",   # those of `preset_weights` differ from it
-    )->dict: # term -> weight, of all terms that these choices have
+    def default_weights(
+        cls,
+        options: CmedlOptions,  # the choices
+        preset: str = "paper",  # those of `preset_weights` differ from it
+    ) -> dict:  # term -> weight, of all terms that these choices have
         "The translator's terms, the segmentors', and what passes between them."
-        context = {"cx": 1. if options.i2i == "cyclegan" else 0.}
-        heard = {} if options.translate_first else {"hint_g": 1., "seg_g": 5.}
-        lessons = {"hint": 1., "kd": 0., "seg": 5., "seg_teacher": 5., "seg_pseudo": 5.,
-                   "seg_fake": 0.}
+        context = {"cx": 1.0 if options.i2i == "cyclegan" else 0.0}
+        heard = {} if options.translate_first else {"hint_g": 1.0, "seg_g": 5.0}
+        lessons = {
+            "hint": 1.0,
+            "kd": 0.0,
+            "seg": 5.0,
+            "seg_teacher": 5.0,
+            "seg_pseudo": 5.0,
+            "seg_fake": 0.0,
+        }
         weights = cls.translator_weights(options) | context | heard | lessons
         changes = cls.preset_weights.get(preset, {})
         return weights | {k: v for k, v in changes.items() if k in weights}
 
     @property
-    def student(self)->nn.Module:
+    def student(self) -> nn.Module:
         "The student; or generator and teacher, if the teacher is to segment translations."
-        if self.options.infer == "student": return self.networks["student"]
+        if self.options.infer == "student":
+            return self.networks["student"]
         return pack(self.part("teacher"), translator_of(self.networks))
 
 # %% ../../nbs/methods/cmedl.ipynb #615fc2e9
 @patch
-def __init__(self:CMEDL,
-    student:nn.Module,   # network to train
-    teacher:nn.Module,   # network of the same architecture; it is trained too
-    options:CmedlOptions=CmedlOptions(), # see `CmedlOptions`
-    epochs:int=10,       # length of the whole run
-    seed:int=0,          # seed of the translation's first weights
-    teacher_learns:bool=True, # False: the teacher stays as it is (a placebo)
+def __init__(
+    self: CMEDL,
+    student: nn.Module,  # network to train
+    teacher: nn.Module,  # network of the same architecture; it is trained too
+    options: CmedlOptions = CmedlOptions(),  # see `CmedlOptions`
+    epochs: int = 10,  # length of the whole run
+    seed: int = 0,  # seed of the translation's first weights
+    teacher_learns: bool = True,  # False: the teacher stays as it is (a placebo)
 ):
     "`InputError` for networks that hints cannot compare."
     Translating.__init__(self, student, options, epochs, seed)
     for what in ("classes", "in_channels"):
         if teacher.config[what] != student.config[what]:
-            raise InputError(f"the teacher has {what}={teacher.config[what]}, the student "
-                             f"{student.config[what]}. CMEDL asks both about the same images: "
-                             "build both with the same.")
+            raise InputError(
+                f"the teacher has {what}={teacher.config[what]}, the student "
+                f"{student.config[what]}. CMEDL asks both about the same images: "
+                "build both with the same."
+            )
     self.learning = ("student", "teacher") if teacher_learns else ("student",)
     (self.networks if teacher_learns else self.frozen)["teacher"] = teacher
     if not teacher_learns:
-        for term in ("seg_teacher", "seg_pseudo"): del self.weights[term]
+        for term in ("seg_teacher", "seg_pseudo"):
+            del self.weights[term]
     self.hints = hint_layers(student, teacher, options.hint)
     self.classes = student.config["classes"]
     self.extractor = self.make_extractor(teacher)
     self.layers = tuple(dict.fromkeys([*self.hints, *self.cx_layers]))
 
+# %% ../../nbs/methods/cmedl.ipynb #d6445702
 @patch
-def make_extractor(self:CMEDL,
-    teacher:nn.Module, # segmentor of the teacher's modality
-)->nn.Module|None: # frozen; None when the features are the teacher's own
+def make_extractor(
+    self: CMEDL,
+    teacher: nn.Module,  # segmentor of the teacher's modality
+) -> nn.Module | None:  # frozen; None when the features are the teacher's own
     "The network whose features the contextual loss compares."
     o = self.options
     self.cx_layers = ()
@@ -523,106 +713,211 @@ def make_extractor(self:CMEDL,
 
 # %% ../../nbs/methods/cmedl.ipynb #9b50a6fd
 @patch
-def translation_terms(self:CMEDL,
-    name:str, # of an update of the translation
-)->Callable: # batch, noise -> terms
+def translation_terms(
+    self: CMEDL,
+    name: str,  # of an update of the translation
+) -> Callable:  # batch, noise -> terms
     "The terms of a translation update; for the generators also `cx`, `hint_g`, `seg_g`, unless the translation is trained alone."
     own = Translating.translation_terms(self, name)
-    if name != "generators": return own
+    if name != "generators":
+        return own
+
     def losses(batch, noise):
         x = self.now(batch, noise)
         context = {"cx": lambda: self.contextual(x)}
-        if self.options.translate_first: return own(batch, noise) | context
-        hint = lambda: hint_loss([x.student[1][n].detach() for n in self.hints], [x.crossed[1][n] for n in self.hints], self.options.hint_reduction)
-        return own(batch, noise) | context | {"hint_g": hint, "seg_g": lambda: self.segmentation(x.crossed[0][:x.n], x.y_s)}
+        if self.options.translate_first:
+            return own(batch, noise) | context
+
+        def hint():
+            return hint_loss(
+                [x.student[1][n].detach() for n in self.hints],
+                [x.crossed[1][n] for n in self.hints],
+                self.options.hint_reduction,
+            )
+
+        return (
+            own(batch, noise)
+            | context
+            | {"hint_g": hint, "seg_g": lambda: self.segmentation(x.crossed[0][: x.n], x.y_s)}
+        )
+
     return losses
 
+# %% ../../nbs/methods/cmedl.ipynb #0722aefe
 @patch
-def contextual(self:CMEDL,
-    x:Iteration, # the iteration
-)->Tensor: # one number
+def contextual(
+    self: CMEDL,
+    x: Iteration,  # the iteration
+) -> Tensor:  # one number
     "Contextual loss of the fakes against real images of the modality, summed over the layers of the extractor."
     o = self.options
-    if self.extractor is None: f, g = [x.crossed[1][n] for n in self.cx_layers], [x.teacher[1][n].detach() for n in self.cx_layers]
+    if self.extractor is None:
+        f = [x.crossed[1][n] for n in self.cx_layers]
+        g = [x.teacher[1][n].detach() for n in self.cx_layers]
     else:
         f = self.extractor(x.tr.fake)
-        with torch.no_grad(): g = self.extractor(x.x_t)
-    n, total = min(len(x.x_s), len(x.x_t)), 0. # image i against image i: they are unpaired anyway
+        with torch.no_grad():
+            g = self.extractor(x.x_t)
+    n = min(len(x.x_s), len(x.x_t))
+    total = 0.0  # image i against image i: they are unpaired anyway
     for k, (a, b) in enumerate(zip(f, g)):
-        inside = [body_mask(v[:n], a.shape[2:]) if o.cx_mask == "body" else None for v in (x.x_s, x.x_t)]
-        total = total + contextual_loss(a[:n], b[:n], o.cx_h, o.cx_direction, *inside, sample=o.cx_sample, generator=x.noise(f"positions {k}"))
+        inside = [
+            body_mask(v[:n], a.shape[2:]) if o.cx_mask == "body" else None for v in (x.x_s, x.x_t)
+        ]
+        total = total + contextual_loss(
+            a[:n],
+            b[:n],
+            o.cx_h,
+            o.cx_direction,
+            *inside,
+            sample=o.cx_sample,
+            generator=x.noise(f"positions {k}"),
+        )
     return total
 
 # %% ../../nbs/methods/cmedl.ipynb #fe421311
 @patch
-def segmentors(self:CMEDL)->list:
+def segmentors(self: CMEDL) -> list:
     "The last update: student and teacher."
     return [Update("segmentors", self.learning, self.segmentor_losses)]
 
+
 @patch
-def segmentor_losses(self:CMEDL,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # term -> function that computes it
+def segmentor_losses(
+    self: CMEDL,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # term -> function that computes it
     "hint, kd, seg, seg_teacher, seg_pseudo, seg_fake, on the forward passes that the generators' update has made."
-    x, o = self.now(batch, noise), self.options
+    x = self.now(batch, noise)
+    o = self.options
     x.let_go()
-    if o.refresh_fake: x = x.again()
+    if o.refresh_fake:
+        x = x.again()
     both = o.hint_to == "both" and "teacher" in self.learning
-    taught = lambda n: x.pseudo[1][n] if both else x.pseudo[1][n].detach()
-    terms = {"hint": lambda: hint_loss([x.student[1][n] for n in self.hints], [taught(n) for n in self.hints], o.hint_reduction),
-             "kd": lambda: soft_label_kl(x.student[0], x.pseudo[0].detach(), o.kd_tau),
-             "seg": lambda: self.segmentation(x.student[0][:x.n], x.y_s),
-             "seg_fake": lambda: self.segmentation(x.run("student", x.tr.fake_s.detach())[0], x.y_t)}
-    if "teacher" not in self.learning: return terms
-    return terms | {"seg_teacher": lambda: self.segmentation(x.teacher[0], x.y_t), "seg_pseudo": lambda: self.segmentation(x.pseudo[0][:x.n], x.y_s)}
+
+    def taught(n):
+        return x.pseudo[1][n] if both else x.pseudo[1][n].detach()
+
+    terms = {
+        "hint": lambda: hint_loss(
+            [x.student[1][n] for n in self.hints], [taught(n) for n in self.hints], o.hint_reduction
+        ),
+        "kd": lambda: soft_label_kl(x.student[0], x.pseudo[0].detach(), o.kd_tau),
+        "seg": lambda: self.segmentation(x.student[0][: x.n], x.y_s),
+        "seg_fake": lambda: self.segmentation(x.run("student", x.tr.fake_s.detach())[0], x.y_t),
+    }
+    if "teacher" not in self.learning:
+        return terms
+    return terms | {
+        "seg_teacher": lambda: self.segmentation(x.teacher[0], x.y_t),
+        "seg_pseudo": lambda: self.segmentation(x.pseudo[0][: x.n], x.y_s),
+    }
 
 # %% ../../nbs/methods/cmedl.ipynb #01fd3e15
 @patch
-def monitor(self:CMEDL,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # name -> number
+def monitor(
+    self: CMEDL,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # name -> number
     "contrast, change, fine, fine_real (see the chapter on CycleGAN), dice_fake (the teacher on translations), rms_student, rms_teacher, critic_right."
     x = Iteration(self, batch, noise)
-    fake, scores = x.tr.fake, x.pseudo[0][:x.n]
+    fake = x.tr.fake
+    scores = x.pseudo[0][: x.n]
     pred = (scores[:, 0] > 0).long() if self.classes == 1 else scores.argmax(1)
-    found = [(2. * ((pred == k) & (x.y_s == k)).sum() + 1) / ((pred == k).sum() + (x.y_s == k).sum() + 1) for k in range(1, max(2, self.classes))]
-    numbers = dict(contrast=contrast_sign(x.x_s, fake), change=change(x.x_s, fake), fine=high_frequency(fake), fine_real=high_frequency(x.x_t), dice_fake=torch.stack(found).mean(),
-                   rms_student=feature_rms([x.student[1][n] for n in self.hints]), rms_teacher=feature_rms([x.pseudo[1][n] for n in self.hints]))
-    cut = .5 if self.options.gan == "lsgan" else 0.
-    if "d_t" in self.networks: numbers["critic_right"] = torch.cat([(self.networks["d_t"](x.x_t) > cut).flatten(), (self.networks["d_t"](fake) < cut).flatten()]).float().mean()
+    found = [
+        (2.0 * ((pred == k) & (x.y_s == k)).sum() + 1)
+        / ((pred == k).sum() + (x.y_s == k).sum() + 1)
+        for k in range(1, max(2, self.classes))
+    ]
+    numbers = dict(
+        contrast=contrast_sign(x.x_s, fake),
+        change=change(x.x_s, fake),
+        fine=high_frequency(fake),
+        fine_real=high_frequency(x.x_t),
+        dice_fake=torch.stack(found).mean(),
+        rms_student=feature_rms([x.student[1][n] for n in self.hints]),
+        rms_teacher=feature_rms([x.pseudo[1][n] for n in self.hints]),
+    )
+    cut = 0.5 if self.options.gan == "lsgan" else 0.0
+    if "d_t" in self.networks:
+        numbers["critic_right"] = (
+            torch.cat(
+                [
+                    (self.networks["d_t"](x.x_t) > cut).flatten(),
+                    (self.networks["d_t"](fake) < cut).flatten(),
+                ]
+            )
+            .float()
+            .mean()
+        )
     return {k: float(v) for k, v in numbers.items()}
 
 # %% ../../nbs/methods/cmedl.ipynb #715ccf50
 @patch
-def finish(self:CMEDL,
-    batches:Callable, # number -> fixed batch
+def finish(
+    self: CMEDL,
+    batches: Callable,  # number -> fixed batch
 ):
     "After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of translations; in training they are a blend of real and translated images."
-    if self.options.infer == "student" or not self.options.calibrate: return
+    if self.options.infer == "student" or not self.options.calibrate:
+        return
     translate = translator_of(self.networks).eval()
-    with torch.no_grad(): images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
+    with torch.no_grad():
+        images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
     calibrate(self.part("teacher"), images)
 
-@patch
-def identity(self:CMEDL)->dict:
-    "Options, length, and a frozen teacher's fingerprint."
-    return {**Translating.identity(self), "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else ""}
 
 @patch
-def check_weights(self:Translating,
-    weights:dict, # term -> weight
+def identity(self: CMEDL) -> dict:
+    "Options, length, and a frozen teacher's fingerprint."
+    return {
+        **Translating.identity(self),
+        "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else "",
+    }
+
+# %% ../../nbs/methods/cmedl.ipynb #33bb499a
+@patch
+def check_weights(
+    self: Translating,
+    weights: dict,  # term -> weight
 ):
     "`InputError` for lessons that need translated images when nothing trains the translation, and for a generator without its critic."
-    needs = [k for k in ("hint", "hint_g", "kd", "seg_g", "seg_pseudo", "seg_fake", "seg_assistant", "kl", "kl_assistant") if weights.get(k)]
-    if needs and not weights["adv"]: raise InputError(f"weights: {', '.join(needs)} need translated images, but adv=0 leaves the translation untrained. Give adv a weight, or set these to 0.")
-    if weights["adv"] and not weights["critic"]: raise InputError("weights: adv without critic lets the generators learn from critics that never learn. Give critic a weight, or set adv to 0.")
+    needs = [
+        k
+        for k in (
+            "hint",
+            "hint_g",
+            "kd",
+            "seg_g",
+            "seg_pseudo",
+            "seg_fake",
+            "seg_assistant",
+            "kl",
+            "kl_assistant",
+        )
+        if weights.get(k)
+    ]
+    if needs and not weights["adv"]:
+        raise InputError(
+            f"weights: {', '.join(needs)} need translated images, but adv=0 leaves the translation untrained. Give adv a weight, or set these to 0."
+        )
+    if weights["adv"] and not weights["critic"]:
+        raise InputError(
+            "weights: adv without critic lets the generators learn from critics that never learn. Give critic a weight, or set adv to 0."
+        )
 
+# %% ../../nbs/methods/cmedl.ipynb #df475b98
 @patch
-def check_weights(self:CMEDL,
-    weights:dict, # term -> weight
+def check_weights(
+    self: CMEDL,
+    weights: dict,  # term -> weight
 ):
     "As for every method that translates; and one line about the features of the contextual loss."
     Translating.check_weights(self, weights)
-    if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg: warnings.warn("no weights of VGG19 were given: the contextual loss uses features of the teacher.", stacklevel=3)
+    if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg:
+        warnings.warn(
+            "no weights of VGG19 were given: the contextual loss uses features of the teacher.",
+            stacklevel=3,
+        )

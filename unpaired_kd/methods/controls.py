@@ -7,7 +7,8 @@ __all__ = ['copy_weights', 'placebo', 'ShuffledLabels', 'placebo_of', 'with_cont
            'BestThreshold']
 
 # %% ../../nbs/methods/controls.ipynb #5d2e0b24
-import copy, zlib
+import copy
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -20,41 +21,47 @@ from ..training.calibrate import calibrate
 
 # %% ../../nbs/methods/controls.ipynb #1b0435b8
 def copy_weights(
-    student:nn.Module, # network to fill
-    teacher:nn.Module, # network of the same architecture
-)->nn.Module: # the student
+    student: nn.Module,  # network to fill
+    teacher: nn.Module,  # network of the same architecture
+) -> nn.Module:  # the student
     "Let the student begin where the teacher ended. `InputError` when architectures differ."
     return load_weights(student, copy.deepcopy(teacher.state_dict()), "a start from the teacher")
 
 # %% ../../nbs/methods/controls.ipynb #9db419ae
 def placebo(
-    teacher:nn.Module, # the true teacher: only its architecture is used
-    images:list,       # batches of the teacher's images (B,C,*s), for the BatchNorm statistics
-    seed:int,          # seed of the random weights
-)->nn.Module: # frozen network that knows nothing
+    teacher: nn.Module,  # the true teacher: only its architecture is used
+    images: list,  # batches of the teacher's images (B,C,*s), for the BatchNorm statistics
+    seed: int,  # seed of the random weights
+) -> nn.Module:  # frozen network that knows nothing
     "A teacher with random weights and calibrated BatchNorm."
-    with seeded(seed, "placebo"): net = type(teacher)(**teacher.config)
+    with seeded(seed, "placebo"):
+        net = type(teacher)(**teacher.config)
     return calibrate(net, images).requires_grad_(False)
 
 # %% ../../nbs/methods/controls.ipynb #d614d1d1
 class ShuffledLabels:
     """A source whose labels are shuffled over the pixels of each batch: as many of each class,
     all in the wrong place."""
-    def __init__(self,
-        source,   # `Patches`
-        seed:int, # seed of the shuffling
+
+    def __init__(
+        self,
+        source,  # `Patches`
+        seed: int,  # seed of the shuffling
     ):
         self.source = source
         self.seed = seed
 
     def __getattr__(self, name):
-        if name.startswith("__") or name == "source": raise AttributeError(name)
+        if name.startswith("__") or name == "source":
+            raise AttributeError(name)
         return getattr(self.source, name)
 
-    def batch(self,
-        step:int, # which batch
-        *more, **kw, # see `Patches.batch`
-    ): # `Batch`
+    def batch(
+        self,
+        step: int,  # which batch
+        *more,
+        **kw,  # see `Patches.batch`
+    ):  # `Batch`
         "Batch number `step`, its labels shuffled; a function of (seed, step)."
         b = self.source.batch(step, *more, **kw)
         generator = torch_rng(self.seed, "shuffled labels", step)
@@ -63,71 +70,87 @@ class ShuffledLabels:
 
 # %% ../../nbs/methods/controls.ipynb #5cf1c071
 def placebo_of(
-    arm:dict, # fields of an arm: method, start, teacher, options ...
-)->dict: # the same with a teacher that was never trained
+    arm: dict,  # fields of an arm: method, start, teacher, options ...
+) -> dict:  # the same with a teacher that was never trained
     "The placebo of an arm: everything but the knowledge."
     start = arm.get("start", "scratch")
     return {**arm, "teacher": "placebo", "start": "placebo" if start == "teacher" else start}
 
+
 def with_controls(
-    arm:dict, # fields of the arm that is examined, e.g. {"method": "lotus", "start": "teacher"}
-)->dict: # name -> fields: alone, fine-tuned, placebo, distilled
+    arm: dict,  # fields of the arm that is examined, e.g. {"method": "lotus", "start": "teacher"}
+) -> dict:  # name -> fields: alone, fine-tuned, placebo, distilled
     "An arm and its three controls."
-    return {"alone": dict(method="single", start="scratch"),
-            "fine-tuned": dict(method="single", start="teacher"),
-            "placebo": placebo_of(arm), "distilled": dict(arm)}
+    return {
+        "alone": dict(method="single", start="scratch"),
+        "fine-tuned": dict(method="single", start="teacher"),
+        "placebo": placebo_of(arm),
+        "distilled": dict(arm),
+    }
 
 # %% ../../nbs/methods/controls.ipynb #62551815
 class Otsu:
     "A student that is a threshold on the first channel: bright is foreground."
-    def predict(self,
-        image, # (C,*s)
-    )->np.ndarray: # (*s) uint8, 0 or 1
+
+    def predict(
+        self,
+        image,  # (C,*s)
+    ) -> np.ndarray:  # (*s) uint8, 0 or 1
         "Foreground where the image is above Otsu's threshold."
         from skimage.filters import threshold_otsu
+
         x = np.asarray(image)[0]
         return (x > threshold_otsu(x)).astype(np.uint8)
 
+
 def standardise_locally(
-    x:np.ndarray, # one channel (*s)
-    size:float,   # standard deviation of the Gaussian that makes a neighbourhood, px
-)->np.ndarray: # the same with mean 0 and variance 1 in every neighbourhood
+    x: np.ndarray,  # one channel (*s)
+    size: float,  # standard deviation of the Gaussian that makes a neighbourhood, px
+) -> np.ndarray:  # the same with mean 0 and variance 1 in every neighbourhood
     "Take a slowly varying background and contrast away."
     from scipy.ndimage import gaussian_filter
+
     mean = gaussian_filter(x.astype(np.float32), size)
     square = gaussian_filter(x.astype(np.float32) ** 2, size)
-    return (x - mean) / np.sqrt(np.maximum(square - mean ** 2, 1e-6))
+    return (x - mean) / np.sqrt(np.maximum(square - mean**2, 1e-6))
 
 # %% ../../nbs/methods/controls.ipynb #8e7c5133
 class BestThreshold:
     """For each image of a collection the threshold with the highest Dice against its own label,
     out of `steps` percentiles: a bound, not a method."""
-    def __init__(self,
-        collection,     # labelled `Collection` with one foreground class
-        steps:int=200,  # thresholds that are tried
-        local:float=0., # first `standardise_locally` with this size, px; 0: no
+
+    def __init__(
+        self,
+        collection,  # labelled `Collection` with one foreground class
+        steps: int = 200,  # thresholds that are tried
+        local: float = 0.0,  # first `standardise_locally` with this size, px; 0: no
     ):
         self.steps = steps
         self.local = local
         natives = map(collection.native, range(len(collection)))
         self.labels = {self.key(n.image): n.label for n in natives}
 
-    def key(self,
-        image, # (C,*s)
-    )->int:
+    def key(
+        self,
+        image,  # (C,*s)
+    ) -> int:
         "A checksum, by which an image is known again."
         return zlib.crc32(np.ascontiguousarray(image))
 
-    def predict(self,
-        image, # (C,*s), one of the collection's
-    )->np.ndarray: # (*s) uint8, 0 or 1
+    def predict(
+        self,
+        image,  # (C,*s), one of the collection's
+    ) -> np.ndarray:  # (*s) uint8, 0 or 1
         "The best of all thresholds. `InputError` for an image that is not in the collection."
         label = self.labels.get(self.key(image))
         if label is None:
-            raise InputError("BestThreshold knows the labels of its own collection only; "
-                             "this image is not in it.")
+            raise InputError(
+                "BestThreshold knows the labels of its own collection only; "
+                "this image is not in it."
+            )
         x = np.asarray(image)[0]
-        if self.local: x = standardise_locally(x, self.local)
+        if self.local:
+            x = standardise_locally(x, self.local)
         levels = np.unique(np.percentile(x, np.linspace(0, 100, self.steps)))
         inside = np.sort(x[label > 0].ravel())
         hits = len(inside) - np.searchsorted(inside, levels, side="right")

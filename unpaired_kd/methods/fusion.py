@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Checked, Count, InputError, seeded
-from ..training.method import Update
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, NoTeacher
+from ..training.method import Update
 from ..translation.cyclegan import to_unit
 from ..translation.translated import AlphaNet, fused, pack
 
@@ -24,20 +24,25 @@ from ..translation.translated import AlphaNet, fused, pack
 @dataclass(frozen=True)
 class FusionOptions(SegmentorOptions, TranslatorOptions, Checked):
     "The choices of fusion: the translator's, the segmentor's, and how the two images meet."
-    translate_first: bool = True # fusion needs a finished translator
+
+    translate_first: bool = True  # fusion needs a finished translator
     fuse: Literal["concat", "weighted"] = "concat"
-    alpha_width: Count = 64      # first channels of the network that balances
+    alpha_width: Count = 64  # first channels of the network that balances
 
     def check(self):
         "`InputError` for what this method is not written for."
         if self.i2i != "cyclegan" or self.unlabelled or not self.translate_first:
-            raise InputError("fusion is written for i2i='cyclegan', translate_first=True, without "
-                             "unlabelled images.")
+            raise InputError(
+                "fusion is written for i2i='cyclegan', translate_first=True, without "
+                "unlabelled images."
+            )
 
+# %% ../../nbs/methods/fusion.ipynb #fbcbf8f6
 @METHODS.register("fusion")
 class Fusion(Translating):
     """Segment an image and its translation together (CMEDL's comparisons CT+pMRI and weighted
     CT+pMRI). The student's network is built anew with twice the channels."""
+
     Options = FusionOptions
     presets = {"recommended": FusionOptions()}
     teacher = NoTeacher()
@@ -48,21 +53,24 @@ class Fusion(Translating):
     def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
         "The student says architecture and size; there is no teacher."
         return cls(student, options, epochs, seed)
+
     @classmethod
-    def default_weights(cls,
-        options:FusionOptions,    # the choices
-        preset:str="recommended", # the only one
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options: FusionOptions,  # the choices
+        preset: str = "recommended",  # the only one
+    ) -> dict:  # term -> weight
         "The translator's, and the labels'."
-        return cls.translator_weights(options) | {"seg": 1.}
+        return cls.translator_weights(options) | {"seg": 1.0}
 
 # %% ../../nbs/methods/fusion.ipynb #f8c4537d
 @patch
-def __init__(self:Fusion,
-    student:nn.Module,   # says architecture and size; not trained itself
-    options:FusionOptions=FusionOptions(), # see `FusionOptions`
-    epochs:int=10,       # length of the whole run
-    seed:int=0,          # seed of all first weights
+def __init__(
+    self: Fusion,
+    student: nn.Module,  # says architecture and size; not trained itself
+    options: FusionOptions = FusionOptions(),  # see `FusionOptions`
+    epochs: int = 10,  # length of the whole run
+    seed: int = 0,  # seed of all first weights
 ):
     "A translator, a segmentor of twice the channels and, with `weighted`, a balance."
     Translating.__init__(self, student, options, epochs, seed)
@@ -73,24 +81,39 @@ def __init__(self:Fusion,
             self.networks["alpha"] = AlphaNet(2 * self.channels, options.alpha_width)
     self.learning = tuple(n for n in ("student", "alpha") if n in self.networks)
 
+
 @patch(as_prop=True)
-def student(self:Fusion)->nn.Module:
+def student(self: Fusion) -> nn.Module:
     "Translator, balance and segmentor in one."
-    return pack(self.networks["student"], self.networks["g_st"], self.options.fuse,
-                self.networks.get("alpha"))
+    return pack(
+        self.networks["student"],
+        self.networks["g_st"],
+        self.options.fuse,
+        self.networks.get("alpha"),
+    )
 
 # %% ../../nbs/methods/fusion.ipynb #24be19af
 @patch
-def segmentors(self:Fusion)->list:
+def segmentors(self: Fusion) -> list:
     "One update for the segmentor and its balance."
     return [Update("segmentor", self.learning, self.losses)]
 
+
 @patch
-def losses(self:Fusion,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # {"seg"}
+def losses(
+    self: Fusion,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # {"seg"}
     "The student's labels, on what the fused network reads."
     x = self.now(batch, noise)
-    both = lambda: fused(to_unit(x.x_s), to_unit(x.tr.fake.detach()), self.options.fuse, self.networks.get("alpha"))
+
+    def both():
+        return fused(
+            to_unit(x.x_s),
+            to_unit(x.tr.fake.detach()),
+            self.options.fuse,
+            self.networks.get("alpha"),
+        )
+
     return {"seg": lambda: self.segmentation(self.networks["student"](both()), x.y_s)}

@@ -18,158 +18,216 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import (Checked, Count, InputError, NonNegative, Positive, Range, Share, seeded,
-                              unknown)
-from ..training.method import Method, Stage, Update
-from ..training.rules import Improvements, NoBetter, Plateau
+from unpaired_kd.core import (
+    Checked,
+    Count,
+    InputError,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    seeded,
+    unknown,
+)
 from ..distillation.class_means import class_mean_kl
 from ..distillation.correspondence import random_same_class
 from ..distillation.diffusion import DiffusionBlock, Projector
 from ..distillation.soft_labels import directed_kl, log_probs
-from ..distillation.variation import class_ifv, label_to, positional_ifv, released_ifv, variation_map
+from unpaired_kd.distillation.variation import (
+    class_ifv,
+    label_to,
+    positional_ifv,
+    released_ifv,
+    variation_map,
+)
 from ..losses.segmentation import released_segmentation_loss, segmentation_loss
 from .registry import METHODS, Expert
-from ..training.calibrate import calibrate
 from .ummkd import OtherNorms
 from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
+from ..training.calibrate import calibrate
+from ..training.method import Method, Stage, Update
+from ..training.rules import Improvements, NoBetter, Plateau
 
 # %% ../../nbs/methods/lotus.ipynb #f8f4e8ee
 @dataclass(frozen=True)
 class FeatureOptions:
     "Which features meet, and how the student's come into the teacher's space."
-    taps: tuple = ("conv9",) # layers whose features are denoised; the last one feeds `head`
-    head: str = "conv10"     # the teacher's layer that turns the last tap into scores
-    stride: Count = 2        # features are average-pooled by this before the lessons
-    projector: Literal["channel", "width", "none"] = "channel" # from the student's features
-    side: Count = 512        # width of the (pooled) features, px; for projector="width" only
-    unit: bool = False       # scale projected features to length 1
-    feature_norm: Literal["channel", "none"] = "channel" # channel: standardise each channel first
+
+    taps: tuple = ("conv9",)  # layers whose features are denoised; the last one feeds `head`
+    head: str = "conv10"  # the teacher's layer that turns the last tap into scores
+    stride: Count = 2  # features are average-pooled by this before the lessons
+    projector: Literal["channel", "width", "none"] = "channel"  # from the student's features
+    side: Count = 512  # width of the (pooled) features, px; for projector="width" only
+    unit: bool = False  # scale projected features to length 1
+    feature_norm: Literal["channel", "none"] = "channel"  # channel: standardise each channel first
 
 # %% ../../nbs/methods/lotus.ipynb #177d64e3
 @dataclass(frozen=True)
 class ComparisonOptions:
     "What is compared with what, and how."
-    teacher_input: Literal["own", "student"] = "own" # the images that the teacher of a lesson sees
-    adabn: bool = False # teacher_input="student": with BatchNorm statistics of those images
-    correspondence: Literal["class", "random", "positional"] = "class" # random: pixel of a class
-    kl_on: Literal["student", "head", "features"] = "student" # see "The terms"
-    kl_direction: Literal["forward", "reverse", "symmetric"] = "symmetric" # forward: KL(t || s)
-    kl_reduction: Literal["pixel", "row"] = "pixel" # row: sum over the width, mean over the rest
-    tau: Positive = 2.       # temperature of the scores
-    ifv_on: Literal["features", "logits"] = "features" # what varies
+
+    teacher_input: Literal["own", "student"] = "own"  # the images that the teacher of a lesson sees
+    adabn: bool = False  # teacher_input="student": with BatchNorm statistics of those images
+    correspondence: Literal["class", "random", "positional"] = "class"  # random: pixel of a class
+    kl_on: Literal["student", "head", "features"] = "student"  # see "The terms"
+    kl_direction: Literal["forward", "reverse", "symmetric"] = "symmetric"  # forward: KL(t || s)
+    kl_reduction: Literal["pixel", "row"] = "pixel"  # row: sum over the width, mean over the rest
+    tau: Positive = 2.0  # temperature of the scores
+    ifv_on: Literal["features", "logits"] = "features"  # what varies
     ifv_classes: tuple = ()  # classes that are compared; empty: all (on logits: no background)
-    quantiles: Annotated[int, Range(least=1, most=10_000)] = 32 # shares of a class in the term
+    quantiles: Annotated[int, Range(least=1, most=10_000)] = 32  # shares of a class in the term
 
 # %% ../../nbs/methods/lotus.ipynb #b54a8008
 @dataclass(frozen=True)
 class DenoisingOptions:
     "How features are denoised, and when the denoiser has learned enough."
-    distill_from: Literal["denoised", "raw", "denoised_then_raw"] = "denoised" # ... by stage
-    phi_grad: bool = True    # whether losses on denoised features also train Phi
-    statistics: Literal["running", "batch", "all"] = "running" # what Phi normalises the way by
-    eta: Share = 0.          # noise of the sampler
-    checkpoint: bool = False # recompute the denoising in the backward pass: less memory, more time
-    rule: Literal["plateau", "no_better", "improvements"] = "plateau" # end of the stage, by gamma
-    patience: Count = 30     # epochs (rule="improvements": their number)
-    delta: NonNegative = .01 # height of the plateau
-    denoise_share: Annotated[float, Range(above=0, most=1)] = .5 # of all epochs at most; 1: all
+
+    distill_from: Literal["denoised", "raw", "denoised_then_raw"] = "denoised"  # ... by stage
+    phi_grad: bool = True  # whether losses on denoised features also train Phi
+    statistics: Literal["running", "batch", "all"] = "running"  # what Phi normalises the way by
+    eta: Share = 0.0  # noise of the sampler
+    checkpoint: bool = False  # recompute the denoising in the backward pass: less memory, more time
+    rule: Literal["plateau", "no_better", "improvements"] = "plateau"  # end of the stage, by gamma
+    patience: Count = 30  # epochs (rule="improvements": their number)
+    delta: NonNegative = 0.01  # height of the plateau
+    denoise_share: Annotated[float, Range(above=0, most=1)] = 0.5  # of all epochs at most; 1: all
 
 # %% ../../nbs/methods/lotus.ipynb #37cac921
 @dataclass(frozen=True)
 class LotusOptions(DenoisingOptions, ComparisonOptions, FeatureOptions, Checked):
     "The choices of LOTUS. Defaults are the preset `recommended`."
-    joint: bool = False      # the student also segments the teacher's images, as in UMMKD
-    dice: Literal["soft", "hard"] = "soft" # hard: of the thresholded mask, without gradient
-    bce: NonNegative = .5    # weight of cross-entropy beside Dice
+
+    joint: bool = False  # the student also segments the teacher's images, as in UMMKD
+    dice: Literal["soft", "hard"] = "soft"  # hard: of the thresholded mask, without gradient
+    bce: NonNegative = 0.5  # weight of cross-entropy beside Dice
 
     def check(self):
         "`InputError` for choices that exclude each other."
         if not self.taps:
             raise InputError("taps is empty: name at least one layer, e.g. ('conv9',).")
         if self.adabn and self.teacher_input == "own":
-            raise InputError("adabn=True adapts the teacher to the student's images; set "
-                             "teacher_input='student' too.")
+            raise InputError(
+                "adabn=True adapts the teacher to the student's images; set "
+                "teacher_input='student' too."
+            )
         if self.kl_reduction == "row" and self.correspondence == "class":
-            raise InputError("kl_reduction='row' sums over positions, which correspondence='class' "
-                             "does not have. Use 'positional' or 'random'.")
+            raise InputError(
+                "kl_reduction='row' sums over positions, which correspondence='class' "
+                "does not have. Use 'positional' or 'random'."
+            )
         if self.ifv_on == "logits" and self.correspondence != "positional":
-            raise InputError("ifv_on='logits' is the release's form and needs "
-                             "correspondence='positional'.")
+            raise InputError(
+                "ifv_on='logits' is the release's form and needs correspondence='positional'."
+            )
 
 # %% ../../nbs/methods/lotus.ipynb #c17273af
 @METHODS.register("lotus")
 class LOTUS(Method):
     """LOTUS (Poles et al., MICCAI 2024): denoise the student's features with a diffusion model of
     the teacher's, distil class scores and class variation. Both modalities are labelled."""
+
     Options = LotusOptions
     teacher = Expert()
     presets = {
         "recommended": LotusOptions(),
         "paper": LotusOptions(
-            stride=1, feature_norm="none", correspondence="positional", kl_on="head",
-            kl_direction="forward", tau=1., phi_grad=False),
+            stride=1,
+            feature_norm="none",
+            correspondence="positional",
+            kl_on="head",
+            kl_direction="forward",
+            tau=1.0,
+            phi_grad=False,
+        ),
         "released": LotusOptions(
-            stride=1, projector="width", unit=True, feature_norm="none",
-            correspondence="positional", kl_on="features", kl_direction="forward",
-            kl_reduction="row", tau=10., ifv_on="logits", distill_from="denoised_then_raw",
-            statistics="all", rule="improvements", patience=24, denoise_share=1., dice="hard")}
+            stride=1,
+            projector="width",
+            unit=True,
+            feature_norm="none",
+            correspondence="positional",
+            kl_on="features",
+            kl_direction="forward",
+            kl_reduction="row",
+            tau=10.0,
+            ifv_on="logits",
+            distill_from="denoised_then_raw",
+            statistics="all",
+            rule="improvements",
+            patience=24,
+            denoise_share=1.0,
+            dice="hard",
+        ),
+    }
 
     @classmethod
-    def default_weights(cls,
-        options:LotusOptions,     # the options
-        preset:str="recommended", # all have the same
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options: LotusOptions,  # the options
+        preset: str = "recommended",  # all have the same
+    ) -> dict:  # term -> weight
         "1 each; with `joint`, 0.3 for the teacher's images."
-        joint = .3 if options.joint else 0.
-        return {"seg": 1., "seg_teacher": joint, "diff": 1., "way": 1., "kl": 1., "ifv": 1.}
+        joint = 0.3 if options.joint else 0.0
+        return {"seg": 1.0, "seg_teacher": joint, "diff": 1.0, "way": 1.0, "kl": 1.0, "ifv": 1.0}
 
     @classmethod
-    def fit(cls,
-        options:LotusOptions, # the options
-        side:int,             # of the patches, px
-    )->LotusOptions: # with the side of the pooled features
+    def fit(
+        cls,
+        options: LotusOptions,  # the options
+        side: int,  # of the patches, px
+    ) -> LotusOptions:  # with the side of the pooled features
         "`InputError` if pooling leaves nothing of a patch."
         if options.stride > side:
-            raise InputError(f"stride={options.stride}: patches of {side} px cannot be pooled by "
-                             "that. Give a smaller stride.")
+            raise InputError(
+                f"stride={options.stride}: patches of {side} px cannot be pooled by "
+                "that. Give a smaller stride."
+            )
         return replace(options, side=side // options.stride)
 
 # %% ../../nbs/methods/lotus.ipynb #589d2ece
 class ChannelScale(nn.Module):
     "Mean and standard deviation of every channel of the frozen teacher's features, measured once."
-    def __init__(self,
-        channels:int, # number of channels
+
+    def __init__(
+        self,
+        channels: int,  # number of channels
     ):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
-    def measure(self,
-        features:list, # of (B,C,*s)
+    def measure(
+        self,
+        features: list,  # of (B,C,*s)
     ):
         "Set the scale from features."
         flat = torch.cat([f.float().transpose(0, 1).flatten(1) for f in features], 1)
         self.mean.copy_(flat.mean(1))
-        self.std.copy_(flat.std(1).clamp_min(1e-3)) # a silent channel stays silent
+        self.std.copy_(flat.std(1).clamp_min(1e-3))  # a silent channel stays silent
 
-    def _shaped(self, f): return [v.view(1, -1, *[1] * (f.ndim - 2)) for v in (self.mean, self.std)]
-    def forward(self,
-        f:Tensor, # features (B,C,*s)
-    )->Tensor: # the same with mean 0 and deviation 1 in every channel
+    def _shaped(self, f):
+        return [v.view(1, -1, *[1] * (f.ndim - 2)) for v in (self.mean, self.std)]
+
+    def forward(
+        self,
+        f: Tensor,  # features (B,C,*s)
+    ) -> Tensor:  # the same with mean 0 and deviation 1 in every channel
         "Take the teacher's scale off."
         m, s = self._shaped(f)
         return (f - m) / s
-    def back(self,
-        f:Tensor, # standardised features (B,C,*s)
-    )->Tensor: # features on the teacher's scale
+
+    def back(
+        self,
+        f: Tensor,  # standardised features (B,C,*s)
+    ) -> Tensor:  # features on the teacher's scale
         "The inverse of `forward`."
         m, s = self._shaped(f)
         return f * s + m
 
+# %% ../../nbs/methods/lotus.ipynb #098d6b44
 def standardise(
-    f:Tensor, # features (B,C,*s)
-)->Tensor: # the same with mean 0 and deviation 1 in every channel of the batch
+    f: Tensor,  # features (B,C,*s)
+) -> Tensor:  # the same with mean 0 and deviation 1 in every channel of the batch
     "Standardise by the batch's own statistics; gradients flow."
     axes = [0, *range(2, f.ndim)]
     var, mean = torch.var_mean(f, axes, keepdim=True)
@@ -178,34 +236,51 @@ def standardise(
 # %% ../../nbs/methods/lotus.ipynb #0995ca12
 class _StudentSide:
     "The student's half of a `Scene`."
+
     def __init__(self, method, batch, noise, clean=True):
-        self.method, self.noise, self.s, self.t, self.o = method, noise, batch["student"], batch["teacher"], method.options
-        self.clean = clean                                                     # whether the lessons see denoised features
-        self.shown = self.s if self.o.teacher_input == "student" else self.t   # what the teacher of the lessons looks at
+        self.method = method
+        self.noise = noise
+        self.s = batch["student"]
+        self.t = batch["teacher"]
+        self.o = method.options
+        self.clean = clean  # whether the lessons see denoised features
+        self.shown = (
+            self.s if self.o.teacher_input == "student" else self.t
+        )  # what the teacher of the lessons looks at
 
     def _run(self, net, image, changed=None):
         with Taps(net, self.o.taps) as taps:
             logits = torch.func.functional_call(net, changed or {}, (image,)).float()
             return logits, {n: self._pool(f.float()) for n, f in taps.take().items()}
 
-    def _pool(self, f): return getattr(F, f"avg_pool{f.ndim - 2}d")(f, self.o.stride) if self.o.stride > 1 else f
+    def _pool(self, f):
+        return getattr(F, f"avg_pool{f.ndim - 2}d")(f, self.o.stride) if self.o.stride > 1 else f
 
     @cached_property
-    def student(self)->tuple:
+    def student(self) -> tuple:
         "(logits (B,K,*s), {tap: pooled features (B,C,*s)}) of the student on its own images."
         return self._run(self.method.student, self.s.image)
+
     @cached_property
-    def bare(self)->dict:
+    def bare(self) -> dict:
         "{tap: the student's features, standardised if the options say so}."
-        return {n: standardise(f) if self.o.feature_norm == "channel" else f for n, f in self.student[1].items()}
+        return {
+            n: standardise(f) if self.o.feature_norm == "channel" else f
+            for n, f in self.student[1].items()
+        }
+
     @cached_property
-    def projected(self)->dict:
+    def projected(self) -> dict:
         "{tap: the same, projected into the teacher's space}."
         return {n: self.method.part("projector", n)(f).float() for n, f in self.bare.items()}
+
     @cached_property
-    def denoised(self)->dict:
+    def denoised(self) -> dict:
         "{tap: (the projected features after denoising, $\\gamma$)}."
-        return {n: self.method.part("diffusion", n).denoise(z, self.noise(f"denoise {n}")) for n, z in self.projected.items()}
+        return {
+            n: self.method.part("diffusion", n).denoise(z, self.noise(f"denoise {n}"))
+            for n, z in self.projected.items()
+        }
 
     def detached(self):
         "The same scene with a student that gets no gradient from it."
@@ -216,343 +291,516 @@ class _StudentSide:
 # %% ../../nbs/methods/lotus.ipynb #8b4fe974
 class Scene(_StudentSide):
     "Everything that the losses of one batch may need, each computed when first asked for."
-    def _scaled(self, fs): return {n: self.method.scale(n)(f) if self.o.feature_norm == "channel" else f for n, f in fs.items()}
+
+    def _scaled(self, fs):
+        return {
+            n: self.method.scale(n)(f) if self.o.feature_norm == "channel" else f
+            for n, f in fs.items()
+        }
 
     @cached_property
-    def teacher(self)->tuple:
+    def teacher(self) -> tuple:
         "(logits (B,K,*s), {tap: pooled features (B,C,*s)}) of the teacher on its own images, without gradient."
         with torch.no_grad():
             return self._run(self.method.frozen["teacher"], self.t.image)
+
     @cached_property
-    def lesson(self)->tuple:
+    def lesson(self) -> tuple:
         "The same on the images that the lessons show it."
-        if self.shown is self.t: return self.teacher
+        if self.shown is self.t:
+            return self.teacher
         expert = self.method.frozen["teacher"]
-        with torch.no_grad(): return self._run(expert, self.s.image, self.method.adapted())
+        with torch.no_grad():
+            return self._run(expert, self.s.image, self.method.adapted())
+
     @cached_property
-    def z_teacher(self)->dict:
+    def z_teacher(self) -> dict:
         "{tap: what $\\Phi$ learns}."
         return self._scaled(self.teacher[1])
+
     @cached_property
-    def z_lesson(self)->dict:
+    def z_lesson(self) -> dict:
         "{tap: what the student is compared with}."
         return self._scaled(self.lesson[1])
 
-    def in_teacher_space(self,
-        n:str, # tap
-    )->Tensor: # (B,C,*s)
+    def in_teacher_space(
+        self,
+        n: str,  # tap
+    ) -> Tensor:  # (B,C,*s)
         "The student's features for the teacher's head: denoised, or projected only."
         return self.denoised[n][0] if self.clean else self.projected[n]
-    def varying(self,
-        n:str, # tap
-    )->Tensor: # (B,C,*s)
+
+    def varying(
+        self,
+        n: str,  # tap
+    ) -> Tensor:  # (B,C,*s)
         "The student's features for the variation map: denoised, or bare."
         return self.denoised[n][0] if self.clean else self.bare[n]
 
 # %% ../../nbs/methods/lotus.ipynb #9ab24125
 class NormStatistics(nn.Module):
     "BatchNorm statistics of a frozen network on other images than its own."
-    def __init__(self,
-        net:nn.Module, # the network
+
+    def __init__(
+        self,
+        net: nn.Module,  # the network
     ):
         super().__init__()
-        for name, b in net.named_buffers(): self.register_buffer(name.replace(".", "/"), b.clone())
+        for name, b in net.named_buffers():
+            self.register_buffer(name.replace(".", "/"), b.clone())
 
-    def measure(self,
-        net:nn.Module, # the network; not changed
-        images:list,   # of (B,C,*s)
+    def measure(
+        self,
+        net: nn.Module,  # the network; not changed
+        images: list,  # of (B,C,*s)
     ):
         "Set the statistics from images."
-        for name, b in calibrate(copy.deepcopy(net), images).named_buffers(): self.get_buffer(name.replace(".", "/")).copy_(b)
+        for name, b in calibrate(copy.deepcopy(net), images).named_buffers():
+            self.get_buffer(name.replace(".", "/")).copy_(b)
 
-    def state(self)->dict:
+    def state(self) -> dict:
         "For `torch.func.functional_call`."
         return {name.replace("/", "."): b for name, b in self.named_buffers()}
 
 # %% ../../nbs/methods/lotus.ipynb #58fea979
 def channels_at(
-    who:str,       # student | teacher, for the message
-    net:nn.Module, # the network
-    taps:tuple,    # names of layers
-)->dict: # tap -> channels
+    who: str,  # student | teacher, for the message
+    net: nn.Module,  # the network
+    taps: tuple,  # names of layers
+) -> dict:  # tap -> channels
     "`InputError`, with the network, for a layer that it does not have."
-    try: return tap_channels(net, taps)
+    try:
+        return tap_channels(net, taps)
     except InputError as e:
-        raise InputError(f"the {who}, a {type(net).__name__}: {e} `taps` names layers that both "
-                         "networks have.") from None
+        raise InputError(
+            f"the {who}, a {type(net).__name__}: {e} `taps` names layers that both networks have."
+        ) from None
+
 
 def check_joint_input(
-    student:nn.Module,    # network to train
-    teacher:nn.Module,    # trained network of the other modality
-    options:LotusOptions, # see `LotusOptions`
+    student: nn.Module,  # network to train
+    teacher: nn.Module,  # trained network of the other modality
+    options: LotusOptions,  # see `LotusOptions`
 ):
     "`InputError` if one network is to see the other's images and reads another number of channels."
-    reads, gives = teacher.config["in_channels"], student.config["in_channels"]
-    shared = [w for w, on in (("teacher_input='student'", options.teacher_input == "student"),
-                              ("joint=True", options.joint)) if on]
+    reads = teacher.config["in_channels"]
+    gives = student.config["in_channels"]
+    shared = [
+        w
+        for w, on in (
+            ("teacher_input='student'", options.teacher_input == "student"),
+            ("joint=True", options.joint),
+        )
+        if on
+    ]
     if shared and reads != gives:
-        raise InputError(f"the teacher reads {reads} channels, the student {gives}: {shared[0]} "
-                         "shows both the same images. Build both with the same in_channels.")
+        raise InputError(
+            f"the teacher reads {reads} channels, the student {gives}: {shared[0]} "
+            "shows both the same images. Build both with the same in_channels."
+        )
 
 # %% ../../nbs/methods/lotus.ipynb #dd6ec56c
 def check_networks(
-    student:nn.Module,    # network to train
-    teacher:nn.Module,    # trained network of the other modality
-    options:LotusOptions, # see `LotusOptions`
-)->tuple: # ({tap: channels of the student}, {tap: channels of the teacher}, the teacher's head)
+    student: nn.Module,  # network to train
+    teacher: nn.Module,  # trained network of the other modality
+    options: LotusOptions,  # see `LotusOptions`
+) -> tuple:  # ({tap: channels of the student}, {tap: channels of the teacher}, the teacher's head)
     "Raise `InputError` when the networks score different classes, or a class, tap or head of the options is not theirs."
     c_s = channels_at("student", student, options.taps)
     c_t = channels_at("teacher", teacher, options.taps)
     classes = student.config["classes"]
-    if teacher.config["classes"] != classes: raise InputError(f"the teacher scores {teacher.config['classes']} classes, the student {classes}. Both must be built for the same class list.")
+    if teacher.config["classes"] != classes:
+        raise InputError(
+            f"the teacher scores {teacher.config['classes']} classes, the student {classes}. Both must be built for the same class list."
+        )
     check_joint_input(student, teacher, options)
     odd = [k for k in options.ifv_classes if not 0 <= k < max(2, classes)]
-    if odd: raise InputError(f"ifv_classes holds {odd[0]}; the classes are 0 to {max(2, classes) - 1}.")
-    head, last = dict(teacher.named_modules()).get(options.head), options.taps[-1]
-    if head is None: raise InputError(unknown("layer of the teacher", options.head, dict(teacher.named_modules())))
+    if odd:
+        raise InputError(f"ifv_classes holds {odd[0]}; the classes are 0 to {max(2, classes) - 1}.")
+    head = dict(teacher.named_modules()).get(options.head)
+    last = options.taps[-1]
+    if head is None:
+        raise InputError(
+            unknown("layer of the teacher", options.head, dict(teacher.named_modules()))
+        )
     reads = getattr(head, "in_channels", c_t[last])
-    if options.kl_on != "features" and reads != c_t[last]: raise InputError(f"head {options.head!r} reads {reads} channels, but the last tap {last!r} has {c_t[last]}. Name as last tap the layer before the head.")
+    if options.kl_on != "features" and reads != c_t[last]:
+        raise InputError(
+            f"head {options.head!r} reads {reads} channels, but the last tap {last!r} has {c_t[last]}. Name as last tap the layer before the head."
+        )
     return c_s, c_t, head
 
 # %% ../../nbs/methods/lotus.ipynb #9a161ffc
 @patch
-def __init__(self:LOTUS,
-    student:nn.Module,            # network to train
-    teacher:nn.Module,            # trained network of the other modality; never changed
-    options:LotusOptions=LotusOptions(), # see `LotusOptions`
-    epochs:int=10,                # length of the whole run; the denoising stage gets a share of it
-    seed:int=0,                   # seed of the first weights of projector and diffusion block
+def __init__(
+    self: LOTUS,
+    student: nn.Module,  # network to train
+    teacher: nn.Module,  # trained network of the other modality; never changed
+    options: LotusOptions = LotusOptions(),  # see `LotusOptions`
+    epochs: int = 10,  # length of the whole run; the denoising stage gets a share of it
+    seed: int = 0,  # seed of the first weights of projector and diffusion block
 ):
     "`InputError` for unknown layers, or when the two networks score different classes."
     o = options
     if epochs < 2 and o.denoise_share < 1:
-        raise InputError(f"epochs={epochs}: LOTUS has two stages and needs at least one epoch for "
-                         "each.")
+        raise InputError(
+            f"epochs={epochs}: LOTUS has two stages and needs at least one epoch for each."
+        )
     c_s, c_t, self.head = check_networks(student, teacher, o)
     self.options = o
     self.epochs = epochs
     self.classes = student.config["classes"]
     dims = student.config["dims"]
-    def each(make): # a part for each tap
+
+    def each(make):  # a part for each tap
         return nn.ModuleDict({n.replace(".", "_"): make(n) for n in o.taps})
+
     with seeded(seed, "lotus"):
-        self.networks = {"student": student,
-            "projector": each(lambda n: Projector(c_s[n], c_t[n], dims, kind=o.projector,
-                                                  unit=o.unit, side=o.side)),
-            "diffusion": each(lambda n: DiffusionBlock(c_t[n], dims, eta=o.eta, phi_grad=o.phi_grad,
-                                                       checkpoint=o.checkpoint,
-                                                       statistics=o.statistics)),
-            "scale": each(lambda n: ChannelScale(c_t[n]))}
-    if o.adabn: self.networks["adabn"] = NormStatistics(teacher)
-    if o.joint: self.networks["norms"] = OtherNorms(student)
+        self.networks = {
+            "student": student,
+            "projector": each(
+                lambda n: Projector(
+                    c_s[n], c_t[n], dims, kind=o.projector, unit=o.unit, side=o.side
+                )
+            ),
+            "diffusion": each(
+                lambda n: DiffusionBlock(
+                    c_t[n],
+                    dims,
+                    eta=o.eta,
+                    phi_grad=o.phi_grad,
+                    checkpoint=o.checkpoint,
+                    statistics=o.statistics,
+                )
+            ),
+            "scale": each(lambda n: ChannelScale(c_t[n])),
+        }
+    if o.adabn:
+        self.networks["adabn"] = NormStatistics(teacher)
+    if o.joint:
+        self.networks["norms"] = OtherNorms(student)
     self.frozen = {"teacher": teacher.eval().requires_grad_(False)}
     self.weights = self.default_weights(o)
     self.counts = {}
 
 # %% ../../nbs/methods/lotus.ipynb #e229a200
 @patch
-def identity(self:LOTUS)->dict:
+def identity(self: LOTUS) -> dict:
     "The options, the length and the teacher: all decide the result."
-    return dict(options=asdict(self.options), epochs=self.epochs,
-                teacher=weights_digest(self.frozen["teacher"]))
+    return dict(
+        options=asdict(self.options),
+        epochs=self.epochs,
+        teacher=weights_digest(self.frozen["teacher"]),
+    )
+
 
 @patch
-def adapted(self:LOTUS)->dict|None:
+def adapted(self: LOTUS) -> dict | None:
     "The teacher's norms on the student's images, with `adabn`; else None."
     return self.networks["adabn"].state() if self.options.adabn else None
 
+
 @patch
-def check_weights(self:LOTUS,
-    weights:dict, # term -> weight
+def check_weights(
+    self: LOTUS,
+    weights: dict,  # term -> weight
 ):
     "`InputError` for a weight of the teacher's images when the student does not see them."
     if weights["seg_teacher"] and not self.options.joint:
-        raise InputError("the term 'seg_teacher' exists with the option joint=true only. Set it, "
-                         "or leave the weight out.")
+        raise InputError(
+            "the term 'seg_teacher' exists with the option joint=true only. Set it, "
+            "or leave the weight out."
+        )
 
 # %% ../../nbs/methods/lotus.ipynb #1cc9c60f
 @patch
-def part(self:LOTUS,
-    name:str, # projector | diffusion | scale
-    tap:str,  # name of the layer
-)->nn.Module: # the network
+def part(
+    self: LOTUS,
+    name: str,  # projector | diffusion | scale
+    tap: str,  # name of the layer
+) -> nn.Module:  # the network
     "The network `name` (projector, diffusion, scale) of one tap."
     return self.networks[name][tap.replace(".", "_")]
 
+
 @patch
-def scale(self:LOTUS,
-    tap:str, # name of the layer
-)->ChannelScale:
+def scale(
+    self: LOTUS,
+    tap: str,  # name of the layer
+) -> ChannelScale:
     "The teacher's channel scale of one tap."
     return self.part("scale", tap)
 
 # %% ../../nbs/methods/lotus.ipynb #31109077
-RULES = {"plateau": lambda o: Plateau("gamma", o.patience, o.delta), "no_better": lambda o: NoBetter("gamma", o.patience),
-         "improvements": lambda o: Improvements("gamma", o.patience)}
+RULES = {
+    "plateau": lambda o: Plateau("gamma", o.patience, o.delta),
+    "no_better": lambda o: NoBetter("gamma", o.patience),
+    "improvements": lambda o: Improvements("gamma", o.patience),
+}
+
 
 @patch
-def stages(self:LOTUS)->list:
+def stages(self: LOTUS) -> list:
     "denoise, until gamma obeys the rule; then distil."
     o = self.options
-    longest = self.epochs if o.denoise_share == 1 else min(self.epochs - 1, max(1, round(o.denoise_share * self.epochs)))
+    longest = (
+        self.epochs
+        if o.denoise_share == 1
+        else min(self.epochs - 1, max(1, round(o.denoise_share * self.epochs)))
+    )
     learns = ("student", "norms") if o.joint else ("student",)
-    return [Stage("denoise", [Update("student", (*learns, "projector", "diffusion"), self.denoise_losses)], epochs=longest, until=RULES[o.rule](o)),
-            Stage("distil", [Update("student", learns, self.distil_losses)])]
+    return [
+        Stage(
+            "denoise",
+            [Update("student", (*learns, "projector", "diffusion"), self.denoise_losses)],
+            epochs=longest,
+            until=RULES[o.rule](o),
+        ),
+        Stage("distil", [Update("student", learns, self.distil_losses)]),
+    ]
 
+# %% ../../nbs/methods/lotus.ipynb #78f94a91
 @patch
-def denoise_losses(self:LOTUS,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # term -> function that computes it
+def denoise_losses(
+    self: LOTUS,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # term -> function that computes it
     "$L_{seg} + \\lambda_1 L_{diff} + \\lambda_2 L_{kl}$, and `way`, from which adapter, projector and transformation (not the student) learn when `kl` is on the student's scores."
     x = Scene(self, batch, noise, clean=self.options.distill_from != "raw")
-    way = {"way": lambda: self.kl_head(x.detached())} if self.options.kl_on == "student" and x.clean else {}
-    return {"seg": lambda: self.seg(x), **self.company(x), "diff": lambda: self.diff(x), "kl": lambda: self.kl(x), **way}
+    way = (
+        {"way": lambda: self.kl_head(x.detached())}
+        if self.options.kl_on == "student" and x.clean
+        else {}
+    )
+    return {
+        "seg": lambda: self.seg(x),
+        **self.company(x),
+        "diff": lambda: self.diff(x),
+        "kl": lambda: self.kl(x),
+        **way,
+    }
 
+# %% ../../nbs/methods/lotus.ipynb #a0b45ed5
 @patch
-def distil_losses(self:LOTUS,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # term -> function that computes it
+def distil_losses(
+    self: LOTUS,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # term -> function that computes it
     "$L_{seg} + \\lambda_2 L_{kl} + \\lambda_3 L_{ifv}$, with the diffusion block frozen."
     x = Scene(self, batch, noise, clean=self.options.distill_from == "denoised")
-    return {"seg": lambda: self.seg(x), **self.company(x), "kl": lambda: self.kl(x), "ifv": lambda: self.ifv(x)}
+    return {
+        "seg": lambda: self.seg(x),
+        **self.company(x),
+        "kl": lambda: self.kl(x),
+        "ifv": lambda: self.ifv(x),
+    }
+
 
 @patch
-def company(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->dict: # term -> function, perhaps empty
+def company(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> dict:  # term -> function, perhaps empty
     "With `joint`, the term `seg_teacher`: the student's kernels, the teacher's norms, images and labels."
-    if not self.options.joint: return {}
-    return {"seg_teacher": lambda: segmentation_loss(self.networks["norms"](self.student, x.t.image).float(), x.t.label, bce=self.options.bce)}
+    if not self.options.joint:
+        return {}
+    return {
+        "seg_teacher": lambda: segmentation_loss(
+            self.networks["norms"](self.student, x.t.image).float(), x.t.label, bce=self.options.bce
+        )
+    }
 
 # %% ../../nbs/methods/lotus.ipynb #7fda108c
 @patch
-def seg(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
+def seg(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
     "Dice and cross-entropy on the student's labels."
     loss = segmentation_loss if self.options.dice == "soft" else released_segmentation_loss
     return loss(x.student[0], x.s.label, bce=self.options.bce)
 
+
 @patch
-def diff(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
+def diff(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
     "$L_{diff}$ (equation 2), mean over the taps."
-    return torch.stack([self.part("diffusion", n).loss(z.detach(), x.noise(f"diff {n}")) for n, z in x.z_teacher.items()]).mean()
+    return torch.stack(
+        [
+            self.part("diffusion", n).loss(z.detach(), x.noise(f"diff {n}"))
+            for n, z in x.z_teacher.items()
+        ]
+    ).mean()
 
 # %% ../../nbs/methods/lotus.ipynb #43a4b4eb
 @patch
-def count_skipped(self:LOTUS,
-    y_s:Tensor, # labels of the student's side
-    y_t:Tensor, # labels of the teacher's side
+def count_skipped(
+    self: LOTUS,
+    y_s: Tensor,  # labels of the student's side
+    y_t: Tensor,  # labels of the teacher's side
 ):
     "Count the class-wise comparisons that cannot be made because only one side of this batch shows the class. The history has their mean per batch as `skipped`."
-    shown = lambda y: torch.stack([(y == k).any() for k in range(max(2, self.classes))])
+
+    def shown(y):
+        return torch.stack([(y == k).any() for k in range(max(2, self.classes))])
+
     self.counts["skipped"] = self.counts.get("skipped", 0) + (shown(y_s) != shown(y_t)).sum()
 
+
 @patch
-def compare_scores(self:LOTUS,
-    x:Scene,           # the scene of the batch
-    scores:Tensor,     # of the student's side (B,K,*s)
-    of_teacher:Tensor, # of the teacher's side (B,K,*s)
-)->Tensor: # one number
+def compare_scores(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+    scores: Tensor,  # of the student's side (B,K,*s)
+    of_teacher: Tensor,  # of the teacher's side (B,K,*s)
+) -> Tensor:  # one number
     "KL between two maps of scores: class by class, with a random member of the class, or position by position."
-    o, classes = self.options, max(2, self.classes)
-    y_s, y_t = label_to(scores, x.s.label), label_to(of_teacher, x.shown.label)
-    if o.correspondence != "positional": self.count_skipped(y_s, y_t)
-    if o.correspondence == "class": return class_mean_kl(scores, y_s, of_teacher, y_t, classes, o.tau, o.kl_direction, tau_squared=False)
+    o = self.options
+    classes = max(2, self.classes)
+    y_s = label_to(scores, x.s.label)
+    y_t = label_to(of_teacher, x.shown.label)
+    if o.correspondence != "positional":
+        self.count_skipped(y_s, y_t)
+    if o.correspondence == "class":
+        return class_mean_kl(
+            scores, y_s, of_teacher, y_t, classes, o.tau, o.kl_direction, tau_squared=False
+        )
     found = torch.ones_like(y_s, dtype=torch.bool)
-    if o.correspondence == "random": of_teacher, found = random_same_class(of_teacher, y_t, y_s, classes, x.noise("partners"))
+    if o.correspondence == "random":
+        of_teacher, found = random_same_class(of_teacher, y_t, y_s, classes, x.noise("partners"))
     d = directed_kl(log_probs(scores, o.tau), log_probs(of_teacher, o.tau), o.kl_direction)
     mean = (d * found).sum() / found.sum().clamp_min(1)
     return mean * scores.shape[-1] / scores.shape[1] if o.kl_reduction == "row" else mean
 
 # %% ../../nbs/methods/lotus.ipynb #aa1d4b96
 @patch
-def kl_head(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
+def kl_head(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
     "KL on what the teacher's frozen head says about the student's features."
     n = self.options.taps[-1]
     z = x.in_teacher_space(n)
     z = self.scale(n).back(z) if self.options.feature_norm == "channel" else z
     return self.compare_scores(x, self.head(z).float(), self.head(x.lesson[1][n]).float())
 
-@patch
-def kl_features(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
-    "KL with the channels of the features as if they were classes: the release's form, mean over the taps."
-    return torch.stack([self.compare_scores(x, x.in_teacher_space(n), x.z_lesson[n]) for n in self.options.taps]).mean()
 
 @patch
-def kl(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
+def kl_features(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
+    "KL with the channels of the features as if they were classes: the release's form, mean over the taps."
+    return torch.stack(
+        [self.compare_scores(x, x.in_teacher_space(n), x.z_lesson[n]) for n in self.options.taps]
+    ).mean()
+
+
+@patch
+def kl(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
     "$L_{kl}$ (equation 4) on what `kl_on` names."
-    if self.options.kl_on == "student": return self.compare_scores(x, x.student[0], x.lesson[0])
+    if self.options.kl_on == "student":
+        return self.compare_scores(x, x.student[0], x.lesson[0])
     return self.kl_head(x) if self.options.kl_on == "head" else self.kl_features(x)
 
 # %% ../../nbs/methods/lotus.ipynb #df3526ac
 @patch
-def compare_variation(self:LOTUS,
-    x:Scene,    # the scene of the batch
-    f_s:Tensor, # features of the student's side (B,C,*s)
-    f_t:Tensor, # features of the teacher's side (B,C,*s)
-)->Tensor: # one number
+def compare_variation(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+    f_s: Tensor,  # features of the student's side (B,C,*s)
+    f_t: Tensor,  # features of the teacher's side (B,C,*s)
+) -> Tensor:  # one number
     "Variation maps of two sides, compared as `correspondence` says."
-    o, classes = self.options, max(2, self.classes)
-    y_s, y_t = label_to(f_s, x.s.label), label_to(f_t, x.shown.label)
-    if o.correspondence != "positional": self.count_skipped(y_s, y_t)
-    if o.correspondence == "class": return class_ifv(f_s, y_s, f_t, y_t, classes, o.quantiles, o.ifv_classes or None)
-    m_s, m_t, found = variation_map(f_s, y_s, classes), variation_map(f_t, y_t, classes), torch.ones_like(y_s, dtype=torch.bool)
+    o = self.options
+    classes = max(2, self.classes)
+    y_s = label_to(f_s, x.s.label)
+    y_t = label_to(f_t, x.shown.label)
+    if o.correspondence != "positional":
+        self.count_skipped(y_s, y_t)
+    if o.correspondence == "class":
+        return class_ifv(f_s, y_s, f_t, y_t, classes, o.quantiles, o.ifv_classes or None)
+    m_s = variation_map(f_s, y_s, classes)
+    m_t = variation_map(f_t, y_t, classes)
+    found = torch.ones_like(y_s, dtype=torch.bool)
     if o.correspondence == "random":
-        m_t, found = random_same_class(m_t[:, None], y_t, y_s, classes, x.noise("partners of the variation"))
+        m_t, found = random_same_class(
+            m_t[:, None], y_t, y_s, classes, x.noise("partners of the variation")
+        )
         m_t = m_t[:, 0]
-    if o.ifv_classes: found = found & torch.isin(y_s, y_s.new_tensor(o.ifv_classes))
+    if o.ifv_classes:
+        found = found & torch.isin(y_s, y_s.new_tensor(o.ifv_classes))
     return positional_ifv(m_s, m_t, found)
 
+# %% ../../nbs/methods/lotus.ipynb #95094c70
 @patch
-def ifv(self:LOTUS,
-    x:Scene, # the scene of the batch
-)->Tensor: # one number
+def ifv(
+    self: LOTUS,
+    x: Scene,  # the scene of the batch
+) -> Tensor:  # one number
     "$L_{ifv}$ (equations 5 and 6), mean over the taps; or on the logits, as released."
     o = self.options
-    if o.ifv_on == "features": return torch.stack([self.compare_variation(x, x.varying(n), x.z_lesson[n]) for n in o.taps]).mean()
-    return released_ifv(x.student[0], x.s.label, x.lesson[0], x.shown.label, o.ifv_classes or tuple(range(1, max(2, self.classes))))
+    if o.ifv_on == "features":
+        return torch.stack(
+            [self.compare_variation(x, x.varying(n), x.z_lesson[n]) for n in o.taps]
+        ).mean()
+    return released_ifv(
+        x.student[0],
+        x.s.label,
+        x.lesson[0],
+        x.shown.label,
+        o.ifv_classes or tuple(range(1, max(2, self.classes))),
+    )
 
 # %% ../../nbs/methods/lotus.ipynb #00c3ec36
 @patch
-def begin(self:LOTUS,
-    stage:Stage,      # the stage that begins
-    batches:Callable, # number -> fixed batch
+def begin(
+    self: LOTUS,
+    stage: Stage,  # the stage that begins
+    batches: Callable,  # number -> fixed batch
 ):
     "Measure the scale of the teacher's features (and its statistics on the student's images) on eight fixed batches, once."
-    if stage.name != "denoise": return
+    if stage.name != "denoise":
+        return
     fixed = [batches(i) for i in range(8)]
     if self.options.adabn:
         seen = [b["student"].image for b in fixed]
         self.networks["adabn"].measure(self.frozen["teacher"], seen)
-    if self.options.feature_norm == "none": return
-    seen = [Scene(self, b, None).teacher[1] for b in fixed] # pooled, as the lessons see them
-    for n in self.options.taps: self.scale(n).measure([s[n] for s in seen])
+    if self.options.feature_norm == "none":
+        return
+    seen = [Scene(self, b, None).teacher[1] for b in fixed]  # pooled, as the lessons see them
+    for n in self.options.taps:
+        self.scale(n).measure([s[n] for s in seen])
 
+# %% ../../nbs/methods/lotus.ipynb #6b6e0c3b
 @patch
-def monitor(self:LOTUS,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict:
+def monitor(
+    self: LOTUS,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:
     "gamma, the share of the student's own features in the mixture, mean over images and taps."
     x = Scene(self, batch, noise)
-    return {"gamma": torch.stack([self.gamma(n, z).mean() for n, z in x.projected.items()]).mean().item()}
+    return {
+        "gamma": torch.stack([self.gamma(n, z).mean() for n, z in x.projected.items()])
+        .mean()
+        .item()
+    }
+
 
 @patch
-def gamma(self:LOTUS,
-    tap:str,  # name of the layer
-    z:Tensor, # projected student features (B,C,*s)
-)->Tensor: # $\gamma$ (B,)
+def gamma(
+    self: LOTUS,
+    tap: str,  # name of the layer
+    z: Tensor,  # projected student features (B,C,*s)
+) -> Tensor:  # $\gamma$ (B,)
     "The adapter's gamma (B,) for projected student features."
     block = self.part("diffusion", tap)
     return block.adapter(block.trans(z))

@@ -15,29 +15,33 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import Checked, InputError, Positive
-from ..training.method import Update
 from ..distillation.soft_labels import soft_label_kl
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, Peer
+from ..training.method import Update
 from ..translation.translated import unite
 
 # %% ../../nbs/methods/mutual.ipynb #05279950
 @dataclass(frozen=True)
 class MutualOptions(SegmentorOptions, TranslatorOptions, Checked):
     "The choices of mutual distillation: the translator's and the segmentors'."
-    translate_first: bool = True # the segmentors learn from a finished translator
-    kd_tau: Positive = 2.        # temperature of the soft labels
+
+    translate_first: bool = True  # the segmentors learn from a finished translator
+    kd_tau: Positive = 2.0  # temperature of the soft labels
 
     def check(self):
         "`InputError` for what this method is not written for."
         if self.i2i != "cyclegan" or self.unlabelled:
-            raise InputError("mutual distillation is written for i2i='cyclegan' without unlabelled "
-                             "images.")
+            raise InputError(
+                "mutual distillation is written for i2i='cyclegan' without unlabelled images."
+            )
 
+# %% ../../nbs/methods/mutual.ipynb #8ac35045
 @METHODS.register("mutual")
 class Mutual(Translating):
     """Online mutual distillation (Li et al. 2020) on CycleGAN translations of the teacher's images.
     What leaves the house is the mean of both segmentors."""
+
     Options = MutualOptions
     presets = {"recommended": MutualOptions()}
     teacher = Peer(of="student")
@@ -45,56 +49,74 @@ class Mutual(Translating):
     learning = ("student", "assistant")
 
     @classmethod
-    def default_weights(cls,
-        options:MutualOptions,    # the choices
-        preset:str="recommended", # the only one
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options: MutualOptions,  # the choices
+        preset: str = "recommended",  # the only one
+    ) -> dict:  # term -> weight
         "The translator's, and one half for each divergence."
-        lessons = {"seg": 1., "seg_assistant": 1., "kl": .5, "kl_assistant": .5}
+        lessons = {"seg": 1.0, "seg_assistant": 1.0, "kl": 0.5, "kl_assistant": 0.5}
         return cls.translator_weights(options) | lessons
 
     @property
-    def student(self)->nn.Module:
+    def student(self) -> nn.Module:
         "Both segmentors, averaged."
         return unite(self.networks["student"], self.networks["assistant"])
 
 # %% ../../nbs/methods/mutual.ipynb #8ca782cc
 @patch
-def __init__(self:Mutual,
-    student:nn.Module,   # segmentor of real images
-    assistant:nn.Module, # segmentor of translated images, the same input and classes
-    options:MutualOptions=MutualOptions(), # see `MutualOptions`
-    epochs:int=10,       # length of the whole run
-    seed:int=0,          # seed of the translation's first weights
+def __init__(
+    self: Mutual,
+    student: nn.Module,  # segmentor of real images
+    assistant: nn.Module,  # segmentor of translated images, the same input and classes
+    options: MutualOptions = MutualOptions(),  # see `MutualOptions`
+    epochs: int = 10,  # length of the whole run
+    seed: int = 0,  # seed of the translation's first weights
 ):
     "`InputError` for an assistant that reads other channels or scores other classes."
     Translating.__init__(self, student, options, epochs, seed)
     for what in ("in_channels", "classes"):
         if assistant.config[what] != student.config[what]:
-            raise InputError(f"the assistant has {what}={assistant.config[what]}, the student "
-                             f"{student.config[what]}. Their answers are averaged: build both with "
-                             "the same.")
+            raise InputError(
+                f"the assistant has {what}={assistant.config[what]}, the student "
+                f"{student.config[what]}. Their answers are averaged: build both with "
+                "the same."
+            )
     self.networks["assistant"] = assistant
 
 # %% ../../nbs/methods/mutual.ipynb #9775e77c
 @patch
-def segmentors(self:Mutual)->list:
+def segmentors(self: Mutual) -> list:
     "One update for both."
     return [Update("segmentors", self.learning, self.losses)]
 
+
 @patch
-def losses(self:Mutual,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # {"seg", "seg_assistant", "kl", "kl_assistant"}
+def losses(
+    self: Mutual,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # {"seg", "seg_assistant", "kl", "kl_assistant"}
     "Labels of its own modality for each, soft labels of the other."
     x = self.now(batch, noise)
     x.let_go()
     fake = cache(lambda: x.tr.fake_s.detach())
     images = {"real": lambda: x.x_s, "fake": fake}
     says = cache(lambda who, what: x.run(who, images[what]())[0])
+
     @torch.no_grad()
-    def guide(who, what): return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[0] # at test both see real images
-    return {"seg": lambda: self.segmentation(says("student", "real"), x.y_s), "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
-            "kl": lambda: soft_label_kl(says("student", "real"), guide("assistant", "real"), self.options.kd_tau),
-            "kl_assistant": lambda: soft_label_kl(says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau)}
+    def guide(who, what):
+        return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[
+            0
+        ]  # at test both see real images
+
+    return {
+        "seg": lambda: self.segmentation(says("student", "real"), x.y_s),
+        "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
+        "kl": lambda: soft_label_kl(
+            says("student", "real"), guide("assistant", "real"), self.options.kd_tau
+        ),
+        "kl_assistant": lambda: soft_label_kl(
+            says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau
+        ),
+    }

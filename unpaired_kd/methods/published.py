@@ -17,33 +17,37 @@ from .registry import method_class
 @dataclass(frozen=True)
 class Row:
     "A row of a published table, or a question asked like one."
-    paper: str      # a key of `TABLES`
-    name: str       # short, unique in its table
-    question: str   # what it asks
-    arm: dict = field(default_factory=dict)       # of a study; {}: not in this book
-    study: dict = field(default_factory=dict)     # other parameters that it changes
-    published: dict = field(default_factory=dict) # metric -> value, %, px; {}: none is known
-    against: str = "" # the row or arm that it is compared with; "": the table's first
+
+    paper: str  # a key of `TABLES`
+    name: str  # short, unique in its table
+    question: str  # what it asks
+    arm: dict = field(default_factory=dict)  # of a study; {}: not in this book
+    study: dict = field(default_factory=dict)  # other parameters that it changes
+    published: dict = field(default_factory=dict)  # metric -> value, %, px; {}: none is known
+    against: str = ""  # the row or arm that it is compared with; "": the table's first
+
 
 def lotus_scores(
-    dsc:float,  # Dice, %
-    hd95:float, # 95 % Hausdorff distance, px
-    aji:float,  # aggregated Jaccard index, %
-    pq:float,   # panoptic quality, %
-)->dict: # metric -> value
+    dsc: float,  # Dice, %
+    hd95: float,  # 95 % Hausdorff distance, px
+    aji: float,  # aggregated Jaccard index, %
+    pq: float,  # panoptic quality, %
+) -> dict:  # metric -> value
     "What LOTUS reports."
     return dict(dsc=dsc, hd95=hd95, aji=aji, pq=pq)
 
+
 def switch_off(
-    *terms:str, # of a loss
-)->dict: # weights
+    *terms: str,  # of a loss
+) -> dict:  # weights
     "Switch terms off."
-    return dict.fromkeys(terms, 0.)
+    return dict.fromkeys(terms, 0.0)
+
 
 def train(
-    method:str, # its name
-    **more,     # start, teacher, preset, options, weights, reuses
-)->dict: # of a study; from scratch, if `more` does not say otherwise
+    method: str,  # its name
+    **more,  # start, teacher, preset, options, weights, reuses
+) -> dict:  # of a study; from scratch, if `more` does not say otherwise
     "What a row trains."
     return dict(method=method, start="scratch") | more
 
@@ -51,121 +55,232 @@ def train(
 _RAW = {"distill_from": "raw"}
 _HEAD = {"kl_on": "head"}
 LOTUS_ABLATION = [
-    Row("lotus", "none", "no lesson: the student alone", train("single"),
-        published=lotus_scores(55.69, 148.78, 39.60, 29.36)),
-    Row("lotus", "kl", "class scores only",
+    Row(
+        "lotus",
+        "none",
+        "no lesson: the student alone",
+        train("single"),
+        published=lotus_scores(55.69, 148.78, 39.60, 29.36),
+    ),
+    Row(
+        "lotus",
+        "kl",
+        "class scores only",
         train("lotus", options=_RAW | _HEAD, weights=switch_off("diff", "ifv")),
-        published=lotus_scores(57.58, 137.95, 41.09, 29.24)),
-    Row("lotus", "ifv", "class variation only",
+        published=lotus_scores(57.58, 137.95, 41.09, 29.24),
+    ),
+    Row(
+        "lotus",
+        "ifv",
+        "class variation only",
         train("lotus", options=_RAW, weights=switch_off("diff", "way", "kl")),
-        published=lotus_scores(57.58, 142.33, 41.12, 31.41)),
-    Row("lotus", "diff ifv", "variation of denoised features",
+        published=lotus_scores(57.58, 142.33, 41.12, 31.41),
+    ),
+    Row(
+        "lotus",
+        "diff ifv",
+        "variation of denoised features",
         train("lotus", weights=switch_off("kl")),
-        published=lotus_scores(59.66, 123.91, 42.91, 32.04)),
-    Row("lotus", "diff kl", "scores of denoised features",
+        published=lotus_scores(59.66, 123.91, 42.91, 32.04),
+    ),
+    Row(
+        "lotus",
+        "diff kl",
+        "scores of denoised features",
         train("lotus", options=_HEAD, weights=switch_off("ifv")),
-        published=lotus_scores(59.73, 113.81, 42.85, 30.94)),
-    Row("lotus", "diff kl ifv", "all three lessons", train("lotus", options=_HEAD),
-        published=lotus_scores(61.59, 109.86, 45.12, 34.74)),
+        published=lotus_scores(59.73, 113.81, 42.85, 30.94),
+    ),
+    Row(
+        "lotus",
+        "diff kl ifv",
+        "all three lessons",
+        train("lotus", options=_HEAD),
+        published=lotus_scores(61.59, 109.86, 45.12, 34.74),
+    ),
 ]
 
 # %% ../../nbs/methods/published.ipynb #2915867b
 LOTUS_METHODS = [
-    Row("lotus_methods", "student", "U-Net, of the student's images alone", train("single"),
-        published=lotus_scores(55.69, 148.78, 39.60, 29.36)),
-    Row("lotus_methods", "teacher", "U-Net, trained and tested on histology",
-        published=lotus_scores(65.96, 99.89, 49.78, 40.91)),
-    Row("lotus_methods", "UNet++", "another network",
-        published=lotus_scores(56.62, 138.88, 40.20, 29.49)),
-    Row("lotus_methods", "U2Net", "another network",
-        published=lotus_scores(57.20, 137.53, 40.87, 30.63)),
-    Row("lotus_methods", "Swin-UNet", "another network",
-        published=lotus_scores(59.61, 122.32, 43.30, 32.34)),
-    Row("lotus_methods", "nnU-Net", "another network, its own training",
-        published=lotus_scores(60.10, 114.04, 43.95, 33.06)),
-    Row("lotus_methods", "MAML", "both modalities, also at test; pairs",
-        published=lotus_scores(60.51, 113.54, 43.46, 32.44)),
-    Row("lotus_methods", "MEDIAR", "both modalities in training; pairs",
-        published=lotus_scores(56.94, 135.92, 40.82, 29.88)),
-    Row("lotus_methods", "UMMKD", "shared kernels, no pairs", train("ummkd"),
-        published=lotus_scores(58.92, 126.73, 42.01, 32.93)),
-    Row("lotus_methods", "LOTUS", "the paper's own", train("lotus", preset="paper"),
-        published=lotus_scores(61.59, 109.86, 45.12, 34.74)),
+    Row(
+        "lotus_methods",
+        "student",
+        "U-Net, of the student's images alone",
+        train("single"),
+        published=lotus_scores(55.69, 148.78, 39.60, 29.36),
+    ),
+    Row(
+        "lotus_methods",
+        "teacher",
+        "U-Net, trained and tested on histology",
+        published=lotus_scores(65.96, 99.89, 49.78, 40.91),
+    ),
+    Row(
+        "lotus_methods",
+        "UNet++",
+        "another network",
+        published=lotus_scores(56.62, 138.88, 40.20, 29.49),
+    ),
+    Row(
+        "lotus_methods",
+        "U2Net",
+        "another network",
+        published=lotus_scores(57.20, 137.53, 40.87, 30.63),
+    ),
+    Row(
+        "lotus_methods",
+        "Swin-UNet",
+        "another network",
+        published=lotus_scores(59.61, 122.32, 43.30, 32.34),
+    ),
+    Row(
+        "lotus_methods",
+        "nnU-Net",
+        "another network, its own training",
+        published=lotus_scores(60.10, 114.04, 43.95, 33.06),
+    ),
+    Row(
+        "lotus_methods",
+        "MAML",
+        "both modalities, also at test; pairs",
+        published=lotus_scores(60.51, 113.54, 43.46, 32.44),
+    ),
+    Row(
+        "lotus_methods",
+        "MEDIAR",
+        "both modalities in training; pairs",
+        published=lotus_scores(56.94, 135.92, 40.82, 29.88),
+    ),
+    Row(
+        "lotus_methods",
+        "UMMKD",
+        "shared kernels, no pairs",
+        train("ummkd"),
+        published=lotus_scores(58.92, 126.73, 42.01, 32.93),
+    ),
+    Row(
+        "lotus_methods",
+        "LOTUS",
+        "the paper's own",
+        train("lotus", preset="paper"),
+        published=lotus_scores(61.59, 109.86, 45.12, 34.74),
+    ),
 ]
 
 # %% ../../nbs/methods/published.ipynb #ad6cac9b
 def audit_row(
-    name:str,     # of the row
-    against:str,  # what it is compared with
-    question:str, # what it asks
-    **changes,    # options, weights, preset of its arm
-)->Row:
+    name: str,  # of the row
+    against: str,  # what it is compared with
+    question: str,  # what it asks
+    **changes,  # options, weights, preset of its arm
+) -> Row:
     "A question about LOTUS."
     return Row("lotus_audit", name, question, train("lotus", **changes), against=against)
 
+# %% ../../nbs/methods/published.ipynb #4e003db4
 _POSITION = {"correspondence": "positional"}
 _SEES = {"teacher_input": "student", "adabn": True}
 LOTUS_AUDIT = [
     audit_row("class", "alone", "Do all lessons together help?"),
-    audit_row("hard Dice", "alone", "What does a Dice loss without gradient cost?",
-              options={"dice": "hard"}, weights=dict(diff=0, way=0, kl=0, ifv=0)),
-    audit_row("positional", "class", "What if positions are compared, not classes?",
-              options=_POSITION),
-    audit_row("random partner", "class", "... or each pixel with a random one of its class?",
-              options={"correspondence": "random"}),
-    audit_row("sees the students", "positional",
-              "... and the teacher looks at the student's images (AdaBN)?",
-              options=_POSITION | _SEES),
-    audit_row("no variation", "class", "What does the variation term bring, by class?",
-              weights={"ifv": 0}),
-    audit_row("positional, none", "positional", "... and by position?", options=_POSITION,
-              weights={"ifv": 0}),
-    audit_row("on logits", "positional",
-              "What does the variation term on logits (zero gradient for one class) cost?",
-              options=_POSITION | {"ifv_on": "logits"}),
-    audit_row("width projector", "class", "What does the projector along the width do?",
-              options={"projector": "width"}),
+    audit_row(
+        "hard Dice",
+        "alone",
+        "What does a Dice loss without gradient cost?",
+        options={"dice": "hard"},
+        weights=dict(diff=0, way=0, kl=0, ifv=0),
+    ),
+    audit_row(
+        "positional", "class", "What if positions are compared, not classes?", options=_POSITION
+    ),
+    audit_row(
+        "random partner",
+        "class",
+        "... or each pixel with a random one of its class?",
+        options={"correspondence": "random"},
+    ),
+    audit_row(
+        "sees the students",
+        "positional",
+        "... and the teacher looks at the student's images (AdaBN)?",
+        options=_POSITION | _SEES,
+    ),
+    audit_row(
+        "no variation", "class", "What does the variation term bring, by class?", weights={"ifv": 0}
+    ),
+    audit_row(
+        "positional, none",
+        "positional",
+        "... and by position?",
+        options=_POSITION,
+        weights={"ifv": 0},
+    ),
+    audit_row(
+        "on logits",
+        "positional",
+        "What does the variation term on logits (zero gradient for one class) cost?",
+        options=_POSITION | {"ifv_on": "logits"},
+    ),
+    audit_row(
+        "width projector",
+        "class",
+        "What does the projector along the width do?",
+        options={"projector": "width"},
+    ),
     audit_row("no projector", "class", "... and none?", options={"projector": "none"}),
-    audit_row("batch statistics", "class", "Phi with the batch's statistics?",
-              options={"statistics": "batch"}),
+    audit_row(
+        "batch statistics",
+        "class",
+        "Phi with the batch's statistics?",
+        options={"statistics": "batch"},
+    ),
     audit_row("paper", "class", "The preset `paper`?", preset="paper"),
     audit_row("released", "class", "The preset `released`?", preset="released"),
 ]
 
 # %% ../../nbs/methods/published.ipynb #7a2d3d54
 def cmedl_row(
-    name:str,     # of the row
-    question:str, # what it asks
-    arm:dict,     # what it trains
-    dice:float=None, # as printed, %
-    **study,      # other parameters of the study
-)->Row:
+    name: str,  # of the row
+    question: str,  # what it asks
+    arm: dict,  # what it trains
+    dice: float = None,  # as printed, %
+    **study,  # other parameters of the study
+) -> Row:
     "A row of CMEDL."
     published = {} if dice is None else {"dsc": dice}
     return Row("cmedl", name, question, arm, study, published)
 
-_SOFT = switch_off("hint", "hint_g") | {"kd": 1.}
+# %% ../../nbs/methods/published.ipynb #fed2b4ef
+_SOFT = switch_off("hint", "hint_g") | {"kd": 1.0}
 _DRIT = {"i2i": "drit"}
 CMEDL_TABLES = [
-    cmedl_row("R00", "CMEDL", train("cmedl"), 75.),
-    cmedl_row("R01", "student alone", train("single"), 69.),
-    cmedl_row("R02", "student alone, DenseFCN", train("single"), 67., network="densefcn"),
-    cmedl_row("R03", "student alone, MRRN", train("single"), 73., network="mrrn"),
-    cmedl_row("R04", "CMEDL, DenseFCN", train("cmedl"), 74., network="densefcn"),
-    cmedl_row("R05", "CMEDL, MRRN", train("cmedl"), 77., network="mrrn"),
-    cmedl_row("R06", "VAE-CMEDL", train("cmedl", options=_DRIT), 74.),
-    cmedl_row("R07", "VAE-CMEDL, DenseFCN", train("cmedl", options=_DRIT), 73., network="densefcn"),
-    cmedl_row("R08", "VAE-CMEDL, MRRN", train("cmedl", options=_DRIT), 76., network="mrrn"),
-    cmedl_row("R09", "no contextual loss", train("cmedl", weights=switch_off("cx")), 72.),
-    cmedl_row("R10", "no cycle loss", train("cmedl", weights=switch_off("cyc")), 71.),
-    cmedl_row("R11", "teacher on pseudo images only",
-              train("cmedl", weights=switch_off("seg_teacher")), 71.),
-    cmedl_row("R12", "teacher on real images only",
-              train("cmedl", weights=switch_off("seg_pseudo", "seg_g")), 71.),
-    cmedl_row("R13", "hint low", train("cmedl", options={"hint": "low"}), 69.),
-    cmedl_row("R14", "hint mid", train("cmedl", options={"hint": "mid"}), 70.),
-    cmedl_row("R15", "soft labels instead of hints", train("cmedl", weights=_SOFT), 72.),
-    cmedl_row("R16", "soft labels, MRRN", train("cmedl", weights=_SOFT), 75., network="mrrn"),
+    cmedl_row("R00", "CMEDL", train("cmedl"), 75.0),
+    cmedl_row("R01", "student alone", train("single"), 69.0),
+    cmedl_row("R02", "student alone, DenseFCN", train("single"), 67.0, network="densefcn"),
+    cmedl_row("R03", "student alone, MRRN", train("single"), 73.0, network="mrrn"),
+    cmedl_row("R04", "CMEDL, DenseFCN", train("cmedl"), 74.0, network="densefcn"),
+    cmedl_row("R05", "CMEDL, MRRN", train("cmedl"), 77.0, network="mrrn"),
+    cmedl_row("R06", "VAE-CMEDL", train("cmedl", options=_DRIT), 74.0),
+    cmedl_row(
+        "R07", "VAE-CMEDL, DenseFCN", train("cmedl", options=_DRIT), 73.0, network="densefcn"
+    ),
+    cmedl_row("R08", "VAE-CMEDL, MRRN", train("cmedl", options=_DRIT), 76.0, network="mrrn"),
+    cmedl_row("R09", "no contextual loss", train("cmedl", weights=switch_off("cx")), 72.0),
+    cmedl_row("R10", "no cycle loss", train("cmedl", weights=switch_off("cyc")), 71.0),
+    cmedl_row(
+        "R11",
+        "teacher on pseudo images only",
+        train("cmedl", weights=switch_off("seg_teacher")),
+        71.0,
+    ),
+    cmedl_row(
+        "R12",
+        "teacher on real images only",
+        train("cmedl", weights=switch_off("seg_pseudo", "seg_g")),
+        71.0,
+    ),
+    cmedl_row("R13", "hint low", train("cmedl", options={"hint": "low"}), 69.0),
+    cmedl_row("R14", "hint mid", train("cmedl", options={"hint": "mid"}), 70.0),
+    cmedl_row("R15", "soft labels instead of hints", train("cmedl", weights=_SOFT), 72.0),
+    cmedl_row("R16", "soft labels, MRRN", train("cmedl", weights=_SOFT), 75.0, network="mrrn"),
     cmedl_row("R17", "no hint at all", train("cmedl", weights=switch_off("hint", "hint_g"))),
 ]
 
@@ -180,92 +295,142 @@ CMEDL_TABLES += [
     cmedl_row("R18", "the hint moves the student only", train("cmedl", options=_MOVES)),
     cmedl_row("R19", "no hint to the generator", train("cmedl", weights=switch_off("hint_g"))),
     cmedl_row("R20", "R18 and R19", train("cmedl", options=_MOVES, weights=switch_off("hint_g"))),
-    cmedl_row("R21", "pMRI, CycleGAN",
-              train("cmedl", options=_ALONE, weights=switch_off("cx", "hint")), 71.),
-    cmedl_row("R22", "pMRI, DRIT",
-              train("cmedl", options=_DRIT | _ALONE, weights=switch_off("cx", "hint")), 71.),
-    cmedl_row("R23", "CT + pMRI", train("fusion", options={"fuse": "concat"}), 72.),
-    cmedl_row("R24", "weighted CT + pMRI", train("fusion", options={"fuse": "weighted"}), 72.),
-    cmedl_row("R25", "pMRI-CMEDL: the teacher of R00",
-              train("cmedl", options=_FAKE, reuses="R00"), 74.),
-    cmedl_row("R26", "mutual distillation (Li et al.)", train("mutual"), 72.),
+    cmedl_row(
+        "R21",
+        "pMRI, CycleGAN",
+        train("cmedl", options=_ALONE, weights=switch_off("cx", "hint")),
+        71.0,
+    ),
+    cmedl_row(
+        "R22",
+        "pMRI, DRIT",
+        train("cmedl", options=_DRIT | _ALONE, weights=switch_off("cx", "hint")),
+        71.0,
+    ),
+    cmedl_row("R23", "CT + pMRI", train("fusion", options={"fuse": "concat"}), 72.0),
+    cmedl_row("R24", "weighted CT + pMRI", train("fusion", options={"fuse": "weighted"}), 72.0),
+    cmedl_row(
+        "R25", "pMRI-CMEDL: the teacher of R00", train("cmedl", options=_FAKE, reuses="R00"), 74.0
+    ),
+    cmedl_row("R26", "mutual distillation (Li et al.)", train("mutual"), 72.0),
     cmedl_row("R27", "UMMKD (Dou et al.)", train("ummkd")),
-    cmedl_row("R28", "weak teacher: MR student alone", train("single"), 81., **_WEAK),
-    cmedl_row("R29", "weak teacher: hints", train("cmedl"), 81., **_WEAK),
-    cmedl_row("R30", "weak teacher: hints and pseudo-MR data",
-              train("cmedl", weights={"seg_fake": 5.}), 84., **_WEAK),
-    cmedl_row("R31", "equal teacher: T1w student alone", train("single"), 88., **_T1),
-    cmedl_row("R32", "equal teacher: T1w student, CMEDL", train("cmedl"), 90., **_T1),
-    cmedl_row("R33", "equal teacher: T2w student alone", train("single"), 92., **_T2),
-    cmedl_row("R34", "equal teacher: T2w student, CMEDL", train("cmedl"), 93., **_T2),
+    cmedl_row("R28", "weak teacher: MR student alone", train("single"), 81.0, **_WEAK),
+    cmedl_row("R29", "weak teacher: hints", train("cmedl"), 81.0, **_WEAK),
+    cmedl_row(
+        "R30",
+        "weak teacher: hints and pseudo-MR data",
+        train("cmedl", weights={"seg_fake": 5.0}),
+        84.0,
+        **_WEAK,
+    ),
+    cmedl_row("R31", "equal teacher: T1w student alone", train("single"), 88.0, **_T1),
+    cmedl_row("R32", "equal teacher: T1w student, CMEDL", train("cmedl"), 90.0, **_T1),
+    cmedl_row("R33", "equal teacher: T2w student alone", train("single"), 92.0, **_T2),
+    cmedl_row("R34", "equal teacher: T2w student, CMEDL", train("cmedl"), 93.0, **_T2),
 ]
 
 # %% ../../nbs/methods/published.ipynb #cedaefb6
 def vpbsd_row(
-    name:str,     # of the row
-    question:str, # what it asks
-    arm:dict,     # what it trains
-)->Row:
+    name: str,  # of the row
+    question: str,  # what it asks
+    arm: dict,  # what it trains
+) -> Row:
     "A row of VpbSD."
     return Row("vpbsd", name, question, arm)
 
+# %% ../../nbs/methods/published.ipynb #f1e20626
 VPBSD_PARTS = [
-    vpbsd_row("semi", "pseudo labels only", train("vpbsd", weights={"dis": 0.})),
-    vpbsd_row("dis", "patterns only", train("vpbsd", weights={"semi": 0.})),
+    vpbsd_row("semi", "pseudo labels only", train("vpbsd", weights={"dis": 0.0})),
+    vpbsd_row("dis", "patterns only", train("vpbsd", weights={"semi": 0.0})),
     vpbsd_row("full", "the method", train("vpbsd")),
-    vpbsd_row("random codebook", "is it what the codebook learned?",
-              train("vpbsd", options={"target": "random"})),
-    vpbsd_row("unquantised", "is it the quantising?",
-              train("vpbsd", options={"target": "unquantised"})),
-    vpbsd_row("placebo", "patterns only, of a teacher that never learned",
-              train("vpbsd", teacher="placebo", weights={"semi": 0.})),
+    vpbsd_row(
+        "random codebook",
+        "is it what the codebook learned?",
+        train("vpbsd", options={"target": "random"}),
+    ),
+    vpbsd_row(
+        "unquantised", "is it the quantising?", train("vpbsd", options={"target": "unquantised"})
+    ),
+    vpbsd_row(
+        "placebo",
+        "patterns only, of a teacher that never learned",
+        train("vpbsd", teacher="placebo", weights={"semi": 0.0}),
+    ),
     vpbsd_row("painted", "is it only having painted the volumes?", train("painted")),
     vpbsd_row("recalibrated", "is it only their brightness?", train("recalibrated")),
-    vpbsd_row("fine-tuned", "a student of the other modality, fine-tuned",
-              train("single", start="teacher")),
-    vpbsd_row("code_ce", "which loss: cross-entropy over codes",
-              train("vpbsd", options={"lesson": "code_ce"})),
+    vpbsd_row(
+        "fine-tuned",
+        "a student of the other modality, fine-tuned",
+        train("single", start="teacher"),
+    ),
+    vpbsd_row(
+        "code_ce",
+        "which loss: cross-entropy over codes",
+        train("vpbsd", options={"lesson": "code_ce"}),
+    ),
     vpbsd_row("channel", "which loss: channel-wise", train("vpbsd", options={"lesson": "channel"})),
-    vpbsd_row("hint", "CMEDL's lesson: the encoder's own features",
-              train("vpbsd", options={"lesson": "hint"})),
-    vpbsd_row("lotus", "LOTUS's lessons, from a teacher of the other modality",
-              train("lotus", options={"taps": ["join1"], "head": "head"})),
+    vpbsd_row(
+        "hint",
+        "CMEDL's lesson: the encoder's own features",
+        train("vpbsd", options={"lesson": "hint"}),
+    ),
+    vpbsd_row(
+        "lotus",
+        "LOTUS's lessons, from a teacher of the other modality",
+        train("lotus", options={"taps": ["join1"], "head": "head"}),
+    ),
     vpbsd_row("ummkd", "UMMKD, with the other modality", train("ummkd")),
 ]
 
 # %% ../../nbs/methods/published.ipynb #e08a99f8
-TABLES = {"lotus": LOTUS_ABLATION, "lotus_methods": LOTUS_METHODS, "lotus_audit": LOTUS_AUDIT,
-          "cmedl": CMEDL_TABLES, "vpbsd": VPBSD_PARTS}
-OWN_METHOD = {"lotus": "lotus", "lotus_methods": "lotus", "lotus_audit": "lotus",
-              "cmedl": "cmedl", "vpbsd": "vpbsd"} # paper -> the method that it is about
+TABLES = {
+    "lotus": LOTUS_ABLATION,
+    "lotus_methods": LOTUS_METHODS,
+    "lotus_audit": LOTUS_AUDIT,
+    "cmedl": CMEDL_TABLES,
+    "vpbsd": VPBSD_PARTS,
+}
+OWN_METHOD = {
+    "lotus": "lotus",
+    "lotus_methods": "lotus",
+    "lotus_audit": "lotus",
+    "cmedl": "cmedl",
+    "vpbsd": "vpbsd",
+}  # paper -> the method that it is about
+
 
 def row_of(
-    paper:str, # a key of `TABLES`
-    name:str,  # of the row
-)->Row: # the row
+    paper: str,  # a key of `TABLES`
+    name: str,  # of the row
+) -> Row:  # the row
     "A row by its name. `InputError`, with the nearest, for an unknown paper or row."
-    if paper not in TABLES: raise InputError(unknown("paper", paper, TABLES))
+    if paper not in TABLES:
+        raise InputError(unknown("paper", paper, TABLES))
     table = {row.name: row for row in TABLES[paper]}
-    if name not in table: raise InputError(unknown(f"row of {paper}", name, table))
+    if name not in table:
+        raise InputError(unknown(f"row of {paper}", name, table))
     return table[name]
 
 # %% ../../nbs/methods/published.ipynb #acb6abcc
 def arm_text(
-    arm:dict, # of a row
-)->str: # method, and what differs from its defaults
+    arm: dict,  # of a row
+) -> str:  # method, and what differs from its defaults
     "An arm in one line."
-    if not arm: return "not in this book"
+    if not arm:
+        return "not in this book"
     said = [f"{k}={v}" for k, v in arm.items() if k not in ("method", "options", "weights")]
     said = [s for s in said if s != "start=scratch"]
     said += [f"{k}={v}" for k, v in arm.get("options", {}).items()]
     said += [f"weight of {k}: {v:g}" for k, v in arm.get("weights", {}).items()]
     return f"`{arm['method']}`" + ("" if not said else ": " + ", ".join(said))
 
+# %% ../../nbs/methods/published.ipynb #46fe6213
 def table_of(
-    paper:str, # a key of `TABLES`
-)->str: # Markdown
+    paper: str,  # a key of `TABLES`
+) -> str:  # Markdown
     "The rows of a table, with what was printed."
-    if paper not in TABLES: raise InputError(unknown("paper", paper, TABLES))
+    if paper not in TABLES:
+        raise InputError(unknown("paper", paper, TABLES))
     table = TABLES[paper]
     metrics = list(dict.fromkeys(m for row in table for m in row.published))
     changes = any(row.study for row in table)
@@ -274,54 +439,74 @@ def table_of(
     for row in table:
         study = ", ".join(f"{k}={v}" for k, v in row.study.items())
         printed = [f"{row.published[m]:.2f}" if m in row.published else "" for m in metrics]
-        lines.append([row.name, row.question, *([row.against] if against else []),
-                      arm_text(row.arm), *([study] if changes else []), *printed])
-    head = ["row", "question", *(["against"] if against else []), "arm",
-            *(["study"] if changes else []), *metrics]
+        lines.append(
+            [
+                row.name,
+                row.question,
+                *([row.against] if against else []),
+                arm_text(row.arm),
+                *([study] if changes else []),
+                *printed,
+            ]
+        )
+    head = [
+        "row",
+        "question",
+        *(["against"] if against else []),
+        "arm",
+        *(["study"] if changes else []),
+        *metrics,
+    ]
     return "\n".join(f"| {' | '.join(l)} |" for l in [head, ["---"] * len(head), *lines])
 
 # %% ../../nbs/methods/published.ipynb #2147c358
 def shared_weights(
-    weights:dict, # of an experiment
-    method:str,   # the paper's own method
-    options:dict, # changes that a row makes to it
-)->dict: # those of terms that the row has
+    weights: dict,  # of an experiment
+    method: str,  # the paper's own method
+    options: dict,  # changes that a row makes to it
+) -> dict:  # those of terms that the row has
     "`InputError` for a term that the method does not have, with these options or without."
     cls = method_class(method)
     usual = cls.default_weights(cls.Options())
     here = cls.default_weights(change(cls.Options(), options, "option"))
     for term in weights:
-        if term not in usual | here: raise InputError(unknown("loss term", term, usual | here))
+        if term not in usual | here:
+            raise InputError(unknown("loss term", term, usual | here))
     return {term: w for term, w in weights.items() if term in here}
 
+
 def shared_options(
-    method:str, # of a row
-    paper:str,  # the paper's own method
-)->set: # names
+    method: str,  # of a row
+    paper: str,  # the paper's own method
+) -> set:  # names
     "Options that stand in a part which both have."
     own = method_class(method).Options
     theirs = method_class(paper).Options
-    if own is None: return set()
+    if own is None:
+        return set()
     names = {c.__name__ for c in theirs.__mro__}
     parts = [c for c in own.__mro__ if c.__name__ in names and is_dataclass(c)]
     return {f.name for c in parts for f in fields(c)}
 
 # %% ../../nbs/methods/published.ipynb #4b67c091
 def arm_of(
-    row:Row,         # with an arm
-    options:dict={}, # of the experiment, for the paper's own method
-    weights:dict={}, # likewise; only rows of that method take them
-    preset:str="recommended", # of rows that say none
-)->dict: # arm of a study, without a name
+    row: Row,  # with an arm
+    options: dict = {},  # of the experiment, for the paper's own method
+    weights: dict = {},  # likewise; only rows of that method take them
+    preset: str = "recommended",  # of rows that say none
+) -> dict:  # arm of a study, without a name
     """A row's arm with the sizes of an experiment. `InputError` for an option that the paper's
     method does not have."""
     paper = OWN_METHOD[row.paper]
     known = shared_options(paper, paper)
     for name in options:
-        if name not in known: raise InputError(f"{paper}: {unknown('option', name, known)}")
+        if name not in known:
+            raise InputError(f"{paper}: {unknown('option', name, known)}")
     arm = row.arm
-    if not arm: raise InputError(f"row {row.name!r} of {row.paper} is not in this book.")
-    if "reuses" in arm: return {k: arm[k] for k in ("reuses", "options")}
+    if not arm:
+        raise InputError(f"row {row.name!r} of {row.paper} is not in this book.")
+    if "reuses" in arm:
+        return {k: arm[k] for k in ("reuses", "options")}
     takes = shared_options(arm["method"], paper)
     sizes = {k: v for k, v in options.items() if k in takes}
     options = sizes | arm.get("options", {})

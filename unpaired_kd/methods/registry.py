@@ -21,21 +21,32 @@ from ..training.method import Method
 @dataclass(frozen=True)
 class NoTeacher:
     "Nobody teaches: labels do, or the images of the other modality."
-    trained = False # whether an expert must have been trained first
-    def __str__(self): return "nobody"
-    def give(self,
-        school, # not asked
-    ): # None
+
+    trained = False  # whether an expert must have been trained first
+
+    def __str__(self):
+        return "nobody"
+
+    def give(
+        self,
+        school,  # not asked
+    ):  # None
         "No network."
+
 
 @dataclass(frozen=True)
 class Expert:
     "A trained network of the teacher's modality; it stays as it is."
+
     trained = True
-    def __str__(self): return "a trained expert, frozen"
-    def give(self,
-        school, # has `expert()`
-    )->nn.Module: # frozen; of random weights if the arm's teacher is a placebo
+
+    def __str__(self):
+        return "a trained expert, frozen"
+
+    def give(
+        self,
+        school,  # has `expert()`
+    ) -> nn.Module:  # frozen; of random weights if the arm's teacher is a placebo
         "The expert."
         return school.expert()
 
@@ -43,85 +54,103 @@ class Expert:
 @dataclass(frozen=True)
 class Peer:
     "A second network, which starts as the student does and learns beside it."
-    of: str = "teacher" # whose images it reads, and so whose network it is: teacher | student
+
+    of: str = "teacher"  # whose images it reads, and so whose network it is: teacher | student
     trained = False
-    def __str__(self): return "a second network, which learns too"
-    def give(self,
-        school, # has `peer(of)`
-    )->nn.Module: # fresh; frozen, with random weights, if the arm's teacher is a placebo
+
+    def __str__(self):
+        return "a second network, which learns too"
+
+    def give(
+        self,
+        school,  # has `peer(of)`
+    ) -> nn.Module:  # fresh; frozen, with random weights, if the arm's teacher is a placebo
         "The peer."
         return school.peer(self.of)
+
 
 @dataclass(frozen=True)
 class Pretrained:
     "A network that is trained before the student, on the student's images."
-    build: Callable     # (student, options, epochs, seed) -> Method; its `student` is the teacher
-    shared_by: Callable # options -> what decides it (plain data): arms with the same share one
+
+    build: Callable  # (student, options, epochs, seed) -> Method; its `student` is the teacher
+    shared_by: Callable  # options -> what decides it (plain data): arms with the same share one
     trained = False
-    def __str__(self): return "a network trained before, on the student's images"
-    def give(self,
-        school, # has `pretrained(kind)`
-    )->nn.Module: # frozen; untrained if the arm's teacher is a placebo
+
+    def __str__(self):
+        return "a network trained before, on the student's images"
+
+    def give(
+        self,
+        school,  # has `pretrained(kind)`
+    ) -> nn.Module:  # frozen; untrained if the arm's teacher is a placebo
         "The teacher."
         return school.pretrained(self)
 
 # %% ../../nbs/methods/registry.ipynb #4fae1eb7
-METHODS = Registry("method") # name -> class; `all_methods()` fills it
+METHODS = Registry("method")  # name -> class; `all_methods()` fills it
 
-def all_methods()->dict: # name -> class, in alphabetical order
+
+def all_methods() -> dict:  # name -> class, in alphabetical order
     "Every module of the package's folder `methods` is imported, so that its classes register."
     package = import_module("unpaired_kd.methods")
     for module in pkgutil.iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(METHODS.items()))
 
+
 def method_class(
-    name:str, # e.g. "lotus"
-)->type: # subclass of `Method`
+    name: str,  # e.g. "lotus"
+) -> type:  # subclass of `Method`
     "The class of a method. `InputError` for an unknown name."
     all_methods()
     return METHODS[name]
 
 # %% ../../nbs/methods/registry.ipynb #ba91b3fb
 def preset_of(
-    cls:type,   # of a method
-    preset:str, # its name
-): # options; None for a method without
+    cls: type,  # of a method
+    preset: str,  # its name
+):  # options; None for a method without
     "A preset as it stands. `InputError` for a name that is no preset of this method."
     known = set(cls.presets)
-    if len(known) < 2: known = {"recommended"}.union(*(c.presets for c in all_methods().values()))
-    if preset not in known: raise InputError(unknown("preset", preset, known))
+    if len(known) < 2:
+        known = {"recommended"}.union(*(c.presets for c in all_methods().values()))
+    if preset not in known:
+        raise InputError(unknown("preset", preset, known))
     return cls.presets.get(preset, cls.presets.get("recommended"))
 
+
 def options_of(
-    name:str,     # of the method
-    preset:str,   # recommended | paper | released
-    changes:dict, # option -> value
-    side:int,     # of the patches, px
-): # the options (a dataclass); None for a method without
+    name: str,  # of the method
+    preset: str,  # recommended | paper | released
+    changes: dict,  # option -> value
+    side: int,  # of the patches, px
+):  # the options (a dataclass); None for a method without
     """A preset with changes, fitted to the patches. `InputError`, with the method's name, for
     unknown presets, options and values."""
     cls = method_class(name)
     try:
         base = preset_of(cls, preset)
-        if base is None and changes: raise InputError(unknown("option", next(iter(changes)), ()))
-        if base is None: return None
+        if base is None and changes:
+            raise InputError(unknown("option", next(iter(changes)), ()))
+        if base is None:
+            return None
         fitted = cls.fit(change(base, changes, "option"), side)
-        return change(fitted, changes, "option") # what was asked for stays
+        return change(fitted, changes, "option")  # what was asked for stays
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
 
 # %% ../../nbs/methods/registry.ipynb #cbc4c657
 def make_method(
-    name:str,          # of the method
-    student:nn.Module, # network to train
-    teacher,           # what its teacher gives (`give`): a network, or None
-    options,           # from `options_of`
-    epochs:int,        # length of the run
-    seed:int,          # of the method's own first weights
-    preset:str="recommended", # whose weights are the defaults
-    teacher_learns:bool=True, # False: the teacher stays as it is, whatever the method (a placebo)
-)->Method: # ready for the learner
+    name: str,  # of the method
+    student: nn.Module,  # network to train
+    teacher,  # what its teacher gives (`give`): a network, or None
+    options,  # from `options_of`
+    epochs: int,  # length of the run
+    seed: int,  # of the method's own first weights
+    preset: str = "recommended",  # whose weights are the defaults
+    teacher_learns: bool = True,  # False: the teacher stays as it is, whatever the method (a placebo)
+) -> Method:  # ready for the learner
     "A method with the default weights of its preset, for the terms that it has."
     cls = method_class(name)
     method = cls.build(student, teacher, options, epochs, seed, teacher_learns)

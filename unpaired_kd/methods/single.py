@@ -10,26 +10,28 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..training.method import Method, Stage, Update
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher
+from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/single.ipynb #ce12f578
 @METHODS.register("single")
 class Single(Method):
     """One network trained on the labels of one source: the student alone, the fine-tuned student,
     and the teacher itself."""
+
     teacher = NoTeacher()
 
-    def __init__(self,
-        student:nn.Module,     # network that gives logits
-        source:str="student",  # name of the batch it learns from
-        bce:float=.5,          # weight of the cross-entropy beside the Dice loss (LOTUS: 0.5)
+    def __init__(
+        self,
+        student: nn.Module,  # network that gives logits
+        source: str = "student",  # name of the batch it learns from
+        bce: float = 0.5,  # weight of the cross-entropy beside the Dice loss (LOTUS: 0.5)
     ):
         self.networks = {"student": student}
         self.source = source
         self.bce = bce
-        self.weights = {"seg": 1.}
+        self.weights = {"seg": 1.0}
 
     @classmethod
     def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
@@ -37,26 +39,30 @@ class Single(Method):
         return cls(student)
 
     @classmethod
-    def draws(cls,
-        options, # None: it has none
-    )->tuple: # names of batches
+    def draws(
+        cls,
+        options,  # None: it has none
+    ) -> tuple:  # names of batches
         "The student's images only."
         return ("student",)
 
-    def identity(self)->dict:
+    def identity(self) -> dict:
         "What it learns from, and how."
         return dict(source=self.source, bce=self.bce)
 
-    def stages(self)->list:
+    def stages(self) -> list:
         "One stage, to the end of the budget."
-        return [Stage("train", [Update("student", ("student",), self.losses)],
-                      sources=(self.source,))]
+        return [
+            Stage("train", [Update("student", ("student",), self.losses)], sources=(self.source,))
+        ]
 
-    def losses(self,
-        batch:dict,     # source -> Batch
-        noise:Callable, # not used
-    )->dict: # {"seg": term}
+    def losses(
+        self,
+        batch: dict,  # source -> Batch
+        noise: Callable,  # not used
+    ) -> dict:  # {"seg": term}
         "$L_{seg}$ on the labels."
         b = batch[self.source]
-        return {"seg": lambda: segmentation_loss(self.student(b.image).float(), b.label,
-                                                 bce=self.bce)}
+        return {
+            "seg": lambda: segmentation_loss(self.student(b.image).float(), b.label, bce=self.bce)
+        }

@@ -18,63 +18,81 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Checked, InputError, NonNegative, Positive
-from ..training.method import Method, Stage, Update
 from ..distillation.class_means import class_mean_kl
 from ..losses.segmentation import cross_entropy_loss, soft_dice_loss
 from .registry import METHODS, NoTeacher
+from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/ummkd.ipynb #bed8f96b
 class OtherNorms(nn.Module):
     "A second set of BatchNorm layers for a network: its own scale, shift and statistics, the same kernels."
-    def __init__(self,
-        net:nn.Module, # network with BatchNorm; its present values are where the second set starts
+
+    def __init__(
+        self,
+        net: nn.Module,  # network with BatchNorm; its present values are where the second set starts
     ):
         super().__init__()
-        norms = {n: m for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        if not norms: raise InputError("the student has no BatchNorm layer, so its modalities cannot have normalisations of their own. Use a network with BatchNorm.")
-        self.layers = nn.ModuleDict({n.replace(".", "/"): copy.deepcopy(m) for n, m in norms.items()})
+        norms = {
+            n: m for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        }
+        if not norms:
+            raise InputError(
+                "the student has no BatchNorm layer, so its modalities cannot have normalisations of their own. Use a network with BatchNorm."
+            )
+        self.layers = nn.ModuleDict(
+            {n.replace(".", "/"): copy.deepcopy(m) for n, m in norms.items()}
+        )
 
-    def forward(self,
-        net:nn.Module, # the network whose kernels are used
-        x:Tensor,      # images (B,C,*s)
-    )->Tensor: # its logits with this set of norms
+    def forward(
+        self,
+        net: nn.Module,  # the network whose kernels are used
+        x: Tensor,  # images (B,C,*s)
+    ) -> Tensor:  # its logits with this set of norms
         "Run `net` with these norms in place of its own; running statistics of this set are updated, those of `net` are not."
-        mine = {f"{n.replace('/', '.')}.{k}": v for n, m in self.layers.items() for k, v in [*m.named_parameters(), *m.named_buffers()]}
+        mine = {
+            f"{n.replace('/', '.')}.{k}": v
+            for n, m in self.layers.items()
+            for k, v in [*m.named_parameters(), *m.named_buffers()]
+        }
         return torch.func.functional_call(net, mine, (x,))
 
 # %% ../../nbs/methods/ummkd.ipynb #1bf705b1
 def rarity_weighted_cross_entropy(
-    logits:Tensor, # (B,K,*s); K = 1: one sigmoid
-    target:Tensor, # (B,*s), int64
-)->Tensor: # one number, float32: mean over pixels of the weighted cross-entropy
+    logits: Tensor,  # (B,K,*s); K = 1: one sigmoid
+    target: Tensor,  # (B,*s), int64
+) -> Tensor:  # one number, float32: mean over pixels of the weighted cross-entropy
     "Cross-entropy in which class k has the weight 1 minus its share of the batch's pixels."
     k = max(2, logits.shape[1])
     share = torch.bincount(target.flatten(), minlength=k).float() / target.numel()
     x = logits.float()
-    if x.shape[1] == 1: x = torch.cat([torch.zeros_like(x), x], 1)
+    if x.shape[1] == 1:
+        x = torch.cat([torch.zeros_like(x), x], 1)
     return F.cross_entropy(x, target.long(), weight=1 - share, reduction="none").mean()
 
 # %% ../../nbs/methods/ummkd.ipynb #6e3427c3
 @dataclass(frozen=True)
 class UmmkdOptions(Checked):
     "The choices of UMMKD. Defaults are those of Dou et al."
-    tau: Positive = 2.            # temperature of the class means
+
+    tau: Positive = 2.0  # temperature of the class means
     kl_direction: Literal["forward", "reverse", "symmetric"] = "symmetric"
-    ce: Literal["rarity", "plain"] = "rarity" # cross-entropy: rarity: rare classes weigh more
-    ce_weight: NonNegative = 1.   # its weight beside Dice
+    ce: Literal["rarity", "plain"] = "rarity"  # cross-entropy: rarity: rare classes weigh more
+    ce_weight: NonNegative = 1.0  # its weight beside Dice
 
 # %% ../../nbs/methods/ummkd.ipynb #43a55c77
 @METHODS.register("ummkd")
 class UMMKD(Method):
     """Unpaired multi-modal learning with knowledge distillation (Dou et al. 2020): shared kernels, one BatchNorm set per modality, both trained together.
     Batches need the sources "student" and "teacher", both labelled, with as many channels as the student reads. There is no frozen teacher."""
+
     Options = UmmkdOptions
     presets = {"recommended": UmmkdOptions()}
     teacher = NoTeacher()
 
-    def __init__(self,
-        student:nn.Module, # network to train; it may start from weights of the other modality
-        options:UmmkdOptions=UmmkdOptions(), # see `UmmkdOptions`
+    def __init__(
+        self,
+        student: nn.Module,  # network to train; it may start from weights of the other modality
+        options: UmmkdOptions = UmmkdOptions(),  # see `UmmkdOptions`
     ):
         self.options = options
         self.weights = self.default_weights(options)
@@ -87,57 +105,69 @@ class UMMKD(Method):
         return cls(student, options)
 
     @classmethod
-    def default_weights(cls,
-        options,                  # `UmmkdOptions`
-        preset:str="recommended", # the only one
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options,  # `UmmkdOptions`
+        preset: str = "recommended",  # the only one
+    ) -> dict:  # term -> weight
         "As in Dou et al."
-        return {"seg": 1., "seg_teacher": 1., "kl": .5}
+        return {"seg": 1.0, "seg_teacher": 1.0, "kl": 0.5}
 
-    def identity(self)->dict:
+    def identity(self) -> dict:
         "The options."
         return dict(options=asdict(self.options))
 
-    def stages(self)->list:
+    def stages(self) -> list:
         "One stage: both modalities, every batch."
         return [Stage("joint", [Update("both", ("student", "norms"), self.losses)])]
 
 # %% ../../nbs/methods/ummkd.ipynb #4430e5c8
 @patch
-def begin(self:UMMKD,
-    stage,   # the stage that begins
-    batches, # i -> the i-th batch of a fixed list
+def begin(
+    self: UMMKD,
+    stage,  # the stage that begins
+    batches,  # i -> the i-th batch of a fixed list
 ):
     "`InputError` for images with other channels than the student, which sees both, reads."
     reads = self.student.config["in_channels"]
     for name, b in batches(0).items():
         has = b.image.shape[1]
         if has != reads:
-            raise InputError(f"{name}: the images have {has} channels, the student reads {reads}. "
-                             "UMMKD shows both modalities to one network: bring both to the same "
-                             "channels.")
+            raise InputError(
+                f"{name}: the images have {has} channels, the student reads {reads}. "
+                "UMMKD shows both modalities to one network: bring both to the same "
+                "channels."
+            )
+
 
 @patch
-def segmentation(self:UMMKD,
-    logits, # (B,K,*s)
+def segmentation(
+    self: UMMKD,
+    logits,  # (B,K,*s)
     label,  # (B,*s)
-): # one number
+):  # one number
     "Soft Dice and cross-entropy."
     o = self.options
     ce = rarity_weighted_cross_entropy if o.ce == "rarity" else cross_entropy_loss
     return soft_dice_loss(logits, label) + o.ce_weight * ce(logits, label)
 
+# %% ../../nbs/methods/ummkd.ipynb #2e4a2bf8
 @patch
-def losses(self:UMMKD,
-    batch:dict,     # {"student": Batch, "teacher": Batch}
-    noise:Callable, # not used
-)->dict: # {"seg", "seg_teacher", "kl"}
+def losses(
+    self: UMMKD,
+    batch: dict,  # {"student": Batch, "teacher": Batch}
+    noise: Callable,  # not used
+) -> dict:  # {"seg", "seg_teacher", "kl"}
     "A segmentation loss for each modality, and the divergence of their class means."
-    s, t = batch["student"], batch["teacher"]
+    s = batch["student"]
+    t = batch["teacher"]
     o = self.options
     of_s = cache(lambda: self.student(s.image).float())
     of_t = cache(lambda: self.networks["norms"](self.student, t.image).float())
-    return {"seg": lambda: self.segmentation(of_s(), s.label),
-            "seg_teacher": lambda: self.segmentation(of_t(), t.label),
-            "kl": lambda: class_mean_kl(of_s(), s.label, of_t(), t.label, self.classes, o.tau,
-                                        o.kl_direction)}
+    return {
+        "seg": lambda: self.segmentation(of_s(), s.label),
+        "seg_teacher": lambda: self.segmentation(of_t(), t.label),
+        "kl": lambda: class_mean_kl(
+            of_s(), s.label, of_t(), t.label, self.classes, o.tau, o.kl_direction
+        ),
+    }

@@ -20,73 +20,108 @@ import torch.nn.functional as F
 from fastcore.basics import patch_to
 from torch import Tensor, nn
 
-from ..core import (Checked, Count, InputError, NonNegative, Range, seeded, torch_rng,
-                              unknown)
+from unpaired_kd.core import (
+    Checked,
+    Count,
+    InputError,
+    NonNegative,
+    Range,
+    seeded,
+    torch_rng,
+    unknown,
+)
 from ..data.augment import Augment, recolour
-from ..training.method import Method, Stage, Update
-from ..distillation.codebook import FSQ, Codebook, code_use, codebook_health, nearest_code
+from unpaired_kd.distillation.codebook import (
+    FSQ,
+    Codebook,
+    code_use,
+    codebook_health,
+    nearest_code,
+    unit,
+)
 from ..distillation.hints import hint_loss
-from ..distillation.codebook import unit
-from ..distillation.patterns import (PatternProjector, codebook_digest, pattern_loss,
-                                               to_grid)
+from unpaired_kd.distillation.patterns import (
+    PatternProjector,
+    codebook_digest,
+    pattern_loss,
+    to_grid,
+)
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher, Pretrained
 from .single import Single
 from ..networks.registry import weights_digest
-from ..training.calibrate import calibrate
 from ..networks.taps import Taps, tap_channels
 from ..networks.unet import layer
 from ..networks.volumes import GridDecoder, encoder
+from ..training.calibrate import calibrate
+from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/vpbsd.ipynb #b47fcc37
 BelowOne = Annotated[float, Range(least=0, below=1)]
 
+
 @dataclass(frozen=True)
 class VocabularyOptions:
     "The codebook."
+
     codebook: Literal["cosine", "euclidean", "fsq"] = "cosine"
-    codes: Count = 512        # K
-    code_dim: Count = 16      # D
-    decay: BelowOne = .99     # of the codes' moving averages
-    restart: NonNegative = 2. # a code used less often (moving average, per batch) starts again
-    beta: NonNegative = .25   # of the commitment term
-    gradient: Literal["straight", "rotate"] = "straight" # through the codebook
+    codes: Count = 512  # K
+    code_dim: Count = 16  # D
+    decay: BelowOne = 0.99  # of the codes' moving averages
+    restart: NonNegative = 2.0  # a code used less often (moving average, per batch) starts again
+    beta: NonNegative = 0.25  # of the commitment term
+    gradient: Literal["straight", "rotate"] = "straight"  # through the codebook
+
 
 @dataclass(frozen=True)
 class PatternTeacherOptions(VocabularyOptions):
     "The teacher: codebook, networks, and its two stages. What decides it, and nothing else."
+
     encoder: Literal["hybrid", "swin", "unetr"] = "hybrid"
-    encoder_config: dict = field(default_factory=dict) # changes to its arguments, e.g. {"dim": 256}
-    inner: Count = 128        # channels after the codebook
-    decoder: Count = 32       # width of the teacher's decoders
-    mask: BelowOne = 0.       # stage 1: share of the grid's blocks hidden from the encoder
-    pretrain: Annotated[float, Range(above=0, below=1)] = .7 # share of its epochs for stage 1
-    teacher_rate: NonNegative = 1. # its learning rate, as a factor on the student's
-    encoder_rate: NonNegative = .1 # stage 2: the encoder's, as a factor on that
-    quantise: bool = True     # stage 2 and pseudo labels: through the codebook
-    bce: NonNegative = .5     # weight of cross-entropy beside Dice, also the student's
+    encoder_config: dict = field(
+        default_factory=dict
+    )  # changes to its arguments, e.g. {"dim": 256}
+    inner: Count = 128  # channels after the codebook
+    decoder: Count = 32  # width of the teacher's decoders
+    mask: BelowOne = 0.0  # stage 1: share of the grid's blocks hidden from the encoder
+    pretrain: Annotated[float, Range(above=0, below=1)] = 0.7  # share of its epochs for stage 1
+    teacher_rate: NonNegative = 1.0  # its learning rate, as a factor on the student's
+    encoder_rate: NonNegative = 0.1  # stage 2: the encoder's, as a factor on that
+    quantise: bool = True  # stage 2 and pseudo labels: through the codebook
+    bce: NonNegative = 0.5  # weight of cross-entropy beside Dice, also the student's
 
 # %% ../../nbs/methods/vpbsd.ipynb #c96d18d4
 @dataclass(frozen=True)
 class PatternLessonOptions:
     "What the student learns from the teacher, and from which of its answers."
-    lesson: Literal["cosine", "code_ce", "channel", "hint"] = "cosine" # what its features learn
-    target: Literal["quantised", "unquantised", "random"] = "quantised" # random: never learned
-    tap: str = ""             # layer of the student; empty: last of its `hint_layers["mid"]`
-    pseudo: Literal["hard", "soft"] = "hard" # pseudo labels
-    doubt: Annotated[float, Range(least=0, below=.5)] = 0. # nearer to 1/2 than this: left out
-    strong: dict = field(default_factory=lambda: { # change of the student's unlabelled patches
-        "brightness": .08, "contrast": .4, "gamma": .4, "noise": .05, "blur": .8})
+
+    lesson: Literal["cosine", "code_ce", "channel", "hint"] = "cosine"  # what its features learn
+    target: Literal["quantised", "unquantised", "random"] = "quantised"  # random: never learned
+    tap: str = ""  # layer of the student; empty: last of its `hint_layers["mid"]`
+    pseudo: Literal["hard", "soft"] = "hard"  # pseudo labels
+    doubt: Annotated[float, Range(least=0, below=0.5)] = 0.0  # nearer to 1/2 than this: left out
+    strong: dict = field(
+        default_factory=lambda: {  # change of the student's unlabelled patches
+            "brightness": 0.08,
+            "contrast": 0.4,
+            "gamma": 0.4,
+            "noise": 0.05,
+            "blur": 0.8,
+        }
+    )
 
 # %% ../../nbs/methods/vpbsd.ipynb #a3ecd05f
 @dataclass(frozen=True)
 class VpbsdOptions(PatternLessonOptions, PatternTeacherOptions, Checked):
     "The choices of VpbSD that are not weights. Defaults are the preset `recommended`."
+
     def check(self):
         "`InputError` for choices that exclude each other."
         if self.codebook == "fsq" and self.lesson == "code_ce":
-            raise InputError("codebook='fsq' has no learned table, so there is no cross-entropy "
-                             "over its rows. Use lesson='cosine' or 'channel'.")
+            raise InputError(
+                "codebook='fsq' has no learned table, so there is no cross-entropy "
+                "over its rows. Use lesson='cosine' or 'channel'."
+            )
         if self.lesson == "code_ce" and self.target == "unquantised":
             raise InputError("lesson='code_ce' needs codes. Use target='quantised' or 'random'.")
         known = ("brightness", "contrast", "gamma", "noise", "blur", "hue")
@@ -94,9 +129,10 @@ class VpbsdOptions(PatternLessonOptions, PatternTeacherOptions, Checked):
             if name not in known:
                 raise InputError(f"strong: {unknown('change of intensity', name, known)}")
 
+
 def teacher_options(
-    options:VpbsdOptions, # all options
-)->dict: # plain data
+    options: VpbsdOptions,  # all options
+) -> dict:  # plain data
     "Those that decide the teacher."
     own = {f.name for f in fields(PatternTeacherOptions)}
     return {k: v for k, v in asdict(options).items() if k in own}
@@ -104,29 +140,35 @@ def teacher_options(
 # %% ../../nbs/methods/vpbsd.ipynb #8f32c35f
 class Tokens(nn.Module):
     "$\\pi_{in}(E_T(X))$: the encoder and its way into the codebook's space."
-    def __init__(self,
-        net:nn.Module, # encoder: gives (features, {stride: skip})
-        dim:int,       # D
-        channels:int=1, # of the image
-        dims:int=3,    # spatial axes
+
+    def __init__(
+        self,
+        net: nn.Module,  # encoder: gives (features, {stride: skip})
+        dim: int,  # D
+        channels: int = 1,  # of the image
+        dims: int = 3,  # spatial axes
     ):
         super().__init__()
-        self.encoder, self.pi_in = net, layer("Conv", dims)(net.channels, dim, 1)
+        self.encoder = net
+        self.pi_in = layer("Conv", dims)(net.channels, dim, 1)
         self.spread = layer("BatchNorm", dims)(dim, affine=False)
-        self.stride, self.strides = net.stride, net.strides
+        self.stride = net.stride
+        self.strides = net.strides
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
-    def standard(self,
-        x:Tensor, # patches (B,C,*s), in [0,1]
-    )->Tensor: # the same with mean 0 and variance 1 over the training images
+    def standard(
+        self,
+        x: Tensor,  # patches (B,C,*s), in [0,1]
+    ) -> Tensor:  # the same with mean 0 and variance 1 over the training images
         "What the encoder sees and the painter paints."
         shape = (-1, *[1] * (x.ndim - 2))
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
-    def forward(self,
-        x:Tensor, # patches (B,C,*s), in [0,1]
-    )->tuple: # (tokens z (B,D,*g), skips {stride: features})
+    def forward(
+        self,
+        x: Tensor,  # patches (B,C,*s), in [0,1]
+    ) -> tuple:  # (tokens z (B,D,*g), skips {stride: features})
         "What the teacher says at every place of the grid."
         f, skips = self.encoder(self.standard(x))
         return self.spread(self.pi_in(f)), skips
@@ -134,255 +176,362 @@ class Tokens(nn.Module):
 # %% ../../nbs/methods/vpbsd.ipynb #bf4b32f0
 class Painter(nn.Module):
     "From codes to an image: $\\pi_{out}$ and a decoder."
-    def __init__(self,
-        dim:int,       # D
-        net:nn.Module, # the encoder whose grid it starts from
-        out:int,       # channels of the image
-        options:VpbsdOptions, # `inner`, `decoder`
-        skips:bool,    # whether it sees the encoder's skips
-        dims:int=3,    # spatial axes
-        flat:int=0,    # poolings that leave the depth axis alone
+
+    def __init__(
+        self,
+        dim: int,  # D
+        net: nn.Module,  # the encoder whose grid it starts from
+        out: int,  # channels of the image
+        options: VpbsdOptions,  # `inner`, `decoder`
+        skips: bool,  # whether it sees the encoder's skips
+        dims: int = 3,  # spatial axes
+        flat: int = 0,  # poolings that leave the depth axis alone
     ):
         super().__init__()
-        self.skips, self.pi_out = skips, layer("Conv", dims)(dim, options.inner, 1)
-        self.decoder = GridDecoder(options.inner, out, net.stride, net.skips if skips else None, options.decoder, dims, flat)
+        self.skips = skips
+        self.pi_out = layer("Conv", dims)(dim, options.inner, 1)
+        self.decoder = GridDecoder(
+            options.inner,
+            out,
+            net.stride,
+            net.skips if skips else None,
+            options.decoder,
+            dims,
+            flat,
+        )
 
-    def forward(self,
-        z:Tensor,    # (B,D,*g)
+    def forward(
+        self,
+        z: Tensor,  # (B,D,*g)
         skips=None,  # of the encoder; not used without `skips`
-    )->Tensor: # (B,out,*s)
+    ) -> Tensor:  # (B,out,*s)
         "Paint."
         return self.decoder(self.pi_out(z), skips if self.skips else None)
 
 # %% ../../nbs/methods/vpbsd.ipynb #5b2e8902
 class PatternTeacher(nn.Module):
     "The whole teacher. Called, it gives logits; `say` also gives the codes. It has the student's classes, channels and axes."
-    def __init__(self,
-        channels:int=1, # of the image
-        classes:int=1,  # logits
-        options:VpbsdOptions=VpbsdOptions(), # the teacher's part of them
-        dims:int=3,     # spatial axes
-        flat:int=0,     # poolings that leave the depth axis alone (thin stacks)
-        seed:int=0,     # of the codebook's restarts
+
+    def __init__(
+        self,
+        channels: int = 1,  # of the image
+        classes: int = 1,  # logits
+        options: VpbsdOptions = VpbsdOptions(),  # the teacher's part of them
+        dims: int = 3,  # spatial axes
+        flat: int = 0,  # poolings that leave the depth axis alone (thin stacks)
+        seed: int = 0,  # of the codebook's restarts
     ):
         super().__init__()
         o = self.options = options
-        if flat and o.encoder != "hybrid": raise InputError(f"flat={flat}: only the encoder 'hybrid' can leave the depth alone, not {o.encoder!r}.")
+        if flat and o.encoder != "hybrid":
+            raise InputError(
+                f"flat={flat}: only the encoder 'hybrid' can leave the depth alone, not {o.encoder!r}."
+            )
         own = dict(dims=dims, flat=flat) if o.encoder == "hybrid" else dict(dims=dims)
         self.fits = dict(in_channels=channels, classes=classes, dims=dims, flat=flat)
         net = encoder(o.encoder, {"in_channels": channels, **own, **o.encoder_config})
-        self.codebook = FSQ() if o.codebook == "fsq" else Codebook(o.codes, o.code_dim, o.codebook == "cosine", "ema", o.decay, beta=o.beta, restart=o.restart, gradient=o.gradient, seed=seed)
+        self.codebook = (
+            FSQ()
+            if o.codebook == "fsq"
+            else Codebook(
+                o.codes,
+                o.code_dim,
+                o.codebook == "cosine",
+                "ema",
+                o.decay,
+                beta=o.beta,
+                restart=o.restart,
+                gradient=o.gradient,
+                seed=seed,
+            )
+        )
         dim = self.codebook.dim
-        self.tokens, self.segment = Tokens(net, dim, channels, dims), Painter(dim, net, classes, o, True, dims, flat)
-        self.stride, self.strides = net.stride, net.strides
+        self.tokens = Tokens(net, dim, channels, dims)
+        self.segment = Painter(dim, net, classes, o, True, dims, flat)
+        self.stride = net.stride
+        self.strides = net.strides
 
-    def say(self,
-        x:Tensor, # patches (B,C,*s), in [0,1]
-    )->tuple: # (logits (B,classes,*s), `Quantised`, tokens z (B,D,*g))
+    def say(
+        self,
+        x: Tensor,  # patches (B,C,*s), in [0,1]
+    ) -> tuple:  # (logits (B,classes,*s), `Quantised`, tokens z (B,D,*g))
         "Everything the student may learn from."
         z, skips = self.tokens(x)
         q = self.codebook(z)
         return self.segment(q.values.to(z.dtype) if self.options.quantise else z, skips), q, z
 
-    def forward(self,
-        x:Tensor, # patches (B,C,*s), in [0,1]
-    )->Tensor: # logits (B,classes,*s)
+    def forward(
+        self,
+        x: Tensor,  # patches (B,C,*s), in [0,1]
+    ) -> Tensor:  # logits (B,classes,*s)
         "Scores of every voxel."
         return self.say(x)[0]
 
 # %% ../../nbs/methods/vpbsd.ipynb #c7009bba
 class PatternLearning(Method):
     "Stages 1 and 2 of VpbSD: `pretrain` on unlabelled patches, `finetune` on labelled ones. Its `student` is the teacher of stage 3."
-    def __init__(self,
-        teacher:PatternTeacher, # fresh
-        channels:int=1,         # of the image that is painted again
-        epochs:int=10,          # of both stages together
-        seed:int=0,             # of the painter's first weights
-        dims:int=3,             # spatial axes
-        flat:int=0,             # poolings that leave the depth axis alone
+
+    def __init__(
+        self,
+        teacher: PatternTeacher,  # fresh
+        channels: int = 1,  # of the image that is painted again
+        epochs: int = 10,  # of both stages together
+        seed: int = 0,  # of the painter's first weights
+        dims: int = 3,  # spatial axes
+        flat: int = 0,  # poolings that leave the depth axis alone
     ):
         if epochs < 2:
-            raise InputError(f"teacher_epochs={epochs}: a VpbSD teacher has two stages and needs "
-                             "at least one epoch for each.")
+            raise InputError(
+                f"teacher_epochs={epochs}: a VpbSD teacher has two stages and needs "
+                "at least one epoch for each."
+            )
         o = teacher.options
         self.pattern_teacher = teacher
         self.options = o
         self.epochs = epochs
         self.seed = seed
         with seeded(seed, "reconstruction"):
-            painter = Painter(teacher.codebook.dim, teacher.tokens.encoder, channels, o, False,
-                              dims, flat)
-        self.networks = {"tokens": teacher.tokens, "codebook": teacher.codebook, "reconstruct": painter, "segment": teacher.segment}
+            painter = Painter(
+                teacher.codebook.dim, teacher.tokens.encoder, channels, o, False, dims, flat
+            )
+        self.networks = {
+            "tokens": teacher.tokens,
+            "codebook": teacher.codebook,
+            "reconstruct": painter,
+            "segment": teacher.segment,
+        }
         self.weights = self.default_weights(o)
         self.counts = {}
         self.adam = {k: {"rate": o.teacher_rate} for k in self.networks}
 
     @classmethod
-    def default_weights(cls,
-        options:VpbsdOptions,     # the choices
-        preset:str="recommended", # all have the same
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options: VpbsdOptions,  # the choices
+        preset: str = "recommended",  # all have the same
+    ) -> dict:  # term -> weight
         "1 each."
-        return {"rec": 1., "cb": 1., "seg": 1.}
+        return {"rec": 1.0, "cb": 1.0, "seg": 1.0}
 
     @property
-    def student(self)->nn.Module:
+    def student(self) -> nn.Module:
         "The teacher: what this method trains."
         return self.pattern_teacher
 
 # %% ../../nbs/methods/vpbsd.ipynb #beaaac74
 @patch_to(PatternLearning)
-def identity(self)->dict:
+def identity(self) -> dict:
     "The teacher's options and the length."
     return dict(options=teacher_options(self.options), epochs=self.epochs)
 
+
 @patch_to(PatternLearning)
-def stages(self)->list:
+def stages(self) -> list:
     "pretrain, then finetune, each with its own course of the learning rate."
     first = min(self.epochs - 1, max(1, round(self.options.pretrain * self.epochs)))
     slow = {"tokens": self.options.encoder_rate * self.options.teacher_rate}
     paint = Update("pretrain", ("tokens", "codebook", "reconstruct"), self.pretrain_losses)
     label = Update("finetune", ("tokens", "segment"), self.finetune_losses, slow)
-    return [Stage("pretrain", [paint], epochs=first, sources=("unlabelled",), anew=True),
-            Stage("finetune", [label], sources=("student",), anew=True)]
+    return [
+        Stage("pretrain", [paint], epochs=first, sources=("unlabelled",), anew=True),
+        Stage("finetune", [label], sources=("student",), anew=True),
+    ]
 
 # %% ../../nbs/methods/vpbsd.ipynb #a319351d
 def pattern_learning(
-    student:nn.Module,    # the network to be taught: the teacher gets its channels, classes, axes and flat poolings
-    options:VpbsdOptions, # see `VpbsdOptions`
-    epochs:int=10,        # of stages 1 and 2 together
-    seed:int=0,           # of the first weights
-)->PatternLearning: # stages 1 and 2, fresh
+    student: nn.Module,  # the network to be taught: the teacher gets its channels, classes, axes and flat poolings
+    options: VpbsdOptions,  # see `VpbsdOptions`
+    epochs: int = 10,  # of stages 1 and 2 together
+    seed: int = 0,  # of the first weights
+) -> PatternLearning:  # stages 1 and 2, fresh
     "The teacher that fits a student."
     c = student.config
     flat = c.get("flat", 0)
-    with seeded(seed, "pattern teacher"): teacher = PatternTeacher(c["in_channels"], c["classes"], options, c["dims"], flat, seed)
+    with seeded(seed, "pattern teacher"):
+        teacher = PatternTeacher(c["in_channels"], c["classes"], options, c["dims"], flat, seed)
     return PatternLearning(teacher, c["in_channels"], epochs, seed, c["dims"], flat)
 
 # %% ../../nbs/methods/vpbsd.ipynb #99b3983d
 @torch.no_grad()
 def gather_tokens(
-    tokens:nn.Module, # `Tokens`
-    batches,          # i -> patches (B,C,*s)
-    wanted:int,       # at least so many
-)->Tensor: # (M,D)
+    tokens: nn.Module,  # `Tokens`
+    batches,  # i -> patches (B,C,*s)
+    wanted: int,  # at least so many
+) -> Tensor:  # (M,D)
     "Tokens of as many batches as are needed, normalised as in training."
-    training, out = tokens.training, []
+    training = tokens.training
+    out = []
     tokens.train()
-    while sum(map(len, out)) < wanted: out.append(tokens(batches(len(out)))[0].float().movedim(1, -1).flatten(0, -2))
+    while sum(map(len, out)) < wanted:
+        out.append(tokens(batches(len(out)))[0].float().movedim(1, -1).flatten(0, -2))
     tokens.train(training)
     return torch.cat(out)
 
+
 def hidden(
-    x:Tensor,    # patches (B,C,*s)
-    strides,     # of the grid
-    share:float, # of its blocks that are hidden
-    fill:float,  # what they become
-    generator:torch.Generator, # on the CPU
-)->Tensor: # (B,C,*s)
+    x: Tensor,  # patches (B,C,*s)
+    strides,  # of the grid
+    share: float,  # of its blocks that are hidden
+    fill: float,  # what they become
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:  # (B,C,*s)
     "Hide a share of the blocks."
-    keep = (torch.rand(len(x), 1, *[n // s for n, s in zip(x.shape[2:], strides)], generator=generator) >= share).to(x)
+    keep = (
+        torch.rand(len(x), 1, *[n // s for n, s in zip(x.shape[2:], strides)], generator=generator)
+        >= share
+    ).to(x)
     keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
     return x * keep + fill * (1 - keep)
 
 # %% ../../nbs/methods/vpbsd.ipynb #af6759e4
 @patch_to(PatternLearning)
-def begin(self,
-    stage,   # the stage that begins
-    batches, # i -> the i-th batch of a fixed list
+def begin(
+    self,
+    stage,  # the stage that begins
+    batches,  # i -> the i-th batch of a fixed list
 ):
     "Before stage 1: the images' mean and deviation, then k-means."
-    if stage.name != "pretrain": return
-    t, image = self.pattern_teacher.tokens, cache(lambda i: batches(i)["unlabelled"].image)
+    if stage.name != "pretrain":
+        return
+    t = self.pattern_teacher.tokens
+    image = cache(lambda i: batches(i)["unlabelled"].image)
     seen = torch.cat([image(i).float().transpose(0, 1).flatten(1) for i in range(8)], 1)
-    t.mean.copy_(seen.mean(1)); t.std.copy_(seen.std(1).clamp_min(1e-3))
-    if self.options.codebook != "fsq": self.codebook.start(gather_tokens(t, image, 10 * self.options.codes), self.seed)
+    t.mean.copy_(seen.mean(1))
+    t.std.copy_(seen.std(1).clamp_min(1e-3))
+    if self.options.codebook != "fsq":
+        self.codebook.start(gather_tokens(t, image, 10 * self.options.codes), self.seed)
+
 
 @patch_to(PatternLearning, as_prop=True)
 def codebook(self):
     "The teacher's codebook."
     return self.pattern_teacher.codebook
 
+# %% ../../nbs/methods/vpbsd.ipynb #0ed7f903
 @patch_to(PatternLearning)
-def pretrain_losses(self,
-    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # {"rec", "cb"}
+def pretrain_losses(
+    self,
+    batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # {"rec", "cb"}
     "$L_{rec}$ and $L_{cb}$ on unlabelled patches."
-    x, t, book = batch["unlabelled"].image, self.pattern_teacher.tokens, self.codebook
-    book.restarting = self.done < .9
-    seen = hidden(x, t.strides, self.options.mask, x.mean(), noise("mask")) if self.options.mask else x
+    x = batch["unlabelled"].image
+    t = self.pattern_teacher.tokens
+    book = self.codebook
+    book.restarting = self.done < 0.9
+    seen = (
+        hidden(x, t.strides, self.options.mask, x.mean(), noise("mask")) if self.options.mask else x
+    )
     q = cache(lambda: book(t(seen)[0]))
-    paint = lambda: F.mse_loss(self.networks["reconstruct"](q().values.to(x.dtype)).float(), t.standard(x))
+
+    def paint():
+        return F.mse_loss(
+            self.networks["reconstruct"](q().values.to(x.dtype)).float(), t.standard(x)
+        )
+
     return {"rec": paint, "cb": lambda: q().loss}
 
 # %% ../../nbs/methods/vpbsd.ipynb #d85bf775
 @patch_to(PatternLearning)
-def finetune_losses(self,
-    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # {"seg", "cb"}
+def finetune_losses(
+    self,
+    batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # {"seg", "cb"}
     "$L_{seg}$ on labelled patches, and the commitment to a codebook that no longer moves."
-    b, said = batch["student"], cache(lambda: self.pattern_teacher.say(batch["student"].image))
+    b = batch["student"]
+    said = cache(lambda: self.pattern_teacher.say(batch["student"].image))
     self.codebook.freeze()
-    return {"seg": lambda: segmentation_loss(said()[0].float(), b.label, bce=self.options.bce), "cb": lambda: said()[1].loss}
+    return {
+        "seg": lambda: segmentation_loss(said()[0].float(), b.label, bce=self.options.bce),
+        "cb": lambda: said()[1].loss,
+    }
+
 
 @patch_to(PatternLearning)
-def monitor(self,
-    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # name -> number
+def monitor(
+    self,
+    batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # name -> number
     "How many codes a fixed batch uses, how evenly, how well it is painted (error / variance); and how many codes have been restarted in all."
-    x, t = batch["unlabelled"].image, self.pattern_teacher.tokens
-    q, seen = self.codebook(t(x)[0]), t.standard(x)
-    error = F.mse_loss(self.networks["reconstruct"](q.values.to(x.dtype)).float(), seen) / seen.var()
+    x = batch["unlabelled"].image
+    t = self.pattern_teacher.tokens
+    q = self.codebook(t(x)[0])
+    seen = t.standard(x)
+    error = (
+        F.mse_loss(self.networks["reconstruct"](q.values.to(x.dtype)).float(), seen) / seen.var()
+    )
     use = code_use(q.index, self.codebook.codes)
-    return dict(perplexity=use["perplexity"], active=use["active"], rec_over_var=float(error), restarted=float(getattr(self.codebook, "restarted", 0)))
+    return dict(
+        perplexity=use["perplexity"],
+        active=use["active"],
+        rec_over_var=float(error),
+        restarted=float(getattr(self.codebook, "restarted", 0)),
+    )
 
 # %% ../../nbs/methods/vpbsd.ipynb #a3ac9f6e
 class Frozen(nn.Module):
     "A network that stays as it is: no gradients, and evaluation mode whatever is called."
-    def __init__(self,
-        net:nn.Module, # any network
+
+    def __init__(
+        self,
+        net: nn.Module,  # any network
     ):
         super().__init__()
         self.net = net.requires_grad_(False)
         for m in net.modules():
-            if isinstance(m, Codebook): m.freeze()
+            if isinstance(m, Codebook):
+                m.freeze()
         self.train()
 
-    def train(self,
-        mode:bool=True, # not used
-    ): # itself
+    def train(
+        self,
+        mode: bool = True,  # not used
+    ):  # itself
         "Evaluation mode, always."
         super().train(False)
         return self
 
-    def forward(self,
-        *x, # what the network takes
+    def forward(
+        self,
+        *x,  # what the network takes
     ):
         "What the network gives."
         return self.net(*x)
 
 # %% ../../nbs/methods/vpbsd.ipynb #c69ab321
 def pseudo_loss(
-    logits:Tensor,  # of the student (B,K,*s)
-    teacher:Tensor, # logits of the teacher, the same shape
-    pseudo:str="hard", # hard | soft
-    doubt:float=0., # voxels whose largest probability is within this of 1/2 are left out
-    bce:float=.5,   # weight of cross-entropy beside Dice
-    smooth:float=1., # of the Dice loss, voxels
-)->Tensor: # scalar, float32
+    logits: Tensor,  # of the student (B,K,*s)
+    teacher: Tensor,  # logits of the teacher, the same shape
+    pseudo: str = "hard",  # hard | soft
+    doubt: float = 0.0,  # voxels whose largest probability is within this of 1/2 are left out
+    bce: float = 0.5,  # weight of cross-entropy beside Dice
+    smooth: float = 1.0,  # of the Dice loss, voxels
+) -> Tensor:  # scalar, float32
     "$L_{semi}$: Dice and cross-entropy against what the teacher says. No gradient reaches the teacher."
-    x, t, one = logits.float(), teacher.detach().float(), logits.shape[1] == 1
+    x = logits.float()
+    t = teacher.detach().float()
+    one = logits.shape[1] == 1
     p, y = (x.sigmoid(), t.sigmoid()) if one else (x.softmax(1), t.softmax(1))
-    sure = (torch.where(y > .5, y, 1 - y) if one else y.amax(1, keepdim=True)) >= .5 + doubt if doubt else torch.ones_like(y[:, :1], dtype=torch.bool)
-    if pseudo == "hard": y = (y > .5).to(y) if one else F.one_hot(y.argmax(1), y.shape[1]).movedim(-1, 1).to(y)
-    ce = F.binary_cross_entropy_with_logits(x, y, reduction="none") if one else -(y * x.log_softmax(1)).sum(1, keepdim=True)
+    sure = (
+        (torch.where(y > 0.5, y, 1 - y) if one else y.amax(1, keepdim=True)) >= 0.5 + doubt
+        if doubt
+        else torch.ones_like(y[:, :1], dtype=torch.bool)
+    )
+    if pseudo == "hard":
+        y = (y > 0.5).to(y) if one else F.one_hot(y.argmax(1), y.shape[1]).movedim(-1, 1).to(y)
+    ce = (
+        F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        if one
+        else -(y * x.log_softmax(1)).sum(1, keepdim=True)
+    )
     ce = (ce * sure).sum() / sure.sum().clamp(min=1)
     p, y = ((v if one else v[:, 1:]) * sure for v in (p, y))
     over = (0, *range(2, x.ndim))
-    dice = (1 - ((p + y - (p - y).abs()).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)).mean()
+    dice = (
+        1 - ((p + y - (p - y).abs()).sum(over) + smooth) / (p.sum(over) + y.sum(over) + smooth)
+    ).mean()
     return dice + bce * ce
 
 # %% ../../nbs/methods/vpbsd.ipynb #f4902adb
@@ -390,74 +539,95 @@ def pseudo_loss(
 class VPBSD(Method):
     """Stage 3 of VpbSD (Lin et al., 2024): labels, pseudo labels and vessel patterns of a frozen
     teacher. Batches: "student" (labelled) and "unlabelled"."""
+
     Options = VpbsdOptions
-    presets = {"recommended": VpbsdOptions(), "paper": VpbsdOptions(bce=1.)}
+    presets = {"recommended": VpbsdOptions(), "paper": VpbsdOptions(bce=1.0)}
     teacher = Pretrained(pattern_learning, shared_by=teacher_options)
     teachers = ("true", "placebo")
     moves_only = True
 
     @classmethod
-    def default_weights(cls,
-        options:VpbsdOptions,     # its `lesson` decides
-        preset:str="recommended", # all have the same
-    )->dict: # term -> weight
+    def default_weights(
+        cls,
+        options: VpbsdOptions,  # its `lesson` decides
+        preset: str = "recommended",  # all have the same
+    ) -> dict:  # term -> weight
         "1 each; another form of the lesson gets what makes its first gradient as large."
-        same = {"cosine": 1., "code_ce": .1, "channel": 16., "hint": 1.}
-        return {"seg": 1., "semi": 1., "dis": same[options.lesson]}
+        same = {"cosine": 1.0, "code_ce": 0.1, "channel": 16.0, "hint": 1.0}
+        return {"seg": 1.0, "semi": 1.0, "dis": same[options.lesson]}
+
     @classmethod
-    def draws(cls,
-        options:VpbsdOptions, # not used
-    )->tuple: # names of batches
+    def draws(
+        cls,
+        options: VpbsdOptions,  # not used
+    ) -> tuple:  # names of batches
         "The student's images, with and without labels."
         return ("student", "unlabelled")
 
     @property
-    def pattern_teacher(self)->PatternTeacher:
+    def pattern_teacher(self) -> PatternTeacher:
         "The frozen teacher."
         return self.frozen["teacher"].net
 
-    def stages(self)->list:
+    def stages(self) -> list:
         "One stage, to the end of the budget."
-        return [Stage("distil", [Update("student", ("student", "projector"), self.losses)],
-                      sources=("student", "unlabelled"))]
+        return [
+            Stage(
+                "distil",
+                [Update("student", ("student", "projector"), self.losses)],
+                sources=("student", "unlabelled"),
+            )
+        ]
 
 # %% ../../nbs/methods/vpbsd.ipynb #2fd73c12
 def check_pattern_networks(
-    student:nn.Module,      # network to train
-    teacher:PatternTeacher, # trained
-    options:VpbsdOptions,   # see `VpbsdOptions`
+    student: nn.Module,  # network to train
+    teacher: PatternTeacher,  # trained
+    options: VpbsdOptions,  # see `VpbsdOptions`
 ):
     """`InputError` for a teacher of another kind, options, channels, axes or classes, and for a
     coarser student."""
     if not isinstance(teacher, PatternTeacher):
-        raise InputError(f"the teacher is a {type(teacher).__name__}: VpbSD needs a "
-                         "`PatternTeacher`, an encoder with a codebook.")
+        raise InputError(
+            f"the teacher is a {type(teacher).__name__}: VpbSD needs a "
+            "`PatternTeacher`, an encoder with a codebook."
+        )
     if teacher_options(teacher.options) != teacher_options(options):
-        raise InputError("the teacher was trained with other options (codebook, encoder ...) than "
-                         "this student's. Use a codebook and a student of one set of options.")
+        raise InputError(
+            "the teacher was trained with other options (codebook, encoder ...) than "
+            "this student's. Use a codebook and a student of one set of options."
+        )
     whole = (student.stride,) * student.config["dims"]
     strides = zip(getattr(student, "strides", whole), teacher.strides)
     if not options.tap and any(own > grid for own, grid in strides):
-        raise InputError(f"the student's deepest features have stride {student.stride}, the "
-                         f"teacher's grid {teacher.stride}: features are averaged, never refined. "
-                         "Name a finer layer of the student, e.g. tap='join3' of light_unet at "
-                         "stride 4.")
+        raise InputError(
+            f"the student's deepest features have stride {student.stride}, the "
+            f"teacher's grid {teacher.stride}: features are averaged, never refined. "
+            "Name a finer layer of the student, e.g. tap='join3' of light_unet at "
+            "stride 4."
+        )
     for what in ("in_channels", "classes", "dims"):
         if student.config[what] != teacher.fits[what]:
-            raise InputError(f"the teacher was built with {what}={teacher.fits[what]}, the student "
-                             f"with {student.config[what]}.")
+            raise InputError(
+                f"the teacher was built with {what}={teacher.fits[what]}, the student "
+                f"with {student.config[what]}."
+            )
 
 # %% ../../nbs/methods/vpbsd.ipynb #9f33e134
-NO_CHANGE = dict.fromkeys(("flip", "rotate", "scale", "shift", "brightness", "contrast", "gamma",
-                           "noise", "blur", "hue"), 0.) | {"rot90": False}
+NO_CHANGE = dict.fromkeys(
+    ("flip", "rotate", "scale", "shift", "brightness", "contrast", "gamma", "noise", "blur", "hue"),
+    0.0,
+) | {"rot90": False}
+
 
 @patch_to(VPBSD)
-def __init__(self,
-    student:nn.Module,      # network to train, any architecture
-    teacher:PatternTeacher, # trained; never changed
-    options:VpbsdOptions=VpbsdOptions(), # see `VpbsdOptions`
-    epochs:int=10,          # not used: stage 3 takes the whole run
-    seed:int=0,             # of the projector's first weights and of the random codebook
+def __init__(
+    self,
+    student: nn.Module,  # network to train, any architecture
+    teacher: PatternTeacher,  # trained; never changed
+    options: VpbsdOptions = VpbsdOptions(),  # see `VpbsdOptions`
+    epochs: int = 10,  # not used: stage 3 takes the whole run
+    seed: int = 0,  # of the projector's first weights and of the random codebook
 ):
     "`InputError` for networks that do not fit."
     o = self.options = options
@@ -469,7 +639,8 @@ def __init__(self,
     with seeded(seed, "vpbsd"):
         if o.lesson == "hint":
             projector = layer("Conv", dims)(channels, teacher.tokens.encoder.channels, 1)
-        else: projector = PatternProjector(channels, teacher.codebook.dim, dims)
+        else:
+            projector = PatternProjector(channels, teacher.codebook.dim, dims)
     self.networks = {"student": student, "projector": projector}
     self.frozen = {"teacher": Frozen(teacher)}
     self.weights = self.default_weights(o)
@@ -481,21 +652,22 @@ def __init__(self,
 
 # %% ../../nbs/methods/vpbsd.ipynb #ed92bbc5
 @patch_to(VPBSD)
-def identity(self)->dict:
+def identity(self) -> dict:
     "The options and the teacher: both decide the result."
     return dict(options=asdict(self.options), teacher=weights_digest(self.pattern_teacher))
 
+
 @patch_to(VPBSD)
-def records(self)->dict: # file name -> plain data
+def records(self) -> dict:  # file name -> plain data
     "Which codebook the student learns from."
     table = getattr(self.pattern_teacher.codebook, "table", None)
     return {} if table is None else {"codebook.json": {"digest": codebook_digest(table)}}
 
 # %% ../../nbs/methods/vpbsd.ipynb #5d54327c
 def random_table(
-    table:Tensor, # (K,D), for shape and scale
-    seed:int,     # of the rows
-)->Tensor: # (K,D) of the same mean length, never learned
+    table: Tensor,  # (K,D), for shape and scale
+    seed: int,  # of the rows
+) -> Tensor:  # (K,D) of the same mean length, never learned
     "The control: codes that know nothing of vessels."
     rows = torch.randn(table.shape, generator=torch_rng(seed, "random codebook")).to(table)
     return rows / rows.norm(dim=1, keepdim=True) * table.norm(dim=1).mean()
@@ -503,31 +675,47 @@ def random_table(
 # %% ../../nbs/methods/vpbsd.ipynb #e1711f24
 class Lesson:
     "What student and teacher say about one batch, each computed when it is first asked for."
-    def __init__(self,
-        method:VPBSD,   # the method
-        batch:dict,     # {"student": Batch, "unlabelled": Batch}
-        noise:Callable, # generator for a purpose
-    ):
-        s, u = batch["student"], batch["unlabelled"]
-        draw = lambda: (torch.rand(len(u), 19, generator=noise("strong")), int(torch.randint(2 ** 31, (), generator=noise("strong noise"))))
-        strong = cache(lambda: recolour(method.change, u.image, *draw()))
-        self.s, self.u = s, u
-        self.student = cache(lambda which: look(method, s.image if which == "labelled" else strong()))
-        self.teacher = cache(lambda which: listen(method, s.image if which == "labelled" else u.image))
 
+    def __init__(
+        self,
+        method: VPBSD,  # the method
+        batch: dict,  # {"student": Batch, "unlabelled": Batch}
+        noise: Callable,  # generator for a purpose
+    ):
+        s = batch["student"]
+        u = batch["unlabelled"]
+
+        def draw():
+            return (
+                torch.rand(len(u), 19, generator=noise("strong")),
+                int(torch.randint(2**31, (), generator=noise("strong noise"))),
+            )
+
+        strong = cache(lambda: recolour(method.change, u.image, *draw()))
+        self.s = s
+        self.u = u
+        self.student = cache(
+            lambda which: look(method, s.image if which == "labelled" else strong())
+        )
+        self.teacher = cache(
+            lambda which: listen(method, s.image if which == "labelled" else u.image)
+        )
+
+# %% ../../nbs/methods/vpbsd.ipynb #d4164807
 def look(
-    method:VPBSD, # the method
-    x:Tensor,     # patches (B,C,*s)
-)->tuple: # (logits (B,K,*s), features at the tap (B,C',*g))
+    method: VPBSD,  # the method
+    x: Tensor,  # patches (B,C,*s)
+) -> tuple:  # (logits (B,K,*s), features at the tap (B,C',*g))
     "What the student says."
     logits = method.networks["student"](x)
     return logits, method.taps.take()[method.tap]
 
+
 @torch.no_grad()
 def listen(
-    method:VPBSD, # the method
-    x:Tensor,     # patches (B,C,*s)
-)->tuple: # (logits (B,K,*s), `Quantised`, tokens z (B,D,*g), the encoder's features)
+    method: VPBSD,  # the method
+    x: Tensor,  # patches (B,C,*s)
+) -> tuple:  # (logits (B,K,*s), `Quantised`, tokens z (B,D,*g), the encoder's features)
     "What the teacher says."
     with Taps(method.pattern_teacher, ("tokens.encoder",)) as taps:
         logits, q, z = method.pattern_teacher.say(x)
@@ -535,43 +723,70 @@ def listen(
 
 # %% ../../nbs/methods/vpbsd.ipynb #d779f7b1
 @patch_to(VPBSD)
-def losses(self,
-    batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-    noise:Callable, # generator for a purpose
-)->dict: # {"seg", "semi", "dis"}
+def losses(
+    self,
+    batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+    noise: Callable,  # generator for a purpose
+) -> dict:  # {"seg", "semi", "dis"}
     "$L_{seg}^S$, $L_{semi}^S$ and $L_{dis}^S$."
-    x, o = Lesson(self, batch, noise), self.options
-    return {"seg": lambda: segmentation_loss(x.student("labelled")[0].float(), x.s.label, bce=o.bce),
-            "semi": lambda: pseudo_loss(x.student("unlabelled")[0], x.teacher("unlabelled")[0], o.pseudo, o.doubt, o.bce),
-            "dis": lambda: torch.stack([self.pattern(x.student(w)[1], x.teacher(w)) * len(b) for w, b in (("labelled", x.s), ("unlabelled", x.u))]).sum() / (len(x.s) + len(x.u))}
+    x = Lesson(self, batch, noise)
+    o = self.options
+    return {
+        "seg": lambda: segmentation_loss(x.student("labelled")[0].float(), x.s.label, bce=o.bce),
+        "semi": lambda: pseudo_loss(
+            x.student("unlabelled")[0], x.teacher("unlabelled")[0], o.pseudo, o.doubt, o.bce
+        ),
+        "dis": lambda: (
+            torch.stack(
+                [
+                    self.pattern(x.student(w)[1], x.teacher(w)) * len(b)
+                    for w, b in (("labelled", x.s), ("unlabelled", x.u))
+                ]
+            ).sum()
+            / (len(x.s) + len(x.u))
+        ),
+    }
 
+# %% ../../nbs/methods/vpbsd.ipynb #ff56d6b6
 @patch_to(VPBSD)
-def pattern(self,
-    f:Tensor,   # the student's features at the tap (B,C,*g)
-    said:tuple, # what the teacher says of the same patches
-)->Tensor: # scalar
+def pattern(
+    self,
+    f: Tensor,  # the student's features at the tap (B,C,*g)
+    said: tuple,  # what the teacher says of the same patches
+) -> Tensor:  # scalar
     "$L_{dis}$ of one batch."
-    (_, q, z, raw), o, phi = said, self.options, self.networks["projector"]
-    if o.lesson == "hint": return hint_loss([phi(to_grid(f, raw.shape[2:]))], [raw])
-    u, index, codes = phi(to_grid(f, z.shape[2:])), q.index, q.codes
+    (_, q, z, raw) = said
+    o = self.options
+    phi = self.networks["projector"]
+    if o.lesson == "hint":
+        return hint_loss([phi(to_grid(f, raw.shape[2:]))], [raw])
+    u = phi(to_grid(f, z.shape[2:]))
+    index = q.index
+    codes = q.codes
     table = getattr(self.pattern_teacher.codebook, "table", None)
-    if o.target == "unquantised": codes = unit(z)
+    if o.target == "unquantised":
+        codes = unit(z)
     if o.target == "random":
         table = self.random.to(z.device)
         index = nearest_code(unit(z).movedim(1, -1).flatten(0, -2), unit(table)).view(q.index.shape)
         codes = table[index].movedim(-1, 1)
-    return pattern_loss(u, codes, o.lesson, **(dict(index=index, table=table) if o.lesson == "code_ce" else {}))
+    return pattern_loss(
+        u, codes, o.lesson, **(dict(index=index, table=table) if o.lesson == "code_ce" else {})
+    )
 
 # %% ../../nbs/methods/vpbsd.ipynb #258e1722
 @dataclass(frozen=True)
 class PaintOptions(Checked):
     "The choices of `Painted`."
-    tap: str = ""          # layer to paint from; empty: last of the student's `hint_layers["mid"]`
-    decoder: Count = 8     # width of the painter
-    bce: NonNegative = .5  # weight of cross-entropy beside Dice
+
+    tap: str = ""  # layer to paint from; empty: last of the student's `hint_layers["mid"]`
+    decoder: Count = 8  # width of the painter
+    bce: NonNegative = 0.5  # weight of cross-entropy beside Dice
+
 
 class PaintsFirst(Method):
     "What `Painted` says about itself. Painting comes first and takes as many epochs as the labels."
+
     Options = PaintOptions
     presets = {"recommended": PaintOptions()}
     teacher = NoTeacher()
@@ -583,16 +798,19 @@ class PaintsFirst(Method):
     def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
         "There is no teacher."
         return cls(student, options, epochs, seed)
+
     @classmethod
-    def default_weights(cls, options, preset="recommended")->dict: # term -> weight
+    def default_weights(cls, options, preset="recommended") -> dict:  # term -> weight
         "1 each."
-        return {"rec": 1., "seg": 1.}
+        return {"rec": 1.0, "seg": 1.0}
+
     @classmethod
-    def draws(cls, options)->tuple: # names of batches
+    def draws(cls, options) -> tuple:  # names of batches
         "The student's images, with and without labels."
         return ("student", "unlabelled")
+
     @classmethod
-    def length(cls, options, epochs)->int: # epochs
+    def length(cls, options, epochs) -> int:  # epochs
         "Twice: to paint, then to segment."
         return 2 * epochs
 
@@ -600,11 +818,13 @@ class PaintsFirst(Method):
 @METHODS.register("painted")
 class Painted(PaintsFirst):
     "The control without a teacher: the student learns to paint unlabelled patches from its deepest features, then to segment labelled ones."
-    def __init__(self,
-        student:nn.Module, # network to train, with `stride`
-        options:PaintOptions=PaintOptions(), # see `PaintOptions`
-        epochs:int=10,     # of both stages together
-        seed:int=0,        # of the painter's first weights
+
+    def __init__(
+        self,
+        student: nn.Module,  # network to train, with `stride`
+        options: PaintOptions = PaintOptions(),  # see `PaintOptions`
+        epochs: int = 10,  # of both stages together
+        seed: int = 0,  # of the painter's first weights
     ):
         c = student.config
         self.options = options
@@ -613,58 +833,79 @@ class Painted(PaintsFirst):
         self.taps = Taps(student, (self.tap,))
         channels = tap_channels(student, (self.tap,))[self.tap]
         with seeded(seed, "painted"):
-            painter = GridDecoder(channels, c["in_channels"], student.stride, None, options.decoder,
-                                  c["dims"], c.get("flat", 0))
+            painter = GridDecoder(
+                channels,
+                c["in_channels"],
+                student.stride,
+                None,
+                options.decoder,
+                c["dims"],
+                c.get("flat", 0),
+            )
         self.networks = {"student": student, "painter": painter}
         self.weights = self.default_weights(options)
 
-    def identity(self)->dict:
+    def identity(self) -> dict:
         "The options and the length."
         return dict(options=asdict(self.options), epochs=self.epochs)
 
-    def stages(self)->list:
+    def stages(self) -> list:
         "paint, then train."
         paint = Update("paint", ("student", "painter"), self.paint_losses)
         label = Update("student", ("student",), self.losses)
         half = self.epochs // 2
-        return [Stage("paint", [paint], epochs=half, sources=("unlabelled",), anew=True),
-                Stage("train", [label], sources=("student",), anew=True)]
+        return [
+            Stage("paint", [paint], epochs=half, sources=("unlabelled",), anew=True),
+            Stage("train", [label], sources=("student",), anew=True),
+        ]
 
-    def paint_losses(self,
-        batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-        noise:Callable, # generator for a purpose
-    )->dict: # {"rec"}
+    def paint_losses(
+        self,
+        batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+        noise: Callable,  # generator for a purpose
+    ) -> dict:  # {"rec"}
         "Squared error of the painted patch."
         x = batch["unlabelled"].image
+
         def rec():
             self.student(x)
             return F.mse_loss(self.networks["painter"](self.taps.take()[self.tap]).float(), x)
+
         return {"rec": rec}
 
-    def losses(self,
-        batch:dict,     # {"student": Batch with labels, "unlabelled": Batch}
-        noise:Callable, # generator for a purpose
-    )->dict: # {"seg"}
+    def losses(
+        self,
+        batch: dict,  # {"student": Batch with labels, "unlabelled": Batch}
+        noise: Callable,  # generator for a purpose
+    ) -> dict:  # {"seg"}
         "$L_{seg}$ on the labels."
         b = batch["student"]
-        return {"seg": lambda: segmentation_loss(self.student(b.image).float(), b.label, bce=self.options.bce)}
+        return {
+            "seg": lambda: segmentation_loss(
+                self.student(b.image).float(), b.label, bce=self.options.bce
+            )
+        }
 
 # %% ../../nbs/methods/vpbsd.ipynb #319b65ba
 @dataclass(frozen=True)
 class RecalibrateOptions(Checked):
     "The choices of `Recalibrated`."
-    batches: Annotated[int, Range(least=1, most=10_000)] = 32 # of unlabelled patches
 
+    batches: Annotated[int, Range(least=1, most=10_000)] = 32  # of unlabelled patches
+
+# %% ../../nbs/methods/vpbsd.ipynb #0c628eb7
 @METHODS.register("recalibrated")
 class Recalibrated(Single):
     "The student alone, its BatchNorm statistics measured again on unlabelled patches after training."
+
     Options = RecalibrateOptions
     presets = {"recommended": RecalibrateOptions()}
     moves_only = True
 
-    def __init__(self,
-        student:nn.Module, # network to train
-        options:RecalibrateOptions=RecalibrateOptions(), # see `RecalibrateOptions`
+    def __init__(
+        self,
+        student: nn.Module,  # network to train
+        options: RecalibrateOptions = RecalibrateOptions(),  # see `RecalibrateOptions`
     ):
         super().__init__(student)
         self.options = options
@@ -673,13 +914,15 @@ class Recalibrated(Single):
     def build(cls, student, teacher, options, epochs, seed, teacher_learns=True):
         "There is no teacher."
         return cls(student, options)
+
     @classmethod
-    def draws(cls, options)->tuple: # names of batches
+    def draws(cls, options) -> tuple:  # names of batches
         "The student's images; those without labels when it is trained."
         return ("student", "unlabelled")
 
-    def finish(self,
-        batches:Callable, # i -> the i-th batch of a fixed list
+    def finish(
+        self,
+        batches: Callable,  # i -> the i-th batch of a fixed list
     ):
         "Measure."
         seen = [batches(i)["unlabelled"].image for i in range(self.options.batches)]
@@ -687,39 +930,48 @@ class Recalibrated(Single):
 
 # %% ../../nbs/methods/vpbsd.ipynb #7133ac23
 def occupancy(
-    label:Tensor, # (B,*s), 0 is background
-    grid:tuple,   # the token grid *g
-)->Tensor: # (B,*g), share of each block that is foreground
+    label: Tensor,  # (B,*s), 0 is background
+    grid: tuple,  # the token grid *g
+) -> Tensor:  # (B,*g), share of each block that is foreground
     "How much of every token's block is vessel."
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[label.ndim - 1]
     return pool((label > 0).float()[:, None], grid)[:, 0]
 
+
 @torch.no_grad()
 def pattern_health(
-    teacher:PatternTeacher, # trained
-    batches:list,           # labelled `Batch`es that it has not seen
-)->dict: # active, perplexity, active_vessel, nmi, and `tokens`: how many were counted
+    teacher: PatternTeacher,  # trained
+    batches: list,  # labelled `Batch`es that it has not seen
+) -> dict:  # active, perplexity, active_vessel, nmi, and `tokens`: how many were counted
     "Health of the codebook on held-out patches."
-    index, filled, training = [], [], teacher.training
+    index = []
+    filled = []
+    training = teacher.training
     teacher.eval()
     for b in batches:
         k = teacher.codebook(teacher.tokens(b.image)[0]).index
-        index.append(k.flatten()); filled.append(occupancy(b.label, tuple(k.shape[1:])).flatten())
+        index.append(k.flatten())
+        filled.append(occupancy(b.label, tuple(k.shape[1:])).flatten())
     teacher.train(training)
-    index, filled = torch.cat(index), torch.cat(filled)
+    index = torch.cat(index)
+    filled = torch.cat(filled)
     return {**codebook_health(index, filled, teacher.codebook.codes), "tokens": len(index)}
 
 # %% ../../nbs/methods/vpbsd.ipynb #22a49f48
 @torch.no_grad()
 def paint_error(
-    learning:PatternLearning, # trained
-    batches:list,    # `Batch`es that it has not seen
-    codebook=None,   # another codebook, e.g. `shuffled(...)`; None: its own
-)->float: # squared error of the painted patches over their variance
+    learning: PatternLearning,  # trained
+    batches: list,  # `Batch`es that it has not seen
+    codebook=None,  # another codebook, e.g. `shuffled(...)`; None: its own
+) -> float:  # squared error of the painted patches over their variance
     "How well patches are painted from their codes."
-    t, book, error, spread = learning.pattern_teacher.tokens, codebook or learning.codebook, 0., 0.
+    t = learning.pattern_teacher.tokens
+    book = codebook or learning.codebook
+    error = 0.0
+    spread = 0.0
     for b in batches:
         x = t.standard(b.image)
         y = learning.networks["reconstruct"](book(t(b.image)[0]).values.to(x.dtype))
-        error, spread = error + F.mse_loss(y.float(), x).item(), spread + x.var().item()
+        error = error + F.mse_loss(y.float(), x).item()
+        spread = spread + x.var().item()
     return error / spread

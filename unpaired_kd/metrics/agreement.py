@@ -15,107 +15,171 @@ from .segmentation import dice, hausdorff, surface_dice, surface_distances
 
 # %% ../../nbs/metrics/agreement.ipynb #c2096212
 def pair_scores(
-    mask,            # one outline, filled (*spatial)
-    reference,       # the other, same shape
-    spacing,         # mm per voxel along each axis
-    tolerance:float, # distance that is still right, mm
-)->dict: # dsc, sdsc (NaN if both are empty), hd95 (NaN if any is empty), hd95_worst (diagonal for a miss; NaN if both are empty), missed, both_empty
+    mask,  # one outline, filled (*spatial)
+    reference,  # the other, same shape
+    spacing,  # mm per voxel along each axis
+    tolerance: float,  # distance that is still right, mm
+) -> dict:  # dsc, sdsc (NaN if both are empty), hd95 (NaN if any is empty), hd95_worst (diagonal for a miss; NaN if both are empty), missed, both_empty
     "Scores of one pair of masks in mm. `missed` is 1 if exactly one of the two is empty. Raises `InputError` for shapes that differ and a spacing that does not fit."
     some = [bool(np.any(m)) for m in (mask, reference)]
     nobody = not any(some)
-    return dict(dsc=dice(mask, reference, empty="nan"), sdsc=surface_dice(mask, reference, tolerance, spacing, empty="nan"),
-                hd95=hausdorff(mask, reference, 95, spacing, empty="nan"),
-                hd95_worst=float("nan") if nobody else hausdorff(mask, reference, 95, spacing, empty="diagonal"),
-                missed=int(some[0] != some[1]), both_empty=int(nobody))
+    return dict(
+        dsc=dice(mask, reference, empty="nan"),
+        sdsc=surface_dice(mask, reference, tolerance, spacing, empty="nan"),
+        hd95=hausdorff(mask, reference, 95, spacing, empty="nan"),
+        hd95_worst=float("nan")
+        if nobody
+        else hausdorff(mask, reference, 95, spacing, empty="diagonal"),
+        missed=int(some[0] != some[1]),
+        both_empty=int(nobody),
+    )
 
 # %% ../../nbs/metrics/agreement.ipynb #46187c3d
 def _study(masks, spacing):
     "Masks as a list of bool arrays (R,*spatial), and one spacing per case, checked."
     masks = [np.asarray(m) > 0 for m in masks]
-    if not masks or any(m.ndim < 3 or len(m) != len(masks[0]) for m in masks): raise InputError(f"masks must be a list of cases, each (readers, *spatial), with the same number of readers; the shapes are {[m.shape for m in masks[:3]]}.")
+    if not masks or any(m.ndim < 3 or len(m) != len(masks[0]) for m in masks):
+        raise InputError(
+            f"masks must be a list of cases, each (readers, *spatial), with the same number of readers; the shapes are {[m.shape for m in masks[:3]]}."
+        )
     spacing = [spacing] * len(masks) if np.ndim(spacing) < 2 else list(spacing)
-    if len(spacing) != len(masks): raise InputError(f"there are {len(masks)} cases and {len(spacing)} spacings. Give one per case, or one for all.")
+    if len(spacing) != len(masks):
+        raise InputError(
+            f"there are {len(masks)} cases and {len(spacing)} spacings. Give one per case, or one for all."
+        )
     return masks, spacing
 
+
 def tolerance_from_raters(
-    masks,               # list of cases (R,*spatial): the same structure by R readers; None: no reader study
-    spacing=None,        # mm per voxel along each axis, or a list with one per case
-    percentile:float=95, # of all distances between readers
-    default:float=3.,    # mm, where there are fewer than two readers
-)->float: # mm
+    masks,  # list of cases (R,*spatial): the same structure by R readers; None: no reader study
+    spacing=None,  # mm per voxel along each axis, or a list with one per case
+    percentile: float = 95,  # of all distances between readers
+    default: float = 3.0,  # mm, where there are fewer than two readers
+) -> float:  # mm
     "Tolerance $\\tau$ of the surface Dice: a percentile of the surface distances between readers, over all cases and pairs, both ways. Pairs with an empty mask are left out."
-    if masks is None: return float(default)
+    if masks is None:
+        return float(default)
     masks, spacing = _study(masks, spacing)
-    if len(masks[0]) < 2: return float(default)
-    found = [np.concatenate(surface_distances(a, b, s)) for m, s in zip(masks, spacing) for a, b in combinations(m, 2) if a.any() and b.any()]
-    if not found: raise InputError("no two readers have drawn the same case: there is no distance to take a percentile of.")
+    if len(masks[0]) < 2:
+        return float(default)
+    found = [
+        np.concatenate(surface_distances(a, b, s))
+        for m, s in zip(masks, spacing)
+        for a, b in combinations(m, 2)
+        if a.any() and b.any()
+    ]
+    if not found:
+        raise InputError(
+            "no two readers have drawn the same case: there is no distance to take a percentile of."
+        )
     return float(np.percentile(np.concatenate(found), percentile))
 
 # %% ../../nbs/metrics/agreement.ipynb #7883b7e6
 def agreement_rows(
-    masks,            # list of cases (R,*spatial), readers first
-    spacing,          # mm per voxel along each axis, or a list with one per case
-    pred=None,        # list of a model's masks (*spatial), one per case
-    tolerance=None,   # $\tau$ of the surface Dice, mm; None: `tolerance_from_raters`
-)->list: # dicts: case, reference, other (1..R, or "model"), and the fields of `pair_scores`
+    masks,  # list of cases (R,*spatial), readers first
+    spacing,  # mm per voxel along each axis, or a list with one per case
+    pred=None,  # list of a model's masks (*spatial), one per case
+    tolerance=None,  # $\tau$ of the surface Dice, mm; None: `tolerance_from_raters`
+) -> list:  # dicts: case, reference, other (1..R, or "model"), and the fields of `pair_scores`
     "Every ordered pair of readers, and the model against every reader, in every case. Raises `InputError` if the model's masks do not fit the readers'."
     masks, spacing = _study(masks, spacing)
     if pred is not None and [np.shape(p) for p in pred] != [m.shape[1:] for m in masks]:
-        raise InputError(f"pred has {len(pred)} masks, the first of shape {np.shape(pred[0])}; the readers' {len(masks)} cases need one of the shape of theirs each, the first {masks[0].shape[1:]}.")
-    tolerance, rows = tolerance_from_raters(masks, spacing) if tolerance is None else tolerance, []
+        raise InputError(
+            f"pred has {len(pred)} masks, the first of shape {np.shape(pred[0])}; the readers' {len(masks)} cases need one of the shape of theirs each, the first {masks[0].shape[1:]}."
+        )
+    tolerance = tolerance_from_raters(masks, spacing) if tolerance is None else tolerance
+    rows = []
     for i, (m, s) in enumerate(zip(masks, spacing)):
         for a, b in combinations(range(len(m)), 2):
-            scores = pair_scores(m[a], m[b], s, tolerance)                       # all scores are symmetric
-            rows += [dict(case=i, reference=a + 1, other=b + 1, **scores), dict(case=i, reference=b + 1, other=a + 1, **scores)]
+            scores = pair_scores(m[a], m[b], s, tolerance)  # all scores are symmetric
+            rows += [
+                dict(case=i, reference=a + 1, other=b + 1, **scores),
+                dict(case=i, reference=b + 1, other=a + 1, **scores),
+            ]
         if pred is not None:
-            rows += [dict(case=i, reference=j + 1, other="model", **pair_scores(pred[i], r, s, tolerance)) for j, r in enumerate(m)]
+            rows += [
+                dict(
+                    case=i, reference=j + 1, other="model", **pair_scores(pred[i], r, s, tolerance)
+                )
+                for j, r in enumerate(m)
+            ]
     return rows
 
 # %% ../../nbs/metrics/agreement.ipynb #a5adffa0
 SCORES = ("dsc", "sdsc", "hd95", "hd95_worst")
 
+
 def case_means(
-    rows:list, # rows of `agreement_rows`
-)->dict: # case -> {score: mean over the rows of that case; NaN if none is defined}
+    rows: list,  # rows of `agreement_rows`
+) -> dict:  # case -> {score: mean over the rows of that case; NaN if none is defined}
     "Average rows within each case; undefined scores are left out."
     cases = {}
-    for r in rows: cases.setdefault(r["case"], []).append(r)
+    for r in rows:
+        cases.setdefault(r["case"], []).append(r)
+
     def mean(v):
         "Mean of the numbers that are there."
         v = [x for x in v if not np.isnan(x)]
         return float(np.mean(v)) if v else float("nan")
+
     return {c: {k: mean([r[k] for r in rs]) for k in SCORES} for c, rs in cases.items()}
 
+# %% ../../nbs/metrics/agreement.ipynb #32889633
 def rater_table(
-    masks,          # list of cases (R,*spatial), readers first, R at least 2
-    spacing,        # mm per voxel along each axis, or a list with one per case
-    pred=None,      # list of a model's masks (*spatial), one per case
-    tolerance=None, # $\tau$ of the surface Dice, mm; None: `tolerance_from_raters`
-    ddof:int=1,     # standard deviations divide by n - ddof
-)->list: # dicts: who ("readers" or "model"), reference (1..R or "all"), n cases, missed pairs, and for each score its mean, _sd and _cv over cases
+    masks,  # list of cases (R,*spatial), readers first, R at least 2
+    spacing,  # mm per voxel along each axis, or a list with one per case
+    pred=None,  # list of a model's masks (*spatial), one per case
+    tolerance=None,  # $\tau$ of the surface Dice, mm; None: `tolerance_from_raters`
+    ddof: int = 1,  # standard deviations divide by n - ddof
+) -> list:  # dicts: who ("readers" or "model"), reference (1..R or "all"), n cases, missed pairs, and for each score its mean, _sd and _cv over cases
     "Readers against each other and a model against each, after Jiang et al. 2021, table IV. HD95 over found structures, `hd95_worst` over all. Raises `InputError` for fewer than two readers."
     rows = agreement_rows(masks, spacing, pred, tolerance)
-    if not any(r["other"] != "model" for r in rows): raise InputError("a rater table needs at least two readers per case.")
-    readers, out = sorted({r["reference"] for r in rows}), []
-    for who in ("readers", "model")[:1 + (pred is not None)]:
+    if not any(r["other"] != "model" for r in rows):
+        raise InputError("a rater table needs at least two readers per case.")
+    readers = sorted({r["reference"] for r in rows})
+    out = []
+    for who in ("readers", "model")[: 1 + (pred is not None)]:
         for ref in [*readers, "all"]:
-            some = [r for r in rows if (r["other"] == "model") == (who == "model") and ref in ("all", r["reference"])]
-            line = dict(who=who, reference=ref, n=len({r["case"] for r in some}), missed=sum(r["missed"] for r in some) // (2 if who == "readers" and ref == "all" else 1))
+            some = [
+                r
+                for r in rows
+                if (r["other"] == "model") == (who == "model") and ref in ("all", r["reference"])
+            ]
+            line = dict(
+                who=who,
+                reference=ref,
+                n=len({r["case"] for r in some}),
+                missed=sum(r["missed"] for r in some)
+                // (2 if who == "readers" and ref == "all" else 1),
+            )
             for k in SCORES:
                 v = np.array([c[k] for c in case_means(some).values()])
                 v = v[~np.isnan(v)]
-                mean, sd = (float(v.mean()) if len(v) else np.nan, float(v.std(ddof=ddof)) if len(v) > ddof else np.nan)
+                mean = float(v.mean()) if len(v) else np.nan
+                sd = float(v.std(ddof=ddof)) if len(v) > ddof else np.nan
                 line |= {k: mean, f"{k}_sd": sd, f"{k}_cv": sd / mean if mean else np.nan}
             out.append(line)
     return out
 
 # %% ../../nbs/metrics/agreement.ipynb #6e145eae
 def as_arms(
-    rows:list,         # rows of `agreement_rows`
-    model:str="model", # name of the model's arm
-    groups=None,       # patient of each case, by the number of the case; None: each case is its own patient
-)->list: # rows for `evaluation.compare`: arm "readers" or `model`, seed 0, case, group, and the scores
+    rows: list,  # rows of `agreement_rows`
+    model: str = "model",  # name of the model's arm
+    groups=None,  # patient of each case, by the number of the case; None: each case is its own patient
+) -> (
+    list
+):  # rows for `evaluation.compare`: arm "readers" or `model`, seed 0, case, group, and the scores
     "Two arms with one row per case: readers among themselves, and the model against the readers (means over pairs)."
-    arms = {"readers": [r for r in rows if r["other"] != "model"], model: [r for r in rows if r["other"] == "model"]}
-    if not all(arms.values()): raise InputError("as_arms needs rows of at least two readers and of a model: pass pred to `agreement_rows`.")
-    return [dict(arm=arm, seed=0, case=str(c), group=str(c) if groups is None else str(groups[c]), **v) for arm, rs in arms.items() for c, v in case_means(rs).items()]
+    arms = {
+        "readers": [r for r in rows if r["other"] != "model"],
+        model: [r for r in rows if r["other"] == "model"],
+    }
+    if not all(arms.values()):
+        raise InputError(
+            "as_arms needs rows of at least two readers and of a model: pass pred to `agreement_rows`."
+        )
+    return [
+        dict(arm=arm, seed=0, case=str(c), group=str(c) if groups is None else str(groups[c]), **v)
+        for arm, rs in arms.items()
+        for c, v in case_means(rs).items()
+    ]

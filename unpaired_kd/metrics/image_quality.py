@@ -15,125 +15,195 @@ from ..core import InputError, rng
 
 # %% ../../nbs/metrics/image_quality.ipynb #d2020c89
 def _image(
-    x,    # array or tensor
-    name, # its name in messages
-)->np.ndarray: # float64, finite
+    x,  # array or tensor
+    name,  # its name in messages
+) -> np.ndarray:  # float64, finite
     "A float64 NumPy array, checked to be finite and not empty."
     a = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x).astype(np.float64)
-    if not a.size or not np.isfinite(a).all(): raise InputError(f"{name} is empty, or holds NaN or infinite values. Give a finite image.")
+    if not a.size or not np.isfinite(a).all():
+        raise InputError(f"{name} is empty, or holds NaN or infinite values. Give a finite image.")
     return a
 
+
 def grey_shares(
-    image,          # any shape, values inside `range`
-    mask=None,      # the same shape: count these pixels only (body, tumour)
-    bins:int=256,   # number of bins
+    image,  # any shape, values inside `range`
+    mask=None,  # the same shape: count these pixels only (body, tumour)
+    bins: int = 256,  # number of bins
     range=(-1, 1),  # smallest and largest grey value
-    eps:float=1e-8, # $\epsilon$, added to the share of every bin
-    name:str="image", # what to call it in messages
-)->np.ndarray: # (bins,), each above 0, sum 1
+    eps: float = 1e-8,  # $\epsilon$, added to the share of every bin
+    name: str = "image",  # what to call it in messages
+) -> np.ndarray:  # (bins,), each above 0, sum 1
     "The histogram of an image as shares. Raises `InputError` for values outside `range`, an empty mask or a mask of another shape."
     a = _image(image, name)
     if mask is not None:
         m = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask) > 0
-        if m.shape != a.shape or not m.any(): raise InputError(f"the mask of {name} has shape {m.shape} and {m.sum()} pixels; it needs the shape {a.shape} and at least one pixel.")
+        if m.shape != a.shape or not m.any():
+            raise InputError(
+                f"the mask of {name} has shape {m.shape} and {m.sum()} pixels; it needs the shape {a.shape} and at least one pixel."
+            )
         a = a[m]
     if a.min() < range[0] or a.max() > range[1]:
-        raise InputError(f"{name} has values from {a.min():.4g} to {a.max():.4g}, outside range={tuple(range)}. Scale it as the networks see it (2 * x - 1 for x in [0,1]), or pass its range.")
+        raise InputError(
+            f"{name} has values from {a.min():.4g} to {a.max():.4g}, outside range={tuple(range)}. Scale it as the networks see it (2 * x - 1 for x in [0,1]), or pass its range."
+        )
     share = np.histogram(a, bins, range)[0] / a.size + eps
     return share / share.sum()
 
 # %% ../../nbs/metrics/image_quality.ipynb #a6778e0e
 def histogram_kl(
-    real,           # real images of the wanted modality, any shape; not paired with `fake`
-    fake,           # made images, any shape
-    mask_real=None, # pixels of `real` to count
-    mask_fake=None, # pixels of `fake` to count
-    bins:int=256,   # number of bins
+    real,  # real images of the wanted modality, any shape; not paired with `fake`
+    fake,  # made images, any shape
+    mask_real=None,  # pixels of `real` to count
+    mask_fake=None,  # pixels of `fake` to count
+    bins: int = 256,  # number of bins
     range=(-1, 1),  # smallest and largest grey value
-    eps:float=1e-8, # $\epsilon$, added to the share of every bin
-)->float: # at least 0, in nats; 0: the same histogram
+    eps: float = 1e-8,  # $\epsilon$, added to the share of every bin
+) -> float:  # at least 0, in nats; 0: the same histogram
     """Divergence KL(real || fake) of the grey values (Jiang et al. 2021, table V; direction, bins and $\\epsilon$ are ours, the paper does not state them).
     The images need no partner and no equal shape. Raises `InputError` for values outside `range` and for an empty mask."""
-    p, q = grey_shares(real, mask_real, bins, range, eps, "real"), grey_shares(fake, mask_fake, bins, range, eps, "fake")
-    return max(float((p * np.log(p / q)).sum()), 0.)
+    p = grey_shares(real, mask_real, bins, range, eps, "real")
+    q = grey_shares(fake, mask_fake, bins, range, eps, "fake")
+    return max(float((p * np.log(p / q)).sum()), 0.0)
 
 # %% ../../nbs/metrics/image_quality.ipynb #29d1b091
 def registered(
-    ids_a, # ids of the images on one side, in order (patient and slice, for instance)
-    ids_b, # ids on the other side
-)->bool: # True; anything else raises
+    ids_a,  # ids of the images on one side, in order (patient and slice, for instance)
+    ids_b,  # ids on the other side
+) -> bool:  # True; anything else raises
     "Whether two lists name the same images in the same order. Raises `InputError` that names the first difference. The images must also have been registered: ids cannot show that."
-    a, b = list(map(str, ids_a)), list(map(str, ids_b))
-    if not a or len(a) != len(b): raise InputError(f"there are {len(a)} and {len(b)} images: a registered pair needs one partner for each, and at least one pair.")
+    a = list(map(str, ids_a))
+    b = list(map(str, ids_b))
+    if not a or len(a) != len(b):
+        raise InputError(
+            f"there are {len(a)} and {len(b)} images: a registered pair needs one partner for each, and at least one pair."
+        )
     for i, (x, y) in enumerate(zip(a, b)):
-        if x != y: raise InputError(f"image {i} is {x!r} on one side and {y!r} on the other: these are not pairs. Put both lists in the same order.")
-    if len(set(a)) < len(a): raise InputError("an id occurs twice: give each image its own id, such as patient and slice.")
+        if x != y:
+            raise InputError(
+                f"image {i} is {x!r} on one side and {y!r} on the other: these are not pairs. Put both lists in the same order."
+            )
+    if len(set(a)) < len(a):
+        raise InputError(
+            "an id occurs twice: give each image its own id, such as patient and slice."
+        )
     return True
 
+# %% ../../nbs/metrics/image_quality.ipynb #73d9ac73
 def _partners(a, b, paired, data_range, what):
     "Both images as arrays, after the checks that `psnr` and `ssim` share."
-    if paired is not True: raise InputError(f"{what} compares pixel with pixel and needs registered images of the same patient. If they are, pass paired=True (see `registered`); if not, use `histogram_kl`.")
-    a, b = _image(a, "a"), _image(b, "b")
-    if a.shape != b.shape: raise InputError(f"a has shape {a.shape} and b {b.shape}: a registered pair lies on one grid. Resample one of them.")
+    if paired is not True:
+        raise InputError(
+            f"{what} compares pixel with pixel and needs registered images of the same patient. If they are, pass paired=True (see `registered`); if not, use `histogram_kl`."
+        )
+    a = _image(a, "a")
+    b = _image(b, "b")
+    if a.shape != b.shape:
+        raise InputError(
+            f"a has shape {a.shape} and b {b.shape}: a registered pair lies on one grid. Resample one of them."
+        )
     span = max(a.max(), b.max()) - min(a.min(), b.min())
-    if span > data_range * (1 + 1e-6): raise InputError(f"the images span {span:.4g}, but data_range is {data_range}. Give 2 for [-1,1], 1 for [0,1], 255 for bytes.")
+    if span > data_range * (1 + 1e-6):
+        raise InputError(
+            f"the images span {span:.4g}, but data_range is {data_range}. Give 2 for [-1,1], 1 for [0,1], 255 for bytes."
+        )
     return a, b
 
 # %% ../../nbs/metrics/image_quality.ipynb #17da991f
 def psnr(
-    a,                    # real image (*spatial)
-    b,                    # made image, same shape, registered with it
-    paired:bool=False,    # True: I state that this is a registered pair
-    data_range:float=2.,  # $R$, full range of grey values; 2 for [-1,1]
-)->float: # decibel; larger is better, infinite for equal images
+    a,  # real image (*spatial)
+    b,  # made image, same shape, registered with it
+    paired: bool = False,  # True: I state that this is a registered pair
+    data_range: float = 2.0,  # $R$, full range of grey values; 2 for [-1,1]
+) -> float:  # decibel; larger is better, infinite for equal images
     "Peak signal-to-noise ratio of a registered pair (scikit-image). Raises `InputError` unless `paired` is True, for different shapes, and for values wider than `data_range`."
     from skimage.metrics import peak_signal_noise_ratio
-    a, b = _partners(a, b, paired, data_range, "PSNR")
-    return float("inf") if np.array_equal(a, b) else float(peak_signal_noise_ratio(a, b, data_range=data_range))
 
+    a, b = _partners(a, b, paired, data_range, "PSNR")
+    return (
+        float("inf")
+        if np.array_equal(a, b)
+        else float(peak_signal_noise_ratio(a, b, data_range=data_range))
+    )
+
+# %% ../../nbs/metrics/image_quality.ipynb #4ccda2aa
 def ssim(
-    a,                    # real image (H,W) or (D,H,W), every side at least 11
-    b,                    # made image, same shape, registered with it
-    paired:bool=False,    # True: I state that this is a registered pair
-    data_range:float=2.,  # $R$, full range of grey values; 2 for [-1,1]
-)->float: # at most 1; 1 for equal images
+    a,  # real image (H,W) or (D,H,W), every side at least 11
+    b,  # made image, same shape, registered with it
+    paired: bool = False,  # True: I state that this is a registered pair
+    data_range: float = 2.0,  # $R$, full range of grey values; 2 for [-1,1]
+) -> float:  # at most 1; 1 for equal images
     "Structural similarity of a registered pair (scikit-image; Gaussian window of 1.5 px, population covariance). Raises `InputError` as `psnr` does, and for sides below 11 px."
     from skimage.metrics import structural_similarity
+
     a, b = _partners(a, b, paired, data_range, "SSIM")
-    if a.ndim not in (2, 3) or min(a.shape) < 11: raise InputError(f"SSIM needs (H,W) or (D,H,W) with sides of at least 11 (its window), got {a.shape}. Give one grey image at a time.")
-    return float(structural_similarity(a, b, data_range=data_range, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+    if a.ndim not in (2, 3) or min(a.shape) < 11:
+        raise InputError(
+            f"SSIM needs (H,W) or (D,H,W) with sides of at least 11 (its window), got {a.shape}. Give one grey image at a time."
+        )
+    return float(
+        structural_similarity(
+            a,
+            b,
+            data_range=data_range,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
 
 # %% ../../nbs/metrics/image_quality.ipynb #777b6f8a
 class ROC(NamedTuple):
     "A receiver operating curve and what it was made from."
-    fpr:np.ndarray        # (M,) share of background at or above the threshold
-    tpr:np.ndarray        # (M,) share of foreground at or above the threshold
-    thresholds:np.ndarray # (M,) falling; the first is infinite
-    auc:float             # area under the curve, in [0,1]; .5: chance
-    foreground:int        # foreground voxels, all of them used
-    background:int        # background voxels
-    used:int              # background voxels used
 
+    fpr: np.ndarray  # (M,) share of background at or above the threshold
+    tpr: np.ndarray  # (M,) share of foreground at or above the threshold
+    thresholds: np.ndarray  # (M,) falling; the first is infinite
+    auc: float  # area under the curve, in [0,1]; .5: chance
+    foreground: int  # foreground voxels, all of them used
+    background: int  # background voxels
+    used: int  # background voxels used
+
+# %% ../../nbs/metrics/image_quality.ipynb #e046e6bb
 def roc(
-    scores,          # scores of one case (*spatial), or a list of cases; larger: more likely foreground
-    labels,          # masks of the same shapes; every label above 0 is foreground
-    most:int=100_000, # background voxels kept of each case; None: all
-    seed:int=0,      # seed of the choice
-)->ROC: # the curve over the voxels of all cases together
+    scores,  # scores of one case (*spatial), or a list of cases; larger: more likely foreground
+    labels,  # masks of the same shapes; every label above 0 is foreground
+    most: int = 100_000,  # background voxels kept of each case; None: all
+    seed: int = 0,  # seed of the choice
+) -> ROC:  # the curve over the voxels of all cases together
     "Voxelwise ROC and AUC (scikit-learn), background subsampled with weights. Raises `InputError` for shapes that differ, and if there is no foreground or no background."
     from sklearn.metrics import auc, roc_curve
-    if not isinstance(scores, (list, tuple)): scores, labels = [scores], [labels]
-    if len(scores) != len(labels): raise InputError(f"there are {len(scores)} arrays of scores and {len(labels)} of labels. Give one of each per case.")
-    if most is not None and most < 1: raise InputError(f"most={most}: give at least 1, or None for all background voxels.")
-    parts, total = [], 0
+
+    if not isinstance(scores, (list, tuple)):
+        scores = [scores]
+        labels = [labels]
+    if len(scores) != len(labels):
+        raise InputError(
+            f"there are {len(scores)} arrays of scores and {len(labels)} of labels. Give one of each per case."
+        )
+    if most is not None and most < 1:
+        raise InputError(f"most={most}: give at least 1, or None for all background voxels.")
+    parts = []
+    total = 0
     for i, (s, y) in enumerate(zip(scores, labels)):
-        s, y = _image(s, f"scores of case {i}"), np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y) > 0
-        if s.shape != y.shape: raise InputError(f"case {i}: the scores have shape {s.shape} and the labels {y.shape}.")
+        s = _image(s, f"scores of case {i}")
+        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y) > 0
+        if s.shape != y.shape:
+            raise InputError(f"case {i}: the scores have shape {s.shape} and the labels {y.shape}.")
         out = s[~y]
-        kept = out if most is None or len(out) <= most else rng(seed, "roc", i).choice(out, most, replace=False)
+        kept = (
+            out
+            if most is None or len(out) <= most
+            else rng(seed, "roc", i).choice(out, most, replace=False)
+        )
         total += len(out)
-        parts += [(s[y], True, 1.), (kept, False, len(out) / max(len(kept), 1))]
-    s, y, w = (np.concatenate(c) for c in zip(*[(v, np.full(len(v), c), np.full(len(v), w)) for v, c, w in parts]))
-    if not y.any() or y.all(): raise InputError(f"there are {y.sum()} foreground and {total} background voxels: a ROC curve needs both.")
+        parts += [(s[y], True, 1.0), (kept, False, len(out) / max(len(kept), 1))]
+    s, y, w = (
+        np.concatenate(c)
+        for c in zip(*[(v, np.full(len(v), c), np.full(len(v), w)) for v, c, w in parts])
+    )
+    if not y.any() or y.all():
+        raise InputError(
+            f"there are {y.sum()} foreground and {total} background voxels: a ROC curve needs both."
+        )
     fpr, tpr, at = roc_curve(y, s, sample_weight=w)
     return ROC(fpr, tpr, at, float(auc(fpr, tpr)), int(y.sum()), total, int((~y).sum()))

@@ -13,23 +13,26 @@ from ..core import InputError
 
 # %% ../../nbs/metrics/masks.ipynb #d750b7c5
 def as_array(
-    x, # array, or tensor on any device
-)->np.ndarray:
+    x,  # array, or tensor on any device
+) -> np.ndarray:
     "A NumPy array."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
+
 def as_labels(
-    x,               # label map: whole numbers or booleans, any shape
-    name:str="mask", # argument, for the message
-)->np.ndarray: # whole numbers or booleans, not negative
+    x,  # label map: whole numbers or booleans, any shape
+    name: str = "mask",  # argument, for the message
+) -> np.ndarray:  # whole numbers or booleans, not negative
     "A checked label map. `InputError` for fractions and negative numbers."
     a = as_array(x)
     if a.dtype.kind not in "biuf":
         raise InputError(f"{name} has dtype {a.dtype}; give whole numbers or booleans.")
     if a.dtype.kind == "f":
         if not (np.isfinite(a).all() and (a == np.floor(a)).all()):
-            raise InputError(f"{name} holds fractions or NaN; threshold a probability map first, "
-                             f"e.g. `{name} > 0.5`.")
+            raise InputError(
+                f"{name} holds fractions or NaN; threshold a probability map first, "
+                f"e.g. `{name} > 0.5`."
+            )
         a = a.astype(np.int64)
     if a.dtype.kind == "i" and a.size and a.min() < 0:
         raise InputError(f"{name} holds negative labels; background is 0 and objects are 1, 2, ...")
@@ -37,38 +40,42 @@ def as_labels(
 
 # %% ../../nbs/metrics/masks.ipynb #d82e49df
 def as_mask(
-    x,               # mask or label map; every label above 0 is foreground
-    name:str="mask", # argument, for the message
-)->np.ndarray: # boolean
+    x,  # mask or label map; every label above 0 is foreground
+    name: str = "mask",  # argument, for the message
+) -> np.ndarray:  # boolean
     "A checked mask. `InputError` as in `as_labels`."
     a = as_array(x)
     return a if a.dtype == bool else as_labels(a, name) > 0
 
+
 def as_pair(
-    pred,            # what was predicted
-    target,          # what is true
-    convert=as_mask, # or `as_labels`
-)->tuple: # both, of one shape
+    pred,  # what was predicted
+    target,  # what is true
+    convert=as_mask,  # or `as_labels`
+) -> tuple:  # both, of one shape
     "Two checked masks. `InputError` for different shapes."
     p = convert(pred, "pred")
     t = convert(target, "target")
     if p.shape != t.shape:
-        raise InputError(f"pred has shape {p.shape} but target has {t.shape}; give one case at a "
-                         "time, without channel axis.")
+        raise InputError(
+            f"pred has shape {p.shape} but target has {t.shape}; give one case at a "
+            "time, without channel axis."
+        )
     return p, t
 
 # %% ../../nbs/metrics/masks.ipynb #c0943776
 def axis_lengths(
     spacing,  # mm along each axis, one number for all, or None: pixels
-    ndim:int, # axes
-)->np.ndarray: # (ndim,) float
+    ndim: int,  # axes
+) -> np.ndarray:  # (ndim,) float
     "One positive number per axis. `InputError` for anything else."
     try:
         s = np.ones(ndim) if spacing is None else np.asarray(spacing, float)
     except (TypeError, ValueError):
-        s = np.array(np.nan) # text, or lists of several lengths
+        s = np.array(np.nan)  # text, or lists of several lengths
     s = np.broadcast_to(s, ndim) if s.size in (1, ndim) else None
     if s is None or not (np.isfinite(s) & (s > 0)).all():
-        raise InputError(f"spacing is {spacing}; give one positive number per axis ({ndim}), in "
-                         "mm.")
+        raise InputError(
+            f"spacing is {spacing}; give one positive number per axis ({ndim}), in mm."
+        )
     return s

@@ -13,17 +13,18 @@ from .segmentation import components, iou, panoptic_quality, surface_distances
 
 # %% ../../nbs/metrics/released.ipynb #3efee4d4
 def large_objects(
-    pred,         # mask (*spatial)
-    min_size:int, # pixels
-)->np.ndarray: # boolean (*spatial)
+    pred,  # mask (*spatial)
+    min_size: int,  # pixels
+) -> np.ndarray:  # boolean (*spatial)
     "The prediction without its small objects, as a mask."
     return components(pred, min_size) > 0
 
+
 def released_dice(
-    pred,   # mask (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed; the target is left alone
-)->float: # in [0,1]
+    pred,  # mask (*spatial)
+    target,  # the same shape
+    min_size: int = 50,  # predicted objects below this are removed; the target is left alone
+) -> float:  # in [0,1]
     """DSC as LOTUS's code has it: small predicted objects removed, both empty 1, denominator at
     least 1e-4."""
     p, t = as_pair(pred, target)
@@ -35,22 +36,23 @@ def released_dice(
 
 # %% ../../nbs/metrics/released.ipynb #764f4127
 def released_hd(
-    pred,   # mask (*spatial)
-    target, # the same shape
-)->float: # pixels; 0 if any mask is empty
-    """"HD" as LOTUS's code has it: the 95th percentile of both lists of surface distances pooled;
+    pred,  # mask (*spatial)
+    target,  # the same shape
+) -> float:  # pixels; 0 if any mask is empty
+    """ "HD" as LOTUS's code has it: the 95th percentile of both lists of surface distances pooled;
     0 for a miss."""
     p, t = as_pair(pred, target)
     if not (p.any() and t.any()):
         return 0.0
     return float(np.percentile(np.concatenate(surface_distances(p, t)), 95))
 
+
 def released_aji(
-    pred,   # mask or instance map (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-)->float: # in [0,1]
-    """"AJI" as LOTUS's code has it: the IoU of the foreground; 0 for an empty prediction, and where
+    pred,  # mask or instance map (*spatial)
+    target,  # the same shape
+    min_size: int = 50,  # predicted objects below this are removed
+) -> float:  # in [0,1]
+    """ "AJI" as LOTUS's code has it: the IoU of the foreground; 0 for an empty prediction, and where
     there is no background."""
     p, t = as_pair(pred, target)
     p = large_objects(p, min_size)
@@ -58,12 +60,12 @@ def released_aji(
 
 # %% ../../nbs/metrics/released.ipynb #a129406c
 def released_pq(
-    pred,   # mask or instance map (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-    binary:bool=True, # True: the later version of the code; False: the first (instances, in uint8)
-)->float: # in [0,1]
-    """"PQ" as LOTUS's code has it: of the binary foreground, or by instance with labels that wrap
+    pred,  # mask or instance map (*spatial)
+    target,  # the same shape
+    min_size: int = 50,  # predicted objects below this are removed
+    binary: bool = True,  # True: the later version of the code; False: the first (instances, in uint8)
+) -> float:  # in [0,1]
+    """ "PQ" as LOTUS's code has it: of the binary foreground, or by instance with labels that wrap
     above 255."""
     p, t = as_pair(pred, target, as_labels)
     if binary or p.max(initial=0) <= 1:
@@ -71,7 +73,8 @@ def released_pq(
     else:
         p = p * np.isin(p, np.flatnonzero(np.bincount(p.ravel()) >= max(min_size, 1)))
     if binary:
-        p, t = p > 0, t > 0
+        p = p > 0
+        t = t > 0
     elif t.max(initial=0) <= 1:
         t = components(t)
     if not p.any():
@@ -79,11 +82,16 @@ def released_pq(
     found = panoptic_quality(p.astype(np.uint8), t.astype(np.uint8))
     return found.pq * found.tp / (found.tp + 1e-6)
 
+
 def released_metrics(
-    pred,   # mask (*spatial)
-    target, # the same shape
-    min_size:int=50, # predicted objects below this are removed
-)->dict: # dsc, hd, aji, pq
+    pred,  # mask (*spatial)
+    target,  # the same shape
+    min_size: int = 50,  # predicted objects below this are removed
+) -> dict:  # dsc, hd, aji, pq
     "The four figures of LOTUS's released test code for one patch."
-    return {"dsc": released_dice(pred, target, min_size), "hd": released_hd(pred, target),
-            "aji": released_aji(pred, target, min_size), "pq": released_pq(pred, target, min_size)}
+    return {
+        "dsc": released_dice(pred, target, min_size),
+        "hd": released_hd(pred, target),
+        "aji": released_aji(pred, target, min_size),
+        "pq": released_pq(pred, target, min_size),
+    }

@@ -24,21 +24,23 @@ def _both_empty(empty):
         raise InputError(unknown("policy for empty masks", empty, known))
     return known[empty]
 
+
 def dice(
-    pred,   # mask or label map, (*spatial); every label above 0 is foreground
-    target, # the same shape
-    empty:str="one", # score when both are empty: one | nan
-)->float: # in [0,1], 1 is best
+    pred,  # mask or label map, (*spatial); every label above 0 is foreground
+    target,  # the same shape
+    empty: str = "one",  # score when both are empty: one | nan
+) -> float:  # in [0,1], 1 is best
     "Dice overlap $2|P\\cap T|/(|P|+|T|)$ (Dice 1945; also DSC, F1 over pixels)."
     p, t = as_pair(pred, target)
     total = np.count_nonzero(p) + np.count_nonzero(t)
     return float(2 * np.count_nonzero(p & t) / total) if total else _both_empty(empty)
 
+
 def iou(
-    pred,   # mask or label map, (*spatial)
-    target, # the same shape
-    empty:str="one", # score when both are empty: one | nan
-)->float: # in [0,1], 1 is best
+    pred,  # mask or label map, (*spatial)
+    target,  # the same shape
+    empty: str = "one",  # score when both are empty: one | nan
+) -> float:  # in [0,1], 1 is best
     "Intersection over union $|P\\cap T|/|P\\cup T|$ (Jaccard)."
     p, t = as_pair(pred, target)
     union = np.count_nonzero(p | t)
@@ -46,14 +48,15 @@ def iou(
 
 # %% ../../nbs/metrics/segmentation.ipynb #ca00794e
 def surface(
-    mask, # mask or label map, (*spatial)
-)->np.ndarray: # boolean, (*spatial)
+    mask,  # mask or label map, (*spatial)
+) -> np.ndarray:  # boolean, (*spatial)
     """Pixels of the mask with a neighbour outside it along some axis; the border of the image
     counts as outside."""
     m = as_mask(mask)
     inside = m.copy()
     for axis in range(m.ndim):
-        to, of = np.moveaxis(inside, axis, 0), np.moveaxis(m, axis, 0)
+        to = np.moveaxis(inside, axis, 0)
+        of = np.moveaxis(m, axis, 0)
         to[1:] &= of[:-1]
         to[:-1] &= of[1:]
         to[[0, -1]] = False
@@ -69,25 +72,33 @@ def _box(mask):
         box.append(slice(seen[0], seen[-1] + 1))
     return tuple(box)
 
+
 def _places(at, spacing):
     "Voxel numbers (n, ndim) in mm; of a `Spacing` along its steps."
-    lengths, steps = axis_lengths(spacing, at.shape[1]), getattr(spacing, "steps", None)
+    lengths = axis_lengths(spacing, at.shape[1])
+    steps = getattr(spacing, "steps", None)
     return at * lengths if steps is None else at @ steps
 
+
 def surface_distances(
-    pred,         # mask (*spatial), not empty
-    target,       # the same shape, not empty
-    spacing=None, # mm per pixel along each axis (a `Spacing`: with their angles), or one number
-)->tuple: # two float arrays: pred's surface to target's, target's surface to pred's
+    pred,  # mask (*spatial), not empty
+    target,  # the same shape, not empty
+    spacing=None,  # mm per pixel along each axis (a `Spacing`: with their angles), or one number
+) -> tuple:  # two float arrays: pred's surface to target's, target's surface to pred's
     "Distance of every surface pixel of one mask to the nearest surface pixel of the other."
     from scipy.spatial import cKDTree
+
     p, t = as_pair(pred, target)
     if not (p.any() and t.any()):
-        raise InputError("pred or target is empty: it has no surface. `hausdorff` has a policy for "
-                         "this.")
+        raise InputError(
+            "pred or target is empty: it has no surface. `hausdorff` has a policy for this."
+        )
     box = _box(p | t)
     a, b = (_places(np.argwhere(surface(m[box])), spacing) for m in (p, t))
-    tree = lambda x: cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
+
+    def tree(x):
+        return cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
+
     return tree(b).query(a)[0], tree(a).query(b)[0]
 
 # %% ../../nbs/metrics/segmentation.ipynb #66d4d1ad
@@ -101,16 +112,17 @@ def _no_surface(p, t, spacing, empty):
     if empty == "zero" or not (p.any() or t.any()):
         return 0.0
     diagonals = (np.array(p.shape) - 1) * list(product((1, -1), repeat=p.ndim))
-    lengths = np.linalg.norm(_places(diagonals, spacing), axis=1) # at right angles all are alike
+    lengths = np.linalg.norm(_places(diagonals, spacing), axis=1)  # at right angles all are alike
     return float(lengths.max())
 
+
 def hausdorff(
-    pred,                  # mask (*spatial)
-    target,                # the same shape
-    percentile:float=100,  # $q$: 100 for HD, 95 for HD95
-    spacing=None,          # mm per pixel along each axis, or one number; None: pixels
-    empty:str="diagonal",  # policy for an empty mask: diagonal | nan | zero
-)->float: # pixels or mm, 0 is best
+    pred,  # mask (*spatial)
+    target,  # the same shape
+    percentile: float = 100,  # $q$: 100 for HD, 95 for HD95
+    spacing=None,  # mm per pixel along each axis, or one number; None: pixels
+    empty: str = "diagonal",  # policy for an empty mask: diagonal | nan | zero
+) -> float:  # pixels or mm, 0 is best
     """Hausdorff distance, or its percentile: the larger of the two directed percentiles (as in
     MONAI)."""
     p, t = as_pair(pred, target)
@@ -125,7 +137,9 @@ def _far(distances, percentile):
     "The larger of the two directed percentiles."
     return float(max(np.percentile(d, percentile) for d in distances))
 
-SLACK = 1e-6 # a distance this share above a tolerance is still within: spacings are 32-bit numbers
+
+SLACK = 1e-6  # a distance this share above a tolerance is still within: spacings are 32-bit numbers
+
 
 def _near(distances, tolerance):
     "Share of the surface pixels, of both sides together, within the tolerance."
@@ -137,16 +151,16 @@ def _near(distances, tolerance):
 
 # %% ../../nbs/metrics/segmentation.ipynb #29f1b3f2
 def surface_dice(
-    pred,            # mask (*spatial)
-    target,          # the same shape
-    tolerance:float, # distance that is still right, in mm (pixels without spacing)
-    spacing=None,    # mm per pixel along each axis, or one number
-    empty:str="one", # score when both are empty: one | nan
-)->float: # in [0,1], 1 is best
+    pred,  # mask (*spatial)
+    target,  # the same shape
+    tolerance: float,  # distance that is still right, in mm (pixels without spacing)
+    spacing=None,  # mm per pixel along each axis, or one number
+    empty: str = "one",  # score when both are empty: one | nan
+) -> float:  # in [0,1], 1 is best
     """Share of both surfaces that lies within `tolerance` of the other one, in any unit (normalised
     surface Dice, counted in surface pixels)."""
     p, t = as_pair(pred, target)
-    none = _near((), tolerance) # also checks the tolerance
+    none = _near((), tolerance)  # also checks the tolerance
     if not (p.any() and t.any()):
         return none if p.any() or t.any() else _both_empty(empty)
     return _near(surface_distances(p, t, spacing), tolerance)
@@ -154,20 +168,22 @@ def surface_dice(
 # %% ../../nbs/metrics/segmentation.ipynb #550db83e
 class Overlaps(NamedTuple):
     "Which objects of two instance maps meet. Objects are indexed in order of first appearance."
-    target_label:np.ndarray # (T,) label of each target object
-    target_area:np.ndarray  # (T,) its pixels
-    pred_label:np.ndarray   # (P,) label of each predicted object
-    pred_area:np.ndarray    # (P,) its pixels
-    target:np.ndarray       # (n,) index $i$ of each pair that shares a pixel, 0..T-1
-    pred:np.ndarray         # (n,) index $j$ of the pair, 0..P-1
-    inter:np.ndarray        # (n,) $I_{ij}$, pixels in common
+
+    target_label: np.ndarray  # (T,) label of each target object
+    target_area: np.ndarray  # (T,) its pixels
+    pred_label: np.ndarray  # (P,) label of each predicted object
+    pred_area: np.ndarray  # (P,) its pixels
+    target: np.ndarray  # (n,) index $i$ of each pair that shares a pixel, 0..T-1
+    pred: np.ndarray  # (n,) index $j$ of the pair, 0..P-1
+    inter: np.ndarray  # (n,) $I_{ij}$, pixels in common
 
     @property
-    def union(self)->np.ndarray:
+    def union(self) -> np.ndarray:
         "(n,) pixels that each pair covers together."
         return self.target_area[self.target] + self.pred_area[self.pred] - self.inter
+
     @property
-    def iou(self)->np.ndarray:
+    def iou(self) -> np.ndarray:
         "(n,) intersection over union of each pair."
         return self.inter / self.union
 
@@ -183,10 +199,11 @@ def _objects(label, length):
     index[inside] = rank[which]
     return names[order], np.bincount(rank[which], length[inside]).astype(np.int64), index
 
+
 def overlaps(
-    pred,   # instance map (*spatial), 0 is background; labels need not be consecutive
-    target, # the same shape
-)->Overlaps: # objects and pairs
+    pred,  # instance map (*spatial), 0 is background; labels need not be consecutive
+    target,  # the same shape
+) -> Overlaps:  # objects and pairs
     "The contingency table of two instance maps, from the runs on which neither label changes."
     p, t = (a.ravel() for a in as_pair(pred, target, as_labels))
     change = p[1:] != p[:-1]
@@ -210,22 +227,26 @@ def _aggregate(o, k):
     below = o.union[k].sum() + o.target_area[free_t].sum() + o.pred_area[free_p].sum()
     return float(o.inter[k].sum() / below)
 
+
 def _aggregated(o, pairs, empty):
     "AJI of a table of overlaps with the pairs that `pairs` chooses, or the policy for no objects."
     if not len(o.target_area) + len(o.pred_area):
         return _both_empty(empty)
     return _aggregate(o, pairs(o))
 
+# %% ../../nbs/metrics/segmentation.ipynb #a66bc40d
 def _best(o):
     """For each target object that meets a prediction, its pair of largest IoU (tied: the prediction
     that appears first)."""
     order = np.lexsort((-o.pred, o.iou, o.target))
     return order[np.flatnonzero(np.diff(o.target[order], append=-1))]
 
+
 def _match(o):
     "The one-to-one pairs with the largest total IoU."
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
     if not len(o.inter):
         return np.zeros(0, int)
     (t, i), (p, j) = (np.unique(x, return_inverse=True) for x in (o.target, o.pred))
@@ -240,70 +261,82 @@ def _match(o):
 # %% ../../nbs/metrics/segmentation.ipynb #9a42d345
 class PQ(NamedTuple):
     "Panoptic quality and its parts."
-    pq:float # SQ * DQ, in [0,1]
-    sq:float # mean IoU of the pairs found
-    dq:float # F1 over objects
-    tp:int   # pairs found
-    fp:int   # predictions without a target
-    fn:int   # targets without a prediction
 
-def _panoptic(o, empty, threshold=.5):
+    pq: float  # SQ * DQ, in [0,1]
+    sq: float  # mean IoU of the pairs found
+    dq: float  # F1 over objects
+    tp: int  # pairs found
+    fp: int  # predictions without a target
+    fn: int  # targets without a prediction
+
+
+def _panoptic(o, empty, threshold=0.5):
     "`PQ` from a table of overlaps."
     found = o.iou > threshold
     tp = int(found.sum())
-    fp, fn = len(o.pred_area) - tp, len(o.target_area) - tp
+    fp = len(o.pred_area) - tp
+    fn = len(o.target_area) - tp
     if not tp + fp + fn:
         return PQ(*[_both_empty(empty)] * 3, 0, 0, 0)
     sq = float(o.iou[found].mean()) if tp else 0.0
     dq = tp / (tp + fp / 2 + fn / 2)
     return PQ(sq * dq, sq, dq, tp, fp, fn)
 
+
 def instance_scores(
-    pred,            # instance map (*spatial), 0 is background
-    target,          # the same shape
-    empty:str="one", # score when there is no object on either side: one | nan
-)->dict: # aji, aji_plus, pq, sq, dq, tp, fp, fn
+    pred,  # instance map (*spatial), 0 is background
+    target,  # the same shape
+    empty: str = "one",  # score when there is no object on either side: one | nan
+) -> dict:  # aji, aji_plus, pq, sq, dq, tp, fp, fn
     "AJI, AJI+ and PQ with its parts, all from one table of overlaps."
     o = overlaps(pred, target)
-    return {"aji": _aggregated(o, _best, empty), "aji_plus": _aggregated(o, _match, empty),
-            **_panoptic(o, empty)._asdict()}
+    return {
+        "aji": _aggregated(o, _best, empty),
+        "aji_plus": _aggregated(o, _match, empty),
+        **_panoptic(o, empty)._asdict(),
+    }
 
 # %% ../../nbs/metrics/segmentation.ipynb #b068863e
 def aji(
-    pred,            # instance map (*spatial)
-    target,          # the same shape
-    empty:str="one", # score when there is no object on either side: one | nan
-)->float: # in [0,1], 1 is best
+    pred,  # instance map (*spatial)
+    target,  # the same shape
+    empty: str = "one",  # score when there is no object on either side: one | nan
+) -> float:  # in [0,1], 1 is best
     "Aggregated Jaccard index (Kumar et al., 2017)."
     return _aggregated(overlaps(pred, target), _best, empty)
 
+
 def aji_plus(
-    pred,            # instance map (*spatial)
-    target,          # the same shape
-    empty:str="one", # score when there is no object on either side: one | nan
-)->float: # in [0,1], 1 is best
+    pred,  # instance map (*spatial)
+    target,  # the same shape
+    empty: str = "one",  # score when there is no object on either side: one | nan
+) -> float:  # in [0,1], 1 is best
     "AJI with one-to-one pairs (HoVer-Net's variant): no prediction is used twice."
     return _aggregated(overlaps(pred, target), _match, empty)
 
+
 def panoptic_quality(
-    pred,               # instance map (*spatial)
-    target,             # the same shape
-    empty:str="one",    # score when there is no object on either side: one | nan
-    threshold:float=.5, # a pair is found above this IoU; at least 0.5, so that pairs are unique
-)->PQ: # pq, sq, dq, tp, fp, fn
+    pred,  # instance map (*spatial)
+    target,  # the same shape
+    empty: str = "one",  # score when there is no object on either side: one | nan
+    threshold: float = 0.5,  # a pair is found above this IoU; at least 0.5, so that pairs are unique
+) -> PQ:  # pq, sq, dq, tp, fp, fn
     "Panoptic quality of one class of objects (Kirillov et al., 2019)."
-    if not .5 <= threshold < 1:
-        raise InputError(f"threshold is {threshold}; give at least 0.5 (below that, pairs are not "
-                         "unique) and less than 1.")
+    if not 0.5 <= threshold < 1:
+        raise InputError(
+            f"threshold is {threshold}; give at least 0.5 (below that, pairs are not "
+            "unique) and less than 1."
+        )
     return _panoptic(overlaps(pred, target), empty, threshold)
 
 # %% ../../nbs/metrics/segmentation.ipynb #be8c3416
 def components(
-    mask,           # mask or label map (*spatial)
-    min_size:int=0, # smaller pieces (in pixels) are dropped
-)->np.ndarray: # int32 instance map (*spatial), objects 1..n
+    mask,  # mask or label map (*spatial)
+    min_size: int = 0,  # smaller pieces (in pixels) are dropped
+) -> np.ndarray:  # int32 instance map (*spatial), objects 1..n
     "Connected components (corners connect), numbered from 1."
     from scipy import ndimage
+
     m = as_mask(mask)
     out, _ = ndimage.label(m, np.ones((3,) * m.ndim, int))
     if min_size > 1:
@@ -314,16 +347,16 @@ def components(
 
 # %% ../../nbs/metrics/segmentation.ipynb #b66a0978
 def case_metrics(
-    pred,                  # class map (*spatial), 0 is background
-    target,                # the same shape
-    pred_instances=None,   # instance map (*spatial), e.g. `components(pred)`
-    target_instances=None, # the same shape
-    spacing=None,          # mm per pixel along each axis; None: pixels
-    classes:tuple=("background", "foreground"), # name of each label value, background first
-    empty:str="diagonal",  # policy of `hausdorff` for a missed or invented class
-    tolerance:float=3.,    # of the surface Dice, mm (pixels without spacing)
-    topology:bool=False,   # add the columns of `topology_scores`, of all classes above 0 together
-)->dict: # dsc, hd95, aji, pq, sdsc, missed; of several classes dsc_<class>; see above
+    pred,  # class map (*spatial), 0 is background
+    target,  # the same shape
+    pred_instances=None,  # instance map (*spatial), e.g. `components(pred)`
+    target_instances=None,  # the same shape
+    spacing=None,  # mm per pixel along each axis; None: pixels
+    classes: tuple = ("background", "foreground"),  # name of each label value, background first
+    empty: str = "diagonal",  # policy of `hausdorff` for a missed or invented class
+    tolerance: float = 3.0,  # of the surface Dice, mm (pixels without spacing)
+    topology: bool = False,  # add the columns of `topology_scores`, of all classes above 0 together
+) -> dict:  # dsc, hd95, aji, pq, sdsc, missed; of several classes dsc_<class>; see above
     """The four scores of one case, the surface Dice, and the number of foreground classes that are
     in the target and not in the prediction."""
     p, t = as_pair(pred, target, as_labels)
@@ -340,11 +373,14 @@ def case_metrics(
     objects = {"aji": float("nan"), "pq": float("nan")}
     if pred_instances is not None:
         objects = instance_scores(pred_instances, target_instances)
-    out = {"dsc": float(np.nanmean(list(dsc.values()))) if shown else 1.0,
-           "hd95": float(np.mean([hd for hd, _ in outlines])) if shown else 0.0,
-           "aji": objects["aji"], "pq": objects["pq"],
-           "sdsc": float(np.mean([sd for _, sd in outlines])) if shown else 1.0,
-           "missed": sum(bool(t.any() and not p.any()) for p, t in shown)}
+    out = {
+        "dsc": float(np.nanmean(list(dsc.values()))) if shown else 1.0,
+        "hd95": float(np.mean([hd for hd, _ in outlines])) if shown else 0.0,
+        "aji": objects["aji"],
+        "pq": objects["pq"],
+        "sdsc": float(np.mean([sd for _, sd in outlines])) if shown else 1.0,
+        "missed": sum(bool(t.any() and not p.any()) for p, t in shown),
+    }
     if len(dsc) > 1:
         out |= {f"dsc_{name}": v for name, v in dsc.items()}
     return out | (topology_scores(p, t) if topology else {})

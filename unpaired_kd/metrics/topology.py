@@ -16,23 +16,27 @@ from .masks import as_mask, as_pair
 
 # %% ../../nbs/metrics/topology.ipynb #7718d158
 def as_body(
-    x,               # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
-    name:str="mask", # argument, for the message
-)->np.ndarray: # boolean, same shape
+    x,  # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
+    name: str = "mask",  # argument, for the message
+) -> np.ndarray:  # boolean, same shape
     "A checked mask with 2 or 3 axes and at least one pixel."
     m = as_mask(x, name)
     if m.ndim not in (2, 3):
-        raise InputError(f"{name} has shape {m.shape}; give one case at a time, with two or three "
-                         "axes and no channel axis.")
+        raise InputError(
+            f"{name} has shape {m.shape}; give one case at a time, with two or three "
+            "axes and no channel axis."
+        )
     if not m.size:
         raise InputError(f"{name} has shape {m.shape}: it holds no pixel.")
     return m
 
+
 def box_of(
-    mask:np.ndarray, # boolean
-)->tuple|None: # slices of the smallest box that holds it; None: it is empty
+    mask: np.ndarray,  # boolean
+) -> tuple | None:  # slices of the smallest box that holds it; None: it is empty
     "Where a mask lies."
     from scipy.ndimage import find_objects
+
     bits = mask.view(np.uint8) if mask.flags.c_contiguous else mask.astype(np.uint8)
     found = find_objects(bits)
     return found[0] if found else None
@@ -44,16 +48,19 @@ def _bits(rule):
     around = itertools.product((-1, 0, 1), repeat=3)
     return sum(1 << i for i, offset in enumerate(around) if rule(*offset))
 
-_FACES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) == 1)          # 6 neighbours
 
-_SIDES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) in (1, 2))     # 18: faces and edges
+_FACES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) == 1)  # 6 neighbours
 
-_AROUND = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) > 0)          # 26
+_SIDES = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) in (1, 2))  # 18: faces and edges
+
+_AROUND = _bits(lambda z, y, x: abs(z) + abs(y) + abs(x) > 0)  # 26
 
 # shift, and where it may arrive
-_STEPS = ((1, _bits(lambda z, y, x: x > -1), _bits(lambda z, y, x: x < 1)),
-          (3, _bits(lambda z, y, x: y > -1), _bits(lambda z, y, x: y < 1)),
-          (9, _bits(lambda z, y, x: z > -1), _bits(lambda z, y, x: z < 1)))
+_STEPS = (
+    (1, _bits(lambda z, y, x: x > -1), _bits(lambda z, y, x: x < 1)),
+    (3, _bits(lambda z, y, x: y > -1), _bits(lambda z, y, x: y < 1)),
+    (9, _bits(lambda z, y, x: z > -1), _bits(lambda z, y, x: z < 1)),
+)
 
 # %% ../../nbs/metrics/topology.ipynb #08e8e8ce
 def _spread(half, corners):
@@ -64,11 +71,13 @@ def _spread(half, corners):
         new = new | (source << shift) & up | (source >> shift) & down
     return new
 
+
 _HALVES = np.arange(1 << 14, dtype=np.int32), np.arange(1 << 14, dtype=np.int32) << 13
 
 _BY_CORNERS = [_spread(half, True) for half in _HALVES]  # neighbours by faces, edges and corners
 
-_BY_FACES = [_spread(half, False) for half in _HALVES]   # by faces alone
+_BY_FACES = [_spread(half, False) for half in _HALVES]  # by faces alone
+
 
 def _grown(within, seed, tables):
     """Grow `seed` inside `within`, one voxel at a time; the two halves share the voxel in the
@@ -82,36 +91,40 @@ def _grown(within, seed, tables):
 
 # %% ../../nbs/metrics/topology.ipynb #08e8e8ce
 def _removable(
-    code:np.ndarray, # 3x3x3 neighbourhoods as bits (see `_bits`), (N,) int32
-)->np.ndarray: # (N,) bool
+    code: np.ndarray,  # 3x3x3 neighbourhoods as bits (see `_bits`), (N,) int32
+) -> np.ndarray:  # (N,) bool
     """Whether the middle voxel is simple and no end: the mask keeps its pieces, loops, cavities and
     tips without it."""
     own = code & _AROUND
     free = ~code & _SIDES
     touching = free & _FACES
-    left = np.flatnonzero(((own & (own - 1)) != 0) & (touching != 0)) # two neighbours, a free face
+    left = np.flatnonzero(((own & (own - 1)) != 0) & (touching != 0))  # two neighbours, a free face
     own = own[left]
-    left = left[_grown(own, own & -own, _BY_CORNERS) == own]          # they hold together
-    free, touching = free[left], touching[left]
+    left = left[_grown(own, own & -own, _BY_CORNERS) == own]  # they hold together
+    free = free[left]
+    touching = touching[left]
     left = left[touching & ~_grown(free, touching & -touching, _BY_FACES) == 0]
     gone = np.zeros(len(code), bool)
     gone[left] = True
     return gone
 
 # %% ../../nbs/metrics/topology.ipynb #5e8a1c46
-_PLANE = _removable(np.arange(512, dtype=np.int32) << 9) # 2-D: all neighbourhoods of one slice
+_PLANE = _removable(np.arange(512, dtype=np.int32) << 9)  # 2-D: all neighbourhoods of one slice
+
 
 def _may_go(flat, at, near):
     """Whether the voxels at the places `at` of a flattened mask may go, as the mask is now; `near`:
     steps to the neighbourhood."""
-    values = 2.0**np.arange(len(near))
+    values = 2.0 ** np.arange(len(near))
     code = (values @ flat.take(near[:, None] + at)).astype(np.int32)
     return _removable(code) if len(near) == 27 else _PLANE[code]
 
+
 def _peel(part):
     "Thinning of a boolean array with two or three axes, down to what may not go."
-    m = np.ascontiguousarray(np.pad(part, 1), np.uint8) # in rows: steps count along them
-    flat, steps = m.reshape(-1), np.array(m.strides)
+    m = np.ascontiguousarray(np.pad(part, 1), np.uint8)  # in rows: steps count along them
+    flat = m.reshape(-1)
+    steps = np.array(m.strides)
     near = np.array(list(itertools.product((-1, 0, 1), repeat=m.ndim))) @ steps
     faces = [sign * step for step in steps for sign in (-1, 1)]
     live = np.flatnonzero(flat)
@@ -119,7 +132,8 @@ def _peel(part):
     turn = sum((place & 1) << k for k, place in enumerate(places)).astype(np.uint8)
     while True:
         layer = np.any([flat[live + face] == 0 for face in faces], 0)
-        at, when = live[layer], turn[layer]
+        at = live[layer]
+        when = turn[layer]
         for face in faces:
             listed = np.flatnonzero((flat[at] > 0) & (flat[at + face] == 0))
             listed = listed[_may_go(flat, at[listed], near)]
@@ -129,16 +143,18 @@ def _peel(part):
         stays = flat[live] > 0
         if stays.all():
             return m[(slice(1, -1),) * m.ndim] > 0
-        live, turn = live[stays], turn[stays]
+        live = live[stays]
+        turn = turn[stays]
 
 # %% ../../nbs/metrics/topology.ipynb #0bc8d21f
 def skeleton(
-    mask, # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
-)->np.ndarray: # boolean, same shape: lines one voxel wide; pieces, loops, cavities, arms stay
+    mask,  # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
+) -> np.ndarray:  # boolean, same shape: lines one voxel wide; pieces, loops, cavities, arms stay
     """Centre lines by thinning, layer by layer (Lee, Kashyap and Chu 1994, with ends that stay), in
     voxels (spacing is ignored)."""
     m = as_body(mask)
-    out, box = np.zeros(m.shape, bool), box_of(m)
+    out = np.zeros(m.shape, bool)
+    box = box_of(m)
     if box is not None:
         out[box] = _peel(m[box])
     return out
@@ -150,18 +166,21 @@ def _covered(thin, mask):
     n = np.count_nonzero(thin)
     return float(np.count_nonzero(thin & mask) / n) if n else float(not mask.any())
 
+
 def _tree_shares(p, t):
     "Topology precision and sensitivity of two masks; each skeleton is computed once."
     return _covered(skeleton(p), t), _covered(skeleton(t), p)
+
 
 def _harmonic(a, b):
     "Harmonic mean of two shares; 0 if both are 0."
     return 2 * a * b / (a + b) if a + b else 0.0
 
+
 def topology_precision(
-    pred,   # mask or label map, (H,W) or (D,H,W)
-    target, # the same shape
-)->float: # $T_{prec}$ in [0,1], 1 is best
+    pred,  # mask or label map, (H,W) or (D,H,W)
+    target,  # the same shape
+) -> float:  # $T_{prec}$ in [0,1], 1 is best
     """Share of the prediction's skeleton that lies in the target (Shit et al. 2021). Both empty 1,
     one empty 0."""
     p, t = as_pair(pred, target, as_body)
@@ -169,18 +188,19 @@ def topology_precision(
 
 # %% ../../nbs/metrics/topology.ipynb #c20695c8
 def topology_sensitivity(
-    pred,   # mask or label map, (H,W) or (D,H,W)
-    target, # the same shape
-)->float: # $T_{sens}$ in [0,1], 1 is best
+    pred,  # mask or label map, (H,W) or (D,H,W)
+    target,  # the same shape
+) -> float:  # $T_{sens}$ in [0,1], 1 is best
     """Share of the target's skeleton that lies in the prediction: skeleton recall (Shit et al.
     2021). Both empty 1, one empty 0."""
     p, t = as_pair(pred, target, as_body)
     return _covered(skeleton(t), p)
 
+
 def cl_dice(
-    pred,   # mask or label map, (H,W) or (D,H,W)
-    target, # the same shape
-)->float: # in [0,1], 1 is best
+    pred,  # mask or label map, (H,W) or (D,H,W)
+    target,  # the same shape
+) -> float:  # in [0,1], 1 is best
     """clDice: the harmonic mean of topology precision and sensitivity (Shit et al. 2021). Both
     empty 1, one empty 0."""
     p, t = as_pair(pred, target, as_body)
@@ -193,16 +213,19 @@ def _euler(m):
     cells = [(m, (-1) ** m.ndim)]
     for axis in range(m.ndim):
         before = (slice(None),) * axis
-        low, high = (*before, slice(None, -1)), (*before, slice(1, None))
+        low = (*before, slice(None, -1))
+        high = (*before, slice(1, None))
         cells += [(c[low] | c[high], -sign) for c, sign in cells]
     return int(sum(sign * np.count_nonzero(c) for c, sign in cells))
 
+
 def betti_numbers(
-    mask, # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
-)->tuple: # (b0 pieces, b1 loops, b2 cavities), ints; in 2-D b1 counts holes and b2 is 0
+    mask,  # mask or label map, (H,W) or (D,H,W); every label above 0 is foreground
+) -> tuple:  # (b0 pieces, b1 loops, b2 cavities), ints; in 2-D b1 counts holes and b2 is 0
     """Betti numbers of the foreground as a body of closed voxels: 26 (2-D: 8) neighbours for it, 6
     (4) for the background."""
     from scipy import ndimage
+
     m = as_body(mask)
     box = box_of(m)
     if box is None:
@@ -214,26 +237,30 @@ def betti_numbers(
 
 # %% ../../nbs/metrics/topology.ipynb #72da5ee8
 def betti_errors(
-    pred,        # mask or label map, (H,W) or (D,H,W)
-    target,      # the same shape
-    cube:int=64, # largest side of a sub-cube, voxels
-)->dict: # b0, b1, b2: absolute difference, mean over the sub-cubes, at least 0, 0 is best
+    pred,  # mask or label map, (H,W) or (D,H,W)
+    target,  # the same shape
+    cube: int = 64,  # largest side of a sub-cube, voxels
+) -> dict:  # b0, b1, b2: absolute difference, mean over the sub-cubes, at least 0, 0 is best
     """Errors in pieces, loops and cavities. An empty prediction is off by the target's numbers
     only: read it beside Dice or clDice."""
     p, t = as_pair(pred, target, as_body)
     if int(cube) != cube or cube < 2:
-        raise InputError(f"cube is {cube}; give the side of a sub-cube in voxels, a whole number "
-                         "of at least 2.")
+        raise InputError(
+            f"cube is {cube}; give the side of a sub-cube in voxels, a whole number of at least 2."
+        )
     cuts = [np.linspace(0, n, -(-n // int(cube)) + 1).round().astype(int) for n in p.shape]
     places = list(itertools.product(*[[slice(a, b) for a, b in zip(c, c[1:])] for c in cuts]))
     off = [[abs(a - b) for a, b in zip(betti_numbers(p[s]), betti_numbers(t[s]))] for s in places]
     return {f"b{k}": float(v) for k, v in enumerate(np.mean(off, 0))}
 
+
 def topology_scores(
-    pred,        # mask or label map, (H,W) or (D,H,W)
-    target,      # the same shape
-    cube:int=64, # largest side of a sub-cube for the Betti errors, voxels
-)->dict: # cldice, tprec, tsens in [0,1] (1 is best); betti0, betti1, betti2 at least 0 (0 is best)
+    pred,  # mask or label map, (H,W) or (D,H,W)
+    target,  # the same shape
+    cube: int = 64,  # largest side of a sub-cube for the Betti errors, voxels
+) -> (
+    dict
+):  # cldice, tprec, tsens in [0,1] (1 is best); betti0, betti1, betti2 at least 0 (0 is best)
     "All topology scores of one case; each skeleton is computed once."
     p, t = as_pair(pred, target, as_body)
     tprec, tsens = _tree_shares(p, t)

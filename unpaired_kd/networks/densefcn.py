@@ -17,18 +17,22 @@ from .unet import check_input
 class DenseLayer(nn.Module):
     "Batch normalisation, ReLU, 3x3 convolution, dropout: (B,i,H,W) -> (B,growth,H,W), the new channels only."
 
-    def __init__(self,
-        i:int,             # channels in
-        growth:int,        # channels out $g$
-        dropout:float=.2,  # share of the new numbers set to 0 in training
+    def __init__(
+        self,
+        i: int,  # channels in
+        growth: int,  # channels out $g$
+        dropout: float = 0.2,  # share of the new numbers set to 0 in training
     ):
         super().__init__()
-        self.norm, self.relu = nn.BatchNorm2d(i), nn.ReLU(inplace=True)
-        self.conv, self.drop = nn.Conv2d(i, growth, 3, padding=1), nn.Dropout(dropout)
+        self.norm = nn.BatchNorm2d(i)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(i, growth, 3, padding=1)
+        self.drop = nn.Dropout(dropout)
 
-    def forward(self,
-        x:Tensor, # (B,i,H,W)
-    )->Tensor: # (B,growth,H,W)
+    def forward(
+        self,
+        x: Tensor,  # (B,i,H,W)
+    ) -> Tensor:  # (B,growth,H,W)
         "The new channels."
         return self.drop(self.conv(self.relu(self.norm(x))))
 
@@ -37,86 +41,126 @@ class DenseBlock(nn.Module):
     """Dense layers one after the other: (B,i,H,W) -> (B,layers*growth,H,W), or (B,i+layers*growth,H,W) if `keep`.
     Layer `before_last` only passes on what the last layer reads, so that a tap can hear it."""
 
-    def __init__(self,
-        i:int,             # channels in
-        layers:int,        # dense layers
-        growth:int,        # channels that each adds $g$
-        dropout:float,     # dropout of the layers
-        keep:bool,         # return the channels in as well
+    def __init__(
+        self,
+        i: int,  # channels in
+        layers: int,  # dense layers
+        growth: int,  # channels that each adds $g$
+        dropout: float,  # dropout of the layers
+        keep: bool,  # return the channels in as well
     ):
         super().__init__()
         self.skip = 0 if keep else i
-        self.layers = nn.ModuleList([DenseLayer(i + n * growth, growth, dropout) for n in range(layers)])
+        self.layers = nn.ModuleList(
+            [DenseLayer(i + n * growth, growth, dropout) for n in range(layers)]
+        )
         self.before_last = nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B,i,H,W)
-    )->Tensor: # (B,layers*growth,H,W), or (B,i+layers*growth,H,W) if `keep`
+    def forward(
+        self,
+        x: Tensor,  # (B,i,H,W)
+    ) -> Tensor:  # (B,layers*growth,H,W), or (B,i+layers*growth,H,W) if `keep`
         "The channels of all layers, behind those that came in if they are kept."
-        for layer in self.layers[:-1]: x = torch.cat([x, layer(x)], 1)
+        for layer in self.layers[:-1]:
+            x = torch.cat([x, layer(x)], 1)
         x = self.before_last(x)
-        return torch.cat([x, self.layers[-1](x)], 1)[:, self.skip:]
+        return torch.cat([x, self.layers[-1](x)], 1)[:, self.skip :]
 
 # %% ../../nbs/networks/densefcn.ipynb #76518c4d
 def dense_down(
-    i:int,         # channels in and out
-    dropout:float, # share of numbers set to 0 in training
-)->nn.Sequential: # (B,i,H,W) -> (B,i,H/2,W/2)
+    i: int,  # channels in and out
+    dropout: float,  # share of numbers set to 0 in training
+) -> nn.Sequential:  # (B,i,H,W) -> (B,i,H/2,W/2)
     "Transition down: batch normalisation, ReLU, 1x1 convolution, dropout, 2x2 max pooling."
-    return nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(inplace=True), nn.Conv2d(i, i, 1), nn.Dropout(dropout), nn.MaxPool2d(2))
+    return nn.Sequential(
+        nn.BatchNorm2d(i),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(i, i, 1),
+        nn.Dropout(dropout),
+        nn.MaxPool2d(2),
+    )
+
 
 class DenseUp(nn.Module):
     "Transition up: 3x3 transposed convolution of stride 2, cut to the size of the skip, then the skip's channels behind it."
 
-    def __init__(self,
-        i:int, # channels in and out (before the skip)
+    def __init__(
+        self,
+        i: int,  # channels in and out (before the skip)
     ):
         super().__init__()
         self.conv = nn.ConvTranspose2d(i, i, 3, stride=2)
 
-    def forward(self,
-        x:Tensor,    # (B,i,h,w), half the skip's size, rounded down
-        skip:Tensor, # (B,k,H,W)
-    )->Tensor: # (B,i+k,H,W)
+    def forward(
+        self,
+        x: Tensor,  # (B,i,h,w), half the skip's size, rounded down
+        skip: Tensor,  # (B,k,H,W)
+    ) -> Tensor:  # (B,i+k,H,W)
         "Twice as fine, with the skip."
-        return torch.cat([self.conv(x)[..., :skip.shape[-2], :skip.shape[-1]], skip], 1)
+        return torch.cat([self.conv(x)[..., : skip.shape[-2], : skip.shape[-1]], skip], 1)
 
 # %% ../../nbs/networks/densefcn.ipynb #9f6c4805
 @NETWORKS.register("densefcn")
 class DenseFCN(nn.Module):
     """The DenseFCN57 of CMEDL (Jiang et al. 2021; design of Jégou et al. 2017), 1,374,194 parameters for two scores. Input (B,in_channels,H,W) in [0,1], output logits (B,classes,H,W);
     both sides a multiple of 32. Raises `InputError` for another input, for `dims` other than 2, or for a width that is not a multiple of 4."""
-    stride = 32
-    hint_layers = {"low": ("down1.layers.0.relu", "down1.layers.1.relu"), "mid": ("bottom",), "high": ("up2.before_last", "up1")}
 
-    def __init__(self,
-        in_channels:int=1,  # channels of the image
-        classes:int=1,      # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
-        width:int=48,       # channels of the stem; each dense layer adds width/4
-        dropout:float=.2,   # share of numbers set to 0 in training, after each convolution of a block
-        dims:int=2,         # spatial axes; only 2
+    stride = 32
+    hint_layers = {
+        "low": ("down1.layers.0.relu", "down1.layers.1.relu"),
+        "mid": ("bottom",),
+        "high": ("up2.before_last", "up1"),
+    }
+
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the image
+        classes: int = 1,  # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
+        width: int = 48,  # channels of the stem; each dense layer adds width/4
+        dropout: float = 0.2,  # share of numbers set to 0 in training, after each convolution of a block
+        dims: int = 2,  # spatial axes; only 2
     ):
         super().__init__()
-        if dims != 2: raise InputError(f"dims={dims}: DenseFCN is 2-D only. Use dims=2, or network 'unet' for volumes.")
-        if width < 4 or width % 4: raise InputError(f"width={width}: DenseFCN needs a positive multiple of 4 (each layer adds width/4 channels).")
-        self.config = dict(in_channels=in_channels, classes=classes, width=width, dropout=dropout, dims=dims)
-        block = lambda i, keep: DenseBlock(i, 4, width // 4, dropout, keep) # adds `width` channels
-        self.stem, self.head = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(4 * width, classes, 1)
+        if dims != 2:
+            raise InputError(
+                f"dims={dims}: DenseFCN is 2-D only. Use dims=2, or network 'unet' for volumes."
+            )
+        if width < 4 or width % 4:
+            raise InputError(
+                f"width={width}: DenseFCN needs a positive multiple of 4 (each layer adds width/4 channels)."
+            )
+        self.config = dict(
+            in_channels=in_channels, classes=classes, width=width, dropout=dropout, dims=dims
+        )
+
+        def block(i, keep):
+            return DenseBlock(i, 4, width // 4, dropout, keep)  # adds `width` channels
+
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.head = nn.Conv2d(4 * width, classes, 1)
         for n in range(1, 6):
-            for name, m in (("down", block(n * width, True)), ("pool", dense_down((n + 1) * width, dropout))): self.add_module(f"{name}{n}", m)
+            for name, m in (
+                ("down", block(n * width, True)),
+                ("pool", dense_down((n + 1) * width, dropout)),
+            ):
+                self.add_module(f"{name}{n}", m)
         self.bottom = block(6 * width, False)
         for n in range(5, 0, -1):
-            for name, m in (("expand", DenseUp(width)), ("up", block((n + 2) * width, n == 1))): self.add_module(f"{name}{n}", m)
+            for name, m in (("expand", DenseUp(width)), ("up", block((n + 2) * width, n == 1))):
+                self.add_module(f"{name}{n}", m)
 
-    def forward(self,
-        x:Tensor, # images (B,in_channels,H,W), in [0,1]
-    )->Tensor: # logits (B,classes,H,W)
+    def forward(
+        self,
+        x: Tensor,  # images (B,in_channels,H,W), in [0,1]
+    ) -> Tensor:  # logits (B,classes,H,W)
         "Scores of every pixel."
         check_input(x, self.config["in_channels"], 2, self.stride)
-        x, skips = self.stem(x), []
+        x = self.stem(x)
+        skips = []
         for n in range(1, 6):
             skips.append(getattr(self, f"down{n}")(x))
             x = getattr(self, f"pool{n}")(skips[-1])
         x = self.bottom(x)
-        for n in range(5, 0, -1): x = getattr(self, f"up{n}")(getattr(self, f"expand{n}")(x, skips.pop()))
+        for n in range(5, 0, -1):
+            x = getattr(self, f"up{n}")(getattr(self, f"expand{n}")(x, skips.pop()))
         return self.head(x)

@@ -15,24 +15,27 @@ from .unet import check_input
 
 # %% ../../nbs/networks/mrrn.ipynb #7dc67639
 def conv_unit(
-    i:int, # channels in
-    o:int, # channels out
-)->nn.Sequential: # (B,i,H,W) -> (B,o,H,W)
+    i: int,  # channels in
+    o: int,  # channels out
+) -> nn.Sequential:  # (B,i,H,W) -> (B,o,H,W)
     "3x3 convolution, batch normalisation, ReLU."
     return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+
 
 class ResidualUnit(nn.Module):
     "A convolution unit and its input, added: (B,w,H,W) -> (B,w,H,W)."
 
-    def __init__(self,
-        width:int, # channels
+    def __init__(
+        self,
+        width: int,  # channels
     ):
         super().__init__()
         self.body = conv_unit(width, width)
 
-    def forward(self,
-        x:Tensor, # (B,w,H,W)
-    )->Tensor: # (B,w,H,W)
+    def forward(
+        self,
+        x: Tensor,  # (B,w,H,W)
+    ) -> Tensor:  # (B,w,H,W)
         "The input and what the unit makes of it."
         return x + self.body(x)
 
@@ -40,51 +43,72 @@ class ResidualUnit(nn.Module):
 class RCU(nn.Module):
     "Residual connection unit: read a stream, renew the pooled path, add to the stream. Returns both; changes no tensor in place."
 
-    def __init__(self,
-        i:int,              # channels of the pooled path that comes in
-        o:int,              # channels of the pooled path that goes out
-        stream:int,         # channels of the stream
-        factor:int,         # how many times finer the stream is: 2, 4, 8 or 16
-        dropout:float=0.,   # share of channels of the pooled stream set to 0 in training
+    def __init__(
+        self,
+        i: int,  # channels of the pooled path that comes in
+        o: int,  # channels of the pooled path that goes out
+        stream: int,  # channels of the stream
+        factor: int,  # how many times finer the stream is: 2, 4, 8 or 16
+        dropout: float = 0.0,  # share of channels of the pooled stream set to 0 in training
     ):
         super().__init__()
-        self.pool, self.drop = nn.MaxPool2d(factor), nn.Dropout2d(dropout)
-        self.body, self.back = nn.Sequential(conv_unit(stream + i, o), conv_unit(o, o)), nn.Conv2d(o, stream, 1)
+        self.pool = nn.MaxPool2d(factor)
+        self.drop = nn.Dropout2d(dropout)
+        self.body = nn.Sequential(conv_unit(stream + i, o), conv_unit(o, o))
+        self.back = nn.Conv2d(o, stream, 1)
         self.up = nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=False)
 
-    def forward(self,
-        v:Tensor, # the pooled path $v$, (B,i,H/s,W/s)
-        r:Tensor, # the stream $R$, (B,stream,H,W)
-    )->tuple: # $v'$, (B,o,H/s,W/s), and $R'$, (B,stream,H,W)
+    def forward(
+        self,
+        v: Tensor,  # the pooled path $v$, (B,i,H/s,W/s)
+        r: Tensor,  # the stream $R$, (B,stream,H,W)
+    ) -> tuple:  # $v'$, (B,o,H/s,W/s), and $R'$, (B,stream,H,W)
         "One visit."
         v = self.body(torch.cat([self.drop(self.pool(r)), v], 1))
         return v, r + self.up(self.back(v))
 
 # %% ../../nbs/networks/mrrn.ipynb #baf59f11
-VISITS = {"enc1": (0, 0, 0), "enc2": (0, 1, 0), "enc3": (0, 2, 1, 0), "enc4": (0, 3, 2, 1, 0), # stage -> streams it visits, in order
-          "dec3": (0, 2, 1, 0), "dec2": (0, 1, 0), "dec1": (0, 0, 0)}                          # the digit of a stage: how many times it is halved
+VISITS = {
+    "enc1": (0, 0, 0),
+    "enc2": (0, 1, 0),
+    "enc3": (0, 2, 1, 0),
+    "enc4": (0, 3, 2, 1, 0),  # stage -> streams it visits, in order
+    "dec3": (0, 2, 1, 0),
+    "dec2": (0, 1, 0),
+    "dec1": (0, 0, 0),
+}  # the digit of a stage: how many times it is halved
 LINKS = ("paper", "connected")
+
 
 class Stage(nn.ModuleList):
     "The visits of one stage, one after the other: the pooled path (B,i,H/2^d,W/2^d) -> (B,o,H/2^d,W/2^d) with o = 2^d w; the list of streams is renewed."
 
-    def __init__(self,
-        name:str,      # one of `VISITS`
-        width:int,     # channels $w$ of the full-size stream
-        link:str,      # one of `LINKS`
-        dropout:float, # share of channels of a pooled stream set to 0 in training
+    def __init__(
+        self,
+        name: str,  # one of `VISITS`
+        width: int,  # channels $w$ of the full-size stream
+        link: str,  # one of `LINKS`
+        dropout: float,  # share of channels of a pooled stream set to 0 in training
     ):
-        self.visits, level = VISITS[name], int(name[-1])
+        self.visits = VISITS[name]
+        level = int(name[-1])
         o = width * 2**level
         i = o // 2 if name.startswith("enc") else o if (name, link) == ("dec1", "paper") else 2 * o
-        super().__init__([RCU(o if n else i, o, width * 2**s, 2**(level - s), dropout) for n, s in enumerate(VISITS[name])])
+        super().__init__(
+            [
+                RCU(o if n else i, o, width * 2**s, 2 ** (level - s), dropout)
+                for n, s in enumerate(VISITS[name])
+            ]
+        )
 
-    def forward(self,
-        v:Tensor,     # the pooled path that comes in
-        streams:list, # the streams so far, finest first
-    )->Tensor: # the pooled path that goes out
+    def forward(
+        self,
+        v: Tensor,  # the pooled path that comes in
+        streams: list,  # the streams so far, finest first
+    ) -> Tensor:  # the pooled path that goes out
         "Run the units of the stage."
-        for unit, s in zip(self, self.visits): v, streams[s] = unit(v, streams[s])
+        for unit, s in zip(self, self.visits):
+            v, streams[s] = unit(v, streams[s])
         return v
 
 # %% ../../nbs/networks/mrrn.ipynb #ecd98697
@@ -92,39 +116,63 @@ class Stage(nn.ModuleList):
 class MRRN(nn.Module):
     """The multiple resolution residual network of CMEDL (Jiang et al. 2021), 38,916,418 parameters for two scores. Input (B,in_channels,H,W) in [0,1],
     output logits (B,classes,H,W); both sides a multiple of 16. Raises `InputError` for another input, for an unknown `link`, or for `dims` other than 2."""
+
     stride = 16
     hint_layers = {"low": ("stem.0", "stem.1.body"), "mid": ("enc4",), "high": ("up2", "up1")}
 
-    def __init__(self,
-        in_channels:int=1,   # channels of the image
-        classes:int=1,       # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
-        width:int=32,        # channels $w$ of the full-size stream; the others have 2w, 4w, 8w
-        link:str="paper",    # what dec1 starts from: paper: stream R1 | connected: the upsampled output of dec2
-        dropout:float=0.,    # share of channels of a pooled stream set to 0 in training
-        dims:int=2,          # spatial axes; only 2
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the image
+        classes: int = 1,  # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
+        width: int = 32,  # channels $w$ of the full-size stream; the others have 2w, 4w, 8w
+        link: str = "paper",  # what dec1 starts from: paper: stream R1 | connected: the upsampled output of dec2
+        dropout: float = 0.0,  # share of channels of a pooled stream set to 0 in training
+        dims: int = 2,  # spatial axes; only 2
     ):
         super().__init__()
-        if dims != 2: raise InputError(f"dims={dims}: the MRRN is 2-D only. Use dims=2, or network 'unet' for volumes.")
-        if link not in LINKS: raise InputError(unknown("link", link, LINKS))
-        self.config = dict(in_channels=in_channels, classes=classes, width=width, link=link, dropout=dropout, dims=dims)
-        self.stem = nn.Sequential(conv_unit(in_channels, width), *[ResidualUnit(width) for _ in range(3)])
+        if dims != 2:
+            raise InputError(
+                f"dims={dims}: the MRRN is 2-D only. Use dims=2, or network 'unet' for volumes."
+            )
+        if link not in LINKS:
+            raise InputError(unknown("link", link, LINKS))
+        self.config = dict(
+            in_channels=in_channels,
+            classes=classes,
+            width=width,
+            link=link,
+            dropout=dropout,
+            dims=dims,
+        )
+        self.stem = nn.Sequential(
+            conv_unit(in_channels, width), *[ResidualUnit(width) for _ in range(3)]
+        )
         self.start = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True))
-        for stage in VISITS: self.add_module(stage, Stage(stage, width, link, dropout))
-        self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(width, classes, 1)
-        for n in (4, 3, 2, 1): self.add_module(f"up{n}", nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
-        self.merge = nn.Sequential(conv_unit(3 * width, width), *[ResidualUnit(width) for _ in range(3)])
+        for stage in VISITS:
+            self.add_module(stage, Stage(stage, width, link, dropout))
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Conv2d(width, classes, 1)
+        for n in (4, 3, 2, 1):
+            self.add_module(
+                f"up{n}", nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+            )
+        self.merge = nn.Sequential(
+            conv_unit(3 * width, width), *[ResidualUnit(width) for _ in range(3)]
+        )
 
-    def forward(self,
-        x:Tensor, # images (B,in_channels,H,W), in [0,1]
-    )->Tensor: # logits (B,classes,H,W)
+    def forward(
+        self,
+        x: Tensor,  # images (B,in_channels,H,W), in [0,1]
+    ) -> Tensor:  # logits (B,classes,H,W)
         "Scores of every pixel."
         check_input(x, self.config["in_channels"], 2, self.stride)
         x = self.stem(x)
-        streams, v = [self.start(x)], self.pool(x)
+        streams = [self.start(x)]
+        v = self.pool(x)
         for stage in (self.enc1, self.enc2, self.enc3):
             streams.append(stage(v, streams))
             v = self.pool(streams[-1])
         v = self.up3(self.dec3(self.up4(self.enc4(v, streams)), streams))
-        v = self.up2(self.dec2(v, streams)) # with link="paper" only a tap hears this
+        v = self.up2(self.dec2(v, streams))  # with link="paper" only a tap hears this
         v = self.up1(self.dec1(streams[1] if self.config["link"] == "paper" else v, streams))
         return self.head(self.merge(torch.cat([streams[0], v], 1)))

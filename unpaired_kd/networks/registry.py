@@ -16,7 +16,7 @@ from ..core import InputError, Registry
 
 # %% ../../nbs/networks/registry.ipynb #6b817b4e
 NETWORKS = Registry("network")
-MODULES = [ # imported on demand, in this order; each enters its networks into the table
+MODULES = [  # imported on demand, in this order; each enters its networks into the table
     "unpaired_kd.networks.unet",
     "unpaired_kd.networks.unet_bilinear",
     "unpaired_kd.networks.densefcn",
@@ -24,45 +24,63 @@ MODULES = [ # imported on demand, in this order; each enters its networks into t
     "unpaired_kd.networks.volumes",
 ]
 
+
 def build(
-    name:str,     # registered name, e.g. "unet"
-    config:dict,  # its arguments
-)->nn.Module: # the network, freshly initialised from the global torch generator
+    name: str,  # registered name, e.g. "unet"
+    config: dict,  # its arguments
+) -> nn.Module:  # the network, freshly initialised from the global torch generator
     "Build a network by name. `InputError` if the name or an argument is not known."
-    for module in MODULES: # only until the name is there
+    for module in MODULES:  # only until the name is there
         if name not in NETWORKS:
             import_module(module)
     cls = NETWORKS[name]
-    try: return cls(**config)
-    except TypeError as e: raise InputError(f"network {name!r} does not take these arguments: {config} ({e}).") from e
+    try:
+        return cls(**config)
+    except TypeError as e:
+        raise InputError(f"network {name!r} does not take these arguments: {config} ({e}).") from e
+
 
 def name_of(
-    net:nn.Module, # a network whose class is registered
-)->str: # the name it is registered under
+    net: nn.Module,  # a network whose class is registered
+) -> str:  # the name it is registered under
     "The name a network is registered under."
     for name, cls in NETWORKS.items():
-        if type(net) is cls: return name
-    raise InputError(f"{type(net).__name__} is not registered. Decorate its class with @NETWORKS.register().")
+        if type(net) is cls:
+            return name
+    raise InputError(
+        f"{type(net).__name__} is not registered. Decorate its class with @NETWORKS.register()."
+    )
 
 # %% ../../nbs/networks/registry.ipynb #fa455332
 def load_weights(
-    net:nn.Module, # network to fill
-    state:dict,    # state dict
-    source,        # where the state came from, for the message
-)->nn.Module: # the network
+    net: nn.Module,  # network to fill
+    state: dict,  # state dict
+    source,  # where the state came from, for the message
+) -> nn.Module:  # the network
     "Load weights, all or none. `InputError` that names the source and the first differences when they are of another architecture."
     own = net.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in state] + [f"{k} is not known" for k in state if k not in own]
+    wrong = [f"{k} is missing" for k in own if k not in state] + [
+        f"{k} is not known" for k in state if k not in own
+    ]
     wrong += [f"{k} is no tensor" for k, v in state.items() if not isinstance(v, Tensor)]
-    wrong += [f"{k} has shape {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in state.items() if k in own and isinstance(v, Tensor) and v.shape != own[k].shape]
-    if wrong: raise InputError(f"{source} does not fit {type(net).__name__}({getattr(net, 'config', '')}): {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. It is of another architecture; build the network with the arguments it was trained with.")
+    wrong += [
+        f"{k} has shape {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and isinstance(v, Tensor) and v.shape != own[k].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{source} does not fit {type(net).__name__}({getattr(net, 'config', '')}): {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. It is of another architecture; build the network with the arguments it was trained with."
+        )
     net.load_state_dict(state)
     return net
 
 # %% ../../nbs/networks/registry.ipynb #95bf55aa
 def weights_digest(
-    net:nn.Module, # a network
-)->str: # the same for equal weights and statistics, whatever device, layout and number of threads
+    net: nn.Module,  # a network
+) -> (
+    str
+):  # the same for equal weights and statistics, whatever device, layout and number of threads
     "A fingerprint of all weights and buffers."
     whole = hashlib.sha256()
     for name, v in net.state_dict().items():

@@ -17,42 +17,54 @@ class Taps:
     """Outputs of named layers of `net`, renewed at every forward pass: `taps["conv9"]` is (B,C,*s), with its gradient.
     Use as a context manager, or call `close()`. Raises `InputError` for a name that is not a layer, or when nothing has run yet."""
 
-    def __init__(self,
-        net:nn.Module,  # any network
-        names,          # layer names as `named_modules` gives them, e.g. ("conv9",)
+    def __init__(
+        self,
+        net: nn.Module,  # any network
+        names,  # layer names as `named_modules` gives them, e.g. ("conv9",)
     ):
         layers = dict(net.named_modules())
         for n in names:
-            if n not in layers or not n: raise InputError(unknown(f"layer of {type(net).__name__}", n, [k for k in layers if k]))
-        self.names, self.seen, self.versions = tuple(names), {}, {}
+            if n not in layers or not n:
+                raise InputError(
+                    unknown(f"layer of {type(net).__name__}", n, [k for k in layers if k])
+                )
+        self.names = tuple(names)
+        self.seen = {}
+        self.versions = {}
         self.handles = [layers[n].register_forward_hook(partial(self._hear, n)) for n in self.names]
         hasty = [m for m in layers.values() if getattr(m, "inplace", False)]
         self.handles += [m.register_forward_pre_hook(self._rescue) for m in hasty]
 
     def _hear(self, name, layer, inputs, out):
         "A layer has spoken."
-        self.seen[name], self.versions[name] = out, version(out)
+        self.seen[name] = out
+        self.versions[name] = version(out)
 
     def _rescue(self, layer, inputs):
         """A layer that works in place is about to overwrite its input: keep a copy of what a tap
         heard."""
         for n, out in self.seen.items():
-            if any(out is x for x in inputs): self._hear(n, layer, inputs, out.clone())
+            if any(out is x for x in inputs):
+                self._hear(n, layer, inputs, out.clone())
 
-    def __getitem__(self,
-        name:str, # one of the tapped layers
-    )->Tensor: # its latest output (B,C,*s)
+    def __getitem__(
+        self,
+        name: str,  # one of the tapped layers
+    ) -> Tensor:  # its latest output (B,C,*s)
         """The latest output of a tapped layer. `InputError` when the network has overwritten it
         since."""
-        if name not in self.names: raise InputError(unknown("tap", name, self.names))
+        if name not in self.names:
+            raise InputError(unknown("tap", name, self.names))
         if name not in self.seen:
             raise InputError(f"tap {name!r} has seen nothing yet: run the network first.")
         if version(self.seen[name]) != self.versions[name]:
-            raise InputError(f"tap {name!r}: what follows this layer overwrites its output (a sum "
-                             "or function in place). Tap a later layer.")
+            raise InputError(
+                f"tap {name!r}: what follows this layer overwrites its output (a sum "
+                "or function in place). Tap a later layer."
+            )
         return self.seen[name]
 
-    def take(self)->dict: # name -> output, in the order of `names`
+    def take(self) -> dict:  # name -> output, in the order of `names`
         """All tapped outputs of the latest pass, and forget them (so that they do not stay in
         memory)."""
         out = {n: self[n] for n in self.names}
@@ -61,28 +73,41 @@ class Taps:
 
     def close(self):
         "Remove the hooks."
-        for h in self.handles: h.remove()
-        self.handles, self.seen = [], {}
+        for h in self.handles:
+            h.remove()
+        self.handles = []
+        self.seen = {}
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 # %% ../../nbs/networks/taps.ipynb #bec0ea14
 def version(
-    out, # what a layer gave
-)->int: # how often it was changed in place; 0 where torch does not count
+    out,  # what a layer gave
+) -> int:  # how often it was changed in place; 0 where torch does not count
     "PyTorch counts every change in place, for the sake of gradients."
     return out._version if isinstance(out, Tensor) and not out.is_inference() else 0
 
 # %% ../../nbs/networks/taps.ipynb #7935e420
 def tap_channels(
-    net:nn.Module, # a network with `.config` ("in_channels", "dims") and `.stride`
-    names,         # layer names
-)->dict: # name -> number of channels
+    net: nn.Module,  # a network with `.config` ("in_channels", "dims") and `.stride`
+    names,  # layer names
+) -> dict:  # name -> number of channels
     "Channels of tapped layers, found by one pass of a tiny image; the network's BatchNorm statistics are not changed."
     import torch
-    training, p = net.training, next(net.parameters())
-    image = torch.zeros(1, net.config["in_channels"], *[2 * net.stride] * net.config["dims"], device=p.device, dtype=p.dtype)
+
+    training = net.training
+    p = next(net.parameters())
+    image = torch.zeros(
+        1,
+        net.config["in_channels"],
+        *[2 * net.stride] * net.config["dims"],
+        device=p.device,
+        dtype=p.dtype,
+    )
     with Taps(net, names) as taps, torch.no_grad():
         net.eval()(image)
         net.train(training)

@@ -17,22 +17,29 @@ from .registry import NETWORKS
 # %% ../../nbs/networks/unet.ipynb #e41b7d58
 def _half(x):
     "The 16-bit format that a layer would compute in on the CPU; None where it computes in another format or place."
-    if x.device.type != "cpu": return None
+    if x.device.type != "cpu":
+        return None
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return kind if kind in (torch.bfloat16, torch.float16) else None
+
 
 def _short(conv, x):
     "Whether some side of a map is smaller than the reach of the kernel."
     reach = [step * (k - 1) + 1 for step, k in zip(conv.dilation, conv.kernel_size)]
     return any(side < r for side, r in zip(x.shape[2:], reach))
 
-def _float(bias): return None if bias is None else bias.float()
+
+def _float(bias):
+    return None if bias is None else bias.float()
+
 
 class Conv3d(nn.Conv3d):
     "`nn.Conv3d`, but a map smaller than the kernel is never convolved in 16 bits on the CPU, where torch's gradient of the weights is wrong."
-    def forward(self,
-        x:Tensor, # (B,C,D,H,W)
-    )->Tensor: # as from `nn.Conv3d`, in the same number format
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+    ) -> Tensor:  # as from `nn.Conv3d`, in the same number format
         "The convolution; in float32 where the map is smaller than the kernel."
         kind = _half(x)
         if kind is None or not _short(self, x):
@@ -44,26 +51,39 @@ class Conv3d(nn.Conv3d):
 # %% ../../nbs/networks/unet.ipynb #9e225953
 class ConvTranspose3d(nn.ConvTranspose3d):
     "`nn.ConvTranspose3d`, with the same exception."
-    def forward(self,
-        x:Tensor,         # (B,C,D,H,W)
-        output_size=None, # sides of the result, where the stride leaves a choice
-    )->Tensor: # as from `nn.ConvTranspose3d`, in the same number format
+
+    def forward(
+        self,
+        x: Tensor,  # (B,C,D,H,W)
+        output_size=None,  # sides of the result, where the stride leaves a choice
+    ) -> Tensor:  # as from `nn.ConvTranspose3d`, in the same number format
         "The transposed convolution; in float32 where the map is smaller than the kernel."
         kind = _half(x)
         if kind is None or not _short(self, x):
             return super().forward(x, output_size)
-        more = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size,
-                                    3, self.dilation)
+        more = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation
+        )
         with torch.autocast("cpu", enabled=False):
-            y = F.conv_transpose3d(x.float(), self.weight.float(), _float(self.bias), self.stride,
-                                   self.padding, more, self.groups, self.dilation)
+            y = F.conv_transpose3d(
+                x.float(),
+                self.weight.float(),
+                _float(self.bias),
+                self.stride,
+                self.padding,
+                more,
+                self.groups,
+                self.dilation,
+            )
         return y.to(kind)
 
+# %% ../../nbs/networks/unet.ipynb #fa9e57e2
 STEADY = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
 
+
 def steady(
-    net:nn.Module, # any network, also another library's
-)->nn.Module: # the same network
+    net: nn.Module,  # any network, also another library's
+) -> nn.Module:  # the same network
     "Give every plain 3-D convolution of a network the forward pass of ours; weights, names and the rest stay."
     for m in net.modules():
         if type(m) in STEADY:
@@ -72,72 +92,92 @@ def steady(
 
 # %% ../../nbs/networks/unet.ipynb #b562d36a
 def layer(
-    name:str,  # torch.nn name without its number, e.g. "Conv"
-    dims:int,  # 2 or 3
-): # the class, e.g. torch.nn.Conv2d
+    name: str,  # torch.nn name without its number, e.g. "Conv"
+    dims: int,  # 2 or 3
+):  # the class, e.g. torch.nn.Conv2d
     "The 2-D or 3-D version of a torch layer; for volumes our own convolutions."
     kind = getattr(nn, f"{name}{dims}d")
     return STEADY.get(kind, kind)
 
+
 def normalisation(
-    kind:str,     # batch | instance
-    channels:int, # number of channels
-    dims:int,     # 2 or 3
-)->nn.Module: # the layer
+    kind: str,  # batch | instance
+    channels: int,  # number of channels
+    dims: int,  # 2 or 3
+) -> nn.Module:  # the layer
     "A normalisation layer. `instance` is `GroupNorm` with one channel a group: the same formula, a faster kernel on the CPU."
-    if kind == "batch": return layer("BatchNorm", dims)(channels)
-    if kind == "instance": return nn.GroupNorm(channels, channels)
+    if kind == "batch":
+        return layer("BatchNorm", dims)(channels)
+    if kind == "instance":
+        return nn.GroupNorm(channels, channels)
     raise InputError(f"norm={kind!r} is not known. Use 'batch' or 'instance'.")
 
 # %% ../../nbs/networks/unet.ipynb #65f0d300
 def double_conv(
-    i:int,     # channels in
-    o:int,     # channels out
-    dims:int=2, # 2 or 3
-    norm:str="batch", # batch | instance
-)->nn.Sequential: # (B,i,*s) -> (B,o,*s)
+    i: int,  # channels in
+    o: int,  # channels out
+    dims: int = 2,  # 2 or 3
+    norm: str = "batch",  # batch | instance
+) -> nn.Sequential:  # (B,i,*s) -> (B,o,*s)
     "$D(i,o)$: twice [3x3 convolution, normalisation, ReLU]."
     conv = layer("Conv", dims)
-    return nn.Sequential(conv(i, o, 3, padding=1), normalisation(norm, o, dims), nn.ReLU(inplace=True),
-                         conv(o, o, 3, padding=1), normalisation(norm, o, dims), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        conv(i, o, 3, padding=1),
+        normalisation(norm, o, dims),
+        nn.ReLU(inplace=True),
+        conv(o, o, 3, padding=1),
+        normalisation(norm, o, dims),
+        nn.ReLU(inplace=True),
+    )
+
 
 def up_conv(
-    i:int,     # channels in
-    o:int,     # channels out
-    dims:int=2, # 2 or 3
-    norm:str="batch", # batch | instance
-)->nn.Sequential: # (B,i,*s) -> (B,o,*2s)
+    i: int,  # channels in
+    o: int,  # channels out
+    dims: int = 2,  # 2 or 3
+    norm: str = "batch",  # batch | instance
+) -> nn.Sequential:  # (B,i,*s) -> (B,o,*2s)
     "$U(i,o)$: 2x2 transposed convolution of stride 2, normalisation, ReLU."
-    return nn.Sequential(layer("ConvTranspose", dims)(i, o, 2, stride=2), normalisation(norm, o, dims), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        layer("ConvTranspose", dims)(i, o, 2, stride=2),
+        normalisation(norm, o, dims),
+        nn.ReLU(inplace=True),
+    )
 
 # %% ../../nbs/networks/unet.ipynb #883fea43
 @NETWORKS.register()
 class UNet(nn.Module):
     """The U-Net of LOTUS (Poles et al., MICCAI 2024). Input (B,in_channels,*s) in [0,1], output logits (B,classes,*s); every side a multiple of 16.
     Raises `InputError` for another number of channels or axes, or for a side that is not a multiple of 16."""
+
     stride = 16
     hint_layers = {"low": ("conv1.2", "conv1.5"), "mid": ("conv5",), "high": ("conv8", "conv9")}
 
-    def __init__(self,
-        in_channels:int=3,  # channels of the image; grey images are replicated to 3
-        classes:int=1,      # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
-        width:int=16,       # channels of the first level; each level below doubles them
-        dims:int=2,         # 2 or 3
-        norm:str="batch",   # batch | instance
+    def __init__(
+        self,
+        in_channels: int = 3,  # channels of the image; grey images are replicated to 3
+        classes: int = 1,  # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
+        width: int = 16,  # channels of the first level; each level below doubles them
+        dims: int = 2,  # 2 or 3
+        norm: str = "batch",  # batch | instance
     ):
         super().__init__()
-        self.config = dict(in_channels=in_channels, classes=classes, width=width, dims=dims, norm=norm)
+        self.config = dict(
+            in_channels=in_channels, classes=classes, width=width, dims=dims, norm=norm
+        )
         w = [width * 2**k for k in range(5)]
-        for n, (i, o) in enumerate(zip([in_channels] + w, w), 1): self.add_module(f"conv{n}", double_conv(i, o, dims, norm))
+        for n, (i, o) in enumerate(zip([in_channels] + w, w), 1):
+            self.add_module(f"conv{n}", double_conv(i, o, dims, norm))
         for n, (i, o) in enumerate(zip(w[:0:-1], w[-2::-1]), 6):
             self.add_module(f"up{n}", up_conv(i, o, dims, norm))
             self.add_module(f"conv{n}", double_conv(2 * o, o, dims, norm))
         self.conv10 = layer("Conv", dims)(width, classes, 1)
         self.pool = layer("MaxPool", dims)(2)
 
-    def forward(self,
-        x:Tensor, # images (B,in_channels,*s), in [0,1]
-    )->Tensor: # logits (B,classes,*s)
+    def forward(
+        self,
+        x: Tensor,  # images (B,in_channels,*s), in [0,1]
+    ) -> Tensor:  # logits (B,classes,*s)
         "Scores of every pixel."
         check_input(x, self.config["in_channels"], self.config["dims"], self.stride)
         skips = []
@@ -152,24 +192,40 @@ class UNet(nn.Module):
 
 # %% ../../nbs/networks/unet.ipynb #dfb329ed
 def check_input(
-    x:Tensor,     # images (B,C,*s)
-    channels:int, # channels the network expects
-    dims:int,     # spatial axes the network expects
-    stride,       # every side must be a multiple of this whole number; a tuple: one number an axis
+    x: Tensor,  # images (B,C,*s)
+    channels: int,  # channels the network expects
+    dims: int,  # spatial axes the network expects
+    stride,  # every side must be a multiple of this whole number; a tuple: one number an axis
 ):
     "Raise `InputError` if `x` does not fit the network."
-    if x.ndim != dims + 2: raise InputError(f"the image batch has shape {tuple(x.shape)}; a {dims}-D network needs {dims + 2} axes: (batch, channels, {'depth, ' * (dims - 2)}height, width).")
-    if x.shape[1] != channels: raise InputError(f"the image batch has {x.shape[1]} channels; the network was built for {channels}. Set in_channels={x.shape[1]}, or replicate grey images.")
+    if x.ndim != dims + 2:
+        raise InputError(
+            f"the image batch has shape {tuple(x.shape)}; a {dims}-D network needs {dims + 2} axes: (batch, channels, {'depth, ' * (dims - 2)}height, width)."
+        )
+    if x.shape[1] != channels:
+        raise InputError(
+            f"the image batch has {x.shape[1]} channels; the network was built for {channels}. Set in_channels={x.shape[1]}, or replicate grey images."
+        )
     if isinstance(stride, tuple):
         for name, side, s in zip(("depth", "height", "width")[-dims:], x.shape[2:], stride):
-            if side % s or not side: raise InputError(f"image size {tuple(x.shape[2:])}: {name} {side} is not a multiple of {s}. Pad, crop or resize the images, or use `Student.predict`, which pads.")
-    elif any(s % stride or not s for s in x.shape[2:]): raise InputError(f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, or use `Student.predict`, which pads.")
+            if side % s or not side:
+                raise InputError(
+                    f"image size {tuple(x.shape[2:])}: {name} {side} is not a multiple of {s}. Pad, crop or resize the images, or use `Student.predict`, which pads."
+                )
+    elif any(s % stride or not s for s in x.shape[2:]):
+        raise InputError(
+            f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, or use `Student.predict`, which pads."
+        )
 
 # %% ../../nbs/networks/unet.ipynb #ecc5a7da
 def best_layout(
-    net:nn.Module, # a network
-)->torch.memory_format: # the memory format for its weights and inputs
+    net: nn.Module,  # a network
+) -> torch.memory_format:  # the memory format for its weights and inputs
     "channels_last for 2-D networks with BatchNorm, contiguous for all others."
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    other = [m for m in net.modules() if isinstance(m, (nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d))]
+    other = [
+        m
+        for m in net.modules()
+        if isinstance(m, (nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d))
+    ]
     return torch.channels_last if norms and not other else torch.contiguous_format

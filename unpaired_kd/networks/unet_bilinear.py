@@ -18,28 +18,36 @@ from .unet import check_input, double_conv
 class BilinearUNet(nn.Module):
     """The U-Net of CMEDL (Jiang et al. 2021): bilinear decoder, 13,394,242 parameters for two scores. Input (B,in_channels,H,W) in [0,1], output logits (B,classes,H,W).
     Both sides a multiple of 16. Raises `InputError` for another number of channels or axes, or for another side; and for `dims` other than 2."""
+
     stride = 16
     hint_layers = {"low": ("conv1.2", "conv1.5"), "mid": ("conv5",), "high": ("conv8", "conv9")}
 
-    def __init__(self,
-        in_channels:int=1,  # channels of the image
-        classes:int=1,      # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
-        width:int=64,       # channels $w$ of the first level; the levels have w, 2w, 4w, 8w, 8w
-        dims:int=2,         # spatial axes; only 2
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the image
+        classes: int = 1,  # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
+        width: int = 64,  # channels $w$ of the first level; the levels have w, 2w, 4w, 8w, 8w
+        dims: int = 2,  # spatial axes; only 2
     ):
         super().__init__()
-        if dims != 2: raise InputError(f"dims={dims}: the bilinear U-Net is 2-D only. Use dims=2, or network 'unet' for volumes.")
+        if dims != 2:
+            raise InputError(
+                f"dims={dims}: the bilinear U-Net is 2-D only. Use dims=2, or network 'unet' for volumes."
+            )
         self.config = dict(in_channels=in_channels, classes=classes, width=width, dims=dims)
         w = [width * k for k in (1, 2, 4, 8, 8)]
-        for n, (i, o) in enumerate(zip([in_channels] + w, w), 1): self.add_module(f"conv{n}", double_conv(i, o))
-        for n, (i, o) in enumerate(zip((16, 8, 4, 2), (4, 2, 1, 1)), 6): self.add_module(f"conv{n}", double_conv(i * width, o * width))
+        for n, (i, o) in enumerate(zip([in_channels] + w, w), 1):
+            self.add_module(f"conv{n}", double_conv(i, o))
+        for n, (i, o) in enumerate(zip((16, 8, 4, 2), (4, 2, 1, 1)), 6):
+            self.add_module(f"conv{n}", double_conv(i * width, o * width))
         self.conv10 = nn.Conv2d(width, classes, 1)
         self.pool = nn.MaxPool2d(2)
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
 
-    def forward(self,
-        x:Tensor, # images (B,in_channels,H,W), in [0,1]
-    )->Tensor: # logits (B,classes,H,W)
+    def forward(
+        self,
+        x: Tensor,  # images (B,in_channels,H,W), in [0,1]
+    ) -> Tensor:  # logits (B,classes,H,W)
         "Scores of every pixel."
         check_input(x, self.config["in_channels"], 2, self.stride)
         skips = []
@@ -48,5 +56,6 @@ class BilinearUNet(nn.Module):
             skips.append(x)
             x = self.pool(x)
         x = self.conv5(x)
-        for n in range(6, 10): x = getattr(self, f"conv{n}")(torch.cat([skips.pop(), self.up(x)], 1))
+        for n in range(6, 10):
+            x = getattr(self, f"conv{n}")(torch.cat([skips.pop(), self.up(x)], 1))
         return self.conv10(x)

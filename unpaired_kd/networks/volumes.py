@@ -21,151 +21,220 @@ from .registry import NETWORKS
 from .unet import Conv3d, check_input, layer, steady
 
 # %% ../../nbs/networks/volumes.ipynb #5df803a1
-SLOW = 20480 # B C D H (in 2-D B C H W) up to which torch takes its slow kernel for one float32 sample on the CPU
+SLOW = 20480  # B C D H (in 2-D B C H W) up to which torch takes its slow kernel for one float32 sample on the CPU
 
-def _on_cpu(x): return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+def _on_cpu(x):
+    return (
+        x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    )
+
 
 def slow_sized(
-    x:Tensor, # (B,C,*s)
-)->bool: # True where torch would take the slow kernel
+    x: Tensor,  # (B,C,*s)
+) -> bool:  # True where torch would take the slow kernel
     "Whether a convolution of `x` would run without oneDNN: one float32 sample on the CPU, and a small one."
     return _on_cpu(x) and x.shape[0] == 1 and math.prod(x.shape[:4]) <= SLOW
 
+# %% ../../nbs/networks/volumes.ipynb #a2fae40e
 class _Halves:
     "A convolution that cuts one small sample into two overlapping halves along its first axis: a batch of two, the same sums."
+
     def forward(self, x):
-        if set(self.kernel_size) == {1} and _on_cpu(x): return self._point(x)
-        if not slow_sized(x): return super().forward(x)
-        k, s, p = self.kernel_size[0], self.stride[0], self.padding[0]
-        n = (x.shape[2] + 2 * p - k) // s + 1                        # slices out
-        h = -(-n // 2)                                               # of which each half makes this many
+        if set(self.kernel_size) == {1} and _on_cpu(x):
+            return self._point(x)
+        if not slow_sized(x):
+            return super().forward(x)
+        k = self.kernel_size[0]
+        s = self.stride[0]
+        p = self.padding[0]
+        n = (x.shape[2] + 2 * p - k) // s + 1  # slices out
+        h = -(-n // 2)  # of which each half makes this many
         length = (h - 1) * s + k
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (p, h * s + length - x.shape[2] - p))
-        y = self._plain(torch.cat([x[:, :, :length], x[:, :, h * s:h * s + length]]))
+        y = self._plain(torch.cat([x[:, :, :length], x[:, :, h * s : h * s + length]]))
         return torch.cat([y[:1], y[1:]], 2)[:, :, :n]
 
     def _plain(self, x):
-        return getattr(F, f"conv{x.ndim - 2}d")(x, self.weight, self.bias, self.stride, (0, *self.padding[1:]))
+        return getattr(F, f"conv{x.ndim - 2}d")(
+            x, self.weight, self.bias, self.stride, (0, *self.padding[1:])
+        )
 
     def _point(self, x):
-        y = torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+        y = torch.bmm(self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(
+            2, x.shape[2:]
+        )
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (x.ndim - 2))
 
 # %% ../../nbs/networks/volumes.ipynb #241a01dd
 class _UpHalves:
     "A transposed convolution whose kernel is its stride, cut in two in the same way; the halves do not overlap."
+
     def forward(self, x, output_size=None):
-        if output_size is not None or not slow_sized(x): return super().forward(x, output_size)
-        n, h = x.shape[2], -(-x.shape[2] // 2)
+        if output_size is not None or not slow_sized(x):
+            return super().forward(x, output_size)
+        n = x.shape[2]
+        h = -(-x.shape[2] // 2)
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, 2 * h - n))
         y = super().forward(torch.cat([x[:, :, :h], x[:, :, h:]]))
-        return torch.cat([y[:1], y[1:]], 2)[:, :, :n * self.stride[0]]
+        return torch.cat([y[:1], y[1:]], 2)[:, :, : n * self.stride[0]]
 
-class SplitConv2d(_Halves, nn.Conv2d): "`nn.Conv2d` without the slow path."
-class SplitConv3d(_Halves, Conv3d): "`nn.Conv3d` without the slow path."
-class SplitUp2d(_UpHalves, nn.ConvTranspose2d): "`nn.ConvTranspose2d` without the slow path."
-class SplitUp3d(_UpHalves, nn.ConvTranspose3d): "`nn.ConvTranspose3d` without the slow path."
+
+class SplitConv2d(_Halves, nn.Conv2d):
+    "`nn.Conv2d` without the slow path."
+
+
+class SplitConv3d(_Halves, Conv3d):
+    "`nn.Conv3d` without the slow path."
+
+
+class SplitUp2d(_UpHalves, nn.ConvTranspose2d):
+    "`nn.ConvTranspose2d` without the slow path."
+
+
+class SplitUp3d(_UpHalves, nn.ConvTranspose3d):
+    "`nn.ConvTranspose3d` without the slow path."
 
 # %% ../../nbs/networks/volumes.ipynb #a00bd186
 def axes_of(
-    n:int,       # size along every axis
-    dims:int,    # 2 or 3
-    flat:bool,   # True: 1 along the first axis (depth)
-)->tuple: # one number an axis
+    n: int,  # size along every axis
+    dims: int,  # 2 or 3
+    flat: bool,  # True: 1 along the first axis (depth)
+) -> tuple:  # one number an axis
     "A kernel or a stride: `n` along every axis, or 1 along the depth."
     return (1, *[n] * (dims - 1)) if flat else (n,) * dims
 
+
 def same_conv(
-    i:int,            # channels in
-    o:int,            # channels out
-    dims:int=3,       # 2 or 3
-    flat:bool=False,  # True: kernel (1,3,3)
-    kernel:int=3,     # odd
-    step:tuple=1,     # stride, one number or one an axis
-    bias:bool=True,   # whether a number is added to every channel
-)->nn.Module: # (B,i,*s) -> (B,o,*s/step)
+    i: int,  # channels in
+    o: int,  # channels out
+    dims: int = 3,  # 2 or 3
+    flat: bool = False,  # True: kernel (1,3,3)
+    kernel: int = 3,  # odd
+    step: tuple = 1,  # stride, one number or one an axis
+    bias: bool = True,  # whether a number is added to every channel
+) -> nn.Module:  # (B,i,*s) -> (B,o,*s/step)
     "A convolution that keeps the size (or divides it by `step`) and never takes the slow path."
     k = axes_of(kernel, dims, flat)
-    return (SplitConv2d if dims == 2 else SplitConv3d)(i, o, k, stride=step, padding=tuple(n // 2 for n in k), bias=bias)
+    return (SplitConv2d if dims == 2 else SplitConv3d)(
+        i, o, k, stride=step, padding=tuple(n // 2 for n in k), bias=bias
+    )
+
 
 def double_up(
-    i:int,            # channels in
-    o:int,            # channels out
-    dims:int=3,       # 2 or 3
-    flat:bool=False,  # True: the depth stays
-)->nn.Module: # (B,i,*s) -> (B,o,*2s)
+    i: int,  # channels in
+    o: int,  # channels out
+    dims: int = 3,  # 2 or 3
+    flat: bool = False,  # True: the depth stays
+) -> nn.Module:  # (B,i,*s) -> (B,o,*2s)
     "A transposed convolution whose kernel is its stride, 2."
     k = axes_of(2, dims, flat)
     return (SplitUp2d if dims == 2 else SplitUp3d)(i, o, k, stride=k)
 
 # %% ../../nbs/networks/volumes.ipynb #48a076b2
 def check_axes(
-    dims:int,   # spatial axes
-    flat:int,   # first halvings that leave the depth alone
-    steps:int,  # halvings in all
+    dims: int,  # spatial axes
+    flat: int,  # first halvings that leave the depth alone
+    steps: int,  # halvings in all
 ):
     "Raise `InputError` unless `dims` is 2 or 3 and `flat` fits."
-    if dims not in (2, 3): raise InputError(f"dims={dims}: give 2 or 3.")
-    if not 0 <= flat <= steps: raise InputError(f"flat={flat}: the network halves the image {steps} times, so give 0 to {steps}.")
-    if flat and dims == 2: raise InputError(f"flat={flat} needs a depth axis. Use dims=3, or flat=0.")
+    if dims not in (2, 3):
+        raise InputError(f"dims={dims}: give 2 or 3.")
+    if not 0 <= flat <= steps:
+        raise InputError(
+            f"flat={flat}: the network halves the image {steps} times, so give 0 to {steps}."
+        )
+    if flat and dims == 2:
+        raise InputError(f"flat={flat} needs a depth axis. Use dims=3, or flat=0.")
 
-def _strides(dims, flat, steps): return tuple(math.prod(axes_of(2, dims, k < flat)[a] for k in range(steps)) for a in range(dims))
 
+def _strides(dims, flat, steps):
+    return tuple(
+        math.prod(axes_of(2, dims, k < flat)[a] for k in range(steps)) for a in range(dims)
+    )
+
+# %% ../../nbs/networks/volumes.ipynb #a361384d
 def _double(i, o, dims, flat):
     "Twice [convolution without bias, BatchNorm, ReLU]."
     norm = layer("BatchNorm", dims)
-    return nn.Sequential(same_conv(i, o, dims, flat, bias=False), norm(o), nn.ReLU(inplace=True),
-                         same_conv(o, o, dims, flat, bias=False), norm(o), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        same_conv(i, o, dims, flat, bias=False),
+        norm(o),
+        nn.ReLU(inplace=True),
+        same_conv(o, o, dims, flat, bias=False),
+        norm(o),
+        nn.ReLU(inplace=True),
+    )
+
 
 def at_grid(
-    table:Tensor, # position table (1,d,*g)
-    grid:tuple,   # the grid wanted
-)->Tensor: # (1,d,*grid)
+    table: Tensor,  # position table (1,d,*g)
+    grid: tuple,  # the grid wanted
+) -> Tensor:  # (1,d,*grid)
     "The position table at another grid, interpolated linearly; the table itself where the grid is its own."
-    if tuple(table.shape[2:]) == tuple(grid): return table
-    return F.interpolate(table, tuple(grid), mode="trilinear" if len(grid) == 3 else "bilinear", align_corners=False)
+    if tuple(table.shape[2:]) == tuple(grid):
+        return table
+    return F.interpolate(
+        table, tuple(grid), mode="trilinear" if len(grid) == 3 else "bilinear", align_corners=False
+    )
 
 # %% ../../nbs/networks/volumes.ipynb #01ee9263
 def block_reach(
-    net:nn.Module, # a `LightUNet`
-)->tuple: # voxels, one number an axis
+    net: nn.Module,  # a `LightUNet`
+) -> tuple:  # voxels, one number an axis
     "Voxels beyond an aligned block (corners at multiples of `strides`) that its scores can depend on; read off the layers."
-    r, levels = np.zeros(net.config["dims"], int), range(1, net.config["levels"])
-    seen = lambda name: sum(np.array(m.kernel_size) // 2 for m in getattr(net, name) if hasattr(m, "kernel_size"))
+    r = np.zeros(net.config["dims"], int)
+    levels = range(1, net.config["levels"])
+
+    def seen(name):
+        return sum(
+            np.array(m.kernel_size) // 2 for m in getattr(net, name) if hasattr(m, "kernel_size")
+        )
+
     step = {k: np.array(getattr(net, f"pool{k}").kernel_size) for k in levels}
-    for k in levels: r = -(-(r + seen(f"join{k}")) // step[k])
+    for k in levels:
+        r = -(-(r + seen(f"join{k}")) // step[k])
     r = r + seen("bottom")
-    for k in reversed(levels): r = r * step[k] + seen(f"down{k}")
+    for k in reversed(levels):
+        r = r * step[k] + seen(f"down{k}")
     return tuple(r.tolist())
 
 # %% ../../nbs/networks/volumes.ipynb #5698e2e2
 class _Paths(nn.Module):
     "Down, bottom, up: the forward pass of the light student."
 
-    def encode(self,
-        x:Tensor, # volumes (B,in_channels,*s), in [0,1]
-    )->tuple: # features (B, w 2^(levels-1), *s/strides), and the list of skips, finest first
+    def encode(
+        self,
+        x: Tensor,  # volumes (B,in_channels,*s), in [0,1]
+    ) -> tuple:  # features (B, w 2^(levels-1), *s/strides), and the list of skips, finest first
         "Down to the bottom."
         check_input(x, self.config["in_channels"], self.config["dims"], self.strides)
         skips = []
         for k in range(1, self.config["levels"]):
             skips.append(getattr(self, f"down{k}")(x))
             x = getattr(self, f"pool{k}")(skips[-1])
-        if self.training and len(x) * math.prod(x.shape[2:]) == 1: raise InputError(f"one patch of {'x'.join(map(str, self.strides))} leaves one voxel at the bottom, and BatchNorm cannot train on one. Use larger patches or a larger batch.")
+        if self.training and len(x) * math.prod(x.shape[2:]) == 1:
+            raise InputError(
+                f"one patch of {'x'.join(map(str, self.strides))} leaves one voxel at the bottom, and BatchNorm cannot train on one. Use larger patches or a larger batch."
+            )
         return self.bottom(x), skips
 
-    def decode(self,
-        features:Tensor, # what `encode` returned
-        skips:list,      # the same
-    )->Tensor: # logits (B,classes,*s)
+    def decode(
+        self,
+        features: Tensor,  # what `encode` returned
+        skips: list,  # the same
+    ) -> Tensor:  # logits (B,classes,*s)
         "Up again."
         for k in reversed(range(1, self.config["levels"])):
-            features = getattr(self, f"join{k}")(torch.cat([getattr(self, f"up{k}")(features), skips[k - 1]], 1))
+            features = getattr(self, f"join{k}")(
+                torch.cat([getattr(self, f"up{k}")(features), skips[k - 1]], 1)
+            )
         return self.head(features)
 
-    def forward(self,
-        x:Tensor, # volumes (B,in_channels,*s), in [0,1]
-    )->Tensor: # logits (B,classes,*s)
+    def forward(
+        self,
+        x: Tensor,  # volumes (B,in_channels,*s), in [0,1]
+    ) -> Tensor:  # logits (B,classes,*s)
         "Scores of every voxel."
         return self.decode(*self.encode(x))
 
@@ -176,21 +245,34 @@ class LightUNet(_Paths):
     `strides`. `reach`: how many voxels beyond a block of whole strides the scores of the block can depend on, one number an axis. With width 8: 350,809
     weights, 23.9 GFLOP a 96-cube. Raises `InputError` for another input. Our reconstruction; the paper's student is not public."""
 
-    def __init__(self,
-        in_channels:int=1, # channels of the volume
-        classes:int=1,     # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
-        width:int=8,       # channels $w$ of the first level; each level below doubles them
-        dims:int=3,        # 2 or 3
-        levels:int=4,      # resolutions; the bottom has stride 2^(levels-1)
-        flat:int=0,        # first poolings that leave the depth alone; their levels have kernels (1,3,3)
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the volume
+        classes: int = 1,  # logits out: 1 for a binary task (sigmoid), else one a class (softmax)
+        width: int = 8,  # channels $w$ of the first level; each level below doubles them
+        dims: int = 3,  # 2 or 3
+        levels: int = 4,  # resolutions; the bottom has stride 2^(levels-1)
+        flat: int = 0,  # first poolings that leave the depth alone; their levels have kernels (1,3,3)
     ):
         super().__init__()
-        if levels < 2 or width < 1: raise InputError(f"levels={levels}, width={width}: give at least 2 levels and 1 channel.")
+        if levels < 2 or width < 1:
+            raise InputError(
+                f"levels={levels}, width={width}: give at least 2 levels and 1 channel."
+            )
         check_axes(dims, flat, levels - 1)
-        self.config = dict(in_channels=in_channels, classes=classes, width=width, dims=dims, levels=levels, flat=flat)
+        self.config = dict(
+            in_channels=in_channels,
+            classes=classes,
+            width=width,
+            dims=dims,
+            levels=levels,
+            flat=flat,
+        )
         w = [width * 2**k for k in range(levels)]
         for k in range(levels - 1):
-            self.add_module(f"down{k + 1}", _double(w[k - 1] if k else in_channels, w[k], dims, k < flat))
+            self.add_module(
+                f"down{k + 1}", _double(w[k - 1] if k else in_channels, w[k], dims, k < flat)
+            )
             self.add_module(f"pool{k + 1}", layer("MaxPool", dims)(axes_of(2, dims, k < flat)))
         self.bottom = _double(w[-2], w[-1], dims, levels - 1 < flat)
         for k in reversed(range(levels - 1)):
@@ -200,40 +282,57 @@ class LightUNet(_Paths):
         self.strides = _strides(dims, flat, levels - 1)
         self.stride = max(self.strides)
         self.reach = block_reach(self)
-        self.hint_layers = {"low": ("down1.2", "down1.5"), "mid": ("bottom",), "high": tuple(f"join{k}" for k in (2, 1) if k < levels)}
+        self.hint_layers = {
+            "low": ("down1.2", "down1.5"),
+            "mid": ("bottom",),
+            "high": tuple(f"join{k}" for k in (2, 1) if k < levels),
+        }
 
 # %% ../../nbs/networks/volumes.ipynb #c160878a
 ENCODERS = Registry("encoder")
 
+
 def encoder(
-    name:str,    # hybrid | swin | unetr
-    config:dict, # its arguments
-)->nn.Module: # the encoder
+    name: str,  # hybrid | swin | unetr
+    config: dict,  # its arguments
+) -> nn.Module:  # the encoder
     "Build an encoder by name. `InputError` if the name or an argument is not known."
     cls = ENCODERS[name]
-    try: return cls(**config)
-    except TypeError as e: raise InputError(f"encoder {name!r} does not take these arguments: {config} ({e}).") from e
+    try:
+        return cls(**config)
+    except TypeError as e:
+        raise InputError(f"encoder {name!r} does not take these arguments: {config} ({e}).") from e
+
 
 def _unit(i, o, dims, flat, step=1):
     "Convolution without bias, GroupNorm, ReLU."
-    return [same_conv(i, o, dims, flat, step=step, bias=False), nn.GroupNorm(math.gcd(8, o), o), nn.ReLU(inplace=True)]
+    return [
+        same_conv(i, o, dims, flat, step=step, bias=False),
+        nn.GroupNorm(math.gcd(8, o), o),
+        nn.ReLU(inplace=True),
+    ]
 
+# %% ../../nbs/networks/volumes.ipynb #ae8d9c40
 class Block(nn.Module):
     "A pre-norm transformer block: full attention, then two linear layers with GELU, each added to its input: (B,N,d) -> (B,N,d)."
 
-    def __init__(self,
-        dim:int,   # channels $d$ of a token
-        heads:int, # attention heads; divides `dim`
+    def __init__(
+        self,
+        dim: int,  # channels $d$ of a token
+        heads: int,  # attention heads; divides `dim`
     ):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self,
-        t:Tensor, # tokens (B,N,d)
-    )->Tensor: # tokens (B,N,d)
+    def forward(
+        self,
+        t: Tensor,  # tokens (B,N,d)
+    ) -> Tensor:  # tokens (B,N,d)
         "Every token looks at every token."
         q, k, v = self.qkv(self.norm1(t)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         t = t + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -245,42 +344,67 @@ class HybridEncoder(nn.Module):
     """The teacher's encoder: a stem to stride 8 (2^levels), then full attention over the grid. Input (B,in_channels,*s) in [0,1], sides multiples of `strides`;
     returns features (B,dim,*s/strides) and the skips {2: (B,width,..), 4: (B,2 width,..)}. Raises `InputError` for another input. Our choice of backbone."""
 
-    def __init__(self,
-        in_channels:int=1, # channels of the volume
-        width:int=32,      # channels of the stem at stride 2; then 2 and 4 times as many
-        dim:int=384,       # channels $d$ of a token
-        depth:int=12,      # transformer blocks
-        heads:int=6,       # attention heads; divides `dim`
-        tokens:int=12,     # side of the grid for which the position table is made
-        dims:int=3,        # 2 or 3
-        flat:int=0,        # first halvings that leave the depth alone
-        levels:int=3,      # halvings of the stem: the grid has stride 2^levels
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the volume
+        width: int = 32,  # channels of the stem at stride 2; then 2 and 4 times as many
+        dim: int = 384,  # channels $d$ of a token
+        depth: int = 12,  # transformer blocks
+        heads: int = 6,  # attention heads; divides `dim`
+        tokens: int = 12,  # side of the grid for which the position table is made
+        dims: int = 3,  # 2 or 3
+        flat: int = 0,  # first halvings that leave the depth alone
+        levels: int = 3,  # halvings of the stem: the grid has stride 2^levels
     ):
         super().__init__()
         check_axes(dims, flat, levels)
-        if not 1 <= levels <= 4: raise InputError(f"levels={levels}: the stem halves 1 to 4 times.")
-        if dim % heads: raise InputError(f"dim={dim} is not a multiple of heads={heads}.")
-        self.config = dict(in_channels=in_channels, width=width, dim=dim, depth=depth, heads=heads, tokens=tokens, dims=dims, flat=flat, levels=levels)
+        if not 1 <= levels <= 4:
+            raise InputError(f"levels={levels}: the stem halves 1 to 4 times.")
+        if dim % heads:
+            raise InputError(f"dim={dim} is not a multiple of heads={heads}.")
+        self.config = dict(
+            in_channels=in_channels,
+            width=width,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            tokens=tokens,
+            dims=dims,
+            flat=flat,
+            levels=levels,
+        )
         w = [in_channels, *(width * 2**k for k in range(levels))]
-        self.channels, self.strides, self.stride = dim, _strides(dims, flat, levels), 2**levels
+        self.channels = dim
+        self.strides = _strides(dims, flat, levels)
+        self.stride = 2**levels
         self.skips = {2**k: w[k] for k in range(1, levels)}
-        self.stem = nn.ModuleList(nn.Sequential(*_unit(w[k], w[k + 1], dims, k < flat, axes_of(2, dims, k < flat)),
-                                                *_unit(w[k + 1], w[k + 1], dims, k + 1 < flat)) for k in range(levels))
+        self.stem = nn.ModuleList(
+            nn.Sequential(
+                *_unit(w[k], w[k + 1], dims, k < flat, axes_of(2, dims, k < flat)),
+                *_unit(w[k + 1], w[k + 1], dims, k + 1 < flat),
+            )
+            for k in range(levels)
+        )
         self.embed = same_conv(w[-1], dim, dims, kernel=1)
-        self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dim, *[tokens] * dims), std=.02))
+        self.position = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, dim, *[tokens] * dims), std=0.02)
+        )
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self,
-        x:Tensor, # volumes (B,in_channels,*s), in [0,1]
-    )->tuple: # features (B,dim,*g), and {stride: skip}
+    def forward(
+        self,
+        x: Tensor,  # volumes (B,in_channels,*s), in [0,1]
+    ) -> tuple:  # features (B,dim,*g), and {stride: skip}
         "Grid features and skips."
         check_input(x, self.config["in_channels"], self.config["dims"], self.strides)
         skips = {}
-        for k, level in enumerate(self.stem, 1): x = skips[2**k] = level(x)
+        for k, level in enumerate(self.stem, 1):
+            x = skips[2**k] = level(x)
         x = self.embed(skips.pop(self.stride))
         t = (x + at_grid(self.position, x.shape[2:])).flatten(2).transpose(1, 2)
-        for block in self.blocks: t = block(t)
+        for block in self.blocks:
+            t = block(t)
         return self.norm(t).transpose(1, 2).unflatten(2, x.shape[2:]), skips
 
 # %% ../../nbs/networks/volumes.ipynb #05c7d695
@@ -289,24 +413,43 @@ class SwinEncoder(nn.Module):
     """The first two stages of MONAI's SwinUNETR (Hatamizadeh et al. 2022): windowed attention, the hidden state at stride 8. Input (B,in_channels,*s), sides
     multiples of 8; returns features (B,4 feature_size,*s/8) and skips {2: feature_size, 4: 2 feature_size}. Raises `InputError` for another input."""
 
-    def __init__(self,
-        feature_size:int=48, # channels at stride 2, a multiple of 12
-        in_channels:int=1,   # channels of the volume
-        window:int=7,        # side of an attention window, tokens
-        dims:int=3,          # 2 or 3
+    def __init__(
+        self,
+        feature_size: int = 48,  # channels at stride 2, a multiple of 12
+        in_channels: int = 1,  # channels of the volume
+        window: int = 7,  # side of an attention window, tokens
+        dims: int = 3,  # 2 or 3
     ):
         super().__init__()
         from monai.networks.nets.swin_unetr import SwinTransformer
+
         check_axes(dims, 0, 3)
-        if feature_size % 12: raise InputError(f"feature_size={feature_size}: give a multiple of 12 (three heads of a multiple of 4).")
-        self.config = dict(feature_size=feature_size, in_channels=in_channels, window=window, dims=dims)
-        self.channels, self.skips, self.stride, self.strides = 4 * feature_size, {2: feature_size, 4: 2 * feature_size}, 8, (8,) * dims
-        swin = SwinTransformer(in_channels, feature_size, (window,) * dims, (2,) * dims, depths=(2, 2), num_heads=(3, 6), spatial_dims=dims)
+        if feature_size % 12:
+            raise InputError(
+                f"feature_size={feature_size}: give a multiple of 12 (three heads of a multiple of 4)."
+            )
+        self.config = dict(
+            feature_size=feature_size, in_channels=in_channels, window=window, dims=dims
+        )
+        self.channels = 4 * feature_size
+        self.skips = {2: feature_size, 4: 2 * feature_size}
+        self.stride = 8
+        self.strides = (8,) * dims
+        swin = SwinTransformer(
+            in_channels,
+            feature_size,
+            (window,) * dims,
+            (2,) * dims,
+            depths=(2, 2),
+            num_heads=(3, 6),
+            spatial_dims=dims,
+        )
         self.swin = steady(swin)
 
-    def forward(self,
-        x:Tensor, # volumes (B,in_channels,*s), in [0,1]
-    )->tuple: # features (B,4 feature_size,*s/8), and {stride: skip}
+    def forward(
+        self,
+        x: Tensor,  # volumes (B,in_channels,*s), in [0,1]
+    ) -> tuple:  # features (B,4 feature_size,*s/8), and {stride: skip}
         "The hidden states at strides 8, 4 and 2."
         check_input(x, self.config["in_channels"], self.config["dims"], self.strides)
         x2 = self.swin.patch_embed(x)
@@ -321,38 +464,76 @@ class UnetrEncoder(nn.Module):
     """The encoder of MONAI's UNETR (Hatamizadeh et al. 2022): a vision transformer on patches of 16. Input (B,in_channels,*s), sides multiples of 16; returns
     features (B,hidden,*s/16) and skips {2, 4, 8: 2, 4, 8 feature_size}. Raises `InputError` for another input."""
 
-    def __init__(self,
-        feature_size:int=16, # channels at full size; the skips have 2, 4 and 8 times as many
-        in_channels:int=1,   # channels of the volume
-        size:int=96,         # side for which the position table is made, a multiple of 16
-        hidden:int=768,      # channels of a token
-        heads:int=12,        # attention heads; divides `hidden`
-        dims:int=3,          # 2 or 3
+    def __init__(
+        self,
+        feature_size: int = 16,  # channels at full size; the skips have 2, 4 and 8 times as many
+        in_channels: int = 1,  # channels of the volume
+        size: int = 96,  # side for which the position table is made, a multiple of 16
+        hidden: int = 768,  # channels of a token
+        heads: int = 12,  # attention heads; divides `hidden`
+        dims: int = 3,  # 2 or 3
     ):
         super().__init__()
         from monai.networks.nets import UNETR
-        check_axes(dims, 0, 4)
-        if size % 16 or size < 16: raise InputError(f"size={size}: give a multiple of 16.")
-        if hidden % heads: raise InputError(f"hidden={hidden} is not a multiple of heads={heads}.")
-        self.config = dict(feature_size=feature_size, in_channels=in_channels, size=size, hidden=hidden, heads=heads, dims=dims)
-        self.channels, self.skips, self.stride, self.strides = hidden, {s: s * feature_size for s in (2, 4, 8)}, 16, (16,) * dims
-        net = steady(UNETR(in_channels, 1, (size,) * dims, feature_size, hidden, 4 * hidden, heads, spatial_dims=dims))
-        self.vit, self.encoder2, self.encoder3, self.encoder4 = net.vit, net.encoder2, net.encoder3, net.encoder4
-        for block in self.vit.blocks: block.norm_cross_attn = None # MONAI makes it and never calls it
 
-    def forward(self,
-        x:Tensor, # volumes (B,in_channels,*s), in [0,1]
-    )->tuple: # features (B,hidden,*s/16), and {stride: skip}
+        check_axes(dims, 0, 4)
+        if size % 16 or size < 16:
+            raise InputError(f"size={size}: give a multiple of 16.")
+        if hidden % heads:
+            raise InputError(f"hidden={hidden} is not a multiple of heads={heads}.")
+        self.config = dict(
+            feature_size=feature_size,
+            in_channels=in_channels,
+            size=size,
+            hidden=hidden,
+            heads=heads,
+            dims=dims,
+        )
+        self.channels = hidden
+        self.skips = {s: s * feature_size for s in (2, 4, 8)}
+        self.stride = 16
+        self.strides = (16,) * dims
+        net = steady(
+            UNETR(
+                in_channels,
+                1,
+                (size,) * dims,
+                feature_size,
+                hidden,
+                4 * hidden,
+                heads,
+                spatial_dims=dims,
+            )
+        )
+        self.vit = net.vit
+        self.encoder2 = net.encoder2
+        self.encoder3 = net.encoder3
+        self.encoder4 = net.encoder4
+        for block in self.vit.blocks:
+            block.norm_cross_attn = None  # MONAI makes it and never calls it
+
+    def forward(
+        self,
+        x: Tensor,  # volumes (B,in_channels,*s), in [0,1]
+    ) -> tuple:  # features (B,hidden,*s/16), and {stride: skip}
         "The last token map, and three earlier ones brought to strides 2, 4 and 8."
         check_input(x, self.config["in_channels"], self.config["dims"], self.strides)
         patch = self.vit.patch_embedding
-        grid, own = [s // 16 for s in x.shape[2:]], [self.config["size"] // 16] * self.config["dims"]
-        table = at_grid(patch.position_embeddings.transpose(1, 2).unflatten(2, own), grid).flatten(2)
+        grid = [s // 16 for s in x.shape[2:]]
+        own = [self.config["size"] // 16] * self.config["dims"]
+        table = at_grid(patch.position_embeddings.transpose(1, 2).unflatten(2, own), grid).flatten(
+            2
+        )
         t = (patch.patch_embeddings(x).flatten(2) + table).transpose(1, 2)
-        image, skips = (lambda t: t.transpose(1, 2).unflatten(2, grid).contiguous()), {}
+
+        def image(t):
+            return t.transpose(1, 2).unflatten(2, grid).contiguous()
+
+        skips = {}
         for n, block in enumerate(self.vit.blocks):
             t = block(t)
-            if n in (3, 6, 9): skips[2**(n // 3)] = getattr(self, f"encoder{n // 3 + 1}")(image(t))
+            if n in (3, 6, 9):
+                skips[2 ** (n // 3)] = getattr(self, f"encoder{n // 3 + 1}")(image(t))
         return image(self.vit.norm(t)), skips
 
 # %% ../../nbs/networks/volumes.ipynb #dbc5d43e
@@ -360,54 +541,85 @@ class GridDecoder(nn.Module):
     """From the grid back to the image. Input z (B,channels,*g), output (B,out,*g strides); `skips=None`: no skip connection, as reconstruction needs it;
     {stride: channels}: skips that are joined at these strides (segmentation). A level at stride s has `width` s / 2 channels. Raises `InputError` for other skips."""
 
-    def __init__(self,
-        channels:int=128, # channels of the grid
-        out:int=1,        # channels out (logits, or grey values)
-        stride:int=8,     # of the grid: 2, 4, 8 or 16
-        skips:dict=None,  # {stride: channels} of the skips, or None
-        width:int=32,     # channels at stride 2, even
-        dims:int=3,       # 2 or 3
-        flat:int=0,       # first halvings of the encoder that left the depth alone
+    def __init__(
+        self,
+        channels: int = 128,  # channels of the grid
+        out: int = 1,  # channels out (logits, or grey values)
+        stride: int = 8,  # of the grid: 2, 4, 8 or 16
+        skips: dict = None,  # {stride: channels} of the skips, or None
+        width: int = 32,  # channels at stride 2, even
+        dims: int = 3,  # 2 or 3
+        flat: int = 0,  # first halvings of the encoder that left the depth alone
     ):
         super().__init__()
         steps = int(stride).bit_length() - 1
         allowed = [2**k for k in range(steps)]
-        if steps < 1 or 2**steps != stride or width % 2: raise InputError(f"stride={stride}, width={width}: the stride is 2, 4, 8 or 16, and the width even.")
+        if steps < 1 or 2**steps != stride or width % 2:
+            raise InputError(
+                f"stride={stride}, width={width}: the stride is 2, 4, 8 or 16, and the width even."
+            )
         check_axes(dims, flat, steps)
-        skips = {int(s): c for s, c in (skips or {}).items()} # JSON has made the strides strings
-        if set(skips) - set(allowed): raise InputError(f"skips at strides {sorted(skips)}: a decoder from stride {stride} takes them at {allowed}.")
-        self.config = dict(channels=channels, out=out, stride=stride, skips=skips or None, width=width, dims=dims, flat=flat)
-        self.skips, self.ups, self.joins = skips, nn.ModuleList(), nn.ModuleList()
+        skips = {int(s): c for s, c in (skips or {}).items()}  # JSON has made the strides strings
+        if set(skips) - set(allowed):
+            raise InputError(
+                f"skips at strides {sorted(skips)}: a decoder from stride {stride} takes them at {allowed}."
+            )
+        self.config = dict(
+            channels=channels,
+            out=out,
+            stride=stride,
+            skips=skips or None,
+            width=width,
+            dims=dims,
+            flat=flat,
+        )
+        self.skips = skips
+        self.ups = nn.ModuleList()
+        self.joins = nn.ModuleList()
         for k in reversed(range(steps)):
             w = width * 2**k // 2
             self.ups.append(double_up(2 * w if k < steps - 1 else channels, w, dims, k < flat))
             self.joins.append(nn.Sequential(*_unit(w + skips.get(2**k, 0), w, dims, k < flat)))
         self.head = same_conv(width // 2, out, dims, kernel=1)
 
-    def forward(self,
-        z:Tensor,        # grid (B,channels,*g)
-        skips:dict=None, # {stride: tensor}; others than those of the constructor are not looked at
-    )->Tensor: # (B,out,*g strides)
+    def forward(
+        self,
+        z: Tensor,  # grid (B,channels,*g)
+        skips: dict = None,  # {stride: tensor}; others than those of the constructor are not looked at
+    ) -> Tensor:  # (B,out,*g strides)
         "The image."
-        if set(self.skips) - set(skips or {}): raise InputError(f"the decoder was built with skips at strides {sorted(self.skips)}; give forward(z, skips) all of them.")
+        if set(self.skips) - set(skips or {}):
+            raise InputError(
+                f"the decoder was built with skips at strides {sorted(self.skips)}; give forward(z, skips) all of them."
+            )
         for k, up, join in zip(reversed(range(len(self.ups))), self.ups, self.joins):
             z = up(z)
-            if 2**k in self.skips: z = torch.cat([z, skips[2**k]], 1)
+            if 2**k in self.skips:
+                z = torch.cat([z, skips[2**k]], 1)
             z = join(z)
         return self.head(z)
 
 # %% ../../nbs/networks/volumes.ipynb #bd97c070
 def network_cost(
-    net:nn.Module, # a network of one input; its weights are not touched
-    shape:tuple,   # of the input, (B,C,*s)
-)->dict: # parameters: weights that training changes; flop: operations of one forward pass, 2 a multiply-add
+    net: nn.Module,  # a network of one input; its weights are not touched
+    shape: tuple,  # of the input, (B,C,*s)
+) -> dict:  # parameters: weights that training changes; flop: operations of one forward pass, 2 a multiply-add
     "What a network costs, counted by torch's own counter without computing anything (device `meta`, where attention is not fused)."
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    modes, counter = {m: m.training for m in net.modules()}, FlopCounterMode(display=False)
+    modes = {m: m.training for m in net.modules()}
+    counter = FlopCounterMode(display=False)
     net.eval()
     try:
         with torch.no_grad(), counter:
-            torch.func.functional_call(net, {k: v.detach().to("meta") for k, v in tensors.items()}, torch.empty(shape, device="meta"))
+            torch.func.functional_call(
+                net,
+                {k: v.detach().to("meta") for k, v in tensors.items()},
+                torch.empty(shape, device="meta"),
+            )
     finally:
-        for m, mode in modes.items(): m.training = mode
-    return {"parameters": sum(p.numel() for p in net.parameters()), "flop": counter.get_total_flops()}
+        for m, mode in modes.items():
+            m.training = mode
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "flop": counter.get_total_flops(),
+    }

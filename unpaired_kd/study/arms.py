@@ -20,106 +20,138 @@ from ..methods.registry import all_methods, method_class
 @dataclass(frozen=True)
 class Arm(Checked):
     "One line of a comparison: a method, a start, a teacher."
-    name: str                        # of the arm, of its folder, and in every table
-    method: str                      # a name of `METHODS`, e.g. "single"
-    start: Literal["scratch", "teacher", "placebo"] = "scratch" # whose weights the student starts from
-    teacher: Literal["true", "placebo", "shuffled"] = "true" # who gives the lessons; shuffled: the labels of its images are mixed up
-    preset: str = "recommended"      # options and weights as printed, as released, or as we recommend
-    options: dict = field(default_factory=dict) # changes to the preset's options
-    weights: dict = field(default_factory=dict) # changes to the preset's weights of loss terms
-    reuses: str = ""                 # name of an arm whose training is used again, with other options at test time
+
+    name: str  # of the arm, of its folder, and in every table
+    method: str  # a name of `METHODS`, e.g. "single"
+    start: Literal["scratch", "teacher", "placebo"] = (
+        "scratch"  # whose weights the student starts from
+    )
+    teacher: Literal["true", "placebo", "shuffled"] = (
+        "true"  # who gives the lessons; shuffled: the labels of its images are mixed up
+    )
+    preset: str = "recommended"  # options and weights as printed, as released, or as we recommend
+    options: dict = field(default_factory=dict)  # changes to the preset's options
+    weights: dict = field(default_factory=dict)  # changes to the preset's weights of loss terms
+    reuses: str = ""  # name of an arm whose training is used again, with other options at test time
 
     def check(self):
         "`InputError` for a start or a teacher that the method cannot have."
         method = method_class(self.method)
         if self.teacher not in method.teachers:
-            raise InputError(f"teacher={self.teacher!r} means nothing to the method "
-                             f"{self.method!r}. Give one of {', '.join(method.teachers)}.")
+            raise InputError(
+                f"teacher={self.teacher!r} means nothing to the method "
+                f"{self.method!r}. Give one of {', '.join(method.teachers)}."
+            )
         if self.start not in method.starts:
-            raise InputError(f"the method {self.method!r} cannot start from {self.start!r}. "
-                             f"Write start: {method.starts[0]}.")
+            raise InputError(
+                f"the method {self.method!r} cannot start from {self.start!r}. "
+                f"Write start: {method.starts[0]}."
+            )
 
-    def record(self)->dict: # all but the name
+    def record(self) -> dict:  # all but the name
         "The arm as plain data."
         return {k: v for k, v in asdict(self).items() if k != "name"}
 
 # %% ../../nbs/study/arms.ipynb #1e2753f6
 KEYS = [f.name for f in fields(Arm) if f.name != "name"]
 
+
 def arm_of(
-    name:str,   # of the arm
-    given:dict, # its fields
-    above:dict, # name -> `Arm` that stand above it
-)->Arm: # the arm
+    name: str,  # of the arm
+    given: dict,  # its fields
+    above: dict,  # name -> `Arm` that stand above it
+) -> Arm:  # the arm
     "An arm from names and values. `InputError` that names the arm."
     if not isinstance(given, dict):
-        raise InputError(f"arm {name!r}: {given!r} is no arm. Give keys and values, e.g. "
-                         "{method: single}, or null to leave it out.")
+        raise InputError(
+            f"arm {name!r}: {given!r} is no arm. Give keys and values, e.g. "
+            "{method: single}, or null to leave it out."
+        )
     given = as_written_now(given)
     for key in given:
-        if key not in KEYS: raise InputError(f"arm {name!r}: {unknown('key', key, KEYS)}")
+        if key not in KEYS:
+            raise InputError(f"arm {name!r}: {unknown('key', key, KEYS)}")
     for key in ("options", "weights"):
         if not isinstance(given.get(key) or {}, dict):
             raise InputError(f"arm {name!r}: {key}={given[key]!r}: give names and values (a dict).")
-    if given.get("reuses"): return again(name, given, above)
+    if given.get("reuses"):
+        return again(name, given, above)
     if "method" not in given:
-        raise InputError(f"arm {name!r}: its method is missing. Write method: NAME, one of "
-                         f"{', '.join(all_methods())}.")
-    try: return Arm(name, **given)
-    except InputError as e: raise InputError(f"arm {name!r}: {e}") from None
+        raise InputError(
+            f"arm {name!r}: its method is missing. Write method: NAME, one of "
+            f"{', '.join(all_methods())}."
+        )
+    try:
+        return Arm(name, **given)
+    except InputError as e:
+        raise InputError(f"arm {name!r}: {e}") from None
 
 # %% ../../nbs/study/arms.ipynb #ba3698fd
 def again(
-    name:str,   # of the arm
-    given:dict, # its fields, with `reuses`
-    above:dict, # name -> `Arm` that stand above it
-)->Arm: # the other arm with this name, and other options at test time
+    name: str,  # of the arm
+    given: dict,  # its fields, with `reuses`
+    above: dict,  # name -> `Arm` that stand above it
+) -> Arm:  # the other arm with this name, and other options at test time
     "An arm that uses another's training. `InputError` for what would have changed the training."
     trained = {n: arm for n, arm in above.items() if not arm.reuses}
     if given["reuses"] not in trained:
-        raise InputError(f"arm {name!r}: {unknown('arm to reuse', given['reuses'], trained)} It must "
-                         "stand above, and be trained itself.")
+        raise InputError(
+            f"arm {name!r}: {unknown('arm to reuse', given['reuses'], trained)} It must "
+            "stand above, and be trained itself."
+        )
     source = trained[given["reuses"]]
     late = method_class(source.method).after_training
     other, options = differences(given, source)
     wrong = [*other, *(k for k in options if k not in late)]
     if wrong:
-        raise InputError(f"arm {name!r}: {', '.join(wrong)} cannot be another than in {source.name!r}, "
-                         "whose training it reuses. What may be: options that matter after training "
-                         f"({', '.join(late) or f'the method {source.method!r} has none'}).")
+        raise InputError(
+            f"arm {name!r}: {', '.join(wrong)} cannot be another than in {source.name!r}, "
+            "whose training it reuses. What may be: options that matter after training "
+            f"({', '.join(late) or f'the method {source.method!r} has none'})."
+        )
     if not options:
-        raise InputError(f"arm {name!r}: it is {source.name!r} again. Give options that matter after "
-                         f"training: {', '.join(late) or f'the method {source.method!r} has none'}.")
+        raise InputError(
+            f"arm {name!r}: it is {source.name!r} again. Give options that matter after "
+            f"training: {', '.join(late) or f'the method {source.method!r} has none'}."
+        )
     return replace(source, name=name, reuses=source.name, options={**source.options, **options})
 
 # %% ../../nbs/study/arms.ipynb #e13ce52f
 def differences(
-    given:dict, # fields of an arm that reuses another's training
-    source:Arm, # that one
-)->tuple: # (names of fields, options) that are others
+    given: dict,  # fields of an arm that reuses another's training
+    source: Arm,  # that one
+) -> tuple:  # (names of fields, options) that are others
     "What an arm says besides; of a whole record, as a run folder has it, what the reused arm does not."
     said = {k: v for k, v in given.items() if k not in ("reuses", "options")}
     options = given.get("options") or {}
-    if len(given) < len(KEYS): return list(said), options
+    if len(given) < len(KEYS):
+        return list(said), options
     there = source.options
-    return ([k for k, v in said.items() if v != getattr(source, k)],
-            {k: v for k, v in options.items() if k not in there or there[k] != v})
+    return (
+        [k for k, v in said.items() if v != getattr(source, k)],
+        {k: v for k, v in options.items() if k not in there or there[k] != v},
+    )
+
 
 def record_now(
-    given, # an arm as a run folder has it on record, or None
-): # the same as today's version would have written it
+    given,  # an arm as a run folder has it on record, or None
+):  # the same as today's version would have written it
     "An arm of an earlier version, with the fields that it did not know."
-    if not isinstance(given, dict): return given
+    if not isinstance(given, dict):
+        return given
     usual = {f.name: f.default for f in fields(Arm) if f.default is not MISSING}
     return {**usual, "options": {}, "weights": {}, **as_written_now(given)}
 
+
 def as_written_now(
-    given:dict, # fields of an arm, perhaps in words of an earlier version
-)->dict: # the same in today's words
+    given: dict,  # fields of an arm, perhaps in words of an earlier version
+) -> dict:  # the same in today's words
     "Run folders of earlier versions say `init` and whose weights `start` meant, and `shares`."
     given = dict(given)
-    if "shares" in given: given["reuses"] = given.pop("shares")
-    if "init" not in given: return given
+    if "shares" in given:
+        given["reuses"] = given.pop("shares")
+    if "init" not in given:
+        return given
     whose = given.get("start", given.get("teacher", "true"))
     copied = "placebo" if whose == "placebo" else "teacher"
     given["start"] = "scratch" if given.pop("init") == "scratch" else copied
@@ -127,8 +159,8 @@ def as_written_now(
 
 # %% ../../nbs/study/arms.ipynb #0823d350
 def list_arms(
-    given, # dict: name -> fields of `Arm` (None: left out); or a list of `Arm`
-)->tuple: # of `Arm`
+    given,  # dict: name -> fields of `Arm` (None: left out); or a list of `Arm`
+) -> tuple:  # of `Arm`
     "The arms of a study, complete. `InputError` for unknown keys and values, and for unusable names."
     pairs = [*given.items()] if isinstance(given, dict) else named(given)
     pairs = [(name, arm) for name, arm in pairs if arm is not None]
@@ -139,38 +171,48 @@ def list_arms(
         arms[name] = arm_of(name, fields, arms)
     return tuple(arms.values())
 
+
 def named(
-    arms, # a list of `Arm`
-)->list: # of (name, `Arm`)
+    arms,  # a list of `Arm`
+) -> list:  # of (name, `Arm`)
     "`InputError` for what is no list of arms."
     good = isinstance(arms, (list, tuple)) and all(isinstance(a, Arm) for a in arms)
     if not good:
-        raise InputError(f"arms={arms!r}: give names and fields, e.g. {{alone: {{method: single}}}}.")
+        raise InputError(
+            f"arms={arms!r}: give names and fields, e.g. {{alone: {{method: single}}}}."
+        )
     return [(arm.name, arm) for arm in arms]
 
+# %% ../../nbs/study/arms.ipynb #3b037568
 def check_arm_names(
-    names:list, # of arms
+    names: list,  # of arms
 ):
     "`InputError` for a name that no folder can have, or that is another arm's or the teacher's on a disk that ignores case."
     taken = {"teacher": "teacher"}
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .,+-]*", name):
-            raise InputError(f"arm {name!r}: choose another name (letters, digits, spaces, . , + -).")
+            raise InputError(
+                f"arm {name!r}: choose another name (letters, digits, spaces, . , + -)."
+            )
         if len(name.encode()) > 200:
-            raise InputError(f"arm {name[:20] + '...'!r}: the name is too long for a folder. Choose "
-                             "one of at most 50 letters.")
+            raise InputError(
+                f"arm {name[:20] + '...'!r}: the name is too long for a folder. Choose "
+                "one of at most 50 letters."
+            )
         key = name_key(name).casefold()
         if key in taken:
-            raise InputError(f"arm {name!r}: {taken[key]!r} is taken, and a disk may ignore case and "
-                             "spaces at the end. Choose another name.")
+            raise InputError(
+                f"arm {name!r}: {taken[key]!r} is taken, and a disk may ignore case and "
+                "spaces at the end. Choose another name."
+            )
         taken[key] = name
 
 # %% ../../nbs/study/arms.ipynb #5c348958
 def merge_arms(
-    arms:dict,    # name -> fields of `Arm`: those of the experiment
-    changes:dict, # name -> fields that are set anew; None: the arm is left out
-    base:dict,    # fields of the experiment's own arm
-)->dict: # name -> fields
+    arms: dict,  # name -> fields of `Arm`: those of the experiment
+    changes: dict,  # name -> fields that are set anew; None: the arm is left out
+    base: dict,  # fields of the experiment's own arm
+) -> dict:  # name -> fields
     "The arms of an experiment with its user's changes."
     out = dict(arms)
     for name, given in changes.items():
@@ -178,16 +220,19 @@ def merge_arms(
         out[name] = inherit(given, base) if whole else given
     return out
 
+
 def inherit(
-    given:dict, # fields of an arm
-    base:dict,  # fields of the arm that it is a form of
-)->dict: # its fields, complete
+    given: dict,  # fields of an arm
+    base: dict,  # fields of the arm that it is a form of
+) -> dict:  # its fields, complete
     "What an arm does not say, its base says; options and weights only where the method is the same."
     given = as_written_now(given)
     same = given.get("method", base["method"]) == base["method"]
     passed = {k: v for k, v in base.items() if same or k in ("start", "preset")}
     whole = {**passed, **given}
     for key in ("options", "weights"):
-        if same and isinstance(given.get(key, {}), dict): whole[key] = {**base.get(key, {}), **given.get(key, {})}
-    if given.get("teacher") == "placebo" and "start" not in given: whole = placebo_of(whole)
+        if same and isinstance(given.get(key, {}), dict):
+            whole[key] = {**base.get(key, {}), **given.get(key, {})}
+    if given.get("teacher") == "placebo" and "start" not in given:
+        whole = placebo_of(whole)
     return whole

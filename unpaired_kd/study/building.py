@@ -18,82 +18,122 @@ from .config import NetworkConfig, PatchConfig, ScoreConfig
 from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/study/building.ipynb #f3dab937
-COLOUR = ("brightness", "contrast", "gamma", "noise", "blur", "hue") # what changes values, not places
+COLOUR = (
+    "brightness",
+    "contrast",
+    "gamma",
+    "noise",
+    "blur",
+    "hue",
+)  # what changes values, not places
+
 
 def draw_patches(
-    config:PatchConfig,    # what a batch is
-    collection:Collection, # images of one modality
-    seed:int,              # seed of the draws
-    stream:str,            # "student", "teacher", "unlabelled" ...
-    channels:int,          # channels of the network
-    moves_only:bool=False, # brightness and noise stay as they are
-)->Patches: # augmented patches
+    config: PatchConfig,  # what a batch is
+    collection: Collection,  # images of one modality
+    seed: int,  # seed of the draws
+    stream: str,  # "student", "teacher", "unlabelled" ...
+    channels: int,  # channels of the network
+    moves_only: bool = False,  # brightness and noise stay as they are
+) -> Patches:  # augmented patches
     "Training patches of one modality."
     if config.dims == 3 and collection.dims != 3:
-        raise InputError(f"dims=3, but {collection.name!r} has {collection.dims}-D images. Give "
-                         "volumes, or dims=2.")
-    if config.dims < collection.dims: collection = collection.slices(keep="all")
+        raise InputError(
+            f"dims=3, but {collection.name!r} has {collection.dims}-D images. Give "
+            "volumes, or dims=2."
+        )
+    if config.dims < collection.dims:
+        collection = collection.slices(keep="all")
     size = config.patch if config.dims == 2 else config.sides
-    still = dict.fromkeys(COLOUR, 0.) if moves_only else {}
-    return Patches(collection, size=size, batch_size=config.batch, seed=seed, stream=stream,
-                   foreground=config.foreground, augment=Augment(**{**config.augment, **still}),
-                   channels=channels, rich=config.rich)
+    still = dict.fromkeys(COLOUR, 0.0) if moves_only else {}
+    return Patches(
+        collection,
+        size=size,
+        batch_size=config.batch,
+        seed=seed,
+        stream=stream,
+        foreground=config.foreground,
+        augment=Augment(**{**config.augment, **still}),
+        channels=channels,
+        rich=config.rich,
+    )
 
 # %% ../../nbs/study/building.ipynb #8671c3f2
 def build_network(
-    config:NetworkConfig, # architecture and size
-    patches:PatchConfig,  # what it reads in training
-    seed:int,             # seed of the initial weights
-    stream:str,           # "student", "teacher" ...
-    channels:int,         # image channels that it reads
-    classes:int,          # classes, background included
-)->nn.Module: # a fresh network
+    config: NetworkConfig,  # architecture and size
+    patches: PatchConfig,  # what it reads in training
+    seed: int,  # seed of the initial weights
+    stream: str,  # "student", "teacher" ...
+    channels: int,  # image channels that it reads
+    classes: int,  # classes, background included
+) -> nn.Module:  # a fresh network
     "A network whose initial weights are a function of (seed, stream)."
     asked = dict(in_channels=channels, classes=1 if classes == 2 else classes, width=config.width)
-    if patches.dims == 3: asked["dims"] = 3
-    with seeded(seed, stream): net = build(config.network, {**asked, **config.network_options})
+    if patches.dims == 3:
+        asked["dims"] = 3
+    with seeded(seed, stream):
+        net = build(config.network, {**asked, **config.network_options})
     check_sides(config.network, net, patches)
     return net
 
+# %% ../../nbs/study/building.ipynb #a8462c7e
 def check_sides(
-    name:str,            # of the network
-    net:nn.Module,       # the network
-    patches:PatchConfig, # what it reads
+    name: str,  # of the network
+    net: nn.Module,  # the network
+    patches: PatchConfig,  # what it reads
 ):
     "`InputError` for patches that the network cannot halve, or that have other axes."
     dims = net.config.get("dims", 2)
     if dims != patches.dims:
-        raise InputError(f"network {name!r} is {dims}-D and the study has dims={patches.dims}. Set "
-                         f"network_options: {{dims: {patches.dims}}}, or take another network.")
+        raise InputError(
+            f"network {name!r} is {dims}-D and the study has dims={patches.dims}. Set "
+            f"network_options: {{dims: {patches.dims}}}, or take another network."
+        )
     deep = getattr(net, "strides", (net.stride,))[0]
     given = [("patch", patches.patch, net.stride)]
-    if dims == 3: given.append(("depth", patches.depth or patches.patch, deep))
+    if dims == 3:
+        given.append(("depth", patches.depth or patches.patch, deep))
     for what, side, stride in given:
         if side % stride:
-            raise InputError(f"{what}={side}: give a multiple of {stride}, the network {name!r} "
-                             f"halves it {stride.bit_length() - 1} times.")
+            raise InputError(
+                f"{what}={side}: give a multiple of {stride}, the network {name!r} "
+                f"halves it {stride.bit_length() - 1} times."
+            )
 
 # %% ../../nbs/study/building.ipynb #5c439fc8
 def load_start(
-    net:nn.Module, # a fresh teacher
-    path:str,      # checkpoint (last.pt) of a teacher; empty: it stays fresh
-)->nn.Module: # the same, with those weights
+    net: nn.Module,  # a fresh teacher
+    path: str,  # checkpoint (last.pt) of a teacher; empty: it stays fresh
+) -> nn.Module:  # the same, with those weights
     """Load the weights that a teacher starts from. `InputError` for a file that holds no network
     of this kind."""
-    if not path: return net
+    if not path:
+        return net
     networks = load_checkpoint(path, "Give the last.pt of a teacher, of this library.")["networks"]
     if "student" not in networks:
-        raise InputError(f"teacher_weights={path} holds {', '.join(networks) or 'no network'}, "
-                         "and no teacher. Give a teacher's last.pt.")
+        raise InputError(
+            f"teacher_weights={path} holds {', '.join(networks) or 'no network'}, "
+            "and no teacher. Give a teacher's last.pt."
+        )
     return load_weights(net, networks["student"], path)
 
+
 def recipe_of(
-    scores:ScoreConfig,    # how a prediction becomes objects
-    collection:Collection, # the modality that the network reads
-    net:nn.Module,         # the network
-)->Recipe: # how to go from an image file to a label map
+    scores: ScoreConfig,  # how a prediction becomes objects
+    collection: Collection,  # the modality that the network reads
+    net: nn.Module,  # the network
+) -> Recipe:  # how to go from an image file to a label map
     "Everything that inference needs besides the weights."
-    return Recipe(channels=collection.channels, in_channels=net.config["in_channels"],
-                  classes=collection.classes, intensity=collection.intensity, zoom=collection.zoom,
-                  invert=collection.invert, dims=net.config.get("dims", 2), network_config=net.config,
-                  min_size=scores.min_size, instances=scores.instances, cells=scores.cells)
+    return Recipe(
+        channels=collection.channels,
+        in_channels=net.config["in_channels"],
+        classes=collection.classes,
+        intensity=collection.intensity,
+        zoom=collection.zoom,
+        invert=collection.invert,
+        dims=net.config.get("dims", 2),
+        network_config=net.config,
+        min_size=scores.min_size,
+        instances=scores.instances,
+        cells=scores.cells,
+    )

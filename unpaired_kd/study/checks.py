@@ -7,7 +7,8 @@ __all__ = ['check_seeds', 'check_study', 'check_axes', 'check_training', 'check_
            'first_line', 'Rehearsal', 'check_arm', 'check_images']
 
 # %% ../../nbs/study/checks.ipynb #db9a1fc0
-import contextlib, copy
+import contextlib
+import copy
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,8 @@ from ..training.settings import check_accumulation
 
 # %% ../../nbs/study/checks.ipynb #88ca93d5
 def check_seeds(
-    seeds, # what was given as seeds
-)->list: # the seeds
+    seeds,  # what was given as seeds
+) -> list:  # the seeds
     "`InputError` unless they are different whole numbers from 0 on."
     seeds = as_python(seeds)
     if not isinstance(seeds, (list, tuple, range)) or not len(seeds):
@@ -41,61 +42,77 @@ def check_seeds(
         if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32:
             raise InputError(f"seeds: {s!r} is no seed. Give whole numbers from 0 to {2**32 - 1}.")
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds={list(seeds)}: each seed is run once. Leave out what is given "
-                         "twice.")
+        raise InputError(
+            f"seeds={list(seeds)}: each seed is run once. Leave out what is given twice."
+        )
     return list(seeds)
 
 # %% ../../nbs/study/checks.ipynb #7a9d6b7a
 def check_study(
-    study:Study, # the study; data that are on record in its folder are not read again
-    seeds:list,  # its seeds
-    needs=(),    # names of arms that must be among its arms
+    study: Study,  # the study; data that are on record in its folder are not read again
+    seeds: list,  # its seeds
+    needs=(),  # names of arms that must be among its arms
 ):
     """Raise `InputError` for anything that would fail later: values, options, weights, splits,
     networks, images. Writes nothing."""
-    seeds, config = check_seeds(seeds), study.config
-    if study.folder: known_study(study)
+    seeds = check_seeds(seeds)
+    config = study.config
+    if study.folder:
+        known_study(study)
     check_training(config)
-    if not study.arms: raise InputError("arms: every arm is left out. Keep one, or add one.")
+    if not study.arms:
+        raise InputError("arms: every arm is left out. Keep one, or add one.")
     for name in set(needs) - study.arms.keys():
         raise InputError(f"arms: {name!r} is needed here; it cannot be left out.")
-    for arm in config.arms: study.options(arm)
+    for arm in config.arms:
+        study.options(arm)
     check_axes(config)
-    for seed in seeds: study.data(seed)
+    for seed in seeds:
+        study.data(seed)
     net = check_networks(study, seeds[0])
-    for arm in config.arms: check_arm(study, arm, seeds[0])
+    for arm in config.arms:
+        check_arm(study, arm, seeds[0])
     known = study.folder and check_data(study.folder, contents(config.images))
-    if not known: check_images(study, seeds, net.stride)
+    if not known:
+        check_images(study, seeds, net.stride)
 
 # %% ../../nbs/study/checks.ipynb #8477dd37
 def check_axes(
-    config, # `StudyConfig`
+    config,  # `StudyConfig`
 ):
     "`InputError` for networks of more axes than the images have."
     if config.patches.dims == 3 and not all(c.dims == 3 for c in open_both(config.images)):
-        raise InputError(f"dims=3, but {config.images.data} has 2-D images. Give volumes, or dims=2.")
+        raise InputError(
+            f"dims=3, but {config.images.data} has 2-D images. Give volumes, or dims=2."
+        )
+
 
 def check_training(
-    config, # `StudyConfig`
+    config,  # `StudyConfig`
 ):
     "`InputError` for settings of the learner or of the augmentation that fit nothing."
     known = [f.name for f in fields(Augment)]
     for name in config.patches.augment:
-        if name not in known: raise InputError(f"augment: {unknown('change', name, known)}")
-    try: Augment(**config.patches.augment)
+        if name not in known:
+            raise InputError(f"augment: {unknown('change', name, known)}")
+    try:
+        Augment(**config.patches.augment)
     except TypeError as e:
         raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
     resolve_precision(config.training.precision)
-    if config.training.tensorboard: extra("tensorboard", "log")
+    if config.training.tensorboard:
+        extra("tensorboard", "log")
     if config.training.early_stop and not config.split.validation:
-        raise InputError("early_stop needs validation: give a number of labelled units to choose "
-                         "the best epoch by.")
+        raise InputError(
+            "early_stop needs validation: give a number of labelled units to choose "
+            "the best epoch by."
+        )
 
 # %% ../../nbs/study/checks.ipynb #f907021a
 def check_networks(
-    study:Study, # the study
-    seed:int,    # one of its seeds
-)->nn.Module: # the student's network
+    study: Study,  # the study
+    seed: int,  # one of its seeds
+) -> nn.Module:  # the student's network
     "`InputError` for networks that cannot be built, filled, or trained on batches of this size."
     config = study.config
     with building("student", config.student):
@@ -105,117 +122,159 @@ def check_networks(
     taught = config.teacher.network(config.student)
     with building("teacher", taught):
         teacher = study.teacher_network(0)
-    if taught != config.student: check_batches(config, taught.network, teacher)
+    if taught != config.student:
+        check_batches(config, taught.network, teacher)
     load_start(teacher, config.teacher.teacher_weights)
     return net
 
+
 def check_batches(
-    config,        # `StudyConfig`
-    name:str,      # of the network
-    net:nn.Module, # the network
+    config,  # `StudyConfig`
+    name: str,  # of the network
+    net: nn.Module,  # the network
 ):
     "`InputError` for batches on which the network cannot be trained."
     ghost = copy.deepcopy(net).to("meta").train()
     shape = (config.patches.batch, net.config["in_channels"], *config.patches.sides)
-    try: ghost(torch.empty(shape, device="meta"))
-    except NotImplementedError: pass # a layer that knows no shapes without numbers
+    try:
+        ghost(torch.empty(shape, device="meta"))
+    except NotImplementedError:
+        pass  # a layer that knows no shapes without numbers
     except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"batch={config.patches.batch}, patch={config.patches.patch}: the network "
-                         f"{name!r} cannot be trained on such batches ({first_line(e)}). "
-                         "Give others.") from e
+        raise InputError(
+            f"batch={config.patches.batch}, patch={config.patches.patch}: the network "
+            f"{name!r} cannot be trained on such batches ({first_line(e)}). "
+            "Give others."
+        ) from e
 
 # %% ../../nbs/study/checks.ipynb #38859ca4
 @contextlib.contextmanager
 def building(
-    whose:str, # what is built
-    config,    # its `NetworkConfig`, or None
+    whose: str,  # what is built
+    config,  # its `NetworkConfig`, or None
 ):
     "What torch and others raise for sizes that they cannot build becomes an `InputError`."
-    try: yield
-    except InputError: raise
-    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError,
-            MemoryError) as e:
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AssertionError,
+        RuntimeError,
+        MemoryError,
+    ) as e:
         why = first_line(e) or type(e).__name__
-        what = f"network={config.network!r}, width={config.width}: the {whose}'s network" if config else whose
+        what = (
+            f"network={config.network!r}, width={config.width}: the {whose}'s network"
+            if config
+            else whose
+        )
         raise InputError(f"{what} cannot be built ({why}). Give other sizes or options.") from e
 
+
 def first_line(
-    e:Exception, # what was raised
-)->str: # its first line
+    e: Exception,  # what was raised
+) -> str:  # its first line
     "What an error says first; torch adds where in C++ it arose."
     return str(e).partition("\n")[0]
 
 # %% ../../nbs/study/checks.ipynb #08343987
 class Rehearsal(School):
     "A school in which everybody is fresh: for checks."
-    def trained(self)->nn.Module:
+
+    def trained(self) -> nn.Module:
         "A fresh teacher."
         return self.study.teacher_network(self.task.seed).eval().requires_grad_(False)
 
-    def blank(self)->nn.Module:
+    def blank(self) -> nn.Module:
         "A fresh teacher."
         return self.trained()
 
-    def started(self, net:nn.Module)->nn.Module:
+    def started(self, net: nn.Module) -> nn.Module:
         "The network as it is. `InputError` if the teacher's weights could not be copied into it."
         config = self.study.config
-        own, taught = config.student, config.teacher.network(config.student)
+        own = config.student
+        taught = config.teacher.network(config.student)
         if self.arm.start != "scratch" and own != taught:
-            raise InputError(f"start={self.arm.start!r} copies the teacher's weights, and the teacher "
-                             f"({taught.network}, width {taught.width}) is another network than the "
-                             f"student ({own.network}, width {own.width}). Write start: scratch, or "
-                             "leave the arm out.")
+            raise InputError(
+                f"start={self.arm.start!r} copies the teacher's weights, and the teacher "
+                f"({taught.network}, width {taught.width}) is another network than the "
+                f"student ({own.network}, width {own.width}). Write start: scratch, or "
+                "leave the arm out."
+            )
         return net
 
-    def pretrained(self, kind:Pretrained)->nn.Module:
+    def pretrained(self, kind: Pretrained) -> nn.Module:
         "A fresh teacher of that kind; its strides must divide the patches."
         student = self.study.network(self.study.config.student, self.seed, "student")
         teacher = pretraining(self.study, self.arm, student, self.seed).student
         sides = self.study.config.patches.sides
         if any(n % s for n, s in zip(sides, teacher.strides)):
-            raise InputError(f"patches of {sides} cannot be divided by the teacher's strides "
-                             f"{teacher.strides}.")
+            raise InputError(
+                f"patches of {sides} cannot be divided by the teacher's strides {teacher.strides}."
+            )
         return teacher
 
 # %% ../../nbs/study/checks.ipynb #1c952848
 def check_arm(
-    study:Study, # the study
-    arm:Arm,     # one of its arms
-    seed:int,    # one of its seeds
+    study: Study,  # the study
+    arm: Arm,  # one of its arms
+    seed: int,  # one of its seeds
 ):
     "`InputError` for an arm whose options, weights or networks do not fit the study."
-    kind, options = method_class(arm.method), study.options(arm)
+    kind = method_class(arm.method)
+    options = study.options(arm)
     try:
         if "unlabelled" in kind.draws(options) and not len(study.data(seed).student_rest):
-            raise InputError(f"the method {arm.method!r} needs unlabelled training groups of the "
-                             "student, and none is left. Label fewer, or leave it out.")
+            raise InputError(
+                f"the method {arm.method!r} needs unlabelled training groups of the "
+                "student, and none is left. Label fewer, or leave it out."
+            )
         with building("its method", None):
             school = Rehearsal(study, arm, seed)
             epochs = kind.length(options, study.config.training.epochs)
             teacher = kind.teacher.give(school)
-            method = make_method(arm.method, school.student(), teacher, options, epochs, seed,
-                                 arm.preset, arm.teacher != "placebo")
+            method = make_method(
+                arm.method,
+                school.student(),
+                teacher,
+                options,
+                epochs,
+                seed,
+                arm.preset,
+                arm.teacher != "placebo",
+            )
             check_accumulation(method, method.stages(), study.config.training)
         method.check_weights(weight_table(method.weights, arm.weights))
-    except InputError as e: raise InputError(f"arm {arm.name!r}: {e}") from None
+    except InputError as e:
+        raise InputError(f"arm {arm.name!r}: {e}") from None
 
 # %% ../../nbs/study/checks.ipynb #a31d4347
 def check_images(
-    study:Study, # the study
-    seeds:list,  # its seeds
-    least:int,   # smallest side that the network takes, px
+    study: Study,  # the study
+    seeds: list,  # its seeds
+    least: int,  # smallest side that the network takes, px
 ):
     "Read every image and label once. One `InputError` lists every fault, by file."
     both = open_both(study.config.images)
     checks = [partial(c.check, strict=False) for c in both]
     if study.config.patches.dims == 2:
         for data in map(study.data, seeds):
-            checks += [partial(c.check_sizes, least) for c in (data.teacher_test, data.student_test)]
+            checks += [
+                partial(c.check_sizes, least) for c in (data.teacher_test, data.student_test)
+            ]
     faults = []
     on_disk = any(isinstance(case.image, (str, Path)) for c in both for case in c.cases)
     with contextlib.closing(progress(len(checks), "reading the data", enabled=on_disk)) as bar:
         for check in checks:
-            try: check()
-            except InputError as e: faults.append(str(e))
+            try:
+                check()
+            except InputError as e:
+                faults.append(str(e))
             bar.update()
-    if faults: raise InputError("\n".join(dict.fromkeys(faults)))
+    if faults:
+        raise InputError("\n".join(dict.fromkeys(faults)))

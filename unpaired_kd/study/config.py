@@ -18,155 +18,204 @@ from ..training.settings import Settings
 @dataclass(frozen=True)
 class ImagesConfig(Checked):
     "The images of two modalities, and what is done to them before anything else."
-    data: str = "phantom:bone"       # folder of a data set, or a built-in phantom
-    teacher: str = "histology"       # the teacher's modality
-    student: str = "microct"         # the student's modality
-    data_options: dict = field(default_factory=dict) # more arguments of the phantom or the collection, e.g. {volumes: 12, size: 32}
-    classes: list = field(default_factory=list) # names, "background" first; empty: those of the data
-    zoom: Positive = 1.              # in-plane resampling
-    intensity: Literal["dtype", "percentile"]|list = "dtype" # how values become [0,1]; or a window [low, high]
-    invert_student: bool = False     # turn the student's contrast round
+
+    data: str = "phantom:bone"  # folder of a data set, or a built-in phantom
+    teacher: str = "histology"  # the teacher's modality
+    student: str = "microct"  # the student's modality
+    data_options: dict = field(
+        default_factory=dict
+    )  # more arguments of the phantom or the collection, e.g. {volumes: 12, size: 32}
+    classes: list = field(
+        default_factory=list
+    )  # names, "background" first; empty: those of the data
+    zoom: Positive = 1.0  # in-plane resampling
+    intensity: Literal["dtype", "percentile"] | list = (
+        "dtype"  # how values become [0,1]; or a window [low, high]
+    )
+    invert_student: bool = False  # turn the student's contrast round
 
     def check(self):
         "`InputError` for an argument of the data that has a place of its own here."
         own = {"zoom": "zoom", "intensity": "intensity", "invert": "invert_student"}
         for name in own.keys() & self.data_options:
-            raise InputError(f"data_options: {name!r} has a place of its own in a study. "
-                             f"Set {own[name]}.")
+            raise InputError(
+                f"data_options: {name!r} has a place of its own in a study. Set {own[name]}."
+            )
 
 # %% ../../nbs/study/config.ipynb #f9a7e7a7
 @dataclass(frozen=True)
 class SplitConfig(Checked):
     "Who is learned from, with and without labels, and who is tested on."
-    student_labels: Count = 4        # labelled training units of the student
-    label_unit: Literal["images", "groups"] = "images" # what a unit is; groups are patients
-    test: Positive = .5              # share of the student's groups (1 or more: their number) that is only tested on
-    teacher_test: Annotated[float, Range(least=0)] = .2 # the same for the teacher; 0: none is tested on
-    validation: Natural = 0          # more labelled units, from which the best epoch is chosen; 0: the last epoch is the result
-    teacher_share: Annotated[float, Range(above=0, most=1)] = 1. # share of the teacher's training groups that is used
-    unlabelled: Natural = 0          # training groups that are used without labels; 0: all that are left
-    score_on: Literal["test", "validation"] = "test" # validation: the training groups that are not labelled, to choose settings by
+
+    student_labels: Count = 4  # labelled training units of the student
+    label_unit: Literal["images", "groups"] = "images"  # what a unit is; groups are patients
+    test: Positive = (
+        0.5  # share of the student's groups (1 or more: their number) that is only tested on
+    )
+    teacher_test: Annotated[float, Range(least=0)] = (
+        0.2  # the same for the teacher; 0: none is tested on
+    )
+    validation: Natural = 0  # more labelled units, from which the best epoch is chosen; 0: the last epoch is the result
+    teacher_share: Annotated[float, Range(above=0, most=1)] = (
+        1.0  # share of the teacher's training groups that is used
+    )
+    unlabelled: Natural = 0  # training groups that are used without labels; 0: all that are left
+    score_on: Literal["test", "validation"] = (
+        "test"  # validation: the training groups that are not labelled, to choose settings by
+    )
 
 # %% ../../nbs/study/config.ipynb #efcff9d4
 @dataclass(frozen=True)
 class PatchConfig(Checked):
     "What a batch is."
-    dims: Annotated[int, Range(least=2, most=3)] = 2 # axes of the networks: 2: volumes are cut into slices | 3: volumes
-    patch: Count = 96                # patch side, px (after zoom), a multiple of 16 (DenseFCN: 32)
-    depth: Natural = 0               # dims=3: depth of a patch, px; 0: as `patch`
-    batch: Count = 8                 # patches a batch
-    foreground: Share = .5           # probability that a patch is placed on a structure
-    rich: Share = 0.                 # probability that a patch without labels is placed where it is bright
-    pairing: Literal["random", "label_group", "index"] = "label_group" # whose teacher images a student image meets
-    augment: dict = field(default_factory=dict) # changes to `Augment`
+
+    dims: Annotated[int, Range(least=2, most=3)] = (
+        2  # axes of the networks: 2: volumes are cut into slices | 3: volumes
+    )
+    patch: Count = 96  # patch side, px (after zoom), a multiple of 16 (DenseFCN: 32)
+    depth: Natural = 0  # dims=3: depth of a patch, px; 0: as `patch`
+    batch: Count = 8  # patches a batch
+    foreground: Share = 0.5  # probability that a patch is placed on a structure
+    rich: Share = 0.0  # probability that a patch without labels is placed where it is bright
+    pairing: Literal["random", "label_group", "index"] = (
+        "label_group"  # whose teacher images a student image meets
+    )
+    augment: dict = field(default_factory=dict)  # changes to `Augment`
 
     def check(self):
         "`InputError` for a pairing that a study of separate patients cannot have."
         if self.pairing == "index":
-            raise InputError("pairing='index' pairs registered images of the same patients, and a "
-                             "study keeps those patients from the teacher. For registered images "
-                             "use `Unpaired(..., pairing='index')` with a method directly.")
+            raise InputError(
+                "pairing='index' pairs registered images of the same patients, and a "
+                "study keeps those patients from the teacher. For registered images "
+                "use `Unpaired(..., pairing='index')` with a method directly."
+            )
 
     @property
-    def sides(self)->tuple:
+    def sides(self) -> tuple:
         "Sides of a patch, px: (H,W) or (D,H,W)."
-        return (self.depth or self.patch, self.patch, self.patch)[-self.dims:]
+        return (self.depth or self.patch, self.patch, self.patch)[-self.dims :]
 
 # %% ../../nbs/study/config.ipynb #df390b38
 @dataclass(frozen=True)
 class NetworkConfig(Checked):
     "An architecture and its size."
-    network: str = "unet"            # unet | unet_bilinear | densefcn | mrrn | light_unet, or another registered one
-    width: Count = 16                # its channels: of a U-Net's or MRRN's first level, of DenseFCN's stem
-    network_options: dict = field(default_factory=dict) # more of its arguments, e.g. {flat: 2} for thin stacks
+
+    network: str = (
+        "unet"  # unet | unet_bilinear | densefcn | mrrn | light_unet, or another registered one
+    )
+    width: Count = 16  # its channels: of a U-Net's or MRRN's first level, of DenseFCN's stem
+    network_options: dict = field(
+        default_factory=dict
+    )  # more of its arguments, e.g. {flat: 2} for thin stacks
+
 
 @dataclass(frozen=True)
 class TeacherConfig(Checked):
     "The teacher of the other modality."
-    teacher_network: str = ""        # its architecture; empty: the student's
-    teacher_width: Natural = 0       # its channels; 0: as many as the student's
-    teacher_network_options: dict = field(default_factory=dict) # more of its arguments; empty, with the student's architecture: the student's
-    teachers: Count = 1              # teachers trained; seed s uses number s modulo this
-    teacher_epochs: Count = 10       # length of a teacher's training
-    teacher_weights: str = ""        # checkpoint (last.pt) of a network of the same shape that it starts from
 
-    def network(self,
-        student:NetworkConfig, # the student's
-    )->NetworkConfig: # the teacher's
+    teacher_network: str = ""  # its architecture; empty: the student's
+    teacher_width: Natural = 0  # its channels; 0: as many as the student's
+    teacher_network_options: dict = field(
+        default_factory=dict
+    )  # more of its arguments; empty, with the student's architecture: the student's
+    teachers: Count = 1  # teachers trained; seed s uses number s modulo this
+    teacher_epochs: Count = 10  # length of a teacher's training
+    teacher_weights: str = (
+        ""  # checkpoint (last.pt) of a network of the same shape that it starts from
+    )
+
+    def network(
+        self,
+        student: NetworkConfig,  # the student's
+    ) -> NetworkConfig:  # the teacher's
         "The teacher's network, what is left open filled in from the student's."
         same = self.teacher_network in ("", student.network)
         options = self.teacher_network_options or (student.network_options if same else {})
-        return NetworkConfig(self.teacher_network or student.network,
-                             self.teacher_width or student.width, options)
+        return NetworkConfig(
+            self.teacher_network or student.network, self.teacher_width or student.width, options
+        )
 
 # %% ../../nbs/study/config.ipynb #3c9d9df7
 @dataclass(frozen=True)
 class ScoreConfig(Checked):
     "How a prediction becomes objects, and which scores are kept."
-    min_size: Natural = 0            # predicted objects with fewer px are removed
-    instances: str = "components"    # how a predicted mask becomes objects: components | watershed | none
-    cells: bool|None = None          # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
-    topology: bool = False           # also score clDice, skeleton recall and Betti errors
+
+    min_size: Natural = 0  # predicted objects with fewer px are removed
+    instances: str = (
+        "components"  # how a predicted mask becomes objects: components | watershed | none
+    )
+    cells: bool | None = (
+        None  # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
+    )
+    topology: bool = False  # also score clDice, skeleton recall and Betti errors
 
 # %% ../../nbs/study/config.ipynb #67b0e15a
 @dataclass(frozen=True)
 class StudyConfig(Checked):
     "A comparison as plain data."
-    images: ImagesConfig = ImagesConfig()    # which images
-    split: SplitConfig = SplitConfig()       # whose
-    patches: PatchConfig = PatchConfig()     # what a batch is
-    student: NetworkConfig = NetworkConfig() # the student's network
-    teacher: TeacherConfig = TeacherConfig() # the teacher's
-    training: Settings = Settings()          # how everybody is trained
-    scores: ScoreConfig = ScoreConfig()      # what is scored
-    arms: tuple = ()                         # of `Arm`: what is compared
+
+    images: ImagesConfig = ImagesConfig()  # which images
+    split: SplitConfig = SplitConfig()  # whose
+    patches: PatchConfig = PatchConfig()  # what a batch is
+    student: NetworkConfig = NetworkConfig()  # the student's network
+    teacher: TeacherConfig = TeacherConfig()  # the teacher's
+    training: Settings = Settings()  # how everybody is trained
+    scores: ScoreConfig = ScoreConfig()  # what is scored
+    arms: tuple = ()  # of `Arm`: what is compared
 
     def check(self):
         "`InputError` for arms that cannot stand in one study."
         object.__setattr__(self, "arms", list_arms(self.arms))
 
     @classmethod
-    def from_flat(cls,
-        **flat, # flat name -> value, e.g. patch=64, lr=1e-3; arms: of `list_arms`
+    def from_flat(
+        cls,
+        **flat,  # flat name -> value, e.g. patch=64, lr=1e-3; arms: of `list_arms`
     ):
         "A study from flat names. `InputError` for an unknown name, with the nearest known one."
         arms = list_arms(flat.pop("arms", ()))
         parts = {part: {} for part in PARTS}
         for name, value in flat.items():
-            if name not in FLAT: raise InputError(unknown("setting of a study", name, [*FLAT, "arms"]))
+            if name not in FLAT:
+                raise InputError(unknown("setting of a study", name, [*FLAT, "arms"]))
             parts[FLAT[name]][name] = value
         return cls(**{part: kind(**parts[part]) for part, kind in PARTS.items()}, arms=arms)
 
-    def flat(self)->dict: # flat name -> value, all but the arms
+    def flat(self) -> dict:  # flat name -> value, all but the arms
         "The study in flat names."
         return {name: getattr(getattr(self, part), name) for name, part in FLAT.items()}
 
-    def change(self,
-        **flat, # changes, by flat name
+    def change(
+        self,
+        **flat,  # changes, by flat name
     ):
         "A copy with changes."
         return type(self).from_flat(**{**self.flat(), "arms": self.arms, **flat})
 
 # %% ../../nbs/study/config.ipynb #f66bc299
-UNSEEN = ("device", "bars") # settings of the learner that decide no result
+UNSEEN = ("device", "bars")  # settings of the learner that decide no result
 PARTS = {f.name: f.type for f in fields(StudyConfig) if f.name != "arms"}
 FLAT = {f.name: part for part, kind in PARTS.items() for f in fields(kind) if f.name not in UNSEEN}
 
 # %% ../../nbs/study/config.ipynb #688bc578
-OF_ARMS = ("preset", "options", "weights", "init") # of the study's record, before arms were whole
+OF_ARMS = ("preset", "options", "weights", "init")  # of the study's record, before arms were whole
+
 
 def read_study(
-    record:dict, # what a run folder's config.json has under "study"
-    arms=(),     # and under "arms"
-)->StudyConfig: # the study
+    record: dict,  # what a run folder's config.json has under "study"
+    arms=(),  # and under "arms"
+) -> StudyConfig:  # the study
     "A study as a run folder has it on record, also one of an earlier version."
     known = {k: v for k, v in record.items() if k not in OF_ARMS}
-    if isinstance(arms, dict): arms = {name: record_now(arm) for name, arm in arms.items()}
+    if isinstance(arms, dict):
+        arms = {name: record_now(arm) for name, arm in arms.items()}
     return StudyConfig.from_flat(**known, arms=arms)
 
+
 def flat_now(
-    record:dict, # what a run folder's config.json has under "study"
-)->dict: # flat name -> value: what it did not know yet had its default
+    record: dict,  # what a run folder's config.json has under "study"
+) -> dict:  # flat name -> value: what it did not know yet had its default
     "A study on record in today's flat names; what this version does not know stays as it is."
     known = {k: v for k, v in record.items() if k in FLAT}
     more = {k: v for k, v in record.items() if k not in (*FLAT, *OF_ARMS)}

@@ -7,14 +7,22 @@ __all__ = ['SOURCE', 'known_study', 'reuses', 'read_claim', 'claim_folder', 'pla
            'commit', 'known_tasks', 'pretrain_tasks', 'collect', 'scores_of']
 
 # %% ../../nbs/study/folder.ipynb #cb471f63
-import contextlib, json
+import contextlib
+import json
 from collections import Counter
 from pathlib import Path
 
 from ..core import InputError, hold, read_csv, read_json, read_text, write_csv
 from .arms import record_now
 from .config import flat_now
-from .records import DONE, keep_tables, read_sealed, record_of, records, write_sealed
+from unpaired_kd.study.records import (
+    DONE,
+    keep_tables,
+    read_sealed,
+    record_of,
+    records,
+    write_sealed,
+)
 from .rows import load_rows, save_rows
 from .study import Study
 from .tasks import ArmTask
@@ -22,50 +30,62 @@ from .trainings import PretrainTask, Task, TeacherTask, pretrained_name
 
 # %% ../../nbs/study/folder.ipynb #00f6695b
 def known_study(
-    study:Study, # the study, with a folder
-)->dict: # what config.json holds: study, arms, seeds, made by
+    study: Study,  # the study, with a folder
+) -> dict:  # what config.json holds: study, arms, seeds, made by
     """What a run folder says it is; a lost config.json is put together from the records of
     finished trainings. `InputError` for another study's folder."""
     mine = plain(study.common())
     arms = plain({name: arm.record() for name, arm in study.arms.items()})
-    known, done = _on_record(study.folder, mine), records(study.folder)
-    for r in done: _remember(known, r)
+    known = _on_record(study.folder, mine)
+    done = records(study.folder)
+    for r in done:
+        _remember(known, r)
     known["arms"] = dict(sorted(known["arms"].items(), key=lambda pair: reuses(pair[1])))
     known["arms"] = {name: record_now(arm) for name, arm in known["arms"].items()}
     there = plain(flat_now(known["study"]))
     differ = [k for k in mine if there.get(k) != mine[k]]
     differ += [f"arm {k!r}" for k in arms if known["arms"].get(k, arms[k]) != arms[k]]
     if differ:
-        raise InputError(f"{study.folder} belongs to another study; different: {', '.join(differ)}. "
-                         "Choose another run folder, or delete this one.")
+        raise InputError(
+            f"{study.folder} belongs to another study; different: {', '.join(differ)}. "
+            "Choose another run folder, or delete this one."
+        )
     for r in done:
         if r["study"] != study.fingerprint():
-            place = Path(study.folder)/"checkpoints"/f"{r['task'][1]}-{r['task'][2]}"
-            raise InputError(f"{place/DONE} belongs to another study: it was trained with other "
-                             "settings, or by another version of this library. Choose another run "
-                             "folder.")
+            place = Path(study.folder) / "checkpoints" / f"{r['task'][1]}-{r['task'][2]}"
+            raise InputError(
+                f"{place / DONE} belongs to another study: it was trained with other "
+                "settings, or by another version of this library. Choose another run "
+                "folder."
+            )
     return known
 
 # %% ../../nbs/study/folder.ipynb #bd054ec7
-def _on_record(folder, mine)->dict:
+def _on_record(folder, mine) -> dict:
     "config.json, or the beginning of one."
-    path = Path(folder)/"config.json"
-    if path.exists(): return read_claim(path)
+    path = Path(folder) / "config.json"
+    if path.exists():
+        return read_claim(path)
     return {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
 
+
 def reuses(
-    arm:dict, # on record
-)->bool:
+    arm: dict,  # on record
+) -> bool:
     "Whether an arm uses another's training: it must stand below it."
     return bool(record_now(arm).get("reuses"))
+
 
 def _remember(known, record):
     "Add what the record of a finished training says."
     kind, name, seed = record["task"]
-    if kind == "arm": known["arms"].setdefault(name, record["arm"])
-    if kind != "teacher": known["seeds"] = sorted({*known["seeds"], seed})
+    if kind == "arm":
+        known["arms"].setdefault(name, record["arm"])
+    if kind != "teacher":
+        known["seeds"] = sorted({*known["seeds"], seed})
 
-def read_claim(path)->dict:
+
+def read_claim(path) -> dict:
     "config.json, if it is a study's and as it was written."
     found = read_json(path)
     if not isinstance(found, dict) or {"study", "arms", "seeds"} - set(found):
@@ -74,122 +94,157 @@ def read_claim(path)->dict:
 
 # %% ../../nbs/study/folder.ipynb #50e7e466
 def claim_folder(
-    study:Study, # the study, with a folder
-    seeds:list,  # its seeds
-)->tuple: # (all seeds, names of all arms) that the folder has been given so far
+    study: Study,  # the study, with a folder
+    seeds: list,  # its seeds
+) -> tuple:  # (all seeds, names of all arms) that the folder has been given so far
     "Write config.json, after a look at the one there."
     known = known_study(study)
     known["study"] = {"data": study.config.images.data, **study.common()}
     known["arms"] = {**known["arms"], **{name: arm.record() for name, arm in study.arms.items()}}
     known["seeds"] = sorted({*known["seeds"], *seeds})
-    write_sealed(Path(study.folder)/"config.json", known)
+    write_sealed(Path(study.folder) / "config.json", known)
     return known["seeds"], list(known["arms"])
 
+
 def plain(
-    data, # plain data
-): # as JSON gives them back
+    data,  # plain data
+):  # as JSON gives them back
     "Data as JSON gives them back."
     return json.loads(json.dumps(data))
 
 # %% ../../nbs/study/folder.ipynb #4fc617a3
 def check_outside(
-    study:Study, # the study, with a folder
+    study: Study,  # the study, with a folder
 ):
     "`InputError` for a run folder that lies among the images."
-    images, place = study.config.images, Path(study.folder).resolve()
+    images = study.config.images
+    place = Path(study.folder).resolve()
     data = Path(images.data).resolve()
-    inside = [data/name in (place, *place.parents) for name in (images.teacher, images.student)]
+    inside = [data / name in (place, *place.parents) for name in (images.teacher, images.student)]
     if place == data or any(inside):
-        raise InputError(f"{study.folder} lies among the images of {images.data}. Choose another "
-                         "run folder.")
+        raise InputError(
+            f"{study.folder} lies among the images of {images.data}. Choose another run folder."
+        )
+
 
 @contextlib.contextmanager
 def holding(
-    folder, # run folder
+    folder,  # run folder
 ):
     """Hold a run folder while a study runs; it is made if missing. `InputError` if another study
     is at work there."""
-    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"cannot write to {folder}: {e.strerror}. Choose a folder that you may "
-                         "write to.") from e
-    with hold(folder, "another study", ".study.ukd.lock"): yield
+        raise InputError(
+            f"cannot write to {folder}: {e.strerror}. Choose a folder that you may write to."
+        ) from e
+    with hold(folder, "another study", ".study.ukd.lock"):
+        yield
 
 # %% ../../nbs/study/folder.ipynb #fdf0a89c
-def environment()->dict:
+def environment() -> dict:
     "Versions and, in a checkout of this library, the commit."
     import platform
     from importlib.metadata import PackageNotFoundError, version
+
     def of(name):
-        try: return version(name)
-        except PackageNotFoundError: return "source"
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "source"
+
     versions = {n: of(n) for n in ("unpaired_kd", "torch", "monai", "accelerate", "numpy")}
-    return dict(versions=versions, python=platform.python_version(), machine=platform.machine(),
-                commit=commit())
+    return dict(
+        versions=versions,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        commit=commit(),
+    )
 
-SOURCE = "nbs/study/folder.ipynb" # this chapter, from the top of the checkout
+# %% ../../nbs/study/folder.ipynb #2167bf95
+SOURCE = "nbs/study/folder.ipynb"  # this chapter, from the top of the checkout
 
-def commit()->str:
+
+def commit() -> str:
     """The commit of this library's own checkout; empty if it is installed, or git is not there.
     Another project's commit says nothing."""
     import subprocess
-    if "__file__" not in globals(): return ""
+
+    if "__file__" not in globals():
+        return ""
     root = Path(__file__).resolve().parents[2]
-    def git(*words): return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+
     try:
-        if git("ls-files", "--error-unmatch", SOURCE).returncode: return ""
+        if git("ls-files", "--error-unmatch", SOURCE).returncode:
+            return ""
         said = git("describe", "--always", "--dirty")
-    except OSError: return ""
+    except OSError:
+        return ""
     return said.stdout.strip() if said.returncode == 0 else ""
 
 # %% ../../nbs/study/folder.ipynb #d7fe8c09
 def known_tasks(
-    study:Study, # the study, with a folder
-    seeds:list,  # all seeds that the folder has been given
-    arms:list,   # names of all its arms
-)->list: # of `Task`
+    study: Study,  # the study, with a folder
+    seeds: list,  # all seeds that the folder has been given
+    arms: list,  # names of all its arms
+) -> list:  # of `Task`
     "Every training that the folder may hold."
     tasks = [TeacherTask(seed=n) for n in range(study.config.teacher.teachers)]
     tasks += pretrain_tasks(study, seeds)
     return tasks + [ArmTask(name, s) for s in seeds for name in arms]
 
+
 def pretrain_tasks(
-    study:Study, # the study
-    seeds:list,  # seeds
-)->list: # of `PretrainTask`
+    study: Study,  # the study
+    seeds: list,  # seeds
+) -> list:  # of `PretrainTask`
     "The trainings of teachers on the student's images, each once."
-    names = dict.fromkeys(pretrained_name(study, arm) for arm in study.config.arms if not arm.reuses)
+    names = dict.fromkeys(
+        pretrained_name(study, arm) for arm in study.config.arms if not arm.reuses
+    )
     return [PretrainTask(n, s) for s in seeds for n in names if n]
 
 # %% ../../nbs/study/folder.ipynb #52756b9e
 def collect(
-    folder,     # run folder
-    tasks:list, # of finished `Task`s
-)->list: # their scores
+    folder,  # run folder
+    tasks: list,  # of finished `Task`s
+) -> list:  # their scores
     """Gather scores and histories into metrics.csv and history.csv, with their checksums in
     tables.json. `InputError` when nothing is finished."""
-    if not tasks: raise InputError(f"{folder} holds no finished training. Run the study first.")
-    rows, history = [], []
+    if not tasks:
+        raise InputError(f"{folder} holds no finished training. Run the study first.")
+    rows = []
+    history = []
     for task in tasks:
         place = task.place(folder)
         rows += scores_of(place, task)
-        if not (place/"history.csv").exists(): continue # of an arm that reuses a training
-        history += [dict(arm=task.name, seed=task.seed, **r) for r in read_csv(place/"history.csv")]
-    save_rows(Path(folder)/"metrics.csv", rows)
-    write_csv(Path(folder)/"history.csv", history)
+        if not (place / "history.csv").exists():
+            continue  # of an arm that reuses a training
+        history += [
+            dict(arm=task.name, seed=task.seed, **r) for r in read_csv(place / "history.csv")
+        ]
+    save_rows(Path(folder) / "metrics.csv", rows)
+    write_csv(Path(folder) / "history.csv", history)
     keep_tables(folder)
     return rows
 
+
 def scores_of(
-    place,     # folder of a finished training
-    task:Task, # which it is
-)->list: # its scores
+    place,  # folder of a finished training
+    task: Task,  # which it is
+) -> list:  # its scores
     "`InputError` unless every case was scored once, by this arm and seed."
-    there = read_text(place/"metrics.csv").strip()
-    rows = load_rows(place/"metrics.csv") if there else [] # nobody tested this teacher
+    there = read_text(place / "metrics.csv").strip()
+    rows = load_rows(place / "metrics.csv") if there else []  # nobody tested this teacher
     scored = Counter((r["arm"], r["seed"], r["case"]) for r in rows)
     wanted = Counter((task.name, task.seed, case) for case in record_of(place)["cases"])
     if scored != wanted:
-        raise InputError(f"{place/'metrics.csv'} does not hold every case of {task.name} {task.seed} "
-                         "once. Delete it: the same command scores again.")
+        raise InputError(
+            f"{place / 'metrics.csv'} does not hold every case of {task.name} {task.seed} "
+            "once. Delete it: the same command scores again."
+        )
     return rows

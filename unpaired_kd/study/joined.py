@@ -16,155 +16,188 @@ from .records import read_sealed, records
 
 # %% ../../nbs/study/joined.ipynb #1293a171
 def is_study(
-    folder, # a folder
-)->bool: # whether `run_study` made it
+    folder,  # a folder
+) -> bool:  # whether `run_study` made it
     "Whether a folder has the `config.json` of a study; that of any other program is none."
-    path = Path(folder)/"config.json"
+    path = Path(folder) / "config.json"
     config = read_json(path) if given(path) else None
     parts = [config.get(k) for k in ("study", "arms", "seeds")] if isinstance(config, dict) else []
     if [type(p) for p in parts] != [dict, dict, list]:
         return False
     return all(type(seed) is int for seed in parts[2])
 
+
 def read_record(
-    path, # JSON file of a run
-): # the record
+    path,  # JSON file of a run
+):  # the record
     "Read a record; one with a seal must be as it was written."
     found = read_json(path)
     return read_sealed(path) if isinstance(found, dict) and "seal" in found else found
 
+
 def data_of(
-    folder:Path, # a run folder
-)->dict: # side -> fingerprint of images and labels, as `data.json` or else the splits record it
+    folder: Path,  # a run folder
+) -> dict:  # side -> fingerprint of images and labels, as `data.json` or else the splits record it
     "What a study was made from; empty if the folder is no study, or does not say."
     folder = Path(folder)
-    if not is_study(folder): return {}
-    path = folder/"data.json"
-    if given(path): return {"both": digest(read_sealed(path, "contents")["contents"])}
-    splits = sorted((folder/"splits").glob("*.json"))
+    if not is_study(folder):
+        return {}
+    path = folder / "data.json"
+    if given(path):
+        return {"both": digest(read_sealed(path, "contents")["contents"])}
+    splits = sorted((folder / "splits").glob("*.json"))
     found = {p.stem.partition("-")[0]: read_record(p) for p in splits}
     return {side: d["data"] for side, d in found.items() if isinstance(d, dict) and d.get("data")}
 
 # %% ../../nbs/study/joined.ipynb #989f577d
-LEFT_OUT = {"seed", "seeds", "workers", "rows", "arms", "run_folder"} # of a record that is no study's
+LEFT_OUT = {
+    "seed",
+    "seeds",
+    "workers",
+    "rows",
+    "arms",
+    "run_folder",
+}  # of a record that is no study's
+
 
 def settings_of(
     folder,  # a run folder, or its metrics.csv
-    arm:str, # one of its arms
-)->dict: # name -> value of all that makes the arm what it is; None if the run has no record
+    arm: str,  # one of its arms
+) -> dict:  # name -> value of all that makes the arm what it is; None if the run has no record
     """The settings of an arm, from `config.json` or else `parameters.json`. Raises `InputError`
     for a broken one."""
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    if is_study(folder): return settings_in_study(folder, arm)
-    path = folder/"parameters.json"
+    if is_study(folder):
+        return settings_in_study(folder, arm)
+    path = folder / "parameters.json"
     record = read_record(path) if given(path) else None
-    if not isinstance(record, dict): return None
+    if not isinstance(record, dict):
+        return None
     return {k: v for k, v in record.items() if k not in LEFT_OUT}
 
 # %% ../../nbs/study/joined.ipynb #cda90b49
 def settings_in_study(
     folder,  # run folder of a study
-    arm:str, # one of its arms
-)->dict: # name -> value
+    arm: str,  # one of its arms
+) -> dict:  # name -> value
     "The same for a study. Where the data lie is left out if their fingerprint is known."
     from unpaired_kd.study.arms import record_now
     from unpaired_kd.study.config import flat_now
-    config = read_record(Path(folder)/"config.json")
+
+    config = read_record(Path(folder) / "config.json")
     data = data_of(folder)
     rest = {k: v for k, v in config.items() if k not in ("study", "arms", "seeds", "made by")}
     study = flat_now(config["study"])
-    if data: study.pop("data", None)
+    if data:
+        study.pop("data", None)
     return {**study, **rest, "arm": record_now(config["arms"].get(arm)), "images": data}
 
+
 def equal(
-    a, # plain data
-    b, # plain data
-)->bool: # whether they are the same; NaN is NaN
+    a,  # plain data
+    b,  # plain data
+) -> bool:  # whether they are the same; NaN is NaN
     "Equality of plain data."
     return a == b or json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
+
 def unlike(
-    a, # settings, or None
-    b, # settings, or None
-)->list: # names of those that differ
+    a,  # settings, or None
+    b,  # settings, or None
+) -> list:  # names of those that differ
     "The names of settings that are not the same."
-    if a is None or b is None: return []
+    if a is None or b is None:
+        return []
     return sorted(k for k in a.keys() | b.keys() if not equal(a.get(k), b.get(k)))
 
 # %% ../../nbs/study/joined.ipynb #862a002f
 def by_case(
-    folder,     # a run folder, for messages
-    rows:list,  # its rows
-)->dict: # arm -> {(seed, collection, case): row}
+    folder,  # a run folder, for messages
+    rows: list,  # its rows
+) -> dict:  # arm -> {(seed, collection, case): row}
     """The rows of each arm, each once. Raises `InputError` for a run without rows, and for two
     scores of one case."""
     if not rows:
-        raise InputError(f"{folder}: its table of scores is empty. Give the command of the run "
-                         "again, or restore the file.")
+        raise InputError(
+            f"{folder}: its table of scores is empty. Give the command of the run "
+            "again, or restore the file."
+        )
     arms = {}
     for r in rows:
         key = case_of(r)
         mine = arms.setdefault(r["arm"], {})
         if key in mine and not equal(mine[key], r):
-            raise InputError(f"{folder}: arm {r['arm']!r} has two scores of case {r['case']!r} "
-                             f"with seed {r['seed']}. Keep the true one.")
+            raise InputError(
+                f"{folder}: arm {r['arm']!r} has two scores of case {r['case']!r} "
+                f"with seed {r['seed']}. Keep the true one."
+            )
         mine[key] = r
     return arms
 
 # %% ../../nbs/study/joined.ipynb #038a9fe7
 def case_of(
-    row:dict, # of scores
-)->tuple: # (seed, collection, case)
+    row: dict,  # of scores
+) -> tuple:  # (seed, collection, case)
     "What a row is the score of."
     return row["seed"], row.get("collection", ""), row["case"]
+
 
 @dataclass(eq=False)
 class Shown:
     "An arm as the table shows it."
-    arm:str       # its name in its run
-    name:str      # its name in the table
-    settings:dict # see `settings_of`
-    rows:dict     # (seed, collection, case) -> row
 
-    def takes(self,
-        arm:str,       # name of an arm of another run
-        settings:dict, # its settings
-        rows:dict,     # its rows
-    )->bool: # whether it is this arm
+    arm: str  # its name in its run
+    name: str  # its name in the table
+    settings: dict  # see `settings_of`
+    rows: dict  # (seed, collection, case) -> row
+
+    def takes(
+        self,
+        arm: str,  # name of an arm of another run
+        settings: dict,  # its settings
+        rows: dict,  # its rows
+    ) -> bool:  # whether it is this arm
         "Whether another run's arm is the same one: no other score, and no other settings."
         both = self.rows.keys() & rows.keys()
-        if arm != self.arm or not all(equal(self.rows[k], rows[k]) for k in both): return False
-        if self.settings is None or settings is None: return bool(both)
+        if arm != self.arm or not all(equal(self.rows[k], rows[k]) for k in both):
+            return False
+        if self.settings is None or settings is None:
+            return bool(both)
         return equal(self.settings, settings)
 
 # %% ../../nbs/study/joined.ipynb #4e1c000b
 def tell_apart(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
-)->tuple: # (dict (run folder, arm) -> `Shown`, list of (name, other name, keys that differ))
+    runs: dict,  # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
+) -> tuple:  # (dict (run folder, arm) -> `Shown`, list of (name, other name, keys that differ))
     "The arms of several runs: which are the same, and what those differ in that are not."
-    found, apart = {}, []
+    found = {}
+    apart = []
     for folder, rows in runs.items():
         for arm, mine in by_case(folder, rows).items():
             settings = settings_of(folder, arm)
             same = next((s for s in found.values() if s.takes(arm, settings, mine)), None)
             first = next((s for s in found.values() if s.arm == arm), None)
-            if same: same.rows = mine | same.rows
+            if same:
+                same.rows = mine | same.rows
             name = f"{arm} ({label_of(folder, runs)})" if first else arm
             found[folder, arm] = same or Shown(arm, name, settings, mine)
-            if first and not same: apart.append((name, first.name, unlike(settings, first.settings)))
+            if first and not same:
+                apart.append((name, first.name, unlike(settings, first.settings)))
     return found, apart
 
+# %% ../../nbs/study/joined.ipynb #a4b83732
 def label_of(
-    folder,    # one of the run folders
-    runs:dict, # run folder -> anything
-)->str: # its last name, or its whole path where two have the same
+    folder,  # one of the run folders
+    runs: dict,  # run folder -> anything
+) -> str:  # its last name, or its whole path where two have the same
     "What a run is called in a table."
     names = [Path(f).name for f in runs]
     return Path(folder).name if names.count(Path(folder).name) == 1 else str(folder)
 
+
 def join_runs(
-    runs:dict, # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
-)->list: # rows in which every (arm, seed, case) stands once
+    runs: dict,  # run folder -> its rows (`unpaired_kd.study.rows.load_rows`)
+) -> list:  # rows in which every (arm, seed, case) stands once
     """Rows of several runs in one table. Arms of one name that are not the same are told apart as
     `arm (run)`."""
     found = tell_apart(runs)[0]
@@ -177,24 +210,26 @@ def join_runs(
 
 # %% ../../nbs/study/joined.ipynb #f4ecd8a5
 def missing(
-    folder,    # a run folder
-    rows:list, # its rows
-)->list: # sentences
+    folder,  # a run folder
+    rows: list,  # its rows
+) -> list:  # sentences
     "Which arms and seeds a study has been given that its table lacks."
-    if not is_study(folder): return []
-    config = read_record(Path(folder)/"config.json")
+    if not is_study(folder):
+        return []
+    config = read_record(Path(folder) / "config.json")
     there = {(r["arm"], r["seed"]) for r in rows}
     out = []
     for arm in config["arms"]:
         seeds = ", ".join(str(s) for s in config["seeds"] if (arm, s) not in there)
-        if seeds: out.append(f"{folder}: arm {arm!r} has no scores of seed {seeds} yet.")
+        if seeds:
+            out.append(f"{folder}: arm {arm!r} has no scores of seed {seeds} yet.")
     return out + lost_cases(folder, rows)
 
 # %% ../../nbs/study/joined.ipynb #09492f73
 def lost_cases(
-    folder,    # run folder of a study
-    rows:list, # its rows
-)->list: # sentences
+    folder,  # run folder of a study
+    rows: list,  # its rows
+) -> list:  # sentences
     "Which finished trainings have cases that the table lacks."
     scored = {(r["arm"], r["seed"], r["case"]) for r in rows}
     trainings = {(a, s) for a, s, _ in scored}
@@ -203,13 +238,16 @@ def lost_cases(
         name, seed = record["task"][1:]
         lost = [c for c in record["cases"] if (name, seed, c) not in scored]
         if lost and (name, seed) in trainings:
-            out.append(f"{folder}: metrics.csv lacks {len(lost)} of {len(record['cases'])} cases of "
-                       f"{name} {seed}, e.g. {lost[0]}. The same command writes it again.")
+            out.append(
+                f"{folder}: metrics.csv lacks {len(lost)} of {len(record['cases'])} cases of "
+                f"{name} {seed}, e.g. {lost[0]}. The same command writes it again."
+            )
     return out
 
+
 def remarks(
-    runs:dict, # run folder -> its rows
-)->list: # sentences
+    runs: dict,  # run folder -> its rows
+) -> list:  # sentences
     """What to say under a table of several runs: arms that differ in their settings, and what is
     missing."""
     out = []

@@ -8,96 +8,117 @@ __all__ = ['open_both', 'check_alike', 'warn_of_near_groups', 'traces', 'paths_o
            'taught_ids', 'Data', 'split_data', 'split_path', 'check_parts', 'keep_splits', 'without_label_groups']
 
 # %% ../../nbs/study/parts.ipynb #78106b93
-import json, warnings
+import json
+import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ..core import InputError, digest
 from ..data.collections import Collection, open_collection
-from ..data.splits import Split, label_budget, near_groups, split_groups
 from ..data.formats.files import files_of, stamp
 from ..data.formats.pictures import companions
+from ..data.splits import Split, label_budget, near_groups, split_groups
 from .config import ImagesConfig, SplitConfig
 from .records import DATA, check_data, write_sealed
 
 # %% ../../nbs/study/parts.ipynb #12014798
 def open_both(
-    images:ImagesConfig, # which images
-)->tuple: # (teacher Collection, student Collection)
+    images: ImagesConfig,  # which images
+) -> tuple:  # (teacher Collection, student Collection)
     """Open both modalities, once a process, and anew when files have changed. `InputError` when
     their classes or dimensions differ."""
     key = json.dumps(asdict(images))
-    if _open(key)[2] != traces(images, *_open(key)[:2]): _open.cache_clear()
+    if _open(key)[2] != traces(images, *_open(key)[:2]):
+        _open.cache_clear()
     return _open(key)[:2]
+
 
 @lru_cache(maxsize=4)
 def _open(key):
     images = ImagesConfig(**json.loads(key))
     options = dict(zoom=images.zoom, intensity=images.intensity, **images.data_options)
-    if images.classes: options["classes"] = tuple(images.classes)
+    if images.classes:
+        options["classes"] = tuple(images.classes)
     try:
         t = open_collection(images.data, images.teacher, **options)
         s = open_collection(images.data, images.student, invert=images.invert_student, **options)
     except TypeError as e:
-        raise InputError(f"data_options={images.data_options} do not fit {images.data} ({e}).") from e
+        raise InputError(
+            f"data_options={images.data_options} do not fit {images.data} ({e})."
+        ) from e
     check_alike(images, t, s)
     return t, s, traces(images, t, s)
 
+# %% ../../nbs/study/parts.ipynb #5fc1cc2e
 def check_alike(
-    images:ImagesConfig, # which images
-    t:Collection,        # the teacher's
-    s:Collection,        # the student's
+    images: ImagesConfig,  # which images
+    t: Collection,  # the teacher's
+    s: Collection,  # the student's
 ):
     "`InputError` unless both have the same classes and axes."
     if t.classes != s.classes:
-        raise InputError(f"{images.data}: the teacher's classes {t.classes} are not the student's "
-                         f"{s.classes}. Name them with `classes`.")
+        raise InputError(
+            f"{images.data}: the teacher's classes {t.classes} are not the student's "
+            f"{s.classes}. Name them with `classes`."
+        )
     if t.dims != s.dims:
-        raise InputError(f"{images.data}: {images.teacher!r} has {t.dims}-D images, "
-                         f"{images.student!r} {s.dims}-D ones.")
+        raise InputError(
+            f"{images.data}: {images.teacher!r} has {t.dims}-D images, "
+            f"{images.student!r} {s.dims}-D ones."
+        )
     warn_of_near_groups(images, set(t.groups), set(s.groups))
 
 # %% ../../nbs/study/parts.ipynb #8387812f
 def warn_of_near_groups(
-    images:ImagesConfig, # which images
-    teacher:set,         # groups of one modality
-    student:set,         # and of the other
+    images: ImagesConfig,  # which images
+    teacher: set,  # groups of one modality
+    student: set,  # and of the other
 ):
     "A patient of both is kept from the teacher. Is P-01 of the one p1 of the other?"
-    near = [gs for gs in near_groups(sorted(teacher), sorted(student))
-            if teacher & set(gs) and student & set(gs)]
-    if not near: return
-    names, more = ", ".join(map(repr, near[0])), len(near) - 1
-    warnings.warn(f"{images.data}: groups {names} have nearly the same name"
-                  + (f" ({more} more: `ukd check` lists them)" if more else "")
-                  + ". If they are one patient, write it in one way: a patient of both modalities "
-                    "is kept from the teacher.", stacklevel=4)
+    near = [
+        gs
+        for gs in near_groups(sorted(teacher), sorted(student))
+        if teacher & set(gs) and student & set(gs)
+    ]
+    if not near:
+        return
+    names = ", ".join(map(repr, near[0]))
+    more = len(near) - 1
+    warnings.warn(
+        f"{images.data}: groups {names} have nearly the same name"
+        + (f" ({more} more: `ukd check` lists them)" if more else "")
+        + ". If they are one patient, write it in one way: a patient of both modalities "
+        "is kept from the teacher.",
+        stacklevel=4,
+    )
 
 # %% ../../nbs/study/parts.ipynb #448c3df1
 def traces(
-    images:ImagesConfig, # which images
-    *collections,        # both of them
-)->list: # (path, what the file system knows of it)
+    images: ImagesConfig,  # which images
+    *collections,  # both of them
+) -> list:  # (path, what the file system knows of it)
     "What is another when a file or a table was written, added or removed. Reads no file."
     paths = set().union(*map(paths_of, collections))
     tables = ["manifest.csv", f"{images.teacher}/groups.csv", f"{images.student}/groups.csv"]
-    places = {Path(images.data)/t for t in tables} | {p.parent for p in paths}
+    places = {Path(images.data) / t for t in tables} | {p.parent for p in paths}
     for p in paths:
-        if p.exists(): places |= {*files_of(p).values(), *companions(p)}
+        if p.exists():
+            places |= {*files_of(p).values(), *companions(p)}
     return sorted((str(p), stamp(p)) for p in places if p.exists())
 
+
 def paths_of(
-    c:Collection, # a collection
-)->set: # of `Path`
+    c: Collection,  # a collection
+) -> set:  # of `Path`
     "Where its images and labels lie; phantoms lie nowhere."
     sources = [p for case in c.cases for p in (case.image, case.label)]
     return {Path(p) for p in sources if isinstance(p, (str, Path))}
 
 # %% ../../nbs/study/parts.ipynb #3936e340
 def contents(
-    images:ImagesConfig, # which images
-)->dict: # file, or "patient of MODALITY ID" -> checksum
+    images: ImagesConfig,  # which images
+) -> dict:  # file, or "patient of MODALITY ID" -> checksum
     "A checksum of every image and label, and of whose each image is."
     found = {}
     for c, modality in zip(open_both(images), (images.teacher, images.student)):
@@ -106,79 +127,89 @@ def contents(
             found[f"patient of {modality} {case.id}"] = digest([case.group, case.label_group])
     return found
 
+
 def keep_data(
-    folder,              # run folder
-    images:ImagesConfig, # which images
+    folder,  # run folder
+    images: ImagesConfig,  # which images
 ):
     """Write `data.json`: which data a run learns from. `InputError`, with the files, if it was
     begun with others."""
     now = contents(images)
-    if check_data(folder, now): return
+    if check_data(folder, now):
+        return
     t, s = open_both(images)
     labels = {images.teacher: t.describe_labels(), images.student: s.describe_labels()}
-    write_sealed(Path(folder)/DATA, dict(data=images.data, labels=labels, contents=now))
+    write_sealed(Path(folder) / DATA, dict(data=images.data, labels=labels, contents=now))
 
 # %% ../../nbs/study/parts.ipynb #1a241be3
 def share(
-    value:float, # below 1 a share, else a number of groups
-    groups:int,  # how many there are
-    name:str,    # the parameter, for the message
-)->int: # number of groups, at least 1 and fewer than all
+    value: float,  # below 1 a share, else a number of groups
+    groups: int,  # how many there are
+    name: str,  # the parameter, for the message
+) -> int:  # number of groups, at least 1 and fewer than all
     "Turn a share into a number of groups."
     if value >= 1 and value != int(value):
         raise InputError(f"{name}={value}: give a share below 1, or a whole number of groups.")
     n = int(value) if value >= 1 else round(value * groups)
     if not 0 < n < groups:
-        raise InputError(f"{name}={value} takes {n} of {groups} groups; at least one must be left "
-                         "on each side.")
+        raise InputError(
+            f"{name}={value} takes {n} of {groups} groups; at least one must be left on each side."
+        )
     return n
 
+
 def divide(
-    c:Collection, # of one modality
-    test:float,   # share or number of groups that are only tested on; 0: none
-    seed:int,     # decides who
-    name:str,     # the parameter, for messages
-    path=None,    # file of the split; one that is there is used
-)->dict: # "train" and "test" -> ids
+    c: Collection,  # of one modality
+    test: float,  # share or number of groups that are only tested on; 0: none
+    seed: int,  # decides who
+    name: str,  # the parameter, for messages
+    path=None,  # file of the split; one that is there is used
+) -> dict:  # "train" and "test" -> ids
     "Divide a collection by group. `InputError` for a file that is another collection's."
-    if not test: return {"train": c.ids, "test": []}
+    if not test:
+        return {"train": c.ids, "test": []}
     groups = len(set(c.groups))
     n = share(test, groups, name)
-    if path and path.exists(): return Split.load(path, c).parts
+    if path and path.exists():
+        return Split.load(path, c).parts
     return split_groups(c, {"test": n, "train": groups - n}, seed=seed).parts
 
 # %% ../../nbs/study/parts.ipynb #1ef55339
 def bare_groups(
-    c:Collection, # the student's
-)->set: # names
+    c: Collection,  # the student's
+) -> set:  # names
     "Groups with an image that has no label."
     return {case.group for case in c.cases if case.label is None}
 
+
 def whole_groups(
-    c:Collection, # the student's
-)->Collection: # the groups that have all their labels
+    c: Collection,  # the student's
+) -> Collection:  # the groups that have all their labels
     "Who can be learned from with labels, and tested on."
     bare = bare_groups(c)
     return c.subset([case.id for case in c.cases if case.group not in bare]) if bare else c
 
+
 def draw_labelled(
-    c:Collection,      # the student's
-    training:list,     # ids of its training groups, all with labels
-    split:SplitConfig, # how many are labelled
-    seed:int,          # decides who
-)->tuple: # ids: labelled, validation, and the rest
+    c: Collection,  # the student's
+    training: list,  # ids of its training groups, all with labels
+    split: SplitConfig,  # how many are labelled
+    seed: int,  # decides who
+) -> tuple:  # ids: labelled, validation, and the rest
     "Draw labelled units and validation units; no group is in two of the three."
     labelled = label_budget(c.subset(training), split.student_labels, split.label_unit, seed)
     rest = without_groups(c, training, labelled)
-    if not split.validation: return labelled, [], rest
+    if not split.validation:
+        return labelled, [], rest
     valid = label_budget(c.subset(rest), split.validation, split.label_unit, seed)
     return labelled, valid, without_groups(c, rest, valid)
 
+
 def without_groups(
-    c:Collection, # a collection
-    ids:list,     # some of its ids
-    used:list,    # ids whose groups are used up
-)->list: # those of `ids` that are of no such group
+    c: Collection,  # a collection
+    ids: list,  # some of its ids
+    used: list,  # ids whose groups are used up
+) -> list:  # those of `ids` that are of no such group
     "Leave out whole groups."
     group_of = dict(zip(c.ids, c.groups))
     taken = {group_of[i] for i in used}
@@ -186,143 +217,180 @@ def without_groups(
 
 # %% ../../nbs/study/parts.ipynb #afb0b4a7
 def draw_scored(
-    c:Collection,      # the student's
-    rest:list,         # ids of training groups that are not labelled, and of those without labels
-    bare:set,          # the groups without labels
-    split:SplitConfig, # how many are learned from without labels
-)->tuple: # ids: scored, and the rest that may be learned from
+    c: Collection,  # the student's
+    rest: list,  # ids of training groups that are not labelled, and of those without labels
+    bare: set,  # the groups without labels
+    split: SplitConfig,  # how many are learned from without labels
+) -> tuple:  # ids: scored, and the rest that may be learned from
     "Keep training patients for choosing settings. `InputError` when none is left."
     group_of = dict(zip(c.ids, c.groups))
     told = [g for g in dict.fromkeys(group_of[i] for i in rest) if g not in bare]
-    learned = told[:split.unlabelled] if split.unlabelled else told[::2]
+    learned = told[: split.unlabelled] if split.unlabelled else told[::2]
     shown = bare | set(learned)
     scored = [i for i in rest if group_of[i] not in shown]
     if not scored:
-        raise InputError("score_on='validation' needs training groups without labels, and "
-                         f"student_labels={split.student_labels} takes all. Label fewer.")
+        raise InputError(
+            "score_on='validation' needs training groups without labels, and "
+            f"student_labels={split.student_labels} takes all. Label fewer."
+        )
     return scored, [i for i in rest if group_of[i] in shown]
 
+
 def first_groups(
-    c:Collection, # the student's
-    ids:list,     # ids of training groups that are learned from without labels
-    most:int,     # groups; 0: all
-)->list: # ids of the first groups
+    c: Collection,  # the student's
+    ids: list,  # ids of training groups that are learned from without labels
+    most: int,  # groups; 0: all
+) -> list:  # ids of the first groups
     "Limit the groups without labels. `InputError` when there are not so many."
-    if not most: return ids
+    if not most:
+        return ids
     group_of = dict(zip(c.ids, c.groups))
     names = list(dict.fromkeys(group_of[i] for i in ids))
     if len(names) < most:
-        raise InputError(f"unlabelled={most}: only {len(names)} training groups are left. Ask for "
-                         "fewer, or test on fewer.")
+        raise InputError(
+            f"unlabelled={most}: only {len(names)} training groups are left. Ask for "
+            "fewer, or test on fewer."
+        )
     return [i for i in ids if group_of[i] in names[:most]]
 
 # %% ../../nbs/study/parts.ipynb #c82b78ad
 def taught_ids(
-    t:Collection, # the teacher's
-    s:Collection, # the student's
-    train:list,   # ids of the teacher's training groups
-    part:float,   # share of them that is used
-    data:str,     # for the message
-)->list: # ids
+    t: Collection,  # the teacher's
+    s: Collection,  # the student's
+    train: list,  # ids of the teacher's training groups
+    part: float,  # share of them that is used
+    data: str,  # for the message
+) -> list:  # ids
     "What the teacher learns from: nobody who is in the student's modality too."
     group_of = dict(zip(t.ids, t.groups))
     groups = sorted({group_of[i] for i in train} - set(s.groups))
-    kept = set(groups[:max(1, round(part * len(groups)))])
+    kept = set(groups[: max(1, round(part * len(groups)))])
     taught = [i for i in train if group_of[i] in kept]
     if not taught:
-        raise InputError(f"{data}: every training patient of the teacher's modality is also in the "
-                         "student's, so the teacher would see patients that the student is tested "
-                         "on. Give the two modalities different patients.")
+        raise InputError(
+            f"{data}: every training patient of the teacher's modality is also in the "
+            "student's, so the teacher would see patients that the student is tested "
+            "on. Give the two modalities different patients."
+        )
     return taught
 
 # %% ../../nbs/study/parts.ipynb #5946bbb8
 @dataclass
 class Data:
     "The parts of the two collections for one seed."
+
     teacher_train: Collection
     teacher_test: Collection
     student_train: Collection  # the labelled units only
     student_test: Collection
-    student_valid: Collection  # labelled units from which the best epoch is chosen; empty without `validation`
-    student_rest: Collection   # training units whose labels are not used
+    student_valid: (
+        Collection  # labelled units from which the best epoch is chosen; empty without `validation`
+    )
+    student_rest: Collection  # training units whose labels are not used
+
 
 def split_data(
-    images:ImagesConfig, # which images
-    split:SplitConfig,   # how they are divided
-    seed:int,            # decides who is tested and who is labelled
-    folder=None,         # run folder: splits that are saved there are used, and checked
-)->Data: # the parts
+    images: ImagesConfig,  # which images
+    split: SplitConfig,  # how they are divided
+    seed: int,  # decides who is tested and who is labelled
+    folder=None,  # run folder: splits that are saved there are used, and checked
+) -> Data:  # the parts
     """Divide both collections by group for one seed. Writes nothing. `InputError`, with the files,
     if the run folder was made with other data."""
-    if folder: check_data(folder, contents(images))
+    if folder:
+        check_data(folder, contents(images))
     t, s = open_both(images)
     sides, parts = _ids(images, split, seed, folder)
     check_parts(folder, s, seed, parts)
     rest = without_label_groups(s.subset(parts["unlabelled"]).unlabelled())
     taught = taught_ids(t, s, sides["teacher"]["train"], split.teacher_share, images.data)
-    return Data(t.subset(taught), t.subset(sides["teacher"]["test"]), s.subset(parts["labelled"]),
-                s.subset(parts["scored"]), s.subset(parts["validation"]), rest)
+    return Data(
+        t.subset(taught),
+        t.subset(sides["teacher"]["test"]),
+        s.subset(parts["labelled"]),
+        s.subset(parts["scored"]),
+        s.subset(parts["validation"]),
+        rest,
+    )
 
 # %% ../../nbs/study/parts.ipynb #734e0e0c
 def _ids(images, split, seed, folder):
     "Ids of both sides ({train, test}), and of the student's four parts."
     t, s = open_both(images)
-    bare, told = bare_groups(s), whole_groups(s)
+    bare = bare_groups(s)
+    told = whole_groups(s)
     if not len(told):
-        raise InputError(f"{images.data}: no group of {images.student!r} has all its labels. A "
-                         "study needs some to learn from and some to test on.")
-    sides = {"teacher": divide(t, split.teacher_test, 0, "teacher_test", split_path(folder, "teacher-0")),
-             "student": divide(told, split.test, seed, "test", split_path(folder, f"student-{seed}"))}
+        raise InputError(
+            f"{images.data}: no group of {images.student!r} has all its labels. A "
+            "study needs some to learn from and some to test on."
+        )
+    sides = {
+        "teacher": divide(
+            t, split.teacher_test, 0, "teacher_test", split_path(folder, "teacher-0")
+        ),
+        "student": divide(told, split.test, seed, "test", split_path(folder, f"student-{seed}")),
+    }
     labelled, valid, rest = draw_labelled(s, sides["student"]["train"], split, seed)
     rest += [c.id for c in s.cases if c.group in bare]
     scored = sides["student"]["test"]
-    if split.score_on == "validation": scored, rest = draw_scored(s, rest, bare, split)
+    if split.score_on == "validation":
+        scored, rest = draw_scored(s, rest, bare, split)
     rest = first_groups(s, rest, split.unlabelled)
     return sides, dict(labelled=labelled, validation=valid, unlabelled=rest, scored=scored)
 
 # %% ../../nbs/study/parts.ipynb #564881ca
 def split_path(
-    folder,   # run folder, or None
-    name:str, # of the split, e.g. "student-0"
-)->Path|None: # its file
+    folder,  # run folder, or None
+    name: str,  # of the split, e.g. "student-0"
+) -> Path | None:  # its file
     "Where a split is saved."
-    return Path(folder)/"splits"/f"{name}.json" if folder else None
+    return Path(folder) / "splits" / f"{name}.json" if folder else None
+
 
 def check_parts(
-    folder,       # run folder, or None
-    s:Collection, # the student's
-    seed:int,     # seed
-    parts:dict,   # part -> ids
+    folder,  # run folder, or None
+    s: Collection,  # the student's
+    seed: int,  # seed
+    parts: dict,  # part -> ids
 ):
     "`InputError` if the folder has other parts of this seed on record."
     path = split_path(folder, f"student-{seed}-parts")
-    if not path or not path.exists(): return
+    if not path or not path.exists():
+        return
     there = {k: sorted(v) for k, v in Split.load(path, s).parts.items()}
-    if there == {k: sorted(v) for k, v in parts.items()}: return
-    raise InputError(f"{path} does not fit {path.with_name(f'student-{seed}.json')}, or the arms now "
-                     "need other images than those on record (score_on='validation' with an arm that "
-                     "learns without labels). Restore the file, or choose another run folder.")
+    if there == {k: sorted(v) for k, v in parts.items()}:
+        return
+    raise InputError(
+        f"{path} does not fit {path.with_name(f'student-{seed}.json')}, or the arms now "
+        "need other images than those on record (score_on='validation' with an arm that "
+        "learns without labels). Restore the file, or choose another run folder."
+    )
 
 # %% ../../nbs/study/parts.ipynb #ac6e4299
 def keep_splits(
-    folder,              # run folder
-    images:ImagesConfig, # which images
-    split:SplitConfig,   # how they are divided
-    seed:int,            # seed
+    folder,  # run folder
+    images: ImagesConfig,  # which images
+    split: SplitConfig,  # how they are divided
+    seed: int,  # seed
 ):
     "Write who is in which part, what is not written yet; and which data they are."
     t, s = open_both(images)
     keep_data(folder, images)
     sides, parts = _ids(images, split, seed, folder)
     check_parts(folder, s, seed, parts)
-    made = {f"student-{seed}": Split(sides["student"], whole_groups(s).fingerprint()),
-            f"student-{seed}-parts": Split(parts, s.fingerprint())}
-    if split.teacher_test: made["teacher-0"] = Split(sides["teacher"], t.fingerprint())
+    made = {
+        f"student-{seed}": Split(sides["student"], whole_groups(s).fingerprint()),
+        f"student-{seed}-parts": Split(parts, s.fingerprint()),
+    }
+    if split.teacher_test:
+        made["teacher-0"] = Split(sides["teacher"], t.fingerprint())
     for name, one in made.items():
-        if not split_path(folder, name).exists(): one.save(split_path(folder, name))
+        if not split_path(folder, name).exists():
+            one.save(split_path(folder, name))
+
 
 def without_label_groups(
-    c:Collection, # a collection
-)->Collection: # the same without label groups
+    c: Collection,  # a collection
+) -> Collection:  # the same without label groups
     "Forget the label groups (a disease, say): they too are labels."
     return c._with([replace(case, label_group="") for case in c.cases])

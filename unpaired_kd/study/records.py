@@ -7,174 +7,212 @@ __all__ = ['DONE', 'TABLES', 'DATA', 'write_sealed', 'read_sealed', 'file_sum', 
            'done_in', 'check_sums', 'keep_tables', 'check_table', 'changes', 'check_data']
 
 # %% ../../nbs/study/records.ipynb #52a7c003
-import json, os, time
+import json
+import os
+import time
 from functools import lru_cache
 from pathlib import Path
 
 from ..core import InputError, digest, file_sha256, given, read_json, write_json
 
-
 # %% ../../nbs/study/records.ipynb #52a7c007
 def write_sealed(
-    path,        # JSON file
-    record:dict, # plain data
+    path,  # JSON file
+    record: dict,  # plain data
 ):
     "Write plain data with a digest of itself, atomically."
     plain = json.loads(json.dumps(record, default=str))
     write_json(path, {**plain, "seal": digest(plain, 64)})
 
+
 def read_sealed(
     path,  # JSON file of `write_sealed`
-    *keys, # what a record of this kind holds
-)->dict: # the record without its seal
+    *keys,  # what a record of this kind holds
+) -> dict:  # the record without its seal
     "Read it back. `InputError` for a file that is damaged, changed or of another kind."
     found = read_json(path)
     if not isinstance(found, dict) or "seal" not in found:
-        raise InputError(f"{path} has no seal: it is no record of a run, or of an older version. "
-                         "Choose another run folder.")
+        raise InputError(
+            f"{path} has no seal: it is no record of a run, or of an older version. "
+            "Choose another run folder."
+        )
     seal = found.pop("seal")
     if seal != digest(found, 64):
-        raise InputError(f"{path} was changed after it was written: its seal does not fit. "
-                         "Restore it from a copy, or delete it: the same command makes it again.")
+        raise InputError(
+            f"{path} was changed after it was written: its seal does not fit. "
+            "Restore it from a copy, or delete it: the same command makes it again."
+        )
     for k in keys:
         if k not in found:
-            raise InputError(f"{path} is another record: it holds no {k!r}. Restore it from a "
-                             "copy, or delete it: the same command makes it again.")
+            raise InputError(
+                f"{path} is another record: it holds no {k!r}. Restore it from a "
+                "copy, or delete it: the same command makes it again."
+            )
     return found
-
 
 # %% ../../nbs/study/records.ipynb #52a7c00a
 DONE = "done.json"
 
+
 def file_sum(
-    path, # a file
-)->str: # its SHA-256
+    path,  # a file
+) -> str:  # its SHA-256
     """SHA-256 of a file, read once a process unless size or time change. `InputError` when it
     cannot be read."""
     try:
         s = os.stat(path)
-        fresh = time.time_ns() - s.st_mtime_ns < 2e9 # its time may not change with the next write
+        fresh = time.time_ns() - s.st_mtime_ns < 2e9  # its time may not change with the next write
         return file_sha256(path) if fresh else _known_sum(str(path), s.st_size, s.st_mtime_ns)
     except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}. Restore it from a copy, or delete "
-                         "it.") from e
+        raise InputError(
+            f"{path} cannot be read: {e.strerror}. Restore it from a copy, or delete it."
+        ) from e
+
 
 @lru_cache(maxsize=2**20)
-def _known_sum(path, size, changed): return file_sha256(path)
+def _known_sum(path, size, changed):
+    return file_sha256(path)
+
 
 def keep_record(
-    place,   # folder of a training
-    names,   # its files
-    task,    # which training: (kind, name, seed)
-    **facts, # what else it was: plain data
+    place,  # folder of a training
+    names,  # its files
+    task,  # which training: (kind, name, seed)
+    **facts,  # what else it was: plain data
 ):
     "Write `done.json`: task, facts, and the checksum of every file."
-    files = {n: file_sum(Path(place)/n) for n in names}
-    write_sealed(Path(place)/DONE, {**facts, "task": list(task), "files": files})
+    files = {n: file_sum(Path(place) / n) for n in names}
+    write_sealed(Path(place) / DONE, {**facts, "task": list(task), "files": files})
 
 # %% ../../nbs/study/records.ipynb #3d4e3b2b
 def verified(
-    place, # folder of a training
+    place,  # folder of a training
     task,  # which training should be there
-)->dict|None: # its record; None: not finished
+) -> dict | None:  # its record; None: not finished
     """The record of a training whose files are all there and as they were. `InputError` that names
     a file which is not."""
     place = Path(place)
-    if not given(place/DONE): return None
+    if not given(place / DONE):
+        return None
     record = record_of(place)
     if record["task"] != list(task):
-        raise InputError(f"{place/DONE} is that of another training, {record['task'][1]} "
-                         f"{record['task'][2]}. Put {place} back, or delete it.")
-    if not all(given(place/n) for n in record["files"]): return None
+        raise InputError(
+            f"{place / DONE} is that of another training, {record['task'][1]} "
+            f"{record['task'][2]}. Put {place} back, or delete it."
+        )
+    if not all(given(place / n) for n in record["files"]):
+        return None
     check_sums(place, record["files"])
     return record
 
+# %% ../../nbs/study/records.ipynb #a5a9016b
 def record_of(
-    place, # folder of a training
-)->dict: # what `keep_record` wrote
+    place,  # folder of a training
+) -> dict:  # what `keep_record` wrote
     "The record of a training, whatever has become of its files."
-    if not given(Path(place)/DONE):
-        raise InputError(f"{place} holds no finished training. Run the study again: it goes on "
-                         "where it stopped.")
-    return read_sealed(Path(place)/DONE, "task", "files")
+    if not given(Path(place) / DONE):
+        raise InputError(
+            f"{place} holds no finished training. Run the study again: it goes on where it stopped."
+        )
+    return read_sealed(Path(place) / DONE, "task", "files")
+
 
 def records(
-    folder, # run folder
-)->list: # dicts
+    folder,  # run folder
+) -> list:  # dicts
     "The records of all trainings that were finished there."
     return [record_of(p.parent) for p in done_in(folder)]
 
+
 def done_in(
-    folder, # run folder
-)->list: # paths of records, sorted
+    folder,  # run folder
+) -> list:  # paths of records, sorted
     "Where its finished trainings have their records."
     return sorted(Path(folder).glob(f"checkpoints/*/{DONE}"))
 
 # %% ../../nbs/study/records.ipynb #54153924
 def check_sums(
-    folder,     # where the files lie
-    files:dict, # name -> SHA-256
+    folder,  # where the files lie
+    files: dict,  # name -> SHA-256
 ):
     "`InputError` that names the first file whose checksum is another."
     for name, stated in files.items():
-        if file_sum(Path(folder)/name) == stated: continue
-        raise InputError(f"{Path(folder)/name} is not what it was when it was finished: its "
-                         "SHA-256 is another. Restore it from a copy, or delete it: the same "
-                         "command makes it again.")
+        if file_sum(Path(folder) / name) == stated:
+            continue
+        raise InputError(
+            f"{Path(folder) / name} is not what it was when it was finished: its "
+            "SHA-256 is another. Restore it from a copy, or delete it: the same "
+            "command makes it again."
+        )
 
 # %% ../../nbs/study/records.ipynb #52a7c00d
 TABLES = "tables.json"
 
+
 def keep_tables(
-    folder, # run folder
-    names=("metrics.csv", "history.csv"), # its tables
+    folder,  # run folder
+    names=("metrics.csv", "history.csv"),  # its tables
 ):
     "Write `tables.json`: the checksum of every table."
-    write_sealed(Path(folder)/TABLES, {"files": {n: file_sum(Path(folder)/n) for n in names}})
+    write_sealed(Path(folder) / TABLES, {"files": {n: file_sum(Path(folder) / n) for n in names}})
+
 
 def check_table(
-    path, # a table in a run folder
+    path,  # a table in a run folder
 ):
     "`InputError` if the folder has a checksum of this table and it is another."
-    folder, name = Path(path).parent, Path(path).name
-    if not given(folder/TABLES): return
-    files = read_sealed(folder/TABLES, "files")["files"]
+    folder = Path(path).parent
+    name = Path(path).name
+    if not given(folder / TABLES):
+        return
+    files = read_sealed(folder / TABLES, "files")["files"]
     if name in files and not given(path):
-        raise InputError(f"{path} is gone. The same command writes it again, from what is finished.")
-    if name in files: check_sums(folder, {name: files[name]})
-
+        raise InputError(
+            f"{path} is gone. The same command writes it again, from what is finished."
+        )
+    if name in files:
+        check_sums(folder, {name: files[name]})
 
 # %% ../../nbs/study/records.ipynb #52a7c010
 DATA = "data.json"
 
+
 def changes(
-    before:dict, # file -> SHA-256
-    now:dict,    # the same later
-)->list: # lines of text; empty: nothing has changed
+    before: dict,  # file -> SHA-256
+    now: dict,  # the same later
+) -> list:  # lines of text; empty: nothing has changed
     "What was changed, added and removed, the first five by name."
-    groups = {"changed": sorted(n for n in now if n in before and before[n] != now[n]),
-              "added": sorted(now.keys() - before.keys()),
-              "removed": sorted(before.keys() - now.keys())}
+    groups = {
+        "changed": sorted(n for n in now if n in before and before[n] != now[n]),
+        "added": sorted(now.keys() - before.keys()),
+        "removed": sorted(before.keys() - now.keys()),
+    }
     few = {k: ", ".join(names[:5]) for k, names in groups.items()}
     more = {k: f" and {len(v) - 5} more" if len(v) > 5 else "" for k, v in groups.items()}
     return [f"{len(names)} {k}: {few[k]}{more[k]}" for k, names in groups.items() if names]
 
+# %% ../../nbs/study/records.ipynb #d3be77af
 def check_data(
-    folder,        # run folder
-    contents:dict, # file (or case) -> SHA-256, of all modalities
-)->bool: # whether the folder has a record of its data
+    folder,  # run folder
+    contents: dict,  # file (or case) -> SHA-256, of all modalities
+) -> bool:  # whether the folder has a record of its data
     "`InputError` that lists what has changed since the run was begun. Writes nothing."
-    path = Path(folder)/DATA
+    path = Path(folder) / DATA
     there = given(path)
     before = read_sealed(path, "contents")["contents"] if there else contents
     found = changes(before, contents)
     now = digest(contents, 64)
     others = [p.parent for p in done_in(folder) if record_of(p.parent)["data"] != now]
     if others and there and not found:
-        raise InputError(f"{others[0]} was trained with other data than {path} lists. Delete it: "
-                         "the same command trains it again.")
-    if others and not found: found = [f"{DATA}, which listed them, is gone"]
-    if not found: return there
-    raise InputError(f"the data are not those that {folder} was made with: {'; '.join(found)}. "
-                     "Choose another run folder, or restore the files.")
-
+        raise InputError(
+            f"{others[0]} was trained with other data than {path} lists. Delete it: "
+            "the same command trains it again."
+        )
+    if others and not found:
+        found = [f"{DATA}, which listed them, is gone"]
+    if not found:
+        return there
+    raise InputError(
+        f"the data are not those that {folder} was made with: {'; '.join(found)}. "
+        "Choose another run folder, or restore the files."
+    )

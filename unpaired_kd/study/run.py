@@ -8,18 +8,35 @@ __all__ = ['do', 'do_in_worker', 'heard', 'here', 'check_guard', 'in_processes',
            'export_student', 'mean_scores']
 
 # %% ../../nbs/study/run.ipynb #ad59cdb1
-import ast, contextlib, os, sys, warnings
+import ast
+import contextlib
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..core import (InputError, as_python, clear_parts, cluster_client, cores,
-                              end_with_parent, progress)
+from unpaired_kd.core import (
+    InputError,
+    as_python,
+    clear_parts,
+    cluster_client,
+    cores,
+    end_with_parent,
+    progress,
+)
 from .checks import check_seeds, check_study
 from .config import StudyConfig
-from .folder import (check_outside, claim_folder, collect, holding, known_tasks,
-                                      pretrain_tasks)
+from unpaired_kd.study.folder import (
+    check_outside,
+    claim_folder,
+    collect,
+    holding,
+    known_tasks,
+    pretrain_tasks,
+)
 from .parts import keep_splits
 from .study import Study
 from .tasks import ArmTask, needs_expert, train
@@ -28,136 +45,167 @@ from ..training.rules import NotSettled
 
 # %% ../../nbs/study/run.ipynb #33e8f649
 def do(
-    task:Task,          # a training
-    config:StudyConfig, # its study
-    folder,             # the run folder
-    device:str="auto",  # auto | cpu | cuda
-    tell:Callable=lambda row: None, # called after each epoch
+    task: Task,  # a training
+    config: StudyConfig,  # its study
+    folder,  # the run folder
+    device: str = "auto",  # auto | cpu | cuda
+    tell: Callable = lambda row: None,  # called after each epoch
 ):
     """One training; on the CPU on one thread: small networks use two cores better side by side
     than one after the other."""
     threads = torch.get_num_threads()
-    if device == "cpu": torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotSettled) # the history says it
+            warnings.simplefilter("ignore", NotSettled)  # the history says it
             train(Study(config, folder), task, device, tell)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
 
+# %% ../../nbs/study/run.ipynb #5edd6f70
 def do_in_worker(
-    task:Task,          # a training
-    config:StudyConfig, # its study
-    folder,             # the run folder
-    queue,              # where each epoch is reported
+    task: Task,  # a training
+    config: StudyConfig,  # its study
+    folder,  # the run folder
+    queue,  # where each epoch is reported
 ):
     "A training in a worker process. Reports each epoch, while somebody is there to pass it on."
+
     def tell(row):
-        with contextlib.suppress(OSError, EOFError): queue.put((task, row))
+        with contextlib.suppress(OSError, EOFError):
+            queue.put((task, row))
+
     do(task, config, folder, "cpu", tell)
 
+
 def heard(
-    queue, # of reports
+    queue,  # of reports
 ):
     "What the workers have reported since; nothing when nobody passes it on any more."
     with contextlib.suppress(OSError, EOFError):
-        while not queue.empty(): yield queue.get()
+        while not queue.empty():
+            yield queue.get()
 
 # %% ../../nbs/study/run.ipynb #50b775c5
 def here(
-    tasks:list,   # of `Task`
-    study:Study,  # the study
-    tell:Callable, # called with (task, row) after each epoch
+    tasks: list,  # of `Task`
+    study: Study,  # the study
+    tell: Callable,  # called with (task, row) after each epoch
 ):
     "Run trainings in this process."
     device = "auto" if torch.cuda.is_available() else "cpu"
     for task in tasks:
-        def of_task(row): tell(task, row)
+
+        def of_task(row):
+            tell(task, row)
+
         do(task, study.config, study.folder, device, of_task)
+
 
 def check_guard():
     """`InputError` if worker processes, which import the running script, would run it again from
     its first line."""
     path = getattr(sys.modules["__main__"], "__file__", None)
-    if not path or not Path(path).is_file(): return # a notebook, or `python -c`: nothing is imported
-    try: lines = ast.parse(Path(path).read_bytes()).body
-    except (SyntaxError, ValueError): return
+    if not path or not Path(path).is_file():
+        return  # a notebook, or `python -c`: nothing is imported
+    try:
+        lines = ast.parse(Path(path).read_bytes()).body
+    except (SyntaxError, ValueError):
+        return
     tests = [ast.unparse(line.test) for line in lines if isinstance(line, ast.If)]
     if not any("__name__" in t for t in tests):
-        raise InputError(f"{path}: worker processes import this script, so put the call of "
-                         "run_study under `if __name__ == \"__main__\":`, or pass workers=1 to "
-                         "train in this process.")
+        raise InputError(
+            f"{path}: worker processes import this script, so put the call of "
+            'run_study under `if __name__ == "__main__":`, or pass workers=1 to '
+            "train in this process."
+        )
 
 # %% ../../nbs/study/run.ipynb #0d0168a7
 def in_processes(
-    tasks:list,    # of `Task`
-    study:Study,   # the study
-    tell:Callable, # called with (task, row) after each epoch
-    workers:int,   # processes
+    tasks: list,  # of `Task`
+    study: Study,  # the study
+    tell: Callable,  # called with (task, row) after each epoch
+    workers: int,  # processes
 ):
     "Run trainings in worker processes; the first failure stops the rest and is raised here."
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing.managers import SyncManager
+
     check_guard()
-    context, me = multiprocessing.get_context("spawn"), (os.getpid(),)
+    context = multiprocessing.get_context("spawn")
+    me = (os.getpid(),)
     manager = SyncManager(ctx=context)
-    manager.start(end_with_parent, me) # a process too: it must not outlive this one
+    manager.start(end_with_parent, me)  # a process too: it must not outlive this one
     with manager, ProcessPoolExecutor(workers, context, end_with_parent, me) as pool:
         queue = manager.Queue()
         waiting = {pool.submit(do_in_worker, t, study.config, study.folder, queue) for t in tasks}
-        try: watch(waiting, queue, tell)
+        try:
+            watch(waiting, queue, tell)
         except BrokenProcessPool as e:
-            raise InputError("a worker process was killed; most often the memory was full. Give "
-                             "fewer workers; the same command goes on where it was.") from e
+            raise InputError(
+                "a worker process was killed; most often the memory was full. Give "
+                "fewer workers; the same command goes on where it was."
+            ) from e
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
+# %% ../../nbs/study/run.ipynb #325a482e
 def watch(
-    waiting:set,   # of futures
-    queue,         # of the workers' reports
-    tell:Callable, # called with (task, row)
+    waiting: set,  # of futures
+    queue,  # of the workers' reports
+    tell: Callable,  # called with (task, row)
 ):
     "Pass reports on until all futures are done; the first failure is raised."
     from concurrent.futures import FIRST_EXCEPTION, wait
+
     while waiting:
-        done, waiting = wait(waiting, timeout=.5, return_when=FIRST_EXCEPTION)
-        for report in heard(queue): tell(*report)
-        for future in done: future.result()
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for report in heard(queue):
+            tell(*report)
+        for future in done:
+            future.result()
 
 # %% ../../nbs/study/run.ipynb #15ab79e7
 def with_whole_paths(
-    config:StudyConfig, # a study
-)->StudyConfig: # the same, whatever folder a worker was started in
+    config: StudyConfig,  # a study
+) -> StudyConfig:  # the same, whatever folder a worker was started in
     "Paths from the root on; phantoms have none."
     paths = dict(data=config.images.data, teacher_weights=config.teacher.teacher_weights)
     there = {k: str(Path(p).resolve()) for k, p in paths.items() if p and Path(p).exists()}
     return config.change(**there)
 
+
 def check_threads(
-    client,      # of a Dask cluster
-    address:str, # its scheduler, for the message
+    client,  # of a Dask cluster
+    address: str,  # its scheduler, for the message
 ):
     "`InputError` for workers that would run several trainings in one process."
     several = [worker for worker, n in client.nthreads().items() if n > 1]
     if several:
-        raise InputError(f"scheduler={address!r}: worker {several[0]} has several threads, and "
-                         "trainings in one process disturb each other's random states. Start "
-                         "workers with --nthreads 1, one a core.")
+        raise InputError(
+            f"scheduler={address!r}: worker {several[0]} has several threads, and "
+            "trainings in one process disturb each other's random states. Start "
+            "workers with --nthreads 1, one a core."
+        )
 
 # %% ../../nbs/study/run.ipynb #72b91896
 def on_cluster(
-    tasks:list,    # of `Task`
-    study:Study,   # the study
-    tell:Callable, # called with (task, row) when a training is over
-    address:str,   # of a Dask scheduler, e.g. "tcp://node7:8786"
+    tasks: list,  # of `Task`
+    study: Study,  # the study
+    tell: Callable,  # called with (task, row) when a training is over
+    address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
 ):
     """Run trainings on a Dask cluster whose workers see the same folders. `InputError` if nobody
     answers, or if a worker saw another file system."""
     client = cluster_client(address, "scheduler")
     from dask import distributed
-    place, config = Path(study.folder).resolve(), with_whole_paths(study.config)
+
+    place = Path(study.folder).resolve()
+    config = with_whole_paths(study.config)
     with client, client.as_current():
         check_threads(client, address)
         futures = {client.submit(do, t, config, place, "cpu", pure=False): t for t in tasks}
@@ -165,50 +213,61 @@ def on_cluster(
             future.result()
             task = futures[future]
             if not finished(study.folder, task):
-                raise InputError(f"{task.place(study.folder)} is not there: the workers of the "
-                                 "cluster must see the same folders.")
+                raise InputError(
+                    f"{task.place(study.folder)} is not there: the workers of the "
+                    "cluster must see the same folders."
+                )
             tell(task, None)
 
 # %% ../../nbs/study/run.ipynb #4e3641f7
 def phases(
-    study:Study, # the study, with a folder
-    seeds:list,  # its seeds
-)->list: # of lists of `Task` that are not finished; those of a list may run side by side
+    study: Study,  # the study, with a folder
+    seeds: list,  # its seeds
+) -> list:  # of lists of `Task` that are not finished; those of a list may run side by side
     "What is left to do."
     arms = study.config.arms
-    order = [teacher_tasks(study, seeds) + pretrain_tasks(study, seeds),
-             arm_tasks([a for a in arms if not a.reuses], seeds),
-             arm_tasks([a for a in arms if a.reuses], seeds)]
+    order = [
+        teacher_tasks(study, seeds) + pretrain_tasks(study, seeds),
+        arm_tasks([a for a in arms if not a.reuses], seeds),
+        arm_tasks([a for a in arms if a.reuses], seeds),
+    ]
     return [[t for t in tasks if not finished(study.folder, t)] for tasks in order]
 
+
 def teacher_tasks(
-    study:Study, # the study
-    seeds:list,  # its seeds
-)->list: # of `TeacherTask`
+    study: Study,  # the study
+    seeds: list,  # its seeds
+) -> list:  # of `TeacherTask`
     "The experts that the arms learn or start from."
-    if not any(map(needs_expert, study.config.arms)): return []
+    if not any(map(needs_expert, study.config.arms)):
+        return []
     numbers = {s % study.config.teacher.teachers for s in seeds}
     return [TeacherTask(seed=n) for n in sorted(numbers)]
 
+
 def arm_tasks(
-    arms:list,  # of `Arm`
-    seeds:list, # seeds
-)->list: # of `ArmTask`
+    arms: list,  # of `Arm`
+    seeds: list,  # seeds
+) -> list:  # of `ArmTask`
     "Every arm with every seed."
     return [ArmTask(a.name, s) for s in seeds for a in arms]
 
 # %% ../../nbs/study/run.ipynb #ae0b053d
 class Advance:
     "Moves one bar for all trainings."
-    def __init__(self,
-        bar,        # of `progress`
-        study:Study, # the study
-    ):
-        self.bar, self.study = bar, study
 
-    def __call__(self,
-        task:Task, # a training
-        row,       # of its history; None: it is over
+    def __init__(
+        self,
+        bar,  # of `progress`
+        study: Study,  # the study
+    ):
+        self.bar = bar
+        self.study = study
+
+    def __call__(
+        self,
+        task: Task,  # a training
+        row,  # of its history; None: it is over
     ):
         "An epoch is over, or all of them."
         steps = self.study.config.training.steps
@@ -219,34 +278,42 @@ class Advance:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
 
+# %% ../../nbs/study/run.ipynb #972b04f5
 def train_all(
-    study:Study,      # the study, with a folder
-    seeds:list,       # its seeds
-    workers:int=0,    # processes; 0: one a core; 1: this one
-    scheduler:str="", # address of a Dask cluster instead
+    study: Study,  # the study, with a folder
+    seeds: list,  # its seeds
+    workers: int = 0,  # processes; 0: one a core; 1: this one
+    scheduler: str = "",  # address of a Dask cluster instead
 ):
     "Train what is not finished."
     todo = phases(study, seeds)
-    batches = sum(t.length(study) for tasks in todo[:2] for t in tasks) * study.config.training.steps
+    batches = (
+        sum(t.length(study) for tasks in todo[:2] for t in tasks) * study.config.training.steps
+    )
     with contextlib.closing(progress(batches, "training", enabled=any(todo))) as bar:
         tell = Advance(bar, study)
         for tasks in todo:
             processes = min(workers or cores(), len(tasks))
-            if scheduler and tasks: on_cluster(tasks, study, tell, scheduler)
-            elif processes > 1 and not torch.cuda.is_available(): in_processes(tasks, study, tell, processes)
-            else: here(tasks, study, tell)
+            if scheduler and tasks:
+                on_cluster(tasks, study, tell, scheduler)
+            elif processes > 1 and not torch.cuda.is_available():
+                in_processes(tasks, study, tell, processes)
+            else:
+                here(tasks, study, tell)
 
 # %% ../../nbs/study/run.ipynb #37511330
 def run_study(
-    folder,             # run folder; made if missing
-    config:StudyConfig, # what to run
-    seeds:list,         # seeds, e.g. [0, 1, 2, 3, 4]
-    workers:int=0,      # processes on the CPU; 0: one a core; 1: this process. On a GPU everything runs in this process
-    scheduler:str="",   # address of a Dask cluster whose workers see the same folders, e.g. "tcp://node7:8786"; empty: this machine
-)->list: # rows, one per case, arm and seed (also in metrics.csv)
+    folder,  # run folder; made if missing
+    config: StudyConfig,  # what to run
+    seeds: list,  # seeds, e.g. [0, 1, 2, 3, 4]
+    workers: int = 0,  # processes on the CPU; 0: one a core; 1: this process. On a GPU everything runs in this process
+    scheduler: str = "",  # address of a Dask cluster whose workers see the same folders, e.g. "tcp://node7:8786"; empty: this machine
+) -> list:  # rows, one per case, arm and seed (also in metrics.csv)
     """Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused
     if it belongs to another study or to other data."""
-    study, seeds, workers = Study(config, folder), check_seeds(seeds), as_python(workers)
+    study = Study(config, folder)
+    seeds = check_seeds(seeds)
+    workers = as_python(workers)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
     check_outside(study)
@@ -254,46 +321,62 @@ def run_study(
     with holding(study.folder):
         known_seeds, known_arms = claim_folder(study, seeds)
         clear_parts(study.folder, deep=True)
-        for seed in seeds: keep_splits(study.folder, config.images, config.split, seed)
+        for seed in seeds:
+            keep_splits(study.folder, config.images, config.split, seed)
         train_all(study, seeds, workers, scheduler)
         known = known_tasks(study, known_seeds, known_arms)
         done = [t for t in known if finished(study.folder, t)]
         warn_of_lost(study, known, done)
         return collect(study.folder, done)
 
+# %% ../../nbs/study/run.ipynb #d50b3f42
 def warn_of_lost(
-    study:Study, # the study
-    known:list,  # every `Task` that the folder may hold
-    done:list,   # those that are finished
+    study: Study,  # the study
+    known: list,  # every `Task` that the folder may hold
+    done: list,  # those that are finished
 ):
     "Trainings that were begun under other arms or seeds and are not in the tables are named."
     begun = {f"{t.name} {t.seed}" for t in known if t.place(study.folder).exists()}
     if lost := sorted(begun - {f"{t.name} {t.seed}" for t in done}):
-        warnings.warn(f"not in the tables, because not finished: {', '.join(lost)}. Give their arms "
-                      "and seeds to finish them.")
+        warnings.warn(
+            f"not in the tables, because not finished: {', '.join(lost)}. Give their arms "
+            "and seeds to finish them."
+        )
 
 # %% ../../nbs/study/run.ipynb #6e15cfdd
 def export_student(
-    study:Study,  # a finished study, with its folder
-    rows:list,    # its scores
-    arm:str="distilled", # which arm
-    seed:int=0,   # which seed
-)->Path: # the student's folder
+    study: Study,  # a finished study, with its folder
+    rows: list,  # its scores
+    arm: str = "distilled",  # which arm
+    seed: int = 0,  # which seed
+) -> Path:  # the student's folder
     "Save a trained student with its recipe and its card to `folder/student`."
-    student, data = train(study, ArmTask(arm, seed)).student, study.data(seed)
+    student = train(study, ArmTask(arm, seed)).student
+    data = study.data(seed)
     own = [r for r in rows if r["arm"] == arm and r["seed"] == seed]
     images = study.config.images
-    card = dict(data=images.data, modality=images.student, teacher=images.teacher, arm=arm, seed=seed,
-                labelled=len(data.student_train), labelled_groups=len(set(data.student_train.groups)),
-                test_cases=len(own), test_groups=len({r["group"] for r in own}), scores=mean_scores(own),
-                study=study.fingerprint()[:12])
-    student.save(Path(study.folder)/"student", card=card)
-    return Path(study.folder)/"student"
+    card = dict(
+        data=images.data,
+        modality=images.student,
+        teacher=images.teacher,
+        arm=arm,
+        seed=seed,
+        labelled=len(data.student_train),
+        labelled_groups=len(set(data.student_train.groups)),
+        test_cases=len(own),
+        test_groups=len({r["group"] for r in own}),
+        scores=mean_scores(own),
+        study=study.fingerprint()[:12],
+    )
+    student.save(Path(study.folder) / "student", card=card)
+    return Path(study.folder) / "student"
+
 
 def mean_scores(
-    rows:list, # scores of one arm and seed
-)->dict: # metric -> mean over the cases that have it
+    rows: list,  # scores of one arm and seed
+) -> dict:  # metric -> mean over the cases that have it
     "The scores for a card."
     import numpy as np
+
     metrics = ("dsc", "hd95", "aji", "pq")
     return {m: float(np.nanmean([r[m] for r in rows if m in r])) for m in metrics}

@@ -16,93 +16,119 @@ from ..methods.registry import Pretrained, method_class
 from ..networks.registry import load_weights
 from .arms import Arm
 from .study import Study
-from .trainings import (PretrainTask, TeacherTask, finished, pretrained_name,
-                                         pretraining)
+from unpaired_kd.study.trainings import (
+    PretrainTask,
+    TeacherTask,
+    finished,
+    pretrained_name,
+    pretraining,
+)
 from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/study/school.ipynb #298574e8
 class School:
     "Gives an arm its student and its teacher."
-    def __init__(self,
-        study:Study, # the study
-        arm:Arm,     # one of its arms
-        seed:int,    # seed
+
+    def __init__(
+        self,
+        study: Study,  # the study
+        arm: Arm,  # one of its arms
+        seed: int,  # seed
     ):
-        self.study, self.arm, self.seed = study, arm, seed
+        self.study = study
+        self.arm = arm
+        self.seed = seed
         self.images = study.patches(study.data(seed).teacher_train, seed, "teacher")
         self.task = TeacherTask(seed=seed % study.config.teacher.teachers)
 
-    def trained(self)->nn.Module:
+    def trained(self) -> nn.Module:
         "The trained teacher, frozen. `InputError` when it has not been trained."
-        net, place = self.study.teacher_network(self.task.seed), self.task.place(self.study.folder)
+        net = self.study.teacher_network(self.task.seed)
+        place = self.task.place(self.study.folder)
         if not finished(self.study.folder, self.task):
             raise InputError(f"{place} is not finished: train the teacher first.")
-        load_weights(net, load_checkpoint(place/"last.pt")["networks"]["student"], place/"last.pt")
+        load_weights(
+            net, load_checkpoint(place / "last.pt")["networks"]["student"], place / "last.pt"
+        )
         return net.eval().requires_grad_(False)
 
-    def blank(self)->nn.Module:
+    def blank(self) -> nn.Module:
         "A teacher that never learned, frozen; it has seen the brightness of its images."
         seen = [self.images.batch(10**9 + i).image for i in range(8)]
         return placebo(self.study.teacher_network(self.task.seed), seen, self.seed)
 
-    def started(self,
-        net:nn.Module, # fresh
-    )->nn.Module: # the network as the arm starts it
+    def started(
+        self,
+        net: nn.Module,  # fresh
+    ) -> nn.Module:  # the network as the arm starts it
         "Fresh, or a copy of the teacher or of the placebo."
-        if self.arm.start == "scratch": return net
+        if self.arm.start == "scratch":
+            return net
         return copy_weights(net, self.trained() if self.arm.start == "teacher" else self.blank())
 
-    def student(self)->nn.Module:
+    def student(self) -> nn.Module:
         "The network to train."
         return self.started(self.study.network(self.study.config.student, self.seed, "student"))
 
 # %% ../../nbs/study/school.ipynb #e6a9988a
 @patch
-def expert(self:School)->nn.Module:
+def expert(self: School) -> nn.Module:
     "A teacher that stays as it is."
     return self.blank() if self.arm.teacher == "placebo" else self.trained()
 
+
 @patch
-def peer(self:School,
-    of:str="teacher", # whose architecture: teacher | student
-)->nn.Module:
+def peer(
+    self: School,
+    of: str = "teacher",  # whose architecture: teacher | student
+) -> nn.Module:
     "A second network that learns too; as a placebo one that does not."
-    if self.arm.teacher == "placebo": return self.blank()
+    if self.arm.teacher == "placebo":
+        return self.blank()
     config = self.study.config
     network = config.teacher.network(config.student) if of == "teacher" else config.student
     return self.started(self.study.network(network, self.seed, "second"))
 
+
 @patch
-def pretrained(self:School,
-    kind:Pretrained, # how it is trained
-)->nn.Module:
+def pretrained(
+    self: School,
+    kind: Pretrained,  # how it is trained
+) -> nn.Module:
     """A teacher that was trained before, on the student's images; as a placebo a fresh one, which
     has seen the images' scale and nothing else. `InputError` when it has not been trained."""
-    study, student = self.study, self.study.network(self.study.config.student, self.seed, "student")
-    method, name = pretraining(study, self.arm, student, self.seed), pretrained_name(study, self.arm)
-    if name: load_pretrained(study, PretrainTask(name, self.seed), method)
-    else: method.begin(method.stages()[0], lambda i: self.unlabelled().batch(10**9 + i))
+    study = self.study
+    student = self.study.network(self.study.config.student, self.seed, "student")
+    method = pretraining(study, self.arm, student, self.seed)
+    name = pretrained_name(study, self.arm)
+    if name:
+        load_pretrained(study, PretrainTask(name, self.seed), method)
+    else:
+        method.begin(method.stages()[0], lambda i: self.unlabelled().batch(10**9 + i))
     return method.student.eval().requires_grad_(False)
 
 # %% ../../nbs/study/school.ipynb #2ce35177
 @patch
-def unlabelled(self:School)->Unpaired:
+def unlabelled(self: School) -> Unpaired:
     "Batches of the student's images without labels."
     rest = self.study.data(self.seed).student_rest
     moves_only = method_class(self.arm.method).moves_only
     return Unpaired({"unlabelled": self.study.patches(rest, self.seed, "unlabelled", moves_only)})
 
+
 def load_pretrained(
-    study:Study,       # the study
-    task:PretrainTask, # a finished training
-    method,            # the fresh method that was trained
+    study: Study,  # the study
+    task: PretrainTask,  # a finished training
+    method,  # the fresh method that was trained
 ):
     "Fill a method's networks. `InputError` when they have not been trained, or are others."
-    path = task.place(study.folder)/"last.pt"
+    path = task.place(study.folder) / "last.pt"
     if not finished(study.folder, task):
         raise InputError(f"{path.parent} is not finished: train the arm's teacher first.")
     saved = load_checkpoint(path).get("networks", {})
     if set(saved) != set(method.networks):
-        raise InputError(f"{path} holds {', '.join(saved) or 'nothing'}, not the networks of "
-                         f"{task.name!r}.")
-    for name, state in saved.items(): load_weights(method.networks[name], state, path)
+        raise InputError(
+            f"{path} holds {', '.join(saved) or 'nothing'}, not the networks of {task.name!r}."
+        )
+    for name, state in saved.items():
+        load_weights(method.networks[name], state, path)

@@ -23,17 +23,23 @@ def _check_classes(recipe, collection, arm):
     name = collection.name
     if not len(collection):
         raise InputError(f"collection {name!r} is empty: there is nothing to evaluate.")
-    if recipe is None or len(recipe.classes) == len(collection.classes): return
-    raise InputError(f"arm {arm!r} predicts {len(recipe.classes)} classes {tuple(recipe.classes)}, "
-                     f"but collection {name!r} has {len(collection.classes)}: "
-                     f"{tuple(collection.classes)}.")
+    if recipe is None or len(recipe.classes) == len(collection.classes):
+        return
+    raise InputError(
+        f"arm {arm!r} predicts {len(recipe.classes)} classes {tuple(recipe.classes)}, "
+        f"but collection {name!r} has {len(collection.classes)}: "
+        f"{tuple(collection.classes)}."
+    )
+
 
 def _objects(found, label, drawn, spacing, names, recipe, cells):
     "Objects of the prediction and of the label: both sides are cut, or neither is."
     method = getattr(recipe, "instances", "components")
     cut = cells
-    if cut is None: cut = getattr(recipe, "cells", None)
-    if cut is None: cut = drawn is not None or method == "watershed"
+    if cut is None:
+        cut = getattr(recipe, "cells", None)
+    if cut is None:
+        cut = drawn is not None or method == "watershed"
     least = getattr(recipe, "min_size", 0)
     objects = instances_of(found, names, None, least, method, cut, spacing)
     if method == "none" or (len(names) > 2 and not cut):
@@ -42,14 +48,14 @@ def _objects(found, label, drawn, spacing, names, recipe, cells):
 
 # %% ../../nbs/study/statistics.ipynb #dfb36709
 def evaluate(
-    student,         # has `.predict(image)`: native (C,*s) or (*s) to class map (*s)
-    collection,      # labelled `Collection` to score on
-    arm:str,         # name of this way of training
-    seed:int,        # seed of this training
-    cells:bool=None, # True: classes consist of objects; False: each is one region; None: see below
-    tolerance:float=3., # of the surface Dice: mm, or pixels where the spacing is not known
-    topology:bool=False, # add clDice, its two parts and the Betti errors of the foreground
-)->list: # dicts, one per case: who and what, dsc, hd95, aji, pq, sdsc, missed, dsc_<class> ...
+    student,  # has `.predict(image)`: native (C,*s) or (*s) to class map (*s)
+    collection,  # labelled `Collection` to score on
+    arm: str,  # name of this way of training
+    seed: int,  # seed of this training
+    cells: bool = None,  # True: classes consist of objects; False: each is one region; None: see below
+    tolerance: float = 3.0,  # of the surface Dice: mm, or pixels where the spacing is not known
+    topology: bool = False,  # add clDice, its two parts and the Betti errors of the foreground
+) -> list:  # dicts, one per case: who and what, dsc, hd95, aji, pq, sdsc, missed, dsc_<class> ...
     """Score `student` on the native image of every case. `cells` matters with three classes or
     more; None: as the student's recipe says, else objects if they are drawn or the recipe cuts by
     watershed. `topology` adds cldice, tprec, tsens, betti0, betti1 and betti2 (every class above 0
@@ -61,39 +67,56 @@ def evaluate(
     for i, case in enumerate(collection.cases):
         image, label, drawn, spacing = collection.native(i)
         if label is None:
-            raise InputError(f"case {case.id!r} of {collection.name!r} has no label. "
-                             "Evaluate on labelled cases only.")
+            raise InputError(
+                f"case {case.id!r} of {collection.name!r} has no label. "
+                "Evaluate on labelled cases only."
+            )
         found = np.asarray(student.predict(image))
         if found.shape != label.shape:
-            raise InputError(f"case {case.id!r}: the prediction has shape {found.shape} "
-                             f"and the label {label.shape}.")
+            raise InputError(
+                f"case {case.id!r}: the prediction has shape {found.shape} "
+                f"and the label {label.shape}."
+            )
         objects, truth = _objects(found, label, drawn, spacing, names, recipe, cells)
-        scores = case_metrics(found, label, objects, truth, spacing, names,
-                              tolerance=tolerance, topology=topology)
-        rows.append(dict(arm=arm, seed=int(seed), collection=collection.name, case=case.id,
-                         group=case.group, label_group=case.label_group,
-                         hd95_unit="px" if spacing is None else "mm", **scores))
+        scores = case_metrics(
+            found, label, objects, truth, spacing, names, tolerance=tolerance, topology=topology
+        )
+        rows.append(
+            dict(
+                arm=arm,
+                seed=int(seed),
+                collection=collection.name,
+                case=case.id,
+                group=case.group,
+                label_group=case.label_group,
+                hd95_unit="px" if spacing is None else "mm",
+                **scores,
+            )
+        )
     return rows
 
 # %% ../../nbs/study/statistics.ipynb #844bcf5d
-NOISE = 1e-12 # a spread below this share of the mean is rounding noise
+NOISE = 1e-12  # a spread below this share of the mean is rounding noise
+
 
 def p_value(
-    mean, # mean difference
-    se,   # its standard error, same shape and unit
-    df,   # degrees of freedom
-)->np.ndarray: # two-sided p-value of Student's t; NaN where the error is zero
+    mean,  # mean difference
+    se,  # its standard error, same shape and unit
+    df,  # degrees of freedom
+) -> np.ndarray:  # two-sided p-value of Student's t; NaN where the error is zero
     "Two-sided p-value of a mean with a standard error. Without an error there is no test: NaN."
     from scipy.special import stdtr
-    mean, se = np.asarray(mean, float), np.asarray(se, float)
+
+    mean = np.asarray(mean, float)
+    se = np.asarray(se, float)
     spread = se > NOISE * np.abs(mean)
     t = np.abs(mean) / np.where(spread, se, 1)
     return np.where(spread, 2 * stdtr(df, -t), np.nan)
 
 # %% ../../nbs/study/statistics.ipynb #fab43708
 def t_test(
-    d, # differences (..., n), n at least 2: one per patient, case or seed
-)->np.ndarray: # p-value of shape (...)
+    d,  # differences (..., n), n at least 2: one per patient, case or seed
+) -> np.ndarray:  # p-value of shape (...)
     "Paired t-test on differences; NaN if all are equal."
     d = np.asarray(d, float)
     n = d.shape[-1]
@@ -103,9 +126,9 @@ def t_test(
 
 # %% ../../nbs/study/statistics.ipynb #8053c3a0
 def without_noise(
-    d,                # differences, any shape; NaN: none
-    largest:float=0., # largest number that was subtracted, same unit; 0: take the differences
-)->np.ndarray: # the same, rounded to twelve digits of the largest
+    d,  # differences, any shape; NaN: none
+    largest: float = 0.0,  # largest number that was subtracted, same unit; 0: take the differences
+) -> np.ndarray:  # the same, rounded to twelve digits of the largest
     "Differences without their rounding noise, so that equal ones are equal, in any unit."
     d = np.asarray(d, float)
     size = np.nanmax(np.abs(d), initial=largest)
@@ -113,11 +136,13 @@ def without_noise(
         return d
     return np.round(d, 12 - math.ceil(math.log10(size)))
 
+
 def wilcoxon(
-    d, # differences (n,)
-)->float: # two-sided p-value; NaN if all differences are equal
+    d,  # differences (n,)
+) -> float:  # two-sided p-value; NaN if all differences are equal
     "Wilcoxon signed-rank test. Zeros are left out, ties share a rank; exact where it can be."
     from scipy.stats import wilcoxon as test
+
     d = without_noise(d)
     if not len(d) or np.ptp(d) == 0:
         return float("nan")
@@ -128,24 +153,25 @@ def wilcoxon(
 
 # %% ../../nbs/study/statistics.ipynb #29c28936
 def two_way(
-    d, # differences (..., G, S): patients x seeds, each at least 2; NaN: not tested
-)->tuple: # (mean over cells, standard error, degrees of freedom), each of shape (...)
+    d,  # differences (..., G, S): patients x seeds, each at least 2; NaN: not tested
+) -> tuple:  # (mean over cells, standard error, degrees of freedom), each of shape (...)
     """Mean of a patients x seeds table, with the error that holds for new patients and new seeds
     (crossed random effects). NaN: that seed did not test that patient; all tables
     have the same holes."""
     d = np.asarray(d, float)
     G, S = d.shape[-2:]
     g, s = np.nonzero(~np.isnan(d.reshape(-1, G, S)[0]))
-    y = d[..., g, s]                                       # cells (...,N)
-    X = np.concatenate([np.eye(G)[g], np.eye(S)[s]], 1)    # their design (N,G+S)
+    y = d[..., g, s]  # cells (...,N)
+    X = np.concatenate([np.eye(G)[g], np.eye(S)[s]], 1)  # their design (N,G+S)
     N = len(g)
-    left = max(N - np.linalg.matrix_rank(X), 0)            # degrees of freedom of the rest
+    left = max(N - np.linalg.matrix_rank(X), 0)  # degrees of freedom of the rest
     mean = y.mean(-1)
     r = y - mean[..., None]
-    a = G / (G - 1) * ((r @ X[:, :G])**2).sum(-1) / N**2
-    b = S / (S - 1) * ((r @ X[:, G:])**2).sum(-1) / N**2
+    a = G / (G - 1) * ((r @ X[:, :G]) ** 2).sum(-1) / N**2
+    b = S / (S - 1) * ((r @ X[:, G:]) ** 2).sum(-1) / N**2
     c = np.zeros_like(a)
-    if left: c = ((y - y @ np.linalg.pinv(X).T @ X.T)**2).sum(-1) / left / N
+    if left:
+        c = ((y - y @ np.linalg.pinv(X).T @ X.T) ** 2).sum(-1) / left / N
     v = np.maximum(a + b - c, np.maximum(a, b))
     with np.errstate(divide="ignore", invalid="ignore"):
         df = v**2 / (a**2 / (G - 1) + b**2 / (S - 1) + c**2 / max(left, 1))
@@ -157,8 +183,8 @@ ALARMS_OF_TWO = 13
 
 # %% ../../nbs/study/statistics.ipynb #08b05971
 def holm(
-    p, # p-values (K,); NaN (no test made) stays NaN and is not counted
-)->np.ndarray: # corrected p-values (K,), at most 1
+    p,  # p-values (K,); NaN (no test made) stays NaN and is not counted
+) -> np.ndarray:  # corrected p-values (K,), at most 1
     "Holm's correction: the chance of any false alarm among the K tests stays below the level."
     p = np.asarray(p, float)
     out = p.copy()
@@ -169,31 +195,34 @@ def holm(
     return out
 
 # %% ../../nbs/study/statistics.ipynb #cc0ae471
-FEW = 8 # patients from which on the interval is the bootstrap's; below, Student's t
+FEW = 8  # patients from which on the interval is the bootstrap's; below, Student's t
+
 
 def student_ci(
-    mean,            # mean difference
-    se,              # its standard error, same unit
-    df,              # degrees of freedom
-    level:float=.95, # confidence level
-)->tuple: # (low, high); NaN where the error is zero
+    mean,  # mean difference
+    se,  # its standard error, same unit
+    df,  # degrees of freedom
+    level: float = 0.95,  # confidence level
+) -> tuple:  # (low, high); NaN where the error is zero
     "Student's interval of a mean. Without an error there is none: NaN."
     from scipy.special import stdtrit
+
     half = stdtrit(df, (1 + level) / 2) * se if se > NOISE * abs(mean) else np.nan
     return float(mean - half), float(mean + half)
 
 # %% ../../nbs/study/statistics.ipynb #8d53aa76
 def bootstrap_ci(
-    values,           # one value per case (N,), for instance differences
-    groups=None,      # patient of each case (N,); None: each value is its own group
-    n:int=2000,       # bootstrap draws
-    seed:int=0,       # seed of the draws
-    level:float=.95,  # confidence level
-    expand:bool=True, # widen for few groups (Hesterberg 2015); False: plain percentiles
-    few:int=FEW,      # Student's t for fewer groups than this; 0: always the bootstrap
-)->tuple: # (low, high) for the mean over groups; NaN if all groups are equal
+    values,  # one value per case (N,), for instance differences
+    groups=None,  # patient of each case (N,); None: each value is its own group
+    n: int = 2000,  # bootstrap draws
+    seed: int = 0,  # seed of the draws
+    level: float = 0.95,  # confidence level
+    expand: bool = True,  # widen for few groups (Hesterberg 2015); False: plain percentiles
+    few: int = FEW,  # Student's t for fewer groups than this; 0: always the bootstrap
+) -> tuple:  # (low, high) for the mean over groups; NaN if all groups are equal
     "Interval of the mean over patients: Student's for few, else by drawing patients again."
     from scipy.special import ndtr, stdtrit
+
     values = np.asarray(values, float)
     if not np.isfinite(values).all():
         raise InputError("values hold NaN or infinity: leave those cases out of the interval.")
@@ -203,7 +232,8 @@ def bootstrap_ci(
     k = len(means)
     if k < 2:
         raise InputError(f"an interval needs at least 2 groups (patients), got {k}.")
-    mean, se = means.mean(), means.std(ddof=1) / np.sqrt(k)
+    mean = means.mean()
+    se = means.std(ddof=1) / np.sqrt(k)
     if k < few or not se > NOISE * abs(mean):
         return student_ci(mean, se, k - 1, level)
     tail = (1 - level) / 2
@@ -216,27 +246,33 @@ def bootstrap_ci(
 @dataclass
 class Paired:
     "One metric of several arms on the same (seed, case) rows; the reference is arm 0."
-    arms:list          # A names
-    values:np.ndarray  # (A,N)
-    seeds:np.ndarray   # (N,)
-    cases:np.ndarray   # (N,)
-    groups:np.ndarray  # (N,)
 
-    def by(self,
-        unit:str, # group | seed | case | both
-    )->np.ndarray: # (A,G), (A,S), (A,cases), or (A,G,S) with NaN where nothing was tested
+    arms: list  # A names
+    values: np.ndarray  # (A,N)
+    seeds: np.ndarray  # (N,)
+    cases: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,)
+
+    def by(
+        self,
+        unit: str,  # group | seed | case | both
+    ) -> np.ndarray:  # (A,G), (A,S), (A,cases), or (A,G,S) with NaN where nothing was tested
         """Means per unit: cases within a patient and seed first, then over seeds (group, case) or
         over patients (seed)."""
-        if unit not in UNITS: raise InputError(unknown("unit", unit, UNITS))
+        if unit not in UNITS:
+            raise InputError(unknown("unit", unit, UNITS))
         rows = self.cases if unit == "case" else self.groups
         _, g = np.unique(rows, return_inverse=True)
         _, s = np.unique(self.seeds, return_inverse=True)
         count = np.zeros((g.max() + 1, s.max() + 1))
         np.add.at(count, (g, s), 1)
         total = np.zeros((len(self.arms), *count.shape))
-        for t, v in zip(total, self.values): np.add.at(t, (g, s), v)
-        with np.errstate(invalid="ignore"): cells = total / np.where(count, count, np.nan)
+        for t, v in zip(total, self.values):
+            np.add.at(t, (g, s), v)
+        with np.errstate(invalid="ignore"):
+            cells = total / np.where(count, count, np.nan)
         return cells if unit == "both" else np.nanmean(cells, 1 if unit == "seed" else 2)
+
 
 UNITS = ("group", "seed", "case", "both")
 
@@ -248,41 +284,56 @@ def _by_arm(rows, metric):
     for r in rows:
         absent = [k for k in ("arm", "seed", "case", "group", metric) if k not in r]
         if absent:
-            raise InputError(f"a row of arm {r.get('arm')!r}, case {r.get('case')!r} has no "
-                             f"{absent[0]!r}. Its columns: {', '.join(r)}.")
+            raise InputError(
+                f"a row of arm {r.get('arm')!r}, case {r.get('case')!r} has no "
+                f"{absent[0]!r}. Its columns: {', '.join(r)}."
+            )
         key = (r["seed"], str(r["case"]))
         arm = table.setdefault(r["arm"], {})
         if key in arm:
-            raise InputError(f"arm {r['arm']!r} has two rows for seed {key[0]}, case {key[1]!r}. "
-                             "Was the same run added twice?")
+            raise InputError(
+                f"arm {r['arm']!r} has two rows for seed {key[0]}, case {key[1]!r}. "
+                "Was the same run added twice?"
+            )
         group = home.setdefault((r.get("collection"), r["case"]), r["group"])
         if group != r["group"]:
-            raise InputError(f"case {r['case']!r} belongs to two groups, {group!r} and "
-                             f"{r['group']!r}. A case has one patient.")
+            raise InputError(
+                f"case {r['case']!r} belongs to two groups, {group!r} and "
+                f"{r['group']!r}. A case has one patient."
+            )
         arm[key] = r
     return table
 
+# %% ../../nbs/study/statistics.ipynb #0ccbeded
 def _check_pairs(table, reference):
     "`InputError` where an arm has other images, cases or seeds than the reference."
-    def collection(arm): return next(iter(table[arm].values())).get("collection")
-    if reference not in table: raise InputError(unknown("reference arm", reference, table))
+
+    def collection(arm):
+        return next(iter(table[arm].values())).get("collection")
+
+    if reference not in table:
+        raise InputError(unknown("reference arm", reference, table))
     for name, arm in table.items():
         if collection(name) != collection(reference):
-            raise InputError(f"arm {name!r} was scored on {collection(name)!r}, the reference "
-                             f"{reference!r} on {collection(reference)!r}: there is nothing to "
-                             "pair. Leave that arm out.")
+            raise InputError(
+                f"arm {name!r} was scored on {collection(name)!r}, the reference "
+                f"{reference!r} on {collection(reference)!r}: there is nothing to "
+                "pair. Leave that arm out."
+            )
         odd = sorted(map(str, set(arm) ^ set(table[reference])))
         if odd:
-            raise InputError(f"arms {name!r} and {reference!r} have different (seed, case) rows, "
-                             f"for instance {odd[0]}. Score all arms on the same cases and seeds.")
+            raise InputError(
+                f"arms {name!r} and {reference!r} have different (seed, case) rows, "
+                f"for instance {odd[0]}. Score all arms on the same cases and seeds."
+            )
 
 # %% ../../nbs/study/statistics.ipynb #c4e07704
 def pair_rows(
-    rows:list,            # rows of `evaluate`, several arms and seeds
-    reference:str,        # the arm the others are compared with
-    metric:str="dsc",     # column to compare
-    missing:str="refuse", # a value that is NaN or infinite: refuse | drop (that case, in all arms)
-)->Paired: # arms x (seed, case)
+    rows: list,  # rows of `evaluate`, several arms and seeds
+    reference: str,  # the arm the others are compared with
+    metric: str = "dsc",  # column to compare
+    missing: str = "refuse",  # a value that is NaN or infinite: refuse | drop (that case, in all arms)
+) -> Paired:  # arms x (seed, case)
     "Line up the arms on equal cases; raise `InputError` where that cannot be done."
     table = _by_arm(rows, metric)
     _check_pairs(table, reference)
@@ -294,28 +345,34 @@ def pair_rows(
     good = np.isfinite(values).all(0)
     if missing == "refuse" and not good.all():
         a, n = np.argwhere(~np.isfinite(values))[0]
-        raise InputError(f"arm {arms[a]!r}, seed {keys[n][0]}, case {keys[n][1]!r}: {metric} is "
-                         f"{values[a, n]}. Choose a metric that is defined for empty masks, or "
-                         "pass missing='drop'.")
+        raise InputError(
+            f"arm {arms[a]!r}, seed {keys[n][0]}, case {keys[n][1]!r}: {metric} is "
+            f"{values[a, n]}. Choose a metric that is defined for empty masks, or "
+            "pass missing='drop'."
+        )
     keys = [k for k, ok in zip(keys, good) if ok]
-    if not keys: raise InputError(f"no case has a finite {metric} in every arm.")
+    if not keys:
+        raise InputError(f"no case has a finite {metric} in every arm.")
     _check_units(table, metric)
     seeds, cases = (np.array(names) for names in zip(*keys))
     groups = np.array([str(base[k]["group"]) for k in keys])
     return Paired(arms, values[:, good], seeds, cases, groups)
 
+
 def _check_units(table, metric):
     "`InputError` for distances in mm in some rows and in px in others."
     units = units_of([row for arm in table.values() for row in arm.values()], metric)
     if len(units) > 1:
-        raise InputError(f"{metric} is in {' in some rows and in '.join(units)} in others: there "
-                         "is nothing to average. Compare the cases of one unit, or another metric.")
+        raise InputError(
+            f"{metric} is in {' in some rows and in '.join(units)} in others: there "
+            "is nothing to average. Compare the cases of one unit, or another metric."
+        )
 
 # %% ../../nbs/study/statistics.ipynb #c4e07705
 def units_of(
-    rows:list,  # rows of `evaluate`
-    metric:str, # column name
-)->list: # "mm", "px", or both; empty for a metric that knows no length
+    rows: list,  # rows of `evaluate`
+    metric: str,  # column name
+) -> list:  # "mm", "px", or both; empty for a metric that knows no length
     "The units of length in which rows state a metric: distances, and the surface Dice's tolerance."
     if not metric.startswith(("hd", "assd", "sdsc")):
         return []
@@ -324,8 +381,8 @@ def units_of(
 
 # %% ../../nbs/study/statistics.ipynb #6f3f096a
 def sign_of(
-    metric:str, # column name
-)->int: # +1: larger is better; -1: smaller is better (distances, `missed`)
+    metric: str,  # column name
+) -> int:  # +1: larger is better; -1: smaller is better (distances, `missed`)
     "Which way a metric is better."
     return -1 if metric.startswith(("hd", "assd", "betti", "missed")) else 1
 
@@ -334,32 +391,43 @@ def _difference(d, unit, n_boot, seed):
     "Mean difference, interval and p-values of differences (n,), or (G,S) for the two-way test."
     n = d.shape[-1]
     student = unit in ("seed", "both") or n < FEW
-    mean, se, df = d.mean(), d.std(ddof=1) / np.sqrt(n), n - 1
+    mean = d.mean()
+    se = d.std(ddof=1) / np.sqrt(n)
+    df = n - 1
     if unit == "both":
         mean, se, df = two_way(d)
     low, high = student_ci(mean, se, df) if student else bootstrap_ci(d, n=n_boot, seed=seed)
     kind = "none" if np.isnan(low) else "Student's t" if student else "bootstrap"
     rank = float("nan") if unit == "both" else wilcoxon(d)
-    return dict(difference=float(mean), ci_low=low, ci_high=high, interval=kind,
-                p_t=float(p_value(mean, se, df)), p_wilcoxon=rank)
+    return dict(
+        difference=float(mean),
+        ci_low=low,
+        ci_high=high,
+        interval=kind,
+        p_t=float(p_value(mean, se, df)),
+        p_wilcoxon=rank,
+    )
 
 # %% ../../nbs/study/statistics.ipynb #ddd390a0
 def compare(
-    rows:list,            # rows of `evaluate`: several arms, the same cases and seeds
-    reference:str,        # the arm the others are compared with
-    metric:str="dsc",     # column to compare
-    unit:str="group",     # drawn anew: group (patients) | seed | case | both (patients and seeds)
-    n_boot:int=2000,      # bootstrap draws
-    seed:int=0,           # seed of the bootstrap
-    missing:str="refuse", # NaN or infinite values: refuse | drop (that case, in all arms)
-)->list: # dicts, reference first: means, difference, interval (and its kind), p (raw, Holm), seeds
+    rows: list,  # rows of `evaluate`: several arms, the same cases and seeds
+    reference: str,  # the arm the others are compared with
+    metric: str = "dsc",  # column to compare
+    unit: str = "group",  # drawn anew: group (patients) | seed | case | both (patients and seeds)
+    n_boot: int = 2000,  # bootstrap draws
+    seed: int = 0,  # seed of the bootstrap
+    missing: str = "refuse",  # NaN or infinite values: refuse | drop (that case, in all arms)
+) -> (
+    list
+):  # dicts, reference first: means, difference, interval (and its kind), p (raw, Holm), seeds
     "Every arm paired with the reference. `InputError` for unequal cases, duplicates, one unit."
     paired = pair_rows(rows, reference, metric, missing)
     values, cases, seeds = (paired.by(u) for u in (unit, "case", "seed"))
     groups = len(set(paired.groups))
     if min(values.shape[1:]) < 2:
-        what = dict(group="groups (patients)", seed="seeds", case="cases",
-                    both="groups and 2 seeds")[unit]
+        what = dict(
+            group="groups (patients)", seed="seeds", case="cases", both="groups and 2 seeds"
+        )[unit]
         there = f"{counted(groups, 'group')} and {counted(seeds.shape[1], 'seed')}"
         raise InputError(f'unit="{unit}" needs at least 2 {what}, got {there}.')
     nothing = dict.fromkeys(("difference", "ci_low", "ci_high", "p_t", "p_wilcoxon"), float("nan"))
@@ -371,11 +439,23 @@ def compare(
             test = _difference(without_noise(values[a] - values[0], size), unit, n_boot, seed)
         gain = without_noise(seeds[a] - seeds[0], size)
         scores = cases[a]
-        out.append(dict(
-            arm=arm, reference=reference, metric=metric, unit=unit, n_cases=len(scores),
-            n_groups=groups, n_seeds=len(gain), mean=float(scores.mean()),
-            sd=_sd(scores), **test, seed_differences=gain.tolist(), seed_sd=_sd(gain),
-            seeds_won=int((gain * sign_of(metric) > 0).sum())))
+        out.append(
+            dict(
+                arm=arm,
+                reference=reference,
+                metric=metric,
+                unit=unit,
+                n_cases=len(scores),
+                n_groups=groups,
+                n_seeds=len(gain),
+                mean=float(scores.mean()),
+                sd=_sd(scores),
+                **test,
+                seed_differences=gain.tolist(),
+                seed_sd=_sd(gain),
+                seeds_won=int((gain * sign_of(metric) > 0).sum()),
+            )
+        )
     for p in ("p_t", "p_wilcoxon"):
         for row, corrected in zip(out, holm([r[p] for r in out])):
             row[p + "_holm"] = float(corrected)

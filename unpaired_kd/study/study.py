@@ -27,113 +27,136 @@ from ..training.settings import Settings
 # %% ../../nbs/study/study.ipynb #07e5aea3
 class Study:
     "A comparison in a run folder. Opening it writes nothing."
-    def __init__(self,
-        config:StudyConfig, # what is compared
-        folder=None,        # run folder; None: only looked at
+
+    def __init__(
+        self,
+        config: StudyConfig,  # what is compared
+        folder=None,  # run folder; None: only looked at
     ):
-        self.config, self.folder = config, folder and Path(folder)
+        self.config = config
+        self.folder = folder and Path(folder)
         self.arms = {arm.name: arm for arm in config.arms}
         self._parts = {}
 
-    def arm(self,
-        name:str, # of an arm
-    )->Arm: # the arm
+    def arm(
+        self,
+        name: str,  # of an arm
+    ) -> Arm:  # the arm
         "An arm by name. `InputError` for a name that is not in the study."
-        if name not in self.arms: raise InputError(unknown("arm", name, self.arms))
+        if name not in self.arms:
+            raise InputError(unknown("arm", name, self.arms))
         return self.arms[name]
 
-    def options(self,
-        arm:Arm, # the arm
-    ): # its method's options, fitted to the patches; None for a method without options
+    def options(
+        self,
+        arm: Arm,  # the arm
+    ):  # its method's options, fitted to the patches; None for a method without options
         "A preset with the arm's changes."
-        try: return options_of(arm.method, arm.preset, arm.options, self.config.patches.patch)
-        except InputError as e: raise InputError(f"arm {arm.name!r}: {e}") from None
+        try:
+            return options_of(arm.method, arm.preset, arm.options, self.config.patches.patch)
+        except InputError as e:
+            raise InputError(f"arm {arm.name!r}: {e}") from None
 
-    def data(self,
-        seed:int, # decides who is tested and who is labelled
-    )->Data: # the parts of both collections
+    def data(
+        self,
+        seed: int,  # decides who is tested and who is labelled
+    ) -> Data:  # the parts of both collections
         "Who is in which part, for one seed."
         if seed not in self._parts:
             self._parts[seed] = split_data(self.config.images, self.config.split, seed, self.folder)
         return self._parts[seed]
 
     @cached_property
-    def channels(self)->int:
+    def channels(self) -> int:
         "3 if either modality is in colour, else 1."
         return max(c.channels for c in open_both(self.config.images))
 
     @cached_property
-    def classes(self)->int:
+    def classes(self) -> int:
         "Classes, background included."
         return len(open_both(self.config.images)[1].classes)
 
 # %% ../../nbs/study/study.ipynb #fbb6f201
 @patch
-def network(self:Study,
-    config:NetworkConfig, # architecture and size
-    seed:int,             # seed of the first weights
-    stream:str,           # what it is for
-)->nn.Module: # fresh
+def network(
+    self: Study,
+    config: NetworkConfig,  # architecture and size
+    seed: int,  # seed of the first weights
+    stream: str,  # what it is for
+) -> nn.Module:  # fresh
     "A network that fits the images."
     return build_network(config, self.config.patches, seed, stream, self.channels, self.classes)
 
+
 @patch
-def teacher_network(self:Study,
-    seed:int,             # number of the teacher, or another seed
-    stream:str="teacher", # what it is for
-)->nn.Module: # fresh
+def teacher_network(
+    self: Study,
+    seed: int,  # number of the teacher, or another seed
+    stream: str = "teacher",  # what it is for
+) -> nn.Module:  # fresh
     "A network of the teacher's architecture."
     return self.network(self.config.teacher.network(self.config.student), seed, stream)
 
 # %% ../../nbs/study/study.ipynb #53dd8b15
 @patch
-def patches(self:Study,
-    collection,            # images of one modality
-    seed:int,              # seed of the draws
-    stream:str,            # "student", "teacher" ...
-    moves_only:bool=False, # brightness and noise stay as they are
-)->Patches: # augmented patches
+def patches(
+    self: Study,
+    collection,  # images of one modality
+    seed: int,  # seed of the draws
+    stream: str,  # "student", "teacher" ...
+    moves_only: bool = False,  # brightness and noise stay as they are
+) -> Patches:  # augmented patches
     "Batches of one modality."
     return draw_patches(self.config.patches, collection, seed, stream, self.channels, moves_only)
 
+
 @patch
-def inference(self:Study,
-    net:nn.Module, # trained
-    collection,    # the modality that it reads
-)->Student: # the network with its recipe
+def inference(
+    self: Study,
+    net: nn.Module,  # trained
+    collection,  # the modality that it reads
+) -> Student:  # the network with its recipe
     "From an image file to a label map."
     return Student(net, recipe_of(self.config.scores, collection, net))
 
+
 @patch
-def settings(self:Study,
-    epochs:int, # length
-    device:str, # auto | cpu | cuda
-)->Settings: # for the learner
+def settings(
+    self: Study,
+    epochs: int,  # length
+    device: str,  # auto | cpu | cuda
+) -> Settings:  # for the learner
     "The learner's settings for one training."
     return replace(self.config.training, epochs=epochs, device=device, bars=False)
 
 # %% ../../nbs/study/study.ipynb #2fca7219
 @patch
-def common(self:Study)->dict:
+def common(self: Study) -> dict:
     "What all arms have in common, in flat names."
     same = {k: v for k, v in self.config.flat().items() if k not in ("data", *FREE)}
     path = self.config.teacher.teacher_weights
-    if not path: return same
+    if not path:
+        return same
     if not Path(path).is_file():
-        raise InputError(f"teacher_weights={path} is not there, or is no file. Give the last.pt "
-                         "of a teacher.")
+        raise InputError(
+            f"teacher_weights={path} is not there, or is no file. Give the last.pt of a teacher."
+        )
     return same | {"teacher_weights": file_sum(path)}
 
+
 @patch
-def fingerprint(self:Study)->str:
+def fingerprint(self: Study) -> str:
     "Digest of what all arms have in common."
     return digest(self.common(), 64)
 
+
 @patch
-def identity(self:Study,
-    *more, # what else decides the result: plain data
-)->list: # plain data
+def identity(
+    self: Study,
+    *more,  # what else decides the result: plain data
+) -> list:  # plain data
     "What must be the same when a training is resumed."
     return [self.common(), digest(contents(self.config.images), 64), *more]
 
-FREE = ("save_every", "tensorboard") # settings that may change from call to call
+
+FREE = ("save_every", "tensorboard")  # settings that may change from call to call

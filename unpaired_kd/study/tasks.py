@@ -26,169 +26,228 @@ from .rows import save_rows
 from .school import School
 from .statistics import evaluate
 from .study import Study
-from .trainings import (PretrainTask, Task, TeacherTask, finished, pretrained_name,
-                                         unfinished)
+from unpaired_kd.study.trainings import (
+    PretrainTask,
+    Task,
+    TeacherTask,
+    finished,
+    pretrained_name,
+    unfinished,
+)
 from ..training.learner import Learner
 
 # %% ../../nbs/study/tasks.ipynb #0bde302a
 @dataclass(frozen=True)
 class ArmTask(Task):
     "One arm with one seed."
+
     kind: ClassVar = "arm"
 
-    def before(self, study:Study)->list:
+    def before(self, study: Study) -> list:
         "The teacher that it learns or starts from, its pre-trained one, the arm that it reuses."
-        arm, tasks = study.arm(self.name), []
-        if needs_expert(arm): tasks.append(TeacherTask(seed=self.seed % study.config.teacher.teachers))
-        if name := pretrained_name(study, arm): tasks.append(PretrainTask(name, self.seed))
-        if arm.reuses: tasks.append(ArmTask(arm.reuses, self.seed))
+        arm = study.arm(self.name)
+        tasks = []
+        if needs_expert(arm):
+            tasks.append(TeacherTask(seed=self.seed % study.config.teacher.teachers))
+        if name := pretrained_name(study, arm):
+            tasks.append(PretrainTask(name, self.seed))
+        if arm.reuses:
+            tasks.append(ArmTask(arm.reuses, self.seed))
         return tasks
 
-    def trained(self, study:Study)->Arm:
+    def trained(self, study: Study) -> Arm:
         "The arm whose training it is: itself, or the one that it reuses."
         arm = study.arm(self.name)
         return study.arm(arm.reuses) if arm.reuses else arm
 
-    def length(self, study:Study)->int:
+    def length(self, study: Study) -> int:
         "Epochs, as its method counts them."
         arm = self.trained(study)
-        method, epochs = method_class(arm.method), study.config.training.epochs
+        method = method_class(arm.method)
+        epochs = study.config.training.epochs
         return method.length(study.options(arm), epochs)
 
-    def method(self, study:Study)->object:
+    def method(self, study: Study) -> object:
         "The method, with student and teacher. `InputError` when a teacher has not been trained."
         arm = self.trained(study)
         school = School(study, arm, self.seed)
         teacher = method_class(arm.method).teacher.give(school)
-        return make_method(arm.method, school.student(), teacher, study.options(arm),
-                           self.length(study), self.seed, arm.preset, arm.teacher != "placebo")
+        return make_method(
+            arm.method,
+            school.student(),
+            teacher,
+            study.options(arm),
+            self.length(study),
+            self.seed,
+            arm.preset,
+            arm.teacher != "placebo",
+        )
 
-    def facts(self, study:Study)->dict:
+    def facts(self, study: Study) -> dict:
         "The arm, and the weights of all that it learned from."
         return dict(arm=study.arm(self.name).record(), lessons=lessons(study, self))
 
 # %% ../../nbs/study/tasks.ipynb #bbab6a4c
 def needs_expert(
-    arm:Arm, # an arm
-)->bool: # whether a teacher of the other modality must have been trained
+    arm: Arm,  # an arm
+) -> bool:  # whether a teacher of the other modality must have been trained
     "Whether an arm starts from a trained teacher or learns from one that stays as it is."
     kind = method_class(arm.method).teacher
     return arm.start == "teacher" or (kind.trained and arm.teacher != "placebo")
 
+
 def lessons(
-    study:Study, # the study
-    task:Task,   # one of its trainings
-)->dict: # name of a finished training -> digest of its weights
+    study: Study,  # the study
+    task: Task,  # one of its trainings
+) -> dict:  # name of a finished training -> digest of its weights
     "The trainings that a training learns from, as they are now."
     places = [other.place(study.folder) for other in task.before(study)]
     return {p.name: record_of(p)["weights"] for p in places}
 
 # %% ../../nbs/study/tasks.ipynb #aed32503
 @patch
-def sources(self:ArmTask, study:Study)->dict: # name -> `Patches`
+def sources(self: ArmTask, study: Study) -> dict:  # name -> `Patches`
     "The batches that the arm draws; every arm of a seed draws the same student batches."
-    arm, data = self.trained(study), study.data(self.seed)
+    arm = self.trained(study)
+    data = study.data(self.seed)
     method = method_class(arm.method)
     images = {"student": data.student_train, "teacher": data.teacher_train}
     found = {name: study.patches(c, self.seed, name) for name, c in images.items()}
-    if arm.teacher == "shuffled": found["teacher"] = ShuffledLabels(found["teacher"], self.seed)
+    if arm.teacher == "shuffled":
+        found["teacher"] = ShuffledLabels(found["teacher"], self.seed)
     if "unlabelled" in method.draws(study.options(arm)):
-        found["unlabelled"] = study.patches(data.student_rest, self.seed, "unlabelled", method.moves_only)
+        found["unlabelled"] = study.patches(
+            data.student_rest, self.seed, "unlabelled", method.moves_only
+        )
     return found
 
+# %% ../../nbs/study/tasks.ipynb #a8d60954
 @patch
-def learner(self:ArmTask, study:Study, device:str, tell:Callable)->Learner:
+def learner(self: ArmTask, study: Study, device: str, tell: Callable) -> Learner:
     "The learner of the arm, or of the one that it reuses."
-    arm, data = self.trained(study), study.data(self.seed)
-    method, place = self.method(study), ArmTask(arm.name, self.seed).place(study.folder)
+    arm = self.trained(study)
+    data = study.data(self.seed)
+    method = self.method(study)
+    place = ArmTask(arm.name, self.seed).place(study.folder)
     keep_notes(place, method.records())
     valid = None
     if study.config.split.validation:
         valid = study.patches(data.student_valid, self.seed, "validation").eval_batches()
     own = ArmTask(arm.name, self.seed)
     identity = study.identity(arm.name, arm.record(), self.seed, lessons(study, own))
-    return Learner(method, Unpaired(self.sources(study), pairing=study.config.patches.pairing), place,
-                   seed=self.seed, settings=study.settings(self.length(study), device),
-                   weights=arm.weights, valid=valid, identity=identity, tell=tell)
+    return Learner(
+        method,
+        Unpaired(self.sources(study), pairing=study.config.patches.pairing),
+        place,
+        seed=self.seed,
+        settings=study.settings(self.length(study), device),
+        weights=arm.weights,
+        valid=valid,
+        identity=identity,
+        tell=tell,
+    )
 
 # %% ../../nbs/study/tasks.ipynb #b7dd9123
 @patch
-def student(self:ArmTask, study:Study, learner:Learner)->Student:
+def student(self: ArmTask, study: Study, learner: Learner) -> Student:
     "The student of the epoch that validation chose, else of the last one."
     learner.best_student()
-    arm, method = study.arm(self.name), learner.method
-    if arm.reuses: method.options = study.options(arm)
+    arm = study.arm(self.name)
+    method = learner.method
+    if arm.reuses:
+        method.options = study.options(arm)
     method.finish(learner._fixed)
     return study.inference(method.student, self.tested(study))
 
+
 def keep_notes(
-    place,      # folder of a training
-    notes:dict, # file name -> plain data that must be the same when it is resumed
+    place,  # folder of a training
+    notes: dict,  # file name -> plain data that must be the same when it is resumed
 ):
     "Write what a method wants on record. `InputError` if it is another one now."
     for name, note in notes.items():
-        path = Path(place)/name
+        path = Path(place) / name
         if path.exists() and read_json(path) != note:
-            raise InputError(f"{path}: the training that lies here learned from the "
-                             f"{path.stem} of another teacher. Restore that teacher, or delete "
-                             f"{path.parent}: the same command trains it again.")
-        if not path.exists(): write_json(path, note)
+            raise InputError(
+                f"{path}: the training that lies here learned from the "
+                f"{path.stem} of another teacher. Restore that teacher, or delete "
+                f"{path.parent}: the same command trains it again."
+            )
+        if not path.exists():
+            write_json(path, note)
 
 # %% ../../nbs/study/tasks.ipynb #88b93844
 @dataclass
 class Trained:
     "What a training leaves."
-    learner: Learner # its `method` holds all networks
-    student: Student # the network that is scored, with its recipe
+
+    learner: Learner  # its `method` holds all networks
+    student: Student  # the network that is scored, with its recipe
+
 
 def train(
-    study:Study,        # the study, with a folder
-    task:Task,          # one of its trainings
-    device:str="auto",  # auto | cpu | cuda
-    tell:Callable=lambda row: None, # called after each epoch
-)->Trained: # what came out
+    study: Study,  # the study, with a folder
+    task: Task,  # one of its trainings
+    device: str = "auto",  # auto | cpu | cuda
+    tell: Callable = lambda row: None,  # called after each epoch
+) -> Trained:  # what came out
     "Train (or load) what comes before a training, then the training itself, and score it."
     for other in task.before(study):
-        if not finished(study.folder, other): train(study, other, device, tell)
+        if not finished(study.folder, other):
+            train(study, other, device, tell)
     keep_splits(study.folder, study.config.images, study.config.split, task.split)
     todo = unfinished(study.folder, task)
     learner = task.learner(study, device, tell)
     learner.fit()
     student = task.student(study, learner)
-    if todo: keep_scores(study, task, learner, student)
+    if todo:
+        keep_scores(study, task, learner, student)
     return Trained(learner, student)
 
 # %% ../../nbs/study/tasks.ipynb #3a134e53
 def score(
-    study:Study,  # the study
-    student,      # has `.predict`
-    collection,   # what it is scored on; empty: no rows
-    name:str,     # of the rows
-    seed:int,     # of the rows
-)->list: # rows of `evaluate`
+    study: Study,  # the study
+    student,  # has `.predict`
+    collection,  # what it is scored on; empty: no rows
+    name: str,  # of the rows
+    seed: int,  # of the rows
+) -> list:  # rows of `evaluate`
     "The scores that a study keeps."
-    if not len(collection): return []
+    if not len(collection):
+        return []
     return evaluate(student, collection, arm=name, seed=seed, topology=study.config.scores.topology)
 
+# %% ../../nbs/study/tasks.ipynb #4c8546c8
 def keep_scores(
-    study:Study,     # the study
-    task:Task,       # a training
-    learner:Learner, # which has run
-    student:Student, # what came out
+    study: Study,  # the study
+    task: Task,  # a training
+    learner: Learner,  # which has run
+    student: Student,  # what came out
 ):
     """Score a training, write its scores and then, last of all, its record. `InputError` if images
     or labels were changed meanwhile."""
     rows = score(study, student, task.tested(study), task.name, task.seed)
-    place, now = task.place(study.folder), contents(study.config.images)
+    place = task.place(study.folder)
+    now = contents(study.config.images)
     try:
         check_data(study.folder, now)
     except InputError as e:
-        raise InputError(f"{e} Then delete {place}, which may have learned from the changed ones: "
-                         "the same command trains it again.") from None
-    save_rows(place/"metrics.csv", rows)
+        raise InputError(
+            f"{e} Then delete {place}, which may have learned from the changed ones: "
+            "the same command trains it again."
+        ) from None
+    save_rows(place / "metrics.csv", rows)
     possible = ("last.pt", "best.pt", "history.csv", "metrics.csv", *learner.method.records())
-    names = [n for n in possible if (place/n).exists()]
+    names = [n for n in possible if (place / n).exists()]
     networks = {"student": student.network} if task.kind == "arm" else learner.method.networks
     weights = {name: weights_digest(net) for name, net in networks.items()}
-    keep_record(place, names, task.key, cases=[r["case"] for r in rows], study=study.fingerprint(),
-                data=digest(now, 64), weights=digest(weights, 64), **task.facts(study))
+    keep_record(
+        place,
+        names,
+        task.key,
+        cases=[r["case"] for r in rows],
+        study=study.fingerprint(),
+        data=digest(now, 64),
+        weights=digest(weights, 64),
+        **task.facts(study),
+    )

@@ -28,47 +28,49 @@ from ..training.learner import Learner
 @dataclass(frozen=True)
 class Task:
     "One training of a study."
-    name: str             # of the training, and with the seed of its folder
-    seed: int             # seed
-    kind: ClassVar = ""   # teacher | first | arm
+
+    name: str  # of the training, and with the seed of its folder
+    seed: int  # seed
+    kind: ClassVar = ""  # teacher | first | arm
 
     @property
-    def key(self)->tuple:
+    def key(self) -> tuple:
         "(kind, name, seed), as records have it."
         return self.kind, self.name, self.seed
 
-    def place(self,
-        folder, # run folder
-    )->Path: # its own folder
+    def place(
+        self,
+        folder,  # run folder
+    ) -> Path:  # its own folder
         "Where its files are."
-        return Path(folder)/"checkpoints"/f"{self.name}-{self.seed}"
+        return Path(folder) / "checkpoints" / f"{self.name}-{self.seed}"
 
-    def before(self, study:Study)->list:
+    def before(self, study: Study) -> list:
         "Trainings that must be finished first."
         return []
 
-    def learner(self, study:Study, device:str, tell:Callable)->Learner:
+    def learner(self, study: Study, device: str, tell: Callable) -> Learner:
         "Data, networks and method, not yet run."
         raise NotImplementedError
 
-    def student(self, study:Study, learner:Learner)->Student:
+    def student(self, study: Study, learner: Learner) -> Student:
         "What is scored, once the learner has run."
         raise NotImplementedError
 
     @property
-    def split(self)->int:
+    def split(self) -> int:
         "The seed by whose split it is trained and tested."
         return self.seed
 
-    def tested(self, study:Study):
+    def tested(self, study: Study):
         "The collection that it is scored on."
         return study.data(self.split).student_test
 
-    def length(self, study:Study)->int:
+    def length(self, study: Study) -> int:
         "Epochs."
         return study.config.teacher.teacher_epochs
 
-    def facts(self, study:Study)->dict:
+    def facts(self, study: Study) -> dict:
         "What its record says besides: plain data."
         return dict(arm=None, lessons={})
 
@@ -76,29 +78,35 @@ class Task:
 @dataclass(frozen=True)
 class TeacherTask(Task):
     "A teacher of the other modality; its seed is its number."
+
     name: str = "teacher"
     seed: int = 0
     kind: ClassVar = "teacher"
 
-    def learner(self, study:Study, device:str, tell:Callable)->Learner:
+    def learner(self, study: Study, device: str, tell: Callable) -> Learner:
         "One network on the labels of its own modality."
         images = study.patches(study.data(0).teacher_train, self.seed, "teacher")
         net = load_start(study.teacher_network(self.seed), study.config.teacher.teacher_weights)
-        return Learner(Single(net, source="teacher"), Unpaired({"teacher": images}, lead="teacher"),
-                       self.place(study.folder), seed=self.seed,
-                       settings=study.settings(self.length(study), device),
-                       identity=study.identity("teacher"), tell=tell)
+        return Learner(
+            Single(net, source="teacher"),
+            Unpaired({"teacher": images}, lead="teacher"),
+            self.place(study.folder),
+            seed=self.seed,
+            settings=study.settings(self.length(study), device),
+            identity=study.identity("teacher"),
+            tell=tell,
+        )
 
-    def student(self, study:Study, learner:Learner)->Student:
+    def student(self, study: Study, learner: Learner) -> Student:
         "The teacher, as a segmentor of its own modality."
         return study.inference(learner.method.student.eval(), study.data(0).teacher_train)
 
     @property
-    def split(self)->int:
+    def split(self) -> int:
         "All teachers see the same split."
         return 0
 
-    def tested(self, study:Study):
+    def tested(self, study: Study):
         "Images of its own modality; perhaps none."
         return study.data(0).teacher_test
 
@@ -106,30 +114,41 @@ class TeacherTask(Task):
 @dataclass(frozen=True)
 class PretrainTask(Task):
     "The teacher of some arms, trained on the student's images."
+
     kind: ClassVar = "first"
 
-    def arm(self, study:Study)->Arm:
+    def arm(self, study: Study) -> Arm:
         "The first arm that wants it. `InputError` if none does."
         for arm in study.config.arms:
-            if pretrained_name(study, arm) == self.name: return arm
+            if pretrained_name(study, arm) == self.name:
+                return arm
         raise InputError(f"no arm of this study is taught by {self.name!r}.")
 
-    def method(self, study:Study):
+    def method(self, study: Study):
         "The method that trains it, fresh; its `student` is the arms' teacher."
         arm = self.arm(study)
         student = study.network(study.config.student, self.seed, "student")
         return pretraining(study, arm, student, self.seed)
 
-    def learner(self, study:Study, device:str, tell:Callable)->Learner:
+    def learner(self, study: Study, device: str, tell: Callable) -> Learner:
         "Labelled and unlabelled images of the student's modality."
-        data, moves_only = study.data(self.seed), method_class(self.arm(study).method).moves_only
-        sources = {"student": study.patches(data.student_train, self.seed, "student"),
-                   "unlabelled": study.patches(data.student_rest, self.seed, "unlabelled", moves_only)}
-        return Learner(self.method(study), Unpaired(sources), self.place(study.folder), seed=self.seed,
-                       settings=study.settings(self.length(study), device),
-                       identity=study.identity(self.name, self.seed), tell=tell)
+        data = study.data(self.seed)
+        moves_only = method_class(self.arm(study).method).moves_only
+        sources = {
+            "student": study.patches(data.student_train, self.seed, "student"),
+            "unlabelled": study.patches(data.student_rest, self.seed, "unlabelled", moves_only),
+        }
+        return Learner(
+            self.method(study),
+            Unpaired(sources),
+            self.place(study.folder),
+            seed=self.seed,
+            settings=study.settings(self.length(study), device),
+            identity=study.identity(self.name, self.seed),
+            tell=tell,
+        )
 
-    def student(self, study:Study, learner:Learner)->Student:
+    def student(self, study: Study, learner: Learner) -> Student:
         "The teacher, in tiles of the size that it knows."
         student = study.network(study.config.student, self.seed, "student")
         recipe = recipe_of(study.config.scores, self.tested(study), student)
@@ -138,46 +157,52 @@ class PretrainTask(Task):
 
 # %% ../../nbs/study/trainings.ipynb #7c691bc7
 def pretraining(
-    study:Study,       # the study
-    arm:Arm,           # an arm whose teacher is trained before
-    student:nn.Module, # its student: says channels, classes and axes
-    seed:int,          # seed
-): # a `Method`
+    study: Study,  # the study
+    arm: Arm,  # an arm whose teacher is trained before
+    student: nn.Module,  # its student: says channels, classes and axes
+    seed: int,  # seed
+):  # a `Method`
     "The fresh method that trains an arm's teacher."
     kind = method_class(arm.method).teacher
     return kind.build(student, study.options(arm), study.config.teacher.teacher_epochs, seed)
 
+
 def pretrained_name(
-    study:Study, # the study
-    arm:Arm,     # one of its arms
-)->str: # name of the training that must be done before the arm; "" if there is none
+    study: Study,  # the study
+    arm: Arm,  # one of its arms
+) -> str:  # name of the training that must be done before the arm; "" if there is none
     "Arms with the same teacher get the same name."
     kind = method_class(arm.method).teacher
-    if not isinstance(kind, Pretrained) or arm.teacher == "placebo": return ""
+    if not isinstance(kind, Pretrained) or arm.teacher == "placebo":
+        return ""
     return f"{arm.method} teacher {digest(kind.shared_by(study.options(arm)), 6)}"
 
 # %% ../../nbs/study/trainings.ipynb #ee1911d7
 def finished(
-    folder,    # run folder
-    task:Task, # a training
-)->bool:
+    folder,  # run folder
+    task: Task,  # a training
+) -> bool:
     """Whether a training has its record, with every file as it was. `InputError` for a file that
     was changed, and for a teacher that is another one now."""
     place = task.place(folder)
     record = verified(place, task.key)
     for other, weights in (record or {}).get("lessons", {}).items():
-        teacher = place.parent/other
-        if (teacher/DONE).exists() and record_of(teacher)["weights"] != weights:
-            raise InputError(f"{place} learned from other weights than those of {teacher}. Restore "
-                             f"those, or delete {place}: the same command trains it again.")
+        teacher = place.parent / other
+        if (teacher / DONE).exists() and record_of(teacher)["weights"] != weights:
+            raise InputError(
+                f"{place} learned from other weights than those of {teacher}. Restore "
+                f"those, or delete {place}: the same command trains it again."
+            )
     return record is not None
 
+
 def unfinished(
-    folder,    # run folder
-    task:Task, # a training
-)->bool:
+    folder,  # run folder
+    task: Task,  # a training
+) -> bool:
     """Whether a training is to be finished; then an old record, whose files are not all there, is
     removed."""
-    if finished(folder, task): return False
-    (task.place(folder)/DONE).unlink(missing_ok=True)
+    if finished(folder, task):
+        return False
+    (task.place(folder) / DONE).unlink(missing_ok=True)
     return True

@@ -12,16 +12,18 @@ from torch import nn
 # %% ../../nbs/training/calibrate.ipynb #3c1f0a18
 @torch.no_grad()
 def calibrate(
-    net:nn.Module, # network with BatchNorm
-    images:list,   # image batches (B,C,*s)
-)->nn.Module: # the network, in evaluation mode
+    net: nn.Module,  # network with BatchNorm
+    images: list,  # image batches (B,C,*s)
+) -> nn.Module:  # the network, in evaluation mode
     "Set the BatchNorm statistics to the average over the given batches."
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in layers]
     for m in layers:
         m.reset_running_stats()
-        m.momentum = None # cumulative average
+        m.momentum = None  # cumulative average
     net.train()
-    for x in images: net(x)
-    for m, momentum in zip(layers, momenta): m.momentum = momentum
+    for x in images:
+        net(x)
+    for m, momentum in zip(layers, momenta):
+        m.momentum = momentum
     return net.eval()

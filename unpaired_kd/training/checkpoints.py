@@ -6,7 +6,9 @@
 __all__ = ['global_state', 'restore_global_state', 'states', 'load_checkpoint', 'write_history', 'write_tensorboard']
 
 # %% ../../nbs/training/checkpoints.ipynb #cdececc0
-import contextlib, random, zipfile
+import contextlib
+import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from ..core import InputError, read_csv, write_csv
 
 # %% ../../nbs/training/checkpoints.ipynb #f0ca0ca5
-def global_state()->dict:
+def global_state() -> dict:
     "State of the global random generators as tensors and plain data."
     kind, keys, pos, has, cached = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -26,8 +28,9 @@ def global_state()->dict:
         python=[version, list(words), gauss],
     )
 
+
 def restore_global_state(
-    state:dict, # from `global_state`
+    state: dict,  # from `global_state`
 ):
     "Put the global random generators back."
     torch.set_rng_state(state["torch"].cpu())
@@ -40,56 +43,65 @@ def restore_global_state(
 
 # %% ../../nbs/training/checkpoints.ipynb #f15c65ff
 def states(
-    parts:dict, # name -> network or optimiser
-)->dict: # name -> its `state_dict`
+    parts: dict,  # name -> network or optimiser
+) -> dict:  # name -> its `state_dict`
     "The states of several parts of a run."
     return {name: part.state_dict() for name, part in parts.items()}
 
 # %% ../../nbs/training/checkpoints.ipynb #57a46f55
 def load_checkpoint(
-    path,   # the file
-    mend:str="Delete it to train again from the start.", # what the reader can do, for the message
-)->dict: # its content, on the CPU; "networks" holds name -> state dict
+    path,  # the file
+    mend: str = "Delete it to train again from the start.",  # what the reader can do, for the message
+) -> dict:  # its content, on the CPU; "networks" holds name -> state dict
     """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
     it."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is not there, or is no file. Give a checkpoint (last.pt) of "
-                         "this library.")
+        raise InputError(
+            f"{path} is not there, or is no file. Give a checkpoint (last.pt) of this library."
+        )
     try:
-        with zipfile.ZipFile(path) as z: broken = z.testzip()
+        with zipfile.ZipFile(path) as z:
+            broken = z.testzip()
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise InputError(f"{path} is not a checkpoint of this library or is damaged "
-                         f"({type(e).__name__}). {mend}") from e
+        raise InputError(
+            f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). {mend}"
+        ) from e
     if broken:
         raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {mend}")
     networks = state.get("networks") if isinstance(state, dict) else None
     if not isinstance(networks, dict) or not all(isinstance(s, dict) for s in networks.values()):
-        raise InputError(f"{path} is not a checkpoint of this library: it holds no 'networks'. "
-                         f"{mend}")
+        raise InputError(
+            f"{path} is not a checkpoint of this library: it holds no 'networks'. {mend}"
+        )
     return state
 
 # %% ../../nbs/training/checkpoints.ipynb #bc512a27
 def write_history(
-    path,         # the CSV file
-    history:list, # one dict an epoch
+    path,  # the CSV file
+    history: list,  # one dict an epoch
 ):
     "Write the history as a table, unless it is there and the same."
-    with contextlib.suppress(OSError, ValueError): # a damaged file is written anew
-        if read_csv(path) == history: return
+    with contextlib.suppress(OSError, ValueError):  # a damaged file is written anew
+        if read_csv(path) == history:
+            return
     write_csv(path, history)
 
+
 def write_tensorboard(
-    folder,    # where TensorBoard looks
-    rows:list, # dicts; those of their values that are floats are written, at their `step`
+    folder,  # where TensorBoard looks
+    rows: list,  # dicts; those of their values that are floats are written, at their `step`
 ):
     "Write rows of the history as TensorBoard scalars."
-    try: from torch.utils.tensorboard import SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise InputError("tensorboard=True needs the extra `log`: pip install "
-                         "'unpaired_kd[log]'.") from e
+        raise InputError(
+            "tensorboard=True needs the extra `log`: pip install 'unpaired_kd[log]'."
+        ) from e
     with SummaryWriter(folder) as w:
         for row in rows:
             for k, v in row.items():
-                if isinstance(v, float): w.add_scalar(k, v, row["step"])
+                if isinstance(v, float):
+                    w.add_scalar(k, v, row["step"])

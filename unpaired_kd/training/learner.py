@@ -6,7 +6,9 @@
 __all__ = ['Learner']
 
 # %% ../../nbs/training/learner.ipynb #d9e4d8f1
-import math, os, warnings
+import math
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +18,36 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import (InputError, atomic, digest, progress, resolve_precision, seeded,
-                              torch_rng)
+from unpaired_kd.core import (
+    InputError,
+    atomic,
+    digest,
+    progress,
+    resolve_precision,
+    seeded,
+    torch_rng,
+)
 from ..networks.registry import load_weights
 from ..networks.unet import best_layout, steady
-from .checkpoints import (global_state, load_checkpoint, restore_global_state,
-                                              states, write_history, write_tensorboard)
+from unpaired_kd.training.checkpoints import (
+    global_state,
+    load_checkpoint,
+    restore_global_state,
+    states,
+    write_history,
+    write_tensorboard,
+)
 from .method import Method, only, set_modes, weight_table, weighted
 from .processes import average_buffers, average_gradients
 from .rules import NotSettled
-from .settings import (Settings, check_accumulation, check_device, deciding,
-                                           learning_rate, optimiser_of)
+from unpaired_kd.training.settings import (
+    Settings,
+    check_accumulation,
+    check_device,
+    deciding,
+    learning_rate,
+    optimiser_of,
+)
 from .validation import validate
 
 # %% ../../nbs/training/learner.ipynb #7a49fdc7
@@ -35,17 +56,19 @@ class Learner:
     A finished run is not run again; an interrupted one goes on from its last checkpoint and ends
     with the same weights (bit for bit on the CPU)."""
 
-    def __init__(self,
-        method:Method,         # networks and stages
-        data,                  # has `.batch(step, names, rank) -> dict`, e.g. `Unpaired`
-        folder,                # where checkpoints go
-        seed:int=0,            # seed of noise (data have their own)
-        settings:Settings=Settings(), # all numbers
-        weights:dict|None=None, # changes to the weights of the loss terms
-        valid:list|None=None,  # batches for validation of the student
-        watch:list|None=None,  # fixed batches (dicts) for `Method.monitor`; None: two of the data's
-        identity=None,         # more plain data that must be the same when resuming (e.g. images)
-        tell:Callable=lambda row: None, # called with the history row after each epoch
+    def __init__(
+        self,
+        method: Method,  # networks and stages
+        data,  # has `.batch(step, names, rank) -> dict`, e.g. `Unpaired`
+        folder,  # where checkpoints go
+        seed: int = 0,  # seed of noise (data have their own)
+        settings: Settings = Settings(),  # all numbers
+        weights: dict | None = None,  # changes to the weights of the loss terms
+        valid: list | None = None,  # batches for validation of the student
+        watch: list
+        | None = None,  # fixed batches (dicts) for `Method.monitor`; None: two of the data's
+        identity=None,  # more plain data that must be the same when resuming (e.g. images)
+        tell: Callable = lambda row: None,  # called with the history row after each epoch
     ):
         self.method = method
         self.data = data
@@ -62,19 +85,20 @@ class Learner:
         self.stages = method.stages()
         check_accumulation(method, self.stages, settings)
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False)
-        self.best = -math.inf # validation Dice
-        self.since_best = 0   # epochs
+        self.best = -math.inf  # validation Dice
+        self.since_best = 0  # epochs
         self.history = []
-        self.sizes = [] # of the gradients of this batch: (update, layers, their norms)
+        self.sizes = []  # of the gradients of this batch: (update, layers, their norms)
         self._place()
 
 # %% ../../nbs/training/learner.ipynb #9ee8b534
 @patch
-def _connect(self:Learner):
+def _connect(self: Learner):
     "Find the device, the processes, the number format and the gradient scaler."
     check_device(self.settings.device)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+
     # accelerate keeps its settings globally; each learner has its own
     AcceleratorState._reset_state("WORLD_SIZE" not in os.environ)
     self.accelerator = Accelerator(cpu=self.settings.device == "cpu")
@@ -82,131 +106,167 @@ def _connect(self:Learner):
     self.precision = resolve_precision(self.settings.precision, self.device)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+
 @patch
-def _identity(self:Learner, more):
+def _identity(self: Learner, more):
     "Digest of what a checkpoint must have been made with, to go on from it."
-    return digest(dict(
-        method=type(self.method).__name__, options=self.method.identity(), weights=self.weights,
-        seed=self.seed, precision=self.precision, processes=self.accelerator.num_processes,
-        settings=deciding(self.settings), more=more,
-    ))
+    return digest(
+        dict(
+            method=type(self.method).__name__,
+            options=self.method.identity(),
+            weights=self.weights,
+            seed=self.seed,
+            precision=self.precision,
+            processes=self.accelerator.num_processes,
+            settings=deciding(self.settings),
+            more=more,
+        )
+    )
 
 # %% ../../nbs/training/learner.ipynb #9a05e8a7
 @patch
-def _place(self:Learner):
+def _place(self: Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
     for net in [*self.method.networks.values(), *self.method.frozen.values()]:
         steady(net).to(self.device, memory_format=best_layout(net))
     self.optimisers = {}
     for name, net in self.method.networks.items():
         parameters = list(net.parameters())
-        if not parameters: continue
+        if not parameters:
+            continue
         own = self.method.adam.get(name, {})
         self.optimisers[name] = optimiser_of(parameters, self.settings, own)
 
 # %% ../../nbs/training/learner.ipynb #b9ea1821
 @patch
-def _rate(self:Learner, step):
+def _rate(self: Learner, step):
     "The learning rate of a batch of the present stage, by the run's schedule or the stage's."
     stage = self.stages[self.position["stage"]]
-    if not stage.anew: return learning_rate(self.settings, step)
-    before = self.position["total"] - self.position["epoch"] # epochs of earlier stages
+    if not stage.anew:
+        return learning_rate(self.settings, step)
+    before = self.position["total"] - self.position["epoch"]  # epochs of earlier stages
     own = replace(self.settings, epochs=self._length(stage))
     return learning_rate(own, step - before * self.settings.steps)
 
+
 @patch
-def _length(self:Learner, stage):
+def _length(self: Learner, stage):
     "The longest duration of the present stage, epochs."
     return stage.epochs or self.settings.epochs - self.position["total"] + self.position["epoch"]
 
 # %% ../../nbs/training/learner.ipynb #e8e9de5a
 @patch
-def _update(self:Learner, update, batches):
+def _update(self: Learner, update, batches):
     "Run one update on the batches [(batch, noise)] of one step; returns {term: mean as Tensor}."
     only(self.method.networks, update.changes)
     parameters = [p for n in update.changes for p in self.method.networks[n].parameters()]
-    for p in parameters: p.grad = None
+    for p in parameters:
+        p.grad = None
     found = [self._backward(update, *batch, len(batches)) for batch in batches]
-    if any(moves for moves, _ in found): self._move(update, parameters)
+    if any(moves for moves, _ in found):
+        self._move(update, parameters)
     return {k: sum(v[k] for _, v in found) / len(found) for k in found[0][1]}
 
+
 @patch
-def _backward(self:Learner, update, batch, noise, share):
+def _backward(self: Learner, update, batch, noise, share):
     "Add one batch's gradients, one of `share`; returns (whether it has any, {term: Tensor})."
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
     with torch.autocast(self.device.type, half, enabled=half is not None):
         loss, values = weighted(update.losses(batch, noise), self.weights)
     moves = loss is not None and loss.requires_grad
-    if moves: self.scaler.scale(loss / share if share > 1 else loss).backward()
+    if moves:
+        self.scaler.scale(loss / share if share > 1 else loss).backward()
     return moves, values
 
+# %% ../../nbs/training/learner.ipynb #0da3e869
 @patch
-def _move(self:Learner, update, parameters):
+def _move(self: Learner, update, parameters):
     "Change the parameters of an update by their gradients."
     average_gradients(parameters, self.accelerator)
     self._measure(update)
     named = {n: self.optimisers[n] for n in update.changes if n in self.optimisers}
-    optimisers = {n: o for n, o in named.items()
-                  if any(p.grad is not None for g in o.param_groups for p in g["params"])}
+    optimisers = {
+        n: o
+        for n, o in named.items()
+        if any(p.grad is not None for g in o.param_groups for p in g["params"])
+    }
     if self.settings.clip:
-        for o in optimisers.values(): self.scaler.unscale_(o)
+        for o in optimisers.values():
+            self.scaler.unscale_(o)
         given = [p for p in parameters if p.grad is not None]
         nn.utils.clip_grad_norm_(given, self.settings.clip)
     rate = self._rate(self.position["step"])
     for n, o in optimisers.items():
-        for group in o.param_groups: group["lr"] = update.rates.get(n, group["rate"]) * rate
+        for group in o.param_groups:
+            group["lr"] = update.rates.get(n, group["rate"]) * rate
         self.scaler.step(o)
     self.scaler.update()
 
 # %% ../../nbs/training/learner.ipynb #4f86c1de
 @patch
-def _measure(self:Learner, update):
+def _measure(self: Learner, update):
     "Note the lengths of all gradients of an update."
-    named = [(f"{n}.{layer}", p.grad) for n in update.changes
-             for layer, p in self.method.networks[n].named_parameters() if p.grad is not None]
-    if not named: return
+    named = [
+        (f"{n}.{layer}", p.grad)
+        for n in update.changes
+        for layer, p in self.method.networks[n].named_parameters()
+        if p.grad is not None
+    ]
+    if not named:
+        return
     norms = torch.stack(torch._foreach_norm([g for _, g in named]))
     self.sizes.append((update.name, [layer for layer, _ in named], norms))
 
+
 @patch
-def _check_gradients(self:Learner, stage):
+def _check_gradients(self: Learner, stage):
     "Raise `InputError` if a gradient of the last batch was not finite."
     for update, layers, norms in self.sizes:
         bad = [layer for layer, fine in zip(layers, norms.isfinite().tolist()) if not fine]
         halving = bad and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not bad or halving: continue
+        if not bad or halving:
+            continue
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise InputError(f"the gradient of {bad[0]}{more} is not finite: update {update!r} of "
-                         f"stage {stage.name!r}, epoch {self.position['total']}, step "
-                         f"{self.position['step'] - 1}. {self._advice()}")
+        raise InputError(
+            f"the gradient of {bad[0]}{more} is not finite: update {update!r} of "
+            f"stage {stage.name!r}, epoch {self.position['total']}, step "
+            f"{self.position['step'] - 1}. {self._advice()}"
+        )
     self.sizes.clear()
 
+
 @patch
-def _advice(self:Learner):
+def _advice(self: Learner):
     "What to do about numbers that are not finite."
-    return (f"Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of "
-            "this epoch was written.")
+    return (
+        f"Lower lr ({self.settings.lr}), set clip, or use precision='fp32'. No checkpoint of "
+        "this epoch was written."
+    )
 
 # %% ../../nbs/training/learner.ipynb #ba14eea5
 @patch
-def _noise(self:Learner, *address):
+def _noise(self: Learner, *address):
     "A function that gives the generator for a purpose at this address."
     return lambda purpose: torch_rng(self.seed, purpose, *address, self.accelerator.process_index)
 
+
 @patch
-def _fixed(self:Learner, i):
+def _fixed(self: Learner, i):
     "The i-th fixed batch, on the device."
     batch = self.watch[i % len(self.watch)] if self.watch else self.data.batch(10**9 + i)
     return {k: b.to(self.device) for k, b in batch.items()}
 
+
 @patch
-def _batch(self:Learner, stage, i):
+def _batch(self: Learner, stage, i):
     "The i-th batch of the run, on the device, and the noise that belongs to it."
     batch = self.data.batch(i, stage.sources, self.accelerator.process_index)
     return {k: b.to(self.device) for k, b in batch.items()}, self._noise(i)
 
+
 @patch
-def _epoch(self:Learner, stage, bar):
+def _epoch(self: Learner, stage, bar):
     "Train one epoch; returns the mean of every term."
     set_modes(self.method, stage)
     sums = {}
@@ -218,7 +278,8 @@ def _epoch(self:Learner, stage, bar):
         batches = [self._batch(stage, first + j) for j in range(self.settings.accumulate)]
         self._check_gradients(stage)
         for update in stage.updates:
-            for k, v in self._update(update, batches).items(): sums[k] = sums.get(k, 0) + v
+            for k, v in self._update(update, batches).items():
+                sums[k] = sums.get(k, 0) + v
         self.position["step"] += 1
         bar.update()
     self._check_gradients(stage)
@@ -226,25 +287,35 @@ def _epoch(self:Learner, stage, bar):
 
 # %% ../../nbs/training/learner.ipynb #dc0761a6
 @patch
-def _monitored(self:Learner):
+def _monitored(self: Learner):
     "The method's own numbers on two batches that are the same after every epoch: their means."
     with torch.no_grad():
         seen = [self.method.monitor(self._fixed(i), self._noise("monitor", i)) for i in range(2)]
     return {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
 
+
 @patch
-def _close_epoch(self:Learner, stage, means):
+def _close_epoch(self: Learner, stage, means):
     "Record the epoch, score the student, and return whether the stage is over."
     average_buffers(self.method.networks, self.accelerator)
-    for net in self.method.networks.values(): net.eval()
+    for net in self.method.networks.values():
+        net.eval()
     monitored = self._monitored()
     bad = [k for k, v in {**means, **monitored}.items() if not math.isfinite(v)]
     if bad:
-        raise InputError(f"{', '.join(bad)} is not finite in stage {stage.name!r}, step "
-                         f"{self.position['step']}. {self._advice()}")
+        raise InputError(
+            f"{', '.join(bad)} is not finite in stage {stage.name!r}, step "
+            f"{self.position['step']}. {self._advice()}"
+        )
     step = self.position["step"]
-    row = dict(stage=stage.name, epoch=self.position["total"], step=step, lr=self._rate(step - 1),
-               **means, **monitored)
+    row = dict(
+        stage=stage.name,
+        epoch=self.position["total"],
+        step=step,
+        lr=self._rate(step - 1),
+        **means,
+        **monitored,
+    )
     if self.valid:
         batches = [b.to(self.device) for b in self.valid]
         row["val_dice"], row["val_loss"] = validate(self.method.student, batches)
@@ -256,74 +327,92 @@ def _close_epoch(self:Learner, stage, means):
 
 # %% ../../nbs/training/learner.ipynb #32b2494d
 @patch
-def _stage_over(self:Learner, stage, row):
+def _stage_over(self: Learner, stage, row):
     "Whether the stage is over, by its rule or its cap; the row of the history then says by which."
     cap = self.position["epoch"] == stage.epochs
-    if stage.until is None: return cap
+    if stage.until is None:
+        return cap
     settled = stage.until.settled(row[stage.until.measure])
-    if settled or cap: row["ended"] = "settled" if settled else "cap"
+    if settled or cap:
+        row["ended"] = "settled" if settled else "cap"
     if cap and not settled:
-        warnings.warn(f"stage {stage.name!r} ended at its cap of {stage.epochs} epochs: "
-                      f"{stage.until.measure} had not settled by the rule {stage.until}.",
-                      NotSettled)
+        warnings.warn(
+            f"stage {stage.name!r} ended at its cap of {stage.epochs} epochs: "
+            f"{stage.until.measure} had not settled by the rule {stage.until}.",
+            NotSettled,
+        )
     return settled or cap
 
 # %% ../../nbs/training/learner.ipynb #b3576786
 @patch
-def _remember_best(self:Learner, row):
+def _remember_best(self: Learner, row):
     "Keep the weights when the student's validation is the best so far."
-    if not self.valid: return
+    if not self.valid:
+        return
     stage = [r for r in self.history if r["stage"] == row["stage"]]
     by_dice = self.settings.stop_on == "dice"
     watched = [r["val_dice"] if by_dice else -r["val_loss"] for r in stage]
     self.since_best = len(watched) - 1 - watched.index(max(watched))
-    if row["val_dice"] <= self.best: return
+    if row["val_dice"] <= self.best:
+        return
     self.best = row["val_dice"]
-    if not self.accelerator.is_main_process: return
+    if not self.accelerator.is_main_process:
+        return
     state = dict(networks=states(self.method.networks), val_dice=self.best, epoch=row["epoch"])
-    with atomic(self.folder/"best.pt") as t: torch.save(state, t)
+    with atomic(self.folder / "best.pt") as t:
+        torch.save(state, t)
 
 # %% ../../nbs/training/learner.ipynb #5a656a06
 @patch
-def fit(self:Learner,
-)->list: # history: one dict an epoch
+def fit(
+    self: Learner,
+) -> list:  # history: one dict an epoch
     "Train to the end, from the last checkpoint if there is one; returns the history."
     # for what draws from the global generators (dropout)
-    with seeded(self.seed, "training", self.accelerator.process_index): self._fit()
+    with seeded(self.seed, "training", self.accelerator.process_index):
+        self._fit()
     return self.history
 
+
 @patch
-def _fit(self:Learner):
+def _fit(self: Learner):
     "`fit`, within its own global random state."
     self._resume()
     if self.position["finished"] and self.accelerator.is_main_process:
-        write_history(self.folder/"history.csv", self.history)
+        write_history(self.folder / "history.csv", self.history)
     bar = self._bar()
     while not self.position["finished"]:
         stage = self.stages[self.position["stage"]]
-        if self.position["epoch"] == 0: self._begin(stage)
+        if self.position["epoch"] == 0:
+            self._begin(stage)
         means = self._epoch(stage, bar)
         over = self._close_epoch(stage, means)
         self.tell(self.history[-1])
-        if over: self.position.update(stage=self.position["stage"] + 1, epoch=0)
+        if over:
+            self.position.update(stage=self.position["stage"] + 1, epoch=0)
         bar.set_postfix_str(self._summary(stage))
         self.position["finished"] = bool(self._over())
         due = self.position["total"] % self.settings.save_every == 0
-        if due or self.position["finished"]: self._save()
+        if due or self.position["finished"]:
+            self._save()
     bar.close()
 
 # %% ../../nbs/training/learner.ipynb #ce9c8350
 @patch
-def _begin(self:Learner, stage):
+def _begin(self: Learner, stage):
     "What comes before the first epoch of a stage."
     self.method.begin(stage, self._fixed)
-    if stage.anew: # moments of another loss would hold the first steps back
-        for o in self.optimisers.values(): o.state.clear()
+    if stage.anew:  # moments of another loss would hold the first steps back
+        for o in self.optimisers.values():
+            o.state.clear()
+
 
 @patch
-def _over(self:Learner):
+def _over(self: Learner):
     "Whether the whole run is at its end."
-    last = self.position["stage"] >= len(self.stages) - 1 # an earlier one may not train the student
+    last = (
+        self.position["stage"] >= len(self.stages) - 1
+    )  # an earlier one may not train the student
     patience = self.settings.early_stop
     stopped = patience and self.valid and last and self.since_best >= patience
     spent = self.position["total"] >= self.settings.epochs
@@ -331,15 +420,16 @@ def _over(self:Learner):
 
 # %% ../../nbs/training/learner.ipynb #9d5ebaf3
 @patch
-def _bar(self:Learner):
+def _bar(self: Learner):
     "The progress bar: of the first process, for a run that is not finished."
     steps = self.settings.epochs * self.settings.steps
     shown = self.settings.bars and self.accelerator.is_main_process
     live = shown and not self.position["finished"]
     return progress(steps, self.folder.name, self.position["step"], live)
 
+
 @patch
-def _summary(self:Learner, stage):
+def _summary(self: Learner, stage):
     "What the bar says of the newest epoch."
     newest = self.history[-1].items()
     numbers = [f"{k} {v:.3f}" for k, v in newest if isinstance(v, float) and k != "lr"]
@@ -347,39 +437,54 @@ def _summary(self:Learner, stage):
 
 # %% ../../nbs/training/learner.ipynb #c339493a
 @patch
-def _save(self:Learner):
+def _save(self: Learner):
     "Write `last.pt` and `history.csv`, each atomically; only the first process writes."
     state = dict(
-        identity=self.identity, position=self.position, best=self.best, since_best=self.since_best,
-        history=self.history, networks=states(self.method.networks),
-        optimisers=states(self.optimisers), scaler=self.scaler.state_dict(),
+        identity=self.identity,
+        position=self.position,
+        best=self.best,
+        since_best=self.since_best,
+        history=self.history,
+        networks=states(self.method.networks),
+        optimisers=states(self.optimisers),
+        scaler=self.scaler.state_dict(),
         random=global_state(),
         plateaus=[s.until.values if s.until else [] for s in self.stages],
     )
     if self.accelerator.is_main_process:
-        with atomic(self.folder/"last.pt") as t: torch.save(state, t)
-        write_history(self.folder/"history.csv", self.history)
+        with atomic(self.folder / "last.pt") as t:
+            torch.save(state, t)
+        write_history(self.folder / "history.csv", self.history)
         if self.settings.tensorboard:
-            write_tensorboard(self.folder/"tensorboard", self.history[-self.settings.save_every:])
+            write_tensorboard(
+                self.folder / "tensorboard", self.history[-self.settings.save_every :]
+            )
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/learner.ipynb #0e37c76b
 @patch
-def _resume(self:Learner):
+def _resume(self: Learner):
     "Continue from `last.pt` if it is there and belongs to this run."
-    path = self.folder/"last.pt"
-    if not path.exists(): return
+    path = self.folder / "last.pt"
+    if not path.exists():
+        return
     state = load_checkpoint(path)
     if state.get("identity") != self.identity:
-        raise InputError(f"{path} was made with another method, other options, settings, weights "
-                         "or seed. Use another run folder, or delete this one.")
+        raise InputError(
+            f"{path} was made with another method, other options, settings, weights "
+            "or seed. Use another run folder, or delete this one."
+        )
     chosen = self.valid and state["best"] > -math.inf
-    if chosen and not (self.folder/"best.pt").exists(): return # its weights are lost: train again
-    for k, n in self.method.networks.items(): load_weights(n, state["networks"][k], path)
-    for k, o in self.optimisers.items(): o.load_state_dict(state["optimisers"][k])
+    if chosen and not (self.folder / "best.pt").exists():
+        return  # its weights are lost: train again
+    for k, n in self.method.networks.items():
+        load_weights(n, state["networks"][k], path)
+    for k, o in self.optimisers.items():
+        o.load_state_dict(state["optimisers"][k])
     self.scaler.load_state_dict(state["scaler"])
     for s, values in zip(self.stages, state["plateaus"]):
-        if s.until: s.until.values = list(values)
+        if s.until:
+            s.until.values = list(values)
     restore_global_state(state["random"])
     self.position = state["position"]
     self.best = state["best"]
@@ -388,14 +493,17 @@ def _resume(self:Learner):
 
 # %% ../../nbs/training/learner.ipynb #d04bfda4
 @patch
-def best_student(self:Learner):
+def best_student(self: Learner):
     """The student, with the weights of the epoch that validation chose (as all networks), if it
     chose any, else the last ones."""
-    path = self.folder/"best.pt"
+    path = self.folder / "best.pt"
     if self.valid and path.exists():
         best = load_checkpoint(path)
         if best.get("val_dice") != self.best:
-            raise InputError(f"{path} does not belong to last.pt beside it. Delete both to train "
-                             "again from the start.")
-        for k, state in best["networks"].items(): load_weights(self.method.networks[k], state, path)
+            raise InputError(
+                f"{path} does not belong to last.pt beside it. Delete both to train "
+                "again from the start."
+            )
+        for k, state in best["networks"].items():
+            load_weights(self.method.networks[k], state, path)
     return self.method.student

@@ -19,58 +19,68 @@ from ..core import InputError, unknown
 @dataclass
 class Update:
     "One optimisation step within a batch: who may change, on which losses."
-    name: str                 # e.g. "generators"
-    changes: tuple            # networks whose parameters it may change; others get no gradient
-    losses: Callable          # (batch, noise) -> {term: function () -> scalar Tensor}
-    rates: dict = field(default_factory=dict) # network -> factor on its rate, instead of `adam`'s
+
+    name: str  # e.g. "generators"
+    changes: tuple  # networks whose parameters it may change; others get no gradient
+    losses: Callable  # (batch, noise) -> {term: function () -> scalar Tensor}
+    rates: dict = field(default_factory=dict)  # network -> factor on its rate, instead of `adam`'s
 
 # %% ../../nbs/training/method.ipynb #41e7b7a9
 @dataclass
 class Stage:
     "Updates that run on each batch, in order, until the stage ends."
-    name: str                 # e.g. "denoise"
-    updates: list             # of `Update`
-    epochs: int|None = None   # longest duration; None: what is left of the budget
-    until: object|None = None # rule that may end it earlier, e.g. `rules.Plateau`
-    sources: tuple|None = None   # names of the batches it draws; None: all
-    anew: bool = False        # the learning rate's schedule starts and ends with this stage
+
+    name: str  # e.g. "denoise"
+    updates: list  # of `Update`
+    epochs: int | None = None  # longest duration; None: what is left of the budget
+    until: object | None = None  # rule that may end it earlier, e.g. `rules.Plateau`
+    sources: tuple | None = None  # names of the batches it draws; None: all
+    anew: bool = False  # the learning rate's schedule starts and ends with this stage
 
 # %% ../../nbs/training/method.ipynb #91c5489d
 class Declared:
     "What a class of methods says about itself, to whoever sets up a comparison."
-    Options = None      # frozen dataclass (`core.Checked`) of its choices; None: it has none
-    presets = {}        # name -> Options; where there are options there is "recommended"
-    teacher = None      # who teaches: `NoTeacher()`, `Expert()`, `Peer()` or `Pretrained()`
-    teachers = ("true", "placebo", "shuffled") # teachers that mean something to it
-    starts = ("scratch", "teacher", "placebo") # whose weights its student may start from
-    after_training = () # names of options that matter only when training is over
+
+    Options = None  # frozen dataclass (`core.Checked`) of its choices; None: it has none
+    presets = {}  # name -> Options; where there are options there is "recommended"
+    teacher = None  # who teaches: `NoTeacher()`, `Expert()`, `Peer()` or `Pretrained()`
+    teachers = ("true", "placebo", "shuffled")  # teachers that mean something to it
+    starts = ("scratch", "teacher", "placebo")  # whose weights its student may start from
+    after_training = ()  # names of options that matter only when training is over
     moves_only = False  # unlabelled patches are moved, not recoloured: it recolours them itself
 
     @classmethod
-    def default_weights(cls,
-        options,                  # of its `Options`
-        preset:str="recommended", # a preset may have weights of its own
-    )->dict: # term -> weight
-        "The weights of all terms that these options have."
-        return {"seg": 1.}
-    @classmethod
-    def fit(cls,
+    def default_weights(
+        cls,
         options,  # of its `Options`
-        side:int, # of the patches, px
-    ): # options
+        preset: str = "recommended",  # a preset may have weights of its own
+    ) -> dict:  # term -> weight
+        "The weights of all terms that these options have."
+        return {"seg": 1.0}
+
+    @classmethod
+    def fit(
+        cls,
+        options,  # of its `Options`
+        side: int,  # of the patches, px
+    ):  # options
         "The options for patches of this size; `InputError` if none fit."
         return options
+
     @classmethod
-    def draws(cls,
-        options, # of its `Options`
-    )->tuple: # of "student", "teacher", "unlabelled"
+    def draws(
+        cls,
+        options,  # of its `Options`
+    ) -> tuple:  # of "student", "teacher", "unlabelled"
         "Names of the batches that it needs."
         return ("student", "teacher")
+
     @classmethod
-    def length(cls,
-        options,    # of its `Options`
-        epochs:int, # of the student's training
-    )->int: # epochs
+    def length(
+        cls,
+        options,  # of its `Options`
+        epochs: int,  # of the student's training
+    ) -> int:  # epochs
         "Length of the whole run; what is trained before the student takes epochs of its own."
         return epochs
 
@@ -78,106 +88,121 @@ class Declared:
 class Method(Declared):
     """Base of all methods. Its objects set `networks` (trained, saved), `frozen` (used only) and
     `weights` (default weight of every term), and define `stages()`."""
+
     networks: dict = {}
     frozen: dict = {}
     weights: dict = {}
-    adam: dict = {}   # network -> {"rate": factor, "betas": (b1, b2)}; else 1, (0.9, 0.999)
-    counts: dict = {} # what the losses counted in this epoch, e.g. classes that a batch lacks
-    done: float = 0.  # share of the present stage that is over; the learner keeps it
+    adam: dict = {}  # network -> {"rate": factor, "betas": (b1, b2)}; else 1, (0.9, 0.999)
+    counts: dict = {}  # what the losses counted in this epoch, e.g. classes that a batch lacks
+    done: float = 0.0  # share of the present stage that is over; the learner keeps it
 
     @classmethod
-    def build(cls,
-        student:nn.Module, # network to train
-        teacher,           # what `teacher` gives: a network, or None
-        options,           # of its `Options`
-        epochs:int,        # length of the whole run
-        seed:int,          # of its own first weights
-        teacher_learns:bool=True, # False: the teacher stays as it is (a placebo)
-    ): # a method
+    def build(
+        cls,
+        student: nn.Module,  # network to train
+        teacher,  # what `teacher` gives: a network, or None
+        options,  # of its `Options`
+        epochs: int,  # length of the whole run
+        seed: int,  # of its own first weights
+        teacher_learns: bool = True,  # False: the teacher stays as it is (a placebo)
+    ):  # a method
         "A method of this class; subclasses pass on what they need."
         return cls(student, teacher, options, epochs, seed)
 
     @property
-    def student(self)->nn.Module:
+    def student(self) -> nn.Module:
         "The only network that leaves the house."
         return self.networks["student"]
 
-    def stages(self)->list:
+    def stages(self) -> list:
         "The stages, in order."
         raise NotImplementedError
 
-    def identity(self)->dict:
+    def identity(self) -> dict:
         "Plain data that decides the result: a checkpoint made with other options is refused."
         return {}
 
-    def records(self)->dict: # file name -> plain data
+    def records(self) -> dict:  # file name -> plain data
         "What is kept beside the checkpoints, and must be the same when training goes on."
         return {}
 
 # %% ../../nbs/training/method.ipynb #529d5dcd
 @patch
-def check_weights(self:Method,
-    weights:dict, # term -> weight, the defaults with the user's changes
+def check_weights(
+    self: Method,
+    weights: dict,  # term -> weight, the defaults with the user's changes
 ):
     "Raise `InputError` for weights that contradict each other or the options."
 
+
 @patch
-def monitor(self:Method,
-    batch:dict,     # a batch that is the same after every epoch
-    noise:Callable, # generator for a purpose; the same after every epoch
-)->dict: # name -> number
+def monitor(
+    self: Method,
+    batch: dict,  # a batch that is the same after every epoch
+    noise: Callable,  # generator for a purpose; the same after every epoch
+) -> dict:  # name -> number
     "Numbers to record after each epoch (e.g. gamma); a plateau rule can watch them."
     return {}
 
+
 @patch
-def finish(self:Method,
-    batches:Callable, # i -> the i-th batch of a fixed list, for statistics
+def finish(
+    self: Method,
+    batches: Callable,  # i -> the i-th batch of a fixed list, for statistics
 ):
     "Called after training, before the student is used."
 
+
 @patch
-def begin(self:Method,
-    stage:Stage,    # the stage that begins
-    batches:Callable, # i -> the i-th batch of a fixed list, for statistics
+def begin(
+    self: Method,
+    stage: Stage,  # the stage that begins
+    batches: Callable,  # i -> the i-th batch of a fixed list, for statistics
 ):
     "Called once before a stage begins (not on resume)."
 
 # %% ../../nbs/training/method.ipynb #08673fb0
 def only(
-    networks:dict, # name -> network
-    names,         # those that may change
+    networks: dict,  # name -> network
+    names,  # those that may change
 ):
     "Let exactly the named networks want gradients."
-    for name, net in networks.items(): net.requires_grad_(name in names)
+    for name, net in networks.items():
+        net.requires_grad_(name in names)
+
 
 def set_modes(
-    method:Method, # the method
-    stage:Stage,   # its current stage
+    method: Method,  # the method
+    stage: Stage,  # its current stage
 ):
     "Training mode for networks that an update of the stage changes, else evaluation mode."
     changing = {n for u in stage.updates for n in u.changes}
-    for name, net in method.networks.items(): net.train(name in changing)
-    for net in method.frozen.values(): net.eval().requires_grad_(False)
+    for name, net in method.networks.items():
+        net.train(name in changing)
+    for net in method.frozen.values():
+        net.eval().requires_grad_(False)
 
 # %% ../../nbs/training/method.ipynb #8cf23556
 def weight_table(
-    defaults:dict,       # the method's term names and their default weights
-    chosen:dict|None,    # the user's changes
-)->dict: # term -> weight
+    defaults: dict,  # the method's term names and their default weights
+    chosen: dict | None,  # the user's changes
+) -> dict:  # term -> weight
     """The defaults with the user's changes. `InputError` for a term that the method does not have,
     or a weight that is not a finite number."""
     for k, v in (chosen or {}).items():
         if k not in defaults:
             raise InputError(unknown("loss term", k, defaults))
         if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
-            raise InputError(f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term "
-                             "out).")
+            raise InputError(
+                f"weight of {k!r} is {v!r}; give a finite number (0 leaves the term out)."
+            )
     return {**defaults, **(chosen or {})}
 
+
 def weighted(
-    terms:dict,    # term -> function without arguments
-    weights:dict,  # term -> weight
-)->tuple: # (sum of weight x value, a Tensor, or None without terms; {term: detached value})
+    terms: dict,  # term -> function without arguments
+    weights: dict,  # term -> weight
+) -> tuple:  # (sum of weight x value, a Tensor, or None without terms; {term: detached value})
     "Compute the terms whose weight is not zero, and their weighted sum."
     values = {k: f() for k, f in terms.items() if weights[k] != 0}
     total = sum(weights[k] * v for k, v in values.items()) if values else None

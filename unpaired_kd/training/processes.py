@@ -10,27 +10,34 @@ import torch
 
 # %% ../../nbs/training/processes.ipynb #55644798
 def average_gradients(
-    parameters, # parameters with or without gradients
-    accelerator, # accelerate.Accelerator
+    parameters,  # parameters with or without gradients
+    accelerator,  # accelerate.Accelerator
 ):
     "Replace each gradient by its mean over all processes, in one message."
-    if accelerator.num_processes == 1: return
+    if accelerator.num_processes == 1:
+        return
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), "mean")
     parts = flat.split([p.numel() for p in parameters])
-    for p, g in zip(parameters, parts): p.grad.copy_(g.view_as(p))
+    for p, g in zip(parameters, parts):
+        p.grad.copy_(g.view_as(p))
+
 
 def average_buffers(
-    networks:dict, # name -> network
-    accelerator,   # accelerate.Accelerator
+    networks: dict,  # name -> network
+    accelerator,  # accelerate.Accelerator
 ):
     """Replace floating-point buffers (BatchNorm statistics) by their mean over all processes; not
     those of a module with `own_buffers`."""
-    if accelerator.num_processes == 1: return
+    if accelerator.num_processes == 1:
+        return
     modules = [m for net in networks.values() for m in net.modules()]
     for m in modules:
-        if getattr(m, "own_buffers", False): continue
+        if getattr(m, "own_buffers", False):
+            continue
         for b in m.buffers(recurse=False):
-            if b.is_floating_point(): b.copy_(accelerator.reduce(b.clone(), "mean"))
+            if b.is_floating_point():
+                b.copy_(accelerator.reduce(b.clone(), "mean"))

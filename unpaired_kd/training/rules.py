@@ -13,19 +13,22 @@ from dataclasses import dataclass, field
 class Plateau:
     """Ends a stage when a monitored number has stayed within `delta` for `patience` epochs (LOTUS
     section 2.3, made exact)."""
-    measure: str           # name in `Method.monitor`
-    patience: int = 30     # epochs
-    delta: float = .01     # largest range of a plateau
-    min_epochs: int = 0    # never before this epoch
-    values: list = field(default_factory=list, repr=False) # seen so far: the rule's whole state
 
-    def settled(self,
-        value:float, # the number of this epoch
-    )->bool: # whether the stage ends now
+    measure: str  # name in `Method.monitor`
+    patience: int = 30  # epochs
+    delta: float = 0.01  # largest range of a plateau
+    min_epochs: int = 0  # never before this epoch
+    values: list = field(default_factory=list, repr=False)  # seen so far: the rule's whole state
+
+    def settled(
+        self,
+        value: float,  # the number of this epoch
+    ) -> bool:  # whether the stage ends now
         "Record one epoch and say whether the plateau is reached."
         self.values.append(float(value))
-        if len(self.values) < max(self.patience, self.min_epochs): return False
-        last = self.values[-self.patience:]
+        if len(self.values) < max(self.patience, self.min_epochs):
+            return False
+        last = self.values[-self.patience :]
         return max(last) - min(last) < self.delta
 
 # %% ../../nbs/training/rules.ipynb #d6d45635
@@ -33,13 +36,15 @@ class Plateau:
 class NoBetter:
     """Ends a stage when a monitored number has had no new highest value for `patience` epochs:
     early stopping's usual rule."""
-    measure: str           # name in `Method.monitor`
-    patience: int = 30     # epochs
-    values: list = field(default_factory=list, repr=False) # what was seen so far
 
-    def settled(self,
-        value:float, # the number of this epoch
-    )->bool: # whether the stage ends now
+    measure: str  # name in `Method.monitor`
+    patience: int = 30  # epochs
+    values: list = field(default_factory=list, repr=False)  # what was seen so far
+
+    def settled(
+        self,
+        value: float,  # the number of this epoch
+    ) -> bool:  # whether the stage ends now
         "Record one epoch and say whether the best lies `patience` epochs back."
         self.values.append(float(value))
         return len(self.values) - 1 - self.values.index(max(self.values)) >= self.patience
@@ -49,14 +54,16 @@ class NoBetter:
 class Improvements:
     """Ends a stage at the `count`-th new highest value of a monitored number: the rule of LOTUS's
     released code."""
-    measure: str           # name in `Method.monitor`
-    count: int = 24        # improvements; 24 for bone, 100 for DeepLIIF in the release
-    start: float = 0.      # what the first value must exceed
-    values: list = field(default_factory=list, repr=False) # what was seen so far
 
-    def settled(self,
-        value:float, # the number of this epoch
-    )->bool: # whether the stage ends now
+    measure: str  # name in `Method.monitor`
+    count: int = 24  # improvements; 24 for bone, 100 for DeepLIIF in the release
+    start: float = 0.0  # what the first value must exceed
+    values: list = field(default_factory=list, repr=False)  # what was seen so far
+
+    def settled(
+        self,
+        value: float,  # the number of this epoch
+    ) -> bool:  # whether the stage ends now
         "Record one epoch and say whether enough improvements were seen."
         self.values.append(float(value))
         best = self.start

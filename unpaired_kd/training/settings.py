@@ -19,68 +19,72 @@ from .method import Method
 @dataclass(frozen=True)
 class Settings(Checked):
     "Settings of a training run."
-    epochs: Count = 10           # length of the run, all stages together
-    steps: Count = 30            # updates an epoch
-    accumulate: Count = 1        # batches whose gradients are averaged for one update
-    lr: Positive = 1e-3          # learning rate (Adam)
-    weight_decay: NonNegative = 1e-7 # as in the LOTUS paper
-    schedule: Literal["cosine", "constant"] = "cosine" # course of the learning rate
-    clip: NonNegative = 0.       # largest gradient norm; 0: no clipping
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto" # of the forward pass
-    device: Literal["auto", "cpu", "cuda"] = "auto" # where it runs
-    early_stop: Natural = 0      # epochs without a better validation score; 0: never
-    stop_on: Literal["dice", "loss"] = "dice" # what early stopping watches
-    save_every: Count = 1        # epochs between checkpoints
-    tensorboard: bool = False    # also write TensorBoard logs (needs the extra `log`)
-    bars: bool = True            # show progress bars
+
+    epochs: Count = 10  # length of the run, all stages together
+    steps: Count = 30  # updates an epoch
+    accumulate: Count = 1  # batches whose gradients are averaged for one update
+    lr: Positive = 1e-3  # learning rate (Adam)
+    weight_decay: NonNegative = 1e-7  # as in the LOTUS paper
+    schedule: Literal["cosine", "constant"] = "cosine"  # course of the learning rate
+    clip: NonNegative = 0.0  # largest gradient norm; 0: no clipping
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the forward pass
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where it runs
+    early_stop: Natural = 0  # epochs without a better validation score; 0: never
+    stop_on: Literal["dice", "loss"] = "dice"  # what early stopping watches
+    save_every: Count = 1  # epochs between checkpoints
+    tensorboard: bool = False  # also write TensorBoard logs (needs the extra `log`)
+    bars: bool = True  # show progress bars
 
 # %% ../../nbs/training/settings.ipynb #81c98e52
 def learning_rate(
-    settings:Settings, # the run's settings
-    step:int,          # batches done so far in the whole run
-)->float: # the rate for the next batch
+    settings: Settings,  # the run's settings
+    step: int,  # batches done so far in the whole run
+) -> float:  # the rate for the next batch
     "Learning rate as a function of the step."
-    if settings.schedule == "constant": return settings.lr
-    share = min(1., step / (settings.epochs * settings.steps))
-    return settings.lr * .5 * (1 + math.cos(math.pi * share))
+    if settings.schedule == "constant":
+        return settings.lr
+    share = min(1.0, step / (settings.epochs * settings.steps))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 # %% ../../nbs/training/settings.ipynb #a1785c43
 def optimiser_of(
-    parameters:list,   # of one network
-    settings:Settings, # of the run
-    own:dict,          # changes to {"rate": 1, "betas": (0.9, 0.999)}; rate: factor on lr
-)->torch.optim.Optimizer: # its groups also hold "rate"
+    parameters: list,  # of one network
+    settings: Settings,  # of the run
+    own: dict,  # changes to {"rate": 1, "betas": (0.9, 0.999)}; rate: factor on lr
+) -> torch.optim.Optimizer:  # its groups also hold "rate"
     "The optimiser of one network."
-    group = {"rate": 1., "betas": (.9, .999), **own, "params": parameters}
-    return torch.optim.AdamW([group], lr=settings.lr, weight_decay=settings.weight_decay,
-                             fused=True)
+    group = {"rate": 1.0, "betas": (0.9, 0.999), **own, "params": parameters}
+    return torch.optim.AdamW(
+        [group], lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+    )
 
 # %% ../../nbs/training/settings.ipynb #b9c7bd30
 def deciding(
-    settings:Settings, # of the run
-)->dict: # name -> value
+    settings: Settings,  # of the run
+) -> dict:  # name -> value
     "The settings that decide the result of a run."
     free = ("save_every", "tensorboard", "bars", "device", "precision")
     return {k: v for k, v in asdict(settings).items() if k not in free}
 
 # %% ../../nbs/training/settings.ipynb #c5b1a7d3
 def check_device(
-    device:str, # auto | cpu | cuda
+    device: str,  # auto | cpu | cuda
 ):
     "`InputError` for a device that is not there."
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda': there is no GPU that torch can use. Give 'cpu' or "
-                         "'auto'.")
+        raise InputError("device='cuda': there is no GPU that torch can use. Give 'cpu' or 'auto'.")
 
 # %% ../../nbs/training/settings.ipynb #7a49fdc8
 def check_accumulation(
-    method:Method,     # the method
-    stages:list,       # its stages
-    settings:Settings, # of the run
+    method: Method,  # the method
+    stages: list,  # its stages
+    settings: Settings,  # of the run
 ):
     "`InputError` for gradients of several batches where updates build on each other."
     several = [s.name for s in stages if len(s.updates) > 1]
     if settings.accumulate > 1 and several:
-        raise InputError(f"accumulate={settings.accumulate}: stage {several[0]!r} of "
-                         f"{type(method).__name__} has several updates a batch, each on what the "
-                         "last one made of it. Use accumulate=1 and a larger batch.")
+        raise InputError(
+            f"accumulate={settings.accumulate}: stage {several[0]!r} of "
+            f"{type(method).__name__} has several updates a batch, each on what the "
+            "last one made of it. Use accumulate=1 and a larger batch."
+        )

@@ -15,9 +15,9 @@ from ..losses.segmentation import segmentation_loss
 # %% ../../nbs/training/validation.ipynb #d4b86e99
 @torch.no_grad()
 def validate(
-    net:nn.Module,    # network that gives logits
-    batches:list,     # of `Batch` with labels
-)->tuple: # (mean Dice in [0,1] of foreground classes that are there, mean `segmentation_loss`)
+    net: nn.Module,  # network that gives logits
+    batches: list,  # of `Batch` with labels
+) -> tuple:  # (mean Dice in [0,1] of foreground classes that are there, mean `segmentation_loss`)
     """Dice of thresholded (1 class) or arg-max (more) predictions, per image and per foreground
     class present in label or prediction, then the mean; and the loss of the same scores."""
     training = net.training
@@ -35,4 +35,4 @@ def validate(
             scores.append((2 * (p & y).sum(1) / size)[size > 0])
     net.train(training)
     scores = torch.cat(scores)
-    return scores.mean().item() if len(scores) else 1., float(np.mean(losses))
+    return scores.mean().item() if len(scores) else 1.0, float(np.mean(losses))

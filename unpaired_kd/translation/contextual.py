@@ -26,26 +26,29 @@ from ..networks.taps import Taps
 
 # %% ../../nbs/translation/contextual.ipynb #621a80ac
 DIRECTIONS = ("target", "source", "symmetric")
-NEAR = 1e-5     # added to the smallest distance of a position, so that an exact match does not divide by zero
-LEAST = 1e-5    # the smallest similarity that the logarithm sees
-SHORT = 1e-8    # a feature vector shorter than this has no direction
+NEAR = 1e-5  # added to the smallest distance of a position, so that an exact match does not divide by zero
+LEAST = 1e-5  # the smallest similarity that the logarithm sees
+SHORT = 1e-8  # a feature vector shorter than this has no direction
+
 
 def naive_contextual(
-    f:Tensor,     # features of the generated images, (B,C,*s)
-    g:Tensor,     # features of the target images, (B,C,*s')
-    h:float=.5,   # bandwidth $h$, above 0
-    direction:str="target", # target | source | symmetric
-)->Tensor: # one number
+    f: Tensor,  # features of the generated images, (B,C,*s)
+    g: Tensor,  # features of the target images, (B,C,*s')
+    h: float = 0.5,  # bandwidth $h$, above 0
+    direction: str = "target",  # target | source | symmetric
+) -> Tensor:  # one number
     "The contextual loss as one writes it first: the whole matrix at once (Jiang et al. 2021 eq. 3, with the axes of Mechrez et al. 2018). The reference for tests."
     losses = []
     for x, y in zip(f.flatten(2), g.flatten(2)):
         mu = y.mean(1, keepdim=True)
         x, y = (F.normalize(v - mu, dim=0, eps=SHORT) for v in (x, y))
-        d = (1 - x.T @ y).relu()                                           # cosine distances, generated x target
+        d = (1 - x.T @ y).relu()  # cosine distances, generated x target
         w = ((1 - d / (d.min(1, keepdim=True).values + NEAR)) / h).exp()
         cx = w / w.sum(1, keepdim=True)
         target, source = (-cx.max(dim).values.mean().clamp_min(LEAST).log() for dim in (0, 1))
-        losses.append({"target": target, "source": source, "symmetric": (target + source) / 2}[direction])
+        losses.append(
+            {"target": target, "source": source, "symmetric": (target + source) / 2}[direction]
+        )
     return torch.stack(losses).mean()
 
 # %% ../../nbs/translation/contextual.ipynb #7b989bc9
@@ -56,9 +59,11 @@ def _directions(f, g, t):
     n, m = (v.norm(dim=1, keepdim=True) for v in (x, y))
     return x.div_(n.clamp_min(SHORT)), y.div_(m.clamp_min(SHORT)), n, m
 
+
 def _through_length(d, u, n):
     "The gradient before division by the length `n`, from the gradient `d` of the unit vectors `u`; zero where there is no direction."
     return torch.where(n <= SHORT, 0, (d - u * (d * u).sum(1, keepdim=True)) / n)
+
 
 def _row_gradient(c, m, z, h, r, j, of_best, of_row):
     "Gradient for the cosines `c` (n,M) of a block: `of_best` at the entries (r,j) that won a column, `of_row` (n,1) at the nearest of each row."
@@ -67,9 +72,12 @@ def _row_gradient(c, m, z, h, r, j, of_best, of_row):
     away = (c if exact is None else c.clamp_(max=1)).sub_(m)
     nearest = away.argmax(1, keepdim=True)
     p = (away * s).exp_().div_(z)
-    won, own = of_best * p[r, j], of_row * p.gather(1, nearest)
+    won = of_best * p[r, j]
+    own = of_row * p.gather(1, nearest)
     total = own.index_add(0, r, won[:, None])
-    by_scale = torch.zeros_like(m).index_add_(0, r, (won * away[r, j])[:, None]) - total * away.mul_(p).sum(1, keepdim=True)
+    by_scale = torch.zeros_like(m).index_add_(
+        0, r, (won * away[r, j])[:, None]
+    ) - total * away.mul_(p).sum(1, keepdim=True)
     p.mul_(-total).index_put_((r, j), won, accumulate=True)
     p.scatter_add_(1, nearest, own).mul_(s).scatter_add_(1, nearest, h * s.square() * by_scale)
     return p if exact is None else p.masked_fill_(exact, 0)
@@ -78,60 +86,87 @@ def _row_gradient(c, m, z, h, r, j, of_best, of_row):
 def _scan(x, y, h, rows):
     """Of CX for unit vectors (N,C) and (M,C): column maxima (M,), the first row that has each (M,), row maxima of the cosine (N,1), row sums (N,1).
     One pass over blocks of rows; a column remembers its best value and its row."""
-    N, M = len(x), len(y)
-    top, total, best = x.new_empty(N, 1), x.new_empty(N, 1), x.new_full((M,), -1)
-    winner, block = torch.zeros(M, dtype=torch.long, device=x.device), x.new_empty(min(rows, N), M)
+    N = len(x)
+    M = len(y)
+    top = x.new_empty(N, 1)
+    total = x.new_empty(N, 1)
+    best = x.new_full((M,), -1)
+    winner = torch.zeros(M, dtype=torch.long, device=x.device)
+    block = x.new_empty(min(rows, N), M)
     for i in range(0, N, rows):
-        p = torch.mm(x[i:i + rows], y.T, out=block[:min(rows, N - i)])  # cosines
+        p = torch.mm(x[i : i + rows], y.T, out=block[: min(rows, N - i)])  # cosines
         m = p.amax(1, keepdim=True)
-        if m.max() > 1: p.clamp_(max=1); m.clamp_(max=1)                # rounding; a distance is never below 0
+        if m.max() > 1:
+            p.clamp_(max=1)
+            m.clamp_(max=1)  # rounding; a distance is never below 0
         z = p.sub_(m).div_(h * (1 - m + NEAR)).exp_().sum(1, keepdim=True)
         b = p.div_(z).amax(0)
         better = b > best
         row, column = (p == b.where(better, 2)).nonzero(as_tuple=True)  # no entry is 2
         winner.masked_fill_(better, N).scatter_reduce_(0, column, row + i, "amin")
         torch.maximum(best, b, out=best)
-        top[i:i + rows], total[i:i + rows] = m, z
+        top[i : i + rows] = m
+        total[i : i + rows] = z
     return best, winner, top, total
 
 # %% ../../nbs/translation/contextual.ipynb #2d8f9160
 class BestMatches(torch.autograd.Function):
     """Column maxima (M,) and row maxima (N,) of CX for features `f` (C,N), `g` (C,M), in blocks of `rows` rows; the matrix is never stored.
     Keeps `f`, `g` and two numbers per row, one per column. Cannot be differentiated twice."""
+
     @staticmethod
-    def forward(ctx,
-        f:Tensor, # features (C,N)
-        g:Tensor, # features (C,M)
-        h:float,  # bandwidth
-        rows:int, # rows of a block
-    )->tuple: # column maxima (M,), row maxima (N,)
+    def forward(
+        ctx,
+        f: Tensor,  # features (C,N)
+        g: Tensor,  # features (C,M)
+        h: float,  # bandwidth
+        rows: int,  # rows of a block
+    ) -> tuple:  # column maxima (M,), row maxima (N,)
         "One pass; see `_scan`."
-        x, y, _, _ = _directions(f, g, torch.promote_types(torch.promote_types(f.dtype, g.dtype), torch.float32))
+        x, y, _, _ = _directions(
+            f, g, torch.promote_types(torch.promote_types(f.dtype, g.dtype), torch.float32)
+        )
         best, winner, top, total = _scan(x, y, h, rows)
         ctx.save_for_backward(f, g, top, total, winner)
-        ctx.h, ctx.rows = h, rows
+        ctx.h = h
+        ctx.rows = rows
         return best, 1 / total[:, 0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_best:Tensor, of_row:Tensor)->tuple: # gradients at the column maxima (M,) and row maxima (N,); gives those at `f` and `g`, and None twice
+    def backward(
+        ctx, of_best: Tensor, of_row: Tensor
+    ) -> tuple:  # gradients at the column maxima (M,) and row maxima (N,); gives those at `f` and `g`, and None twice
         "Only rows that won a column are computed again (all rows, if the row maxima have a gradient)."
         f, g, top, total, winner = ctx.saved_tensors
         with torch.autocast(f.device.type, enabled=False):
             x, y, n, m = _directions(f, g, top.dtype)
-            dx, dy = torch.zeros_like(x), torch.zeros_like(y) if ctx.needs_input_grad[1] else None
+            dx = torch.zeros_like(x)
+            dy = torch.zeros_like(y) if ctx.needs_input_grad[1] else None
             columns = winner.argsort(stable=True)
-            visit = torch.arange(len(x), device=x.device) if (of_row != 0).any() else winner.unique()
+            visit = (
+                torch.arange(len(x), device=x.device) if (of_row != 0).any() else winner.unique()
+            )
             for i in visit.split(ctx.rows):
-                mine = columns[torch.searchsorted(winner[columns], i[0]):torch.searchsorted(winner[columns], i[-1], right=True)]
+                mine = columns[
+                    torch.searchsorted(winner[columns], i[0]) : torch.searchsorted(
+                        winner[columns], i[-1], right=True
+                    )
+                ]
                 r = torch.searchsorted(i, winner[mine])
-                p = _row_gradient(x[i] @ y.T, top[i], total[i], ctx.h, r, mine, of_best[mine], of_row[i, None])
+                p = _row_gradient(
+                    x[i] @ y.T, top[i], total[i], ctx.h, r, mine, of_best[mine], of_row[i, None]
+                )
                 dx[i] = p @ y
-                if dy is not None: dy.addmm_(p.T, x[i])
-            df, dg = _through_length(dx, x, n).T, None
+                if dy is not None:
+                    dy.addmm_(p.T, x[i])
+            df = _through_length(dx, x, n).T
+            dg = None
             if dy is not None:
                 dg = _through_length(dy, y, m).T
-                dg = dg - (dg.sum(1, keepdim=True) + df.sum(1, keepdim=True)) / len(y)     # the mean is the target's
+                dg = dg - (dg.sum(1, keepdim=True) + df.sum(1, keepdim=True)) / len(
+                    y
+                )  # the mean is the target's
         return df.to(f.dtype), None if dg is None else dg.to(g.dtype), None, None
 
 # %% ../../nbs/translation/contextual.ipynb #7caf2f09
@@ -140,104 +175,157 @@ def _positions(v, mask, b):
     v = v[b].flatten(1)
     return v if mask is None else v[:, mask[b].flatten().bool()]
 
+
 def _check(f, g, h, direction, masks, sample, rows):
     "Raise `InputError` for arguments that cannot be compared."
-    if direction not in DIRECTIONS: raise InputError(unknown("direction", direction, DIRECTIONS))
+    if direction not in DIRECTIONS:
+        raise InputError(unknown("direction", direction, DIRECTIONS))
     if f.ndim < 3 or g.ndim < 3 or f.shape[:2] != g.shape[:2] or f.shape[1] < 2 or not len(f):
-        raise InputError(f"f {tuple(f.shape)} and g {tuple(g.shape)} must be features (B,C,*s) with equal B, at least 1, and equal C, at least 2.")
-    if not h > 0: raise InputError(f"h={h}: the bandwidth must be above 0. The usual value is 0.5.")
-    if rows < 1 or sample < 0: raise InputError(f"rows={rows}, sample={sample}: rows must be at least 1, sample at least 0 (0: all positions).")
+        raise InputError(
+            f"f {tuple(f.shape)} and g {tuple(g.shape)} must be features (B,C,*s) with equal B, at least 1, and equal C, at least 2."
+        )
+    if not h > 0:
+        raise InputError(f"h={h}: the bandwidth must be above 0. The usual value is 0.5.")
+    if rows < 1 or sample < 0:
+        raise InputError(
+            f"rows={rows}, sample={sample}: rows must be at least 1, sample at least 0 (0: all positions)."
+        )
     for name, v, mask in zip("fg", (f, g), masks):
         if mask is not None and mask.shape != (len(v), *v.shape[2:]):
-            raise InputError(f"mask_{name} has shape {tuple(mask.shape)}, but features {tuple(v.shape)} need {(len(v), *v.shape[2:])}. Use body_mask(image, size={tuple(v.shape[2:])}).")
+            raise InputError(
+                f"mask_{name} has shape {tuple(mask.shape)}, but features {tuple(v.shape)} need {(len(v), *v.shape[2:])}. Use body_mask(image, size={tuple(v.shape[2:])})."
+            )
+
 
 def _sampled(x, y, n, generator):
     "At most n random positions of each; equal positions where both have equally many."
-    N, M = x.shape[1], y.shape[1]
+    N = x.shape[1]
+    M = y.shape[1]
     order = torch.randperm(max(N, M), generator=generator).to(x.device)
     return x[:, order[order < N][:n]], y[:, order[order < M][:n]]
 
 # %% ../../nbs/translation/contextual.ipynb #329c2887
 def contextual_loss(
-    f:Tensor,                # features of the generated images, (B,C,*s), C at least 2
-    g:Tensor,                # features of the target images, (B,C,*s'); image i is compared with image i
-    h:float=.5,              # bandwidth $h$, above 0; small: only the nearest feature counts
-    direction:str="target",  # target: every target feature must be found | source: every generated feature must be near one | symmetric: mean of both
-    mask_f:Tensor=None,      # (B,*s) bool: positions of f that count (default: all)
-    mask_g:Tensor=None,      # (B,*s') bool: positions of g that count
-    sample:int=0,            # 0: all positions, exact | n: n random positions of each, other ones in each call; cheaper and biased
-    generator:torch.Generator=None, # where the random positions come from, on the CPU (default: torch's own)
-    rows:int=256,            # generated positions in a block: memory for speed, the value is the same
-)->Tensor: # one number, float32 (float64 for such features), from 0 to ln(number of target positions)
+    f: Tensor,  # features of the generated images, (B,C,*s), C at least 2
+    g: Tensor,  # features of the target images, (B,C,*s'); image i is compared with image i
+    h: float = 0.5,  # bandwidth $h$, above 0; small: only the nearest feature counts
+    direction: str = "target",  # target: every target feature must be found | source: every generated feature must be near one | symmetric: mean of both
+    mask_f: Tensor = None,  # (B,*s) bool: positions of f that count (default: all)
+    mask_g: Tensor = None,  # (B,*s') bool: positions of g that count
+    sample: int = 0,  # 0: all positions, exact | n: n random positions of each, other ones in each call; cheaper and biased
+    generator: torch.Generator = None,  # where the random positions come from, on the CPU (default: torch's own)
+    rows: int = 256,  # generated positions in a block: memory for speed, the value is the same
+) -> (
+    Tensor
+):  # one number, float32 (float64 for such features), from 0 to ln(number of target positions)
     """Contextual loss, mean over the images (Jiang et al. 2021 eq. 3, with the axes of Mechrez et al. 2018), exact and in blocks.
     Raises `InputError` for shapes that do not fit and for masks that leave fewer than 1 generated or 2 target positions."""
     _check(f, g, h, direction, (mask_f, mask_g), sample, rows)
     losses = []
     with torch.autocast(f.device.type, enabled=False):
         for b in range(len(f)):
-            x, y = _positions(f, mask_f, b), _positions(g, mask_g, b)
+            x = _positions(f, mask_f, b)
+            y = _positions(g, mask_g, b)
             if x.shape[1] < 1 or y.shape[1] < 2:
-                raise InputError(f"image {b} of the batch has {x.shape[1]} generated and {y.shape[1]} target positions: at least 1 and 2 are needed. Give larger images, or a mask that keeps more (see body_mask).")
-            if sample: x, y = _sampled(x, y, sample, generator)
+                raise InputError(
+                    f"image {b} of the batch has {x.shape[1]} generated and {y.shape[1]} target positions: at least 1 and 2 are needed. Give larger images, or a mask that keeps more (see body_mask)."
+                )
+            if sample:
+                x, y = _sampled(x, y, sample, generator)
             best, row = BestMatches.apply(x, y, h, rows)
             target, source = (-v.mean().clamp_min(LEAST).log() for v in (best, row))
-            losses.append({"target": target, "source": source, "symmetric": (target + source) / 2}[direction])
+            losses.append(
+                {"target": target, "source": source, "symmetric": (target + source) / 2}[direction]
+            )
     return torch.stack(losses).mean()
 
 # %% ../../nbs/translation/contextual.ipynb #78ce39c3
 def body_mask(
-    x:Tensor,              # images (B,C,H,W) in [-1,1]
-    size,                  # (h,w), the size of the feature map
-    threshold:float=-.95,  # brighter than this is body
-    least:int=256,         # positions that must remain of a map of 64x64 or more; of a smaller map, the same share
-)->Tensor: # (B,h,w) bool
+    x: Tensor,  # images (B,C,H,W) in [-1,1]
+    size,  # (h,w), the size of the feature map
+    threshold: float = -0.95,  # brighter than this is body
+    least: int = 256,  # positions that must remain of a map of 64x64 or more; of a smaller map, the same share
+) -> Tensor:  # (B,h,w) bool
     """Which positions of a feature map see the body: any of their pixels, or of a neighbour's, is brighter than `threshold` in any channel.
     An image with too few such positions keeps all of them, and a warning says so. Raises `InputError` for images that are not (B,C,H,W)."""
-    if x.ndim != 4: raise InputError(f"images have shape {tuple(x.shape)}; body_mask needs (B,C,H,W).")
+    if x.ndim != 4:
+        raise InputError(f"images have shape {tuple(x.shape)}; body_mask needs (B,C,H,W).")
     size = tuple(size)
     inside = F.adaptive_max_pool2d((x.detach() > threshold).any(1, keepdim=True).float(), size)
     mask = F.max_pool2d(inside, 3, 1, 1)[:, 0] > 0
     need = min(least, -(-least * size[0] * size[1] // 64**2))
     empty = mask.flatten(1).sum(1) < need
     if empty.any():
-        warnings.warn(f"{int(empty.sum())} of {len(x)} images have fewer than {need} of {size[0] * size[1]} positions brighter than {threshold}: all positions of these images are compared.", stacklevel=2)
+        warnings.warn(
+            f"{int(empty.sum())} of {len(x)} images have fewer than {need} of {size[0] * size[1]} positions brighter than {threshold}: all positions of these images are compared.",
+            stacklevel=2,
+        )
     return mask | empty[:, None, None]
 
 # %% ../../nbs/translation/contextual.ipynb #1bf8b0ae
 def check_signed(
-    x:Tensor, # images (B,C,H,W), C 1 or 3, in [-1,1]
+    x: Tensor,  # images (B,C,H,W), C 1 or 3, in [-1,1]
 ):
     "Raise `InputError` for images of another shape, and (on the CPU, where looking is cheap) for values outside [-1,1] by more than 0.001."
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise InputError(f"images have shape {tuple(x.shape)}; an extractor needs (B,1,H,W) or (B,3,H,W).")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise InputError(
+            f"images have shape {tuple(x.shape)}; an extractor needs (B,1,H,W) or (B,3,H,W)."
+        )
     if x.device.type == "cpu" and x.numel():
         low, high = (v.item() for v in x.detach().aminmax())
-        if not (low >= -1.001 and high <= 1.001): raise InputError(f"images reach from {low:.4g} to {high:.4g}; an extractor needs [-1,1]. For images in [0,1] give 2*x-1.")
+        if not (low >= -1.001 and high <= 1.001):
+            raise InputError(
+                f"images reach from {low:.4g} to {high:.4g}; an extractor needs [-1,1]. For images in [0,1] give 2*x-1."
+            )
+
 
 class Extractor(nn.Module):
     "Images (B,C,H,W) in [-1,1] -> list of feature maps. Frozen, always in eval mode; the gradient reaches the images."
-    def train(self,
-        mode:bool=True, # asked for, and ignored
-    ): # this module, in eval mode
+
+    def train(
+        self,
+        mode: bool = True,  # asked for, and ignored
+    ):  # this module, in eval mode
         "Stay in eval mode."
         return super().train(False)
 
-    def forward(self,
-        x:Tensor, # images (B,C,H,W) in [-1,1]
-    )->list: # feature maps (B,C',h,w), finest first
+    def forward(
+        self,
+        x: Tensor,  # images (B,C,H,W) in [-1,1]
+    ) -> list:  # feature maps (B,C',h,w), finest first
         "Check the images, then read the features."
         check_signed(x)
         return self.features_of(x)
 
 # %% ../../nbs/translation/contextual.ipynb #978d8a74
-VGG19_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512) # convolution (each with a ReLU) or pooling
-VGG19_TAPS = (15, 17, 20)                   # after the ReLU of conv3_3, conv3_4, conv4_1
-IMAGENET = (.485, .456, .406), (.229, .224, .225) # mean and standard deviation of the colours
+VGG19_LAYERS = (
+    64,
+    64,
+    "pool",
+    128,
+    128,
+    "pool",
+    256,
+    256,
+    256,
+    256,
+    "pool",
+    512,
+)  # convolution (each with a ReLU) or pooling
+VGG19_TAPS = (15, 17, 20)  # after the ReLU of conv3_3, conv3_4, conv4_1
+IMAGENET = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # mean and standard deviation of the colours
 
-def vgg19_body()->nn.Sequential: # 21 layers, (B,3,H,W) -> (B,512,H/8,W/8)
+
+def vgg19_body() -> nn.Sequential:  # 21 layers, (B,3,H,W) -> (B,512,H/8,W/8)
     "VGG19 up to conv4_1, numbered as in torchvision (Simonyan and Zisserman 2015)."
-    layers, i = [], 3
+    layers = []
+    i = 3
     for o in VGG19_LAYERS:
-        if o == "pool": layers.append(nn.MaxPool2d(2))
+        if o == "pool":
+            layers.append(nn.MaxPool2d(2))
         else:
             layers += [nn.Conv2d(i, o, 3, padding=1), nn.ReLU(inplace=True)]
             i = o
@@ -247,59 +335,92 @@ def vgg19_body()->nn.Sequential: # 21 layers, (B,3,H,W) -> (B,512,H/8,W/8)
 class VGG19Features(Extractor):
     """Features of VGG19 after conv3_3, conv3_4 and conv4_1: (B,256,H/4,W/4) twice, (B,512,H/8,W/8). 3,505,728 weights, sides at least 8.
     Raises `InputError` without weights, unless `random=True` (which warns), and for weights that do not fit."""
-    def __init__(self,
-        weights=None,      # what `load_vgg19` returns, or the path of a file for it
-        random:bool=False, # True: random weights, for trying things out without the file
+
+    def __init__(
+        self,
+        weights=None,  # what `load_vgg19` returns, or the path of a file for it
+        random: bool = False,  # True: random weights, for trying things out without the file
     ):
         super().__init__()
-        if (weights is None or weights == "") and not random: raise InputError("VGG19Features needs weights: give weights=path of vgg19-dcbb9e9d.pth, or load_vgg19(download=True). Random weights, for a dry run, are random=True.")
+        if (weights is None or weights == "") and not random:
+            raise InputError(
+                "VGG19Features needs weights: give weights=path of vgg19-dcbb9e9d.pth, or load_vgg19(download=True). Random weights, for a dry run, are random=True."
+            )
         self.features = vgg19_body()
-        if random: warnings.warn("VGG19 with random weights: its features are not those of a trained network.", stacklevel=2)
-        else: self.load_state_dict(weights if isinstance(weights, dict) else load_vgg19(weights))
-        for name, v in zip(("mean", "std"), IMAGENET): self.register_buffer(name, torch.tensor(v)[:, None, None], persistent=False)
+        if random:
+            warnings.warn(
+                "VGG19 with random weights: its features are not those of a trained network.",
+                stacklevel=2,
+            )
+        else:
+            self.load_state_dict(weights if isinstance(weights, dict) else load_vgg19(weights))
+        for name, v in zip(("mean", "std"), IMAGENET):
+            self.register_buffer(name, torch.tensor(v)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
-    def prepare(self,
-        x:Tensor, # images (B,1,H,W) or (B,3,H,W) in [-1,1]
-    )->Tensor: # (B,3,H,W), as VGG19 was trained on
+    def prepare(
+        self,
+        x: Tensor,  # images (B,1,H,W) or (B,3,H,W) in [-1,1]
+    ) -> Tensor:  # (B,3,H,W), as VGG19 was trained on
         "From [-1,1] to [0,1], to three channels, less the mean colour of ImageNet, in units of its standard deviation."
         return ((x + 1) / 2 - self.mean) / self.std
 
-    def features_of(self,
-        x:Tensor, # images (B,C,H,W) in [-1,1]
-    )->list: # three maps
+    def features_of(
+        self,
+        x: Tensor,  # images (B,C,H,W) in [-1,1]
+    ) -> list:  # three maps
         "The three maps."
-        if min(x.shape[2:]) < 8: raise InputError(f"images of {tuple(x.shape[2:])} are too small for VGG19: sides of at least 8 are needed.")
-        x, taken = self.prepare(x), []
+        if min(x.shape[2:]) < 8:
+            raise InputError(
+                f"images of {tuple(x.shape[2:])} are too small for VGG19: sides of at least 8 are needed."
+            )
+        x = self.prepare(x)
+        taken = []
         for n, layer in enumerate(self.features):
             x = layer(x)
-            if n in VGG19_TAPS: taken.append(x)
+            if n in VGG19_TAPS:
+                taken.append(x)
         return taken
 
 # %% ../../nbs/translation/contextual.ipynb #bcd422d8
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
+
 def load_vgg19(
-    path="",               # the file (default: vgg19-dcbb9e9d.pth in torch's own cache)
-    download:bool=False,   # fetch the file (548 MB) if it is not there
-    url:str=VGG19_URL,     # where from
-    checksum:str=None,     # first digits of its SHA-256 (default: those in the name, as in vgg19-dcbb9e9d.pth; a name without digits is not checked)
-)->dict: # layer name -> weights, only those that `VGG19Features` needs
+    path="",  # the file (default: vgg19-dcbb9e9d.pth in torch's own cache)
+    download: bool = False,  # fetch the file (548 MB) if it is not there
+    url: str = VGG19_URL,  # where from
+    checksum: str = None,  # first digits of its SHA-256 (default: those in the name, as in vgg19-dcbb9e9d.pth; a name without digits is not checked)
+) -> dict:  # layer name -> weights, only those that `VGG19Features` needs
     """Weights of VGG19. A download is checked before it gets its name; nothing half-written stays.
     Raises `InputError` that names the file and the fix: it is missing, has another checksum, cannot be read, or holds another network."""
     path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name)
     if not path.exists():
-        if not download: raise InputError(f"{path} does not exist. Fetch {url} and give its path, or call load_vgg19(download=True).")
+        if not download:
+            raise InputError(
+                f"{path} does not exist. Fetch {url} and give its path, or call load_vgg19(download=True)."
+            )
         _download(url, path, checksum or _digits(url))
     expected = checksum or _digits(path.name)
-    if expected and not file_sha256(path).startswith(expected): raise InputError(f"{path}: its SHA-256 does not begin with {expected}; the file is damaged or another one. Delete it and fetch {url} again.")
-    try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e: raise InputError(f"{path} cannot be read as weights ({type(e).__name__}). Delete it and fetch {url} again.") from e
+    if expected and not file_sha256(path).startswith(expected):
+        raise InputError(
+            f"{path}: its SHA-256 does not begin with {expected}; the file is damaged or another one. Delete it and fetch {url} again."
+        )
+    try:
+        found = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as e:
+        raise InputError(
+            f"{path} cannot be read as weights ({type(e).__name__}). Delete it and fetch {url} again."
+        ) from e
     return _needed(found, path)
 
+# %% ../../nbs/translation/contextual.ipynb #584409f1
 def _digits(name):
     "The checksum in a file name, as in vgg19-dcbb9e9d.pth; empty without one."
     return m[1] if (m := re.search(r"-([0-9a-f]{8,64})\.pth$", str(name))) else ""
+
 
 def _download(url, path, checksum):
     "Fetch `url` into `path`, which appears only when it is whole."
@@ -307,39 +428,62 @@ def _download(url, path, checksum):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=checksum, progress=False)
     except (OSError, RuntimeError, ValueError) as e:
-        raise InputError(f"{url} could not be fetched into {path}: {e}. Fetch it by hand and give its path.") from e
+        raise InputError(
+            f"{url} could not be fetched into {path}: {e}. Fetch it by hand and give its path."
+        ) from e
+
 
 def _needed(found, path):
     "The weights of the body among those in a file."
     shapes = {f"features.{k}": v.shape for k, v in vgg19_body().state_dict().items()}
-    bad = next((k for k, s in shapes.items() if not isinstance(found, dict) or getattr(found.get(k), "shape", None) != s), None)
-    if bad: raise InputError(f"{path} holds no {bad} of shape {tuple(shapes[bad])}: these are not the weights of VGG19 as torchvision names them. Fetch {VGG19_URL}.")
+    bad = next(
+        (
+            k
+            for k, s in shapes.items()
+            if not isinstance(found, dict) or getattr(found.get(k), "shape", None) != s
+        ),
+        None,
+    )
+    if bad:
+        raise InputError(
+            f"{path} holds no {bad} of shape {tuple(shapes[bad])}: these are not the weights of VGG19 as torchvision names them. Fetch {VGG19_URL}."
+        )
     return {k: found[k].float().clone() for k in shapes}
 
 # %% ../../nbs/translation/contextual.ipynb #4fc01e02
 class FilterBank(Extractor):
     """Fixed random filters at several scales: for scale s, a map (B,2*channels,H/s,W/s). For images of 64 to 256 pixels; nothing is learnt and nothing is read.
     Raises `InputError` for sizes that make no bank, and for images smaller than twice the largest scale."""
-    def __init__(self,
-        channels:int=16,   # filters per scale, 1 to 24; each gives two channels, its positive and its negative part
-        scales=(4, 8),     # pixels per position of each map; even
-        seed:int=0,        # of the filters
+
+    def __init__(
+        self,
+        channels: int = 16,  # filters per scale, 1 to 24; each gives two channels, its positive and its negative part
+        scales=(4, 8),  # pixels per position of each map; even
+        seed: int = 0,  # of the filters
     ):
         super().__init__()
         self.scales = tuple(scales)
-        if not 1 <= channels <= 24 or not self.scales or any(s < 2 or s % 2 for s in self.scales): raise InputError(f"channels={channels}, scales={scales}: give 1 to 24 channels, and even scales of at least 2.")
+        if not 1 <= channels <= 24 or not self.scales or any(s < 2 or s % 2 for s in self.scales):
+            raise InputError(
+                f"channels={channels}, scales={scales}: give 1 to 24 channels, and even scales of at least 2."
+            )
         for s in self.scales:
             noise = torch.randn(25, channels, generator=torch_rng(seed, "filters", s))
             w = torch.linalg.qr(noise - noise.mean(0))[0].T.reshape(channels, 1, 5, 5)
             self.register_buffer(f"filters{s}", w - w.mean((2, 3), keepdim=True))
         self.eval()
 
-    def features_of(self,
-        x:Tensor, # images (B,C,H,W) in [-1,1]
-    )->list: # one map per scale
+    def features_of(
+        self,
+        x: Tensor,  # images (B,C,H,W) in [-1,1]
+    ) -> list:  # one map per scale
         "Grey, pooled to half the scale, filtered 5x5 with stride 2, split into positive and negative parts."
-        if min(x.shape[2:]) < 2 * max(self.scales): raise InputError(f"images of {tuple(x.shape[2:])} are too small for scales {self.scales}: sides of at least {2 * max(self.scales)} are needed.")
-        maps, grey = [], x.mean(1, keepdim=True)
+        if min(x.shape[2:]) < 2 * max(self.scales):
+            raise InputError(
+                f"images of {tuple(x.shape[2:])} are too small for scales {self.scales}: sides of at least {2 * max(self.scales)} are needed."
+            )
+        maps = []
+        grey = x.mean(1, keepdim=True)
         for s in self.scales:
             small = F.pad(F.avg_pool2d(grey, s // 2), (2, 2, 2, 2), mode="replicate")
             r = F.conv2d(small, getattr(self, f"filters{s}"), stride=2)
@@ -350,47 +494,68 @@ class FilterBank(Extractor):
 @contextlib.contextmanager
 def _looking(net, statistics):
     "Within the block, `net` only looks: eval mode, no gradient for its weights, no change of its statistics. Afterwards everything is as before."
-    modes, flags = [(m, m.training) for m in net.modules()], [(p, p.requires_grad) for p in net.parameters()]
+    modes = [(m, m.training) for m in net.modules()]
+    flags = [(p, p.requires_grad) for p in net.parameters()]
     try:
         net.eval()
-        for p, _ in flags: p.requires_grad_(False)
-        with frozen_statistics(net, statistics): yield
+        for p, _ in flags:
+            p.requires_grad_(False)
+        with frozen_statistics(net, statistics):
+            yield
     finally:
-        for m, mode in modes: m.training = mode
-        for p, flag in flags: p.requires_grad_(flag)
+        for m, mode in modes:
+            m.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
-ENCODER_LAYERS = ("conv3", "conv4"), ("down3", "down4"), ("enc2.2.body", "enc3.3.body") # U-Nets, DenseFCN, MRRN: at H/4 and H/8
+
+ENCODER_LAYERS = (
+    ("conv3", "conv4"),
+    ("down3", "down4"),
+    ("enc2.2.body", "enc3.3.body"),
+)  # U-Nets, DenseFCN, MRRN: at H/4 and H/8
+
 
 def encoder_layers(
-    net:nn.Module, # one of this library's networks
-)->tuple: # names of two layers
+    net: nn.Module,  # one of this library's networks
+) -> tuple:  # names of two layers
     "The layers of an encoder at a quarter and an eighth of the image's size. Raises `InputError` for a network that is not one of ours."
     known = dict(net.named_modules())
     for names in ENCODER_LAYERS:
-        if all(n in known for n in names): return names
-    raise InputError(f"{type(net).__name__} has none of the known encoder layers {ENCODER_LAYERS}. Give names=(layer, ...), as net.named_modules() gives them.")
+        if all(n in known for n in names):
+            return names
+    raise InputError(
+        f"{type(net).__name__} has none of the known encoder layers {ENCODER_LAYERS}. Give names=(layer, ...), as net.named_modules() gives them."
+    )
 
 # %% ../../nbs/translation/contextual.ipynb #323df834
 class EncoderFeatures(Extractor):
     """Features of named layers of a network that is being trained at the same time, such as the teacher. The network is looked at, not owned: its weights are
     not in this module's `state_dict`, get no gradient from it, and its BatchNorm statistics do not move. Raises `InputError` for names that are not layers."""
-    def __init__(self,
-        net:nn.Module,            # reads images in [0,1]
-        names=(),                 # layers whose outputs are the features (default: `encoder_layers`)
-        statistics:str="running", # BatchNorm normalises by its running statistics (running) or by those of the batch (batch)
+
+    def __init__(
+        self,
+        net: nn.Module,  # reads images in [0,1]
+        names=(),  # layers whose outputs are the features (default: `encoder_layers`)
+        statistics: str = "running",  # BatchNorm normalises by its running statistics (running) or by those of the batch (batch)
     ):
         super().__init__()
-        if statistics not in ("running", "batch"): raise InputError(unknown("statistics", statistics, ("running", "batch")))
+        if statistics not in ("running", "batch"):
+            raise InputError(unknown("statistics", statistics, ("running", "batch")))
         names = names or encoder_layers(net)
         Taps(net, names).close()
-        self.net, self.names, self.statistics = (net,), tuple(names), statistics
+        self.net = (net,)
+        self.names = tuple(names)
+        self.statistics = statistics
 
-    def features_of(self,
-        x:Tensor, # images (B,C,H,W) in [-1,1]
-    )->list: # one map per name
+    def features_of(
+        self,
+        x: Tensor,  # images (B,C,H,W) in [-1,1]
+    ) -> list:  # one map per name
         "The maps; a grey image is repeated if the network wants three channels."
         net = self.net[0]
-        if x.shape[1] == 1 and getattr(net, "config", {}).get("in_channels") == 3: x = x.expand(-1, 3, -1, -1)
+        if x.shape[1] == 1 and getattr(net, "config", {}).get("in_channels") == 3:
+            x = x.expand(-1, 3, -1, -1)
         with _looking(net, self.statistics), Taps(net, self.names) as taps:
             net((x + 1) / 2)
             return list(taps.take().values())
@@ -398,21 +563,32 @@ class EncoderFeatures(Extractor):
 # %% ../../nbs/translation/contextual.ipynb #c3a39a43
 EXTRACTORS = ("auto", "vgg19", "teacher", "filters")
 
+
 def feature_extractor(
-    kind:str="auto",          # vgg19 | teacher | filters | auto: vgg19 if `weights` are given, else teacher
-    teacher:nn.Module=None,   # for "teacher": the network
-    weights="",               # for "vgg19": path of vgg19-dcbb9e9d.pth
-    names=(),                 # for "teacher": its layers (default: `encoder_layers`)
-    random:bool=False,        # for "vgg19": random weights instead of a file
-    download:bool=False,      # for "vgg19": fetch the file if it is not there
-    **options,                # for the extractor's class, e.g. channels=16 of `FilterBank`
-)->Extractor: # images (B,C,H,W) in [-1,1] -> list of feature maps
+    kind: str = "auto",  # vgg19 | teacher | filters | auto: vgg19 if `weights` are given, else teacher
+    teacher: nn.Module = None,  # for "teacher": the network
+    weights="",  # for "vgg19": path of vgg19-dcbb9e9d.pth
+    names=(),  # for "teacher": its layers (default: `encoder_layers`)
+    random: bool = False,  # for "vgg19": random weights instead of a file
+    download: bool = False,  # for "vgg19": fetch the file if it is not there
+    **options,  # for the extractor's class, e.g. channels=16 of `FilterBank`
+) -> Extractor:  # images (B,C,H,W) in [-1,1] -> list of feature maps
     "Choose an extractor by name. Raises `InputError` for an unknown name, for a teacher that is missing, and for weights that are missing."
-    if kind not in EXTRACTORS: raise InputError(unknown("feature extractor", kind, EXTRACTORS))
+    if kind not in EXTRACTORS:
+        raise InputError(unknown("feature extractor", kind, EXTRACTORS))
     if kind == "auto":
         kind = "vgg19" if weights or download else "teacher"
-        if kind == "teacher": warnings.warn("no weights of VGG19 were given: the contextual loss uses features of the teacher.", stacklevel=2)
-    if kind == "filters": return FilterBank(**options)
-    if kind == "vgg19": return VGG19Features(None if random else load_vgg19(weights, download), random, **options)
-    if teacher is None: raise InputError("kind='teacher' needs teacher=network. Without one, use 'filters', or 'vgg19' with weights=path.")
+        if kind == "teacher":
+            warnings.warn(
+                "no weights of VGG19 were given: the contextual loss uses features of the teacher.",
+                stacklevel=2,
+            )
+    if kind == "filters":
+        return FilterBank(**options)
+    if kind == "vgg19":
+        return VGG19Features(None if random else load_vgg19(weights, download), random, **options)
+    if teacher is None:
+        raise InputError(
+            "kind='teacher' needs teacher=network. Without one, use 'filters', or 'vgg19' with weights=path."
+        )
     return EncoderFeatures(teacher, names, **options)

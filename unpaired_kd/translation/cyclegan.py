@@ -16,101 +16,149 @@ from ..core import InputError, unknown
 
 # %% ../../nbs/translation/cyclegan.ipynb #0e562393
 def to_signed(
-    x:Tensor, # images in [0,1], any shape
-)->Tensor: # the same images in [-1,1]
+    x: Tensor,  # images in [0,1], any shape
+) -> Tensor:  # the same images in [-1,1]
     "From the house's range to the range of translation networks: $2x-1$. Raises nothing; float in, float out."
     return 2 * x - 1
 
+
 def to_unit(
-    x:Tensor, # images in [-1,1], any shape
-)->Tensor: # the same images in [0,1]
+    x: Tensor,  # images in [-1,1], any shape
+) -> Tensor:  # the same images in [0,1]
     "From the range of translation networks back to the house's: $(x+1)/2$. Raises nothing; float in, float out."
     return (x + 1) / 2
 
 # %% ../../nbs/translation/cyclegan.ipynb #1f416bc9
 def check_images(
-    x:Tensor,     # images (B,C,H,W)
-    channels:int, # the channels that the network takes
-    multiple:int, # H and W must be multiples of this
-    least:int,    # and at least this, px
+    x: Tensor,  # images (B,C,H,W)
+    channels: int,  # the channels that the network takes
+    multiple: int,  # H and W must be multiples of this
+    least: int,  # and at least this, px
 ):
     "Raise `InputError` for images that a translation network cannot take. Values are looked at on the CPU only: on a GPU the look would make the device wait."
     if x.ndim != 4 or x.shape[1] != channels:
-        raise InputError(f"images have shape {tuple(x.shape)}, but this network takes (B,{channels},H,W). Give channels={x.shape[1] if x.ndim == 4 else 'C'} to the network, or change the images.")
+        raise InputError(
+            f"images have shape {tuple(x.shape)}, but this network takes (B,{channels},H,W). Give channels={x.shape[1] if x.ndim == 4 else 'C'} to the network, or change the images."
+        )
     if any(n % multiple or n < least for n in x.shape[2:]):
-        raise InputError(f"images have sides {tuple(x.shape[2:])} px, but each must be a multiple of {multiple} and at least {least}. Crop or pad the images.")
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.numel(): return
+        raise InputError(
+            f"images have sides {tuple(x.shape[2:])} px, but each must be a multiple of {multiple} and at least {least}. Crop or pad the images."
+        )
+    if (
+        x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not x.numel()
+    ):
+        return
     low, high = (v.item() for v in x.detach().aminmax())
-    if low != low or high != high: raise InputError("images hold NaN: look for the step in which the loss became NaN, and lower the learning rate.")
+    if low != low or high != high:
+        raise InputError(
+            "images hold NaN: look for the step in which the loss became NaN, and lower the learning rate."
+        )
     if low < -1.001 or high > 1.001:
-        raise InputError(f"images must be in [-1,1]; the house's are in [0,1]: use `to_signed`. These go from {low:.3g} to {high:.3g}.")
+        raise InputError(
+            f"images must be in [-1,1]; the house's are in [0,1]: use `to_signed`. These go from {low:.3g} to {high:.3g}."
+        )
 
 # %% ../../nbs/translation/cyclegan.ipynb #43832430
 UPSAMPLE = ("transposed", "resize_conv")
 
+
 def norm_relu(
-    channels:int, # channels C
-)->nn.Sequential: # (B,C,H,W) to the same
+    channels: int,  # channels C
+) -> nn.Sequential:  # (B,C,H,W) to the same
     "Instance norm without learnt scale and without running statistics (train and eval agree), then ReLU."
     return nn.Sequential(nn.InstanceNorm2d(channels), nn.ReLU(inplace=True))
 
+
 class ResidualBlock(nn.Module):
     "$x + f(x)$ with two 3x3 convolutions, mirrored borders and instance norm; (B,C,H,W) to the same (Zhu et al. 2017, section 4)."
-    def __init__(self,
-        channels:int, # channels C
+
+    def __init__(
+        self,
+        channels: int,  # channels C
     ):
         super().__init__()
-        conv = lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
+
+        def conv():
+            return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3))
+
         self.body = nn.Sequential(conv(), norm_relu(channels), conv(), nn.InstanceNorm2d(channels))
 
-    def forward(self,
-        x:Tensor, # (B,C,H,W), H and W at least 2
-    )->Tensor: # (B,C,H,W)
+    def forward(
+        self,
+        x: Tensor,  # (B,C,H,W), H and W at least 2
+    ) -> Tensor:  # (B,C,H,W)
         "Add the correction to `x`."
         return x + self.body(x)
 
+# %% ../../nbs/translation/cyclegan.ipynb #147e9758
 def upsampler(
-    channels:int,           # channels C in; half of them come out
-    kind:str="transposed",  # transposed: 3x3 convolution of stride 2, backwards | resize_conv: repeat each pixel, then 3x3
-)->nn.Module: # (B,C,H,W) to (B,C/2,2H,2W)
+    channels: int,  # channels C in; half of them come out
+    kind: str = "transposed",  # transposed: 3x3 convolution of stride 2, backwards | resize_conv: repeat each pixel, then 3x3
+) -> nn.Module:  # (B,C,H,W) to (B,C/2,2H,2W)
     "Twice the size, half the channels. Both kinds have the same number of weights."
-    if kind not in UPSAMPLE: raise InputError(unknown("upsample", kind, UPSAMPLE))
-    if kind == "transposed": return nn.ConvTranspose2d(channels, channels // 2, 3, stride=2, padding=1, output_padding=1)
-    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, padding=1, padding_mode="reflect"))
+    if kind not in UPSAMPLE:
+        raise InputError(unknown("upsample", kind, UPSAMPLE))
+    if kind == "transposed":
+        return nn.ConvTranspose2d(channels, channels // 2, 3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(channels, channels // 2, 3, padding=1, padding_mode="reflect"),
+    )
+
 
 def start_small(
-    net:nn.Module, # a network
-)->nn.Module: # the same network
+    net: nn.Module,  # a network
+) -> nn.Module:  # the same network
     "Draw all convolution weights from N(0, 0.02), with the global generator, and set the biases to 0."
     for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.normal_(m.weight, 0, .02); nn.init.zeros_(m.bias)
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(m.weight, 0, 0.02)
+            nn.init.zeros_(m.bias)
     return net
 
 # %% ../../nbs/translation/cyclegan.ipynb #ed01c6d7
 class Generator(nn.Module):
     "Image to image, $G$: down twice, residual blocks, up twice, tanh (Zhu et al. 2017; 11,365,633 weights by default). Images and output in [-1,1]; `InputError` for others, and for sides that are not multiples of 4."
-    def __init__(self,
-        channels:int=1,            # channels of the images, in and out
-        width:int=64,              # channels of the first layer; the blocks have four times as many
-        blocks:int=9,              # residual blocks: 9 for 256 px, 6 for 128 px
-        upsample:str="transposed", # transposed | resize_conv, see `upsampler`
+
+    def __init__(
+        self,
+        channels: int = 1,  # channels of the images, in and out
+        width: int = 64,  # channels of the first layer; the blocks have four times as many
+        blocks: int = 9,  # residual blocks: 9 for 256 px, 6 for 128 px
+        upsample: str = "transposed",  # transposed | resize_conv, see `upsampler`
     ):
         super().__init__()
-        self.channels, self.config = channels, dict(channels=channels, width=width, blocks=blocks, upsample=upsample)
+        self.channels = channels
+        self.config = dict(channels=channels, width=width, blocks=blocks, upsample=upsample)
         w = width
         self.down = nn.Sequential(
-            nn.ReflectionPad2d(3), nn.Conv2d(channels, w, 7), norm_relu(w),
-            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), norm_relu(2 * w),
-            nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1), norm_relu(4 * w))
+            nn.ReflectionPad2d(3),
+            nn.Conv2d(channels, w, 7),
+            norm_relu(w),
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
+            norm_relu(2 * w),
+            nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1),
+            norm_relu(4 * w),
+        )
         self.blocks = nn.Sequential(*[ResidualBlock(4 * w) for _ in range(blocks)])
         self.up = nn.Sequential(
-            upsampler(4 * w, upsample), norm_relu(2 * w), upsampler(2 * w, upsample), norm_relu(w),
-            nn.ReflectionPad2d(3), nn.Conv2d(w, channels, 7), nn.Tanh())
+            upsampler(4 * w, upsample),
+            norm_relu(2 * w),
+            upsampler(2 * w, upsample),
+            norm_relu(w),
+            nn.ReflectionPad2d(3),
+            nn.Conv2d(w, channels, 7),
+            nn.Tanh(),
+        )
         start_small(self)
 
-    def forward(self,
-        x:Tensor, # images $x$, (B,C,H,W), in [-1,1]
-    )->Tensor: # translated images $G(x)$, (B,C,H,W), in [-1,1]
+    def forward(
+        self,
+        x: Tensor,  # images $x$, (B,C,H,W), in [-1,1]
+    ) -> Tensor:  # translated images $G(x)$, (B,C,H,W), in [-1,1]
         "Translate images."
         check_images(x, self.channels, multiple=4, least=8)
         return self.up(self.blocks(self.down(x)))
@@ -118,21 +166,29 @@ class Generator(nn.Module):
 # %% ../../nbs/translation/cyclegan.ipynb #cc828c54
 class PatchDiscriminator(nn.Module):
     "Is this patch real? $D$: one score for each overlapping 70x70 patch (Isola et al. 2017; 2,762,689 weights by default). Raw scores, no sigmoid. Images in [-1,1], at least 24 px a side; `InputError` for others."
-    def __init__(self,
-        channels:int=1, # channels of the images
-        width:int=64,   # channels of the first layer; the last has eight times as many
+
+    def __init__(
+        self,
+        channels: int = 1,  # channels of the images
+        width: int = 64,  # channels of the first layer; the last has eight times as many
     ):
         super().__init__()
         self.channels = channels
-        layers, w = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(.2, inplace=True)], width
+        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        w = width
         for stride in (2, 2, 1):
-            layers += [nn.Conv2d(w, 2 * w, 4, stride, 1), nn.InstanceNorm2d(2 * w), nn.LeakyReLU(.2, inplace=True)]
+            layers += [
+                nn.Conv2d(w, 2 * w, 4, stride, 1),
+                nn.InstanceNorm2d(2 * w),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
             w = 2 * w
         self.layers = start_small(nn.Sequential(*layers, nn.Conv2d(w, 1, 4, 1, 1)))
 
-    def forward(self,
-        x:Tensor, # images, (B,C,H,W), in [-1,1]
-    )->Tensor: # scores (logits) (B,1,H/8-2,W/8-2): 30x30 for 256x256
+    def forward(
+        self,
+        x: Tensor,  # images, (B,C,H,W), in [-1,1]
+    ) -> Tensor:  # scores (logits) (B,1,H/8-2,W/8-2): 30x30 for 256x256
         "Score every patch; larger is more real."
         check_images(x, self.channels, multiple=1, least=24)
         return self.layers(x)
@@ -140,112 +196,148 @@ class PatchDiscriminator(nn.Module):
 # %% ../../nbs/translation/cyclegan.ipynb #e076ef49
 GAN_KINDS = ("lsgan", "bce")
 
+
 def gan_loss(
-    logits:Tensor,     # scores of $D$, any shape
-    real:bool,         # the verdict that is wanted: real or fake
-    kind:str="lsgan",  # lsgan: squared distance | bce: binary cross-entropy of the sigmoid
-    label:float=1.,    # the number that stands for real; .9 is one-sided label smoothing
-)->Tensor: # one number, float32, at least 0
+    logits: Tensor,  # scores of $D$, any shape
+    real: bool,  # the verdict that is wanted: real or fake
+    kind: str = "lsgan",  # lsgan: squared distance | bce: binary cross-entropy of the sigmoid
+    label: float = 1.0,  # the number that stands for real; .9 is one-sided label smoothing
+) -> Tensor:  # one number, float32, at least 0
     "How far the scores are from the wanted verdict, the mean over patches (`lsgan`: Mao et al. 2017; `bce`: CMEDL eq. 5). `InputError` for an unknown kind."
-    if kind not in GAN_KINDS: raise InputError(unknown("kind of GAN loss", kind, GAN_KINDS))
+    if kind not in GAN_KINDS:
+        raise InputError(unknown("kind of GAN loss", kind, GAN_KINDS))
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        target = torch.full_like(logits, label if real else 0.)
-        return F.mse_loss(logits, target) if kind == "lsgan" else F.binary_cross_entropy_with_logits(logits, target)
+        target = torch.full_like(logits, label if real else 0.0)
+        return (
+            F.mse_loss(logits, target)
+            if kind == "lsgan"
+            else F.binary_cross_entropy_with_logits(logits, target)
+        )
+
 
 def generator_gan_loss(
-    on_fake:Tensor,   # scores $D(G(x))$
-    kind:str="lsgan", # lsgan | bce
-)->Tensor: # one number, float32, at least 0
+    on_fake: Tensor,  # scores $D(G(x))$
+    kind: str = "lsgan",  # lsgan | bce
+) -> Tensor:  # one number, float32, at least 0
     "What the generator pays: its images should be scored as real (label 1, never smoothed). The critic's weights must not move here."
     return gan_loss(on_fake, True, kind)
 
+
 def discriminator_gan_loss(
-    on_real:Tensor,   # scores of real images
-    on_fake:Tensor,   # scores of generated images, detached from the generator
-    kind:str="lsgan", # lsgan | bce
-    label:float=1.,   # the number that stands for real
-)->Tensor: # one number, float32, at least 0
+    on_real: Tensor,  # scores of real images
+    on_fake: Tensor,  # scores of generated images, detached from the generator
+    kind: str = "lsgan",  # lsgan | bce
+    label: float = 1.0,  # the number that stands for real
+) -> Tensor:  # one number, float32, at least 0
     "What the critic pays: half for real images, half for generated ones (Zhu et al. 2017 halve it, so that the critic learns more slowly)."
     return (gan_loss(on_real, True, kind, label) + gan_loss(on_fake, False, kind)) / 2
 
 # %% ../../nbs/translation/cyclegan.ipynb #adf71ad6
 class ReplayBuffer(nn.Module):
     "The last generated images, some of which the critic sees again (Shrivastava et al. 2017). Images and count are buffers, so a checkpoint holds them. `InputError` for images of another shape."
-    own_buffers = True # each process has its own images: a trainer must not average them
 
-    def __init__(self,
-        shape:tuple,  # (C,H,W) of one image
-        size:int=50,  # images kept; 0: no memory
+    own_buffers = True  # each process has its own images: a trainer must not average them
+
+    def __init__(
+        self,
+        shape: tuple,  # (C,H,W) of one image
+        size: int = 50,  # images kept; 0: no memory
     ):
         super().__init__()
-        if size < 0 or len(shape) != 3: raise InputError(f"ReplayBuffer(shape={tuple(shape)}, size={size}): give shape as (C,H,W), and size at least 0.")
+        if size < 0 or len(shape) != 3:
+            raise InputError(
+                f"ReplayBuffer(shape={tuple(shape)}, size={size}): give shape as (C,H,W), and size at least 0."
+            )
         self.register_buffer("images", torch.zeros(size, *shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def query(self,
-        images:Tensor,             # generated images, (B,C,H,W)
-        generator:torch.Generator, # CPU generator that decides
-    )->Tensor: # (B,C,H,W), detached: each the image itself, or an older one in exchange for it
+    def query(
+        self,
+        images: Tensor,  # generated images, (B,C,H,W)
+        generator: torch.Generator,  # CPU generator that decides
+    ) -> Tensor:  # (B,C,H,W), detached: each the image itself, or an older one in exchange for it
         "Store while there is room and return what was given; then, for each image, one time in two return a stored image and keep this one in its place."
         if images.shape[1:] != self.images.shape[1:]:
-            raise InputError(f"images have shape {tuple(images.shape)}, but this ReplayBuffer was made for (B,{','.join(map(str, self.images.shape[1:]))}). Give that shape to ReplayBuffer.")
-        out, size, count = images.detach().clone(), len(self.images), int(self.count)
-        if not size: return out
-        swap = torch.rand(len(out), generator=generator) < .5          # drawn for every image, so that
-        slot = torch.randint(size, (len(out),), generator=generator)   # the stream does not depend on the count
+            raise InputError(
+                f"images have shape {tuple(images.shape)}, but this ReplayBuffer was made for (B,{','.join(map(str, self.images.shape[1:]))}). Give that shape to ReplayBuffer."
+            )
+        out = images.detach().clone()
+        size = len(self.images)
+        count = int(self.count)
+        if not size:
+            return out
+        swap = torch.rand(len(out), generator=generator) < 0.5  # drawn for every image, so that
+        slot = torch.randint(
+            size, (len(out),), generator=generator
+        )  # the stream does not depend on the count
         for i, (s, j) in enumerate(zip(swap.tolist(), slot.tolist())):
-            if count < size: self.images[count] = out[i]; count += 1
+            if count < size:
+                self.images[count] = out[i]
+                count += 1
             elif s:
                 old = self.images[j].clone()
-                self.images[j] = out[i]; out[i] = old
+                self.images[j] = out[i]
+                out[i] = old
         self.count.fill_(count)
         return out
 
 # %% ../../nbs/translation/cyclegan.ipynb #4ef03042
 def cycle_loss(
-    x:Tensor,    # images $x$, (B,C,H,W)
-    back:Tensor, # the same images translated there and back, $G_{ts}(G_{st}(x))$
-)->Tensor: # one number, float32, at least 0
+    x: Tensor,  # images $x$, (B,C,H,W)
+    back: Tensor,  # the same images translated there and back, $G_{ts}(G_{st}(x))$
+) -> Tensor:  # one number, float32, at least 0
     "Mean absolute difference between images and their round trip (Zhu et al. 2017 eq. 2; one direction). `InputError` if the shapes differ."
-    if x.shape != back.shape: raise InputError(f"cycle_loss compares an image with its round trip, but the shapes are {tuple(x.shape)} and {tuple(back.shape)}: give the same images.")
+    if x.shape != back.shape:
+        raise InputError(
+            f"cycle_loss compares an image with its round trip, but the shapes are {tuple(x.shape)} and {tuple(back.shape)}: give the same images."
+        )
     return F.l1_loss(back.float(), x.float())
 
+
 def identity_loss(
-    x:Tensor,    # images that are already in the target modality, (B,C,H,W)
-    same:Tensor, # what the generator towards that modality makes of them, $G_{st}(x_t)$
-)->Tensor: # one number, float32, at least 0
+    x: Tensor,  # images that are already in the target modality, (B,C,H,W)
+    same: Tensor,  # what the generator towards that modality makes of them, $G_{st}(x_t)$
+) -> Tensor:  # one number, float32, at least 0
     "Mean absolute change of images that need no translation (Zhu et al. 2017, section 5.2). `InputError` if the shapes differ."
     return cycle_loss(x, same)
 
 # %% ../../nbs/translation/cyclegan.ipynb #a19e8369
 def contrast_sign(
-    x:Tensor,         # images before translation, (B,C,H,W), in [-1,1]
-    fake:Tensor,      # after translation, (B,C,H,W)
-    mask:Tensor=None, # where to look, (B,1,H,W) or (B,H,W), bool (default: where x is above -0.95, the body)
-)->Tensor: # one number in [-1,1]; 0 if an image is flat
+    x: Tensor,  # images before translation, (B,C,H,W), in [-1,1]
+    fake: Tensor,  # after translation, (B,C,H,W)
+    mask: Tensor = None,  # where to look, (B,1,H,W) or (B,H,W), bool (default: where x is above -0.95, the body)
+) -> Tensor:  # one number in [-1,1]; 0 if an image is flat
     "Correlation of the grey values before and after translation inside the mask, the mean over images. Negative: the contrast is inverted. `InputError` if the mask does not fit."
     if mask is not None and (mask.numel() != x[:, 0].numel() or mask.shape[-2:] != x.shape[-2:]):
-        raise InputError(f"mask has shape {tuple(mask.shape)}, but images {tuple(x.shape)} need {(len(x), 1, *x.shape[2:])}.")
+        raise InputError(
+            f"mask has shape {tuple(mask.shape)}, but images {tuple(x.shape)} need {(len(x), 1, *x.shape[2:])}."
+        )
     a, b = (v.detach().float().mean(1).flatten(1) for v in (x, fake))
-    m = (a > -.95 if mask is None else mask.reshape(len(a), -1)).float()
-    def centred(v): return (v - (v * m).sum(1, keepdim=True) / m.sum(1, keepdim=True).clamp_min(1)) * m
-    a, b = centred(a), centred(b)
+    m = (a > -0.95 if mask is None else mask.reshape(len(a), -1)).float()
+
+    def centred(v):
+        return (v - (v * m).sum(1, keepdim=True) / m.sum(1, keepdim=True).clamp_min(1)) * m
+
+    a = centred(a)
+    b = centred(b)
     spread = a.norm(dim=1) * b.norm(dim=1)
     return ((a * b).sum(1) / spread.clamp_min(1e-6)).mean()
 
+# %% ../../nbs/translation/cyclegan.ipynb #53b6f79b
 def change(
-    x:Tensor,    # images before translation, (B,C,H,W), in [-1,1]
-    fake:Tensor, # after translation, the same shape
-)->Tensor: # one number in [0,2]
+    x: Tensor,  # images before translation, (B,C,H,W), in [-1,1]
+    fake: Tensor,  # after translation, the same shape
+) -> Tensor:  # one number in [0,2]
     "Mean absolute difference between an image and its translation. Near 0: the generator does nothing."
     return cycle_loss(x.detach(), fake.detach())
 
+
 def high_frequency(
-    fake:Tensor,     # images (B,C,H,W)
-    above:float=.45, # frequencies counted: at least this along one axis, cycles per px (0.5 is the Nyquist frequency)
-)->Tensor: # share in [0,1]; 0 for flat images
+    fake: Tensor,  # images (B,C,H,W)
+    above: float = 0.45,  # frequencies counted: at least this along one axis, cycles per px (0.5 is the Nyquist frequency)
+) -> Tensor:  # share in [0,1]; 0 for flat images
     "Share of the images' energy (their mean taken away) at the finest details. A checkerboard has much, smooth tissue next to none, white noise about a fifth."
     x = fake.detach().float()
     power = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().sum((0, 1))
@@ -255,19 +347,27 @@ def high_frequency(
 
 # %% ../../nbs/translation/cyclegan.ipynb #136e2789
 def warn_if_odd(
-    sign:float,            # `contrast_sign` of images and their translations
-    moved:float,           # `change` of the same
-    high:float,            # `high_frequency` of the translations
-    high_real:float=0.,    # `high_frequency` of real images of the target modality
-    least_sign:float=-.2,  # warn below
-    least_change:float=.02, # warn below
-    most_high:float=.05,   # warn above this excess over the real images
-)->str: # one line; empty if nothing is odd
+    sign: float,  # `contrast_sign` of images and their translations
+    moved: float,  # `change` of the same
+    high: float,  # `high_frequency` of the translations
+    high_real: float = 0.0,  # `high_frequency` of real images of the target modality
+    least_sign: float = -0.2,  # warn below
+    least_change: float = 0.02,  # warn below
+    most_high: float = 0.05,  # warn above this excess over the real images
+) -> str:  # one line; empty if nothing is odd
     "Put the three numbers into words: what looks wrong with a translation, and what to try. Numbers or one-element tensors."
     sign, moved, high, high_real = map(float, (sign, moved, high, high_real))
     odd = []
-    if not (sign == sign and moved == moved and high == high): odd.append("the images hold NaN: lower the learning rate")
-    if sign < least_sign: odd.append(f"the contrast is inverted (correlation {sign:.2f}): turn on the identity loss")
-    if moved < least_change: odd.append(f"the generator does nothing (mean change {moved:.3f}): lower the cycle weight, or look whether the critic learns")
-    if high > high_real + most_high: odd.append(f"a checkerboard (share of the finest details {high:.2f}, real images {high_real:.2f}): try upsample='resize_conv'")
+    if not (sign == sign and moved == moved and high == high):
+        odd.append("the images hold NaN: lower the learning rate")
+    if sign < least_sign:
+        odd.append(f"the contrast is inverted (correlation {sign:.2f}): turn on the identity loss")
+    if moved < least_change:
+        odd.append(
+            f"the generator does nothing (mean change {moved:.3f}): lower the cycle weight, or look whether the critic learns"
+        )
+    if high > high_real + most_high:
+        odd.append(
+            f"a checkerboard (share of the finest details {high:.2f}, real images {high_real:.2f}): try upsample='resize_conv'"
+        )
     return "Odd translation: " + "; ".join(odd) + "." if odd else ""

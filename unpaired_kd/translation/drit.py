@@ -22,37 +22,50 @@ from ..core import InputError, unknown
 # %% ../../nbs/translation/drit.ipynb #0692d3dd
 DOMAINS = ("s", "t")
 
+
 def _branch(
-    branches:nn.ModuleDict, # one module a domain
-    domain:str,             # s | t
-    x:Tensor,               # image (B,C,H,W)
-    channels:int,           # what C must be
-)->nn.Module: # the module of the domain
+    branches: nn.ModuleDict,  # one module a domain
+    domain: str,  # s | t
+    x: Tensor,  # image (B,C,H,W)
+    channels: int,  # what C must be
+) -> nn.Module:  # the module of the domain
     "Check an image and find its domain's module."
-    if domain not in DOMAINS: raise InputError(unknown("domain", domain, DOMAINS))
-    if x.ndim != 4 or x.shape[1] != channels: raise InputError(f"image of domain {domain} has shape {tuple(x.shape)}; give (B,{channels},H,W), or build the networks with other `channels`.")
-    if min(x.shape[-2:]) < 16 or x.shape[-1] % 4 or x.shape[-2] % 4: raise InputError(f"image of domain {domain} is {x.shape[-2]} x {x.shape[-1]} pixels; each side must be a multiple of 4 and at least 16. Crop or pad it.")
+    if domain not in DOMAINS:
+        raise InputError(unknown("domain", domain, DOMAINS))
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise InputError(
+            f"image of domain {domain} has shape {tuple(x.shape)}; give (B,{channels},H,W), or build the networks with other `channels`."
+        )
+    if min(x.shape[-2:]) < 16 or x.shape[-1] % 4 or x.shape[-2] % 4:
+        raise InputError(
+            f"image of domain {domain} is {x.shape[-2]} x {x.shape[-1]} pixels; each side must be a multiple of 4 and at least 16. Crop or pad it."
+        )
     return branches[domain]
 
+# %% ../../nbs/translation/drit.ipynb #23b0c8a1
 def _conv(
-    cin:int,      # channels in
-    cout:int,     # channels out
-    kernel:int,   # side of the kernel, pixels
-    stride:int=1, # step, pixels
-)->nn.Conv2d: # with mirrored borders; the map is divided by the stride exactly
+    cin: int,  # channels in
+    cout: int,  # channels out
+    kernel: int,  # side of the kernel, pixels
+    stride: int = 1,  # step, pixels
+) -> nn.Conv2d:  # with mirrored borders; the map is divided by the stride exactly
     "A convolution with reflected borders."
     return nn.Conv2d(cin, cout, kernel, stride, (kernel - 1) // 2, padding_mode="reflect")
 
+
 def _normal_weights(
-    module:nn.Module, # any module; only convolutions change
+    module: nn.Module,  # any module; only convolutions change
 ):
     "Weights N(0, 0.02), biases 0: DRIT's start for layers that are followed by a normalisation."
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.normal_(module.weight, 0, .02); nn.init.zeros_(module.bias)
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0, 0.02)
+        nn.init.zeros_(module.bias)
+
 
 def _normal(
-    like:Tensor,               # gives shape, type and device
-    generator:torch.Generator, # on the CPU
-)->Tensor: # standard normal numbers
+    like: Tensor,  # gives shape, type and device
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:  # standard normal numbers
     "Noise that is the same on every device."
     return torch.randn(like.shape, generator=generator).to(like)
 
@@ -60,32 +73,49 @@ def _normal(
 class ResidualBlock(nn.Module):
     "x + two 3x3 convolutions with instance norm, ReLU between them. Shape (B,C,H,W) stays."
 
-    def __init__(self,
-        channels:int, # $C$
+    def __init__(
+        self,
+        channels: int,  # $C$
     ):
         super().__init__()
-        self.path = nn.Sequential(_conv(channels, channels, 3), nn.InstanceNorm2d(channels), nn.ReLU(), _conv(channels, channels, 3), nn.InstanceNorm2d(channels))
+        self.path = nn.Sequential(
+            _conv(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+            nn.ReLU(),
+            _conv(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+        )
 
-    def forward(self,
-        x:Tensor, # (B,C,H,W)
-    )->Tensor: # (B,C,H,W)
+    def forward(
+        self,
+        x: Tensor,  # (B,C,H,W)
+    ) -> Tensor:  # (B,C,H,W)
         "x plus a change of it."
         return x + self.path(x)
 
+# %% ../../nbs/translation/drit.ipynb #fab40ee7
 class StyleBlock(nn.Module):
     "Pre-activation residual block that halves the map: (B,a,H,W) to (B,b,H/2,W/2). No normalisation."
 
-    def __init__(self,
-        cin:int,  # channels in, $a$
-        cout:int, # channels out, $b$
+    def __init__(
+        self,
+        cin: int,  # channels in, $a$
+        cout: int,  # channels out, $b$
     ):
         super().__init__()
-        self.path = nn.Sequential(nn.LeakyReLU(.2), _conv(cin, cin, 3), nn.LeakyReLU(.2), _conv(cin, cout, 3), nn.AvgPool2d(2))
+        self.path = nn.Sequential(
+            nn.LeakyReLU(0.2),
+            _conv(cin, cin, 3),
+            nn.LeakyReLU(0.2),
+            _conv(cin, cout, 3),
+            nn.AvgPool2d(2),
+        )
         self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(cin, cout, 1))
 
-    def forward(self,
-        x:Tensor, # (B,a,H,W)
-    )->Tensor: # (B,b,H/2,W/2)
+    def forward(
+        self,
+        x: Tensor,  # (B,a,H,W)
+    ) -> Tensor:  # (B,b,H/2,W/2)
         "Both paths, added."
         return self.path(x) + self.skip(x)
 
@@ -93,33 +123,49 @@ class StyleBlock(nn.Module):
 class ContentEncoder(nn.Module):
     "Image to content code, for both domains: $E_{c,s}$, $E_{c,t}$ and the shared last block (DRIT; CMEDL section on VAE-CMEDL)."
 
-    def __init__(self,
-        channels:int=1,  # channels of an image
-        width:int=64,    # channels after the first layer, $w$; the code has 4w
-        noise:float=1.,  # standard deviation of the noise on the code in training
+    def __init__(
+        self,
+        channels: int = 1,  # channels of an image
+        width: int = 64,  # channels after the first layer, $w$; the code has 4w
+        noise: float = 1.0,  # standard deviation of the noise on the code in training
     ):
         super().__init__()
-        w, self.channels, self.noise = width, channels, noise
+        w = width
+        self.channels = channels
+        self.noise = noise
+
         def branch():
-            down = [m for a, b in ((w, 2 * w), (2 * w, 4 * w)) for m in (_conv(a, b, 3, 2), nn.InstanceNorm2d(b), nn.ReLU())]
-            return nn.Sequential(_conv(channels, w, 7), nn.LeakyReLU(.01), *down, *[ResidualBlock(4 * w) for _ in range(3)])
+            down = [
+                m
+                for a, b in ((w, 2 * w), (2 * w, 4 * w))
+                for m in (_conv(a, b, 3, 2), nn.InstanceNorm2d(b), nn.ReLU())
+            ]
+            return nn.Sequential(
+                _conv(channels, w, 7),
+                nn.LeakyReLU(0.01),
+                *down,
+                *[ResidualBlock(4 * w) for _ in range(3)],
+            )
+
         self.branches = nn.ModuleDict({d: branch() for d in DOMAINS})
         self.shared = ResidualBlock(4 * w)
         self.apply(_normal_weights)
 
-    def forward(self,
-        x:Tensor,    # image (B,C,H,W) in [-1,1]; H and W are multiples of 4, at least 16
-        domain:str,  # s | t: whose image it is
-        generator:torch.Generator|None=None, # CPU generator of the noise; None: a clean code
-    )->Tensor: # content code $c$, (B,4w,H/4,W/4)
+    def forward(
+        self,
+        x: Tensor,  # image (B,C,H,W) in [-1,1]; H and W are multiples of 4, at least 16
+        domain: str,  # s | t: whose image it is
+        generator: torch.Generator | None = None,  # CPU generator of the noise; None: a clean code
+    ) -> Tensor:  # content code $c$, (B,4w,H/4,W/4)
         "The content code. `InputError` for a wrong shape or domain."
         code = self.shared(_branch(self.branches, domain, x, self.channels)(x))
         return code if generator is None else self.noisy(code, generator)
 
-    def noisy(self,
-        code:Tensor,               # clean content code (B,4w,h,w)
-        generator:torch.Generator, # CPU generator
-    )->Tensor: # the code plus noise in training mode; the code itself in evaluation mode
+    def noisy(
+        self,
+        code: Tensor,  # clean content code (B,4w,h,w)
+        generator: torch.Generator,  # CPU generator
+    ) -> Tensor:  # the code plus noise in training mode; the code itself in evaluation mode
         "Add the noise of training."
         return code + self.noise * _normal(code, generator) if self.training else code
 
@@ -127,109 +173,154 @@ class ContentEncoder(nn.Module):
 class StyleEncoder(nn.Module):
     "Image to the distribution of its style, for both domains: $E_{a,s}$ and $E_{a,t}$ (DRIT, the form with concatenated style)."
 
-    def __init__(self,
-        channels:int=1, # channels of an image
-        width:int=64,   # channels after the first layer, $w$
-        size:int=8,     # numbers in a style
+    def __init__(
+        self,
+        channels: int = 1,  # channels of an image
+        width: int = 64,  # channels after the first layer, $w$
+        size: int = 8,  # numbers in a style
     ):
         super().__init__()
-        w, self.channels, self.size = width, channels, size
-        branch = lambda: nn.Sequential(_conv(channels, w, 4, 2), *[StyleBlock(n * w, (n + 1) * w) for n in (1, 2, 3)],
-                                       nn.LeakyReLU(.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 2 * size))
+        w = width
+        self.channels = channels
+        self.size = size
+
+        def branch():
+            return nn.Sequential(
+                _conv(channels, w, 4, 2),
+                *[StyleBlock(n * w, (n + 1) * w) for n in (1, 2, 3)],
+                nn.LeakyReLU(0.2),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(4 * w, 2 * size),
+            )
+
         self.branches = nn.ModuleDict({d: branch() for d in DOMAINS})
 
-    def forward(self,
-        x:Tensor,   # image (B,C,H,W) in [-1,1]; H and W are multiples of 4, at least 16
-        domain:str, # s | t: whose image it is
-    )->tuple: # ($\mu$, $\log\sigma^2$), each (B,size) float32
+    def forward(
+        self,
+        x: Tensor,  # image (B,C,H,W) in [-1,1]; H and W are multiples of 4, at least 16
+        domain: str,  # s | t: whose image it is
+    ) -> tuple:  # ($\mu$, $\log\sigma^2$), each (B,size) float32
         "Mean and log-variance of the style. `InputError` for a wrong shape or domain."
         return _branch(self.branches, domain, x, self.channels)(x).float().chunk(2, 1)
 
 # %% ../../nbs/translation/drit.ipynb #2ae9efa0
 def with_style(
-    features:Tensor, # (B,C,h,w)
-    style:Tensor,    # (B,size)
-)->Tensor: # (B,C+size,h,w)
+    features: Tensor,  # (B,C,h,w)
+    style: Tensor,  # (B,size)
+) -> Tensor:  # (B,C+size,h,w)
     "Append the style as constant maps."
-    return torch.cat([features, style.to(features)[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1)
+    return torch.cat(
+        [features, style.to(features)[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1
+    )
 
+# %% ../../nbs/translation/drit.ipynb #4891ddeb
 class StyleHead(nn.Module):
     "One domain's half of the generator: residual blocks, two upsamplings, a 1x1 convolution; the style joins at every scale."
 
-    def __init__(self,
-        channels:int,   # channels of an image
-        width:int,      # $w$; the content has 4w channels
-        size:int,       # numbers in a style
-        res_blocks:int, # residual blocks before the upsampling
+    def __init__(
+        self,
+        channels: int,  # channels of an image
+        width: int,  # $w$; the content has 4w channels
+        size: int,  # numbers in a style
+        res_blocks: int,  # residual blocks before the upsampling
     ):
         super().__init__()
         a = 4 * width + size
         b = (a + size) // 2
         c = (b + size) // 2
-        up = lambda i, o: nn.Sequential(nn.ConvTranspose2d(i, o, 3, 2, 1, 1), nn.GroupNorm(1, o), nn.ReLU())
+
+        def up(i, o):
+            return nn.Sequential(
+                nn.ConvTranspose2d(i, o, 3, 2, 1, 1), nn.GroupNorm(1, o), nn.ReLU()
+            )
+
         self.blocks = nn.Sequential(*[ResidualBlock(a) for _ in range(res_blocks)])
         self.ups = nn.ModuleList([up(a + size, b), up(b + size, c)])
         self.last = nn.Conv2d(c + size, channels, 1)
 
-    def forward(self,
-        content:Tensor, # (B,4w,h,w)
-        style:Tensor,   # (B,size)
-    )->Tensor: # image (B,C,4h,4w) in [-1,1]
+    def forward(
+        self,
+        content: Tensor,  # (B,4w,h,w)
+        style: Tensor,  # (B,size)
+    ) -> Tensor:  # image (B,C,4h,4w) in [-1,1]
         "Draw the content in the style."
         x = self.blocks(with_style(content, style))
-        for up in self.ups: x = up(with_style(x, style))
+        for up in self.ups:
+            x = up(with_style(x, style))
         return self.last(with_style(x, style)).tanh()
 
 # %% ../../nbs/translation/drit.ipynb #70273845
 class StyleGenerator(nn.Module):
     "Content and style to an image, for both domains: $G_s$ and $G_t$, with a shared first block (DRIT, the form with concatenated style)."
 
-    def __init__(self,
-        channels:int=1,   # channels of an image
-        width:int=64,     # $w$, as in `ContentEncoder`
-        size:int=8,       # numbers in a style
-        res_blocks:int=3, # residual blocks a domain, after the shared one
+    def __init__(
+        self,
+        channels: int = 1,  # channels of an image
+        width: int = 64,  # $w$, as in `ContentEncoder`
+        size: int = 8,  # numbers in a style
+        res_blocks: int = 3,  # residual blocks a domain, after the shared one
     ):
         super().__init__()
-        self.width, self.size = width, size
+        self.width = width
+        self.size = size
         self.shared = ResidualBlock(4 * width)
-        self.heads = nn.ModuleDict({d: StyleHead(channels, width, size, res_blocks) for d in DOMAINS})
+        self.heads = nn.ModuleDict(
+            {d: StyleHead(channels, width, size, res_blocks) for d in DOMAINS}
+        )
         self.apply(_normal_weights)
 
-    def forward(self,
-        content:Tensor, # content code $c$, (B,4w,h,w)
-        style:Tensor,   # style $z$, (B,size)
-        domain:str,     # s | t: the domain of the image to draw
-    )->Tensor: # image (B,C,4h,4w) in [-1,1]
+    def forward(
+        self,
+        content: Tensor,  # content code $c$, (B,4w,h,w)
+        style: Tensor,  # style $z$, (B,size)
+        domain: str,  # s | t: the domain of the image to draw
+    ) -> Tensor:  # image (B,C,4h,4w) in [-1,1]
         "An image of the domain. `InputError` for a wrong shape or domain."
-        if domain not in DOMAINS: raise InputError(unknown("domain", domain, DOMAINS))
-        if content.ndim != 4 or content.shape[1] != 4 * self.width: raise InputError(f"content has shape {tuple(content.shape)}; a generator of width {self.width} needs (B,{4 * self.width},h,w).")
-        if style.shape != (len(content), self.size): raise InputError(f"style has shape {tuple(style.shape)}; give {(len(content), self.size)}, one row an image.")
+        if domain not in DOMAINS:
+            raise InputError(unknown("domain", domain, DOMAINS))
+        if content.ndim != 4 or content.shape[1] != 4 * self.width:
+            raise InputError(
+                f"content has shape {tuple(content.shape)}; a generator of width {self.width} needs (B,{4 * self.width},h,w)."
+            )
+        if style.shape != (len(content), self.size):
+            raise InputError(
+                f"style has shape {tuple(style.shape)}; give {(len(content), self.size)}, one row an image."
+            )
         return self.heads[domain](self.shared(content), style)
 
 # %% ../../nbs/translation/drit.ipynb #718a3a62
 class ImageDiscriminator(nn.Module):
     "Real or translated? Logits at three scales. No normalisation, no sigmoid."
 
-    def __init__(self,
-        channels:int=1, # channels of an image
-        width:int=64,   # channels after the first layer, $w$
-        scales:int=3,   # the image, its half, its quarter, ...
+    def __init__(
+        self,
+        channels: int = 1,  # channels of an image
+        width: int = 64,  # channels after the first layer, $w$
+        scales: int = 3,  # the image, its half, its quarter, ...
     ):
         super().__init__()
+
         def one():
             sizes = [channels, width, 2 * width, 4 * width, 8 * width]
-            layers = [m for a, b in zip(sizes, sizes[1:]) for m in (_conv(a, b, 4, 2), nn.LeakyReLU(.01))]
+            layers = [
+                m for a, b in zip(sizes, sizes[1:]) for m in (_conv(a, b, 4, 2), nn.LeakyReLU(0.01))
+            ]
             return nn.Sequential(*layers, nn.Conv2d(sizes[-1], 1, 1))
+
         self.scales = nn.ModuleList([one() for _ in range(scales)])
         self.smaller = nn.AvgPool2d(3, 2, 1, count_include_pad=False)
 
-    def forward(self,
-        x:Tensor, # image (B,C,H,W) in [-1,1]; H and W at least 16 * 2^(scales-1), so 64 for three
-    )->list: # logits, one map a scale: (B,1,H/16,W/16), (B,1,H/32,W/32), ...
+    def forward(
+        self,
+        x: Tensor,  # image (B,C,H,W) in [-1,1]; H and W at least 16 * 2^(scales-1), so 64 for three
+    ) -> list:  # logits, one map a scale: (B,1,H/16,W/16), (B,1,H/32,W/32), ...
         "The logits of all scales. `InputError` if the image is too small."
         least = 16 * 2 ** (len(self.scales) - 1)
-        if min(x.shape[-2:]) < least: raise InputError(f"image of {x.shape[-2]} x {x.shape[-1]} pixels is too small for {len(self.scales)} scales: each side must be at least {least}.")
+        if min(x.shape[-2:]) < least:
+            raise InputError(
+                f"image of {x.shape[-2]} x {x.shape[-1]} pixels is too small for {len(self.scales)} scales: each side must be at least {least}."
+            )
         logits = []
         for scale in self.scales:
             logits.append(scale(x))
@@ -240,94 +331,146 @@ class ImageDiscriminator(nn.Module):
 class ContentDiscriminator(nn.Module):
     "Which domain does this content code come from? Logits; above 0 means t."
 
-    def __init__(self,
-        channels:int=256, # channels of the code, 4w
+    def __init__(
+        self,
+        channels: int = 256,  # channels of the code, 4w
     ):
         super().__init__()
         self.layers = nn.ModuleList([nn.Conv2d(channels, channels, 7) for _ in range(3)])
-        self.norm = nn.Sequential(nn.InstanceNorm2d(channels), nn.LeakyReLU(.01))
-        self.last = nn.Sequential(nn.Conv2d(channels, channels, 4), nn.LeakyReLU(.01), nn.Conv2d(channels, 1, 1))
+        self.norm = nn.Sequential(nn.InstanceNorm2d(channels), nn.LeakyReLU(0.01))
+        self.last = nn.Sequential(
+            nn.Conv2d(channels, channels, 4), nn.LeakyReLU(0.01), nn.Conv2d(channels, 1, 1)
+        )
 
-    def forward(self,
-        c:Tensor, # content code (B,4w,h,w), h and w at least 4
-    )->Tensor: # logits (B,1,h',w')
+    def forward(
+        self,
+        c: Tensor,  # content code (B,4w,h,w), h and w at least 4
+    ) -> Tensor:  # logits (B,1,h',w')
         "Logits. The step is 2 while it leaves at least 8 positions a side, else 1. `InputError` if the code is too small."
-        if min(c.shape[-2:]) < 4: raise InputError(f"content code of {c.shape[-2]} x {c.shape[-1]} positions is too small: give at least 4 x 4 (an image of 16 x 16 pixels).")
+        if min(c.shape[-2:]) < 4:
+            raise InputError(
+                f"content code of {c.shape[-2]} x {c.shape[-1]} positions is too small: give at least 4 x 4 (an image of 16 x 16 pixels)."
+            )
         for layer in self.layers:
             stride = 2 if min(c.shape[-2:]) >= 16 else 1
-            c = self.norm(F.conv2d(F.pad(c, (3, 3, 3, 3), mode="reflect"), layer.weight, layer.bias, stride))
+            c = self.norm(
+                F.conv2d(F.pad(c, (3, 3, 3, 3), mode="reflect"), layer.weight, layer.bias, stride)
+            )
         return self.last(c)
 
 # %% ../../nbs/translation/drit.ipynb #934194a7
 def drit_networks(
-    channels:int=1,   # channels of the images of both domains
-    width:int=64,     # $w$: 64 in the paper, 8 for toys
-    res_blocks:int=3, # residual blocks in each head of the generator, after the shared one; the paper says 6
-    style:int=8,      # numbers in a style
-)->dict: # content, style, drit_generator, d_image (four: s_encoded, s_random, t_encoded, t_random), d_content
+    channels: int = 1,  # channels of the images of both domains
+    width: int = 64,  # $w$: 64 in the paper, 8 for toys
+    res_blocks: int = 3,  # residual blocks in each head of the generator, after the shared one; the paper says 6
+    style: int = 8,  # numbers in a style
+) -> dict:  # content, style, drit_generator, d_image (four: s_encoded, s_random, t_encoded, t_random), d_content
     "The networks of DRIT for two domains. `InputError` if a number cannot be built."
-    for name, value, least in (("channels", channels, 1), ("width", width, 1), ("res_blocks", res_blocks, 0), ("style", style, 1)):
-        if not isinstance(value, int) or value < least: raise InputError(f"{name} is {value!r}; give a whole number from {least} up.")
-    judges = {f"{d}_{how}": ImageDiscriminator(channels, width) for d in DOMAINS for how in ("encoded", "random")}
-    return dict(content=ContentEncoder(channels, width), style=StyleEncoder(channels, width, style), drit_generator=StyleGenerator(channels, width, style, res_blocks),
-                d_image=nn.ModuleDict(judges), d_content=ContentDiscriminator(4 * width))
+    for name, value, least in (
+        ("channels", channels, 1),
+        ("width", width, 1),
+        ("res_blocks", res_blocks, 0),
+        ("style", style, 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}; give a whole number from {least} up.")
+    judges = {
+        f"{d}_{how}": ImageDiscriminator(channels, width)
+        for d in DOMAINS
+        for how in ("encoded", "random")
+    }
+    return dict(
+        content=ContentEncoder(channels, width),
+        style=StyleEncoder(channels, width, style),
+        drit_generator=StyleGenerator(channels, width, style, res_blocks),
+        d_image=nn.ModuleDict(judges),
+        d_content=ContentDiscriminator(4 * width),
+    )
 
 # %% ../../nbs/translation/drit.ipynb #334089f2
 class Style(NamedTuple):
     "The style of a batch: its distribution and a draw from it."
-    mu: Tensor     # mean $\mu$, (B,size)
-    logvar: Tensor # $\log\sigma^2$, (B,size)
-    z: Tensor      # draw $z$, (B,size)
+
+    mu: Tensor  # mean $\mu$, (B,size)
+    logvar: Tensor  # $\log\sigma^2$, (B,size)
+    z: Tensor  # draw $z$, (B,size)
+
 
 def _signed(
-    x:Tensor,  # image
-    name:str,  # what it is, for the message
+    x: Tensor,  # image
+    name: str,  # what it is, for the message
 ):
     "`InputError` unless all values are in [-1,1]; a NaN is not."
-    low, high = torch.stack(x.detach().float().aminmax()).tolist() if x.numel() else (math.nan, math.nan)
-    if not (low >= -1.001 and high <= 1.001): raise InputError(f"{name} has values from {low:.3g} to {high:.3g}; give at least one image in [-1,1] (2 * x - 1 for an image in [0,1]).")
+    low, high = (
+        torch.stack(x.detach().float().aminmax()).tolist() if x.numel() else (math.nan, math.nan)
+    )
+    if not (low >= -1.001 and high <= 1.001):
+        raise InputError(
+            f"{name} has values from {low:.3g} to {high:.3g}; give at least one image in [-1,1] (2 * x - 1 for an image in [0,1])."
+        )
 
+# %% ../../nbs/translation/drit.ipynb #4d34ec2e
 class _Passes:
     "The four kinds of pass through the networks."
-    def _content(self, x, domain): return self.networks["content"](x, domain)
-    def _noisy(self, code, purpose): return self.networks["content"].noisy(code, self.noise(purpose))
-    def _generate(self, c, z, domain): return self.networks["drit_generator"](c, z, domain)
+
+    def _content(self, x, domain):
+        return self.networks["content"](x, domain)
+
+    def _noisy(self, code, purpose):
+        return self.networks["content"].noisy(code, self.noise(purpose))
+
+    def _generate(self, c, z, domain):
+        return self.networks["drit_generator"](c, z, domain)
 
     def _style(self, x, domain, purpose):
         mu, logvar = self.networks["style"](x, domain)
         return Style(mu, logvar, mu + _normal(mu, self.noise(purpose)) * (logvar / 2).exp())
 
     def _random(self, x, purpose):
-        return torch.randn(len(x), self.networks["style"].size, generator=self.noise(purpose)).to(x.device)
+        return torch.randn(len(x), self.networks["style"].size, generator=self.noise(purpose)).to(
+            x.device
+        )
 
 # %% ../../nbs/translation/drit.ipynb #fcd9c99b
 class Translation(_Passes):
     "One batch of both domains: all that the losses share, each computed once, when first needed (CMEDL section on VAE-CMEDL, corrected)."
 
-    def __init__(self,
-        networks:dict, # from `drit_networks`; may hold other networks too
-        x_s:Tensor,    # images of the student's modality, (B,C,H,W) in [-1,1]
-        x_t:Tensor,    # images of the teacher's modality, unrelated, (B,C,H',W') in [-1,1]
-        noise,         # purpose (str) -> CPU torch.Generator; equal purposes give equal generators
+    def __init__(
+        self,
+        networks: dict,  # from `drit_networks`; may hold other networks too
+        x_s: Tensor,  # images of the student's modality, (B,C,H,W) in [-1,1]
+        x_t: Tensor,  # images of the teacher's modality, unrelated, (B,C,H',W') in [-1,1]
+        noise,  # purpose (str) -> CPU torch.Generator; equal purposes give equal generators
     ):
         "`InputError` for values outside [-1,1] or batches of different sizes."
-        if len(x_s) != len(x_t): raise InputError(f"x_s has {len(x_s)} images and x_t {len(x_t)}: each content needs a style to be swapped with. Draw equal numbers.")
-        _signed(x_s, "x_s"); _signed(x_t, "x_t")
-        self.networks, self.x_s, self.x_t, self.noise = networks, x_s, x_t, noise
+        if len(x_s) != len(x_t):
+            raise InputError(
+                f"x_s has {len(x_s)} images and x_t {len(x_t)}: each content needs a style to be swapped with. Draw equal numbers."
+            )
+        _signed(x_s, "x_s")
+        _signed(x_t, "x_t")
+        self.networks = networks
+        self.x_s = x_s
+        self.x_t = x_t
+        self.noise = noise
 
-    clean_s = cached_property(lambda o: o._content(o.x_s, "s"))              # content codes without noise, (B,4w,H/4,W/4)
+    clean_s = cached_property(
+        lambda o: o._content(o.x_s, "s")
+    )  # content codes without noise, (B,4w,H/4,W/4)
     clean_t = cached_property(lambda o: o._content(o.x_t, "t"))
-    c_s = cached_property(lambda o: o._noisy(o.clean_s, "drit content s"))   # with noise, in training
+    c_s = cached_property(
+        lambda o: o._noisy(o.clean_s, "drit content s")
+    )  # with noise, in training
     c_t = cached_property(lambda o: o._noisy(o.clean_t, "drit content t"))
-    a_s = cached_property(lambda o: o._style(o.x_s, "s", "drit style s"))    # styles: mu, logvar, z
+    a_s = cached_property(lambda o: o._style(o.x_s, "s", "drit style s"))  # styles: mu, logvar, z
     a_t = cached_property(lambda o: o._style(o.x_t, "t", "drit style t"))
-    u = cached_property(lambda o: o._generate(o.c_s, o.a_t.z, "t"))          # s -> t, style of x_t
-    v = cached_property(lambda o: o._generate(o.c_t, o.a_s.z, "s"))          # t -> s, style of x_s
-    z_s = cached_property(lambda o: o._random(o.x_t, "drit random s"))       # random styles, (B,size)
+    u = cached_property(lambda o: o._generate(o.c_s, o.a_t.z, "t"))  # s -> t, style of x_t
+    v = cached_property(lambda o: o._generate(o.c_t, o.a_s.z, "s"))  # t -> s, style of x_s
+    z_s = cached_property(lambda o: o._random(o.x_t, "drit random s"))  # random styles, (B,size)
     z_t = cached_property(lambda o: o._random(o.x_s, "drit random t"))
-    u_z = cached_property(lambda o: o._generate(o.c_s, o.z_t, "t"))          # s -> t, random style
-    v_z = cached_property(lambda o: o._generate(o.c_t, o.z_s, "s"))          # t -> s, random style
-    clean_u = cached_property(lambda o: o._content(o.u, "t"))                # the translations, encoded again
+    u_z = cached_property(lambda o: o._generate(o.c_s, o.z_t, "t"))  # s -> t, random style
+    v_z = cached_property(lambda o: o._generate(o.c_t, o.z_s, "s"))  # t -> s, random style
+    clean_u = cached_property(lambda o: o._content(o.u, "t"))  # the translations, encoded again
     clean_v = cached_property(lambda o: o._content(o.v, "s"))
     a_u = cached_property(lambda o: o._style(o.u, "t", "drit style u"))
     a_v = cached_property(lambda o: o._style(o.v, "s", "drit style v"))
@@ -340,104 +483,162 @@ class Translation(_Passes):
 
 # %% ../../nbs/translation/drit.ipynb #ef573664
 def bce(
-    logits,       # Tensor of any shape, or a list of them (scales)
-    target:float, # probability in [0,1]: 1 real, 0 translated, 0.5 undecided
-)->Tensor: # one number, float32: the mean over each Tensor, summed over the list
+    logits,  # Tensor of any shape, or a list of them (scales)
+    target: float,  # probability in [0,1]: 1 real, 0 translated, 0.5 undecided
+) -> Tensor:  # one number, float32: the mean over each Tensor, summed over the list
     "Binary cross-entropy of logits with one target for all."
     many = logits if isinstance(logits, (list, tuple)) else [logits]
-    return sum(F.binary_cross_entropy_with_logits(l.float(), torch.full_like(l, target, dtype=torch.float32)) for l in many)
+    return sum(
+        F.binary_cross_entropy_with_logits(
+            l.float(), torch.full_like(l, target, dtype=torch.float32)
+        )
+        for l in many
+    )
+
 
 @patch
-def content_discriminator(self:Translation)->Tensor:
+def content_discriminator(self: Translation) -> Tensor:
     "Loss of $D_C$: tell the content of t from that of s. The encoders are detached."
     judge = self.networks["d_content"]
-    return bce(judge(self.c_t.detach()), 1.) + bce(judge(self.c_s.detach()), 0.)
+    return bce(judge(self.c_t.detach()), 1.0) + bce(judge(self.c_s.detach()), 0.0)
+
 
 @patch
-def content_confusion(self:Translation)->Tensor:
+def content_confusion(self: Translation) -> Tensor:
     "Loss of the content encoders: $D_C$ should be undecided on both codes. At least 2 ln 2."
     judge = self.networks["d_content"]
-    return bce(judge(self.c_s), .5) + bce(judge(self.c_t), .5)
+    return bce(judge(self.c_s), 0.5) + bce(judge(self.c_t), 0.5)
 
 # %% ../../nbs/translation/drit.ipynb #4cab24e6
 def style_kl(
-    mu:Tensor,     # mean, (B,size)
-    logvar:Tensor, # $\log\sigma^2$, (B,size)
-)->Tensor: # one number from 0 up
+    mu: Tensor,  # mean, (B,size)
+    logvar: Tensor,  # $\log\sigma^2$, (B,size)
+) -> Tensor:  # one number from 0 up
     "Divergence of the styles from the standard normal: sum over the numbers, mean over the batch."
-    mu, logvar = mu.float(), logvar.float()
-    return .5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+    mu = mu.float()
+    logvar = logvar.float()
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+
 
 @patch
-def kl(self:Translation)->Tensor:
+def kl(self: Translation) -> Tensor:
     "`style_kl` of the styles of both domains, added."
     return sum(style_kl(a.mu, a.logvar) for a in (self.a_s, self.a_t))
 
+
 def l1(
-    a:Tensor, # any shape
-    b:Tensor, # the same shape
-)->Tensor: # one number, float32
+    a: Tensor,  # any shape
+    b: Tensor,  # the same shape
+) -> Tensor:  # one number, float32
     "Mean absolute difference."
     return F.l1_loss(a.float(), b.float())
 
+
 @patch
-def self_reconstruction(self:Translation)->Tensor:
+def self_reconstruction(self: Translation) -> Tensor:
     "Own content with own style gives the image back: L1, both domains."
-    return l1(self._generate(self.c_s, self.a_s.z, "s"), self.x_s) + l1(self._generate(self.c_t, self.a_t.z, "t"), self.x_t)
+    return l1(self._generate(self.c_s, self.a_s.z, "s"), self.x_s) + l1(
+        self._generate(self.c_t, self.a_t.z, "t"), self.x_t
+    )
 
 # %% ../../nbs/translation/drit.ipynb #a8d0aa92
 @patch
-def cross_cycle(self:Translation)->Tensor:
+def cross_cycle(self: Translation) -> Tensor:
     "Swap, then swap back: the originals return. L1, both domains."
-    c_u, c_v = self._noisy(self.clean_u, "drit content u"), self._noisy(self.clean_v, "drit content v")
-    return l1(self._generate(c_u, self.a_v.z, "s"), self.x_s) + l1(self._generate(c_v, self.a_u.z, "t"), self.x_t)
+    c_u = self._noisy(self.clean_u, "drit content u")
+    c_v = self._noisy(self.clean_v, "drit content v")
+    return l1(self._generate(c_u, self.a_v.z, "s"), self.x_s) + l1(
+        self._generate(c_v, self.a_u.z, "t"), self.x_t
+    )
+
 
 @patch
-def content_code(self:Translation)->Tensor:
+def content_code(self: Translation) -> Tensor:
     "A translation keeps the content code: L1 of clean codes, the originals detached."
     return l1(self.clean_u, self.clean_s.detach()) + l1(self.clean_v, self.clean_t.detach())
 
 # %% ../../nbs/translation/drit.ipynb #0a416393
 @patch
-def _judged(self:Translation):
+def _judged(self: Translation):
     "(discriminator, real, translated) of the four cases."
     d = self.networks["d_image"]
-    return [(d["t_encoded"], self.x_t, self.u), (d["t_random"], self.x_t, self.u_z), (d["s_encoded"], self.x_s, self.v), (d["s_random"], self.x_s, self.v_z)]
+    return [
+        (d["t_encoded"], self.x_t, self.u),
+        (d["t_random"], self.x_t, self.u_z),
+        (d["s_encoded"], self.x_s, self.v),
+        (d["s_random"], self.x_s, self.v_z),
+    ]
+
 
 @patch
-def image_discriminator(self:Translation)->Tensor:
+def image_discriminator(self: Translation) -> Tensor:
     "Loss of the four image discriminators: real or translated. The translations are detached."
-    return sum(.5 * (bce(d(real), 1.) + bce(d(fake.detach()), 0.)) for d, real, fake in self._judged())
+    return sum(
+        0.5 * (bce(d(real), 1.0) + bce(d(fake.detach()), 0.0)) for d, real, fake in self._judged()
+    )
+
 
 @patch
-def adversarial(self:Translation)->Tensor:
+def adversarial(self: Translation) -> Tensor:
     "Loss of encoders and generator: translations should be taken for real, with encoded and with random styles."
-    return sum(.5 * bce(d(fake), 1.) for d, real, fake in self._judged())
+    return sum(0.5 * bce(d(fake), 1.0) for d, real, fake in self._judged())
 
 # %% ../../nbs/translation/drit.ipynb #cbc31ab0
 @patch
-def latent(self:Translation)->Tensor:
+def latent(self: Translation) -> Tensor:
     "A random style can be read from its image: L1 of the mean. The style encoder's weights are detached: they get no gradient."
     net = self.networks["style"]
     fixed = {k: p.detach() for k, p in net.named_parameters()}
-    read = lambda x, domain: torch.func.functional_call(net, fixed, (x, domain))[0]
+
+    def read(x, domain):
+        return torch.func.functional_call(net, fixed, (x, domain))[0]
+
     return l1(read(self.u_z, "t"), self.z_t) + l1(read(self.v_z, "s"), self.z_s)
 
 # %% ../../nbs/translation/drit.ipynb #b4388334
 DRIT_WEIGHTS = {
-    "drit":  {"adv": 1., "content": 1., "kl": .01, "self": 10., "cross": 10., "code": 0., "latent": 10.},
-    "paper": {"adv": 1., "content": 1., "kl": 1., "self": 1., "cross": 0., "code": 10., "latent": 10.},
-} # preset -> term -> weight
+    "drit": {
+        "adv": 1.0,
+        "content": 1.0,
+        "kl": 0.01,
+        "self": 10.0,
+        "cross": 10.0,
+        "code": 0.0,
+        "latent": 10.0,
+    },
+    "paper": {
+        "adv": 1.0,
+        "content": 1.0,
+        "kl": 1.0,
+        "self": 1.0,
+        "cross": 0.0,
+        "code": 10.0,
+        "latent": 10.0,
+    },
+}  # preset -> term -> weight
 
 DRIT_UPDATES = {
     "d_content": (("d_content",), ("d_content",)),
     "d_image": (("d_image",), ("d_image",)),
-    "translation": (("content", "style", "drit_generator"), ("adv", "content", "kl", "self", "cross", "code")),
+    "translation": (
+        ("content", "style", "drit_generator"),
+        ("adv", "content", "kl", "self", "cross", "code"),
+    ),
     "latent": (("content", "drit_generator"), ("latent",)),
-} # update -> (networks that it changes, its terms), in order
+}  # update -> (networks that it changes, its terms), in order
+
 
 @patch(as_prop=True)
-def terms(self:Translation)->dict: # term -> function without arguments that gives one number
+def terms(self: Translation) -> dict:  # term -> function without arguments that gives one number
     "All terms under their names in `DRIT_WEIGHTS`, and the discriminators' losses d_content and d_image."
-    return dict(adv=self.adversarial, content=self.content_confusion, kl=self.kl, self=self.self_reconstruction, cross=self.cross_cycle,
-                code=self.content_code, latent=self.latent, d_content=self.content_discriminator, d_image=self.image_discriminator)
+    return dict(
+        adv=self.adversarial,
+        content=self.content_confusion,
+        kl=self.kl,
+        self=self.self_reconstruction,
+        cross=self.cross_cycle,
+        code=self.content_code,
+        latent=self.latent,
+        d_content=self.content_discriminator,
+        d_image=self.image_discriminator,
+    )

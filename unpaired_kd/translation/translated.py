@@ -18,69 +18,100 @@ from .drit import ContentEncoder, StyleGenerator
 # %% ../../nbs/translation/translated.ipynb #0965698a
 class DritTranslator(nn.Module):
     "DRIT from the student's modality (s) to the teacher's (t), with the style 0: images (B,C,H,W) in [-1,1] to the same."
-    def __init__(self,
-        channels:int=1,   # channels of the images
-        width:int=64,     # of `drit_networks`
-        res_blocks:int=3, # of `drit_networks`
-        style:int=8,      # numbers in a style
+
+    def __init__(
+        self,
+        channels: int = 1,  # channels of the images
+        width: int = 64,  # of `drit_networks`
+        res_blocks: int = 3,  # of `drit_networks`
+        style: int = 8,  # numbers in a style
     ):
         super().__init__()
         self.config = dict(channels=channels, width=width, res_blocks=res_blocks, style=style)
-        self.content, self.generator = ContentEncoder(channels, width), StyleGenerator(channels, width, style, res_blocks)
+        self.content = ContentEncoder(channels, width)
+        self.generator = StyleGenerator(channels, width, style, res_blocks)
 
-    def forward(self,
-        x:Tensor, # images (B,C,H,W), in [-1,1], sides multiples of 4
-    )->Tensor: # (B,C,H,W), in [-1,1]
+    def forward(
+        self,
+        x: Tensor,  # images (B,C,H,W), in [-1,1], sides multiples of 4
+    ) -> Tensor:  # (B,C,H,W), in [-1,1]
         "Translate images."
         return self.generator(self.content(x, "s"), x.new_zeros(len(x), self.config["style"]), "t")
 
+# %% ../../nbs/translation/translated.ipynb #24eb33e5
 TRANSLATORS = {"cyclegan": Generator, "drit": DritTranslator}
 
+
 def translator_of(
-    networks:dict, # a method's networks
-)->nn.Module: # the one that translates the student's images
+    networks: dict,  # a method's networks
+) -> nn.Module:  # the one that translates the student's images
     "The translator among a method's networks; DRIT's parts are put together, nothing is copied."
-    if "g_st" in networks: return networks["g_st"]
+    if "g_st" in networks:
+        return networks["g_st"]
     g = networks["drit_generator"]
-    with torch.device("meta"): out = DritTranslator(networks["content"].channels, g.width, len(g.heads["t"].blocks), g.size)
-    out.content, out.generator = networks["content"], g
+    with torch.device("meta"):
+        out = DritTranslator(
+            networks["content"].channels, g.width, len(g.heads["t"].blocks), g.size
+        )
+    out.content = networks["content"]
+    out.generator = g
     return out
 
 # %% ../../nbs/translation/translated.ipynb #b8b6c442
 class AlphaNet(nn.Module):
     """$\\alpha$ of CMEDL's equation 14: ResNet18 with a two-image stem; its 512 features go to 128 and to 1. Starts at 0.5 for every image."""
-    def __init__(self,
-        channels:int=2, # channels of image and translation together
-        width:int=64,   # channels of the first stage; the last has eight times as many
+
+    def __init__(
+        self,
+        channels: int = 2,  # channels of image and translation together
+        width: int = 64,  # channels of the first stage; the last has eight times as many
     ):
         super().__init__()
         from monai.networks.nets import ResNet
+
         self.config = dict(channels=channels, width=width)
-        self.body = ResNet("basic", [2, 2, 2, 2], [width * 2**k for k in range(4)], spatial_dims=2, n_input_channels=channels, conv1_t_stride=2, feed_forward=False)
+        self.body = ResNet(
+            "basic",
+            [2, 2, 2, 2],
+            [width * 2**k for k in range(4)],
+            spatial_dims=2,
+            n_input_channels=channels,
+            conv1_t_stride=2,
+            feed_forward=False,
+        )
         self.head = nn.Sequential(nn.Linear(8 * width, 128), nn.ReLU(), nn.Linear(128, 1))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self,
-        both:Tensor, # image and its translation, (B,channels,H,W), in [0,1]
-    )->Tensor: # (B,1,1,1), in (0,1)
+    def forward(
+        self,
+        both: Tensor,  # image and its translation, (B,channels,H,W), in [0,1]
+    ) -> Tensor:  # (B,1,1,1), in (0,1)
         "The share of the translation."
         return self.head(self.body(both)).sigmoid()[..., None, None]
 
 # %% ../../nbs/translation/translated.ipynb #03d7ff38
-FUSIONS = {"replace": 1, "concat": 2, "weighted": 2} # how image and translation meet -> images that the segmentor reads
+FUSIONS = {
+    "replace": 1,
+    "concat": 2,
+    "weighted": 2,
+}  # how image and translation meet -> images that the segmentor reads
+
 
 def fused(
-    x:Tensor,    # images (B,C,*s), in [0,1]
-    fake:Tensor, # their translations, same shape, in [0,1]
-    fuse:str,    # replace | concat | weighted
+    x: Tensor,  # images (B,C,*s), in [0,1]
+    fake: Tensor,  # their translations, same shape, in [0,1]
+    fuse: str,  # replace | concat | weighted
     alpha=None,  # `AlphaNet`, for weighted
-)->Tensor: # (B,C,*s) or (B,2C,*s)
+) -> Tensor:  # (B,C,*s) or (B,2C,*s)
     "What the segmentor reads. A weight of 0 leaves the translation out: its channels are 0."
-    if fuse not in FUSIONS: raise InputError(unknown("fuse", fuse, FUSIONS))
-    if fuse == "replace": return fake
+    if fuse not in FUSIONS:
+        raise InputError(unknown("fuse", fuse, FUSIONS))
+    if fuse == "replace":
+        return fake
     both = torch.cat([x, fake], 1)
-    if fuse == "concat": return both
+    if fuse == "concat":
+        return both
     a = alpha(both)
     return torch.cat([(1 - a) * x, a * fake], 1)
 
@@ -89,81 +120,128 @@ def fused(
 class Translated(nn.Module):
     """A generator and a segmentor as one network: (B,C,H,W) in [0,1] to logits (B,K,H,W). With `fuse="replace"` the segmentor sees the
     translation only (pMRI), else image and translation (CT + pMRI, plain or weighted)."""
-    def __init__(self,
-        in_channels:int=1,      # channels of the image
-        classes:int=1,          # logits out
-        dims:int=2,             # 2: the generators are 2-D
-        fuse:str="replace",     # replace | concat | weighted
-        network:str="unet",     # registered name of the segmentor
-        network_config:dict|None=None, # its arguments
-        translator:str="cyclegan", # cyclegan | drit
-        generator:dict|None=None, # its arguments
-        alpha:dict|None=None,   # arguments of `AlphaNet`, for weighted
+
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the image
+        classes: int = 1,  # logits out
+        dims: int = 2,  # 2: the generators are 2-D
+        fuse: str = "replace",  # replace | concat | weighted
+        network: str = "unet",  # registered name of the segmentor
+        network_config: dict | None = None,  # its arguments
+        translator: str = "cyclegan",  # cyclegan | drit
+        generator: dict | None = None,  # its arguments
+        alpha: dict | None = None,  # arguments of `AlphaNet`, for weighted
     ):
         super().__init__()
-        if fuse not in FUSIONS: raise InputError(unknown("fuse", fuse, FUSIONS))
-        if dims != 2: raise InputError(f"dims={dims}: translation networks are 2-D. Use dims=2; volumes are translated slice by slice.")
-        self.config = dict(in_channels=in_channels, classes=classes, dims=dims, fuse=fuse, network=network, network_config=network_config, translator=translator, generator=generator, alpha=alpha)
-        if translator not in TRANSLATORS: raise InputError(unknown("translator", translator, TRANSLATORS))
-        self.segmentor, self.generator = build(network, network_config or {}), TRANSLATORS[translator](**(generator or {}))
+        if fuse not in FUSIONS:
+            raise InputError(unknown("fuse", fuse, FUSIONS))
+        if dims != 2:
+            raise InputError(
+                f"dims={dims}: translation networks are 2-D. Use dims=2; volumes are translated slice by slice."
+            )
+        self.config = dict(
+            in_channels=in_channels,
+            classes=classes,
+            dims=dims,
+            fuse=fuse,
+            network=network,
+            network_config=network_config,
+            translator=translator,
+            generator=generator,
+            alpha=alpha,
+        )
+        if translator not in TRANSLATORS:
+            raise InputError(unknown("translator", translator, TRANSLATORS))
+        self.segmentor = build(network, network_config or {})
+        self.generator = TRANSLATORS[translator](**(generator or {}))
         self.alpha = AlphaNet(**(alpha or {})) if fuse == "weighted" else None
         reads = self.segmentor.config["in_channels"]
-        if reads != FUSIONS[fuse] * in_channels: raise InputError(f"the segmentor reads {reads} channels; fuse={fuse!r} of images with {in_channels} channels gives {FUSIONS[fuse] * in_channels}. Build it with that in_channels.")
+        if reads != FUSIONS[fuse] * in_channels:
+            raise InputError(
+                f"the segmentor reads {reads} channels; fuse={fuse!r} of images with {in_channels} channels gives {FUSIONS[fuse] * in_channels}. Build it with that in_channels."
+            )
         self.stride = self.segmentor.stride
 
-    def forward(self,
-        x:Tensor, # images (B,C,H,W), in [0,1]
-    )->Tensor: # logits (B,K,H,W)
+    def forward(
+        self,
+        x: Tensor,  # images (B,C,H,W), in [0,1]
+    ) -> Tensor:  # logits (B,K,H,W)
         "Translate and segment."
-        return self.segmentor(fused(x, to_unit(self.generator(to_signed(x))), self.config["fuse"], self.alpha))
+        return self.segmentor(
+            fused(x, to_unit(self.generator(to_signed(x))), self.config["fuse"], self.alpha)
+        )
 
 # %% ../../nbs/translation/translated.ipynb #5fc93194
 def pack(
-    segmentor:nn.Module, # trained segmentor
-    generator:nn.Module, # trained `Generator` or `DritTranslator`
-    fuse:str="replace",  # replace | concat | weighted
-    alpha=None,          # trained `AlphaNet`, for weighted
-)->Translated: # shares the weights of its parts
+    segmentor: nn.Module,  # trained segmentor
+    generator: nn.Module,  # trained `Generator` or `DritTranslator`
+    fuse: str = "replace",  # replace | concat | weighted
+    alpha=None,  # trained `AlphaNet`, for weighted
+) -> Translated:  # shares the weights of its parts
     "One network from trained parts; nothing is copied, so it follows their training."
-    with torch.device("meta"): # only the shape of things: the parts follow
-        c, kind = segmentor.config, next(k for k, cls in TRANSLATORS.items() if type(generator) is cls)
-        out = Translated(c["in_channels"] // FUSIONS[fuse], c["classes"], 2, fuse, name_of(segmentor), dict(c), kind, dict(generator.config), None if alpha is None else dict(alpha.config))
-    out.segmentor, out.generator, out.alpha = segmentor, generator, alpha
+    with torch.device("meta"):  # only the shape of things: the parts follow
+        c = segmentor.config
+        kind = next(k for k, cls in TRANSLATORS.items() if type(generator) is cls)
+        out = Translated(
+            c["in_channels"] // FUSIONS[fuse],
+            c["classes"],
+            2,
+            fuse,
+            name_of(segmentor),
+            dict(c),
+            kind,
+            dict(generator.config),
+            None if alpha is None else dict(alpha.config),
+        )
+    out.segmentor = segmentor
+    out.generator = generator
+    out.alpha = alpha
     return out
 
 # %% ../../nbs/translation/translated.ipynb #a40a15bd
 @NETWORKS.register("ensemble")
 class Ensemble(nn.Module):
     "Networks of one input whose probabilities are averaged: (B,C,H,W) in [0,1] to logits (B,K,H,W)."
-    def __init__(self,
-        in_channels:int=1, # channels of the image
-        classes:int=1,     # logits out
-        dims:int=2,        # 2 or 3
-        members:list|None=None, # of {"network": name, "config": arguments}
+
+    def __init__(
+        self,
+        in_channels: int = 1,  # channels of the image
+        classes: int = 1,  # logits out
+        dims: int = 2,  # 2 or 3
+        members: list | None = None,  # of {"network": name, "config": arguments}
     ):
         super().__init__()
-        if not members: raise InputError("members is empty: an ensemble needs at least one network.")
+        if not members:
+            raise InputError("members is empty: an ensemble needs at least one network.")
         self.config = dict(in_channels=in_channels, classes=classes, dims=dims, members=members)
         self.members = nn.ModuleList([build(m["network"], m["config"]) for m in members])
         for m in self.members:
-            if (m.config["in_channels"], m.config["classes"]) != (in_channels, classes): raise InputError(f"a member reads {m.config['in_channels']} channels and scores {m.config['classes']} classes; the ensemble has {in_channels} and {classes}.")
+            if (m.config["in_channels"], m.config["classes"]) != (in_channels, classes):
+                raise InputError(
+                    f"a member reads {m.config['in_channels']} channels and scores {m.config['classes']} classes; the ensemble has {in_channels} and {classes}."
+                )
         self.stride = max(m.stride for m in self.members)
 
-    def forward(self,
-        x:Tensor, # images (B,C,*s), in [0,1]
-    )->Tensor: # logits (B,K,*s)
+    def forward(
+        self,
+        x: Tensor,  # images (B,C,*s), in [0,1]
+    ) -> Tensor:  # logits (B,K,*s)
         "The logits of the mean probability."
         z = torch.stack([m(x).float() for m in self.members])
-        if z.shape[2] > 1: return z.log_softmax(2).logsumexp(0) - torch.tensor(float(len(z))).log()
+        if z.shape[2] > 1:
+            return z.log_softmax(2).logsumexp(0) - torch.tensor(float(len(z))).log()
         log_p, log_q = (nn.functional.logsigmoid(s * z).logsumexp(0) for s in (1, -1))
         return log_p - log_q
 
+# %% ../../nbs/translation/translated.ipynb #1e82c512
 def unite(
-    *networks, # trained networks of one input
-)->Ensemble: # shares their weights
+    *networks,  # trained networks of one input
+) -> Ensemble:  # shares their weights
     "One network from trained members; nothing is copied."
     members = [dict(network=name_of(n), config=dict(n.config)) for n in networks]
     c = networks[0].config
-    with torch.device("meta"): out = Ensemble(c["in_channels"], c["classes"], c["dims"], members)
+    with torch.device("meta"):
+        out = Ensemble(c["in_channels"], c["classes"], c["dims"], members)
     out.members = nn.ModuleList(networks)
     return out

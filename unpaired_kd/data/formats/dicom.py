@@ -28,19 +28,21 @@ from .pictures import first_bytes, visible
 
 # %% ../../../nbs/data/formats/dicom.ipynb #fc3397a2
 def starts_as_dicom(
-    head:bytes, # the first 132 bytes of a file
-)->bool:
+    head: bytes,  # the first 132 bytes of a file
+) -> bool:
     "The mark DICM, or a first tag of group 0002 or 0008 as files without the mark have it."
     if head[128:132] == b"DICM":
         return True
     if len(head) < 132 or head[:2] not in (b"\x02\x00", b"\x08\x00") or head[3] != 0:
         return False
-    kind, length = head[4:6], int.from_bytes(head[4:8], "little")
+    kind = head[4:6]
+    length = int.from_bytes(head[4:8], "little")
     return kind.isalpha() and kind.isupper() or length < 128
 
+
 def is_dicom(
-    path, # any entry of a folder
-)->bool:
+    path,  # any entry of a folder
+) -> bool:
     """Whether a file starts like DICOM; what cannot be opened does not. DICOMDIR, a table of
     contents, is none."""
     return Path(path).name.upper() != "DICOMDIR" and starts_as_dicom(first_bytes(path))
@@ -48,32 +50,41 @@ def is_dicom(
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e009
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".z", ".zip", ".7z", ".rar", ".tar")
 
+
 def check_no_slice(
-    file:Path,  # beside DICOM files, and none itself
-    small:int,  # bytes of the smallest of them
-    large:int,  # and of the largest
+    file: Path,  # beside DICOM files, and none itself
+    small: int,  # bytes of the smallest of them
+    large: int,  # and of the largest
 ):
     "`InputError` for a file that may be a slice: packed, damaged, or not to be opened."
     check_there(file)
-    size, name, head = file.stat().st_size, file.name.lower(), first_bytes(file)
+    size = file.stat().st_size
+    name = file.name.lower()
+    head = first_bytes(file)
     if name.endswith(".dcm") or not size:
-        raise InputError(f"{file} is cut short or no DICOM file, among DICOM files. Copy it again, "
-                         "or remove it.")
+        raise InputError(
+            f"{file} is cut short or no DICOM file, among DICOM files. Copy it again, or remove it."
+        )
     if name.endswith(PACKED) and not name.endswith(".nii.gz"):
-        raise InputError(f"{file} is packed, among DICOM files, and may hold slices of them. "
-                         "Unpack it, or move it out of the folder.")
-    if b"\0" in head and small / 1.5 <= size <= 1.5 * large: # a text has no zeros
-        raise InputError(f"{file} does not start like DICOM, but is as large as the DICOM files "
-                         "beside it: it may be a damaged slice. Copy it again, or move it out of "
-                         "the folder.")
+        raise InputError(
+            f"{file} is packed, among DICOM files, and may hold slices of them. "
+            "Unpack it, or move it out of the folder."
+        )
+    if b"\0" in head and small / 1.5 <= size <= 1.5 * large:  # a text has no zeros
+        raise InputError(
+            f"{file} does not start like DICOM, but is as large as the DICOM files "
+            "beside it: it may be a damaged slice. Copy it again, or move it out of "
+            "the folder."
+        )
 
 # %% ../../../nbs/data/formats/dicom.ipynb #c1a30373
 def split_folder(
-    folder:Path, # any folder
-)->tuple: # its DICOM files, and its other entries but for DICOMDIR; sorted by name
+    folder: Path,  # any folder
+) -> tuple:  # its DICOM files, and its other entries but for DICOMDIR; sorted by name
     """Find DICOM files by how they start. `InputError` for a file beside them that may be a slice,
     but cannot be read as one."""
-    found, others = [], []
+    found = []
+    others = []
     for f in visible(folder):
         if f.name.upper() != "DICOMDIR":
             (found if is_dicom(f) else others).append(f)
@@ -84,16 +95,17 @@ def split_folder(
                 check_no_slice(f, min(sizes), max(sizes))
     return found, others
 
+
 def dicom_files(
-    folder:Path, # any folder
-)->list: # the DICOM files in it, sorted by name
+    folder: Path,  # any folder
+) -> list:  # the DICOM files in it, sorted by name
     "The first part of `split_folder`."
     return split_folder(folder)[0]
 
 # %% ../../../nbs/data/formats/dicom.ipynb #d96c6e9f
 @contextlib.contextmanager
 def as_dicom(
-    path, # DICOM file
+    path,  # DICOM file
 ):
     "Within the block, whatever a library throws at a damaged file is an `InputError` that names it."
     try:
@@ -101,13 +113,16 @@ def as_dicom(
     except (InputError, MemoryError):
         raise
     except Exception as e:
-        raise InputError(f"{path} cannot be read as DICOM ({type(e).__name__}: {e}). "
-                         "Copy it again from its source.") from e
+        raise InputError(
+            f"{path} cannot be read as DICOM ({type(e).__name__}: {e}). "
+            "Copy it again from its source."
+        ) from e
+
 
 def dicom_header(
-    path,              # DICOM file
-    pixels:bool=False, # True: with its pixels
-): # pydicom data set
+    path,  # DICOM file
+    pixels: bool = False,  # True: with its pixels
+):  # pydicom data set
     "Read a file. One that is cut short or is no DICOM is an `InputError` that names it."
     dicom = extra("pydicom", "dicom")
     with as_dicom(path), log_as_error("pydicom"):
@@ -116,39 +131,43 @@ def dicom_header(
         bare = head[128:] != b"DICM" and starts_as_dicom(head)
         s = dicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
         for raw in map(s.get_item, list(s.keys())):
-            value, length = getattr(raw, "value", None), getattr(raw, "length", 0)
+            value = getattr(raw, "value", None)
+            length = getattr(raw, "length", 0)
             if isinstance(value, bytes) and length not in (len(value), 0xFFFFFFFF):
                 raise EOFError(f"element {raw.tag} is cut short")
         return s
 
 # %% ../../../nbs/data/formats/dicom.ipynb #61fee1b9
-def filled(value): # a tag's value, or None where it is empty
+def filled(value):  # a tag's value, or None where it is empty
     "An empty value is no value."
     return None if value is None or (hasattr(value, "__len__") and len(value) == 0) else value
 
+
 GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 
+
 def tag(
-    s,              # data set
-    frame:int,      # number of the frame in the file, from 0
-    group:str,      # functional group that may hold the tag
-    name:str,       # the tag
-): # its value; None: absent or empty
+    s,  # data set
+    frame: int,  # number of the frame in the file, from 0
+    group: str,  # functional group that may hold the tag
+    name: str,  # the tag
+):  # its value; None: absent or empty
     "Look for a tag in the frame's group, then in the shared one, then in the file itself."
     for groups in GROUPS:
         shared = groups == GROUPS[1]
         items = s.get(groups) or [] if groups in s else []
-        for item in items if shared else items[frame:frame + 1]:
+        for item in items if shared else items[frame : frame + 1]:
             found = item.get(group)
             if found and filled(found[0].get(name)) is not None:
                 return found[0].get(name)
     return filled(s.get(name)) if name in s else None
 
+# %% ../../../nbs/data/formats/dicom.ipynb #104124c1
 def numbers(
-    value,     # of a tag, or None
-    n:int,     # how many there must be
-    what:str,  # file and tag, for the message
-)->np.ndarray|None: # (n,) finite floats
+    value,  # of a tag, or None
+    n: int,  # how many there must be
+    what: str,  # file and tag, for the message
+) -> np.ndarray | None:  # (n,) finite floats
     "A tag's numbers. Raises `InputError` when they are not n finite numbers."
     if value is None:
         return None
@@ -157,29 +176,34 @@ def numbers(
     except (TypeError, ValueError):
         a = np.zeros(0)
     if len(a) != n or not np.isfinite(a).all():
-        raise InputError(f"{what} is {value!s}, not {n} number{'s' * (n > 1)}. "
-                         "Export the scan again, or convert it to NIfTI.")
+        raise InputError(
+            f"{what} is {value!s}, not {n} number{'s' * (n > 1)}. "
+            "Export the scan again, or convert it to NIfTI."
+        )
     return a
 
 # %% ../../../nbs/data/formats/dicom.ipynb #23fc662c
 @dataclass
 class DicomPlace:
     "What DICOM says of place beside the affine."
-    frame:str = ""             # frame of reference (UID) in which its millimetres count; "": none
-    planes:tuple = ()          # of segments: (4,4) affine of each slice of the array, in any steps
+
+    frame: str = ""  # frame of reference (UID) in which its millimetres count; "": none
+    planes: tuple = ()  # of segments: (4,4) affine of each slice of the array, in any steps
+
 
 @dataclass
 class Slice:
     "One slice of a scan: a file, or a frame of one."
-    file:Path
-    note:object                # pydicom data set
-    frame:int = 0              # its number in the file, from 0
-    corner:object = None       # (3,) centre of the first pixel, mm to the left, back and up
-    turn:object = None         # (6,) directions of its rows and of its columns
-    spacing:object = None      # (2,) mm between rows, between columns
-    slope:float = 1.           # stored numbers times this
-    shift:float = 0.           # plus this
-    stated:tuple = ()          # which of the tags RescaleSlope and RescaleIntercept it has
+
+    file: Path
+    note: object  # pydicom data set
+    frame: int = 0  # its number in the file, from 0
+    corner: object = None  # (3,) centre of the first pixel, mm to the left, back and up
+    turn: object = None  # (6,) directions of its rows and of its columns
+    spacing: object = None  # (2,) mm between rows, between columns
+    slope: float = 1.0  # stored numbers times this
+    shift: float = 0.0  # plus this
+    stated: tuple = ()  # which of the tags RescaleSlope and RescaleIntercept it has
 
     def name(self):
         "Its file, and which frame of it, if there are several."
@@ -195,39 +219,48 @@ class Slice:
         return tag(self.note, self.frame, group, name)
 
 # %% ../../../nbs/data/formats/dicom.ipynb #c3783797
-PLACE = (("corner", "PlanePositionSequence", "ImagePositionPatient", 3),
-         ("turn", "PlaneOrientationSequence", "ImageOrientationPatient", 6),
-         ("spacing", "PixelMeasuresSequence", "PixelSpacing", 2))
+PLACE = (
+    ("corner", "PlanePositionSequence", "ImagePositionPatient", 3),
+    ("turn", "PlaneOrientationSequence", "ImageOrientationPatient", 6),
+    ("spacing", "PixelMeasuresSequence", "PixelSpacing", 2),
+)
 
-SCALE = "PixelValueTransformationSequence" # the functional group that holds the scale
+SCALE = "PixelValueTransformationSequence"  # the functional group that holds the scale
 
-RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA") # modalities whose pixels are measured at the detector
+RADIOGRAPHS = ("CR", "DX", "MG", "RF", "XA")  # modalities whose pixels are measured at the detector
+
 
 def slices_of(
-    file:Path, # DICOM file
-    s,         # its data set
-)->list: # of `Slice`, one a frame
+    file: Path,  # DICOM file
+    s,  # its data set
+) -> list:  # of `Slice`, one a frame
     "What each slice of a file says of itself. Raises `InputError` for tags that cannot be meant."
     with as_dicom(file.name):
         return read_slices(file, s)
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e004
 def frames_of(
-    file:Path, # DICOM file
-    s,         # its data set
-)->int: # how many slices it holds
+    file: Path,  # DICOM file
+    s,  # its data set
+) -> int:  # how many slices it holds
     "Count its frames. `InputError` for a file without pictures, a film, and a mosaic."
     if filled(s.get("Rows")) is None or filled(s.get("Columns")) is None:
         kind = getattr(s.get("SOPClassUID", ""), "name", "unknown")
-        raise InputError(f"{file.name} holds no picture: it is {s.get('Modality', 'DICOM')} "
-                         f"({kind}). Leave it out.")
+        raise InputError(
+            f"{file.name} holds no picture: it is {s.get('Modality', 'DICOM')} "
+            f"({kind}). Leave it out."
+        )
     if "MOSAIC" in (s.get("ImageType") or ()):
-        raise InputError(f"{file.name} is a mosaic: the slices of a volume, side by side in one "
-                         "picture. Convert it to NIfTI, e.g. with dcm2niix.")
+        raise InputError(
+            f"{file.name} is a mosaic: the slices of a volume, side by side in one "
+            "picture. Convert it to NIfTI, e.g. with dcm2niix."
+        )
     frames = int(filled(s.get("NumberOfFrames")) or 1)
     if frames > 1 and len(s.get("PerFrameFunctionalGroupsSequence") or []) != frames:
-        raise InputError(f"{file.name} is a multi-frame file that does not say where its {frames} "
-                         "frames lie (a film?). Convert it to NIfTI, e.g. with dcm2niix.")
+        raise InputError(
+            f"{file.name} is a multi-frame file that does not say where its {frames} "
+            "frames lie (a film?). Convert it to NIfTI, e.g. with dcm2niix."
+        )
     return frames
 
 # %% ../../../nbs/data/formats/dicom.ipynb #c1ad8d40
@@ -252,54 +285,64 @@ def read_slices(file, s):
 
 # %% ../../../nbs/data/formats/dicom.ipynb #a41b7b4c
 def check_slice(
-    x:Slice,
+    x: Slice,
 ):
     "Make its directions of length one. Raises `InputError` for values that cannot be meant."
     name = x.file.name
     if x.spacing is not None and x.spacing.min() <= 0:
-        raise InputError(f"PixelSpacing of {name} is {x.spacing.tolist()}. It must be positive: "
-                         "correct the header, or convert the scan with the size that you know.")
+        raise InputError(
+            f"PixelSpacing of {name} is {x.spacing.tolist()}. It must be positive: "
+            "correct the header, or convert the scan with the size that you know."
+        )
     if x.turn is not None:
-        rows, columns = x.turn[:3], x.turn[3:]
+        rows = x.turn[:3]
+        columns = x.turn[3:]
         off = max(abs(rows @ rows - 1), abs(columns @ columns - 1), abs(rows @ columns))
-        if off > .01:
-            raise InputError(f"ImageOrientationPatient of {name} is {x.turn.tolist()}: not two "
-                             "directions at a right angle. Correct it, or leave the file out.")
+        if off > 0.01:
+            raise InputError(
+                f"ImageOrientationPatient of {name} is {x.turn.tolist()}: not two "
+                "directions at a right angle. Correct it, or leave the file out."
+            )
         x.turn = np.r_[rows / np.linalg.norm(rows), columns / np.linalg.norm(columns)]
     if x.slope == 0:
         raise InputError(f"RescaleSlope of {name} is 0, which makes all numbers equal. Correct it.")
 
 # %% ../../../nbs/data/formats/dicom.ipynb #df72a2e1
 def size_of(
-    x, # a `Slice`
-)->str: # e.g. "512 x 512 pixels"
+    x,  # a `Slice`
+) -> str:  # e.g. "512 x 512 pixels"
     "How large a slice says it is."
     return f"{x.note.get('Rows')} x {x.note.get('Columns')} pixels"
 
+
 def colours_of(
-    x, # a `Slice`
-)->str: # e.g. "MONOCHROME2"
+    x,  # a `Slice`
+) -> str:  # e.g. "MONOCHROME2"
     "How a slice says its values are to be seen."
     return str(x.note.get("PhotometricInterpretation"))
 
+
 def in_one_file(
-    slices:list, # of `Slice`
-)->bool:
+    slices: list,  # of `Slice`
+) -> bool:
     "Whether they are frames of one file, which nobody can move to another folder."
     return len({x.file for x in slices}) == 1
 
+# %% ../../../nbs/data/formats/dicom.ipynb #6a9d7a81
 def told_by(
-    slices:list, # of `Slice`
-    name:str,    # of a tag
-)->list: # text, "None" where a slice does not say
+    slices: list,  # of `Slice`
+    name: str,  # of a tag
+) -> list:  # text, "None" where a slice does not say
     "What the slices say of something."
     return [str(filled(x.note.get(name))) for x in slices]
 
+
 def but_for_rounding(
-    values, # of arrays, or None
-)->list: # text of each; the same text for what differs by a thousandth at most
+    values,  # of arrays, or None
+) -> list:  # text of each; the same text for what differs by a thousandth at most
     "Compare numbers that files have rounded."
-    seen, out = [], []
+    seen = []
+    out = []
     for v in values:
         near = [w for w in seen if v is not None and np.abs(v - w).max() <= 1e-3 * np.abs(w).max()]
         if v is not None and not near:
@@ -309,15 +352,16 @@ def but_for_rounding(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e001
 def table_of(
-    x:Slice,
-): # its Modality LUT, a data set; None: it has none
+    x: Slice,
+):  # its Modality LUT, a data set; None: it has none
     "A table in place of a slope and an intercept."
     tables = filled(x.note.get("ModalityLUTSequence"))
     return tables[0] if tables else None
 
+
 def unit_of(
-    x:Slice,
-)->str: # such as HU; "": its numbers have none, or US, which says that it is not known
+    x: Slice,
+) -> str:  # such as HU; "": its numbers have none, or US, which says that it is not known
     "The unit of a slice's numbers after its scale or its table. A CT that names none has HU."
     table = table_of(x)
     if table is not None:
@@ -329,18 +373,19 @@ def unit_of(
         told = []
     return next((str(v) for v in told if filled(v) is not None and v != "US"), "")
 
+
 def rescale_of(
-    x:Slice,
-)->str: # in words, the same for slices that can be stacked
+    x: Slice,
+) -> str:  # in words, the same for slices that can be stacked
     "Which parts of a scale a slice states, and in which unit; a slice with half of them is odd."
     parts = "a table" if table_of(x) is not None else " and ".join(x.stated)
     return f"{parts} in {unit_of(x) or 'no known unit'}" if parts else "no rescale"
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e005
 def way_out(
-    slices:list, # of `Slice`, of which one does not belong
-    it:str="it", # what to call that one
-)->str: # for a message
+    slices: list,  # of `Slice`, of which one does not belong
+    it: str = "it",  # what to call that one
+) -> str:  # for a message
     "What can be done about it: a file can be moved, a frame of a file cannot."
     if in_one_file(slices):
         return "Split the file by kind of frame, e.g. with dcm2niix."
@@ -348,16 +393,19 @@ def way_out(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #0ecb01e4
 def check_alike(
-    slices:list, # of `Slice`
+    slices: list,  # of `Slice`
 ):
     "Raise `InputError` that names a slice which differs from most in size, colours, scale or grid."
-    values = {"size": list(map(size_of, slices)), "kind of colour": list(map(colours_of, slices)),
-              "modality": told_by(slices, "Modality"),
-              "patient (PatientID)": told_by(slices, "PatientID"),
-              "study (StudyInstanceUID)": told_by(slices, "StudyInstanceUID"),
-              "frame of reference": told_by(slices, "FrameOfReferenceUID"),
-              "orientation": but_for_rounding([x.turn for x in slices]),
-              "pixel spacing": but_for_rounding([x.spacing for x in slices])}
+    values = {
+        "size": list(map(size_of, slices)),
+        "kind of colour": list(map(colours_of, slices)),
+        "modality": told_by(slices, "Modality"),
+        "patient (PatientID)": told_by(slices, "PatientID"),
+        "study (StudyInstanceUID)": told_by(slices, "StudyInstanceUID"),
+        "frame of reference": told_by(slices, "FrameOfReferenceUID"),
+        "orientation": but_for_rounding([x.turn for x in slices]),
+        "pixel spacing": but_for_rounding([x.spacing for x in slices]),
+    }
     white = colours_of(slices[0]) == "MONOCHROME1"
     if white or any((x.slope, x.shift) != (1, 0) or table_of(x) is not None for x in slices):
         values["rescale"] = list(map(rescale_of, slices))
@@ -370,31 +418,39 @@ def check_alike(
             if v != usual:
                 localizer = "LOCALIZER" in (x.note.get("ImageType") or ())
                 why = " (it is a localizer)" * localizer
-                raise InputError(f"its slice {x.name()} has another {what} than the others: {v} "
-                                 f"instead of {usual}{why}. {way_out(slices)}")
+                raise InputError(
+                    f"its slice {x.name()} has another {what} than the others: {v} "
+                    f"instead of {usual}{why}. {way_out(slices)}"
+                )
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5052284e
 def check_series(
-    slices:list, # of `Slice`
+    slices: list,  # of `Slice`
 ):
     "Raise `InputError` when the files are of more than one series, with a file of each."
     series = {}
     for x in slices:
         series.setdefault(str(x.note.get("SeriesInstanceUID", "")), []).append(x)
     if len(series) > 1:
-        some = [f"{v[0].note.get('Modality', 'unknown')} with {len({x.file for x in v})} files, "
-                f"e.g. {v[0].file.name}" for v in series.values()]
-        raise InputError(f"the folder holds {len(series)} DICOM series ({'; '.join(some[:5])}). "
-                         "Put each series into its own folder.")
+        some = [
+            f"{v[0].note.get('Modality', 'unknown')} with {len({x.file for x in v})} files, "
+            f"e.g. {v[0].file.name}"
+            for v in series.values()
+        ]
+        raise InputError(
+            f"the folder holds {len(series)} DICOM series ({'; '.join(some[:5])}). "
+            "Put each series into its own folder."
+        )
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e00a
 def is_scan(
-    files:list, # DICOM files of one folder
-)->bool: # False: each is an image of its own
+    files: list,  # DICOM files of one folder
+) -> bool:  # False: each is an image of its own
     """Whether files are meant as the slices of one scan: one series, or a series of which several
     files say where they lie. Radiographs, and enhanced files of several scans, are not. What
     cannot be read is not asked."""
-    series, placed = set(), set()
+    series = set()
+    placed = set()
     for f in files:
         with contextlib.suppress(InputError):
             s = dicom_header(f)
@@ -408,110 +464,134 @@ def is_scan(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #1f7b9c4b
 def sort_slices(
-    slices:list, # of `Slice`
-)->list: # the same, sorted along their normal
+    slices: list,  # of `Slice`
+) -> list:  # the same, sorted along their normal
     "Order slices by where they lie. Raises `InputError` that names a slice without a position."
     if len(slices) == 1:
         return slices
     for x in slices:
         if x.corner is None or x.turn is None:
-            raise InputError(f"its slice {x.name()} has no position (ImagePositionPatient): "
-                             "it cannot be sorted. Move it away, or convert the series to NIfTI.")
+            raise InputError(
+                f"its slice {x.name()} has no position (ImagePositionPatient): "
+                "it cannot be sorted. Move it away, or convert the series to NIfTI."
+            )
     normal = slices[0].normal()
     return sorted(slices, key=lambda x: x.corner @ normal)
 
 # %% ../../../nbs/data/formats/dicom.ipynb #195b6ad9
-TELLING = (("", "AcquisitionNumber"), ("", "TemporalPositionIdentifier"), ("", "EchoNumbers"),
-           ("", "EchoTime"), ("", "TriggerTime"), ("", "DiffusionBValue"), ("", "AcquisitionTime"),
-           ("", "ImageType"), ("MREchoSequence", "EffectiveEchoTime"),
-           ("FrameContentSequence", "TemporalPositionIndex"), ("FrameContentSequence", "StackID"),
-           ("MRDiffusionSequence", "DiffusionBValue"),
-           ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"))
+TELLING = (
+    ("", "AcquisitionNumber"),
+    ("", "TemporalPositionIdentifier"),
+    ("", "EchoNumbers"),
+    ("", "EchoTime"),
+    ("", "TriggerTime"),
+    ("", "DiffusionBValue"),
+    ("", "AcquisitionTime"),
+    ("", "ImageType"),
+    ("MREchoSequence", "EffectiveEchoTime"),
+    ("FrameContentSequence", "TemporalPositionIndex"),
+    ("FrameContentSequence", "StackID"),
+    ("MRDiffusionSequence", "DiffusionBValue"),
+    ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+)
+
 
 def check_twice(
-    slices:list, # of `Slice`, sorted
-    steps,       # (n-1,3) mm from each to the next
+    slices: list,  # of `Slice`, sorted
+    steps,  # (n-1,3) mm from each to the next
 ):
     "Raise `InputError` for two slices at one place, with what may tell them apart."
     gaps = steps @ slices[0].normal()
     for a, b, gap in zip(slices, slices[1:], gaps):
-        if gap <= max(1e-3, .01 * float(np.median(gaps))):
+        if gap <= max(1e-3, 0.01 * float(np.median(gaps))):
             told = [name for group, name in TELLING if a.get(group, name) != b.get(group, name)]
             differ = f"; they differ in {', '.join(told[:3])}" if told else ""
             fix = "Split the file by echo, time or stack, e.g. with dcm2niix."
             if not in_one_file((a, b)):
-                fix = ("Remove the second, or put each echo, time or acquisition into its own "
-                       "folder.")
-            raise InputError(f"{a.name()} and {b.name()} lie at one place, so a slice is there "
-                             f"twice{differ}. {fix}")
+                fix = (
+                    "Remove the second, or put each echo, time or acquisition into its own folder."
+                )
+            raise InputError(
+                f"{a.name()} and {b.name()} lie at one place, so a slice is there "
+                f"twice{differ}. {fix}"
+            )
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e007
 def decimals(
-    value, # a number as its file writes it
-)->int:
+    value,  # a number as its file writes it
+) -> int:
     "Digits after the point; fewer by the power of ten, if there is one."
     digits, _, power = str(value).strip().lower().partition("e")
     return len(digits.partition(".")[2]) - int(power or 0)
 
+
 def rounding(
-    slices:list, # of `Slice`, with positions
-)->np.ndarray: # (3,) mm
+    slices: list,  # of `Slice`, with positions
+) -> np.ndarray:  # (3,) mm
     "The last digit that the files give of their positions, in each coordinate."
     told = [x.get(*PLACE[0][1:3]) for x in slices]
-    return 10. ** -np.max([[decimals(v) for v in corner] for corner in told], axis=0)
+    return 10.0 ** -np.max([[decimals(v) for v in corner] for corner in told], axis=0)
+
 
 def evenly_rounded(
-    corners:np.ndarray, # (n,3) mm, in order
-    digit:np.ndarray,   # (3,) mm, of `rounding`
-)->bool:
+    corners: np.ndarray,  # (n,3) mm, in order
+    digit: np.ndarray,  # (3,) mm, of `rounding`
+) -> bool:
     "Whether even steps give these positions, up to rounding that could not hide a lost slice."
     steps = np.abs(corners[-1] - corners[0]) / (len(corners) - 1)
     along = steps.argmax()
     if digit[along] >= steps[along] / 4:
         return False
-    low, high = np.full(3, -np.inf), np.full(3, np.inf)
+    low = np.full(3, -np.inf)
+    high = np.full(3, np.inf)
     for d in range(1, len(corners)):
         way = corners[d:] - corners[:-d]
         low = np.maximum(low, (way.max(0) - digit) / d)
         high = np.minimum(high, (way.min(0) + digit) / d)
-    slack = np.where(steps > 0, 1e-6, -1e-6) * digit # halves go either way, but one number alike
+    slack = np.where(steps > 0, 1e-6, -1e-6) * digit  # halves go either way, but one number alike
     return bool((low < high + slack).all())
 
 # %% ../../../nbs/data/formats/dicom.ipynb #1b35e1af
 def check_gaps(
-    slices:list, # of `Slice`, sorted
-    steps,       # (n-1,3) mm from each to the next
+    slices: list,  # of `Slice`, sorted
+    steps,  # (n-1,3) mm from each to the next
 ):
     "Raise `InputError` for a slice that is missing, and one that is shifted."
     normal = slices[0].normal()
     gaps = steps @ normal
-    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2]) # the median, and of two the smaller one
+    usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])  # the median, and of two the smaller one
     aside = steps - np.outer(gaps, normal)
     aside = np.linalg.norm(aside - np.median(aside, 0), axis=1)
-    for odd, most in ((np.abs(gaps - usual), .1 * usual + 1e-3), (aside, sideways(slices[0]))):
+    for odd, most in ((np.abs(gaps - usual), 0.1 * usual + 1e-3), (aside, sideways(slices[0]))):
         k = int(odd.argmax())
         if odd[k] <= most:
             continue
         pair = f"from {slices[k].name()} (slice {k + 1}) to {slices[k + 1].name()}"
         if odd is aside:
-            raise InputError(f"its slices are shifted: {pair} it is {aside[k]:.2f} mm sideways, "
-                             f"unlike between the others. "
-                             f"{way_out(slices, 'the one from another scan')}")
-        kind, digit = "frame" if in_one_file(slices) else "file", rounding(slices).max()
-        coarse = f", or positions were rounded ({digit:g} mm)" if digit > .1 * usual else ""
-        raise InputError(f"its slices are not evenly spaced: {pair} it is {gaps[k]:.2f} mm instead "
-                         f"of {usual:.2f}. A {kind} is missing, or one is too many{coarse}.")
+            raise InputError(
+                f"its slices are shifted: {pair} it is {aside[k]:.2f} mm sideways, "
+                f"unlike between the others. "
+                f"{way_out(slices, 'the one from another scan')}"
+            )
+        kind = "frame" if in_one_file(slices) else "file"
+        digit = rounding(slices).max()
+        coarse = f", or positions were rounded ({digit:g} mm)" if digit > 0.1 * usual else ""
+        raise InputError(
+            f"its slices are not evenly spaced: {pair} it is {gaps[k]:.2f} mm instead "
+            f"of {usual:.2f}. A {kind} is missing, or one is too many{coarse}."
+        )
+
 
 def sideways(
-    x:Slice, # of the scan
-)->float: # mm
+    x: Slice,  # of the scan
+) -> float:  # mm
     "How far a slice may lie beside its place: a fifth of a pixel, and what two digits round."
-    return .2 * x.spacing.min() + .01
+    return 0.2 * x.spacing.min() + 0.01
 
 # %% ../../../nbs/data/formats/dicom.ipynb #b1be5a35
 def thickness(
-    x:Slice,
-)->float|None: # mm, positive; None: not stated
+    x: Slice,
+) -> float | None:  # mm, positive; None: not stated
     "The distance to the next slice that a single slice states, else its thickness."
     for name in ("SpacingBetweenSlices", "SliceThickness"):
         what = f"{name} of {x.file.name}"
@@ -520,13 +600,14 @@ def thickness(
             return abs(float(told[0]))
     return None
 
+
 def step_between(
-    slices:list, # of `Slice`, sorted
-)->np.ndarray: # (3,) mm from one slice to the next, to the left, back and up
+    slices: list,  # of `Slice`, sorted
+) -> np.ndarray:  # (3,) mm from one slice to the next, to the left, back and up
     "The true way from slice to slice. Raises `InputError` when no one step fits all slices."
     normal = slices[0].normal()
     if len(slices) == 1:
-        return normal * (thickness(slices[0]) or 1.)
+        return normal * (thickness(slices[0]) or 1.0)
     corners = np.array([x.corner for x in slices])
     check_twice(slices, np.diff(corners, axis=0))
     step = (corners[-1] - corners[0]) / (len(slices) - 1)
@@ -534,31 +615,34 @@ def step_between(
         return step
     check_gaps(slices, np.diff(corners, axis=0))
     off = corners - corners[0] - np.arange(len(slices))[:, None] * step
-    along = np.abs(off @ normal) / (.1 * (step @ normal) + 1e-3)
+    along = np.abs(off @ normal) / (0.1 * (step @ normal) + 1e-3)
     aside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1) / sideways(slices[0])
     far = np.maximum(along, aside)
     if far.max() > 1:
         k = int(far.argmax())
-        raise InputError(f"its slices drift: {slices[k].name()} (slice {k + 1}) lies "
-                         f"{np.linalg.norm(off[k]):.2f} mm from where even steps put it, so no one "
-                         "affine fits. Resample the scan onto an even grid, e.g. with dcm2niix.")
+        raise InputError(
+            f"its slices drift: {slices[k].name()} (slice {k + 1}) lies "
+            f"{np.linalg.norm(off[k]):.2f} mm from where even steps put it, so no one "
+            "affine fits. Resample the scan onto an even grid, e.g. with dcm2niix."
+        )
     return step
 
 # %% ../../../nbs/data/formats/dicom.ipynb #9a4ffaad
 def affine_along(
-    x:Slice, # with a place
-    step,    # (3,) mm to the next slice, to the left, back and up
-)->np.ndarray: # (4,4)
+    x: Slice,  # with a place
+    step,  # (3,) mm to the next slice, to the left, back and up
+) -> np.ndarray:  # (4,4)
     "The affine of a scan that starts with this slice."
     rows, columns = x.spacing
     affine = np.eye(4)
     affine[:3] = np.c_[x.turn[:3] * columns, x.turn[3:] * rows, step, x.corner]
-    return np.diag([-1., -1, 1, 1]) @ affine
+    return np.diag([-1.0, -1, 1, 1]) @ affine
+
 
 def series_grid(
-    slices:list, # of `Slice`, sorted
-    name:str="", # folder or file, for the warning
-)->tuple: # spacing (3,) in mm, and affine (4,4); None for what is not known
+    slices: list,  # of `Slice`, sorted
+    name: str = "",  # folder or file, for the warning
+) -> tuple:  # spacing (3,) in mm, and affine (4,4); None for what is not known
     """Spacing and affine. A tilted gantry gives an affine without right angles, and a warning.
     The affine of a single slice whose thickness is not known has 1 mm for it."""
     x = slices[0]
@@ -574,56 +658,62 @@ def series_grid(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e002
 def ends_of(
-    x:Slice,
-)->tuple: # two numbers
+    x: Slice,
+) -> tuple:  # two numbers
     "The smallest and the largest number that a slice can hold, after its scale or its table."
-    table, bits = table_of(x), int(x.note.BitsStored)
+    table = table_of(x)
+    bits = int(x.note.BitsStored)
     if table is not None:
-        return 0, 2**int(table.LUTDescriptor[2]) - 1
-    low = -2**(bits - 1) if x.note.get("PixelRepresentation") else 0
+        return 0, 2 ** int(table.LUTDescriptor[2]) - 1
+    low = -(2 ** (bits - 1)) if x.note.get("PixelRepresentation") else 0
     return low * x.slope + x.shift, (low + 2**bits - 1) * x.slope + x.shift
 
+
 def mirror_of(
-    slices:list, # of one scan
-)->float|None: # what a number and its mirrored one are together; None: they stay as they are
+    slices: list,  # of one scan
+) -> float | None:  # what a number and its mirrored one are together; None: they stay as they are
     "How numbers without a unit are mirrored where small ones are shown white, all slices alike."
     if colours_of(slices[0]) != "MONOCHROME1" or unit_of(slices[0]):
         return None
     ends = [end for x in slices for end in ends_of(x)]
     return min(ends) + max(ends)
 
+
 def mirrored(
-    a:np.ndarray, # numbers
-    mirror:float, # of `mirror_of`
-)->np.ndarray: # same shape; whole numbers stay whole, and of their type if it holds them
+    a: np.ndarray,  # numbers
+    mirror: float,  # of `mirror_of`
+) -> np.ndarray:  # same shape; whole numbers stay whole, and of their type if it holds them
     "Small numbers become large ones."
     if a.dtype.kind == "f" or mirror % 1:
         return (mirror - a.astype(float)).astype(np.float32)
-    turned, kept = int(mirror) - a.astype(np.int64), np.iinfo(a.dtype)
+    turned = int(mirror) - a.astype(np.int64)
+    kept = np.iinfo(a.dtype)
     fits = kept.min <= turned.min() and turned.max() <= kept.max
     return turned.astype(a.dtype if fits else np.int32)
 
 # %% ../../../nbs/data/formats/dicom.ipynb #5ca1e003
 def palette_of(
-    x:Slice, # of a file with a palette
-)->tuple: # the index of its first colour, and its colours (n,3) uint8
+    x: Slice,  # of a file with a palette
+) -> tuple:  # the index of its first colour, and its colours (n,3) uint8
     """The whole palette. Of entries with 16 bits the upper 8 are kept; where none is above 255, the
     entries have 8, as some programs write them in spite of what they say."""
     n, first, _ = x.note.RedPaletteColorLookupTableDescriptor
     index = np.arange(first, first + (n or 2**16))
     colours = extra("pydicom.pixels", "dicom").apply_color_lut(index, x.note)
-    if colours.dtype == np.uint8 and len(index) > 256: # pydicom counts its entries with 8 bits
-        raise InputError(f"{x.file.name} has a palette of {len(index)} entries with 8 bits, which "
-                         "cannot be read. Convert it to RGB.")
+    if colours.dtype == np.uint8 and len(index) > 256:  # pydicom counts its entries with 8 bits
+        raise InputError(
+            f"{x.file.name} has a palette of {len(index)} entries with 8 bits, which "
+            "cannot be read. Convert it to RGB."
+        )
     return first, (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
 
 # %% ../../../nbs/data/formats/dicom.ipynb #a6b31224
 def with_scale(
-    a:np.ndarray, # stored numbers of one slice (H,W,S)
-    x:Slice,      # where they come from
-    label:bool=False, # label maps keep palette indices
-    mirror:float|None=None, # of `mirror_of`
-)->np.ndarray: # (H,W,S'), in the unit of the scale
+    a: np.ndarray,  # stored numbers of one slice (H,W,S)
+    x: Slice,  # where they come from
+    label: bool = False,  # label maps keep palette indices
+    mirror: float | None = None,  # of `mirror_of`
+) -> np.ndarray:  # (H,W,S'), in the unit of the scale
     "Apply the scale or the palette of a slice; whole numbers stay whole."
     if colours_of(x) == "PALETTE COLOR" and not label:
         first, colours = palette_of(x)
@@ -637,14 +727,17 @@ def with_scale(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #6796f4e7
 def stored_pixels(
-    file:Path, # DICOM file
-    s,         # its data set, with pixels
-)->np.ndarray: # (frames,H,W,S)
+    file: Path,  # DICOM file
+    s,  # its data set, with pixels
+) -> np.ndarray:  # (frames,H,W,S)
     "Decode all frames of a file. Raises `InputError` that names it."
-    high, bits = s.get("HighBit"), s.get("BitsStored")
+    high = s.get("HighBit")
+    bits = s.get("BitsStored")
     if high is not None and bits is not None and high != bits - 1:
-        raise InputError(f"{file.name} stores its {bits} bits below bit {high} (HighBit), which "
-                         "the standard no longer knows. Convert it, e.g. with gdcmconv.")
+        raise InputError(
+            f"{file.name} stores its {bits} bits below bit {high} (HighBit), which "
+            "the standard no longer knows. Convert it, e.g. with gdcmconv."
+        )
     if "TransferSyntaxUID" not in getattr(s, "file_meta", {}):
         implicit, little = s.original_encoding
         s.file_meta = extra("pydicom.dataset", "dicom").FileMetaDataset()
@@ -654,17 +747,22 @@ def stored_pixels(
     try:
         a = s.pixel_array
     except Exception as e:
-        raise InputError(f"its slice {file.name} cannot be decoded ({e}). Copy it again, or "
-                         "decompress it, e.g. with gdcmconv --raw.") from e
+        raise InputError(
+            f"its slice {file.name} cannot be decoded ({e}). Copy it again, or "
+            "decompress it, e.g. with gdcmconv --raw."
+        ) from e
     return a.reshape(-1, s.Rows, s.Columns, int(s.get("SamplesPerPixel", 1)))
 
 # %% ../../../nbs/data/formats/dicom.ipynb #ae77ba94
-SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4",  # SOP classes: segments, frame by frame
-                 "1.2.840.10008.5.1.4.1.1.66.7")  # and as a label map
+SEGMENTATIONS = (
+    "1.2.840.10008.5.1.4.1.1.66.4",  # SOP classes: segments, frame by frame
+    "1.2.840.10008.5.1.4.1.1.66.7",
+)  # and as a label map
+
 
 def segment_names(
-    s, # data set of a DICOM SEG
-)->dict: # number -> (label, description) of each segment; a name may be empty
+    s,  # data set of a DICOM SEG
+) -> dict:  # number -> (label, description) of each segment; a name may be empty
     "What the segments are called."
     names = {}
     for g in s.get("SegmentSequence") or []:
@@ -672,15 +770,17 @@ def segment_names(
         names[int(g.SegmentNumber)] = tuple(words)
     return names
 
+# %% ../../../nbs/data/formats/dicom.ipynb #897cc889
 def segment_frames(
-    file:Path,   # DICOM SEG
-    s,           # its data set, with pixels
-    chosen=None, # number of a segment, others are left out; None: all
-): # yields number of the frame, number of a segment that it shows, and where: (H,W) bool
+    file: Path,  # DICOM SEG
+    s,  # its data set, with pixels
+    chosen=None,  # number of a segment, others are left out; None: all
+):  # yields number of the frame, number of a segment that it shows, and where: (H,W) bool
     "What each frame shows. `InputError` for a segment that the file does not describe."
-    kind, names = str(s.get("SegmentationType") or "BINARY"), segment_names(s)
-    half = float(s.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else .5
-    empty = int(s.get("PixelPaddingValue") or 0) # of a label map
+    kind = str(s.get("SegmentationType") or "BINARY")
+    names = segment_names(s)
+    half = float(s.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
+    empty = int(s.get("PixelPaddingValue") or 0)  # of a label map
     for i, picture in enumerate(stored_pixels(file, s)[..., 0]):
         if kind == "LABELMAP":
             found = set(np.unique(picture).tolist()) - {empty}
@@ -688,66 +788,80 @@ def segment_frames(
             told = tag(s, i, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
             found = {int(told or 0)}
         if 0 in found:
-            raise InputError(f"its frame {i + 1} does not say which segment it shows, or calls "
-                             "it 0. Write the file again, e.g. with highdicom.")
+            raise InputError(
+                f"its frame {i + 1} does not say which segment it shows, or calls "
+                "it 0. Write the file again, e.g. with highdicom."
+            )
         if found - set(names):
-            raise InputError(f"its frame {i + 1} shows segment {max(found - set(names))}, but it "
-                             f"describes {sorted(names)}. Export it again.")
+            raise InputError(
+                f"its frame {i + 1} shows segment {max(found - set(names))}, but it "
+                f"describes {sorted(names)}. Export it again."
+            )
         for number in found if chosen is None else found & {chosen}:
             yield i, number, picture == number if kind == "LABELMAP" else picture > half
 
 # %% ../../../nbs/data/formats/dicom.ipynb #53865adb
 def has_place(
-    x:Slice,
-)->bool:
+    x: Slice,
+) -> bool:
     "Whether a slice says where each of its pixels lies."
     return x.corner is not None and x.turn is not None and x.spacing is not None
 
+
 def segment_slices(
-    file:Path, # DICOM SEG
-    s,         # its data set
-)->tuple: # `Slice`s of its frames that lie at different places, sorted; place of each frame in them
+    file: Path,  # DICOM SEG
+    s,  # its data set
+) -> (
+    tuple
+):  # `Slice`s of its frames that lie at different places, sorted; place of each frame in them
     "Where the frames lie. `InputError` for a frame without a place among others."
     frames = slices_of(file, s)
     lost = [x for x in frames if not has_place(x)]
     if lost and len(frames) > 1:
-        raise InputError(f"its frame {lost[0].frame + 1} does not say where it lies. Write the "
-                         "segments again with the series that they were drawn on, e.g. with "
-                         "highdicom.")
+        raise InputError(
+            f"its frame {lost[0].frame + 1} does not say where it lies. Write the "
+            "segments again with the series that they were drawn on, e.g. with "
+            "highdicom."
+        )
     check_alike(frames)
-    places, number = [], {}
+    places = []
+    number = {}
     for x in sort_slices(frames):
-        if not places or np.linalg.norm(x.corner - places[-1].corner) > .01 * x.spacing.min():
+        if not places or np.linalg.norm(x.corner - places[-1].corner) > 0.01 * x.spacing.min():
             places.append(x)
         number[x.frame] = len(places) - 1
     return places, number
 
 # %% ../../../nbs/data/formats/dicom.ipynb #7f852194
 def read_segments(
-    file:Path,   # DICOM SEG
-    s,           # its data set, with pixels
-    chosen=None, # number of a segment, others are left out; None: all
-)->tuple: # array (1,P,H,W) of numbers of segments; spacing; affine; `DicomPlace` with P planes
+    file: Path,  # DICOM SEG
+    s,  # its data set, with pixels
+    chosen=None,  # number of a segment, others are left out; None: all
+) -> tuple:  # array (1,P,H,W) of numbers of segments; spacing; affine; `DicomPlace` with P planes
     """Segments as a label map of the P slices that are stored. Spacing and affine are None where
     their steps are not even. `InputError` for two segments in one voxel."""
     places, number = segment_slices(file, s)
-    names, out = segment_names(s), np.zeros((len(places), s.Rows, s.Columns), np.uint16)
+    names = segment_names(s)
+    out = np.zeros((len(places), s.Rows, s.Columns), np.uint16)
     for i, segment, mask in segment_frames(file, s, chosen):
         plane = out[number[i]]
         others = plane[mask & (plane != 0) & (plane != segment)]
         if others.size:
             a, b = (f"{k} ({names[k][0]})" for k in (int(others[0]), segment))
-            raise InputError(f"its segments {a} and {b} overlap in {others.size} pixels of a "
-                             "slice, but a voxel of a label map has one class. Export them as two "
-                             "files, or without the overlap.")
+            raise InputError(
+                f"its segments {a} and {b} overlap in {others.size} pixels of a "
+                "slice, but a voxel of a label map has one class. Export them as two "
+                "files, or without the overlap."
+            )
         plane[mask] = segment
     planes = tuple(affine_along(x, x.normal()) for x in places if has_place(x))
     place = DicomPlace(str(s.get("FrameOfReferenceUID") or ""), planes)
     return out.astype(np.min_scalar_type(out.max()))[None], *even_grid(places), place
 
+
 def even_grid(
-    slices:list, # of `Slice`, sorted, each at another place
-)->tuple: # spacing (3,) in mm, and affine (4,4); None for what is not known
+    slices: list,  # of `Slice`, sorted, each at another place
+) -> tuple:  # spacing (3,) in mm, and affine (4,4); None for what is not known
     "The grid of slices among which some may be left out: it is known if their steps are even."
     if not has_place(slices[0]):
         return None, None
@@ -760,22 +874,26 @@ def even_grid(
 
 # %% ../../../nbs/data/formats/dicom.ipynb #bf409cca
 def read_dicom(
-    path:Path,        # folder with one series, or one file
-    label:bool=False, # label maps keep palette indices; of segments their numbers are read
-)->tuple: # array (C,D,H,W), or (C,H,W) for a file of one slice; spacing; affine; `DicomPlace`
+    path: Path,  # folder with one series, or one file
+    label: bool = False,  # label maps keep palette indices; of segments their numbers are read
+) -> tuple:  # array (C,D,H,W), or (C,H,W) for a file of one slice; spacing; affine; `DicomPlace`
     "A DICOM series through pydicom, in the unit of its scale (CT: Hounsfield)."
     files, others = split_folder(path) if path.is_dir() else ([path], [])
     if not files:
-        raise InputError("the folder holds no DICOM files. Give one file, or the folder of one "
-                         "series.")
+        raise InputError(
+            "the folder holds no DICOM files. Give one file, or the folder of one series."
+        )
     if others:
-        warnings.warn(f"{path}: not DICOM, left out: {', '.join(p.name for p in others)}.",
-                      stacklevel=2)
+        warnings.warn(
+            f"{path}: not DICOM, left out: {', '.join(p.name for p in others)}.", stacklevel=2
+        )
     read = [(f, dicom_header(f, pixels=True)) for f in files]
     if label and any(s.get("SOPClassUID") in SEGMENTATIONS for _, s in read):
         if len(read) > 1:
-            raise InputError(f"the folder holds {len(read)} files, but one DICOM SEG is a whole "
-                             "label. Give that file alone.")
+            raise InputError(
+                f"the folder holds {len(read)} files, but one DICOM SEG is a whole "
+                "label. Give that file alone."
+            )
         return read_segments(*read[0])
     slices = [x for f, s in read for x in slices_of(f, s)]
     check_series(slices)
@@ -784,7 +902,8 @@ def read_dicom(
     spacing, affine = series_grid(slices, str(path))
     mirror = None if label else mirror_of(slices)
     at = DicomPlace(str(slices[0].note.get("FrameOfReferenceUID") or ""))
-    planes, place = {}, {(x.file, x.frame): x for x in slices}
+    planes = {}
+    place = {(x.file, x.frame): x for x in slices}
     for f, s in read:
         with as_dicom(f.name):
             for i, a in enumerate(stored_pixels(f, s)):

@@ -8,13 +8,28 @@ __all__ = ['UTF', 'EXCEL', 'FRESH', 'name_key', 'plain_key', 'stem', 'table_text
            'hash_of', 'hashes_of', 'array_hash', 'header_size']
 
 # %% ../../../nbs/data/formats/files.ipynb #fda803b0
-import codecs, csv, hashlib, io, os, re, time, unicodedata
+import codecs
+import csv
+import hashlib
+import io
+import os
+import re
+import time
+import unicodedata
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ...core import InputError, check_there, digest, file_sha256, read_json, read_text, write_json
+from unpaired_kd.core import (
+    InputError,
+    check_there,
+    digest,
+    file_sha256,
+    read_json,
+    read_text,
+    write_json,
+)
 from .dicom import dicom_files
 from .images import suffix_of
 from .ngff import open_zarr
@@ -22,96 +37,118 @@ from .pictures import visible
 
 # %% ../../../nbs/data/formats/files.ipynb #f4adb076
 def name_key(
-    name:str, # of a file, an id, a patient, a modality
-)->str: # the same text for all names that look the same
+    name: str,  # of a file, an id, a patient, a modality
+) -> str:  # the same text for all names that look the same
     "The composed Unicode form (NFC), without spaces at the ends."
     return unicodedata.normalize("NFC", str(name)).strip()
 
+
 def plain_key(
-    name:str, # as in `name_key`
-)->str: # the same text for all names that are nearly the same
+    name: str,  # as in `name_key`
+) -> str:  # the same text for all names that are nearly the same
     "A name without case, signs, and zeros in front of numbers: P-01 and p1 may be one."
     bare = re.sub(r"[\W_]", "", name_key(name).casefold())
     return re.sub(r"(?<!\d)0+(?=\d)", "", bare)
 
+
 def stem(
-    path:Path, # file or folder of an image
-)->str: # its name for matching, and its id
+    path: Path,  # file or folder of an image
+) -> str:  # its name for matching, and its id
     "The file's name without its ending (all of .nii.gz, .ome.tif), as `name_key` writes it."
-    name = path.name[:len(path.name) - len(suffix_of(path))]
-    name = re.sub(r"(?<=.)\.ome$", "", name, flags=re.I) # also of what was made of x.ome.tif
-    try: name.encode("utf-8")
+    name = path.name[: len(path.name) - len(suffix_of(path))]
+    name = re.sub(r"(?<=.)\.ome$", "", name, flags=re.I)  # also of what was made of x.ome.tif
+    try:
+        name.encode("utf-8")
     except UnicodeEncodeError:
         raw = os.fsencode(path.name)
-        raise InputError(f"{path.parent} holds a file whose name is not UTF-8, {raw!r}. "
-                         "Rename it.") from None
+        raise InputError(
+            f"{path.parent} holds a file whose name is not UTF-8, {raw!r}. Rename it."
+        ) from None
     return name_key(name) or name
 
 # %% ../../../nbs/data/formats/files.ipynb #fa528b63
-UTF = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-       codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"} # long marks first
+UTF = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # long marks first
 EXCEL = "In Excel choose 'Save as', 'CSV UTF-8'."
 
+
 def table_text(
-    path:Path, # the table
-)->str: # its text
+    path: Path,  # the table
+) -> str:  # its text
     "UTF-8 with or without a mark, UTF-16 or UTF-32 with a mark; else an `InputError`."
-    if not path.is_file(): return read_text(path) # says what is wrong
-    try: raw = path.read_bytes()
-    except OSError: return read_text(path)
+    if not path.is_file():
+        return read_text(path)  # says what is wrong
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return read_text(path)
     known = next((name for mark, name in UTF.items() if raw.startswith(mark)), None)
-    try: text = raw.decode(known) if known else read_text(path)
+    try:
+        text = raw.decode(known) if known else read_text(path)
     except UnicodeDecodeError:
         raise InputError(f"{path} begins as {known} and is damaged. {EXCEL}") from None
-    except InputError as e: raise InputError(f"{e} {EXCEL}") from None
-    if "\0" in text: raise InputError(f"{path} holds zero bytes, so it is not UTF-8. {EXCEL}")
+    except InputError as e:
+        raise InputError(f"{e} {EXCEL}") from None
+    if "\0" in text:
+        raise InputError(f"{path} holds zero bytes, so it is not UTF-8. {EXCEL}")
     return text
 
 # %% ../../../nbs/data/formats/files.ipynb #979da6f5
 class Row(dict):
     "One row of a table: column -> text. `line` is where it ends in the file."
+
     line = 0
 
+
 def header_of(
-    text:str, # of a table
-    mark:str, # separator
-)->list: # names of the columns, in lower case
+    text: str,  # of a table
+    mark: str,  # separator
+) -> list:  # names of the columns, in lower case
     "The first row, read with this separator."
     first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
     return [name_key(name).lower() for name in first]
 
+# %% ../../../nbs/data/formats/files.ipynb #de725d0a
 def read_table(
-    path,          # CSV file
-    columns:tuple, # names that the header must hold
-)->list: # `Row`s; cells without spaces at their ends, empty rows left out
+    path,  # CSV file
+    columns: tuple,  # names that the header must hold
+) -> list:  # `Row`s; cells without spaces at their ends, empty rows left out
     "Read a table of a person or a program. `InputError` names the file, the line and the fix."
     path = Path(path)
     text = table_text(path)
-    own = re.match(r"sep=[^\r\n]*(\r\n?|\n)", text, re.I) # Excel's own first line
-    text = text[own.end():] if own else text
+    own = re.match(r"sep=[^\r\n]*(\r\n?|\n)", text, re.I)  # Excel's own first line
+    text = text[own.end() :] if own else text
     try:
         mark = max(",;\t", key=lambda m: len(set(columns) & set(header_of(text, m))))
         header = header_of(text, mark)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         cells = [(reader.line_num + bool(own), [name_key(c) for c in row]) for row in reader][1:]
     except csv.Error as e:
-        raise InputError(f"{path} is not a table of comma-separated values ({e}). Is a quotation "
-                         "mark left open?") from e
+        raise InputError(
+            f"{path} is not a table of comma-separated values ({e}). Is a quotation mark left open?"
+        ) from e
     twice = [c for c, n in Counter(header).items() if c and n > 1]
-    if twice: raise InputError(f"{path}: two columns are called {twice[0]!r}. Rename one.")
+    if twice:
+        raise InputError(f"{path}: two columns are called {twice[0]!r}. Rename one.")
     for c in columns:
         if header and c not in header:
-            raise InputError(f"{path}: column {c!r} is missing. Columns there: "
-                             f"{', '.join(header)}.")
+            raise InputError(
+                f"{path}: column {c!r} is missing. Columns there: {', '.join(header)}."
+            )
     rows = [whole_row(path, header, line, row) for line, row in cells if any(row)]
-    if not rows: raise InputError(f"{path} holds no rows.")
+    if not rows:
+        raise InputError(f"{path} holds no rows.")
     return rows
 
 # %% ../../../nbs/data/formats/files.ipynb #49b8fa8e
 def table_in(
-    folder,   # where the table lies
-    name:str, # "manifest.csv" or "groups.csv"
-)->Path|None: # the table
+    folder,  # where the table lies
+    name: str,  # "manifest.csv" or "groups.csv"
+) -> Path | None:  # the table
     "The table, or a link that has its name. `InputError` for one in capitals, as Groups.csv."
     found = [p for p in visible(folder) if p.name.lower() == name]
     for p in found:
@@ -119,41 +156,55 @@ def table_in(
             raise InputError(f"{p} is not read: write its name in small letters, {name}.")
     return found[0] if found else None
 
+
 def whole_row(
-    path:Path,   # the table
-    header:list, # names of its columns
-    line:int,    # where the row ends
-    cells:list,  # what it holds
-)->Row: # column -> cell
+    path: Path,  # the table
+    header: list,  # names of its columns
+    line: int,  # where the row ends
+    cells: list,  # what it holds
+) -> Row:  # column -> cell
     "A row as a dict; `InputError` unless it has a cell for each column."
     n = len(header)
     if len(cells) < n or any(cells[n:]):
-        raise InputError(f"{path}, line {line}: the row has {len(cells)} cells and the header {n}. "
-                         "Restore the row, or put cells that hold separators into quotes.")
+        raise InputError(
+            f"{path}, line {line}: the row has {len(cells)} cells and the header {n}. "
+            "Restore the row, or put cells that hold separators into quotes."
+        )
     row = Row(zip(header, cells))
     row.line = line
     return row
 
 # %% ../../../nbs/data/formats/files.ipynb #bb9f74ee
 def find_file(
-    folder,   # folder of the table
-    name:str, # path as the table has it
-    where:str, # table and line, for messages
-)->Path: # the file or folder that is meant
+    folder,  # folder of the table
+    name: str,  # path as the table has it
+    where: str,  # table and line, for messages
+) -> Path:  # the file or folder that is meant
     "Find a listed file inside the folder. `InputError` if it is not there, or outside, or several."
-    root, found = os.path.abspath(folder), []
+    root = os.path.abspath(folder)
+    found = []
     for text in dict.fromkeys((name, name.replace("\\", "/"))):
         full = os.path.abspath(os.path.join(root, text))
         if PureWindowsPath(name).drive or os.path.commonpath((root, full)) != root or full == root:
-            raise InputError(f"{where}: {name} leads out of {folder}. Put the file into the "
-                             "folder, and write its path relative to the table.")
-        path = Path(folder)/os.path.relpath(full, root)
-        found = [path] if os.path.exists(path) else found or alike(Path(folder), path.relative_to(folder))
-        if os.path.exists(path): break
+            raise InputError(
+                f"{where}: {name} leads out of {folder}. Put the file into the "
+                "folder, and write its path relative to the table."
+            )
+        path = Path(folder) / os.path.relpath(full, root)
+        found = (
+            [path]
+            if os.path.exists(path)
+            else found or alike(Path(folder), path.relative_to(folder))
+        )
+        if os.path.exists(path):
+            break
     if len(found) > 1:
-        raise InputError(f"{where}: {name} may be any of {len(found)} files whose names differ "
-                         "only in their Unicode form or in spaces. Rename all but one.")
-    try: check_there(found[0] if found else path)
+        raise InputError(
+            f"{where}: {name} may be any of {len(found)} files whose names differ "
+            "only in their Unicode form or in spaces. Rename all but one."
+        )
+    try:
+        check_there(found[0] if found else path)
     except InputError as e:
         there = found or os.path.lexists(path)
         near = [] if there else alike(Path(folder), path.relative_to(folder), plain_key)
@@ -163,100 +214,122 @@ def find_file(
 
 # %% ../../../nbs/data/formats/files.ipynb #38dde641
 def alike(
-    folder:Path,   # where to look
-    relative:Path, # a path below it
+    folder: Path,  # where to look
+    relative: Path,  # a path below it
     key=name_key,  # or `plain_key`
-)->list: # existing paths whose parts have the same keys
+) -> list:  # existing paths whose parts have the same keys
     "Files whose names look the same as the given one, or nearly so."
     found = [folder]
     for part in relative.parts:
-        found = [p for f in found if f.is_dir() for p in sorted(f.iterdir())
-                 if key(p.name) == key(part)]
+        found = [
+            p for f in found if f.is_dir() for p in sorted(f.iterdir()) if key(p.name) == key(part)
+        ]
     return [p for p in found if p.exists()]
 
 # %% ../../../nbs/data/formats/files.ipynb #ecbd46e0
-FRESH = 2. # seconds: what changed later than that may change again without a new time
+FRESH = 2.0  # seconds: what changed later than that may change again without a new time
+
 
 def stamp(
-    path, # a file
-)->list: # size, inode, and times (ns) of the last change of content and of entry
+    path,  # a file
+) -> list:  # size, inode, and times (ns) of the last change of content and of entry
     "What the file system knows of a file; it differs after every change."
     s = os.stat(path)
     return [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns]
 
+
 def unchanged_lately(
-    stamps:list, # of `stamp`
-)->bool: # whether any later change would show
+    stamps: list,  # of `stamp`
+) -> bool:  # whether any later change would show
     "Whether none of the files was changed just now, or in the future."
     return all(max(s[2:]) < (time.time() - FRESH) * 1e9 for s in stamps)
 
+
 def files_of(
-    path, # a file, or the folder of a Zarr or a DICOM series
-)->dict: # name inside the folder ("" for a single file) -> file
+    path,  # a file, or the folder of a Zarr or a DICOM series
+) -> dict:  # name inside the folder ("" for a single file) -> file
     "The files that hold an image; hidden ones of a folder do not count, but Zarr's do."
     path = Path(path)
-    if not path.is_dir(): return {"": path}
+    if not path.is_dir():
+        return {"": path}
     if suffix_of(path) == ".zarr":
         return {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
     return {p.name: p for p in dicom_files(path)}
 
 # %% ../../../nbs/data/formats/files.ipynb #897c3f5c
 def cache_file(
-    folder, # of the files
-): # Path of the file with their hashes; None if there is no place for it
+    folder,  # of the files
+):  # Path of the file with their hashes; None if there is no place for it
     "Where hashes of a folder's files are remembered."
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(home): return None
-    return Path(home)/"unpaired_kd"/"contents"/f"{digest(os.path.abspath(folder), 24)}.json"
+    if not os.path.isabs(home):
+        return None
+    return Path(home) / "unpaired_kd" / "contents" / f"{digest(os.path.abspath(folder), 24)}.json"
+
 
 def remembered(
-    cache, # of `cache_file`
-)->dict: # name -> [its stamps, its hash]; empty if there is nothing to be read
+    cache,  # of `cache_file`
+) -> dict:  # name -> [its stamps, its hash]; empty if there is nothing to be read
     "Read a memory; a damaged one is no memory."
-    try: found = read_json(cache) if cache is not None and cache.is_file() else {}
-    except (InputError, OSError): found = {}
+    try:
+        found = read_json(cache) if cache is not None and cache.is_file() else {}
+    except (InputError, OSError):
+        found = {}
     return found if isinstance(found, dict) else {}
 
+
 def hash_of(
-    path, # file or folder
-)->str: # 64 hexadecimal digits
+    path,  # file or folder
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file; of a folder, that of the names and hashes of its files."
     files = files_of(path)
-    if list(files) == [""]: return file_sha256(path)
+    if list(files) == [""]:
+        return file_sha256(path)
     return digest([[name, file_sha256(f)] for name, f in files.items()], 64)
 
 # %% ../../../nbs/data/formats/files.ipynb #5acc2f28
 def hashes_of(
-    paths, # files and folders
-)->dict: # str(path) -> SHA-256 of its content, 64 hexadecimal digits
+    paths,  # files and folders
+) -> dict:  # str(path) -> SHA-256 of its content, 64 hexadecimal digits
     "Hash files, or remember their hashes. `InputError` names a file that cannot be read."
-    found, folders = {}, {}
-    for p in map(Path, paths): folders.setdefault(p.parent, []).append(p)
+    found = {}
+    folders = {}
+    for p in map(Path, paths):
+        folders.setdefault(p.parent, []).append(p)
     for folder, members in folders.items():
         cache = cache_file(folder)
-        memory, new = remembered(cache), {}
+        memory = remembered(cache)
+        new = {}
         for p in members:
             try:
                 stamps = [[name, *stamp(f)] for name, f in files_of(p).items()]
-                mark, known = digest(stamps, 32), memory.get(p.name)
+                mark = digest(stamps, 32)
+                known = memory.get(p.name)
                 fits = isinstance(known, list) and known[:1] == [mark] and len(known) == 2
                 found[str(p)] = str(known[1]) if fits else hash_of(p)
             except OSError as e:
-                raise InputError(f"{p} cannot be read ({e.strerror}). Check that it is there and "
-                                 "that you may read it.") from e
-            if not fits and unchanged_lately([s[1:] for s in stamps]): new[p.name] = [mark, found[str(p)]]
-        if new and cache is not None: _keep(cache, memory | new)
+                raise InputError(
+                    f"{p} cannot be read ({e.strerror}). Check that it is there and "
+                    "that you may read it."
+                ) from e
+            if not fits and unchanged_lately([s[1:] for s in stamps]):
+                new[p.name] = [mark, found[str(p)]]
+        if new and cache is not None:
+            _keep(cache, memory | new)
     return found
+
 
 def _keep(cache, memory):
     "Write a memory where that is possible."
-    try: write_json(cache, memory)
-    except (InputError, OSError): pass
+    try:
+        write_json(cache, memory)
+    except (InputError, OSError):
+        pass
 
 # %% ../../../nbs/data/formats/files.ipynb #3d261a6d
 def array_hash(
-    array:np.ndarray, # any numbers
-)->str: # 64 hexadecimal digits
+    array: np.ndarray,  # any numbers
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of type, shape and bytes of an array."
     a = np.ascontiguousarray(array)
     whole = hashlib.sha256(f"{a.dtype.str} {a.shape} ".encode())
@@ -265,33 +338,53 @@ def array_hash(
 
 # %% ../../../nbs/data/formats/files.ipynb #5fb5030c
 def header_size(
-    path, # file, .zarr folder, or folder of one DICOM series
-): # (rows, columns) as stored; None if the header cannot be read
+    path,  # file, .zarr folder, or folder of one DICOM series
+):  # (rows, columns) as stored; None if the header cannot be read
     "The size of the plane without decoding an image. Reading the image says what is wrong with it."
     path = Path(path)
-    readers = {".png": _pillow_size, ".jpg": _pillow_size, ".jpeg": _pillow_size,
-               ".tif": _tiff_size, ".tiff": _tiff_size, ".zarr": _zarr_size,
-               ".nii": _nifti_size, ".nii.gz": _nifti_size}
-    try: return tuple(int(n) for n in readers.get(suffix_of(path), _dicom_size)(path))
-    except Exception: return None
+    readers = {
+        ".png": _pillow_size,
+        ".jpg": _pillow_size,
+        ".jpeg": _pillow_size,
+        ".tif": _tiff_size,
+        ".tiff": _tiff_size,
+        ".zarr": _zarr_size,
+        ".nii": _nifti_size,
+        ".nii.gz": _nifti_size,
+    }
+    try:
+        return tuple(int(n) for n in readers.get(suffix_of(path), _dicom_size)(path))
+    except Exception:
+        return None
+
 
 def _pillow_size(path):
     from PIL import Image
-    with Image.open(path) as im: return im.size[::-1]
 
+    with Image.open(path) as im:
+        return im.size[::-1]
+
+# %% ../../../nbs/data/formats/files.ipynb #3947ada5
 def _tiff_size(path):
     import tifffile
-    with tifffile.TiffFile(path) as t: return t.pages[0].imagelength, t.pages[0].imagewidth
+
+    with tifffile.TiffFile(path) as t:
+        return t.pages[0].imagelength, t.pages[0].imagewidth
+
 
 def _nifti_size(path):
     import nibabel
+
     return nibabel.load(path).shape[1::-1]
+
 
 def _zarr_size(path):
     z, axes, *_ = open_zarr(path, "empty")
     return tuple(z.shape[axes.lower().index(a)] for a in "yx")
 
+
 def _dicom_size(path):
     import pydicom
+
     head = pydicom.dcmread(dicom_files(path)[0] if path.is_dir() else path, stop_before_pixels=True)
     return head.Rows, head.Columns

@@ -21,36 +21,45 @@ from ...core import InputError
 @dataclass
 class Grid:
     "Where the voxels of an array lie. What its file does not say is None."
-    size:tuple                    # spatial shape of the array, (H,W) or (D,H,W)
-    spacing:tuple|None = None     # mm along these axes
-    affine:np.ndarray|None = None # (4,4), from (column, row, slice) to (right, front, up) in mm
-    origin:tuple|None = None      # mm of the first voxel along these axes, in a frame without sides
-    frame:str = ""                # name of the frame of reference of the affine; "": not stated
+
+    size: tuple  # spatial shape of the array, (H,W) or (D,H,W)
+    spacing: tuple | None = None  # mm along these axes
+    affine: np.ndarray | None = None  # (4,4), from (column, row, slice) to (right, front, up) in mm
+    origin: tuple | None = None  # mm of the first voxel along these axes, in a frame without sides
+    frame: str = ""  # name of the frame of reference of the affine; "": not stated
+
 
 def grid_of(
-    image,            # `Image`, or anything with array, spacing and affine
-    label:bool=False, # True: its array has no axis of channels
-)->Grid:
+    image,  # `Image`, or anything with array, spacing and affine
+    label: bool = False,  # True: its array has no axis of channels
+) -> Grid:
     "The grid of an image or of a label. An affine that is no place is not known."
     size = image.array.shape if label else image.array.shape[1:]
     known = image.affine is not None and usable(image.affine)
     header = getattr(image, "header", None)
-    origin, frame = getattr(header, "origin", None), getattr(header, "frame", "")
+    origin = getattr(header, "origin", None)
+    frame = getattr(header, "frame", "")
     return Grid(tuple(size), image.spacing, image.affine if known else None, origin, frame)
 
+
 def with_depth(
-    grid:Grid,
-)->Grid: # of three axes
+    grid: Grid,
+) -> Grid:  # of three axes
     "A picture as a volume of one slice, whose thickness is not known."
     more = 3 - len(grid.size)
-    def longer(told): return told and (np.nan,) * more + tuple(told)
-    size, spacing, origin = (1,) * more + grid.size, longer(grid.spacing), longer(grid.origin)
+
+    def longer(told):
+        return told and (np.nan,) * more + tuple(told)
+
+    size = (1,) * more + grid.size
+    spacing = longer(grid.spacing)
+    origin = longer(grid.origin)
     return replace(grid, size=size, spacing=spacing, origin=origin)
 
 # %% ../../../nbs/data/formats/geometry.ipynb #feb73f40
 def usable(
-    affine, # (4,4) or (3,4)
-)->bool:
+    affine,  # (4,4) or (3,4)
+) -> bool:
     "Whether an affine is a place: finite, and its three axes span the space."
     steps = np.asarray(affine, float)[:3]
     if not np.isfinite(steps).all():
@@ -60,18 +69,20 @@ def usable(
         return False
     return bool(abs(np.linalg.det(steps[:, :3] / lengths)) > 1e-4)
 
+
 def spacing_of(
-    affine,     # (4,4)
-    dims:int=3, # spatial axes of the array
-)->tuple: # mm along the axes of the array: (slice), row, column
+    affine,  # (4,4)
+    dims: int = 3,  # spatial axes of the array
+) -> tuple:  # mm along the axes of the array: (slice), row, column
     "The length of one step along each axis."
     lengths = np.linalg.norm(np.asarray(affine, float)[:3, :dims], axis=0)
     return tuple(float(v) for v in lengths[::-1])
 
+
 def letters(
-    affine,     # (4,4)
-    dims:int=3, # spatial axes of the array
-)->str: # one letter an axis, in the order of the array
+    affine,  # (4,4)
+    dims: int = 3,  # spatial axes of the array
+) -> str:  # one letter an axis, in the order of the array
     "The side of the patient towards which each axis grows: of L and R, P and A, I and S."
     steps = np.asarray(affine, float)[:3, :dims]
     main = np.abs(steps).argmax(0)
@@ -80,27 +91,29 @@ def letters(
 
 # %% ../../../nbs/data/formats/geometry.ipynb #961f12b8
 def shear(
-    affine,     # (4,4)
-    dims:int=3, # spatial axes of the array
-)->float: # degrees
+    affine,  # (4,4)
+    dims: int = 3,  # spatial axes of the array
+) -> float:  # degrees
     "How far the axes are from right angles."
     steps = np.asarray(affine, float)[:3, :dims]
     unit = steps / np.linalg.norm(steps, axis=0)
     cosines = np.abs(unit.T @ unit)[np.triu_indices(dims, 1)]
-    return float(np.degrees(np.arcsin(min(1., cosines.max()))))
+    return float(np.degrees(np.arcsin(min(1.0, cosines.max()))))
+
 
 def oblique(
-    affine,     # (4,4)
-    dims:int=3, # spatial axes of the array
-)->float: # degrees
+    affine,  # (4,4)
+    dims: int = 3,  # spatial axes of the array
+) -> float:  # degrees
     "How far the axes are turned away from those of the patient."
     steps = np.asarray(affine, float)[:3, :dims]
     cosines = np.abs(steps).max(0) / np.linalg.norm(steps, axis=0)
-    return float(np.degrees(np.arccos(min(1., cosines.min()))))
+    return float(np.degrees(np.arccos(min(1.0, cosines.min()))))
 
+# %% ../../../nbs/data/formats/geometry.ipynb #dc2031a8
 def describe_grid(
-    grid:Grid,
-)->str: # one line, for messages
+    grid: Grid,
+) -> str:  # one line, for messages
     "A grid in words: size, orientation, spacing, and where its first voxel lies."
     words = [" x ".join(map(str, grid.size)) + " voxels"]
     if grid.spacing is None:
@@ -114,19 +127,21 @@ def describe_grid(
     dims = len(grid.size)
     turned = oblique(grid.affine, dims)
     words.insert(1, letters(grid.affine, dims))
-    if turned > .05:
+    if turned > 0.05:
         words[1] += f" turned by {turned:.1f} degrees"
     corner = ", ".join(f"{v + 0:.4g}" for v in np.round(np.asarray(grid.affine)[:3, 3], 2))
     return ", ".join(words) + f", first voxel at ({corner}) mm right, front, up"
 
 # %% ../../../nbs/data/formats/geometry.ipynb #5c0f2a73
-SKEW = 1. # degrees: axes that are nearer to right angles count as right; lengths err by 1 in 100
+SKEW = 1.0  # degrees: axes that are nearer to right angles count as right; lengths err by 1 in 100
+
 
 class Spacing(tuple):
     "mm along the axes of an array that are not at right angles, and the steps along them."
 
-    def __new__(cls,
-        steps, # (axes,3) mm: the way from one voxel to the next along each axis of the array
+    def __new__(
+        cls,
+        steps,  # (axes,3) mm: the way from one voxel to the next along each axis of the array
     ):
         steps = np.asarray(steps, float)
         new = super().__new__(cls, np.linalg.norm(steps, axis=1).tolist())
@@ -134,12 +149,13 @@ class Spacing(tuple):
         return new
 
     def __getnewargs__(self):
-        return (self.steps,) # for copies, also in other processes
+        return (self.steps,)  # for copies, also in other processes
+
 
 def without_axis(
     spacing,  # mm along the axes of an array, or None
-    axis:int, # the one that is cut
-): # spacing of a plane
+    axis: int,  # the one that is cut
+):  # spacing of a plane
     "Leave out one axis."
     if isinstance(spacing, Spacing):
         return Spacing(np.delete(spacing.steps, axis, 0))
@@ -147,10 +163,10 @@ def without_axis(
 
 # %% ../../../nbs/data/formats/geometry.ipynb #ea2a2c44
 def with_steps(
-    spacing, # mm along the axes of an array, or None
+    spacing,  # mm along the axes of an array, or None
     affine,  # (4,4), or None
-    name,    # file, for the warning
-): # the same numbers; a `Spacing` where the axes are not at right angles
+    name,  # file, for the warning
+):  # the same numbers; a `Spacing` where the axes are not at right angles
     "Add the steps along axes that are not at right angles, with a warning that names the file."
     if spacing is None or affine is None or isinstance(spacing, Spacing):
         return spacing
@@ -158,19 +174,23 @@ def with_steps(
     if (off := shear(affine, dims)) <= SKEW:
         return spacing
     why = "a tilted gantry" if shear(affine, 2) <= SKEW else "a sheared affine"
-    warnings.warn(f"{name}: its axes are {off:.1f} degrees off right angles ({why}). They are kept "
-                  "as they are, and distances in mm follow them.", stacklevel=4)
+    warnings.warn(
+        f"{name}: its axes are {off:.1f} degrees off right angles ({why}). They are kept "
+        "as they are, and distances in mm follow them.",
+        stacklevel=4,
+    )
     return Spacing(np.asarray(affine, float)[:3, :dims].T[::-1])
 
 # %% ../../../nbs/data/formats/geometry.ipynb #ca1035d8
-SHIFT = .1     # voxels of the image: how far the first voxel of a label may lie from its place
-DRIFT = 5e-4   # how much farther the other corners may lie, for each voxel of the longest axis
-FARTHEST = .45 # voxels: never farther than this
+SHIFT = 0.1  # voxels of the image: how far the first voxel of a label may lie from its place
+DRIFT = 5e-4  # how much farther the other corners may lie, for each voxel of the longest axis
+FARTHEST = 0.45  # voxels: never farther than this
+
 
 def axes_between(
-    to_image, # (4,4), from voxel numbers of the label to those of the image
-    n,        # size of the label in file order: (column, row, slice)
-)->tuple|None: # for each axis of the label: axis of the image, and its way (+1, -1)
+    to_image,  # (4,4), from voxel numbers of the label to those of the image
+    n,  # size of the label in file order: (column, row, slice)
+) -> tuple | None:  # for each axis of the label: axis of the image, and its way (+1, -1)
     "Which axis of the image each axis of the label runs along. One of one voxel takes the rest."
     dims = len(n)
     long = [j for j in range(dims) if n[j] > 1]
@@ -187,22 +207,22 @@ def axes_between(
 
 # %% ../../../nbs/data/formats/geometry.ipynb #84a653e1
 def apart(
-    a,          # (4,4)
-    b,          # (4,4)
-    size:tuple, # spatial shape of the array
-)->float: # voxels of `b`
+    a,  # (4,4)
+    b,  # (4,4)
+    size: tuple,  # spatial shape of the array
+) -> float:  # voxels of `b`
     "How far from one another two affines put one voxel, at most: at a corner."
     corners = np.array(list(product(*[(0, n - 1) for n in size[::-1]])))
     to_b = np.linalg.inv(b) @ a
-    lies = corners @ to_b[:3, :len(size)].T + to_b[:3, 3]
-    lies[:, :len(size)] -= corners
+    lies = corners @ to_b[:3, : len(size)].T + to_b[:3, 3]
+    lies[:, : len(size)] -= corners
     return float(np.abs(lies).max())
 
 # %% ../../../nbs/data/formats/geometry.ipynb #b3fcf374
 def way_onto(
-    label:Grid, # with an affine
-    image:Grid, # with an affine
-)->tuple|None: # what `turned` needs; None: another place, spacing or size
+    label: Grid,  # with an affine
+    image: Grid,  # with an affine
+) -> tuple | None:  # what `turned` needs; None: another place, spacing or size
     "How to count the voxels of the label to get those of the image."
     n = np.array(label.size[::-1])
     to_image = np.linalg.inv(image.affine) @ label.affine
@@ -213,7 +233,7 @@ def way_onto(
     if any(image.size[::-1][k] != n[j] for j, k in enumerate(axes)):
         return None
     corners = np.array(list(product(*[(0, m - 1) for m in n])))
-    lies = corners @ to_image[:3, :len(n)].T + to_image[:3, 3]
+    lies = corners @ to_image[:3, : len(n)].T + to_image[:3, 3]
     belongs = np.zeros((len(corners), 3))
     for j, k in enumerate(axes):
         belongs[:, k] = corners[:, j] if ways[j] > 0 else n[j] - 1 - corners[:, j]
@@ -222,10 +242,11 @@ def way_onto(
         return None
     return axes, ways
 
+
 def turned(
-    array:np.ndarray, # label, (H,W) or (D,H,W)
-    way:tuple,        # from `way_onto`
-)->np.ndarray: # the same numbers, on the grid of the image
+    array: np.ndarray,  # label, (H,W) or (D,H,W)
+    way: tuple,  # from `way_onto`
+) -> np.ndarray:  # the same numbers, on the grid of the image
     "Exchange and reverse axes. Nothing is interpolated."
     axes, ways = way
     a = array.T[tuple(slice(None, None, w) for w in ways)]
@@ -233,23 +254,26 @@ def turned(
 
 # %% ../../../nbs/data/formats/geometry.ipynb #2af8cd51
 def check_frame(
-    stated:str, # frame of reference that a label names; "": none
-    frame:str,  # that of its image; "": not known
-    name:str,   # file of the label, for the message
+    stated: str,  # frame of reference that a label names; "": none
+    frame: str,  # that of its image; "": not known
+    name: str,  # file of the label, for the message
 ):
     "Raise `InputError` when both name a frame of reference, and not the same one."
     if stated and frame and stated != frame:
-        raise InputError(f"{name} was drawn in another frame of reference ({stated}) than its "
-                         f"image has ({frame}). Use the image that it was drawn on; if you know "
-                         "that the two agree, convert one to NIfTI, which names none.")
+        raise InputError(
+            f"{name} was drawn in another frame of reference ({stated}) than its "
+            f"image has ({frame}). Use the image that it was drawn on; if you know "
+            "that the two agree, convert one to NIfTI, which names none."
+        )
+
 
 def unlike(
-    label:Grid, # of the same size as the image
-    image:Grid, # not both with an affine
-)->str: # what differs; "" if nothing that both say
+    label: Grid,  # of the same size as the image
+    image: Grid,  # not both with an affine
+) -> str:  # what differs; "" if nothing that both say
     "Compare spacings, and places in a frame without sides."
     if label.spacing is not None and image.spacing is not None:
-        long = np.array(image.size) > 1 # along the others no step is made
+        long = np.array(image.size) > 1  # along the others no step is made
         steps = np.array([label.spacing, image.spacing])[:, long]
         if not np.allclose(steps[0], steps[1], rtol=1e-3, atol=0):
             return "has another spacing"
@@ -261,80 +285,99 @@ def unlike(
 
 # %% ../../../nbs/data/formats/geometry.ipynb #112c8e83
 def plane_voxels(
-    affine,    # (4,4) of one slice
-    size,      # (H,W) of it
-    grid:Grid, # of the image, three axes, with an affine
-)->tuple|None: # slice, row and column of the image for each pixel, (H,W) each; None: no slice of it
+    affine,  # (4,4) of one slice
+    size,  # (H,W) of it
+    grid: Grid,  # of the image, three axes, with an affine
+) -> (
+    tuple | None
+):  # slice, row and column of the image for each pixel, (H,W) each; None: no slice of it
     "The voxels that a whole slice of a label covers."
-    (H, W), n = size, np.array(grid.size[::-1])
+    (H, W) = size
+    n = np.array(grid.size[::-1])
     across, down, _, first = (np.linalg.inv(grid.affine) @ affine)[:3].T
     right, below, start = (np.rint(v).astype(int) for v in (across, down, first))
-    off = [first - start + c * (across - right) + r * (down - below)
-           for c in (0, W - 1) for r in (0, H - 1)]
+    off = [
+        first - start + c * (across - right) + r * (down - below)
+        for c in (0, W - 1)
+        for r in (0, H - 1)
+    ]
     exact = np.abs(off[0]).max() <= SHIFT
     exact = exact and np.abs(off).max() <= min(SHIFT + DRIFT * n.max(), FARTHEST)
     covers = np.abs(right) @ n == W and np.abs(below) @ n == H
-    c, r = np.arange(W), np.arange(H)[:, None]
+    c = np.arange(W)
+    r = np.arange(H)[:, None]
     voxel = [start[k] + right[k] * c + below[k] * r for k in range(3)]
     within = all(v.min() >= 0 and v.max() < m for v, m in zip(voxel, n))
     return tuple(voxel[::-1]) if exact and covers and within else None
 
 # %% ../../../nbs/data/formats/geometry.ipynb #30049093
 def planes_on(
-    label,     # `Image` of a label map (P,H,W); its header holds the affine of each of its P slices
-    grid:Grid, # of the image, three axes, with an affine
-)->tuple: # the label on that grid, 0 where it has no slice; None, or (4,4) of a slice off the grid
+    label,  # `Image` of a label map (P,H,W); its header holds the affine of each of its P slices
+    grid: Grid,  # of the image, three axes, with an affine
+) -> (
+    tuple
+):  # the label on that grid, 0 where it has no slice; None, or (4,4) of a slice off the grid
     "Lay each slice of a label where it belongs."
-    out, taken = np.zeros(grid.size, label.array.dtype), np.zeros(grid.size, bool)
+    out = np.zeros(grid.size, label.array.dtype)
+    taken = np.zeros(grid.size, bool)
     for plane, affine in zip(label.array, label.header.planes):
         voxels = plane_voxels(affine, plane.shape, grid)
         if voxels is None or taken[voxels].any():
             return None, affine
-        out[voxels], taken[voxels] = plane, True
+        out[voxels] = plane
+        taken[voxels] = True
     return out, None
 
+# %% ../../../nbs/data/formats/geometry.ipynb #0ed9d743
 def lay_planes(
-    label,       # as `planes_on`
-    places:list, # of `Grid` of three axes: where the image may lie
-    image:str,   # its name, for messages
-)->np.ndarray: # the label on its grid
+    label,  # as `planes_on`
+    places: list,  # of `Grid` of three axes: where the image may lie
+    image: str,  # its name, for messages
+) -> np.ndarray:  # the label on its grid
     "The one way to lay slices on an image. `InputError`: there is none, or more than one."
-    name, laid = label.path or "the label", [planes_on(label, grid) for grid in places]
+    name = label.path or "the label"
+    laid = [planes_on(label, grid) for grid in places]
     found = [out for out, _ in laid if out is not None]
     if not found:
         corner = ", ".join(f"{v + 0:.4g}" for v in np.round(laid[0][1][:3, 3], 2))
         H, W = label.array.shape[1:]
-        raise InputError(f"{name}: its slice of {H} x {W} pixels at ({corner}) mm right, front, up "
-                         f"does not lie on a slice of {image or 'its image'}, or another one lies "
-                         f"there ({describe_grid(places[0])}). Resample it onto the image, or use "
-                         "the image that it was drawn on.")
+        raise InputError(
+            f"{name}: its slice of {H} x {W} pixels at ({corner}) mm right, front, up "
+            f"does not lie on a slice of {image or 'its image'}, or another one lies "
+            f"there ({describe_grid(places[0])}). Resample it onto the image, or use "
+            "the image that it was drawn on."
+        )
     if any((out != found[0]).any() for out in found):
-        raise InputError(f"{name}: its slices lie on {image or 'its image'} in two ways, by its "
-                         "sform and by its qform. Write the right place into both forms.")
+        raise InputError(
+            f"{name}: its slices lie on {image or 'its image'} in two ways, by its "
+            "sform and by its qform. Write the right place into both forms."
+        )
     return found[0]
 
 # %% ../../../nbs/data/formats/geometry.ipynb #5c0f2a71
 def places_of(
-    image,     # `Image`
-    grid:Grid, # its grid
-)->list: # of `Grid`: the one that was taken, and that of a second form, if there is one
+    image,  # `Image`
+    grid: Grid,  # its grid
+) -> list:  # of `Grid`: the one that was taken, and that of a second form, if there is one
     "Every place that a file states: a NIfTI may state two."
     second = getattr(getattr(image, "header", None), "other", None)
     if second is None:
         return [grid]
     return [grid, replace(grid, affine=second, spacing=spacing_of(second, len(grid.size)))]
 
+
 def is_still(
-    way:tuple, # from `way_onto`
-)->bool:
+    way: tuple,  # from `way_onto`
+) -> bool:
     "Whether a way exchanges and reverses nothing."
     axes, ways = way
     return axes == sorted(axes) and min(ways) > 0
 
+# %% ../../../nbs/data/formats/geometry.ipynb #1299a1be
 def ways_between(
-    label:list, # of `Grid`, from `places_of`
-    image:list, # of `Grid`, from `places_of`
-)->list: # ways that differ; none: another place; more than one: nobody can know
+    label: list,  # of `Grid`, from `places_of`
+    image: list,  # of `Grid`, from `places_of`
+) -> list:  # ways that differ; none: another place; more than one: nobody can know
     "The ways in question. On an image of two places the one that turns nothing is taken."
     found = []
     for there in label:
@@ -343,9 +386,10 @@ def ways_between(
         found += still[:1] or ways
     return [way for k, way in enumerate(found) if way not in found[:k]]
 
+
 def describe_places(
-    places:list, # of `Grid`, from `places_of`
-)->str: # for messages
+    places: list,  # of `Grid`, from `places_of`
+) -> str:  # for messages
     "The place that was taken, and the second one where it differs."
     words = describe_grid(places[0])
     if len(places) > 1:
@@ -357,31 +401,38 @@ def describe_places(
 # %% ../../../nbs/data/formats/geometry.ipynb #5c0f2a72
 FIX = "Take the image that it was drawn on, or resample the label onto it (nearest neighbour)."
 
+
 def way_by_place(
-    label:list, # of `Grid`, from `places_of`
-    image:list, # of `Grid`, from `places_of`
-    name:str,   # of the label, for messages
-    both:str,   # the two grids in words
-)->tuple: # what `turned` needs
+    label: list,  # of `Grid`, from `places_of`
+    image: list,  # of `Grid`, from `places_of`
+    name: str,  # of the label, for messages
+    both: str,  # the two grids in words
+) -> tuple:  # what `turned` needs
     "The one way that is sure. `InputError`: there is none, or more than one. Warns of a qform."
     ways = ways_between(label, image)
     if len(ways) > 1:
-        raise InputError(f"{name}: the label lies on its image in two ways.{both} Write the right "
-                         "place into both forms, sform and qform, of each file.")
+        raise InputError(
+            f"{name}: the label lies on its image in two ways.{both} Write the right "
+            "place into both forms, sform and qform, of each file."
+        )
     if not ways:
         raise InputError(f"{name}: the label lies elsewhere than its image.{both} {FIX}")
     if ways[0] != way_onto(label[0], image[0]):
-        warnings.warn(f"{name}: the label is laid on its image by a qform, since the places that "
-                      f"were taken do not fit voxel for voxel.{both}", stacklevel=3)
+        warnings.warn(
+            f"{name}: the label is laid on its image by a qform, since the places that "
+            f"were taken do not fit voxel for voxel.{both}",
+            stacklevel=3,
+        )
     return ways[0]
 
 # %% ../../../nbs/data/formats/geometry.ipynb #e7bebc80
 def lay_on(
-    label, # `Image` of a label map: array (H,W) or (D,H,W)
-    image, # `Image`: array (C,H,W) or (C,D,H,W)
-)->np.ndarray: # the label on the grid of its image
+    label,  # `Image` of a label map: array (H,W) or (D,H,W)
+    image,  # `Image`: array (C,H,W) or (C,D,H,W)
+) -> np.ndarray:  # the label on the grid of its image
     "Bring a label onto its image. `InputError`, with both grids, where it is not sure to lie."
-    there, here = grid_of(label, True), grid_of(image)
+    there = grid_of(label, True)
+    here = grid_of(image)
     name = label.path or "the label"
     check_frame(there.frame, here.frame, name)
     if getattr(getattr(label, "header", None), "planes", None) and here.affine is not None:
@@ -389,20 +440,27 @@ def lay_on(
         return lay_planes(label, places, image.path).reshape(here.size)
     both = ""
     if any(g.affine is not None or g.spacing is not None for g in (there, here)):
-        both = (f" The label: {describe_places(places_of(label, there))}. Its image {image.path}: "
-                f"{describe_places(places_of(image, here))}.")
+        both = (
+            f" The label: {describe_places(places_of(label, there))}. Its image {image.path}: "
+            f"{describe_places(places_of(image, here))}."
+        )
     shape = here.size
     if len(there.size) != len(shape):
-        there, here = with_depth(there), with_depth(here)
+        there = with_depth(there)
+        here = with_depth(here)
     if sorted(there.size) != sorted(here.size):
-        raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
-                         f"Both must show the same pixels.{both}")
+        raise InputError(
+            f"{name}: the label has shape {there.size} and its image {here.size}. "
+            f"Both must show the same pixels.{both}"
+        )
     if there.affine is not None and here.affine is not None:
         way = way_by_place(places_of(label, there), places_of(image, here), name, both)
         return turned(label.array.reshape(there.size), way).reshape(shape)
     if there.size != here.size:
-        raise InputError(f"{name}: the label has shape {there.size} and its image {here.size}. "
-                         "Both must show the same pixels.")
+        raise InputError(
+            f"{name}: the label has shape {there.size} and its image {here.size}. "
+            "Both must show the same pixels."
+        )
     if differs := unlike(there, here):
         raise InputError(f"{name}: the label {differs} than its image.{both} {FIX}")
     return label.array if label.array.shape == shape else label.array.reshape(shape)

@@ -25,47 +25,62 @@ from ..intensity import check_finite
 @dataclass
 class Image:
     "One decoded image with what its file knew. `affine` is in file order, as NIfTI has it: (across, down, slice) to (right, anterior, superior) mm."
-    array:np.ndarray           # (C,H,W) or (C,D,H,W), raw values; label maps have no C
-    spacing:tuple|None = None  # mm along the spatial axes of `array`; None: the file does not say
-    affine:np.ndarray|None = None # (4,4); None: not known
-    path:str = ""              # where it came from
-    header:object = None       # what it says of place: `NiftiPlace`, `DicomPlace`, `ZarrPlace`
+
+    array: np.ndarray  # (C,H,W) or (C,D,H,W), raw values; label maps have no C
+    spacing: tuple | None = (
+        None  # mm along the spatial axes of `array`; None: the file does not say
+    )
+    affine: np.ndarray | None = None  # (4,4); None: not known
+    path: str = ""  # where it came from
+    header: object = None  # what it says of place: `NiftiPlace`, `DicomPlace`, `ZarrPlace`
+
 
 def orientation(
-    image:Image, # an image with an affine
-    dims:int=3,  # its spatial axes
-)->str: # one letter an axis, in the order of the array: the side of the patient towards which the index grows; "" if unknown
+    image: Image,  # an image with an affine
+    dims: int = 3,  # its spatial axes
+) -> str:  # one letter an axis, in the order of the array: the side of the patient towards which the index grows; "" if unknown
     "Letters such as `SPL`: slices towards the head (S), rows towards the back (P), columns towards the left (L)."
     return "" if image.affine is None else letters(image.affine, dims)
 
 # %% ../../../nbs/data/formats/images.ipynb #821c6867
-READERS = {".png": read_pillow, ".jpg": read_pillow, ".jpeg": read_pillow,
-           ".tif": read_tiff, ".tiff": read_tiff, ".nii": read_nifti, ".nii.gz": read_nifti,
-           ".dcm": read_dicom, ".zarr": read_zarr}
+READERS = {
+    ".png": read_pillow,
+    ".jpg": read_pillow,
+    ".jpeg": read_pillow,
+    ".tif": read_tiff,
+    ".tiff": read_tiff,
+    ".nii": read_nifti,
+    ".nii.gz": read_nifti,
+    ".dcm": read_dicom,
+    ".zarr": read_zarr,
+}
 
-BY_CONTENT = (".png", ".jpg", ".jpeg", ".tif", ".tiff") # here the first bytes decide, not the name
+BY_CONTENT = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # here the first bytes decide, not the name
+
 
 def suffix_of(
-    path, # file or folder
-)->str: # ".png", ".nii.gz", ...; "" if it is not one of ours
+    path,  # file or folder
+) -> str:  # ".png", ".nii.gz", ...; "" if it is not one of ours
     "The ending that decides the format, in lower case; a path inside a Zarr is a Zarr."
     name = Path(path).name.lower()
     known = (s for s in sorted(READERS, key=len, reverse=True) if name.endswith(s) and name != s)
     return next(known, ".zarr" if zarr_parts(path)[1] else "")
 
+# %% ../../../nbs/data/formats/images.ipynb #6af0c7c5
 def stem_of(
-    path, # file or folder
-)->str: # a name
+    path,  # file or folder
+) -> str:  # a name
     "The name without its ending: `a` for `a.nii.gz`, `a_labels_0` for `a.zarr/labels/0`."
     path, suffix = Path(path), suffix_of(path)
     if suffix == ".zarr" and not path.name.lower().endswith(suffix):
         top, inside = zarr_parts(path)
         return "_".join([stem_of(top), *inside.split("/")])
-    return path.name[:len(path.name) - len(suffix)]
+    return path.name[: len(path.name) - len(suffix)]
+
 
 def is_series(
-    folder, # any path
-)->bool:
+    folder,  # any path
+) -> bool:
     "Whether a folder is one image: DICOM files, and no picture of another format among them."
     if not os.path.isdir(folder) or not os.access(folder, os.R_OK):
         return False
@@ -76,36 +91,44 @@ def is_series(
 
 # %% ../../../nbs/data/formats/images.ipynb #d9a54ec0
 def reader_of(
-    path:Path, # file or folder that is there
-): # one of `READERS`
+    path: Path,  # file or folder that is there
+):  # one of `READERS`
     """The reader, by the ending; for pictures and for DICOM, by the content. `InputError` for what
     none can read."""
     suffix = suffix_of(path)
     if not suffix and is_zarr(path):
-        return read_zarr # which asks for another name
+        return read_zarr  # which asks for another name
     if os.path.isdir(path) and suffix in ("", ".dcm"):
         mixed = [p.name for p in visible(path) if suffix_of(p) not in ("", ".dcm")]
         if mixed and any(map(is_dicom, visible(path))):
-            raise InputError("the folder holds DICOM files and other images "
-                             f"({', '.join(mixed[:5])}). Give one file, or put the series into "
-                             "its own folder.")
+            raise InputError(
+                "the folder holds DICOM files and other images "
+                f"({', '.join(mixed[:5])}). Give one file, or put the series into "
+                "its own folder."
+            )
         return read_dicom
     if not suffix and is_dicom(path):
         return read_dicom
     if not suffix:
-        raise InputError(f"the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, "
-                         "and folders of one DICOM series. Convert the file.")
+        raise InputError(
+            f"the ending {path.suffix!r} is not known. Known: {', '.join(READERS)}, "
+            "and folders of one DICOM series. Convert the file."
+        )
     if os.path.isdir(path) != (suffix == ".zarr"):
-        raise InputError(f"it is a {'folder' if os.path.isdir(path) else 'file'}, which {suffix} "
-                         "is not. Give the image itself.")
+        raise InputError(
+            f"it is a {'folder' if os.path.isdir(path) else 'file'}, which {suffix} "
+            "is not. Give the image itself."
+        )
     return READERS[(content_of(path) or suffix) if suffix in BY_CONTENT else suffix]
 
 # %% ../../../nbs/data/formats/images.ipynb #5b1d07e2
 def decode(
-    path,             # file, or folder of a DICOM series
-    label:bool=False, # label map instead of a picture
-    absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
-)->tuple: # array (C,*s), spacing, affine, header (`NiftiPlace`, `DicomPlace`, `ZarrPlace` or None)
+    path,  # file, or folder of a DICOM series
+    label: bool = False,  # label map instead of a picture
+    absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
+) -> (
+    tuple
+):  # array (C,*s), spacing, affine, header (`NiftiPlace`, `DicomPlace`, `ZarrPlace` or None)
     "Read any format; every fault is an `InputError` that names the file."
     path = Path(path)
     check_there(path)
@@ -116,22 +139,27 @@ def decode(
     except InputError as e:
         raise e if str(e).startswith(str(path)) else InputError(f"{path}: {e}") from e
     except MemoryError as e:
-        raise InputError(f"{path} does not fit into the memory that is free ({e}). Read it "
-                         "in blocks, make it smaller, or take a larger machine.") from e
+        raise InputError(
+            f"{path} does not fit into the memory that is free ({e}). Read it "
+            "in blocks, make it smaller, or take a larger machine."
+        ) from e
     except Exception as e:
-        raise InputError(f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, "
-                         "cut short, or not what its name says. Copy it again from its "
-                         "source.") from e
+        raise InputError(
+            f"{path} cannot be read ({type(e).__name__}: {e}). It is damaged, "
+            "cut short, or not what its name says. Copy it again from its "
+            "source."
+        ) from e
     if not array.size:
         raise InputError(f"{path} is empty: its shape is {array.shape}.")
     check_finite(array, str(path))
     spacing = with_steps(spacing, affine, path)
     return native(array, label), spacing, affine, header[0] if header else None
 
+# %% ../../../nbs/data/formats/images.ipynb #e052f45a
 def native(
-    array:np.ndarray, # any numbers
-    exact:bool=False, # True: wide floats stay, whose whole numbers float32 would round
-)->np.ndarray: # contiguous, in the machine's byte order, no wider than 4 bytes a float
+    array: np.ndarray,  # any numbers
+    exact: bool = False,  # True: wide floats stay, whose whole numbers float32 would round
+) -> np.ndarray:  # contiguous, in the machine's byte order, no wider than 4 bytes a float
     "What torch and NumPy work with fastest, same values."
     if array.dtype.kind == "f" and array.dtype.itemsize > 4 and not exact:
         array = array.astype(np.float32)
@@ -139,51 +167,72 @@ def native(
 
 # %% ../../../nbs/data/formats/images.ipynb #9e558b1a
 def match_channels(
-    array:np.ndarray,  # (C,*s)
-    channels:int|None, # 1, 3, or None: as it is
-    name:str="the image", # file or argument, for the message
-)->np.ndarray: # (channels,*s)
+    array: np.ndarray,  # (C,*s)
+    channels: int | None,  # 1, 3, or None: as it is
+    name: str = "the image",  # file or argument, for the message
+) -> np.ndarray:  # (channels,*s)
     "Grey is replicated to 3 channels; RGB where grey is expected is an `InputError`."
     have = array.shape[0]
-    if channels is None or have == channels: return array
-    if have == 1: return np.repeat(array, channels, 0)
+    if channels is None or have == channels:
+        return array
+    if have == 1:
+        return np.repeat(array, channels, 0)
     if have == 3:
-        same = "Its three channels are equal, so saving it as grey loses nothing." if (array[0] == array[1]).all() and (array[0] == array[2]).all() else "Choose a channel, or mix them, and save the result as grey; or set channels=3."
+        same = (
+            "Its three channels are equal, so saving it as grey loses nothing."
+            if (array[0] == array[1]).all() and (array[0] == array[2]).all()
+            else "Choose a channel, or mix them, and save the result as grey; or set channels=3."
+        )
         raise InputError(f"{name} is RGB, but grey (channels=1) is expected. {same}")
-    raise InputError(f"{name} has {have} channels, but {channels} are expected. Save the channels to use as their own file.")
+    raise InputError(
+        f"{name} has {have} channels, but {channels} are expected. Save the channels to use as their own file."
+    )
+
 
 def read_image(
-    path,                  # file (PNG, JPEG, TIFF, NIfTI, DICOM), .zarr folder, or folder of one DICOM series
-    channels:int|None=None, # 1 grey, 3 RGB (grey is replicated), None: as stored
-    absent:str="error",    # Zarr: what a chunk file that is not there means, error | empty
-)->Image: # array (C,H,W) or (C,D,H,W), raw values
+    path,  # file (PNG, JPEG, TIFF, NIfTI, DICOM), .zarr folder, or folder of one DICOM series
+    channels: int | None = None,  # 1 grey, 3 RGB (grey is replicated), None: as stored
+    absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
+) -> Image:  # array (C,H,W) or (C,D,H,W), raw values
     "Read an image. Raises `InputError`, naming the file, for everything that is wrong with it."
     array, spacing, affine, header = decode(path, absent=absent)
     return Image(match_channels(array, channels, str(path)), spacing, affine, str(path), header)
 
 # %% ../../../nbs/data/formats/images.ipynb #2442b42e
-ROUNDING = 1e-3 # how far a label may lie from a whole number: NIfTI stores some with a slope
+ROUNDING = 1e-3  # how far a label may lie from a whole number: NIfTI stores some with a slope
+
 
 def read_label(
-    path, # as `read_image`; nothing compressed with loss
-    absent:str="error", # Zarr: what a chunk file that is not there means, error | empty
-)->Image: # array (H,W) or (D,H,W), whole numbers: uint8 and uint16 as stored, all others as int32
+    path,  # as `read_image`; nothing compressed with loss
+    absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
+) -> (
+    Image
+):  # array (H,W) or (D,H,W), whole numbers: uint8 and uint16 as stored, all others as int32
     "Read a label map of classes or instances: whole numbers, not negative, one channel (or three equal ones)."
     a, spacing, affine, header = decode(path, label=True, absent=absent)
-    if len(a) == 3 and (a == a[:1]).all(): a = a[:1]
-    if len(a) != 1: raise InputError(f"{path} has {len(a)} channels; a label map has one. Turn its colours into numbers (0 background, 1 first class, ...) and save those.")
+    if len(a) == 3 and (a == a[:1]).all():
+        a = a[:1]
+    if len(a) != 1:
+        raise InputError(
+            f"{path} has {len(a)} channels; a label map has one. Turn its colours into numbers (0 background, 1 first class, ...) and save those."
+        )
     whole = np.rint(a[0]) if a.dtype.kind == "f" else a[0]
     if a.dtype.kind == "f" and np.abs(whole - a[0]).max() > ROUNDING:
-        raise InputError(f"{path} holds values that are not whole numbers, so it is not a label map. Was it "
-                         "smoothed, resampled linearly, or stored with a slope (scl_slope) that rounds?")
-    if whole.min() < 0 or whole.max() >= 2**31: raise InputError(f"{path} holds the values {a.min()} to {a.max()}; labels are whole numbers from 0 to 2147483647.")
+        raise InputError(
+            f"{path} holds values that are not whole numbers, so it is not a label map. Was it "
+            "smoothed, resampled linearly, or stored with a slope (scl_slope) that rounds?"
+        )
+    if whole.min() < 0 or whole.max() >= 2**31:
+        raise InputError(
+            f"{path} holds the values {a.min()} to {a.max()}; labels are whole numbers from 0 to 2147483647."
+        )
     kind = {"bool": np.uint8, "uint8": np.uint8, "uint16": np.uint16}.get(a.dtype.name, np.int32)
     return Image(whole.astype(kind), spacing, affine, str(path), header)
 
 # %% ../../../nbs/data/formats/images.ipynb #a9724dca
 def is_image(
-    path:Path, # an entry of a folder
-)->bool:
+    path: Path,  # an entry of a folder
+) -> bool:
     """Whether an entry is one image: a file with an ending of ours, DICOM with any name, a Zarr, or
     a folder with a DICOM series."""
     suffix = suffix_of(path)
@@ -192,15 +241,17 @@ def is_image(
         return suffix == ".zarr" or is_zarr(path) or series
     return os.path.isfile(path) and suffix != ".zarr" and (suffix != "" or is_dicom(path))
 
+
 def list_images(
-    folder, # a folder
-)->tuple: # (images, others): sorted paths; hidden files are in neither
+    folder,  # a folder
+) -> tuple:  # (images, others): sorted paths; hidden files are in neither
     """The images in a folder (see `is_image`; a .zarr folder or a DICOM series folder is one image),
     and everything else in it, such as links that lead nowhere."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder.")
-    images, others = [], []
+    images = []
+    others = []
     for p in visible(folder):
         (images if is_image(p) else others).append(p)
     return images, others

@@ -24,9 +24,10 @@ from .pictures import arrange, unit_length
 # %% ../../../nbs/data/formats/ngff.ipynb #081c1683
 HEADERS = ("zarr.json", ".zgroup", ".zarray")
 
+
 def zarr_parts(
-    path, # a .zarr folder, or a path inside one
-)->tuple: # the .zarr folder, or None; the path inside it, "" for the folder itself
+    path,  # a .zarr folder, or a path inside one
+) -> tuple:  # the .zarr folder, or None; the path inside it, "" for the folder itself
     "Where a Zarr begins: `x.zarr/labels/0` is `labels/0` of `x.zarr`."
     path = Path(path)
     for at in (path, *path.parents):
@@ -34,14 +35,16 @@ def zarr_parts(
             return at, "" if at == path else path.relative_to(at).as_posix()
     return None, ""
 
+
 def is_zarr(
-    folder, # any path
-)->bool:
+    folder,  # any path
+) -> bool:
     "Whether a folder is a group or an array, by the header in it."
     return any(os.path.isfile(os.path.join(folder, name)) for name in HEADERS)
 
+
 def check_zarr_name(
-    path, # anything that is there
+    path,  # anything that is there
 ):
     "`InputError`, with the fix, for a Zarr whose name does not say that it is one."
     top = Path(os.path.abspath(path))
@@ -49,49 +52,57 @@ def check_zarr_name(
         return
     while is_zarr(top.parent) and top.parent != top:
         top = top.parent
-    raise InputError(f"{path}: the folder {top.name} is a Zarr, but its name does not end in "
-                     f".zarr. Rename it to {top.name}.zarr, or give a link of that name.")
+    raise InputError(
+        f"{path}: the folder {top.name} is a Zarr, but its name does not end in "
+        f".zarr. Rename it to {top.name}.zarr, or give a link of that name."
+    )
 
 # %% ../../../nbs/data/formats/ngff.ipynb #41948964
 def ome_note(
-    node, # zarr group or array
-)->dict: # what OME says about it
+    node,  # zarr group or array
+) -> dict:  # what OME says about it
     "The OME header: version 0.5 keeps it under `ome`, older ones at the top."
     note = dict(node.attrs)
     return note["ome"] if isinstance(note.get("ome"), dict) else note
 
+
 def check_link(
-    path, # folder of a group, an array or chunks
+    path,  # folder of a group, an array or chunks
 ):
     """`InputError` if a link takes it out of its .zarr: what lies elsewhere is not opened. Links of
     single files, as git-annex and DVC make them, are no folders."""
     top, inside = zarr_parts(os.path.abspath(path))
     if top and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top)):
-        raise InputError(f"its folder {inside} is a link that leads out of {top.name}, and is not "
-                         "opened. Put the folder itself there.")
+        raise InputError(
+            f"its folder {inside} is a link that leads out of {top.name}, and is not "
+            "opened. Put the folder itself there."
+        )
 
+# %% ../../../nbs/data/formats/ngff.ipynb #6c0ae610
 def inner(
-    group,    # zarr group
-    name:str, # path in it, from a header
-): # the group or array
+    group,  # zarr group
+    name: str,  # path in it, from a header
+):  # the group or array
     "A member by its path. `InputError` for a path that leads out of the group, or nowhere."
     parts = [p for p in str(name).split("/") if p != "."]
     if ".." in parts or not parts or not parts[0] or set(str(name)) & set("\\:"):
-        raise InputError(f"its header names {name!r}, which is no place inside it, and is not "
-                         "opened.")
+        raise InputError(
+            f"its header names {name!r}, which is no place inside it, and is not opened."
+        )
     inside = "/".join(parts)
     if hasattr(group.store, "root"):
         check_link(Path(group.store.root) / group.path / inside)
     try:
         return group[inside]
     except KeyError:
-        raise InputError(f"its header names {name!r}, which is not there. Copy the "
-                         "volume again from its source.") from None
+        raise InputError(
+            f"its header names {name!r}, which is not there. Copy the volume again from its source."
+        ) from None
 
 # %% ../../../nbs/data/formats/ngff.ipynb #60fd1f92
 def images_in(
-    group, # zarr group without an image of its own
-)->list: # paths of the images in it
+    group,  # zarr group without an image of its own
+) -> list:  # paths of the images in it
     "What a plate, a well, a group of labels or the root of bioformats2raw holds."
     note = ome_note(group)
     if "plate" in note:
@@ -106,18 +117,19 @@ def images_in(
         return list(named or sorted((n for n, _ in group.groups() if n.isdigit()), key=int))
     return []
 
+
 def listed(
-    names:list, # any number
-)->str:
+    names: list,  # any number
+) -> str:
     "The first eight, for a message."
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
 
 # %% ../../../nbs/data/formats/ngff.ipynb #088a4dc9
 def find_image(
-    group,     # zarr group
-    path:Path, # where it is, for messages
-): # the group that holds the image
+    group,  # zarr group
+    path: Path,  # where it is, for messages
+):  # the group that holds the image
     "The one image of a Zarr. `InputError`, naming what there is, for none and for several."
     if ome_note(group).get("multiscales"):
         return group
@@ -125,24 +137,29 @@ def find_image(
     if len(inside) == 1:
         return find_image(inner(group, inside[0]), path / inside[0])
     if inside:
-        raise InputError(f"it holds {len(inside)} images: {listed(inside)}. Name one, e.g. "
-                         f"{path / inside[0]}.")
+        raise InputError(
+            f"it holds {len(inside)} images: {listed(inside)}. Name one, e.g. {path / inside[0]}."
+        )
     members = sorted(group.array_keys()) + sorted(group.group_keys())
     hint = "It holds no array either."
     if members:
-        hint = (f"It holds {listed(members)}. Give the path of one array or image inside it, "
-                f"e.g. {path / members[0]}.")
+        hint = (
+            f"It holds {listed(members)}. Give the path of one array or image inside it, "
+            f"e.g. {path / members[0]}."
+        )
     raise InputError(f"it is a Zarr group without 'multiscales'. {hint}")
 
 # %% ../../../nbs/data/formats/ngff.ipynb #486c0e58
 def axis_letters(
-    entry:dict, # one image of `multiscales`
-    ndim:int,   # axes of its arrays
-)->tuple: # letters such as "czyx", and mm in one unit of each axis (None: not known)
+    entry: dict,  # one image of `multiscales`
+    ndim: int,  # axes of its arrays
+) -> tuple:  # letters such as "czyx", and mm in one unit of each axis (None: not known)
     "The axes of any version. `InputError` for axes that are not ours."
     if "coordinateSystems" in entry:
-        raise InputError("it says its axes as coordinateSystems, as OME-Zarr does after 0.5. Save it "
-                         "as version 0.5.")
+        raise InputError(
+            "it says its axes as coordinateSystems, as OME-Zarr does after 0.5. Save it "
+            "as version 0.5."
+        )
     axes = entry.get("axes") or list("tczyx"[-ndim:])
     axes = [{"name": a} if isinstance(a, str) else a for a in axes]
     known = {"channel": "c", "time": "t"}
@@ -151,80 +168,99 @@ def axis_letters(
     ours = set("yx") <= set(letters) <= set("tczyx") and len(set(letters)) == len(letters)
     if not ours or len(axes) != ndim or len(letters) != ndim:
         said = [a.get("name") for a in axes]
-        raise InputError(f"its axes are {said} for an array of {ndim} axes; we read z, y, x with "
-                         "c or t. Save it with these axes.")
+        raise InputError(
+            f"its axes are {said} for an array of {ndim} axes; we read z, y, x with "
+            "c or t. Save it with these axes."
+        )
     return letters, [unit_length(a.get("unit", "")) for a in axes]
 
 # %% ../../../nbs/data/formats/ngff.ipynb #63770c28
 def level_steps(
-    entry:dict, # one image of `multiscales`
-    level:dict, # one of its `datasets`
-    ndim:int,   # axes of the array
-)->tuple: # step along each stored axis, (ndim,), None: not given; place of the first voxel, (ndim,)
+    entry: dict,  # one image of `multiscales`
+    level: dict,  # one of its `datasets`
+    ndim: int,  # axes of the array
+) -> (
+    tuple
+):  # step along each stored axis, (ndim,), None: not given; place of the first voxel, (ndim,)
     "The transformations of the level, then those of the whole, one after the other."
-    step, start, given = np.ones(ndim), np.zeros(ndim), False
+    step = np.ones(ndim)
+    start = np.zeros(ndim)
+    given = False
     for note in (level, entry):
         for t in note.get("coordinateTransformations", []):
             kind = t.get("type")
             by = t.get(kind, [])
             plain = len(by) == ndim and all(isinstance(v, (int, float)) for v in by)
             if kind == "scale" and plain:
-                step, start, given = step * by, start * by, True
+                step = step * by
+                start = start * by
+                given = True
             elif kind == "translation" and plain:
                 start = start + by
             elif kind != "identity":
-                raise InputError(f"its transformation {t} is not one we read: scale with {ndim} "
-                                 "numbers, translation with as many, identity. Save it with a plain "
-                                 "scale.")
+                raise InputError(
+                    f"its transformation {t} is not one we read: scale with {ndim} "
+                    "numbers, translation with as many, identity. Save it with a plain "
+                    "scale."
+                )
     return step if given else None, start
 
 # %% ../../../nbs/data/formats/ngff.ipynb #1d07a3c5
 def axis_names(
-    array, # zarr array
-)->list: # a name an axis; [] if it gives none
+    array,  # zarr array
+) -> list:  # a name an axis; [] if it gives none
     "What the array itself says: `dimension_names` of Zarr 3, or the attribute of xarray in Zarr 2."
     names = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
     return [str(n) for n in names] if isinstance(names, (list, tuple)) and any(names) else []
 
+
 def plain_axes(
-    array, # zarr array without an OME header
-)->str: # a letter an axis
+    array,  # zarr array without an OME header
+) -> str:  # a letter an axis
     "The axes by their names; without names (C), (D), H, W, as stored."
     names = axis_names(array)
     if names:
         return axis_letters({"axes": names}, array.ndim)[0]
     if array.ndim not in (2, 3, 4):
-        raise InputError(f"it is an array of {array.ndim} axes without names; we read (H, W), "
-                         "(D, H, W) and (C, D, H, W).")
-    return "czyx"[-array.ndim:]
+        raise InputError(
+            f"it is an array of {array.ndim} axes without names; we read (H, W), "
+            "(D, H, W) and (C, D, H, W)."
+        )
+    return "czyx"[-array.ndim :]
+
 
 def check_names(
-    array,    # zarr array
-    axes:str, # what the OME header says, a letter an axis
+    array,  # zarr array
+    axes: str,  # what the OME header says, a letter an axis
 ):
     "`InputError` if the array itself names the same axes in another order."
     names = "".join(axis_names(array)).lower()
     if names != axes and sorted(names) == sorted(axes):
-        raise InputError(f"its axes are {axes} in 'multiscales' and {names} in the header of its "
-                         "array. Correct the wrong one.")
+        raise InputError(
+            f"its axes are {axes} in 'multiscales' and {names} in the header of its "
+            "array. Correct the wrong one."
+        )
 
 # %% ../../../nbs/data/formats/ngff.ipynb #c2195f18
 def ome_steps(
-    scale,       # step along each axis
-    origin=None, # of the first voxel along the last axes; None: at zero
-)->list: # coordinateTransformations
+    scale,  # step along each axis
+    origin=None,  # of the first voxel along the last axes; None: at zero
+) -> list:  # coordinateTransformations
     "As `level_steps` reads it."
     steps = [{"type": "scale", "scale": [float(s) for s in scale]}]
     if origin and any(origin):
-        place = [0.] * (len(scale) - len(origin)) + [float(v) for v in origin]
+        place = [0.0] * (len(scale) - len(origin)) + [float(v) for v in origin]
         steps.append({"type": "translation", "translation": place})
     return steps
 
+
 def level_spacing(
-    entry:dict, # one image of `multiscales`
-    level:dict, # one of its `datasets`
-    shape:tuple, # of the array
-)->tuple: # letters of the stored axes; spacing and place of the first voxel, mm along (z), y, x, or None
+    entry: dict,  # one image of `multiscales`
+    level: dict,  # one of its `datasets`
+    shape: tuple,  # of the array
+) -> (
+    tuple
+):  # letters of the stored axes; spacing and place of the first voxel, mm along (z), y, x, or None
     "Axes, spacing and place; both in our order, whatever the order of the axes."
     letters, units = axis_letters(entry, len(shape))
     scale, start = level_steps(entry, level, len(shape))
@@ -234,16 +270,19 @@ def level_spacing(
         return letters, None, None
     spacing = tuple(float(scale[i] * units[i]) for i in space)
     if not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise InputError(f"its scale {scale.tolist()} is not positive. Correct "
-                         "coordinateTransformations in its header.")
+        raise InputError(
+            f"its scale {scale.tolist()} is not positive. Correct "
+            "coordinateTransformations in its header."
+        )
     return letters, spacing, tuple(float(start[i] * units[i]) for i in space)
 
 # %% ../../../nbs/data/formats/ngff.ipynb #113dcafe
 ABSENT = ("error", "empty")
 
+
 def places(
-    grid, # a range of indices an axis
-): # yields indices, the last axis fastest; none is kept, so a header may promise any number
+    grid,  # a range of indices an axis
+):  # yields indices, the last axis fastest; none is kept, so a header may promise any number
     "Every place in a grid."
     if not grid:
         yield ()
@@ -252,10 +291,11 @@ def places(
         for rest in places(grid[1:]):
             yield (i, *rest)
 
+
 def chunk_files(
-    array,    # zarr array in a folder
-    box=None, # a slice an axis; None: all of the array
-): # pairs (a slice an axis, Path of the file), one after the other
+    array,  # zarr array in a folder
+    box=None,  # a slice an axis; None: all of the array
+):  # pairs (a slice an axis, Path of the file), one after the other
     "The chunks (or shards) that the array should have, as far as they reach into the box."
     size = array.shards or array.chunks
     ends = [s.indices(n)[:2] for s, n in zip(box or [slice(None)] * array.ndim, array.shape)]
@@ -266,7 +306,7 @@ def chunk_files(
 
 # %% ../../../nbs/data/formats/ngff.ipynb #f9af3e35
 def check_chunk_folders(
-    array, # zarr array in a folder
+    array,  # zarr array in a folder
 ):
     "`InputError` for nested chunks (such as 0/0) in a folder that is a link out of the .zarr."
     if hasattr(array.store, "root"):
@@ -275,8 +315,9 @@ def check_chunk_folders(
                 if os.path.islink(folder):
                     check_link(folder)
 
+
 def absent_chunk(
-    array, # zarr array in a folder
+    array,  # zarr array in a folder
 ):
     "The first chunk (or shard) file that does not exist, as a Path; None if all are there."
     if not hasattr(array.store, "root"):
@@ -285,8 +326,8 @@ def absent_chunk(
 
 # %% ../../../nbs/data/formats/ngff.ipynb #7c41d9e2
 def misnamed_chunk(
-    array, # zarr array in a folder
-)->str|None: # where it lies in the folder of the array; None if there is none
+    array,  # zarr array in a folder
+) -> str | None:  # where it lies in the folder of the array; None if there is none
     "A chunk whose name has the other separator: 0/0 where the header says 0.0."
     key = array.metadata.encode_chunk_key((0,) * array.ndim)
     other = key.translate(str.maketrans("./", "/."))
@@ -302,8 +343,9 @@ def misnamed_chunk(
                 return name
     return None
 
+
 def check_separator(
-    array, # zarr array in a folder
+    array,  # zarr array in a folder
     path,  # as the user gave it, for the message
 ):
     "`InputError`, with the fix, for chunks whose names are not those of the header."
@@ -315,13 +357,15 @@ def check_separator(
     header = os.path.relpath(folder / (".zarray" if old else "zarr.json"), path)
     key = "dimension_separator" if old else "separator"
     separator = "/" if "/" in name else "."
-    raise InputError(f"its chunk {os.path.relpath(folder / name, path)} is named with another "
-                     f'separator than its header says. Set "{key}" to "{separator}" in {header}.')
+    raise InputError(
+        f"its chunk {os.path.relpath(folder / name, path)} is named with another "
+        f'separator than its header says. Set "{key}" to "{separator}" in {header}.'
+    )
 
 # %% ../../../nbs/data/formats/ngff.ipynb #8d11a521
 def broken_chunk(
-    array,    # zarr array in a folder
-    box=None, # a slice an axis; None: all of the array
+    array,  # zarr array in a folder
+    box=None,  # a slice an axis; None: all of the array
 ):
     "The first chunk (or shard) file that cannot be decoded, as a Path; None if all can."
     for piece, file in chunk_files(array, box):
@@ -331,11 +375,12 @@ def broken_chunk(
             return file
     return None
 
+
 def read_box(
-    array,    # zarr array
-    path,     # as the user gave it, for the message
-    box=None, # a slice an axis; None: all of the array
-)->np.ndarray:
+    array,  # zarr array
+    path,  # as the user gave it, for the message
+    box=None,  # a slice an axis; None: all of the array
+) -> np.ndarray:
     "Read a part. `InputError` with its file for a chunk that is damaged."
     try:
         return np.asarray(array[tuple(box or [slice(None)] * array.ndim)])
@@ -343,14 +388,16 @@ def read_box(
         broken = broken_chunk(array, box) if hasattr(array.store, "root") else None
         if broken is None:
             raise
-        raise InputError(f"its chunk {os.path.relpath(broken, path)} is damaged "
-                         f"({type(e).__name__}: {e}). Copy the volume again from its "
-                         "source.") from e
+        raise InputError(
+            f"its chunk {os.path.relpath(broken, path)} is damaged "
+            f"({type(e).__name__}: {e}). Copy the volume again from its "
+            "source."
+        ) from e
 
 # %% ../../../nbs/data/formats/ngff.ipynb #83c38861
 def own_level(
-    path:Path, # an array inside a Zarr
-)->tuple: # the group that describes it, its image of `multiscales`, its level; or three None
+    path: Path,  # an array inside a Zarr
+) -> tuple:  # the group that describes it, its image of `multiscales`, its level; or three None
     "What the groups above an array say about it."
     top, _ = zarr_parts(path)
     zarr = extra("zarr", "volumes")
@@ -359,7 +406,7 @@ def own_level(
             break
         try:
             group = zarr.open_group(str(at), mode="r")
-        except Exception: # a folder that only lies between
+        except Exception:  # a folder that only lies between
             continue
         for entry in ome_note(group).get("multiscales") or []:
             for level in entry["datasets"]:
@@ -367,18 +414,20 @@ def own_level(
                     return group, entry, level
     return None, None, None
 
+
 @dataclass
 class ZarrPlace:
     "Where the voxels of a Zarr lie, as far as its header says."
-    spacing:tuple|None = None     # mm along (z), y, x
-    affine:np.ndarray|None = None # (4,4) mm, an attribute that `write_image` adds
-    origin:tuple|None = None      # mm of the first voxel along (z), y, x: the translations of OME
+
+    spacing: tuple | None = None  # mm along (z), y, x
+    affine: np.ndarray | None = None  # (4,4) mm, an attribute that `write_image` adds
+    origin: tuple | None = None  # mm of the first voxel along (z), y, x: the translations of OME
 
 # %% ../../../nbs/data/formats/ngff.ipynb #3049abe2
 def add_affine(
-    place:ZarrPlace, # its affine is set, and its spacing, if it is not known
-    stated,          # what the attribute `affine` says
-    dims:int,        # spatial axes
+    place: ZarrPlace,  # its affine is set, and its spacing, if it is not known
+    stated,  # what the attribute `affine` says
+    dims: int,  # spatial axes
 ):
     "Take the affine. `InputError` if it is no place, or contradicts the scales."
     try:
@@ -386,18 +435,23 @@ def add_affine(
     except (TypeError, ValueError):
         affine = np.zeros(0)
     if affine.shape != (4, 4) or not usable(affine):
-        raise InputError(f"its attribute 'affine' is {stated}, not a 4 x 4 matrix of a place. Correct "
-                         "it, or take it away.")
+        raise InputError(
+            f"its attribute 'affine' is {stated}, not a 4 x 4 matrix of a place. Correct "
+            "it, or take it away."
+        )
     spacing = spacing_of(affine, dims)
-    place.spacing, place.affine = place.spacing or spacing, affine
+    place.spacing = place.spacing or spacing
+    place.affine = affine
     if not np.allclose(place.spacing, spacing, rtol=1e-3, atol=0):
-        raise InputError(f"its scales give the spacing {place.spacing} mm and its attribute 'affine' "
-                         f"{spacing} mm. Correct the wrong one.")
+        raise InputError(
+            f"its scales give the spacing {place.spacing} mm and its attribute 'affine' "
+            f"{spacing} mm. Correct the wrong one."
+        )
 
 # %% ../../../nbs/data/formats/ngff.ipynb #d3f4011d
 def find_array(
-    path:Path, # .zarr folder, or a group or array inside one
-)->tuple: # zarr array; its group, its image of `multiscales`, its level: None where nothing says
+    path: Path,  # .zarr folder, or a group or array inside one
+) -> tuple:  # zarr array; its group, its image of `multiscales`, its level: None where nothing says
     "The array that a path means. `InputError` for no Zarr, and for a header that lacks something."
     try:
         check_zarr_name(path)
@@ -412,17 +466,22 @@ def find_array(
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError) as e:
-        raise InputError(f"its header is not that of an OME-Zarr ({type(e).__name__}: "
-                         f"{e}). Give the path of one array inside it, or write it again.") from e
+        raise InputError(
+            f"its header is not that of an OME-Zarr ({type(e).__name__}: "
+            f"{e}). Give the path of one array inside it, or write it again."
+        ) from e
     except Exception as e:
-        raise InputError(f"it cannot be opened as a Zarr ({type(e).__name__}: {e}). Copy "
-                         "it again, or give the folder that holds zarr.json, .zgroup or "
-                         ".zarray.") from e
+        raise InputError(
+            f"it cannot be opened as a Zarr ({type(e).__name__}: {e}). Copy "
+            "it again, or give the folder that holds zarr.json, .zgroup or "
+            ".zarray."
+        ) from e
+
 
 def open_zarr(
-    path,               # .zarr folder, or a group or array inside one
-    absent:str="error", # error | empty: what a chunk file that is not there means
-)->tuple: # zarr array, nothing read yet; its axes, one letter each; spacing, affine, or None
+    path,  # .zarr folder, or a group or array inside one
+    absent: str = "error",  # error | empty: what a chunk file that is not there means
+) -> tuple:  # zarr array, nothing read yet; its axes, one letter each; spacing, affine, or None
     """OME-Zarr (finest level) or a plain array as stored, to be read piece by piece. The spacing is
     in mm along (depth), height, width. `InputError` for a group without images, wrong axes, absent
     chunks."""
@@ -431,9 +490,9 @@ def open_zarr(
 
 # %% ../../../nbs/data/formats/ngff.ipynb #3bc34315
 def open_placed(
-    path,               # as `open_zarr`
-    absent:str="error", # as `open_zarr`
-)->tuple: # zarr array, axes, `ZarrPlace`
+    path,  # as `open_zarr`
+    absent: str = "error",  # as `open_zarr`
+) -> tuple:  # zarr array, axes, `ZarrPlace`
     "As `open_zarr`, with all that the header says of place."
     if absent not in ABSENT:
         raise InputError(unknown("absent", absent, ABSENT))
@@ -453,21 +512,23 @@ def open_placed(
     if hasattr(z.store, "root") and (lost or empty):
         check_separator(z, path)
     if lost:
-        raise InputError(f"its chunk {os.path.relpath(lost, path)} is not there, and would be read "
-                         f"as {z.fill_value}. Copy the volume again. If absent chunks are empty "
-                         "blocks (zarr leaves out blocks of the fill value, unless written with "
-                         "write_empty_chunks=True), pass absent='empty', or add the attribute "
-                         "\"absent_chunks\": \"empty\" to the Zarr.")
+        raise InputError(
+            f"its chunk {os.path.relpath(lost, path)} is not there, and would be read "
+            f"as {z.fill_value}. Copy the volume again. If absent chunks are empty "
+            "blocks (zarr leaves out blocks of the fill value, unless written with "
+            "write_empty_chunks=True), pass absent='empty', or add the attribute "
+            '"absent_chunks": "empty" to the Zarr.'
+        )
     if note.get("affine"):
         add_affine(place, note["affine"], sum(a in axes for a in "zyx"))
     return z, axes, place
 
 # %% ../../../nbs/data/formats/ngff.ipynb #9874170c
 def read_zarr(
-    path:Path,          # .zarr folder, or a group or array inside one
-    label:bool=False,   # not used
-    absent:str="error", # error | empty: what a chunk file that is not there means
-)->tuple: # array (C,H,W) or (C,D,H,W), spacing, affine, `ZarrPlace`
+    path: Path,  # .zarr folder, or a group or array inside one
+    label: bool = False,  # not used
+    absent: str = "error",  # error | empty: what a chunk file that is not there means
+) -> tuple:  # array (C,H,W) or (C,D,H,W), spacing, affine, `ZarrPlace`
     "OME-Zarr or a plain array through zarr, all of it."
     z, axes, place = open_placed(path, absent)
     return arrange(read_box(z, path), axes), place.spacing, place.affine, place

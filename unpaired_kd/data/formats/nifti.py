@@ -14,97 +14,129 @@ from pathlib import Path
 import numpy as np
 
 from ...core import InputError
-from .geometry import SHIFT, Grid, apart, shear, spacing_of, usable, way_onto
+from unpaired_kd.data.formats.geometry import (
+    SHIFT,
+    Grid,
+    apart,
+    shear,
+    spacing_of,
+    usable,
+    way_onto,
+)
 from .pictures import check_alpha, first_bytes
 
 # %% ../../../nbs/data/formats/nifti.ipynb #789dfb28
-LENGTHS = {1: 1e3, 2: 1., 3: 1e-3} # NIfTI's codes of metre, millimetre and micrometre, in mm
-PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
-         "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
+LENGTHS = {1: 1e3, 2: 1.0, 3: 1e-3}  # NIfTI's codes of metre, millimetre and micrometre, in mm
+PLACE = (
+    "pixdim",
+    "xyzt_units",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+)
+
 
 @dataclass
 class NiftiPlace:
     "What a NIfTI header says about place, and what was made of it."
-    fields:dict                   # the fields in `PLACE`, as in the file
-    spacing:tuple|None = None     # mm along the axes of the array
-    affine:np.ndarray|None = None # (4,4) mm
-    other:np.ndarray|None = None  # (4,4) mm of the form that was not taken
-    notes:tuple = ()              # what the header says twice or in vain, and what was taken
 
+    fields: dict  # the fields in `PLACE`, as in the file
+    spacing: tuple | None = None  # mm along the axes of the array
+    affine: np.ndarray | None = None  # (4,4) mm
+    other: np.ndarray | None = None  # (4,4) mm of the form that was not taken
+    notes: tuple = ()  # what the header says twice or in vain, and what was taken
+
+# %% ../../../nbs/data/formats/nifti.ipynb #e1b6aa7f
 def nifti_code(
-    stored,   # nibabel header as in the file
-    name:str, # "sform" or "qform"
-)->int: # 0: the form is not set
+    stored,  # nibabel header as in the file
+    name: str,  # "sform" or "qform"
+) -> int:  # 0: the form is not set
     "Which frame a form is in. NIfTI knows 1 to 5; a larger code says only that there is one: 2."
     code = int(stored[f"{name}_code"])
     return 2 if code > 5 else max(code, 0)
 
+
 def nifti_form(
-    header,    # nibabel header
-    stored,    # the same as in the file, where nibabel has mended nothing
-    name:str,  # "sform" or "qform"
-    flat:bool, # True: one slice only, so the third axis may have no length
-)->np.ndarray|None: # (4,4) mm; None: it is no place
+    header,  # nibabel header
+    stored,  # the same as in the file, where nibabel has mended nothing
+    name: str,  # "sform" or "qform"
+    flat: bool,  # True: one slice only, so the third axis may have no length
+) -> np.ndarray | None:  # (4,4) mm; None: it is no place
     "One of the two places that a header may state."
     try:
         affine = np.array(getattr(header, f"get_{name}")(), float)
-    except Exception: # a quaternion longer than one
+    except Exception:  # a quaternion longer than one
         return None
     if name == "qform":
-        affine[:3, :3] *= stored["pixdim"][1:4] != 0 # nibabel has made 1 mm of 0
+        affine[:3, :3] *= stored["pixdim"][1:4] != 0  # nibabel has made 1 mm of 0
     if flat and np.isfinite(affine).all() and not affine[:3, 2].any():
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.linalg.norm(normal) or 1)
-    unit = LENGTHS.get(int(header["xyzt_units"]) & 7, 1.)
-    return np.diag([unit] * 3 + [1.]) @ affine if usable(affine) else None
+    unit = LENGTHS.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.diag([unit] * 3 + [1.0]) @ affine if usable(affine) else None
 
 # %% ../../../nbs/data/formats/nifti.ipynb #aabbb1c0
 def nifti_forms(
-    header,     # nibabel header
-    stored,     # the same as in the file, where nibabel has mended nothing
-    dims:int=3, # spatial axes of the image
-)->tuple: # name -> (4,4) mm of each form that is set and a place; notes
+    header,  # nibabel header
+    stored,  # the same as in the file, where nibabel has mended nothing
+    dims: int = 3,  # spatial axes of the image
+) -> tuple:  # name -> (4,4) mm of each form that is set and a place; notes
     "The places that a header states: none, one, or two."
-    found, notes = {}, []
+    found = {}
+    notes = []
     n = tuple(int(v) for v in header.get_data_shape()[:dims])
     for name in ("sform", "qform"):
-        code, told = nifti_code(stored, name), int(stored[f"{name}_code"])
+        code = nifti_code(stored, name)
+        told = int(stored[f"{name}_code"])
         affine = nifti_form(header, stored, name, n[2:] in ((), (1,))) if code else None
         if affine is not None:
             found[name] = affine
         elif code:
-            notes.append(f"its {name} (code {told}) is no place (zero, singular or not finite) "
-                         "and is not used")
+            notes.append(
+                f"its {name} (code {told}) is no place (zero, singular or not finite) "
+                "and is not used"
+            )
         if told != code:
             notes.append(f"its {name}_code is {told}, which NIfTI does not know; {code} is taken")
     grids = [Grid(n[::-1], None, a) for a in found.values()]
     if len(grids) == 2 and way_onto(*grids) != (list(range(dims)), [1] * dims):
-        notes.append("its sform and its qform are two different places; the sform is taken, and "
-                     "both are kept in what is written")
+        notes.append(
+            "its sform and its qform are two different places; the sform is taken, and "
+            "both are kept in what is written"
+        )
     return found, notes
 
 # %% ../../../nbs/data/formats/nifti.ipynb #7b97a94d
 def spelled_size(
-    spacing, # mm, or None
-)->str: # such as "2 x 1 x 1 mm"
+    spacing,  # mm, or None
+) -> str:  # such as "2 x 1 x 1 mm"
     "A voxel size in words."
     return " x ".join(f"{v:.5g}" for v in spacing) + " mm" if spacing else "nothing"
 
+
 def nifti_place(
-    header,     # nibabel header
-    stored,     # the same as in the file, where nibabel has mended nothing
-    dims:int=3, # spatial axes of the image
-    path="",    # file, for the warning
-)->NiftiPlace:
+    header,  # nibabel header
+    stored,  # the same as in the file, where nibabel has mended nothing
+    dims: int = 3,  # spatial axes of the image
+    path="",  # file, for the warning
+) -> NiftiPlace:
     """Where the voxels lie: by the sform, else by the qform, else unknown. Warns where they
     disagree."""
     fields = {k: np.array(stored[k]) for k in PLACE}
     found, notes = nifti_forms(header, stored, dims)
     for name in ("sform", "qform"):
         fields[f"{name}_code"] = np.array(nifti_code(stored, name) if name in found else 0)
-    sizes = np.abs(np.array(stored["pixdim"], float))[1:dims + 1]
+    sizes = np.abs(np.array(stored["pixdim"], float))[1 : dims + 1]
     unit = int(header["xyzt_units"]) & 7
-    told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.))
+    told = tuple(float(v) for v in sizes[::-1] * LENGTHS.get(unit, 1.0))
     if not (np.isfinite(sizes).all() and sizes.all()):
         told = None
     affine = next(iter(found.values()), None)
@@ -114,8 +146,10 @@ def nifti_place(
         spacing = spacing_of(affine, dims)
         if told is None or not np.allclose(told, spacing, rtol=1e-3, atol=0):
             name = next(iter(found))
-            notes.append(f"its pixdim says {spelled_size(told)} and its {name} "
-                         f"{spelled_size(spacing)}; the {name} is taken")
+            notes.append(
+                f"its pixdim says {spelled_size(told)} and its {name} "
+                f"{spelled_size(spacing)}; the {name} is taken"
+            )
     for note in notes:
         warnings.warn(f"{path}: {note}.", stacklevel=3)
     other = found.get("qform") if len(found) > 1 else None
@@ -123,12 +157,13 @@ def nifti_place(
 
 # %% ../../../nbs/data/formats/nifti.ipynb #d1523567
 def open_nifti(
-    path:Path,       # .nii or .nii.gz, packed or not: its first bytes decide
-    lazy:bool=False, # True: the file stays open, and boxes are read from it
-)->tuple: # nibabel image, nothing decoded yet; its header as in the file (nibabel mends it)
+    path: Path,  # .nii or .nii.gz, packed or not: its first bytes decide
+    lazy: bool = False,  # True: the file stays open, and boxes are read from it
+) -> tuple:  # nibabel image, nothing decoded yet; its header as in the file (nibabel mends it)
     "Unpack and parse a NIfTI. `InputError` for a pair of files, complex numbers, too few bytes."
     import gzip
     import io
+
     packed = first_bytes(path)[:2] == b"\x1f\x8b"
     if lazy:
         held = None if packed else path.stat().st_size
@@ -140,41 +175,49 @@ def open_nifti(
 
 # %% ../../../nbs/data/formats/nifti.ipynb #c1a7615e
 def parse_nifti(
-    source,    # open file, unpacked
-    held=None, # bytes in it; None: not known
-)->tuple: # as `open_nifti`
+    source,  # open file, unpacked
+    held=None,  # bytes in it; None: not known
+) -> tuple:  # as `open_nifti`
     "Look at the header of a NIfTI, whose numbers are read later."
     import logging
+
     import nibabel as nib
+
     head = source.read(540)
     source.seek(0)
     two = 540 in (int.from_bytes(head[:4], e) for e in ("little", "big"))
     kind = nib.Nifti2Image if two else nib.Nifti1Image
-    stored = kind.header_class(head[:kind.header_class.sizeof_hdr], check=False)
+    stored = kind.header_class(head[: kind.header_class.sizeof_hdr], check=False)
     header = stored.copy()
-    header.check_fix(logging.Logger("", logging.CRITICAL)) # what matters is told by `nifti_place`
-    f = kind(kind.ImageArrayProxy(source, header), None, header) # an affine may be damaged
+    header.check_fix(logging.Logger("", logging.CRITICAL))  # what matters is told by `nifti_place`
+    f = kind(kind.ImageArrayProxy(source, header), None, header)  # an affine may be damaged
     if (head[4:6] if two else head[344:346]) == b"ni":
-        raise InputError("it is the header of a pair of files (.hdr, .img). Save both as one "
-                         ".nii.gz.")
-    number, shape = f.get_data_dtype(), f.header.get_data_shape()
+        raise InputError(
+            "it is the header of a pair of files (.hdr, .img). Save both as one .nii.gz."
+        )
+    number = f.get_data_dtype()
+    shape = f.header.get_data_shape()
     need = int(f.header["vox_offset"]) + number.itemsize * int(np.prod(shape, dtype=object))
     if held is not None and need > held:
-        raise InputError(f"its header promises {need} bytes ({shape}, {number}), but it holds "
-                         f"{held}. It is cut short: copy it again from its source.")
-    timed = int(header["xyzt_units"]) & 56 # these bits hold a unit of time or of frequency
+        raise InputError(
+            f"its header promises {need} bytes ({shape}, {number}), but it holds "
+            f"{held}. It is cut short: copy it again from its source."
+        )
+    timed = int(header["xyzt_units"]) & 56  # these bits hold a unit of time or of frequency
     if len(shape) == 4 and shape[3] > 1 and timed:
-        raise InputError(f"its last axis is time ({shape[3]} points, by xyzt_units), and no "
-                         "channels. Save each time as its own file, or channels without a unit of "
-                         "time.")
+        raise InputError(
+            f"its last axis is time ({shape[3]} points, by xyzt_units), and no "
+            "channels. Save each time as its own file, or channels without a unit of "
+            "time."
+        )
     if number.kind == "c":
         raise InputError("it holds complex numbers. Save their magnitude (numpy.abs) as a file.")
     return f, stored
 
 # %% ../../../nbs/data/formats/nifti.ipynb #c76c2997
 def from_nifti(
-    a:np.ndarray, # (x,y), (x,y,z) or (x,y,z,c); (x,y,z,1,c); a pixel may be a colour
-)->np.ndarray: # (C,H,W) or (C,D,H,W)
+    a: np.ndarray,  # (x,y), (x,y,z) or (x,y,z,c); (x,y,z,1,c); a pixel may be a colour
+) -> np.ndarray:  # (C,H,W) or (C,D,H,W)
     "Bring the axes of a NIfTI, or of a box of it, into our order."
     colours = a.dtype.names
     if colours:
@@ -182,18 +225,21 @@ def from_nifti(
     if a.ndim == 5 and a.shape[3] == 1:
         a = a[:, :, :, 0]
     if a.ndim not in (2, 3, 4):
-        raise InputError(f"it has {a.ndim} axes {a.shape}; we read images (x, y), volumes (x, y, "
-                         "z) and volumes with channels (x, y, z, c).")
+        raise InputError(
+            f"it has {a.ndim} axes {a.shape}; we read images (x, y), volumes (x, y, "
+            "z) and volumes with channels (x, y, z, c)."
+        )
     return a.T if colours or a.ndim == 4 else a.T[None]
 
+
 def read_nifti(
-    path:Path,        # .nii or .nii.gz
-    label:bool=False, # label maps: an alpha may say no more than the numbers
-)->tuple: # array (C,D,H,W) or (C,H,W), spacing, affine, `NiftiPlace`
+    path: Path,  # .nii or .nii.gz
+    label: bool = False,  # label maps: an alpha may say no more than the numbers
+) -> tuple:  # array (C,D,H,W) or (C,H,W), spacing, affine, `NiftiPlace`
     "NIfTI through nibabel, transposed. The grid is kept as it is in the file."
     f, stored = open_nifti(path)
     numbers = np.asanyarray(f.dataobj)
-    if label and len(numbers.dtype.names or ()) == 4: # red, green, blue, alpha
+    if label and len(numbers.dtype.names or ()) == 4:  # red, green, blue, alpha
         channels = np.stack([numbers[c] for c in numbers.dtype.names])
         check_alpha(channels[:3], channels[3:], 0)
     a = from_nifti(numbers)
@@ -202,9 +248,9 @@ def read_nifti(
 
 # %% ../../../nbs/data/formats/nifti.ipynb #147788cb
 def set_place(
-    header,   # nibabel header of a new file, its shape set
-    image,    # the `Image` that it belongs to
-    dims:int, # spatial axes
+    header,  # nibabel header of a new file, its shape set
+    image,  # the `Image` that it belongs to
+    dims: int,  # spatial axes
 ):
     "Say where the voxels lie: as the image's own NIfTI header did, else by affine or spacing."
     kept = image.header
@@ -213,42 +259,46 @@ def set_place(
         for name, value in kept.fields.items():
             header[name] = value
         if len(header.get_data_shape()) > dims:
-            header["xyzt_units"] &= 7 # channels, no times
+            header["xyzt_units"] &= 7  # channels, no times
         return
     if image.spacing is not None or image.affine is not None:
         header.set_xyzt_units("mm")
     if image.affine is None:
-        header["pixdim"][1:dims + 1] = (image.spacing or (1.,) * dims)[::-1]
+        header["pixdim"][1 : dims + 1] = (image.spacing or (1.0,) * dims)[::-1]
         return
     header["pixdim"][1:4] = spacing_of(image.affine)[::-1]
     header.set_sform(image.affine, 1)
-    right = type(header)() # a qform has right angles: the nearest ones
+    right = type(header)()  # a qform has right angles: the nearest ones
     right.set_qform(image.affine, 1)
     size = header.get_data_shape()[:dims][::-1]
     if apart(right.get_qform(), image.affine, size) <= SHIFT:
         header.set_qform(image.affine, 1)
         return
-    warnings.warn(f"{image.path or 'the image'}: its axes are {shear(image.affine):.2g} degrees "
-                  "off right angles, which only the sform of a NIfTI can say. Programs built on "
-                  "ITK do not open what is written on it; resample it first if you need them.",
-                  stacklevel=4)
+    warnings.warn(
+        f"{image.path or 'the image'}: its axes are {shear(image.affine):.2g} degrees "
+        "off right angles, which only the sform of a NIfTI can say. Programs built on "
+        "ITK do not open what is written on it; resample it first if you need them.",
+        stacklevel=4,
+    )
 
 # %% ../../../nbs/data/formats/nifti.ipynb #bc430fa3
 def write_nifti(
-    t:Path,       # the file that is written
-    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
-    image,        # the `Image` that they belong to: its spacing, affine and header
+    t: Path,  # the file that is written
+    a: np.ndarray,  # numbers (C,H,W) or (C,D,H,W)
+    image,  # the `Image` that they belong to: its spacing, affine and header
 ):
     "NIfTI from (C,H,W) or (C,D,H,W), transposed back, at the place of its image."
     import gzip
+
     import nibabel as nib
+
     if a.ndim == 3 and len(a) > 1:
         raise InputError("NIfTI has no 2-D colour images. Use .png or .tif.")
     f = nib.Nifti1Image(a[0].T if len(a) == 1 else a.T, None)
     set_place(f.header, image, a.ndim - 1)
-    with open(t, "wb") as out: # never by name: nibabel writes `x.Nii` as x.nii
+    with open(t, "wb") as out:  # never by name: nibabel writes `x.Nii` as x.nii
         if not t.name.lower().endswith(".gz"):
             f.to_stream(out)
             return
-        with gzip.GzipFile("", "wb", 1, out, mtime=0) as packed: # equal numbers, equal file
+        with gzip.GzipFile("", "wb", 1, out, mtime=0) as packed:  # equal numbers, equal file
             f.to_stream(packed)

@@ -17,16 +17,27 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-from ...core import OLD, PART, InputError, check_there, clear_parts, digest, is_same_file, open_own, read_json, take_lock
+from unpaired_kd.core import (
+    OLD,
+    PART,
+    InputError,
+    check_there,
+    clear_parts,
+    digest,
+    is_same_file,
+    open_own,
+    read_json,
+    take_lock,
+)
 from .images import suffix_of
-from .writing import SIGN
 from .ngff import zarr_parts
 from .pictures import companions
+from .writing import SIGN
 
 # %% ../../../nbs/data/formats/outputs.ipynb #2d15b02d
 def identity(
-    path, # a file or folder
-)->tuple|None: # device and number of the file there; None: there is none
+    path,  # a file or folder
+) -> tuple | None:  # device and number of the file there; None: there is none
     "What the system calls the file, whatever its name is; links are followed."
     try:
         found = os.stat(path)
@@ -34,9 +45,10 @@ def identity(
         return None
     return found.st_dev, found.st_ino
 
+
 def lineage(
-    path, # a file or folder, perhaps not there yet
-)->list: # identities of what is there: the path itself first, then the folders above it
+    path,  # a file or folder, perhaps not there yet
+) -> list:  # identities of what is there: the path itself first, then the folders above it
     "Where a path lies."
     real = Path(os.path.realpath(path))
     found = [identity(p) for p in (real, *real.parents)]
@@ -44,29 +56,32 @@ def lineage(
 
 # %% ../../../nbs/data/formats/outputs.ipynb #7c218888
 def check_apart(
-    outputs, # paths that will be written
-    kept,    # pairs (path, what it is): what must stay as it is, e.g. ("a.png", "the input")
+    outputs,  # paths that will be written
+    kept,  # pairs (path, what it is): what must stay as it is, e.g. ("a.png", "the input")
 ):
     "`InputError` if an output is, holds, or lies in something that must stay as it is."
     own = {}
     above = {}
-    chain = functools.cache(lineage) # thousands of outputs lie in few folders
+    chain = functools.cache(lineage)  # thousands of outputs lie in few folders
     for path, what in kept:
         if identity(path) is not None:
             own[identity(path)] = (path, what)
         file = Path(os.path.realpath(path))
-        for folder in (Path(path).parent, file.parent): # of the name, and of the file
+        for folder in (Path(path).parent, file.parent):  # of the name, and of the file
             for i in chain(folder):
                 above.setdefault(i, (path, what))
     for output in outputs:
         place = identity(output)
         if place is not None and place in own:
-            raise InputError(f"output {output} is {own[place][1]} itself. "
-                             "Give another folder or name.")
+            raise InputError(
+                f"output {output} is {own[place][1]} itself. Give another folder or name."
+            )
         if place in above:
             path, what = above[place]
-            raise InputError(f"output {output} holds {path}, {what}, which would be lost. "
-                             "Give another folder or name.")
+            raise InputError(
+                f"output {output} holds {path}, {what}, which would be lost. "
+                "Give another folder or name."
+            )
         around = [i for i in chain(Path(os.path.realpath(output)).parent) if i in own]
         if around:
             path, what = own[around[0]]
@@ -74,7 +89,7 @@ def check_apart(
 
 # %% ../../../nbs/data/formats/outputs.ipynb #57790ca1
 def check_outside_zarr(
-    outputs, # paths that will be written
+    outputs,  # paths that will be written
 ):
     "`InputError` for an output inside a Zarr, there or to be made."
     heads = ("zarr.json", ".zgroup", ".zarray")
@@ -83,37 +98,42 @@ def check_outside_zarr(
         real = Path(os.path.realpath(folder))
         found = [p for p in (real, *real.parents) if any((p / h).is_file() for h in heads)]
         if named or found:
-            raise InputError(f"output {output} lies in the Zarr {named or found[0]}, and nothing is "
-                             "written into one. Give another folder.")
+            raise InputError(
+                f"output {output} lies in the Zarr {named or found[0]}, and nothing is "
+                "written into one. Give another folder."
+            )
 
 # %% ../../../nbs/data/formats/outputs.ipynb #f9ad461e
 def check_new(
-    outputs,        # list of paths that will be written
-    overwrite:bool=False, # the user allows to replace them
-    ours=(),        # names of those that an unfinished job of the same kind has begun
+    outputs,  # list of paths that will be written
+    overwrite: bool = False,  # the user allows to replace them
+    ours=(),  # names of those that an unfinished job of the same kind has begun
 ):
     "`InputError` if an output is there already, or is not of a kind that may be replaced."
     there = [o for o in outputs if os.path.lexists(o)]
     foreign = [o for o in there if str(o) not in ours]
     if foreign and not overwrite:
         others = f", with {len(foreign) - 1} more of {len(outputs)}" if len(foreign) > 1 else ""
-        raise InputError(f"output {foreign[0]} is there already{others}. "
-                         "Choose another name or folder; --overwrite (overwrite=True) "
-                         "replaces what is there.")
+        raise InputError(
+            f"output {foreign[0]} is there already{others}. "
+            "Choose another name or folder; --overwrite (overwrite=True) "
+            "replaces what is there."
+        )
     for output in there:
         check_replaceable(output)
 
 # %% ../../../nbs/data/formats/outputs.ipynb #57790ca3
 def is_signed(
-    folder:Path, # a .zarr folder
-)->bool:
+    folder: Path,  # a .zarr folder
+) -> bool:
     "Whether its header says that it is a result of ours (`sign`)."
     head = read_json(folder / "zarr.json")
     attributes = head.get("attributes") if isinstance(head, dict) else None
     return isinstance(attributes, dict) and SIGN in attributes
 
+
 def check_replaceable(
-    output, # a path where something is
+    output,  # a path where something is
 ):
     "`InputError` if what is there is no file, or a .zarr that is not wholly a result of ours."
     output = Path(output)
@@ -126,17 +146,21 @@ def check_replaceable(
     strangers = sorted(p.name for p in output.iterdir() if p.name not in ("zarr.json", "0"))
     nested = (output / "0").is_dir() and not (output / "0" / "zarr.json").is_file()
     if strangers or nested or not is_signed(output):
-        raise InputError(f"output {output} is there and is no label map of `ukd predict`"
-                         f"{f' ({strangers[0]} lies in it)' if strangers else ''}. "
-                         "Delete it yourself if nobody needs it, or give another name.")
+        raise InputError(
+            f"output {output} is there and is no label map of `ukd predict`"
+            f"{f' ({strangers[0]} lies in it)' if strangers else ''}. "
+            "Delete it yourself if nobody needs it, or give another name."
+        )
     for folder, _, _ in os.walk(output):
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"output {output} is there, and you may not delete what lies in "
-                             f"{folder}. Change its rights, or give another name.")
+            raise InputError(
+                f"output {output} is there, and you may not delete what lies in "
+                f"{folder}. Change its rights, or give another name."
+            )
 
 # %% ../../../nbs/data/formats/outputs.ipynb #b63e2f54
 def check_names(
-    pairs, # (input, output): all that will be written
+    pairs,  # (input, output): all that will be written
 ):
     "`InputError` for names that are too long, or that two outputs share, on some disks at least."
     seen = {}
@@ -147,20 +171,23 @@ def check_names(
         if key in seen:
             other, name = seen[key]
             why = "" if str(name) == str(output) else f" ({name} is the same name on many disks)"
-            raise InputError(f"{other} and {source} would both be written to {output}{why}. "
-                             "Rename one, or put them into two folders.")
+            raise InputError(
+                f"{other} and {source} would both be written to {output}{why}. "
+                "Rename one, or put them into two folders."
+            )
         seen[key] = (source, output)
 
 # %% ../../../nbs/data/formats/outputs.ipynb #d1c161b3
 def nearest(
-    folder, # a folder, perhaps not there yet
-)->Path: # it, or the nearest one above it that is there
+    folder,  # a folder, perhaps not there yet
+) -> Path:  # it, or the nearest one above it that is there
     "The first thing on the way up that exists."
     folder = Path(folder).absolute()
     return next(p for p in (folder, *folder.parents) if os.path.lexists(p))
 
+
 def check_place(
-    folder, # output folder; it is not made here
+    folder,  # output folder; it is not made here
 ):
     "`InputError` now, rather than after an hour of work, if nothing can be written there."
     base = nearest(folder)
@@ -173,50 +200,60 @@ def check_place(
     except OSError as e:
         raise InputError(f"cannot write into {folder} ({e.strerror or e}). {advice}") from e
 
+# %% ../../../nbs/data/formats/outputs.ipynb #56d3edc8
 def free_bytes(
-    output, # path that will be written
-)->float: # bytes; infinity if the disk does not say
+    output,  # path that will be written
+) -> float:  # bytes; infinity if the disk does not say
     "The room on the disk where an output will lie."
     try:
         return shutil.disk_usage(nearest(output)).free
     except OSError:
         return math.inf
 
+
 def check_room(
-    output, # path that will be written
-    need:float, # bytes, at most
+    output,  # path that will be written
+    need: float,  # bytes, at most
 ):
     "`InputError` if the disk has not that much room."
     free = free_bytes(output)
     if need > free:
-        raise InputError(f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
-                         "are free there. Make room, or give a place on another disk.")
+        raise InputError(
+            f"output {output} may need {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB "
+            "are free there. Make room, or give a place on another disk."
+        )
 
 # %% ../../../nbs/data/formats/outputs.ipynb #0582e874
 def check_format(
-    output,      # path that will be written
-    shape:tuple, # of the label map: (H,W) or (D,H,W)
-    largest:int, # number in it
+    output,  # path that will be written
+    shape: tuple,  # of the label map: (H,W) or (D,H,W)
+    largest: int,  # number in it
 ):
     "`InputError` if the format of this name cannot hold such a label map."
     suffix = suffix_of(output)
     if suffix in (".jpg", ".jpeg"):
-        raise InputError(f"output {output}: JPEG changes pixel values, so it cannot hold labels. "
-                         "Use .png, .tif or .nii.gz.")
+        raise InputError(
+            f"output {output}: JPEG changes pixel values, so it cannot hold labels. "
+            "Use .png, .tif or .nii.gz."
+        )
     if suffix == ".png" and len(shape) > 2:
         raise InputError(f"output {output}: PNG holds no volumes. Use .tif, .nii.gz or .zarr.")
     if suffix == ".png" and largest > 65535:
-        raise InputError(f"output {output}: PNG holds numbers up to 65535, here are {largest}. "
-                         "Use .tif or .zarr.")
+        raise InputError(
+            f"output {output}: PNG holds numbers up to 65535, here are {largest}. "
+            "Use .tif or .zarr."
+        )
     if suffix in (".nii", ".nii.gz") and max(shape) > 32767:
-        raise InputError(f"output {output}: NIfTI-1 holds at most 32767 voxels along an axis, "
-                         f"here are {max(shape)}. Use .tif or .zarr.")
+        raise InputError(
+            f"output {output}: NIfTI-1 holds at most 32767 voxels along an axis, "
+            f"here are {max(shape)}. Use .tif or .zarr."
+        )
 
 # %% ../../../nbs/data/formats/outputs.ipynb #9f8cc46b
 def locked(
-    path:Path, # the file; made if it is not there
-    busy:str,  # the message when somebody else has it
-): # the open file, to read and append text
+    path: Path,  # the file; made if it is not there
+    busy: str,  # the message when somebody else has it
+):  # the open file, to read and append text
     "Open a file and lock it, or raise `InputError`. Safe although its last owner deletes it."
     for _ in range(100):
         handle = open_own(path)
@@ -225,64 +262,70 @@ def locked(
             raise InputError(busy)
         if is_same_file(handle, path):
             return open(handle, "a+", encoding="utf-8", errors="surrogateescape")
-        os.close(handle) # deleted between the two steps
-    raise InputError(f"cannot lock {path}: it vanishes as often as it is made. "
-                     "Give a folder on another disk.")
+        os.close(handle)  # deleted between the two steps
+    raise InputError(
+        f"cannot lock {path}: it vanishes as often as it is made. Give a folder on another disk."
+    )
 
 # %% ../../../nbs/data/formats/outputs.ipynb #9be5a874
 class Notes:
     "What a job has begun and finished. One line each: begun, failed or done, fingerprint, path."
 
-    def __init__(self,
-        path, # the file of the notes; need not be there
+    def __init__(
+        self,
+        path,  # the file of the notes; need not be there
     ):
         self.path = Path(path)
         self.file = None
         self.lines = set()
         with contextlib.suppress(OSError):
             if self.path.is_file():
-                self.lines = self.read(self.path.read_text(encoding="utf-8", errors="surrogateescape"))
+                self.lines = self.read(
+                    self.path.read_text(encoding="utf-8", errors="surrogateescape")
+                )
 
     @staticmethod
     def read(
-        text:str, # of the file
-    )->set: # of lines; a torn last line is none
+        text: str,  # of the file
+    ) -> set:  # of lines; a torn last line is none
         "The notes in a text."
         return set(text.split("\n")[:-1])
 
-    def has(self,
-        word:str, # begun | failed | done
-        mark:str, # fingerprint of the work
-        output,   # path
-    )->bool:
+    def has(
+        self,
+        word: str,  # begun | failed | done
+        mark: str,  # fingerprint of the work
+        output,  # path
+    ) -> bool:
         "Whether it was noted."
         return f"{word} {mark} {output}" in self.lines
 
-    def add(self,
-        word:str, # begun | failed | done
-        mark:str, # fingerprint of the work
-        output,   # path
+    def add(
+        self,
+        word: str,  # begun | failed | done
+        mark: str,  # fingerprint of the work
+        output,  # path
     ):
         "Note it; when this returns, the note is on the disk."
         line = f"{word} {mark} {output}"
         self.lines.add(line)
-        self.file.write("\n" + line + "\n") # a new line first: a torn one stays alone
+        self.file.write("\n" + line + "\n")  # a new line first: a torn one stays alone
         self.file.flush()
         os.fsync(self.file.fileno())
 
 # %% ../../../nbs/data/formats/outputs.ipynb #57790ca4
 def is_ours(
-    notes:Notes, # of this try and the one before
-    mark:str,    # fingerprint of the work
-    output,      # path
-)->bool:
+    notes: Notes,  # of this try and the one before
+    mark: str,  # fingerprint of the work
+    output,  # path
+) -> bool:
     "Whether what lies there was written by this job: it was begun, and has not failed."
     return notes.has("begun", mark, output) and not notes.has("failed", mark, output)
 
 # %% ../../../nbs/data/formats/outputs.ipynb #8358091d
 @contextlib.contextmanager
 def made_folder(
-    folder:Path, # to work in
+    folder: Path,  # to work in
 ):
     "Make a folder and those above it for the block; those that stay empty go again."
     folder = Path(folder)
@@ -290,8 +333,9 @@ def made_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"cannot write into {folder} ({e.strerror or e}). "
-                         "Give a folder that you may write to.") from e
+        raise InputError(
+            f"cannot write into {folder} ({e.strerror or e}). Give a folder that you may write to."
+        ) from e
     try:
         yield folder
     finally:
@@ -299,15 +343,18 @@ def made_folder(
             with contextlib.suppress(OSError):
                 p.rmdir()
 
+# %% ../../../nbs/data/formats/outputs.ipynb #beb3a8cc
 @contextlib.contextmanager
 def keeping_notes(
-    path:Path, # the file of the notes
-): # `Notes`, locked
+    path: Path,  # the file of the notes
+):  # `Notes`, locked
     "Hold the notes for the block. When it ends well they go; else they stay for the next try."
     with made_folder(path.parent):
         clear_parts(path.parent)
-        busy = (f"another process writes into {path.parent} ({path.name}). "
-                "Wait for it, or give another place.")
+        busy = (
+            f"another process writes into {path.parent} ({path.name}). "
+            "Wait for it, or give another place."
+        )
         with locked(path, busy) as file:
             notes = Notes(path)
             notes.file = file
@@ -321,8 +368,8 @@ def keeping_notes(
 
 # %% ../../../nbs/data/formats/outputs.ipynb #7a753655
 def files_mark(
-    path, # a file with its companions, or a folder with all that is in it
-)->str: # a fingerprint: names, sizes and times of change
+    path,  # a file with its companions, or a folder with all that is in it
+) -> str:  # a fingerprint: names, sizes and times of change
     "What tells one state of a file or folder from another, without reading it."
     path = Path(path)
     files = [Path(at) / name for at, _, names in os.walk(path) for name in names]
@@ -333,22 +380,27 @@ def files_mark(
         found.append((str(f.relative_to(path.parent)), s.st_size, s.st_mtime_ns))
     return digest(sorted(found))
 
+
 def check_path(
-    name:str, # of the argument
-    path,     # what was given for it
+    name: str,  # of the argument
+    path,  # what was given for it
 ):
     "`InputError` for text that names no place: none at all (an unset variable), or a zero byte."
     named = isinstance(path, (str, os.PathLike))
     text = str(path) if named else path
     if not named or not text.strip() or "\0" in text:
-        raise InputError(f"{name} {text!r} is no path. Give a file or folder; "
-                         "`.` is the current folder.")
+        raise InputError(
+            f"{name} {text!r} is no path. Give a file or folder; `.` is the current folder."
+        )
+
 
 def check_input(
-    path, # to be read
+    path,  # to be read
 ):
     "`InputError` for what cannot be read, and for what killed commands left: that is cleared away."
     if any(name.startswith((PART, OLD)) for name in Path(path).absolute().parts):
-        raise InputError(f"{path} is what a killed command left, and will be cleared away. "
-                         "Rename it first if it is needed.")
+        raise InputError(
+            f"{path} is what a killed command left, and will be cleared away. "
+            "Rename it first if it is needed."
+        )
     check_there(path)

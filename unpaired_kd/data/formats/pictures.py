@@ -31,50 +31,113 @@ import numpy as np
 from ...core import InputError, extra, log_as_error
 
 # %% ../../../nbs/data/formats/pictures.ipynb #45f77804
-NAMES = dict(yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deca=1,
-             deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12, femto=-15, atto=-18,
-             zepto=-21, yocto=-24) # prefixes of the metre, powers of ten
-SYMBOLS = dict(Y=24, Z=21, E=18, P=15, T=12, G=9, M=6, k=3, h=2, da=1, d=-1, c=-2, m=-3, μ=-6,
-               u=-6, n=-9, p=-12, f=-15, a=-18, z=-21, y=-24)
-UNITS = {"m": 1e3, "meter": 1e3, "micron": 1e-3, "Å": 1e-7, "angstrom": 1e-7, "thou": .0254,
-         "li": 25.4 / 12, "in": 25.4, "inch": 25.4, "inche": 25.4, "ft": 304.8, "foot": 304.8,
-         "yd": 914.4, "yard": 914.4, "mi": 1609344., "mile": 1609344., "pt": 25.4 / 72,
-         "ua": 1.495978707e14, "ly": 9.4607304725808e18, "pc": 3.0856775814913673e19,
-         "parsec": 3.0856775814913673e19} # mm
-UNITS |= {name + "meter": 10. ** (p + 3) for name, p in NAMES.items()}
-UNITS |= {symbol + "m": 10. ** (p + 3) for symbol, p in SYMBOLS.items()}
+NAMES = dict(
+    yotta=24,
+    zetta=21,
+    exa=18,
+    peta=15,
+    tera=12,
+    giga=9,
+    mega=6,
+    kilo=3,
+    hecto=2,
+    deca=1,
+    deci=-1,
+    centi=-2,
+    milli=-3,
+    micro=-6,
+    nano=-9,
+    pico=-12,
+    femto=-15,
+    atto=-18,
+    zepto=-21,
+    yocto=-24,
+)  # prefixes of the metre, powers of ten
+SYMBOLS = dict(
+    Y=24,
+    Z=21,
+    E=18,
+    P=15,
+    T=12,
+    G=9,
+    M=6,
+    k=3,
+    h=2,
+    da=1,
+    d=-1,
+    c=-2,
+    m=-3,
+    μ=-6,
+    u=-6,
+    n=-9,
+    p=-12,
+    f=-15,
+    a=-18,
+    z=-21,
+    y=-24,
+)
+UNITS = {
+    "m": 1e3,
+    "meter": 1e3,
+    "micron": 1e-3,
+    "Å": 1e-7,
+    "angstrom": 1e-7,
+    "thou": 0.0254,
+    "li": 25.4 / 12,
+    "in": 25.4,
+    "inch": 25.4,
+    "inche": 25.4,
+    "ft": 304.8,
+    "foot": 304.8,
+    "yd": 914.4,
+    "yard": 914.4,
+    "mi": 1609344.0,
+    "mile": 1609344.0,
+    "pt": 25.4 / 72,
+    "ua": 1.495978707e14,
+    "ly": 9.4607304725808e18,
+    "pc": 3.0856775814913673e19,
+    "parsec": 3.0856775814913673e19,
+}  # mm
+UNITS |= {name + "meter": 10.0 ** (p + 3) for name, p in NAMES.items()}
+UNITS |= {symbol + "m": 10.0 ** (p + 3) for symbol, p in SYMBOLS.items()}
+
 
 def unit_length(
-    name, # "µm", "micrometer", "Å", "inches", ...
-)->float|None: # mm; None: it is no length, or not known
+    name,  # "µm", "micrometer", "Å", "inches", ...
+) -> float | None:  # mm; None: it is no length, or not known
     "How long a unit is. Symbols are as in SI (`mm` is not `Mm`); names in any case, plural too."
-    name = unicodedata.normalize("NFKC", str(name)).strip() # one letter for the two signs of micro
+    name = unicodedata.normalize("NFKC", str(name)).strip()  # one letter for the two signs of micro
     low = name.lower().replace("metre", "meter")
     return UNITS.get(name, UNITS.get(low, UNITS.get(low.removesuffix("s"))))
 
 # %% ../../../nbs/data/formats/pictures.ipynb #ea366029
 def arrange(
-    array:np.ndarray, # stored array
-    axes:str,         # one letter an axis; y, x: plane; c or s: channels; any other: depth
-)->np.ndarray: # (C,H,W) or (C,D,H,W)
+    array: np.ndarray,  # stored array
+    axes: str,  # one letter an axis; y, x: plane; c or s: channels; any other: depth
+) -> np.ndarray:  # (C,H,W) or (C,D,H,W)
     "Bring stored axes into our order. Axes of length 1 other than y, x and z are dropped."
     axes = axes.lower()
     drop = tuple(i for i, a in enumerate(axes) if array.shape[i] == 1 and a not in "yxz")
-    array, axes = array.squeeze(drop), "".join(a for i, a in enumerate(axes) if i not in drop)
+    array = array.squeeze(drop)
+    axes = "".join(a for i, a in enumerate(axes) if i not in drop)
     channel = [i for i, a in enumerate(axes) if a in "cs"]
     depth = [i for i, a in enumerate(axes) if a not in "csyx"]
     plain = len(axes) == array.ndim == len(set(axes)) and "y" in axes and "x" in axes
     if not plain or len(channel) > 1 or len(depth) > 1:
-        raise InputError(f"its axes are {axes.upper()} with lengths {array.shape}; we read "
-                         "(channel), (depth), height, width. Save one time point, or one channel, "
-                         "a file.")
+        raise InputError(
+            f"its axes are {axes.upper()} with lengths {array.shape}; we read "
+            "(channel), (depth), height, width. Save one time point, or one channel, "
+            "a file."
+        )
     array = array.transpose(*channel, *depth, axes.index("y"), axes.index("x"))
     return array if channel else array[None]
 
+# %% ../../../nbs/data/formats/pictures.ipynb #aa184038
 def turn(
-    array:np.ndarray, # (..., H, W)
-    tag:int,          # orientation as TIFF (tag 274) and EXIF number it; 1, or unknown: upright
-)->np.ndarray: # (..., H, W), or (..., W, H) for 5 to 8
+    array: np.ndarray,  # (..., H, W)
+    tag: int,  # orientation as TIFF (tag 274) and EXIF number it; 1, or unknown: upright
+) -> np.ndarray:  # (..., H, W), or (..., W, H) for 5 to 8
     "The picture upright, as viewers show it."
     if tag in (5, 6, 7, 8):
         array = array.swapaxes(-1, -2)
@@ -84,10 +147,11 @@ def turn(
         array = array[..., ::-1]
     return array
 
+
 def turn_spacing(
-    spacing, # mm along (depth), height, width; or None
-    tag:int, # orientation, as in `turn`
-): # the same, height and width exchanged for 5 to 8
+    spacing,  # mm along (depth), height, width; or None
+    tag: int,  # orientation, as in `turn`
+):  # the same, height and width exchanged for 5 to 8
     "The spacing of the upright picture."
     if spacing is None or tag not in (5, 6, 7, 8):
         return spacing
@@ -95,18 +159,20 @@ def turn_spacing(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #0a0e2ad0
 def visible(
-    folder:Path, # a folder
-)->list: # its entries, sorted; hidden ones are left out
+    folder: Path,  # a folder
+) -> list:  # its entries, sorted; hidden ones are left out
     "What lies in a folder. `InputError` if it cannot be listed."
     try:
         return [p for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")]
     except OSError as e:
-        raise InputError(f"{folder} cannot be listed ({e.strerror or e}). Give a folder that you "
-                         "may read.") from None
+        raise InputError(
+            f"{folder} cannot be listed ({e.strerror or e}). Give a folder that you may read."
+        ) from None
+
 
 def first_bytes(
-    path, # any entry of a folder
-)->bytes: # 132 at most
+    path,  # any entry of a folder
+) -> bytes:  # 132 at most
     "How a file starts; nothing if it is no file, or cannot be opened."
     try:
         if not os.path.isfile(path):
@@ -117,50 +183,66 @@ def first_bytes(
         return b""
 
 # %% ../../../nbs/data/formats/pictures.ipynb #35e06fe8
-MARKS = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg", b"II*\0": ".tif", b"MM\0*": ".tif",
-         b"II+\0": ".tif", b"MM\0+": ".tif"}
+MARKS = {
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"II+\0": ".tif",
+    b"MM\0+": ".tif",
+}
+
 
 def content_of(
-    path, # a file
-)->str: # ".png" | ".jpg" | ".tif" | ".dcm"; "" for anything else
+    path,  # a file
+) -> str:  # ".png" | ".jpg" | ".tif" | ".dcm"; "" for anything else
     "The format by the first bytes, whatever the name says."
     head = first_bytes(path)
     known = (suffix for mark, suffix in MARKS.items() if head.startswith(mark))
     return next(known, ".dcm" if head[128:] == b"DICM" else "")
 
+
 def check_memory(
-    size:tuple, # (width, height) pixels
-    item:int=4, # bytes a pixel, at most
+    size: tuple,  # (width, height) pixels
+    item: int = 4,  # bytes a pixel, at most
 ):
     "`InputError` for a picture that this machine cannot hold. The decoded picture is there twice."
     try:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError): # not every system tells
+    except (AttributeError, OSError, ValueError):  # not every system tells
         return
     need = 2 * item * size[0] * size[1]
     if need > have:
-        raise InputError(f"its {size[0]} x {size[1]} pixels take {need / 2**30:.0f} GB to read, "
-                         f"and this machine has {have / 2**30:.0f} GB of memory. Cut the picture "
-                         "into tiles, or make it smaller.")
+        raise InputError(
+            f"its {size[0]} x {size[1]} pixels take {need / 2**30:.0f} GB to read, "
+            f"and this machine has {have / 2**30:.0f} GB of memory. Cut the picture "
+            "into tiles, or make it smaller."
+        )
 
 # %% ../../../nbs/data/formats/pictures.ipynb #ecb4cc60
 def open_picture(
-    path:Path, # PNG or JPEG file
-    kind:str,  # ".png" or ".jpg", by its content
-): # Pillow image, not decoded yet
+    path: Path,  # PNG or JPEG file
+    kind: str,  # ".png" or ".jpg", by its content
+):  # Pillow image, not decoded yet
     "Open a PNG or JPEG of any size. Of a JPEG with several pictures inside it is the main one."
     from PIL import JpegImagePlugin, PngImagePlugin
+
     plugin = {".png": PngImagePlugin.PngImageFile, ".jpg": JpegImagePlugin.JpegImageFile}[kind]
-    picture = plugin(path) # not Image.open, which limits the size
+    picture = plugin(path)  # not Image.open, which limits the size
     check_memory(picture.size)
     if getattr(picture, "n_frames", 1) > 1:
-        raise InputError(f"it is an animation of {picture.n_frames} frames. Save the frame to use "
-                         "as its own file.")
+        raise InputError(
+            f"it is an animation of {picture.n_frames} frames. Save the frame to use "
+            "as its own file."
+        )
     return picture
 
+
 def png_header(
-    path:Path, # PNG file
-)->tuple: # bits a sample; colour type: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha
+    path: Path,  # PNG file
+) -> (
+    tuple
+):  # bits a sample; colour type: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha
     "Bit depth and colour type, from the header."
     with open(path, "rb") as f:
         head = f.read(26)
@@ -168,9 +250,9 @@ def png_header(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #69657312
 def check_alpha(
-    numbers:np.ndarray, # numbers of a label map, with the channels that are seen along `axis`
-    alpha:np.ndarray,   # the channels of the same array that are left out, such as alpha
-    axis:int,           # number of the channels' axis
+    numbers: np.ndarray,  # numbers of a label map, with the channels that are seen along `axis`
+    alpha: np.ndarray,  # the channels of the same array that are left out, such as alpha
+    axis: int,  # number of the channels' axis
 ):
     """`InputError` if the label may be drawn in the alpha instead. It is not if the alpha is the
     same everywhere, or 0 where the numbers are 0 and the same elsewhere."""
@@ -179,43 +261,51 @@ def check_alpha(
     drawn = numbers.any(axis)
     for a in np.moveaxis(alpha, axis, 0):
         if a.max() > a.min() and (a[~drawn].any() or len(np.unique(a[drawn])) > 1):
-            raise InputError("it has an alpha channel that says something else than its numbers, "
-                             "so object and background are not certain. Save the label map "
-                             "without alpha.")
+            raise InputError(
+                "it has an alpha channel that says something else than its numbers, "
+                "so object and background are not certain. Save the label map "
+                "without alpha."
+            )
+
 
 def alpha_of(
-    picture,      # Pillow image, decoded
-    a:np.ndarray, # its numbers (H,W) or (H,W,3) without alpha
-    key,          # what its `transparency` was; None: nothing
-)->np.ndarray|None: # (H,W), 0 is transparent; None: it has no alpha
+    picture,  # Pillow image, decoded
+    a: np.ndarray,  # its numbers (H,W) or (H,W,3) without alpha
+    key,  # what its `transparency` was; None: nothing
+) -> np.ndarray | None:  # (H,W), 0 is transparent; None: it has no alpha
     "The alpha of a PNG of numbers: a channel of its own, or one grey or colour that is not seen."
     if "A" in picture.getbands():
         return np.asarray(picture.getchannel("A"))
-    if key is None or picture.mode == "P": # in a palette, an index is what it is
+    if key is None or picture.mode == "P":  # in a palette, an index is what it is
         return None
     seen = a != np.asarray(key).astype(a.dtype)
     return seen.any(-1) if a.ndim == 3 else seen
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c11
 def read_pillow(
-    path:Path,        # PNG or JPEG file
-    label:bool=False, # label maps: the stored numbers, or palette indices; JPEG is refused
-)->tuple: # array (C,H,W), None, None
+    path: Path,  # PNG or JPEG file
+    label: bool = False,  # label maps: the stored numbers, or palette indices; JPEG is refused
+) -> tuple:  # array (C,H,W), None, None
     "PNG and JPEG through Pillow, upright."
     kind = content_of(path)
     if kind not in (".png", ".jpg"):
-        raise InputError("it is neither PNG nor JPEG inside, or damaged. Convert it to PNG, or "
-                         "copy it again.")
+        raise InputError(
+            "it is neither PNG nor JPEG inside, or damaged. Convert it to PNG, or copy it again."
+        )
     if label and kind == ".jpg":
-        raise InputError("it is a JPEG, which changes pixel values, so it cannot hold labels. "
-                         "Save the label map as PNG, TIFF or NIfTI.")
+        raise InputError(
+            "it is a JPEG, which changes pixel values, so it cannot hold labels. "
+            "Save the label map as PNG, TIFF or NIfTI."
+        )
     bits, colour = png_header(path) if kind == ".png" else (8, None)
     if bits == 16 and colour != 0:
-        raise InputError("it is a 16-bit PNG with colours or alpha, which Pillow would cut to 8 "
-                         "bits. Save it as 16-bit TIFF.")
+        raise InputError(
+            "it is a 16-bit PNG with colours or alpha, which Pillow would cut to 8 "
+            "bits. Save it as 16-bit TIFF."
+        )
     with open_picture(path, kind) as picture:
         picture.load()
-        key = picture.info.pop("transparency", None) # left out, as alpha is
+        key = picture.info.pop("transparency", None)  # left out, as alpha is
         tag = picture.getexif().get(274, 1)
         keep = {"1", "L", "RGB", "I", "I;16", "I;16B"} | ({"P"} if label else set())
         seen = picture
@@ -229,45 +319,58 @@ def read_pillow(
     alpha = alpha_of(picture, a, key) if label else None
     if alpha is not None:
         check_alpha(np.atleast_3d(a), alpha[..., None], 2)
-    return turn(arrange(a, "YXS"[:a.ndim]), tag), None, None
+    return turn(arrange(a, "YXS"[: a.ndim]), tag), None, None
 
 # %% ../../../nbs/data/formats/pictures.ipynb #3e5236f7
-FAX = (2, 3, 4)        # compressions, by their number in TIFF
+FAX = (2, 3, 4)  # compressions, by their number in TIFF
 
 JPEG = (6, 7, 34892)
 
-LIBTIFF = (5, 50000)   # LZW and ZSTD
+LIBTIFF = (5, 50000)  # LZW and ZSTD
 
-EASY = (1, 8, 32773, 32946) # none, deflate, PackBits: tifffile unpacks them alone
+EASY = (1, 8, 32773, 32946)  # none, deflate, PackBits: tifffile unpacks them alone
 
-LOSSLESS = (*FAX, *LIBTIFF, *EASY, 34925, 34926, 34933, 50013) # LZMA, ZSTD, PNG, ZIP: for labels
+LOSSLESS = (*FAX, *LIBTIFF, *EASY, 34925, 34926, 34933, 50013)  # LZMA, ZSTD, PNG, ZIP: for labels
 
-ALONE = (1, 8, 16, 32, 64, 128) # bits a sample that tifffile reads alone
+ALONE = (1, 8, 16, 32, 64, 128)  # bits a sample that tifffile reads alone
 
 NEEDS = "needs a further package: pip install imagecodecs, or save it uncompressed."
 
+
 def name_of(
-    code, # photometric or compression of a tifffile page
-)->str: # its name; the number, if tifffile knows none
+    code,  # photometric or compression of a tifffile page
+) -> str:  # its name; the number, if tifffile knows none
     "`MINISBLACK`, `LZW`, ..."
     return getattr(code, "name", str(code))
 
 # %% ../../../nbs/data/formats/pictures.ipynb #6d4e1aea
 def unpack_strip(
-    data:bytes, # one packed strip
-    width:int,  # pixels a row
-    rows:int,   # rows
-    packing:int, # number of the compression
-    bits:int=8, # 8, or 1 for fax
-    options:int=0, # of fax strips
-)->bytes: # rows of whole bytes
+    data: bytes,  # one packed strip
+    width: int,  # pixels a row
+    rows: int,  # rows
+    packing: int,  # number of the compression
+    bits: int = 8,  # 8, or 1 for fax
+    options: int = 0,  # of fax strips
+) -> bytes:  # rows of whole bytes
     "Unpack with the libtiff inside Pillow."
     from PIL import ImageFile, TiffImagePlugin
+
     class Strip(TiffImagePlugin.TiffImageFile):
         "Of any size."
+
         load_prepare = ImageFile.ImageFile.load_prepare
-    tags = {256: width, 257: rows, 258: bits, 259: packing, 262: 1, 273: 0, 277: 1, 278: rows,
-            279: len(data)}
+
+    tags = {
+        256: width,
+        257: rows,
+        258: bits,
+        259: packing,
+        262: 1,
+        273: 0,
+        277: 1,
+        278: rows,
+        279: len(data),
+    }
     if packing in (3, 4):
         tags[{3: 292, 4: 293}[packing]] = options
     tags[273] = 14 + 12 * len(tags)
@@ -277,19 +380,22 @@ def unpack_strip(
         with Strip(io.BytesIO(head + entries + bytes(4) + data)) as strip:
             return strip.tobytes()
     except Exception as e:
-        raise InputError(f"a strip of it cannot be unpacked ({e}). It is damaged: copy "
-                         "it again; or Pillow lacks this compression: pip install "
-                         "imagecodecs.") from None
+        raise InputError(
+            f"a strip of it cannot be unpacked ({e}). It is damaged: copy "
+            "it again; or Pillow lacks this compression: pip install "
+            "imagecodecs."
+        ) from None
 
 # %% ../../../nbs/data/formats/pictures.ipynb #cca952d0
 def unpack_jpeg(
-    data:bytes, # one strip or tile
-    page,       # tifffile page
-)->np.ndarray: # (rows, width, samples) uint8, grey or RGB
+    data: bytes,  # one strip or tile
+    page,  # tifffile page
+) -> np.ndarray:  # (rows, width, samples) uint8, grey or RGB
     "Decode with Pillow. TIFF keeps the tables apart and says itself whether the colours are YCbCr."
     from PIL import JpegImagePlugin
+
     colours = bytes([page.photometric.name == "YCBCR"])
-    mark = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + colours # says it to libjpeg
+    mark = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + colours  # says it to libjpeg
     tables = page.jpegtables or b""
     whole = b"\xff\xd8" + mark + tables[2:-2] + data[2:]
     with JpegImagePlugin.JpegImageFile(io.BytesIO(whole)) as tile:
@@ -298,29 +404,31 @@ def unpack_jpeg(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #4296c256
 def whole_bits(
-    bits:int, # bits a number, up to 32
-)->int: # 8, 16 or 32
+    bits: int,  # bits a number, up to 32
+) -> int:  # 8, 16 or 32
     "The bits of the smallest whole number that holds it."
     return next(n for n in (8, 16, 32) if bits <= n)
 
+
 def unpack_bits(
-    rows:np.ndarray, # (rows, bytes): numbers packed one after the other, each row from a new byte
-    bits:int,        # bits a number, up to 32
-    n:int,           # numbers a row
-)->np.ndarray: # (rows, n) uint8, uint16 or uint32
+    rows: np.ndarray,  # (rows, bytes): numbers packed one after the other, each row from a new byte
+    bits: int,  # bits a number, up to 32
+    n: int,  # numbers a row
+) -> np.ndarray:  # (rows, n) uint8, uint16 or uint32
     "Numbers of 2 to 31 bits; the first bit is the highest, as TIFF has it."
-    each = np.unpackbits(rows, 1)[:, :n * bits].reshape(len(rows), n, bits)
+    each = np.unpackbits(rows, 1)[:, : n * bits].reshape(len(rows), n, bits)
     kind = np.dtype(f"u{whole_bits(bits) // 8}").type
     total = np.zeros((len(rows), n), kind)
     for k in range(bits):
         total = (total << kind(1)) | each[:, :, k]
     return total
 
+
 def undo_predictor(
-    rows:np.ndarray, # (rows, numbers) of unsigned type, unpacked
-    samples:int,     # numbers a pixel
-    predictor:int,   # 1: none; 2: less the left neighbour; 3: so the bytes of floats, by rank
-)->np.ndarray: # (rows, numbers), same type
+    rows: np.ndarray,  # (rows, numbers) of unsigned type, unpacked
+    samples: int,  # numbers a pixel
+    predictor: int,  # 1: none; 2: less the left neighbour; 3: so the bytes of floats, by rank
+) -> np.ndarray:  # (rows, numbers), same type
     "Sums along the row, as TIFF 6.0 (section 14) and Adobe's third technical note say; they wrap."
     if predictor == 1:
         return rows
@@ -336,8 +444,8 @@ def undo_predictor(
 # %% ../../../nbs/data/formats/pictures.ipynb #246ba0f9
 def segment_shape(
     page,  # tifffile page
-    k:int, # number of the strip or tile
-)->tuple: # rows, pixels a row, samples a pixel
+    k: int,  # number of the strip or tile
+) -> tuple:  # rows, pixels a row, samples a pixel
     "What one strip or tile holds."
     samples = page.samplesperpixel if page.planarconfig == 1 else 1
     if page.is_tiled:
@@ -347,28 +455,34 @@ def segment_shape(
     return min(page.rowsperstrip, page.imagelength - above), page.imagewidth, samples
 
 # %% ../../../nbs/data/formats/pictures.ipynb #ac161aba
-REVERSED = bytes(int(f"{k:08b}"[::-1], 2) for k in range(256)) # a byte, its last bit first
+REVERSED = bytes(int(f"{k:08b}"[::-1], 2) for k in range(256))  # a byte, its last bit first
+
 
 def plain_segment(
-    data:bytes, # one strip or tile, as stored
-    page,       # tifffile page
-    k:int,      # its number
-)->bytes: # its numbers: 8, 16, 32 or 64 bits each, in the file's byte order
+    data: bytes,  # one strip or tile, as stored
+    page,  # tifffile page
+    k: int,  # its number
+) -> bytes:  # its numbers: 8, 16, 32 or 64 bits each, in the file's byte order
     "Unpack one strip or tile. `InputError` for a packing that needs imagecodecs."
     import tifffile
+
     rows, width, samples = segment_shape(page, k)
-    bits, packing = page.bitspersample, page.compression
+    bits = page.bitspersample
+    packing = page.compression
     if packing in JPEG and (packing != 7 or samples not in (1, 3) or bits != 8):
-        raise InputError(f"its JPEG compression ({packing}, {samples} channels, {bits} bits) "
-                         f"{NEEDS}")
+        raise InputError(
+            f"its JPEG compression ({packing}, {samples} channels, {bits} bits) {NEEDS}"
+        )
     if packing in JPEG:
         return unpack_jpeg(data, page)[:rows].tobytes()
     if bits not in ALONE and page.sampleformat == 3:
-        raise InputError(f"its floating-point numbers of {bits} bits need a further package: pip "
-                         "install imagecodecs, or save it with 32 bits.")
+        raise InputError(
+            f"its floating-point numbers of {bits} bits need a further package: pip "
+            "install imagecodecs, or save it with 32 bits."
+        )
     if page.fillorder == 2:
         data = data.translate(REVERSED)
-    wide = -(-width * samples * bits // 8) # bytes a row
+    wide = -(-width * samples * bits // 8)  # bytes a row
     if packing in FAX:
         options = page.tags.valueof({3: 292, 4: 293}.get(packing, 0), 0)
         data = unpack_strip(data, width, rows, packing, 1, options)
@@ -389,34 +503,42 @@ def plain_segment(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #532c079a
 def tiff_file(
-    source,      # path, or a file in memory
-    header=None, # OME header to go by instead of the file's own
-): # tifffile.TiffFile
+    source,  # path, or a file in memory
+    header=None,  # OME header to go by instead of the file's own
+):  # tifffile.TiffFile
     "Open with tifffile. Of all sets of files only OME-TIFF is followed: its header names them."
     import tifffile
+
     return tifffile.TiffFile(source, is_mmstack=False, is_ndtiff=False, omexml=header)
 
+
 def image_pages(
-    tif, # open tifffile.TiffFile
-)->list: # its pages, with their tags, but for thumbnails and masks (unless all are)
+    tif,  # open tifffile.TiffFile
+) -> list:  # its pages, with their tags, but for thumbnails and masks (unless all are)
     "Every page of the chain; tifffile itself often looks at the first only."
     pages = [page.aspage() for page in tif.pages]
     return [p for p in pages if not (p.is_reduced or p.is_mask)] or pages
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c19
 def is_packed(
-    pages:list, # tifffile pages, with their tags
-)->bool:
+    pages: list,  # tifffile pages, with their tags
+) -> bool:
     "Whether tifffile needs imagecodecs for one of the pages, and it is not there."
-    def alone(page): return page.bitspersample in ALONE or isinstance(page.bitspersample, tuple)
-    def easy(page): return page.compression in EASY and page.predictor in (1, 2)
+
+    def alone(page):
+        return page.bitspersample in ALONE or isinstance(page.bitspersample, tuple)
+
+    def easy(page):
+        return page.compression in EASY and page.predictor in (1, 2)
+
     if all(alone(page) and easy(page) for page in pages):
         return False
     return find_spec("imagecodecs") is None
 
+
 def plain_copy(
-    path:Path, # TIFF file
-)->io.BytesIO: # the same TIFF: same tags, its numbers not packed
+    path: Path,  # TIFF file
+) -> io.BytesIO:  # the same TIFF: same tags, its numbers not packed
     "A copy in memory that tifffile reads alone."
     file = io.BytesIO(path.read_bytes())
     with tiff_file(file) as tif:
@@ -432,51 +554,56 @@ def plain_copy(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #c97f25d5
 def retag(
-    page,        # tifffile page of a file in memory
-    starts:list, # where its strips or tiles begin now
-    sizes:list,  # their bytes
+    page,  # tifffile page of a file in memory
+    starts: list,  # where its strips or tiles begin now
+    sizes: list,  # their bytes
 ):
     "Write into the tags what has changed by unpacking."
-    tags, samples = page.tags, page.samplesperpixel
+    tags = page.tags
+    samples = page.samplesperpixel
     new = {259: 1, 266: 1, 317: 1, 273: starts, 279: sizes, 324: starts, 325: sizes}
     if page.bitspersample not in ALONE:
         new[258] = [whole_bits(page.bitspersample)] * samples
     if page.compression in JPEG:
-        new[530] = (1, 1) # the decoder has widened the colours
+        new[530] = (1, 1)  # the decoder has widened the colours
     if page.compression in JPEG and page.photometric.name == "YCBCR":
-        new[262] = 2 # ... and made them RGB
+        new[262] = 2  # ... and made them RGB
     for code, value in new.items():
         if code in tags:
             single = isinstance(value, list) and len(value) == 1
-            kind = 4 if isinstance(value, list) and code != 258 else None # 4: LONG
+            kind = 4 if isinstance(value, list) and code != 258 else None  # 4: LONG
             tags[code].overwrite(value[0] if single else value, dtype=kind)
 
 # %% ../../../nbs/data/formats/pictures.ipynb #049871e7
 def ome_header(
-    tif, # open tifffile.TiffFile
-): # root element of the OME header; None if there is none
+    tif,  # open tifffile.TiffFile
+):  # root element of the OME header; None if there is none
     "The OME header. `InputError` if it cannot be read."
     if not tif.is_ome:
         return None
     try:
         return ElementTree.fromstring(tif.ome_metadata)
     except ElementTree.ParseError as e:
-        raise InputError(f"its OME header cannot be read ({e}). Save it again, e.g. as "
-                         "plain TIFF.") from None
+        raise InputError(
+            f"its OME header cannot be read ({e}). Save it again, e.g. as plain TIFF."
+        ) from None
+
 
 def elements(
-    root,     # root of an OME header
-    kind:str, # name without namespace
-)->list: # elements
+    root,  # root of an OME header
+    kind: str,  # name without namespace
+) -> list:  # elements
     "All elements of a kind."
     return [e for e in root.iter() if e.tag.rpartition("}")[2] == kind]
 
+
 def sole_header(
-    root, # root of an OME header
-)->str|None: # the header without file names; None: the names are needed
+    root,  # root of an OME header
+) -> str | None:  # the header without file names; None: the names are needed
     """For a file that has no UUID to know itself by: if all planes are in one file, it is this one,
     whatever it is called now."""
-    planes, named = elements(root, "TiffData"), elements(root, "UUID")
+    planes = elements(root, "TiffData")
+    named = elements(root, "UUID")
     files = {(e.get("FileName"), e.text) for e in named}
     if root.get("UUID") or len(named) != len(planes) or len(files) != 1:
         return None
@@ -486,8 +613,8 @@ def sole_header(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c1a
 def open_renamed(
-    path:Path, # TIFF file
-): # tifffile.TiffFile
+    path: Path,  # TIFF file
+):  # tifffile.TiffFile
     "Open a file that may have been renamed."
     tif = tiff_file(path)
     root = ome_header(tif)
@@ -499,36 +626,45 @@ def open_renamed(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c12
 def other_files(
-    root,     # root of an OME header
-    path:Path, # the file that holds it
-)->dict: # name: UUID of the other files of the set
+    root,  # root of an OME header
+    path: Path,  # the file that holds it
+) -> dict:  # name: UUID of the other files of the set
     "The files of the set. `InputError` for a path that leads elsewhere, and for a missing file."
     elsewhere = elements(root, "BinaryOnly")
     if elsewhere:
-        raise InputError(f"it is part of a set that {elsewhere[0].get('MetadataFile')} describes. "
-                         "Make one OME-TIFF of it, e.g. with bfconvert.")
-    names, called = {}, {}
+        raise InputError(
+            f"it is part of a set that {elsewhere[0].get('MetadataFile')} describes. "
+            "Make one OME-TIFF of it, e.g. with bfconvert."
+        )
+    names = {}
+    called = {}
     for e in elements(root, "UUID"):
         name = e.get("FileName", "")
         unnamed = root.get("UUID") is None and name.lower() == path.name.lower()
         if called.setdefault(e.text, name) != name or not (e.text or unnamed):
-            raise InputError(f"its OME header gives {name!r} no UUID of its own, so its planes are "
-                             "not certain. Make one OME-TIFF of the set, e.g. with bfconvert.")
+            raise InputError(
+                f"its OME header gives {name!r} no UUID of its own, so its planes are "
+                "not certain. Make one OME-TIFF of the set, e.g. with bfconvert."
+            )
         if unnamed or e.text == root.get("UUID") or name in names:
             continue
         if not name or name in (".", "..") or set(name) & set("/\\:"):
-            raise InputError(f"its OME header names a file in another place, {name!r}, which is "
-                             "not opened. Put the set into one folder and save it again.")
+            raise InputError(
+                f"its OME header names a file in another place, {name!r}, which is "
+                "not opened. Put the set into one folder and save it again."
+            )
         if not os.path.isfile(path.parent / name):
-            raise InputError(f"it is part of a set, and {name} of the same set is not beside it. "
-                             "Copy all files of the set into one folder.")
+            raise InputError(
+                f"it is part of a set, and {name} of the same set is not beside it. "
+                "Copy all files of the set into one folder."
+            )
         names[name] = e.text
     return names
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7d02
 def companions(
-    path, # any file or folder
-)->list: # Paths
+    path,  # any file or folder
+) -> list:  # Paths
     """The other files of an OME-TIFF set, which are read with it. None of anything else, and none
     where reading will say what is wrong."""
     path = Path(path)
@@ -540,6 +676,7 @@ def companions(
     except Exception:
         return []
 
+
 @lru_cache(maxsize=2**16)
 def _companions(path, size, changed):
     "Their names; a file is opened once a process unless it changes."
@@ -547,11 +684,13 @@ def _companions(path, size, changed):
         root = ome_header(tif)
         return () if root is None else tuple(other_files(root, path))
 
+
 def one_of_each_set(
-    paths:list, # files and folders, sorted
-)->list: # the same without those that are read with an earlier one
+    paths: list,  # files and folders, sorted
+) -> list:  # the same without those that are read with an earlier one
     "The first file of each OME-TIFF set, and everything else."
-    found, known = [], set()
+    found = []
+    known = set()
     for p in paths:
         if p not in known:
             found.append(p)
@@ -560,19 +699,22 @@ def one_of_each_set(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #f80f8e4c
 def check_member(
-    path:Path, # another file of an OME set
-    uuid:str,  # what the header calls it
-    known,     # UUID of the file that holds the header, or None
-    first,     # tifffile page of that file
-    label:bool, # label map: it must be stored without loss
+    path: Path,  # another file of an OME set
+    uuid: str,  # what the header calls it
+    known,  # UUID of the file that holds the header, or None
+    first,  # tifffile page of that file
+    label: bool,  # label map: it must be stored without loss
 ):
     "`InputError` if it is not the file that is meant, or its pages are of another kind."
     with tiff_file(path) as tif:
-        root, pages = ome_header(tif), image_pages(tif)
+        root = ome_header(tif)
+        pages = image_pages(tif)
         own = None if root is None else root.get("UUID")
         if own != uuid and (own or known):
-            raise InputError(f"it is another file (UUID {own}) than the header means ({uuid}). "
-                             "Copy all files of the set again, under their own names.")
+            raise InputError(
+                f"it is another file (UUID {own}) than the header means ({uuid}). "
+                "Copy all files of the set again, under their own names."
+            )
         for page in pages:
             check_numbers(page)
         if any((p.shape, p.dtype) != (first.shape, first.dtype) for p in pages):
@@ -582,16 +724,18 @@ def check_member(
             check_lossless(pages)
         check_alike(pages, first)
         if is_packed(pages):
-            raise InputError(f"its compression ({name_of(pages[0].compression)}, "
-                             f"{pages[0].bitspersample} bits) {NEEDS}")
+            raise InputError(
+                f"its compression ({name_of(pages[0].compression)}, "
+                f"{pages[0].bitspersample} bits) {NEEDS}"
+            )
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c18
 def check_set(
-    tif,       # open tifffile.TiffFile
-    path:Path, # its file
-    first,     # its first page
-    label:bool=False, # label map: it must be stored without loss
-)->bool: # whether it is one of several files
+    tif,  # open tifffile.TiffFile
+    path: Path,  # its file
+    first,  # its first page
+    label: bool = False,  # label map: it must be stored without loss
+) -> bool:  # whether it is one of several files
     "`InputError`, naming it, for another file of an OME set that is not as the header says."
     root = ome_header(tif)
     others = {} if root is None else other_files(root, path)
@@ -601,38 +745,44 @@ def check_set(
         except InputError as e:
             raise InputError(f"{name}, of the same set: {e}") from e
         except Exception as e:
-            raise InputError(f"{name}, of the same set, cannot be read ({type(e).__name__}: {e}). "
-                             "Copy it again from its source.") from e
+            raise InputError(
+                f"{name}, of the same set, cannot be read ({type(e).__name__}: {e}). "
+                "Copy it again from its source."
+            ) from e
     return bool(others)
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c13
 def loose_slices(
-    many:list, # several series of one file
-)->list: # their pages, in the order of the file
+    many: list,  # several series of one file
+) -> list:  # their pages, in the order of the file
     "Slices written one by one, or packed in several ways. `InputError` for several images."
     pages = [page for s in many for page in s.pages]
+
     def plain(s):
         written = s.kind.lower() == "generic" or (len(s.pages) == 1 and s.kind.lower() != "ome")
         return written and np.prod(s.shape) == len(s.pages) * np.prod(s.keyframe.shape)
+
     if not all(map(plain, many)) or len({(p.shape, p.dtype, p.axes) for p in pages}) > 1:
         sizes = ", ".join(str(s.shape) for s in many[:4])
         alike = len({(s.shape, s.dtype) for s in many}) == 1
         kind = "one size and type" if alike else "different size or type"
-        raise InputError(f"it holds {len(many)} images of {kind}: {sizes}. Save the one to use as "
-                         "its own file.")
+        raise InputError(
+            f"it holds {len(many)} images of {kind}: {sizes}. Save the one to use as its own file."
+        )
     return sorted(pages, key=place_of)
 
+
 def place_of(
-    page, # tifffile page
-)->list: # its number in the file, and its number in that page if it lies inside one
+    page,  # tifffile page
+) -> list:  # its number in the file, and its number in that page if it lies inside one
     "For sorting."
     return np.atleast_1d(page.index).tolist()
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c14
 def one_image(
-    tif,        # open tifffile.TiffFile
-    pages:list, # its `image_pages`
-)->list: # its series; or its pages, if they are slices that were written one by one
+    tif,  # open tifffile.TiffFile
+    pages: list,  # its `image_pages`
+) -> list:  # its series; or its pages, if they are slices that were written one by one
     """The image of the file, without its smaller copies. `InputError` if there are several, or
     pages of several kinds, or missing ones."""
     for page in pages:
@@ -641,8 +791,10 @@ def one_image(
     many = [s for s in tif.series if s not in small] or list(tif.series)
     lost = sum(page is None for s in many for page in s.pages)
     if lost:
-        raise InputError(f"{lost} of its planes are not in the file. Copy it again from its "
-                         "source, with all files of its set.")
+        raise InputError(
+            f"{lost} of its planes are not in the file. Copy it again from its "
+            "source, with all files of its set."
+        )
     if len(many) > 1:
         many = loose_slices(many)
     else:
@@ -652,69 +804,88 @@ def one_image(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #ba530f19
 def check_numbers(
-    page, # tifffile page, with its tags
+    page,  # tifffile page, with its tags
 ):
     "`InputError` for numbers that no reader knows, or that readers take in two ways."
     bits = page.bitspersample
     if not (page.imagewidth and page.imagelength):
-        raise InputError(f"its page {place_of(page)[0] + 1} has no width or no height. Copy it "
-                         "again from its source, or save the image as its own file.")
+        raise InputError(
+            f"its page {place_of(page)[0] + 1} has no width or no height. Copy it "
+            "again from its source, or save the image as its own file."
+        )
     if 262 not in page.tags:
-        raise InputError("it does not say whether its numbers are grey, colours or indices (it has "
-                         "no photometric tag). Save it again as grey or RGB.")
+        raise InputError(
+            "it does not say whether its numbers are grey, colours or indices (it has "
+            "no photometric tag). Save it again as grey or RGB."
+        )
     if page.dtype is None:
-        raise InputError(f"its numbers have {bits} bits (SampleFormat {int(page.sampleformat)}), "
-                         "which readers do not know. Save it with 8, 16 or 32 bits.")
+        raise InputError(
+            f"its numbers have {bits} bits (SampleFormat {int(page.sampleformat)}), "
+            "which readers do not know. Save it with 8, 16 or 32 bits."
+        )
     if bits == 24 and page.dtype.kind == "u":
-        raise InputError("its numbers have 24 bits, and programs differ in which byte is the "
-                         "first. Save it with 32 bits.")
+        raise InputError(
+            "its numbers have 24 bits, and programs differ in which byte is the "
+            "first. Save it with 32 bits."
+        )
     if page.predictor != 1 and (page.compression == 1 or bits not in ALONE):
-        raise InputError("its numbers are said to be differences (predictor) although they are "
-                         f"not compressed, or have {bits} bits, which programs read in two ways. "
-                         "Save it again without predictor.")
+        raise InputError(
+            "its numbers are said to be differences (predictor) although they are "
+            f"not compressed, or have {bits} bits, which programs read in two ways. "
+            "Save it again without predictor."
+        )
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c15
 def check_lossless(
-    pages:list, # tifffile pages of a label map
+    pages: list,  # tifffile pages of a label map
 ):
     "`InputError` for a compression that may change numbers."
     for page in pages:
         if page.compression not in LOSSLESS:
-            raise InputError(f"it is compressed as {name_of(page.compression)}, which may change "
-                             "pixel values, so it cannot hold labels. Save the label map with a "
-                             "compression without loss, such as deflate or LZW.")
+            raise InputError(
+                f"it is compressed as {name_of(page.compression)}, which may change "
+                "pixel values, so it cannot hold labels. Save the label map with a "
+                "compression without loss, such as deflate or LZW."
+            )
+
 
 def check_packing(
-    pages:list, # tifffile pages of one series, with their tags
+    pages: list,  # tifffile pages of one series, with their tags
 ):
     "`InputError` if they are packed in several ways, since tifffile looks at the first only."
     if len({(p.compression, p.predictor, p.fillorder) for p in pages}) > 1:
         raise InputError("its slices are compressed in several ways. Save all slices alike.")
 
+# %% ../../../nbs/data/formats/pictures.ipynb #d4385ed3
 def check_alike(
-    pages:list, # tifffile pages, with their tags
-    first,      # the page that they must be like
+    pages: list,  # tifffile pages, with their tags
+    first,  # the page that they must be like
 ):
     "`InputError` when pages differ in what their numbers mean."
+
     def meaning(p):
         palette = None if p.colormap is None else p.colormap.tobytes()
         upright = p.tags.valueof(274, 1)
         return p.photometric, tuple(p.extrasamples), upright, p.bitspersample, palette
+
     wanted = meaning(first)
     for page in pages:
         if meaning(page) != wanted:
-            raise InputError(f"its page {place_of(page)[0] + 1} has another photometric, alpha, "
-                             "orientation, bit depth or palette than the first. Save all slices "
-                             "alike.")
+            raise InputError(
+                f"its page {place_of(page)[0] + 1} has another photometric, alpha, "
+                "orientation, bit depth or palette than the first. Save all slices "
+                "alike."
+            )
 
 # %% ../../../nbs/data/formats/pictures.ipynb #a0403265
 def tiff_spacing(
-    tif,      # open tifffile.TiffFile
-    dims:int, # spatial axes of the image
-): # mm along (depth), height, width as stored; None if the file does not say
+    tif,  # open tifffile.TiffFile
+    dims: int,  # spatial axes of the image
+):  # mm along (depth), height, width as stored; None if the file does not say
     """Pixel size from the OME header, the ImageJ header, or pixels per centimetre. Dots per inch
     are meant for printers and ignored, also where a program has counted them per centimetre."""
-    letters, root = "zyx"[-dims:], ome_header(tif)
+    letters = "zyx"[-dims:]
+    root = ome_header(tif)
     if root is not None:
         sizes = ome_sizes(root, tif.pages[0])
     else:
@@ -722,9 +893,10 @@ def tiff_spacing(
     found = [sizes.get(a) for a in letters]
     return tuple(found) if all(s and np.isfinite(s) and s > 0 for s in found) else None
 
+
 def is_number(
-    text:str,
-)->bool:
+    text: str,
+) -> bool:
     "Whether a text is a number."
     try:
         float(text)
@@ -734,9 +906,9 @@ def is_number(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #d7ec5b0b
 def ome_sizes(
-    root, # root of the OME header
-    page, # first page of the image
-)->dict: # axis: mm, or None
+    root,  # root of the OME header
+    page,  # first page of the image
+) -> dict:  # axis: mm, or None
     "Pixel sizes of the image that has the size of the page."
     for e in root.iter():
         if e.tag.rpartition("}")[2] != "Pixels" or int(e.get("SizeX", 0)) != page.imagewidth:
@@ -746,74 +918,85 @@ def ome_sizes(
             unit = unit_length(e.get(f"PhysicalSize{a}Unit", "µm"))
             size = e.get(f"PhysicalSize{a}")
             if size and not is_number(size):
-                raise InputError(f"its OME header says PhysicalSize{a}={size!r}, which is no "
-                                 "number. Correct it, with a point and not a comma.")
+                raise InputError(
+                    f"its OME header says PhysicalSize{a}={size!r}, which is no "
+                    "number. Correct it, with a point and not a comma."
+                )
             found[a.lower()] = float(size) * unit if size and unit else None
         return found
     return {}
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c16
-PRINT = (72, 96, 100, 144, 150, 200, 300, 600, 1200) # dots per inch that say nothing of the object
+PRINT = (72, 96, 100, 144, 150, 200, 300, 600, 1200)  # dots per inch that say nothing of the object
+
 
 def for_print(
-    per_cm:float, # pixels per centimetre
-)->bool:
+    per_cm: float,  # pixels per centimetre
+) -> bool:
     "Whether it is a printer's number, rounded to a whole one or less."
     exact = [dots / 2.54 for dots in PRINT]
     return any(per_cm == round(e) or abs(per_cm - e) < 1e-3 * e for e in exact)
 
+
 def unescape(
-    text, # a value of ImageJ's header, as in "\\u00B5m"
-)->str: # as in "µm"
+    text,  # a value of ImageJ's header, as in "\\u00B5m"
+) -> str:  # as in "µm"
     "ImageJ writes a letter that is not ASCII by its number."
     parts = re.split(r"\\u([0-9a-fA-F]{4})", str(text))
     parts[1::2] = [chr(int(number, 16)) for number in parts[1::2]]
     return "".join(parts)
 
+# %% ../../../nbs/data/formats/pictures.ipynb #9c1984cd
 def tag_sizes(
-    tif, # open tifffile.TiffFile
-)->dict: # axis: mm, or None
+    tif,  # open tifffile.TiffFile
+) -> dict:  # axis: mm, or None
     "Pixel sizes of an ImageJ file, or of one that counts pixels per centimetre."
-    tags, note = tif.pages[0].tags, tif.imagej_metadata or {}
+    tags = tif.pages[0].tags
+    note = tif.imagej_metadata or {}
+
     def step(code):
         top, bottom = tags.valueof(code, (0, 1))
         return bottom / top if top and bottom else None
-    sizes = {"x": step(282), "y": step(283), "z": note.get("spacing", 1)} # ImageJ leaves out a 1
+
+    sizes = {"x": step(282), "y": step(283), "z": note.get("spacing", 1)}  # ImageJ leaves out a 1
     units = {}
     if tif.is_imagej:
         first = note.get("unit", "")
         names = {"x": first, "y": note.get("yunit", first), "z": note.get("zunit", first)}
         units = {a: unit_length(unescape(name)) for a, name in names.items()}
     elif tags.valueof(296) == 3:
-        units = {a: 10. for a in "xy" if sizes[a] and not for_print(1 / sizes[a])}
+        units = {a: 10.0 for a in "xy" if sizes[a] and not for_print(1 / sizes[a])}
     return {a: abs(float(sizes[a])) * mm for a, mm in units.items() if mm and sizes[a]}
 
 # %% ../../../nbs/data/formats/pictures.ipynb #117634bb
 def seen_samples(
-    page, # tifffile page
-)->int: # samples of a pixel that are seen
+    page,  # tifffile page
+) -> int:  # samples of a pixel that are seen
     "All but alpha; of a colour picture, whatever it says of the others, three."
     kind = name_of(page.photometric)
     if kind in ("RGB", "YCBCR"):
         return min(3, page.samplesperpixel)
     if kind in ("PALETTE", "MINISWHITE"):
         return 1
-    return page.samplesperpixel - sum(e in (1, 2) for e in page.extrasamples) # 1, 2: alpha
+    return page.samplesperpixel - sum(e in (1, 2) for e in page.extrasamples)  # 1, 2: alpha
+
 
 def as_seen(
-    a:np.ndarray,    # stored numbers
-    axes:str,        # one letter an axis
-    page,            # tifffile page that describes them
-    label:bool=False, # label map instead of a picture
-)->tuple: # numbers, axes
+    a: np.ndarray,  # stored numbers
+    axes: str,  # one letter an axis
+    page,  # tifffile page that describes them
+    label: bool = False,  # label map instead of a picture
+) -> tuple:  # numbers, axes
     "What the stored numbers mean: the table above. `InputError` for what is no grey, RGB or label."
-    kind, bits = name_of(page.photometric), page.bitspersample
+    kind = name_of(page.photometric)
+    bits = page.bitspersample
     known = ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE", "YCBCR")
     if kind not in known or (kind == "YCBCR" and page.compression not in JPEG):
         raise InputError(f"its colours are stored as {kind}. Save it as grey or RGB.")
     if "S" in axes:
-        at, seen = axes.index("S"), seen_samples(page)
-        if label and kind != "PALETTE": # in a palette, an index is what it is
+        at = axes.index("S")
+        seen = seen_samples(page)
+        if label and kind != "PALETTE":  # in a palette, an index is what it is
             check_alpha(a.take(range(seen), at), a.take(range(seen, a.shape[at]), at), at)
         a = a.take(range(seen), at)
     if kind == "MINISWHITE":
@@ -827,43 +1010,49 @@ def as_seen(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #74e02c5c
 def black_is_zero(
-    a:np.ndarray, # stored numbers of an image whose 0 is white
-    page,         # tifffile page
-    label:bool,   # label map instead of a picture
-)->np.ndarray: # the same, 0 is black
+    a: np.ndarray,  # stored numbers of an image whose 0 is white
+    page,  # tifffile page
+    label: bool,  # label map instead of a picture
+) -> np.ndarray:  # the same, 0 is black
     "Exchange black and white. `InputError` where readers disagree and the writer is not known."
     if label and a.dtype == bool and str(page.software).startswith("tifffile"):
-        return a # tifffile stores a mask as it is, and only calls it so
+        return a  # tifffile stores a mask as it is, and only calls it so
     if label:
-        raise InputError("its numbers are stored as WhiteIsZero, which some programs turn round "
-                         "and others do not, so object and background are not certain. Save it "
-                         "with 0 as black: tifffile.imwrite(path, y, photometric='minisblack').")
+        raise InputError(
+            "its numbers are stored as WhiteIsZero, which some programs turn round "
+            "and others do not, so object and background are not certain. Save it "
+            "with 0 as black: tifffile.imwrite(path, y, photometric='minisblack')."
+        )
     if a.dtype == bool:
         return ~a
     if a.dtype.kind != "u":
-        raise InputError(f"it is stored as WhiteIsZero with numbers of type {a.dtype}, which have "
-                         "no white. Save it with photometric MinIsBlack.")
+        raise InputError(
+            f"it is stored as WhiteIsZero with numbers of type {a.dtype}, which have "
+            "no white. Save it with photometric MinIsBlack."
+        )
     return a.dtype.type(2**page.bitspersample - 1) - a
 
+
 def paint(
-    a:np.ndarray, # indices
-    axes:str,     # one letter an axis
-    page,         # tifffile page with the palette
-)->tuple: # colours as uint8, axes with S at the end
+    a: np.ndarray,  # indices
+    axes: str,  # one letter an axis
+    page,  # tifffile page with the palette
+) -> tuple:  # colours as uint8, axes with S at the end
     "From indices to colours."
     if "S" in axes:
-        a, axes = a.take(0, axes.index("S")), axes.replace("S", "")
+        a = a.take(0, axes.index("S"))
+        axes = axes.replace("S", "")
     table = page.colormap
-    if table.max() > 255: # some writers fill the table with 8-bit numbers
+    if table.max() > 255:  # some writers fill the table with 8-bit numbers
         table = table >> 8
     return np.take(table.T, a, 0).astype(np.uint8), axes + "S"
 
 # %% ../../../nbs/data/formats/pictures.ipynb #c816ad8c
 @contextlib.contextmanager
 def open_tiff(
-    path:Path,        # TIFF file
-    label:bool=False, # label map: it must be stored without loss
-): # series with the numbers, as in `one_image`; the page that says what they mean; the open file
+    path: Path,  # TIFF file
+    label: bool = False,  # label map: it must be stored without loss
+):  # series with the numbers, as in `one_image`; the page that says what they mean; the open file
     "Open the image of a TIFF; what tifffile's log calls an error is raised at the end."
     with log_as_error("tifffile"), open_renamed(path) as tif:
         pages = image_pages(tif)
@@ -875,32 +1064,37 @@ def open_tiff(
         if not is_packed(pages):
             yield many, page, tif
         elif others:
-            raise InputError("its compression, in a set of files, needs a further package: pip "
-                             "install imagecodecs, or save the set uncompressed.")
+            raise InputError(
+                "its compression, in a set of files, needs a further package: pip "
+                "install imagecodecs, or save the set uncompressed."
+            )
         else:
             with tiff_file(plain_copy(path), tif.ome_metadata) as copy:
                 yield one_image(copy, image_pages(copy)), page, tif
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c17
 def straight_line(
-    note, # ImageJ's header, or None
-)->tuple: # shift, slope; (0, 1): the stored numbers are the values
+    note,  # ImageJ's header, or None
+) -> tuple:  # shift, slope; (0, 1): the stored numbers are the values
     "ImageJ's calibration. `InputError` for its curves (cf is not 0), which are not applied here."
     note = note or {}
-    if note.get("cf", 20) not in (0, 20): # 20: none
-        raise InputError(f"its numbers are calibrated by a curve of ImageJ (cf={note['cf']}), "
-                         "which is not read here. In ImageJ, convert it to 32 bits (Image > Type), "
-                         "which stores the values, or take the curve away (Analyze > Calibrate: "
-                         "None).")
+    if note.get("cf", 20) not in (0, 20):  # 20: none
+        raise InputError(
+            f"its numbers are calibrated by a curve of ImageJ (cf={note['cf']}), "
+            "which is not read here. In ImageJ, convert it to 32 bits (Image > Type), "
+            "which stores the values, or take the curve away (Analyze > Calibrate: "
+            "None)."
+        )
     line = note.get("c0"), note.get("c1")
     if note.get("cf") != 0 or None in line:
-        return 0., 1.
+        return 0.0, 1.0
     return float(line[0]), float(line[1])
 
+
 def calibrate(
-    a:np.ndarray, # stored numbers
-    note,         # ImageJ's header, or None
-)->np.ndarray: # values; whole numbers stay whole
+    a: np.ndarray,  # stored numbers
+    note,  # ImageJ's header, or None
+) -> np.ndarray:  # values; whole numbers stay whole
     "Apply ImageJ's straight line: signed 16-bit images are stored as unsigned, 32768 higher."
     shift, slope = straight_line(note)
     if (shift, slope) == (0, 1):
@@ -910,14 +1104,16 @@ def calibrate(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #f7927ae4
 def read_tiff(
-    path:Path,        # TIFF file, one or many pages
-    label:bool=False, # label maps keep palette indices
-)->tuple: # array (C,H,W) or (C,D,H,W), spacing, None
+    path: Path,  # TIFF file, one or many pages
+    label: bool = False,  # label maps keep palette indices
+) -> tuple:  # array (C,H,W) or (C,D,H,W), spacing, None
     "TIFF through tifffile, upright; pages are slices."
     with open_tiff(path, label) as (many, page, tif):
-        a, axes = many[0].asarray(), many[0].axes
+        a = many[0].asarray()
+        axes = many[0].axes
         if len(many) > 1:
-            a, axes = np.stack([s.asarray() for s in many]), "Z" + axes
+            a = np.stack([s.asarray() for s in many])
+            axes = "Z" + axes
         in_time = "T" in axes and a.shape[axes.index("T")] > 1
         a, axes = as_seen(a, axes, page, label)
         a = arrange(calibrate(a, tif.imagej_metadata), axes)
@@ -927,18 +1123,25 @@ def read_tiff(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #a48a281a
 def check_plain(
-    tif,    # open tifffile.TiffFile
-    series, # its image
+    tif,  # open tifffile.TiffFile
+    series,  # its image
 ):
     "`InputError` unless the stored numbers are the values: what is read block by block."
     page = series.keyframe
-    kind, tag, bits = name_of(page.photometric), page.tags.valueof(274, 1), page.bitspersample
+    kind = name_of(page.photometric)
+    tag = page.tags.valueof(274, 1)
+    bits = page.bitspersample
+
     def refuse(what):
-        raise InputError(f"{what}; blocks are read from plain numbers. Save it as plain grey or "
-                         "RGB, e.g. with write_image(path, read_image(file)).")
+        raise InputError(
+            f"{what}; blocks are read from plain numbers. Save it as plain grey or "
+            "RGB, e.g. with write_image(path, read_image(file))."
+        )
+
     if is_packed([page]):
-        raise InputError(f"its compression ({name_of(page.compression)}, {bits} bits), read in "
-                         f"blocks, {NEEDS}")
+        raise InputError(
+            f"its compression ({name_of(page.compression)}, {bits} bits), read in blocks, {NEEDS}"
+        )
     if kind not in ("MINISBLACK", "RGB"):
         refuse(f"its colours are stored as {kind}")
     if tag not in (0, 1):
@@ -952,30 +1155,36 @@ def check_plain(
 
 # %% ../../../nbs/data/formats/pictures.ipynb #89942e03
 def lazy_tiff(
-    path:Path, # TIFF stack
-)->tuple: # array that reads what is asked for, axes, spacing (mm) or None
+    path: Path,  # TIFF stack
+) -> tuple:  # array that reads what is asked for, axes, spacing (mm) or None
     "Open a stack to be read in blocks: mapped if its numbers lie in one piece, else page by page."
-    with contextlib.ExitStack() as opened: # it is closed again, also where it is refused
+    with contextlib.ExitStack() as opened:  # it is closed again, also where it is refused
         with log_as_error("tifffile"):
             tif = opened.enter_context(open_renamed(path))
             pages = image_pages(tif)
             check_set(tif, path, pages[0])
             many = one_image(tif, pages)
         if len(many) > 1:
-            raise InputError(f"its {len(many)} slices were written one by one. Save it as one "
-                             "stack, e.g. with write_image(path, read_image(file)).")
+            raise InputError(
+                f"its {len(many)} slices were written one by one. Save it as one "
+                "stack, e.g. with write_image(path, read_image(file))."
+            )
         series = many[0]
         check_plain(tif, series)
         in_time = "T" in series.axes and series.shape[series.axes.index("T")] > 1
         spacing = None if in_time else tiff_spacing(tif, 3)
         if series.dataoffset is None or not series.keyframe.is_memmappable:
             slices = extra("zarr", "volumes").open(series.aszarr(level=0), mode="r")
-            weakref.finalize(slices, opened.pop_all().close) # as long as it can be read from
+            weakref.finalize(slices, opened.pop_all().close)  # as long as it can be read from
             return slices, series.axes, spacing
         kind = np.dtype(series.dtype).newbyteorder(tif.byteorder)
+
     class Mapped:
         "Opened for each box: pages that were read do not stay in memory."
+
         shape = series.shape
+
         def __getitem__(self, index):
             return np.array(np.memmap(path, kind, "r", series.dataoffset, self.shape)[index])
+
     return Mapped(), series.axes, spacing

@@ -13,98 +13,117 @@ from pathlib import Path
 import numpy as np
 
 from ...core import InputError, unknown
-from .dicom import (as_dicom, dicom_header, filled, read_segments,
-                                            segment_names)
+from unpaired_kd.data.formats.dicom import (
+    as_dicom,
+    dicom_header,
+    filled,
+    read_segments,
+    segment_names,
+)
 from .geometry import check_frame, grid_of, lay_on
 from .images import Image
 
 # %% ../../../nbs/data/formats/regions.ipynb #56427303
 def to_voxels(
-    p:np.ndarray, # (n,3) in DICOM's coordinates (left, back, up), mm
-    affine,       # (4,4) of the scan
-)->np.ndarray: # (n,3) column, row, slice
+    p: np.ndarray,  # (n,3) in DICOM's coordinates (left, back, up), mm
+    affine,  # (4,4) of the scan
+) -> np.ndarray:  # (n,3) column, row, slice
     "Where points lie among the voxels of a scan."
     return (np.c_[p * (-1, -1, 1), np.ones(len(p))] @ np.linalg.inv(affine).T)[:, :3]
 
 # %% ../../../nbs/data/formats/regions.ipynb #8dce7a00
 def contour_masks(
-    contours:list,           # of (n,3) corners in DICOM's coordinates (left, back, up), mm
-    like:Image,              # the scan: shape and affine
-    name:str="the contours", # file and ROI, for the message
-    tolerance:float=.2,      # largest distance of a corner from its slice, in slices
-)->dict: # slice -> list of (corners (n,2) as row and column, mask (H,W) bool)
+    contours: list,  # of (n,3) corners in DICOM's coordinates (left, back, up), mm
+    like: Image,  # the scan: shape and affine
+    name: str = "the contours",  # file and ROI, for the message
+    tolerance: float = 0.2,  # largest distance of a corner from its slice, in slices
+) -> dict:  # slice -> list of (corners (n,2) as row and column, mask (H,W) bool)
     "Fill each polygon on its slice. `InputError` for corners between slices or outside the scan."
     from skimage.draw import polygon2mask
+
     if like.affine is None:
-        raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {name} cannot "
-                         "be placed. Use the DICOM series.")
-    (D, H, W), found = like.array.shape[-3:], {}
+        raise InputError(
+            f"{like.path or 'the scan'} does not say where it lies, so {name} cannot "
+            "be placed. Use the DICOM series."
+        )
+    (D, H, W) = like.array.shape[-3:]
+    found = {}
     for i, p in enumerate(contours):
-        if len(p) < 3: # a point or a line encloses nothing
+        if len(p) < 3:  # a point or a line encloses nothing
             continue
         if not np.isfinite(p).all():
-            raise InputError(f"{name}: contour {i} holds NaN or infinity. Export the contours "
-                             "again.")
+            raise InputError(
+                f"{name}: contour {i} holds NaN or infinity. Export the contours again."
+            )
         column, row, at = to_voxels(p, like.affine).T
         plane = int(round(at.mean()))
         off = np.abs(at - plane).max()
         if off > tolerance:
-            raise InputError(f"{name}: contour {i} lies off the slice planes, {off:.2f} slices "
-                             f"from slice {plane}. It was drawn on another scan or is not axial: "
-                             "use the series that it was drawn on.")
+            raise InputError(
+                f"{name}: contour {i} lies off the slice planes, {off:.2f} slices "
+                f"from slice {plane}. It was drawn on another scan or is not axial: "
+                "use the series that it was drawn on."
+            )
         inside = min(column.min(), row.min()) >= -1 and column.max() <= W and row.max() <= H
         if not (inside and 0 <= plane < D):
-            raise InputError(f"{name}: contour {i} reaches out of the scan of {D} x {H} x {W} "
-                             f"voxels (slice {plane}, rows {row.min():.0f} to {row.max():.0f}, "
-                             f"columns {column.min():.0f} to {column.max():.0f}). It belongs to "
-                             "another scan, or slices are missing.")
+            raise InputError(
+                f"{name}: contour {i} reaches out of the scan of {D} x {H} x {W} "
+                f"voxels (slice {plane}, rows {row.min():.0f} to {row.max():.0f}, "
+                f"columns {column.min():.0f} to {column.max():.0f}). It belongs to "
+                "another scan, or slices are missing."
+            )
         corners = np.c_[row, column]
         found.setdefault(plane, []).append((corners, polygon2mask((H, W), corners)))
     return found
 
 # %% ../../../nbs/data/formats/regions.ipynb #5c40cc5a
-NEAR = .5   # pixels: outlines that are nowhere farther apart may be one, drawn again
-TOUCH = .05 # pixels: outlines as close as this meet
+NEAR = 0.5  # pixels: outlines that are nowhere farther apart may be one, drawn again
+TOUCH = 0.05  # pixels: outlines as close as this meet
+
 
 def outline(
-    corners:np.ndarray,  # (m,2) of a closed polygon, pixels
-    step:float=TOUCH,    # largest distance from one point to the next, pixels
-)->np.ndarray: # (n,2)
+    corners: np.ndarray,  # (m,2) of a closed polygon, pixels
+    step: float = TOUCH,  # largest distance from one point to the next, pixels
+) -> np.ndarray:  # (n,2)
     "Points along a closed polygon."
     way = np.roll(corners, -1, 0) - corners
     parts = np.maximum(np.ceil(np.linalg.norm(way, axis=1) / step), 1).astype(int)
     share = np.concatenate([np.arange(n) / n for n in parts])
     return np.repeat(corners, parts, 0) + share[:, None] * np.repeat(way, parts, 0)
 
+# %% ../../../nbs/data/formats/regions.ipynb #2297adc0
 def runs_along(
-    a:np.ndarray, # (m,2) corners of a closed polygon, pixels
-    b:np.ndarray, # (n,2) corners of another
-)->bool:
+    a: np.ndarray,  # (m,2) corners of a closed polygon, pixels
+    b: np.ndarray,  # (n,2) corners of another
+) -> bool:
     "Whether outline a meets outline b and is nowhere half a pixel away from it."
     from scipy.spatial import cKDTree
+
     if (a.min(0) < b.min(0) - NEAR).any() or (a.max(0) > b.max(0) + NEAR).any():
         return False
     apart = cKDTree(outline(b)).query(outline(a), distance_upper_bound=NEAR)[0]
     return bool(apart.max() < NEAR and apart.min() <= TOUCH)
 
+
 def same_contour(
-    a, # (corners, mask)
-    b, # (corners, mask)
-)->bool:
+    a,  # (corners, mask)
+    b,  # (corners, mask)
+) -> bool:
     "Whether two polygons are one that was stored twice; two that never meet are a thin wall."
     return runs_along(a[0], b[0]) and runs_along(b[0], a[0])
 
+
 def inside(
-    a, # (corners, mask)
-    b, # (corners, mask), its mask not smaller
-)->bool:
+    a,  # (corners, mask)
+    b,  # (corners, mask), its mask not smaller
+) -> bool:
     "Whether polygon a is a hole in b: within it, and not b itself with a hole cut into it."
     return not (a[1] & ~b[1]).any() and not runs_along(b[0], a[0])
 
 # %% ../../../nbs/data/formats/regions.ipynb #bab689a6
 def drawn_once(
-    drawn:list, # of (corners, mask) on one slice
-)->list: # those that differ, the largest first
+    drawn: list,  # of (corners, mask) on one slice
+) -> list:  # those that differ, the largest first
     "Leave out what was stored twice."
     once = []
     for c in drawn:
@@ -112,18 +131,20 @@ def drawn_once(
             once.append(c)
     return sorted(once, key=lambda c: np.count_nonzero(c[1]), reverse=True)
 
+
 def depths(
-    around:list, # of each polygon, the numbers of those that it lies in; these come before it
-)->list: # of each, how deep: 0 in none, 1 in one, 2 in one that lies in one, ...
+    around: list,  # of each polygon, the numbers of those that it lies in; these come before it
+) -> list:  # of each, how deep: 0 in none, 1 in one, 2 in one that lies in one, ...
     "Count how many polygons lie around one another."
     depth = []
     for outer in around:
         depth.append(1 + max((depth[j] for j in outer), default=-1))
     return depth
 
+
 def joined(
-    drawn:list, # of (corners, mask) on one slice, type CLOSED_PLANAR
-)->np.ndarray: # (H,W) bool
+    drawn: list,  # of (corners, mask) on one slice, type CLOSED_PLANAR
+) -> np.ndarray:  # (H,W) bool
     "A polygon inside another is a hole, one inside a hole an island; all others are joined."
     once = drawn_once(drawn)
     around = [[j for j in range(i) if inside(c, once[j])] for i, c in enumerate(once)]
@@ -131,19 +152,22 @@ def joined(
     region = np.zeros_like(once[0][1])
     for i, (_, mask) in enumerate(once):
         if depth[i] % 2 == 0:
-            holes = [once[k][1] for k, outer in enumerate(around)
-                     if i in outer and depth[k] == depth[i] + 1]
+            holes = [
+                once[k][1]
+                for k, outer in enumerate(around)
+                if i in outer and depth[k] == depth[i] + 1
+            ]
             region |= mask & ~np.any([np.zeros_like(mask), *holes], axis=0)
     return region
 
 # %% ../../../nbs/data/formats/regions.ipynb #bab689a5
 def fill_contours(
-    contours:list,           # of (n,3) corners in DICOM's coordinates (left, back, up), mm
-    like:Image,              # the scan: shape and affine
-    name:str="the contours", # file and ROI, for the message
-    tolerance:float=.2,      # largest distance of a corner from its slice, in slices
-    xor:bool=False,          # True: the rule of CLOSEDPLANAR_XOR
-)->np.ndarray: # (D,H,W) bool
+    contours: list,  # of (n,3) corners in DICOM's coordinates (left, back, up), mm
+    like: Image,  # the scan: shape and affine
+    name: str = "the contours",  # file and ROI, for the message
+    tolerance: float = 0.2,  # largest distance of a corner from its slice, in slices
+    xor: bool = False,  # True: the rule of CLOSEDPLANAR_XOR
+) -> np.ndarray:  # (D,H,W) bool
     "Fill closed planar polygons by the rules above. `InputError` as in `contour_masks`."
     mask = np.zeros(like.array.shape[-3:], bool)
     for plane, drawn in contour_masks(contours, like, name, tolerance).items():
@@ -151,20 +175,22 @@ def fill_contours(
     return mask
 
 # %% ../../../nbs/data/formats/regions.ipynb #f1fbdc11
-CLOSED = {"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"} # types of contours that enclose something
+CLOSED = {"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"}  # types of contours that enclose something
+
 
 def whole(
-    item,     # pydicom data set
-    name:str, # tag with a whole number
-)->int: # -1: absent or empty
+    item,  # pydicom data set
+    name: str,  # tag with a whole number
+) -> int:  # -1: absent or empty
     "A number by which items of a file name one another."
     return -1 if filled(item.get(name)) is None else int(item.get(name))
 
+
 def named_region(
-    path,    # RTSTRUCT file
-    s,       # its data set
-    roi:str, # name of the region, upper or lower case
-): # pydicom data set of the region
+    path,  # RTSTRUCT file
+    s,  # its data set
+    roi: str,  # name of the region, upper or lower case
+):  # pydicom data set of the region
     "The region of a name. `InputError` with the names that are there, and for two of one name."
     regions = {whole(r, "ROINumber"): r for r in s.get("StructureSetROISequence") or []}
     names = {k: str(r.get("ROIName") or "").strip() for k, r in regions.items()}
@@ -172,60 +198,70 @@ def named_region(
     if not chosen:
         raise InputError(f"{path}: {unknown('ROI', roi, names.values())}")
     if len(chosen) > 1:
-        raise InputError(f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave "
-                         "the patient out.")
+        raise InputError(
+            f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave the patient out."
+        )
     return regions[chosen[0]]
 
+# %% ../../../nbs/data/formats/regions.ipynb #177ad271
 def roi_contours(
-    path,       # RTSTRUCT file
-    s,          # its data set
-    roi:str,    # name of the region, upper or lower case
-    frame:str,  # frame of reference of the CT; "": not checked
-)->list: # pydicom data sets, one a contour
+    path,  # RTSTRUCT file
+    s,  # its data set
+    roi: str,  # name of the region, upper or lower case
+    frame: str,  # frame of reference of the CT; "": not checked
+) -> list:  # pydicom data sets, one a contour
     "The contours of a region. `InputError` with the names that are there, and for another frame."
     region = named_region(path, s, roi)
     stated = region.get("ReferencedFrameOfReferenceUID")
     check_frame(str(stated or ""), frame, str(path))
     number = whole(region, "ROINumber")
-    mine = [r for r in s.get("ROIContourSequence") or []
-            if whole(r, "ReferencedROINumber") == number]
+    mine = [
+        r for r in s.get("ROIContourSequence") or [] if whole(r, "ReferencedROINumber") == number
+    ]
     return [c for r in mine for c in r.get("ContourSequence") or []]
 
 # %% ../../../nbs/data/formats/regions.ipynb #7e384d22
 def contour_kind(
-    found:list, # pydicom data sets, one a contour
-    name:str,   # file and ROI, for the message
-)->str: # CLOSED_PLANAR | CLOSEDPLANAR_XOR; "": there is none but points
+    found: list,  # pydicom data sets, one a contour
+    name: str,  # file and ROI, for the message
+) -> str:  # CLOSED_PLANAR | CLOSEDPLANAR_XOR; "": there is none but points
     "The type of all contours of a region. `InputError` for one that encloses nothing, and for two."
     kinds = {str(c.get("ContourGeometricType") or "unknown") for c in found} - {"POINT"}
     kinds = {k.replace("CLOSED_PLANAR_XOR", "CLOSEDPLANAR_XOR") for k in kinds}
     if kinds - CLOSED:
         odd = ", ".join(sorted(kinds - CLOSED))
-        raise InputError(f"{name} has contours of type {odd}; only closed planar ones can be "
-                         "filled. Close them in a contouring program.")
+        raise InputError(
+            f"{name} has contours of type {odd}; only closed planar ones can be "
+            "filled. Close them in a contouring program."
+        )
     if len(kinds) > 1:
-        raise InputError(f"{name} mixes contours of types {' and '.join(sorted(kinds))}, whose "
-                         "rules for holes differ. Export the ROI again with one type.")
+        raise InputError(
+            f"{name} mixes contours of types {' and '.join(sorted(kinds))}, whose "
+            "rules for holes differ. Export the ROI again with one type."
+        )
     return "".join(kinds)
+
 
 def corners_of(
     contour,  # pydicom data set
-    name:str, # file, ROI and number of the contour, for the message
-)->np.ndarray: # (n,3) in DICOM's coordinates (left, back, up), mm
+    name: str,  # file, ROI and number of the contour, for the message
+) -> np.ndarray:  # (n,3) in DICOM's coordinates (left, back, up), mm
     "The corners of a contour. `InputError` where there are fewer or more than it promises."
     v = np.array(filled(contour.get("ContourData")) or (), float)
     if len(v) % 3 or whole(contour, "NumberOfContourPoints") not in (-1, len(v) // 3):
-        raise InputError(f"{name} has {len(v)} numbers, but promises "
-                         f"{contour.get('NumberOfContourPoints')} points. Copy the file again.")
+        raise InputError(
+            f"{name} has {len(v)} numbers, but promises "
+            f"{contour.get('NumberOfContourPoints')} points. Copy the file again."
+        )
     return v.reshape(-1, 3)
 
 # %% ../../../nbs/data/formats/regions.ipynb #7e384d21
 def rtstruct_mask(
-    path,             # RTSTRUCT file
-    like:Image,       # the CT, from `read_image`
-    roi:str="GTV-1",  # name of the region, upper or lower case
-    frame:str="",     # frame of reference of the CT; "": as its file names it
-)->np.ndarray: # (D,H,W) uint8, 0 or 1
+    path,  # RTSTRUCT file
+    like: Image,  # the CT, from `read_image`
+    roi: str = "GTV-1",  # name of the region, upper or lower case
+    frame: str = "",  # frame of reference of the CT; "": as its file names it
+) -> np.ndarray:  # (D,H,W) uint8, 0 or 1
     "The mask of a region on the grid of its CT. `InputError` for all that cannot be filled."
     with as_dicom(path):
         name = f"{path}, ROI {roi!r}"
@@ -234,42 +270,49 @@ def rtstruct_mask(
         contours = [corners_of(c, f"{name}: contour {i}") for i, c in enumerate(found)]
     mask = fill_contours(contours, like, name, xor=xor)
     if not mask.any():
-        raise InputError(f"{name} encloses no voxel ({len(contours)} contours). Leave the patient "
-                         "out with skip=.")
+        raise InputError(
+            f"{name} encloses no voxel ({len(contours)} contours). Leave the patient "
+            "out with skip=."
+        )
     return mask.astype(np.uint8)
 
 # %% ../../../nbs/data/formats/regions.ipynb #cbca0880
 def chosen_segment(
-    path,    # DICOM SEG file
-    s,       # its data set
-    roi:str, # label or description of a segment, upper or lower case
-)->int: # its number
+    path,  # DICOM SEG file
+    s,  # its data set
+    roi: str,  # label or description of a segment, upper or lower case
+) -> int:  # its number
     "The segment of a name; labels go before descriptions. `InputError` for none and for two."
-    names, name = segment_names(s), roi.strip().lower()
+    names = segment_names(s)
+    name = roi.strip().lower()
     found = [[k for k, words in names.items() if words[i].lower() == name] for i in (0, 1)]
     chosen = found[0] or found[1]
     if not chosen or not name:
         known = sorted({v for words in names.values() for v in words if v})
         raise InputError(f"{path}: {unknown('segment', roi, known)}")
     if len(chosen) > 1:
-        raise InputError(f"{path} holds {len(chosen)} segments called {roi!r} (numbers "
-                         f"{', '.join(map(str, chosen))}). Rename one, or leave the patient out.")
+        raise InputError(
+            f"{path} holds {len(chosen)} segments called {roi!r} (numbers "
+            f"{', '.join(map(str, chosen))}). Rename one, or leave the patient out."
+        )
     return chosen[0]
 
 # %% ../../../nbs/data/formats/regions.ipynb #cbca087f
 def seg_mask(
-    path,             # DICOM SEG file
-    like:Image,       # the scan, from `read_image`
-    roi:str="GTV-1",  # label or description of the segment, upper or lower case
-    frame:str="",     # frame of reference of the scan; "": as its file names it
-)->np.ndarray: # (D,H,W) uint8, 0 or 1
+    path,  # DICOM SEG file
+    like: Image,  # the scan, from `read_image`
+    roi: str = "GTV-1",  # label or description of the segment, upper or lower case
+    frame: str = "",  # frame of reference of the scan; "": as its file names it
+) -> np.ndarray:  # (D,H,W) uint8, 0 or 1
     """The mask of a segment on its scan. `InputError` with the names that are there, and for a
     place that is not on the scan."""
     s = dicom_header(path, pixels=True)
     number = chosen_segment(path, s, roi)
     if like.affine is None:
-        raise InputError(f"{like.path or 'the scan'} does not say where it lies, so {path} cannot "
-                         "be placed. Use the DICOM series.")
+        raise InputError(
+            f"{like.path or 'the scan'} does not say where it lies, so {path} cannot "
+            "be placed. Use the DICOM series."
+        )
     try:
         with as_dicom(path):
             array, spacing, affine, place = read_segments(Path(path), s, number)
@@ -278,6 +321,7 @@ def seg_mask(
     check_frame(place.frame, frame, str(path))
     mask = lay_on(Image(array[0] > 0, spacing, affine, str(path), place), like)
     if not mask.any():
-        raise InputError(f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with "
-                         "skip=.")
+        raise InputError(
+            f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=."
+        )
     return mask.astype(np.uint8)

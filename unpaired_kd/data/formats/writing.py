@@ -14,99 +14,118 @@ import numpy as np
 
 from ...core import InputError, atomic, atomic_folder, extra
 from .images import Image, suffix_of
-from .nifti import write_nifti
 from .ngff import ome_steps
+from .nifti import write_nifti
 
 # %% ../../../nbs/data/formats/writing.ipynb #df74dce5
 def smallest(
-    label:np.ndarray, # whole numbers, not negative
-)->np.ndarray: # uint8, uint16 or int32, same values
+    label: np.ndarray,  # whole numbers, not negative
+) -> np.ndarray:  # uint8, uint16 or int32, same values
     "The smallest type that holds the labels. `InputError` for negative, fractional or huge values."
     a = np.asarray(label)
     fractions = a.dtype.kind == "f" and (a % 1).any()
     if a.size and (a.min() < 0 or a.max() >= 2**31 or fractions):
-        raise InputError("a label map holds whole numbers from 0 to 2147483647, not "
-                         f"{a.min()} to {a.max()} ({a.dtype}).")
+        raise InputError(
+            "a label map holds whole numbers from 0 to 2147483647, not "
+            f"{a.min()} to {a.max()} ({a.dtype})."
+        )
     types = (np.uint8, np.uint16, np.int32)
     return a.astype(next(t for t in types if not a.size or a.max() <= np.iinfo(t).max))
 
+# %% ../../../nbs/data/formats/writing.ipynb #eb2dd464
 def write_pillow(
-    t:Path,       # the file that is written
-    a:np.ndarray, # numbers (C,H,W): uint8, or one channel of uint16 for PNG; C = 1 or 3
-    image,        # not used: PNG and JPEG keep no spacing
-    jpeg:bool=False, # True: JPEG of quality 95
+    t: Path,  # the file that is written
+    a: np.ndarray,  # numbers (C,H,W): uint8, or one channel of uint16 for PNG; C = 1 or 3
+    image,  # not used: PNG and JPEG keep no spacing
+    jpeg: bool = False,  # True: JPEG of quality 95
 ):
     "PNG or JPEG from (C,H,W)."
     from PIL import Image as Pillow
+
     if a.ndim != 3:
         raise InputError("PNG and JPEG hold 2-D images. Use .tif, .nii.gz or .zarr for volumes.")
     types = (np.uint8,) if jpeg or len(a) == 3 else (np.uint8, np.uint16)
     if a.dtype not in types or len(a) not in (1, 3):
-        raise InputError(f"{'JPEG' if jpeg else 'PNG'} cannot hold {len(a)} channels of {a.dtype}. "
-                         "Use .tif, .nii.gz or .zarr.")
+        raise InputError(
+            f"{'JPEG' if jpeg else 'PNG'} cannot hold {len(a)} channels of {a.dtype}. "
+            "Use .tif, .nii.gz or .zarr."
+        )
     picture = Pillow.fromarray(a[0] if len(a) == 1 else np.moveaxis(a, 0, -1))
     picture.save(t, **(dict(quality=95) if jpeg else {}))
 
+
 def write_jpeg(
-    t:Path,       # the file that is written
-    a:np.ndarray, # numbers (C,H,W), C = 1 or 3
-    image,        # not used
+    t: Path,  # the file that is written
+    a: np.ndarray,  # numbers (C,H,W), C = 1 or 3
+    image,  # not used
 ):
     "JPEG from (C,H,W) uint8."
     write_pillow(t, a, image, jpeg=True)
 
 # %% ../../../nbs/data/formats/writing.ipynb #d8588370
 def write_tiff(
-    t:Path,       # the file that is written
-    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
-    image,        # the `Image` that they belong to: its spacing
+    t: Path,  # the file that is written
+    a: np.ndarray,  # numbers (C,H,W) or (C,D,H,W)
+    image,  # the `Image` that they belong to: its spacing
 ):
     "OME-TIFF from (C,H,W) or (C,D,H,W), compressed without loss."
     import hashlib
     import uuid
+
     import tifffile
-    plane = "ZYX"[1 - a.ndim:]
+
+    plane = "ZYX"[1 - a.ndim :]
     colour = len(a) == 3
     if colour:
-        axes, a = plane + "S", np.moveaxis(a, 0, -1)
+        axes = plane + "S"
+        a = np.moveaxis(a, 0, -1)
     elif len(a) == 1:
-        axes, a = plane, a[0]
+        axes = plane
+        a = a[0]
     else:
         axes = "C" + plane
-    mark = hashlib.sha256(np.ascontiguousarray(a)).digest() # equal numbers, equal file
+    mark = hashlib.sha256(np.ascontiguousarray(a)).digest()  # equal numbers, equal file
     name = uuid.UUID(bytes=mark[:16])
     note = {"axes": axes, "UUID": f"urn:uuid:{name}"}
     for letter, s in zip("XYZ", (image.spacing or ())[::-1]):
         note |= {f"PhysicalSize{letter}": s, f"PhysicalSize{letter}Unit": "mm"}
-    tifffile.imwrite(t, a, ome=True, photometric="rgb" if colour else "minisblack",
-                     compression="zlib", metadata=note)
+    tifffile.imwrite(
+        t,
+        a,
+        ome=True,
+        photometric="rgb" if colour else "minisblack",
+        compression="zlib",
+        metadata=note,
+    )
 
 # %% ../../../nbs/data/formats/writing.ipynb #262dd1e9
-SIGN = "unpaired_kd" # attribute of the Zarrs that we may replace
+SIGN = "unpaired_kd"  # attribute of the Zarrs that we may replace
+
 
 def sign(
-    folder:Path, # a Zarr group
+    folder: Path,  # a Zarr group
 ):
     "Note in a Zarr that it is a result of ours, and nobody's raw data."
     extra("zarr", "volumes").open_group(str(folder), mode="r+").attrs[SIGN] = "result"
 
+
 def write_zarr(
-    t:Path,       # the file that is written
-    a:np.ndarray, # numbers (C,H,W) or (C,D,H,W)
-    image,        # the `Image` that they belong to: its spacing
+    t: Path,  # the file that is written
+    a: np.ndarray,  # numbers (C,H,W) or (C,D,H,W)
+    image,  # the `Image` that they belong to: its spacing
 ):
     "OME-Zarr with one level, from (C,H,W) or (C,D,H,W)."
     zarr = extra("zarr", "volumes")
     unit = {"unit": "millimeter"} if image.spacing else {}
-    axes = [{"name": n, "type": "space", **unit} for n in "zyx"[1 - a.ndim:]]
-    scale = list(image.spacing or (1.,) * (a.ndim - 1))
+    axes = [{"name": n, "type": "space", **unit} for n in "zyx"[1 - a.ndim :]]
+    scale = list(image.spacing or (1.0,) * (a.ndim - 1))
     if len(a) > 1:
         axes.insert(0, {"name": "c", "type": "channel"})
-        scale.insert(0, 1.)
+        scale.insert(0, 1.0)
     a = a[0] if len(a) == 1 else a
     group = zarr.open_group(str(t), mode="w")
-    chunks = tuple(min(n, m) for n, m in zip(a.shape, (1, 64, 256, 256)[-a.ndim:]))
-    whole = {"write_empty_chunks": True} # so that an absent chunk is a lost one
+    chunks = tuple(min(n, m) for n, m in zip(a.shape, (1, 64, 256, 256)[-a.ndim :]))
+    whole = {"write_empty_chunks": True}  # so that an absent chunk is a lost one
     group.create_array("0", data=a, chunks=chunks, config=whole)
     steps = ome_steps(scale, getattr(image.header, "origin", None))
     level = {"path": "0", "coordinateTransformations": steps}
@@ -115,22 +134,32 @@ def write_zarr(
         group.attrs["affine"] = np.asarray(image.affine).tolist()
 
 # %% ../../../nbs/data/formats/writing.ipynb #e705d520
-WRITERS = {".png": write_pillow, ".jpg": write_jpeg, ".jpeg": write_jpeg, ".tif": write_tiff,
-           ".tiff": write_tiff, ".nii": write_nifti, ".nii.gz": write_nifti, ".zarr": write_zarr}
+WRITERS = {
+    ".png": write_pillow,
+    ".jpg": write_jpeg,
+    ".jpeg": write_jpeg,
+    ".tif": write_tiff,
+    ".tiff": write_tiff,
+    ".nii": write_nifti,
+    ".nii.gz": write_nifti,
+    ".zarr": write_zarr,
+}
 
 # %% ../../../nbs/data/formats/writing.ipynb #e20f62a6
 def write_image(
-    path,        # file or .zarr folder to write; the ending decides the format
-    image:Image, # array (C,H,W) or (C,D,H,W)
-    overwrite:bool=True, # replace a file that is there; else it stays, also if it appears meanwhile
-    label:bool=False, # a label map: a Zarr is signed (`sign`)
+    path,  # file or .zarr folder to write; the ending decides the format
+    image: Image,  # array (C,H,W) or (C,D,H,W)
+    overwrite: bool = True,  # replace a file that is there; else it stays, also if it appears meanwhile
+    label: bool = False,  # a label map: a Zarr is signed (`sign`)
 ):
     """Write an image with its spacing and affine, atomically. `InputError` when the format cannot
     hold it or the place cannot be written."""
     path, suffix = Path(path), suffix_of(path)
     if suffix not in WRITERS:
-        raise InputError(f"cannot write {path}: the ending {suffix or path.suffix!r} is not one we "
-                         f"write. Use {', '.join(WRITERS)}.")
+        raise InputError(
+            f"cannot write {path}: the ending {suffix or path.suffix!r} is not one we "
+            f"write. Use {', '.join(WRITERS)}."
+        )
     a = writable(image.array, path)
     try:
         with (atomic_folder if suffix == ".zarr" else atomic)(path, overwrite) as t:
@@ -140,38 +169,46 @@ def write_image(
     except InputError as e:
         raise e if str(path) in str(e) else InputError(f"cannot write {path}: {e}") from e
     except OSError as e:
-        raise InputError(f"cannot write {path} ({e.strerror or e}). Give a place that you may "
-                         "write to, with room on the disk.") from e
+        raise InputError(
+            f"cannot write {path} ({e.strerror or e}). Give a place that you may "
+            "write to, with room on the disk."
+        ) from e
 
+# %% ../../../nbs/data/formats/writing.ipynb #5ef36ae2
 def writable(
-    array,     # of an image
-    path:Path, # for the message
-)->np.ndarray: # the same numbers in a type that files have
+    array,  # of an image
+    path: Path,  # for the message
+) -> np.ndarray:  # the same numbers in a type that files have
     "`InputError` for a shape that is no image, and for whole numbers of 8 bytes."
     a = np.asarray(array)
     if a.ndim not in (3, 4):
-        raise InputError(f"cannot write {path}: the array has shape {a.shape}; give (C,H,W) or "
-                         "(C,D,H,W).")
+        raise InputError(
+            f"cannot write {path}: the array has shape {a.shape}; give (C,H,W) or (C,D,H,W)."
+        )
     if a.dtype.name in ("int64", "uint64"):
-        raise InputError(f"cannot write {path}: image formats have no {a.dtype}. Convert it to "
-                         "int32 or uint16.")
+        raise InputError(
+            f"cannot write {path}: image formats have no {a.dtype}. Convert it to int32 or uint16."
+        )
     types = {"bool": np.uint8, "float64": np.float32, "float16": np.float32}
     return a.astype(types.get(a.dtype.name, a.dtype))
 
 # %% ../../../nbs/data/formats/writing.ipynb #bff9fb56
 def write_label(
-    path,             # file or .zarr folder to write; the ending decides the format
-    label:np.ndarray, # whole numbers (H,W) or (D,H,W)
-    like:Image=None,  # the image it belongs to: gives spacing and affine
-    overwrite:bool=True, # as in `write_image`
+    path,  # file or .zarr folder to write; the ending decides the format
+    label: np.ndarray,  # whole numbers (H,W) or (D,H,W)
+    like: Image = None,  # the image it belongs to: gives spacing and affine
+    overwrite: bool = True,  # as in `write_image`
 ):
     "Write a label map, atomically, on the grid of `like`. `InputError` as in `write_image`."
     a = smallest(label)
     if suffix_of(path) in (".jpg", ".jpeg"):
-        raise InputError(f"cannot write {path}: JPEG changes pixel values, so it cannot hold "
-                         "labels. Use .png, .tif or .nii.gz.")
-    if like is not None and np.shape(like.array)[-a.ndim:] != a.shape:
-        raise InputError(f"cannot write {path}: the label has shape {a.shape}, its image "
-                         f"{np.shape(like.array)}.")
+        raise InputError(
+            f"cannot write {path}: JPEG changes pixel values, so it cannot hold "
+            "labels. Use .png, .tif or .nii.gz."
+        )
+    if like is not None and np.shape(like.array)[-a.ndim :] != a.shape:
+        raise InputError(
+            f"cannot write {path}: the label has shape {a.shape}, its image {np.shape(like.array)}."
+        )
     image = Image(a[None]) if like is None else replace(like, array=a[None])
     write_image(path, image, overwrite, label=True)

@@ -12,13 +12,18 @@ from ...core import InputError, rng, unknown
 
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #35f9eb21
 ABDOMEN = ("background", "liver", "right kidney", "left kidney", "spleen")
-ORGANS = (((.4, -.1, -.4), (.8, .4, .42)), ((-.35, .32, -.38), (.6, .17, .15)),
-          ((-.25, .32, .38), (.6, .17, .15)), ((.45, .05, .6), (.5, .25, .18))) # middle, radii
+ORGANS = (
+    ((0.4, -0.1, -0.4), (0.8, 0.4, 0.42)),
+    ((-0.35, 0.32, -0.38), (0.6, 0.17, 0.15)),
+    ((-0.25, 0.32, 0.38), (0.6, 0.17, 0.15)),
+    ((0.45, 0.05, 0.6), (0.5, 0.25, 0.18)),
+)  # middle, radii
+
 
 def abdomen(
-    seed:int,              # of the patient
-    shape=(10, 64, 64),    # (D,H,W)
-)->tuple: # label map (D,H,W) uint8 of the classes `ABDOMEN`, and mask of the body (D,H,W) bool
+    seed: int,  # of the patient
+    shape=(10, 64, 64),  # (D,H,W)
+) -> tuple:  # label map (D,H,W) uint8 of the classes `ABDOMEN`, and mask of the body (D,H,W) bool
     "Slices go up, rows to the back, columns to the patient's left."
     r = rng(seed, "abdomen")
     grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
@@ -26,30 +31,36 @@ def abdomen(
     for k, (middle, radii) in enumerate(ORGANS, 1):
         far = 0
         for a, c, q in zip(grid, middle, radii):
-            far = far + ((a - c - .03 * r.standard_normal()) / (q * r.uniform(.9, 1.1)))**2
+            far = far + ((a - c - 0.03 * r.standard_normal()) / (q * r.uniform(0.9, 1.1))) ** 2
         label[(far < 1) & (label == 0)] = k
     _, y, x = grid
-    return label, (y / .75)**2 + (x / .93)**2 < 1
+    return label, (y / 0.75) ** 2 + (x / 0.93) ** 2 < 1
 
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #2f327e6d
-TISSUES = dict( # values of air, body, and the organs
-    ct=(-1000, 20, 60, 35, 35, 50), t1in=(8, 320, 520, 380, 380, 340),
-    t1out=(8, 250, 480, 400, 400, 350), t2=(6, 110, 210, 420, 420, 330))
+TISSUES = dict(  # values of air, body, and the organs
+    ct=(-1000, 20, 60, 35, 35, 50),
+    t1in=(8, 320, 520, 380, 380, 340),
+    t1out=(8, 250, 480, 400, 400, 350),
+    t2=(6, 110, 210, 420, 420, 330),
+)
+
 
 def abdomen_scan(
-    kind:str, # ct | t1in | t1out | t2
-    seed:int, # of the patient: as in `abdomen`
-)->np.ndarray: # (10,64,64) int16: CT in Hounsfield units, MR in units of the day
+    kind: str,  # ct | t1in | t1out | t2
+    seed: int,  # of the patient: as in `abdomen`
+) -> np.ndarray:  # (10,64,64) int16: CT in Hounsfield units, MR in units of the day
     "The patient's abdomen in one modality. `InputError` for another kind."
     from scipy.ndimage import gaussian_filter
+
     if kind not in TISSUES:
         raise InputError(unknown("kind of scan", kind, TISSUES))
     label, body = abdomen(seed)
     r = rng(seed, "paint", kind)
     values = np.array(TISSUES[kind], float)[np.where(body, label + 1, 0)]
     if kind != "ct":
-        gain, bend = r.uniform(.4, 2.2), r.uniform(-.15, .15)
-        values = values * gain * (values / values.max())**bend
-    noise = 12 if kind == "ct" else .02 * values.max()
-    soft = gaussian_filter(values, (0, .6, .6))
+        gain = r.uniform(0.4, 2.2)
+        bend = r.uniform(-0.15, 0.15)
+        values = values * gain * (values / values.max()) ** bend
+    noise = 12 if kind == "ct" else 0.02 * values.max()
+    soft = gaussian_filter(values, (0, 0.6, 0.6))
     return np.rint(soft + noise * np.abs(r.standard_normal(values.shape))).astype(np.int16)

@@ -16,66 +16,100 @@ import numpy as np
 from ...core import InputError, rng, unknown
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #cb1ccc80
-COLUMNS = ("y", "x", "a", "b", "angle", "wobble", "phase") # a shape is a row of seven numbers; lengths in px, angles in radians
+COLUMNS = (
+    "y",
+    "x",
+    "a",
+    "b",
+    "angle",
+    "wobble",
+    "phase",
+)  # a shape is a row of seven numbers; lengths in px, angles in radians
+
 
 def signed_distance(
-    shapes:np.ndarray, # ellipses (n,7), see `COLUMNS`; a >= b
-    y:np.ndarray,      # row coordinates, broadcastable to (n,h,w), px
-    x:np.ndarray,      # column coordinates, likewise
-)->np.ndarray: # $d$ (n,h,w) float32, px; negative inside, at least -b
+    shapes: np.ndarray,  # ellipses (n,7), see `COLUMNS`; a >= b
+    y: np.ndarray,  # row coordinates, broadcastable to (n,h,w), px
+    x: np.ndarray,  # column coordinates, likewise
+) -> np.ndarray:  # $d$ (n,h,w) float32, px; negative inside, at least -b
     "Signed distance from points to wobbly ellipses (first order: exact on the outline, good near it)."
     cy, cx, a, b, angle, wobble, phase = (shapes[:, i, None, None] for i in range(7))
-    dy, dx, c, s = y - cy, x - cx, np.cos(angle), np.sin(angle)
-    u, v = (dx * c + dy * s) / a, (dy * c - dx * s) / b
+    dy = y - cy
+    dx = x - cx
+    c = np.cos(angle)
+    s = np.sin(angle)
+    u = (dx * c + dy * s) / a
+    v = (dy * c - dx * s) / b
     rho = np.sqrt(u * u + v * v) + 1e-6
     slope = np.sqrt((u / a) ** 2 + (v / b) ** 2) / rho + 1e-6
     outline = 1 + wobble * np.cos(3 * np.arctan2(v, u) + phase)
     return np.maximum((rho - outline) / slope, -b).astype(np.float32)
 
+
 def coverage(
-    d:np.ndarray, # signed distance, px
-)->np.ndarray: # $c$, same shape, in [0,1]
+    d: np.ndarray,  # signed distance, px
+) -> np.ndarray:  # $c$, same shape, in [0,1]
     "Share of each pixel that lies inside: an edge one pixel wide."
-    return np.clip(.5 - d, 0, 1)
+    return np.clip(0.5 - d, 0, 1)
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #36a4e784
-FAR = 99. # the distance to nothing, px
+FAR = 99.0  # the distance to nothing, px
+
 
 def ellipses(
-    r:np.random.Generator, # source of randomness
-    centres:np.ndarray,    # (n,2) row and column, px
-    minor:float,           # mean minor axis (the full width), px
-    ratio:float,           # mean ratio of the axes
-    angle,                 # direction of the long axis, radians, number or (n,)
-    spread:float=.15,      # spread of minor axis and of ratio, standard deviation of the logarithm
-    wobble:float=0.,       # largest wobble
-)->np.ndarray: # (n,7), see `COLUMNS`
+    r: np.random.Generator,  # source of randomness
+    centres: np.ndarray,  # (n,2) row and column, px
+    minor: float,  # mean minor axis (the full width), px
+    ratio: float,  # mean ratio of the axes
+    angle,  # direction of the long axis, radians, number or (n,)
+    spread: float = 0.15,  # spread of minor axis and of ratio, standard deviation of the logarithm
+    wobble: float = 0.0,  # largest wobble
+) -> np.ndarray:  # (n,7), see `COLUMNS`
     "Draw the shapes of `n` ellipses."
     n = len(centres)
     b = minor / 2 * np.exp(spread * r.standard_normal(n))
     q = np.maximum(ratio * np.exp(spread * r.standard_normal(n)), 1)
-    return np.column_stack([centres, b * q, b, np.broadcast_to(angle, n), wobble * r.random(n), 2 * np.pi * r.random(n)])
+    return np.column_stack(
+        [
+            centres,
+            b * q,
+            b,
+            np.broadcast_to(angle, n),
+            wobble * r.random(n),
+            2 * np.pi * r.random(n),
+        ]
+    )
 
+# %% ../../../nbs/data/phantoms/bone.ipynb #a077fa19
 def place(
-    shapes:np.ndarray, # candidates (n,7), in order of preference
-    free:np.ndarray,   # distance to what is already there (H,W), px
-    gap:float,         # smallest distance between two shapes, px
-    most:int,          # stop after so many
-)->tuple: # (distance to the nearest shape (H,W), its number 1.. (H,W) int32, the accepted shapes (m,7))
+    shapes: np.ndarray,  # candidates (n,7), in order of preference
+    free: np.ndarray,  # distance to what is already there (H,W), px
+    gap: float,  # smallest distance between two shapes, px
+    most: int,  # stop after so many
+) -> (
+    tuple
+):  # (distance to the nearest shape (H,W), its number 1.. (H,W) int32, the accepted shapes (m,7))
     "Accept candidates one by one if they keep `gap` px away from all before and from what is already there."
     reach = int(np.ceil(1.2 * shapes[:, 2].max(initial=1) + gap + 6))
-    shapes = shapes[((shapes[:, :2] > -reach) & (shapes[:, :2] < np.array(free.shape) + reach)).all(1)]
-    pad, k = 2 * reach + 1, np.arange(2 * reach + 1)
+    shapes = shapes[
+        ((shapes[:, :2] > -reach) & (shapes[:, :2] < np.array(free.shape) + reach)).all(1)
+    ]
+    pad = 2 * reach + 1
+    k = np.arange(2 * reach + 1)
     corner = np.round(shapes[:, :2]).astype(int) - reach
     windows = signed_distance(shapes, (corner[:, :1] + k)[:, :, None], (corner[:, 1:] + k)[:, None])
     taken = np.pad(free, pad, constant_values=FAR)
-    near, number, kept = np.full_like(taken, FAR), np.zeros(taken.shape, np.int32), []
+    near = np.full_like(taken, FAR)
+    number = np.zeros(taken.shape, np.int32)
+    kept = []
     for i, (d, (y, x)) in enumerate(zip(windows, corner + pad)):
-        at = np.s_[y:y + len(k), x:x + len(k)]
-        if len(kept) == most or (taken[at] + d).min() < gap: continue
+        at = np.s_[y : y + len(k), x : x + len(k)]
+        if len(kept) == most or (taken[at] + d).min() < gap:
+            continue
         kept.append(i)
         number[at] = np.where(d < near[at], len(kept), number[at])
-        near[at], taken[at] = np.minimum(near[at], d), np.minimum(taken[at], d)
+        near[at] = np.minimum(near[at], d)
+        taken[at] = np.minimum(taken[at], d)
     inside = np.s_[pad:-pad, pad:-pad]
     return near[inside], number[inside], shapes[kept]
 
@@ -83,332 +117,452 @@ def place(
 @dataclass(frozen=True)
 class BoneAnatomy:
     "Every choice about the bone: the same in both modalities. Lengths in px. Decoys are counts per image of 96 x 96 px."
-    size:int = 96            # side of the square image
-    pixel:float = 1.         # side of a pixel, micrometres
-    count:float = 13.        # lacunae, mean in healthy bone
-    count_spread:float = .15 # spread of their number between the images of a patient
-    minor:float = 6.4        # minor axis of a lacuna
-    ratio:float = 1.8        # ratio of its axes
-    shape_spread:float = .13 # spread of both between the lacunae of an image
-    tilt:float = 14.         # deviation of the long axis from the lamellae, degrees
-    wobble:float = .1        # deviation of the outline from an ellipse, share of the radius
-    gap:float = 2.           # smallest distance between two lacunae
-    lamella:float = 9.       # thickness of a lamella
-    pores:float = 1.4        # vessels; decoys by size: too large
-    pore_radius:tuple = (6.5, 16.) # smallest and largest radius of a vessel
-    filled:float = .6        # share of vessels that hold tissue as dark as the target
-    marrow:float = .3        # share of images with an edge of the bone
-    patient:float = 1.       # scales all differences between patients
+
+    size: int = 96  # side of the square image
+    pixel: float = 1.0  # side of a pixel, micrometres
+    count: float = 13.0  # lacunae, mean in healthy bone
+    count_spread: float = 0.15  # spread of their number between the images of a patient
+    minor: float = 6.4  # minor axis of a lacuna
+    ratio: float = 1.8  # ratio of its axes
+    shape_spread: float = 0.13  # spread of both between the lacunae of an image
+    tilt: float = 14.0  # deviation of the long axis from the lamellae, degrees
+    wobble: float = 0.1  # deviation of the outline from an ellipse, share of the radius
+    gap: float = 2.0  # smallest distance between two lacunae
+    lamella: float = 9.0  # thickness of a lamella
+    pores: float = 1.4  # vessels; decoys by size: too large
+    pore_radius: tuple = (6.5, 16.0)  # smallest and largest radius of a vessel
+    filled: float = 0.6  # share of vessels that hold tissue as dark as the target
+    marrow: float = 0.3  # share of images with an edge of the bone
+    patient: float = 1.0  # scales all differences between patients
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #e5bcdab5
 @dataclass(frozen=True)
 class BoneKnobs(BoneAnatomy):
     "Every choice of the bone phantom, after `BoneAnatomy` those of the two modalities; the defaults are the demo. Lengths in px. Decoys are counts per image of 96 x 96 px."
+
     # histology
-    eosin:float = .55        # density of the pink stain in the matrix
-    hematoxylin:float = 1.   # density of the purple stain in a cell
-    halo:float = .7          # loss of pink in the rim around a cell, share
-    texture:float = .12      # lamellae and fibres, share of the pink
-    specks:float = 5.        # small dots of stain; decoys by size: too small
-    smears:float = 5.        # cells out of focus; decoys by their soft edge and missing rim
-    marrow_cells:float = 60. # nuclei in a field of pure marrow; decoys by context
-    grain:float = .02        # noise of the camera
+    eosin: float = 0.55  # density of the pink stain in the matrix
+    hematoxylin: float = 1.0  # density of the purple stain in a cell
+    halo: float = 0.7  # loss of pink in the rim around a cell, share
+    texture: float = 0.12  # lamellae and fibres, share of the pink
+    specks: float = 5.0  # small dots of stain; decoys by size: too small
+    smears: float = 5.0  # cells out of focus; decoys by their soft edge and missing rim
+    marrow_cells: float = 60.0  # nuclei in a field of pure marrow; decoys by context
+    grain: float = 0.02  # noise of the camera
     # SR-microCT
-    depth:float = .45        # darkening in a lacuna, share of the mineral's grey
-    faint:float = .55        # lacunae partly out of the slice: largest loss of depth, share
-    mottle:float = .1        # uneven mineral, standard deviation
-    cracks:float = 1.3       # microcracks; decoys by shape: long and thin
-    spots:float = 7.         # spots of little mineral; decoys by their soft edge and missing rim
-    blur:float = .8          # point spread, standard deviation
-    fringe:float = 1.5       # strength $f$ of the phase-contrast fringe
-    drift:float = .12        # slow change of grey over the field, standard deviation
-    rings:float = .06        # ring artefacts, standard deviation
-    photons:float = 45.      # photons a pixel: fewer, noisier
-    noise:float = .05        # noise of the detector
-    contrast:float = .4      # grey range of mineral against air, share of white
-    scan:float = .8          # scales the differences between the scans of two patients
+    depth: float = 0.45  # darkening in a lacuna, share of the mineral's grey
+    faint: float = 0.55  # lacunae partly out of the slice: largest loss of depth, share
+    mottle: float = 0.1  # uneven mineral, standard deviation
+    cracks: float = 1.3  # microcracks; decoys by shape: long and thin
+    spots: float = 7.0  # spots of little mineral; decoys by their soft edge and missing rim
+    blur: float = 0.8  # point spread, standard deviation
+    fringe: float = 1.5  # strength $f$ of the phase-contrast fringe
+    drift: float = 0.12  # slow change of grey over the field, standard deviation
+    rings: float = 0.06  # ring artefacts, standard deviation
+    photons: float = 45.0  # photons a pixel: fewer, noisier
+    noise: float = 0.05  # noise of the detector
+    contrast: float = 0.4  # grey range of mineral against air, share of white
+    scan: float = 0.8  # scales the differences between the scans of two patients
 
     def __post_init__(self):
-        low = {"size": 32, "pixel": 1e-6, "minor": 2, "ratio": 1, "lamella": 2, "photons": 1, "contrast": .01}
+        low = {
+            "size": 32,
+            "pixel": 1e-6,
+            "minor": 2,
+            "ratio": 1,
+            "lamella": 2,
+            "photons": 1,
+            "contrast": 0.01,
+        }
         for f in fields(self):
-            if np.min(getattr(self, f.name)) < low.get(f.name, 0): raise InputError(f"knob {f.name}={getattr(self, f.name)}: give at least {low.get(f.name, 0)}.")
+            if np.min(getattr(self, f.name)) < low.get(f.name, 0):
+                raise InputError(
+                    f"knob {f.name}={getattr(self, f.name)}: give at least {low.get(f.name, 0)}."
+                )
         for name in ("halo", "filled", "marrow", "depth", "faint"):
-            if getattr(self, name) > 1: raise InputError(f"knob {name}={getattr(self, name)} is a share: give at most 1.")
+            if getattr(self, name) > 1:
+                raise InputError(f"knob {name}={getattr(self, name)} is a share: give at most 1.")
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #48d6c391
 @dataclass(frozen=True)
 class BoneGroup:
     "What a disease changes: three factors on the knobs."
-    count:float # on the number of lacunae
-    size:float  # on the minor axis
-    ratio:float # on the ratio of the axes
+
+    count: float  # on the number of lacunae
+    size: float  # on the minor axis
+    ratio: float  # on the ratio of the axes
+
 
 BONE_GROUPS = {
-    "healthy":      BoneGroup(count=1.,  size=1.,  ratio=1.),
-    "osteoporotic": BoneGroup(count=.75, size=1.1, ratio=.78), # fewer, larger, rounder
-    "covid":        BoneGroup(count=1.2, size=.95, ratio=1.3), # more, longer
+    "healthy": BoneGroup(count=1.0, size=1.0, ratio=1.0),
+    "osteoporotic": BoneGroup(count=0.75, size=1.1, ratio=0.78),  # fewer, larger, rounder
+    "covid": BoneGroup(count=1.2, size=0.95, ratio=1.3),  # more, longer
 }
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #b3164dfe
 class Patient:
     "The factors by which one patient differs from the mean: a function of seed, modality, patient and the name of the property."
-    reach = 3 ** .5 # largest logarithm of a factor, in spreads: the square root of 3 gives unit variance
 
-    def __init__(self,
-        seed:int,       # seed of the phantom
-        modality:str,   # e.g. histology | microct: two modalities have different patients
-        number:int,     # which patient
-        scale:float=1., # scales all spreads
-    ): self.address, self.scale = self.where(seed, modality, number), scale
+    reach = (
+        3**0.5
+    )  # largest logarithm of a factor, in spreads: the square root of 3 gives unit variance
 
-    def where(self,
-        seed:int,     # as above
-        modality:str, # as above
-        number:int,   # as above
-    )->tuple: # names and numbers, see `core.rng`
+    def __init__(
+        self,
+        seed: int,  # seed of the phantom
+        modality: str,  # e.g. histology | microct: two modalities have different patients
+        number: int,  # which patient
+        scale: float = 1.0,  # scales all spreads
+    ):
+        self.address = self.where(seed, modality, number)
+        self.scale = scale
+
+    def where(
+        self,
+        seed: int,  # as above
+        modality: str,  # as above
+        number: int,  # as above
+    ) -> tuple:  # names and numbers, see `core.rng`
         "What all random numbers of this patient are a function of."
         return seed, "bone", modality, "patient", number
 
-    def rng(self,
-        name:str, # what the numbers are for
-    )->np.random.Generator:
+    def rng(
+        self,
+        name: str,  # what the numbers are for
+    ) -> np.random.Generator:
         "This patient's source of randomness for one purpose."
         return rng(*self.address, name)
 
-    def __call__(self,
-        name:str,     # property
-        spread:float, # spread of the logarithm over patients
-    )->float: # factor, within exp(+-`reach` * spread)
+    def __call__(
+        self,
+        name: str,  # property
+        spread: float,  # spread of the logarithm over patients
+    ) -> float:  # factor, within exp(+-`reach` * spread)
         "This patient's factor for a property."
         return float(np.exp(self.scale * spread * self.rng(name).uniform(-self.reach, self.reach)))
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #53c79dc8
 def gaussian(
-    x:np.ndarray, # (H,W) or (H,W,C)
-    sigma:float,  # standard deviation, px
-)->np.ndarray: # blurred along H and W
+    x: np.ndarray,  # (H,W) or (H,W,C)
+    sigma: float,  # standard deviation, px
+) -> np.ndarray:  # blurred along H and W
     "Gaussian blur with mirrored borders."
     from scipy.ndimage import gaussian_filter
+
     return gaussian_filter(x, (sigma, sigma) + (0,) * (x.ndim - 2), mode="reflect", truncate=3)
 
+
 def smooth_noise(
-    r:np.random.Generator, # source of randomness
-    size:int,    # side, px
-    sigma:float, # scale, px
-)->np.ndarray: # (size,size) float32, mean 0, standard deviation 1
+    r: np.random.Generator,  # source of randomness
+    size: int,  # side, px
+    sigma: float,  # scale, px
+) -> np.ndarray:  # (size,size) float32, mean 0, standard deviation 1
     "White noise, blurred with `sigma`, made on a coarse grid when the scale is large."
     from scipy.ndimage import zoom
+
     step = max(1, int(sigma / 2))
     n = size // step + 2
     x = gaussian(r.standard_normal((n, n)).astype(np.float32), sigma / step)
     x = zoom(x, (size + step) / n, order=1)[:size, :size] if step > 1 else x[:size, :size]
     return (x - x.mean()) / (x.std() + 1e-6)
 
+
 def decoys(
-    r:np.random.Generator, # source of randomness
-    mean:float,        # mean number in 96 x 96 px
-    free:np.ndarray,   # distance to what is already there (H,W), px
-    minor:float,       # minor axis, px
-    ratio:float=1.2,   # ratio of the axes
-)->np.ndarray: # distance to the nearest decoy (H,W), px
+    r: np.random.Generator,  # source of randomness
+    mean: float,  # mean number in 96 x 96 px
+    free: np.ndarray,  # distance to what is already there (H,W), px
+    minor: float,  # minor axis, px
+    ratio: float = 1.2,  # ratio of the axes
+) -> np.ndarray:  # distance to the nearest decoy (H,W), px
     "Place a Poisson number of decoys in the free space, in any direction."
-    n = r.poisson(mean * free.size / 96 ** 2)
+    n = r.poisson(mean * free.size / 96**2)
     at = r.uniform(0, len(free) - 1, (n, 2))
-    return place(ellipses(r, at, minor, ratio, np.pi * r.random(n), spread=.22, wobble=.1), free, 1.5, n)[0]
+    return place(
+        ellipses(r, at, minor, ratio, np.pi * r.random(n), spread=0.22, wobble=0.1), free, 1.5, n
+    )[0]
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #eb9fdff9
 @dataclass
 class Scene:
     "Where things are in one image: distance maps (H,W) in px, negative inside."
-    lacunae:np.ndarray   # to the nearest lacuna
-    number:np.ndarray    # of the nearest lacuna, 1..n, int32
-    shapes:np.ndarray    # the lacunae (n,7)
-    lumen:np.ndarray     # to the nearest vessel
-    pores:np.ndarray     # the vessels (m,7)
-    content:np.ndarray   # how much tissue is in the nearest vessel (H,W), in [0,1]
-    marrow:np.ndarray    # to the marrow
-    layers:np.ndarray    # lamellae (H,W), in [-1,1]
+
+    lacunae: np.ndarray  # to the nearest lacuna
+    number: np.ndarray  # of the nearest lacuna, 1..n, int32
+    shapes: np.ndarray  # the lacunae (n,7)
+    lumen: np.ndarray  # to the nearest vessel
+    pores: np.ndarray  # the vessels (m,7)
+    content: np.ndarray  # how much tissue is in the nearest vessel (H,W), in [0,1]
+    marrow: np.ndarray  # to the marrow
+    layers: np.ndarray  # lamellae (H,W), in [-1,1]
 
     @property
     def free(self):
         "Distance to anything that is already there."
         return np.minimum(np.minimum(self.lumen, self.marrow), self.lacunae)
 
+# %% ../../../nbs/data/phantoms/bone.ipynb #cfed340b
 def openings(
-    r:np.random.Generator, # source of randomness
-    osteon:np.ndarray,     # centre of the lamellae, (2,) px
-    k:BoneKnobs,           # the knobs
-)->dict: # lumen, pores, content, marrow of a `Scene`
+    r: np.random.Generator,  # source of randomness
+    osteon: np.ndarray,  # centre of the lamellae, (2,) px
+    k: BoneKnobs,  # the knobs
+) -> dict:  # lumen, pores, content, marrow of a `Scene`
     "Vessels (one of them in the centre of the lamellae) and an edge towards the marrow."
-    s, y = k.size, np.arange(k.size, dtype=np.float32)[:, None]
+    s = k.size
+    y = np.arange(k.size, dtype=np.float32)[:, None]
     nothing = np.full((s, s), FAR, np.float32)
-    n = r.poisson(k.pores * s * s / 96 ** 2)
+    n = r.poisson(k.pores * s * s / 96**2)
     radius = np.exp(r.uniform(*np.log(k.pore_radius), n + 3))
     centres = np.concatenate([osteon[None], r.uniform(0, s, (n + 2, 2))])
-    pores = ellipses(r, centres, 1., 1.2, np.pi * r.random(n + 3), .1, .15)
+    pores = ellipses(r, centres, 1.0, 1.2, np.pi * r.random(n + 3), 0.1, 0.15)
     pores[:, 2:4] *= 2 * radius[:, None]
-    lumen, which, pores = place(pores, nothing, 8., n)
-    content = np.where(r.random(len(pores) + 1) < k.filled, r.uniform(.2, 1, len(pores) + 1), .05)[which]
-    marrow, t, bumps = nothing, r.uniform(0, 2 * np.pi), 4 * smooth_noise(r, s, 9.)
-    if r.random() < k.marrow: marrow = r.uniform(.2, .42) * s - (y - s / 2) * np.sin(t) - (y.T - s / 2) * np.cos(t) + bumps
+    lumen, which, pores = place(pores, nothing, 8.0, n)
+    content = np.where(
+        r.random(len(pores) + 1) < k.filled, r.uniform(0.2, 1, len(pores) + 1), 0.05
+    )[which]
+    marrow = nothing
+    t = r.uniform(0, 2 * np.pi)
+    bumps = 4 * smooth_noise(r, s, 9.0)
+    if r.random() < k.marrow:
+        marrow = (
+            r.uniform(0.2, 0.42) * s - (y - s / 2) * np.sin(t) - (y.T - s / 2) * np.cos(t) + bumps
+        )
     return dict(lumen=lumen, pores=pores, content=content, marrow=marrow.astype(np.float32))
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #1e18039a
 def layout(
-    r:np.random.Generator, # source of randomness
-    who:Patient,           # whose bone
-    group:BoneGroup,       # the disease
-    k:BoneKnobs,           # the knobs
-)->Scene: # where things are
+    r: np.random.Generator,  # source of randomness
+    who: Patient,  # whose bone
+    group: BoneGroup,  # the disease
+    k: BoneKnobs,  # the knobs
+) -> Scene:  # where things are
     "Draw the scene of one image: openings first, then lacunae along the lamellae, where there is room."
-    s, y = k.size, np.arange(k.size, dtype=np.float32)[:, None]
-    osteon = s * r.uniform(-.6, 1.6, 2)
+    s = k.size
+    y = np.arange(k.size, dtype=np.float32)[:, None]
+    osteon = s * r.uniform(-0.6, 1.6, 2)
     parts = openings(r, osteon, k)
-    want = max(3, round(k.count * group.count * who("count", .12) * np.exp(k.count_spread * r.standard_normal()) * s * s / 96 ** 2))
+    want = max(
+        3,
+        round(
+            k.count
+            * group.count
+            * who("count", 0.12)
+            * np.exp(k.count_spread * r.standard_normal())
+            * s
+            * s
+            / 96**2
+        ),
+    )
     at = r.uniform(0, s - 1, (5 * want, 2))
     along = np.arctan2(at[:, 0] - osteon[0], at[:, 1] - osteon[1]) + np.pi / 2
     angle = along + np.deg2rad(k.tilt) * r.standard_normal(len(at))
-    shapes = ellipses(r, at, k.minor * group.size * who("size", .06), k.ratio * group.ratio * who("ratio", .06), angle, k.shape_spread, k.wobble)
-    lacunae, number, shapes = place(shapes, np.minimum(parts["lumen"], parts["marrow"]), k.gap, want)
-    radius = np.hypot(y - osteon[0], y.T - osteon[1]) + 2 * smooth_noise(r, s, 10.)
+    shapes = ellipses(
+        r,
+        at,
+        k.minor * group.size * who("size", 0.06),
+        k.ratio * group.ratio * who("ratio", 0.06),
+        angle,
+        k.shape_spread,
+        k.wobble,
+    )
+    lacunae, number, shapes = place(
+        shapes, np.minimum(parts["lumen"], parts["marrow"]), k.gap, want
+    )
+    radius = np.hypot(y - osteon[0], y.T - osteon[1]) + 2 * smooth_noise(r, s, 10.0)
     return Scene(lacunae, number, shapes, layers=np.sin(2 * np.pi * radius / k.lamella), **parts)
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #5df9b493
-STAINS = np.array([[.22, .80, .56],  # eosin: absorption of red, green, blue
-                   [.56, .72, .41]]) # haematoxylin
+STAINS = np.array(
+    [
+        [0.22, 0.80, 0.56],  # eosin: absorption of red, green, blue
+        [0.56, 0.72, 0.41],
+    ]
+)  # haematoxylin
+
 
 def soft(
-    d:np.ndarray, # signed distance, px
-    width:float=1.8, # width of the edge, px
-)->np.ndarray: # in [0,1]
+    d: np.ndarray,  # signed distance, px
+    width: float = 1.8,  # width of the edge, px
+) -> np.ndarray:  # in [0,1]
     "The inside of a shape out of focus: like `coverage`, with a wide edge."
     return 1 / (1 + np.exp(np.clip(d / width, -30, 30)))
 
+
 def wall_cells(
-    r:np.random.Generator, # source of randomness
-    scene:Scene,           # where the vessels are
-)->np.ndarray: # distance (H,W), px
+    r: np.random.Generator,  # source of randomness
+    scene: Scene,  # where the vessels are
+) -> np.ndarray:  # distance (H,W), px
     "Up to four flat cells on the wall of each vessel."
     pore = scene.pores[r.integers(0, max(1, len(scene.pores)), 4 * len(scene.pores))]
     t = 2 * np.pi * r.random(len(pore))
-    u, v, (c, s) = pore[:, 2] * np.cos(t), pore[:, 3] * np.sin(t), (np.cos(pore[:, 4]), np.sin(pore[:, 4]))
+    u = pore[:, 2] * np.cos(t)
+    v = pore[:, 3] * np.sin(t)
+    (c, s) = (np.cos(pore[:, 4]), np.sin(pore[:, 4]))
     centres = pore[:, :2] + np.column_stack([u * s + v * c, u * c - v * s])
     slope = np.arctan2(pore[:, 3] * np.cos(t), -pore[:, 2] * np.sin(t)) + pore[:, 4]
     cells = ellipses(r, centres, 2.4, 2.8, slope)
-    return place(cells, np.full(scene.lumen.shape, FAR, np.float32), 1., len(cells))[0]
+    return place(cells, np.full(scene.lumen.shape, FAR, np.float32), 1.0, len(cells))[0]
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #23937ee6
 def paint_histology(
-    scene:Scene,           # where things are
-    r:np.random.Generator, # source of randomness
-    who:Patient,           # whose stain
-    k:BoneKnobs,           # the knobs
-)->np.ndarray: # (H,W,3) uint8
+    scene: Scene,  # where things are
+    r: np.random.Generator,  # source of randomness
+    who: Patient,  # whose stain
+    k: BoneKnobs,  # the knobs
+) -> np.ndarray:  # (H,W,3) uint8
     "Colour a scene as haematoxylin and eosin do."
-    s, d = k.size, scene.lacunae
-    e, h = k.eosin * who("eosin", .2), k.hematoxylin * who("hematoxylin", .2)
-    lumen, marrow = coverage(scene.lumen), coverage(scene.marrow)
-    rim = np.exp(-(np.maximum(d - 1.2, 0) / 1.2) ** 2) * (d > -.5)
-    fibres = k.texture * (1.3 * scene.layers + .8 * smooth_noise(r, s, 1.2) + 1.2 * smooth_noise(r, s, 12.))
-    E = e * (1 + fibres) * (1 - k.halo * rim) * (1 - np.maximum(lumen, marrow)) + e * marrow * (.25 + .08 * smooth_noise(r, s, 3.)) + e * scene.content * lumen
-    chromatin = np.exp(.25 * r.standard_normal(len(scene.shapes) + 1))[scene.number] * (1 + .15 * smooth_noise(r, s, 1.))
-    H = .06 + h * (coverage(d) * chromatin
+    s = k.size
+    d = scene.lacunae
+    e = k.eosin * who("eosin", 0.2)
+    h = k.hematoxylin * who("hematoxylin", 0.2)
+    lumen = coverage(scene.lumen)
+    marrow = coverage(scene.marrow)
+    rim = np.exp(-((np.maximum(d - 1.2, 0) / 1.2) ** 2)) * (d > -0.5)
+    fibres = k.texture * (
+        1.3 * scene.layers + 0.8 * smooth_noise(r, s, 1.2) + 1.2 * smooth_noise(r, s, 12.0)
+    )
+    E = (
+        e * (1 + fibres) * (1 - k.halo * rim) * (1 - np.maximum(lumen, marrow))
+        + e * marrow * (0.25 + 0.08 * smooth_noise(r, s, 3.0))
+        + e * scene.content * lumen
+    )
+    chromatin = np.exp(0.25 * r.standard_normal(len(scene.shapes) + 1))[scene.number] * (
+        1 + 0.15 * smooth_noise(r, s, 1.0)
+    )
+    H = 0.06 + h * (
+        coverage(d) * chromatin
         + 1.2 * coverage(decoys(r, k.specks, scene.free, 2.6))
-        + .9 * soft(decoys(r, k.smears * who("smears", .8), scene.free, 1.5 * k.minor))
-        + 1.1 * coverage(decoys(r, k.marrow_cells, np.full_like(d, FAR), 5.5)) * coverage(scene.marrow + 3)
-        + coverage(wall_cells(r, scene)) + scene.content * coverage(scene.lumen + 1) * (1 + .3 * smooth_noise(r, s, 1.2)))
-    hue = STAINS * [[who(f"hue {i} {j}", .08) for j in range(3)] for i in range(2)]
-    light = gaussian(np.exp(-E[..., None] * hue[0] - H[..., None] * hue[1]).astype(np.float32), .6)
-    return to_bytes(.96 * light + k.grain * r.standard_normal(light.shape))
+        + 0.9 * soft(decoys(r, k.smears * who("smears", 0.8), scene.free, 1.5 * k.minor))
+        + 1.1
+        * coverage(decoys(r, k.marrow_cells, np.full_like(d, FAR), 5.5))
+        * coverage(scene.marrow + 3)
+        + coverage(wall_cells(r, scene))
+        + scene.content * coverage(scene.lumen + 1) * (1 + 0.3 * smooth_noise(r, s, 1.2))
+    )
+    hue = STAINS * [[who(f"hue {i} {j}", 0.08) for j in range(3)] for i in range(2)]
+    light = gaussian(np.exp(-E[..., None] * hue[0] - H[..., None] * hue[1]).astype(np.float32), 0.6)
+    return to_bytes(0.96 * light + k.grain * r.standard_normal(light.shape))
 
+# %% ../../../nbs/data/phantoms/bone.ipynb #b2fd2f70
 def to_bytes(
-    x:np.ndarray, # floats, 0 black, 1 white
-)->np.ndarray: # uint8
+    x: np.ndarray,  # floats, 0 black, 1 white
+) -> np.ndarray:  # uint8
     "Round to 8 bits."
-    return np.clip(255 * x + .5, 0, 255).astype(np.uint8)
+    return np.clip(255 * x + 0.5, 0, 255).astype(np.uint8)
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #f7ff5d05
 def cracks(
-    r:np.random.Generator, # source of randomness
-    n:int,    # how many
-    size:int, # side of the image, px
-)->np.ndarray: # (size,size), 0 on bone to 1 in a crack
+    r: np.random.Generator,  # source of randomness
+    n: int,  # how many
+    size: int,  # side of the image, px
+) -> np.ndarray:  # (size,size), 0 on bone to 1 in a crack
     "Thin bent lines."
-    y, total = np.arange(size, dtype=np.float32)[:, None], np.zeros((size, size), np.float32)
+    y = np.arange(size, dtype=np.float32)[:, None]
+    total = np.zeros((size, size), np.float32)
     for _ in range(n):
-        t, (cy, cx), half = r.uniform(0, np.pi), r.uniform(0, size, 2), size * r.uniform(.1, .3)
+        t = r.uniform(0, np.pi)
+        (cy, cx) = r.uniform(0, size, 2)
+        half = size * r.uniform(0.1, 0.3)
         along = (y.T - cx) * np.cos(t) + (y - cy) * np.sin(t)
-        across = (y - cy) * np.cos(t) - (y.T - cx) * np.sin(t) + 3 * np.sin(along / r.uniform(6, 14) + 2 * np.pi * r.random())
-        total = np.maximum(total, np.exp(-(across / 1.1) ** 2) * soft(np.abs(along) - half, 1.5))
+        across = (
+            (y - cy) * np.cos(t)
+            - (y.T - cx) * np.sin(t)
+            + 3 * np.sin(along / r.uniform(6, 14) + 2 * np.pi * r.random())
+        )
+        total = np.maximum(total, np.exp(-((across / 1.1) ** 2)) * soft(np.abs(along) - half, 1.5))
     return total
 
+# %% ../../../nbs/data/phantoms/bone.ipynb #9921aee4
 def mineral(
-    scene:Scene,           # where things are
-    r:np.random.Generator, # source of randomness
-    who:Patient,           # whose bone
-    k:BoneKnobs,           # the knobs
-)->np.ndarray: # (H,W): 1 full mineral, 0 air
+    scene: Scene,  # where things are
+    r: np.random.Generator,  # source of randomness
+    who: Patient,  # whose bone
+    k: BoneKnobs,  # the knobs
+) -> np.ndarray:  # (H,W): 1 full mineral, 0 air
     "The map of absorption: what a perfect scan would show."
     s = k.size
-    depth = np.minimum(k.depth * who("depth", .3 * k.scan) * (1 - k.faint * r.random(len(scene.shapes) + 1)), .9)[scene.number]
-    mu = 1 + .03 * scene.layers + k.mottle * who("mottle", .4 * k.scan) * smooth_noise(r, s, 3.)
-    mu -= .8 * k.depth * soft(decoys(r, k.spots * who("spots", .8), scene.free, 1.5 * k.minor))
-    mu -= .45 * cracks(r, min(r.poisson(k.cracks * who("cracks", .6)), 5), s)
+    depth = np.minimum(
+        k.depth * who("depth", 0.3 * k.scan) * (1 - k.faint * r.random(len(scene.shapes) + 1)), 0.9
+    )[scene.number]
+    mu = 1 + 0.03 * scene.layers + k.mottle * who("mottle", 0.4 * k.scan) * smooth_noise(r, s, 3.0)
+    mu -= 0.8 * k.depth * soft(decoys(r, k.spots * who("spots", 0.8), scene.free, 1.5 * k.minor))
+    mu -= 0.45 * cracks(r, min(r.poisson(k.cracks * who("cracks", 0.6)), 5), s)
     mu *= 1 - depth * coverage(scene.lacunae)
-    inside = .1 + .5 * scene.content * (1 + .15 * smooth_noise(r, s, 1.5)) * coverage(scene.lumen) + .25 * r.random() * coverage(scene.marrow)
+    inside = (
+        0.1
+        + 0.5 * scene.content * (1 + 0.15 * smooth_noise(r, s, 1.5)) * coverage(scene.lumen)
+        + 0.25 * r.random() * coverage(scene.marrow)
+    )
     hole = np.maximum(coverage(scene.lumen), coverage(scene.marrow))
     return (mu * (1 - hole) + inside * hole).astype(np.float32)
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #80b4526c
 def scan(
-    mu:np.ndarray,         # map of absorption (H,W)
-    r:np.random.Generator, # source of randomness
-    who:Patient,           # whose scan
-    k:BoneKnobs,           # the knobs
-)->dict: # the image after each step, (H,W) each; the last is uint8
+    mu: np.ndarray,  # map of absorption (H,W)
+    r: np.random.Generator,  # source of randomness
+    who: Patient,  # whose scan
+    k: BoneKnobs,  # the knobs
+) -> dict:  # the image after each step, (H,W) each; the last is uint8
     "What the instrument makes of a map of absorption, step by step."
     from scipy.ndimage import laplace
-    s, v, y, steps = k.size, k.scan, np.arange(k.size, dtype=np.float32)[:, None], {}
-    m = gaussian(mu, k.blur * who("blur", .25 * v))
+
+    s = k.size
+    v = k.scan
+    y = np.arange(k.size, dtype=np.float32)[:, None]
+    steps = {}
+    m = gaussian(mu, k.blur * who("blur", 0.25 * v))
     steps["blur"] = m
-    m = m - k.fringe * who("fringe", .6 * v) * laplace(m, mode="reflect")
+    m = m - k.fringe * who("fringe", 0.6 * v) * laplace(m, mode="reflect")
     steps["fringe"] = m
-    axis, profile = s * r.uniform(-.5, 1.5, 2), gaussian(r.standard_normal((4 * s, 1)), .8)[:, 0] * (r.random(4 * s) < .5)
+    axis = s * r.uniform(-0.5, 1.5, 2)
+    profile = gaussian(r.standard_normal((4 * s, 1)), 0.8)[:, 0] * (r.random(4 * s) < 0.5)
     radius = np.hypot(y - axis[0], y.T - axis[1])
-    m = m + k.rings * who("rings", .5 * v) * np.interp(radius, np.arange(4 * s), profile / (profile.std() + 1e-6))
-    m = m + k.drift * who("drift", .4 * v) * (.8 * smooth_noise(r, s, s / 3) + .6 * smooth_noise(r, s, s / 8))
+    m = m + k.rings * who("rings", 0.5 * v) * np.interp(
+        radius, np.arange(4 * s), profile / (profile.std() + 1e-6)
+    )
+    m = m + k.drift * who("drift", 0.4 * v) * (
+        0.8 * smooth_noise(r, s, s / 3) + 0.6 * smooth_noise(r, s, s / 8)
+    )
     steps["artefacts"] = m
-    light = k.photons * who("photons", .5 * v)
-    m = r.poisson(np.maximum(m, .02) * light) / light + k.noise * who("noise", .4 * v) * r.standard_normal(m.shape)
-    m = gaussian(m, .5)
-    grey = .6 * who("brightness", .08) + k.contrast * who("contrast", .25 * v) * (m - 1)
+    light = k.photons * who("photons", 0.5 * v)
+    m = r.poisson(np.maximum(m, 0.02) * light) / light + k.noise * who(
+        "noise", 0.4 * v
+    ) * r.standard_normal(m.shape)
+    m = gaussian(m, 0.5)
+    grey = 0.6 * who("brightness", 0.08) + k.contrast * who("contrast", 0.25 * v) * (m - 1)
     return steps | {"noise": to_bytes(grey)}
 
+# %% ../../../nbs/data/phantoms/bone.ipynb #7e44f6c1
 def paint_microct(
-    scene:Scene,           # where things are
-    r:np.random.Generator, # source of randomness
-    who:Patient,           # whose scan
-    k:BoneKnobs,           # the knobs
-)->np.ndarray: # (H,W) uint8
+    scene: Scene,  # where things are
+    r: np.random.Generator,  # source of randomness
+    who: Patient,  # whose scan
+    k: BoneKnobs,  # the knobs
+) -> np.ndarray:  # (H,W) uint8
     "Scan a scene."
     return scan(mineral(scene, r, who, k), r, who, k)["noise"]
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #0ea0bb38
 PAINT = {"histology": paint_histology, "microct": paint_microct}
 
+
 def bone_image(
-    modality:str,       # histology | microct
-    group:str,          # a key of `BONE_GROUPS`
-    seed:int=0,         # seed of the phantom
-    knobs:BoneKnobs=None, # default: `BoneKnobs()`
-    patient:int=0,      # which patient
-    index:int=0,        # which image of that patient
-)->tuple: # (image uint8, (H,W,3) for histology and (H,W) for microct; instances int32 (H,W), 0 outside)
+    modality: str,  # histology | microct
+    group: str,  # a key of `BONE_GROUPS`
+    seed: int = 0,  # seed of the phantom
+    knobs: BoneKnobs = None,  # default: `BoneKnobs()`
+    patient: int = 0,  # which patient
+    index: int = 0,  # which image of that patient
+) -> (
+    tuple
+):  # (image uint8, (H,W,3) for histology and (H,W) for microct; instances int32 (H,W), 0 outside)
     "One phantom image with its exact instance map: a pure function of its arguments."
-    if modality not in PAINT: raise InputError(unknown("modality", modality, PAINT))
-    if group not in BONE_GROUPS: raise InputError(unknown("disease group", group, BONE_GROUPS))
+    if modality not in PAINT:
+        raise InputError(unknown("modality", modality, PAINT))
+    if group not in BONE_GROUPS:
+        raise InputError(unknown("disease group", group, BONE_GROUPS))
     k = knobs or BoneKnobs()
-    who, r = Patient(seed, modality, patient, k.patient), rng(seed, "bone", modality, "image", patient, index)
+    who = Patient(seed, modality, patient, k.patient)
+    r = rng(seed, "bone", modality, "image", patient, index)
     scene = layout(r, who, BONE_GROUPS[group], k)
     inside = np.where(scene.lacunae < 0, scene.number, 0)
     instances = np.unique(inside, return_inverse=True)[1].reshape(inside.shape)
@@ -416,23 +570,37 @@ def bone_image(
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #71ecac91
 def bone(
-    modality:str,       # histology | microct
-    patients:int=24,    # number of patients
-    images_per_patient:int=3, # images of each
-    seed:int=0,         # seed of the phantom
-    knobs=None,         # `BoneKnobs`, or a dict of changes to its defaults
-): # Collection: group = patient, label_group = disease, instance labels
+    modality: str,  # histology | microct
+    patients: int = 24,  # number of patients
+    images_per_patient: int = 3,  # images of each
+    seed: int = 0,  # seed of the phantom
+    knobs=None,  # `BoneKnobs`, or a dict of changes to its defaults
+):  # Collection: group = patient, label_group = disease, instance labels
     "A data set of bone phantoms. Same seed, other modality: other patients, independent images."
     from unpaired_kd.data.collections import Collection
-    if patients < 1 or images_per_patient < 1: raise InputError(f"patients={patients}, images_per_patient={images_per_patient}: give at least 1 of each.")
+
+    if patients < 1 or images_per_patient < 1:
+        raise InputError(
+            f"patients={patients}, images_per_patient={images_per_patient}: give at least 1 of each."
+        )
     if isinstance(knobs, dict):
         for name in knobs:
-            if name not in BoneKnobs.__dataclass_fields__: raise InputError(unknown("knob", name, BoneKnobs.__dataclass_fields__))
+            if name not in BoneKnobs.__dataclass_fields__:
+                raise InputError(unknown("knob", name, BoneKnobs.__dataclass_fields__))
         knobs = BoneKnobs(**knobs)
-    k, diseases = knobs or BoneKnobs(), list(BONE_GROUPS)
+    k = knobs or BoneKnobs()
+    diseases = list(BONE_GROUPS)
     who = [(p, i) for p in range(patients) for i in range(images_per_patient)]
     drawn = [bone_image(modality, diseases[p % len(diseases)], seed, k, p, i) for p, i in who]
     names = [f"{modality}-{p:02d}" for p, _ in who]
-    return Collection.from_arrays([im for im, _ in drawn], [y for _, y in drawn], groups=names, ids=[f"{g}-{i}" for g, (_, i) in zip(names, who)],
-        label_groups=[diseases[p % len(diseases)] for p, _ in who], spacing=(k.pixel / 1000,) * 2, name=f"bone {modality}",
-        classes=("background", "lacuna"), label_kind="instance")
+    return Collection.from_arrays(
+        [im for im, _ in drawn],
+        [y for _, y in drawn],
+        groups=names,
+        ids=[f"{g}-{i}" for g, (_, i) in zip(names, who)],
+        label_groups=[diseases[p % len(diseases)] for p, _ in who],
+        spacing=(k.pixel / 1000,) * 2,
+        name=f"bone {modality}",
+        classes=("background", "lacuna"),
+        label_kind="instance",
+    )

@@ -19,49 +19,71 @@ from .bone import Patient
 @dataclass(frozen=True)
 class ChestAnatomy:
     "Every choice about the chest: the same in both modalities. Lengths in mm."
+
     # geometry
-    size:int = 64            # side of the square slices, px
-    slices:int = 10          # slices of a volume
-    pixel:float = 3.         # side of a pixel; the anatomy fills the field of view whatever its size
-    thickness:float = 5.     # distance of the slices
+    size: int = 64  # side of the square slices, px
+    slices: int = 10  # slices of a volume
+    pixel: float = 3.0  # side of a pixel; the anatomy fills the field of view whatever its size
+    thickness: float = 5.0  # distance of the slices
     # what is in the chest
-    radius:tuple = (11., 25.) # smallest and largest mean radius of a tumour in the slice
-    second:float = .15       # share of patients with a second tumour
-    free:float = .2          # share of tumours free in the lung
-    wall:float = .25         # share of tumours at the chest wall; all others touch the mediastinum
-    wobble:float = .25       # deviation of a tumour from an ellipsoid, share of its radius
-    branches:int = 16        # hilar vessels
-    nodes:float = 2.        # lymph nodes at the mediastinum, mean number
-    collapse:float = .4      # share of patients with collapsed lung beside the tumour
-    lookalike:float = .7    # collapsed or scarred areas elsewhere, mean number
-    effusion:float = .12     # share of patients with fluid behind the lung
-    patient:float = 1.       # scales all differences between patients
+    radius: tuple = (11.0, 25.0)  # smallest and largest mean radius of a tumour in the slice
+    second: float = 0.15  # share of patients with a second tumour
+    free: float = 0.2  # share of tumours free in the lung
+    wall: float = 0.25  # share of tumours at the chest wall; all others touch the mediastinum
+    wobble: float = 0.25  # deviation of a tumour from an ellipsoid, share of its radius
+    branches: int = 16  # hilar vessels
+    nodes: float = 2.0  # lymph nodes at the mediastinum, mean number
+    collapse: float = 0.4  # share of patients with collapsed lung beside the tumour
+    lookalike: float = 0.7  # collapsed or scarred areas elsewhere, mean number
+    effusion: float = 0.12  # share of patients with fluid behind the lung
+    patient: float = 1.0  # scales all differences between patients
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #81adff7c
 @dataclass(frozen=True)
 class ChestKnobs(ChestAnatomy):
     "Every choice of the chest phantom, after `ChestAnatomy` those of the two modalities; the defaults are the demo. Lengths in mm, CT values in HU, MR values in shares of the brightest."
+
     # CT
-    ct_tumour:float = 57.    # mean value of a tumour, HU; other soft tissue lies at 35 to 50
-    ct_noise:float = 17.     # noise, standard deviation, HU
-    ct_streaks:float = 8.    # streaks, standard deviation, HU
-    ct_cupping:float = 25.   # beam hardening: how much darker the middle is, HU
+    ct_tumour: float = 57.0  # mean value of a tumour, HU; other soft tissue lies at 35 to 50
+    ct_noise: float = 17.0  # noise, standard deviation, HU
+    ct_streaks: float = 8.0  # streaks, standard deviation, HU
+    ct_cupping: float = 25.0  # beam hardening: how much darker the middle is, HU
     # MR
-    mr_tumour:float = .65    # mean value of a tumour
-    mr_noise:float = .04     # noise of each of the two channels before the magnitude is taken
-    mr_bias:float = .15      # bias field, standard deviation of its logarithm
-    mr_ghost:float = .06     # strength of the motion ghosts, share of the signal
-    blur:float = .5          # point spread in the slice, standard deviation, px
+    mr_tumour: float = 0.65  # mean value of a tumour
+    mr_noise: float = 0.04  # noise of each of the two channels before the magnitude is taken
+    mr_bias: float = 0.15  # bias field, standard deviation of its logarithm
+    mr_ghost: float = 0.06  # strength of the motion ghosts, share of the signal
+    blur: float = 0.5  # point spread in the slice, standard deviation, px
 
     def __post_init__(self):
-        low = {"size": 32, "slices": 5, "pixel": .1, "thickness": .1, "radius": 6, "ct_tumour": -1000}
+        low = {
+            "size": 32,
+            "slices": 5,
+            "pixel": 0.1,
+            "thickness": 0.1,
+            "radius": 6,
+            "ct_tumour": -1000,
+        }
         for f in fields(self):
-            if np.min(getattr(self, f.name)) < low.get(f.name, 0): raise InputError(f"knob {f.name}={getattr(self, f.name)}: give at least {low.get(f.name, 0)}.")
+            if np.min(getattr(self, f.name)) < low.get(f.name, 0):
+                raise InputError(
+                    f"knob {f.name}={getattr(self, f.name)}: give at least {low.get(f.name, 0)}."
+                )
         for name in ("second", "free", "wall", "wobble", "collapse", "effusion", "mr_tumour"):
-            if getattr(self, name) > 1: raise InputError(f"knob {name}={getattr(self, name)} is a share: give at most 1.")
-        if self.free + self.wall > 1: raise InputError(f"knobs free={self.free} and wall={self.wall} are shares of all tumours: give at most 1 together.")
-        if np.shape(self.radius) != (2,) or self.radius[0] > self.radius[1]: raise InputError(f"knob radius={self.radius}: give the smallest and the largest radius, e.g. (11, 25).")
-        if self.radius[1] > .3 * self.size * self.pixel: raise InputError(f"knob radius={self.radius}: a tumour so large does not fit into a field of view of {self.size * self.pixel:g} mm. Give at most {.3 * self.size * self.pixel:g}.")
+            if getattr(self, name) > 1:
+                raise InputError(f"knob {name}={getattr(self, name)} is a share: give at most 1.")
+        if self.free + self.wall > 1:
+            raise InputError(
+                f"knobs free={self.free} and wall={self.wall} are shares of all tumours: give at most 1 together."
+            )
+        if np.shape(self.radius) != (2,) or self.radius[0] > self.radius[1]:
+            raise InputError(
+                f"knob radius={self.radius}: give the smallest and the largest radius, e.g. (11, 25)."
+            )
+        if self.radius[1] > 0.3 * self.size * self.pixel:
+            raise InputError(
+                f"knob radius={self.radius}: a tumour so large does not fit into a field of view of {self.size * self.pixel:g} mm. Give at most {0.3 * self.size * self.pixel:g}."
+            )
 
     @property
     def spacing(self):
@@ -70,21 +92,30 @@ class ChestKnobs(ChestAnatomy):
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #46865fb5
 def places(
-    k:ChestKnobs, # the knobs
-)->tuple: # z (n,1,1), y (1,s,1), x (1,1,s) float32, mm from the middle of the volume
+    k: ChestKnobs,  # the knobs
+) -> tuple:  # z (n,1,1), y (1,s,1), x (1,1,s) float32, mm from the middle of the volume
     "Coordinates of the voxels: z downwards (to the feet), y to the back, x to the patient's left."
-    line = lambda n, step: ((np.arange(n) - (n - 1) / 2) * step).astype(np.float32)
-    return line(k.slices, k.thickness)[:, None, None], line(k.size, k.pixel)[:, None], line(k.size, k.pixel)
+
+    def line(n, step):
+        return ((np.arange(n) - (n - 1) / 2) * step).astype(np.float32)
+
+    return (
+        line(k.slices, k.thickness)[:, None, None],
+        line(k.size, k.pixel)[:, None],
+        line(k.size, k.pixel),
+    )
+
 
 def ellipsoid(
-    at:tuple,     # z, y, x, see `places`
-    centre:tuple, # z, y, x, mm
-    axes:tuple,   # semi-axes along z, y, x, mm; `np.inf` along z makes a cylinder
-    angle:float=0., # turn in the slice, radians
-)->np.ndarray: # $d$ (n,s,s) float32, mm; negative inside
+    at: tuple,  # z, y, x, see `places`
+    centre: tuple,  # z, y, x, mm
+    axes: tuple,  # semi-axes along z, y, x, mm; `np.inf` along z makes a cylinder
+    angle: float = 0.0,  # turn in the slice, radians
+) -> np.ndarray:  # $d$ (n,s,s) float32, mm; negative inside
     "Signed distance to an ellipsoid, to first order: exact on its surface, good near it."
     z, y, x = (p - c for p, c in zip(at, centre))
-    c, s = np.cos(angle), np.sin(angle)
+    c = np.cos(angle)
+    s = np.sin(angle)
     q = np.broadcast_arrays(z / axes[0], (y * c - x * s) / axes[1], (x * c + y * s) / axes[2])
     rho = np.sqrt(q[0] ** 2 + q[1] ** 2 + q[2] ** 2) + 1e-6
     slope = np.sqrt(sum((p / a) ** 2 for p, a in zip(q, axes))) / rho + 1e-6
@@ -92,23 +123,28 @@ def ellipsoid(
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #0f40e57f
 def tube(
-    at:tuple,       # z, y, x, see `places`
-    start:np.ndarray, # one end (3,), mm
-    end:np.ndarray, # the other end (3,), mm
-    radius:float,   # at the start; half of it at the end, mm
-)->np.ndarray: # $d$ (n,s,s) float32, mm; negative inside
+    at: tuple,  # z, y, x, see `places`
+    start: np.ndarray,  # one end (3,), mm
+    end: np.ndarray,  # the other end (3,), mm
+    radius: float,  # at the start; half of it at the end, mm
+) -> np.ndarray:  # $d$ (n,s,s) float32, mm; negative inside
     "Signed distance to a straight vessel that tapers."
-    v, w = end - start, [p - c for p, c in zip(at, start)]
+    v = end - start
+    w = [p - c for p, c in zip(at, start)]
     t = np.clip(sum(a * b for a, b in zip(v, w)) / (v @ v), 0, 1)
-    return (np.sqrt(sum((b - t * a) ** 2 for a, b in zip(v, w))) - radius * (1 - t / 2)).astype(np.float32)
+    return (np.sqrt(sum((b - t * a) ** 2 for a, b in zip(v, w))) - radius * (1 - t / 2)).astype(
+        np.float32
+    )
+
 
 def cloud(
-    r:np.random.Generator, # source of randomness
-    k:ChestKnobs,          # the knobs
-    scale:float,           # standard deviation of the blur, mm
-)->np.ndarray: # (n,s,s) float32, mean 0, standard deviation 1
+    r: np.random.Generator,  # source of randomness
+    k: ChestKnobs,  # the knobs
+    scale: float,  # standard deviation of the blur, mm
+) -> np.ndarray:  # (n,s,s) float32, mean 0, standard deviation 1
     "Smooth noise: white noise, blurred."
     from scipy.ndimage import gaussian_filter
+
     x = r.standard_normal((k.slices, k.size, k.size)).astype(np.float32)
     x = gaussian_filter(x, [scale / s for s in k.spacing], mode="reflect", truncate=3)
     return (x - x.mean()) / (x.std() + 1e-6)
@@ -116,72 +152,106 @@ def cloud(
 # %% ../../../nbs/data/phantoms/chest.ipynb #ef929e44
 class Person(Patient):
     "What distinguishes one patient: factors within exp(+-spread), and sources of randomness; a function of seed, modality (ct | mr), patient and the name of the property."
-    reach = 1.
 
-    def where(self,
-        seed:int,     # seed of the phantom
-        modality:str, # ct | mr: the two have different patients
-        number:int,   # which patient
-    )->tuple: # names and numbers, see `core.rng`
+    reach = 1.0
+
+    def where(
+        self,
+        seed: int,  # seed of the phantom
+        modality: str,  # ct | mr: the two have different patients
+        number: int,  # which patient
+    ) -> tuple:  # names and numbers, see `core.rng`
         "What all random numbers of this patient are a function of."
         return seed, "chest", modality, number
 
+# %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c8
 def trunk(
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->dict: # name -> signed distance (n,s,s), mm
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> dict:  # name -> signed distance (n,s,s), mm
     "Body, cavity and what fills the middle: heart, great vessels, windpipe, spine."
-    at, h, r = places(k), k.size * k.pixel / 2, who.rng("trunk")
-    wide, deep, turn = who("wide", .06), who("deep", .08), who.scale * r.uniform(-.08, .08)
-    blob = lambda y, x, ay, ax, z=0., az=np.inf: ellipsoid(at, (z, y * h, x * h), (az, ay * h, ax * h), turn)
-    shift = who.scale * r.uniform(-.05, .05, 8)
-    parts = dict(body=blob(0, 0, .72 * deep, .94 * wide), cavity=blob(-.02, 0, .53 * deep, .74 * wide))
-    heart = who("heart", .15)
-    parts["heart"] = blob(-.12 + shift[0], .14 + shift[1], .27 * heart, .3 * heart, 30., 50.)
-    parts["spine"] = blob(.47 * deep, 0, .16, .15)
-    great = [(.24, .15, .08), (-.12, -.07, .085), (-.17, .09, .075), (-.08, -.17, .05), (.02, .06, .06)] # row, column, radius: both aortas, trunk, vein, artery
-    size = who("great", .12)
-    parts["great"] = np.min([blob(y + a, x + b, size * c, size * c) for (y, x, c), a, b in zip(great, shift[2:7], shift[3:8])], axis=0)
-    parts["windpipe"] = np.minimum(blob(.1, -.04, .05, .05, -40., 45.), blob(.12, -.12, .035, .035, 0., 20.))
-    core = np.minimum(blob(.0, 0, .6, .15 * who("core", .15)), blob(.05, 0, .2, .24, 0., 30.))
+    at = places(k)
+    h = k.size * k.pixel / 2
+    r = who.rng("trunk")
+    wide = who("wide", 0.06)
+    deep = who("deep", 0.08)
+    turn = who.scale * r.uniform(-0.08, 0.08)
+
+    def blob(y, x, ay, ax, z=0.0, az=np.inf):
+        return ellipsoid(at, (z, y * h, x * h), (az, ay * h, ax * h), turn)
+
+    shift = who.scale * r.uniform(-0.05, 0.05, 8)
+    parts = dict(
+        body=blob(0, 0, 0.72 * deep, 0.94 * wide), cavity=blob(-0.02, 0, 0.53 * deep, 0.74 * wide)
+    )
+    heart = who("heart", 0.15)
+    parts["heart"] = blob(-0.12 + shift[0], 0.14 + shift[1], 0.27 * heart, 0.3 * heart, 30.0, 50.0)
+    parts["spine"] = blob(0.47 * deep, 0, 0.16, 0.15)
+    great = [
+        (0.24, 0.15, 0.08),
+        (-0.12, -0.07, 0.085),
+        (-0.17, 0.09, 0.075),
+        (-0.08, -0.17, 0.05),
+        (0.02, 0.06, 0.06),
+    ]  # row, column, radius: both aortas, trunk, vein, artery
+    size = who("great", 0.12)
+    parts["great"] = np.min(
+        [
+            blob(y + a, x + b, size * c, size * c)
+            for (y, x, c), a, b in zip(great, shift[2:7], shift[3:8])
+        ],
+        axis=0,
+    )
+    parts["windpipe"] = np.minimum(
+        blob(0.1, -0.04, 0.05, 0.05, -40.0, 45.0), blob(0.12, -0.12, 0.035, 0.035, 0.0, 20.0)
+    )
+    core = np.minimum(
+        blob(0.0, 0, 0.6, 0.15 * who("core", 0.15)), blob(0.05, 0, 0.2, 0.24, 0.0, 30.0)
+    )
     middle = np.min([core, parts["heart"] - 2, parts["great"] - 2, parts["spine"] - 3], axis=0)
-    parts["middle"] = middle + 3 * cloud(r, k, 12.)
+    parts["middle"] = middle + 3 * cloud(r, k, 12.0)
     parts["lung"] = np.maximum(parts["cavity"], -parts["middle"])
     return parts
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #7bba3436
 def ribs(
-    who:Person,       # whose chest
-    cavity:np.ndarray, # signed distance (n,s,s), mm
-    k:ChestKnobs,     # the knobs
-)->np.ndarray: # signed distance (n,s,s), mm
+    who: Person,  # whose chest
+    cavity: np.ndarray,  # signed distance (n,s,s), mm
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # signed distance (n,s,s), mm
     "Bones in the wall. A rib runs obliquely, so a slice cuts each of them into a short arc that moves from slice to slice."
     z, y, x = places(k)
     turn = 9 * np.arctan2(y, x) + np.sign(x) * z / 8 + who.rng("ribs").uniform(0, 2 * np.pi)
     across = np.abs(cavity - 6) - 3
-    return np.maximum(across, 7 * (.35 - np.cos(turn))).astype(np.float32)
+    return np.maximum(across, 7 * (0.35 - np.cos(turn))).astype(np.float32)
+
 
 def vessels(
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->np.ndarray: # signed distance (n,s,s), mm
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # signed distance (n,s,s), mm
     "Vessels that leave the hilum of each lung in all directions: cut across, they are round like small tumours."
-    at, h, r = places(k), k.size * k.pixel / 2, who.rng("vessels")
+    at = places(k)
+    h = k.size * k.pixel / 2
+    r = who.rng("vessels")
     out = np.full((k.slices, k.size, k.size), 99, np.float32)
     for i in range(k.branches):
-        side, up = 1 - 2 * (i % 2), r.uniform(-1.2, 1.2)
-        start = np.array([r.uniform(-15, 15), h * r.uniform(-.05, .1), h * side * .18])
-        way = np.array([25 * r.uniform(-1, 1), h * .45 * np.sin(up), h * side * .5 * np.cos(up)])
-        np.minimum(out, tube(at, start, start + way * r.uniform(.6, 1.1), r.uniform(2.5, 5)), out=out)
+        side = 1 - 2 * (i % 2)
+        up = r.uniform(-1.2, 1.2)
+        start = np.array([r.uniform(-15, 15), h * r.uniform(-0.05, 0.1), h * side * 0.18])
+        way = np.array([25 * r.uniform(-1, 1), h * 0.45 * np.sin(up), h * side * 0.5 * np.cos(up)])
+        np.minimum(
+            out, tube(at, start, start + way * r.uniform(0.6, 1.1), r.uniform(2.5, 5)), out=out
+        )
     return out
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #575a4973
 def choose(
-    r:np.random.Generator, # source of randomness
-    cost:np.ndarray,       # (n,s,s): how bad each voxel is as a centre, mm
-    k:ChestKnobs,          # the knobs
-    depth:float,           # distance from the first and last slice that the centre keeps, mm
-)->tuple: # z, y, x, mm
+    r: np.random.Generator,  # source of randomness
+    cost: np.ndarray,  # (n,s,s): how bad each voxel is as a centre, mm
+    k: ChestKnobs,  # the knobs
+    depth: float,  # distance from the first and last slice that the centre keeps, mm
+) -> tuple:  # z, y, x, mm
     "One of the hundred best centres."
     z, y, x = places(k)
     room = np.maximum((k.slices - 1) / 2 * k.thickness - depth, k.thickness / 2)
@@ -190,233 +260,346 @@ def choose(
     i, j, l = np.unravel_index(best[r.integers(100)], cost.shape)
     return float(z[i, 0, 0]), float(y[j, 0]), float(x[l])
 
+
 def growth(
-    r:np.random.Generator, # source of randomness
-    centre:tuple,          # z, y, x, mm
-    radius:float,          # mean radius in the slice, mm
-    k:ChestKnobs,          # the knobs
-    flat:float=1.2,        # largest ratio of the axes in the slice
-)->np.ndarray: # signed distance (n,s,s), mm
+    r: np.random.Generator,  # source of randomness
+    centre: tuple,  # z, y, x, mm
+    radius: float,  # mean radius in the slice, mm
+    k: ChestKnobs,  # the knobs
+    flat: float = 1.2,  # largest ratio of the axes in the slice
+) -> np.ndarray:  # signed distance (n,s,s), mm
     "An irregular lump: an ellipsoid whose surface is pushed in and out by smooth noise."
     ratio = r.uniform(1, flat)
-    axes = (np.clip(.8 * radius, 8., 17.), radius * ratio ** .5, radius / ratio ** .5)
-    return ellipsoid(places(k), centre, axes, r.uniform(0, np.pi)) + k.wobble * radius * np.clip(cloud(r, k, .45 * radius), -1.5, 1.5) / 2
+    axes = (np.clip(0.8 * radius, 8.0, 17.0), radius * ratio**0.5, radius / ratio**0.5)
+    return (
+        ellipsoid(places(k), centre, axes, r.uniform(0, np.pi))
+        + k.wobble * radius * np.clip(cloud(r, k, 0.45 * radius), -1.5, 1.5) / 2
+    )
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #ebf0ebf4
 def tumour(
-    r:np.random.Generator, # source of randomness
-    parts:dict,            # the chest without it
-    k:ChestKnobs,          # the knobs
-)->tuple: # (signed distance (n,s,s) in mm, centre (z,y,x) in mm, radius in mm)
+    r: np.random.Generator,  # source of randomness
+    parts: dict,  # the chest without it
+    k: ChestKnobs,  # the knobs
+) -> tuple:  # (signed distance (n,s,s) in mm, centre (z,y,x) in mm, radius in mm)
     "A tumour at the mediastinum, at the wall or free in the lung. It grows into soft tissue, not into bone, heart or windpipe."
-    kind, radius = r.random(), np.exp(r.uniform(*np.log(k.radius)))
-    off, middle, cavity = r.uniform(.2, .7) * radius, parts["middle"], parts["cavity"]
-    if kind < k.free: cost = np.maximum(parts["lung"] + radius, 0)
-    elif kind < k.free + k.wall: cost = np.abs(cavity + .7 * off + 2) + np.maximum(.5 * radius - middle, 0)
-    else: cost = np.abs(middle - off) + np.maximum(cavity + .6 * radius, 0)
+    kind = r.random()
+    radius = np.exp(r.uniform(*np.log(k.radius)))
+    off = r.uniform(0.2, 0.7) * radius
+    middle = parts["middle"]
+    cavity = parts["cavity"]
+    if kind < k.free:
+        cost = np.maximum(parts["lung"] + radius, 0)
+    elif kind < k.free + k.wall:
+        cost = np.abs(cavity + 0.7 * off + 2) + np.maximum(0.5 * radius - middle, 0)
+    else:
+        cost = np.abs(middle - off) + np.maximum(cavity + 0.6 * radius, 0)
     solid = np.max([cavity - 3, -parts["spine"], -parts["heart"] - 3, -parts["windpipe"]], axis=0)
     best = None
-    for _ in range(8): # a lump that is mostly cut away is planted again
-        centre = choose(r, cost, k, .85 * min(radius, 18))
+    for _ in range(8):  # a lump that is mostly cut away is planted again
+        centre = choose(r, cost, k, 0.85 * min(radius, 18))
         d = np.maximum(growth(r, centre, radius, k), solid)
-        if best is None or (d < 0).sum() > (best[0] < 0).sum(): best = d, centre, radius
-        if (best[0] < 0).sum() * np.prod(k.spacing) > max(2.5 * radius ** 2 * np.clip(.8 * radius, 8, 17), 2200): break
+        if best is None or (d < 0).sum() > (best[0] < 0).sum():
+            best = d, centre, radius
+        if (best[0] < 0).sum() * np.prod(k.spacing) > max(
+            2.5 * radius**2 * np.clip(0.8 * radius, 8, 17), 2200
+        ):
+            break
     return best
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #b1cbf6a8
 def scene(
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->dict: # name -> signed distance (n,s,s), mm; "tumour" is the target
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> dict:  # name -> signed distance (n,s,s), mm; "tumour" is the target
     "Everything that is in one chest."
-    parts, r = trunk(who, k), who.rng("scene")
+    parts = trunk(who, k)
+    r = who.rng("scene")
     parts["ribs"] = np.maximum(ribs(who, parts["cavity"], k), -parts["spine"] + 1)
     parts["vessels"] = np.maximum(vessels(who, k), parts["cavity"])
     found = [tumour(r, parts, k) for _ in range(1 + (r.random() < k.second))]
     parts["tumour"] = np.min([d for d, _, _ in found], axis=0)
-    inside, edge = parts["lung"] - 1, np.abs(parts["middle"]) + np.maximum(parts["cavity"] + 6, 0)
+    inside = parts["lung"] - 1
+    edge = np.abs(parts["middle"]) + np.maximum(parts["cavity"] + 6, 0)
     away = np.maximum(8 - parts["tumour"], 0)
-    lumps = [growth(r, choose(r, edge + away, k, 5.), r.uniform(4.5, 7.5), k) for _ in range(r.poisson(k.nodes))]
+    lumps = [
+        growth(r, choose(r, edge + away, k, 5.0), r.uniform(4.5, 7.5), k)
+        for _ in range(r.poisson(k.nodes))
+    ]
     parts["nodes"] = np.min([np.full_like(inside, 99), *lumps], axis=0)
-    dull = [growth(r, choose(r, edge + 2 * away, k, 5.), r.uniform(7, 16), k, 3.) for _ in range(r.poisson(k.lookalike))]
+    dull = [
+        growth(r, choose(r, edge + 2 * away, k, 5.0), r.uniform(7, 16), k, 3.0)
+        for _ in range(r.poisson(k.lookalike))
+    ]
     if r.random() < k.collapse:
         _, centre, radius = found[0]
-        beside = choose(r, np.abs(parts["tumour"] - .2 * radius) + np.maximum(inside + 4, 0), k, 5.)
-        dull.append(growth(r, beside, .8 * radius, k, 2.5))
+        beside = choose(
+            r, np.abs(parts["tumour"] - 0.2 * radius) + np.maximum(inside + 4, 0), k, 5.0
+        )
+        dull.append(growth(r, beside, 0.8 * radius, k, 2.5))
     parts["collapse"] = np.max([np.min([np.full_like(inside, 99), *dull], axis=0), inside], axis=0)
-    fluid = np.max([-parts["cavity"] - r.uniform(5, 14), inside, .15 * k.size * k.pixel - places(k)[1] + 0 * inside], axis=0)
+    fluid = np.max(
+        [
+            -parts["cavity"] - r.uniform(5, 14),
+            inside,
+            0.15 * k.size * k.pixel - places(k)[1] + 0 * inside,
+        ],
+        axis=0,
+    )
     parts["fluid"] = fluid if r.random() < k.effusion else np.full_like(inside, 99)
     return parts
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #365cc00f
-TISSUES = { # part -> (CT value, HU; MR value on T2-weighted images, share of the brightest), in the order of painting
-    "air": (-1000., 0.), "fat": (-95., .4), "muscle": (50., .2), "lung": (-820., .05), "middle": (36., .25), "heart": (44., .28), "great": (46., .12),
-    "windpipe": (-990., .02), "vessels": (44., .12), "fluid": (12., .95), "spine": (210., .38), "ribs": (330., .26), "nodes": (44., .4),
-    "collapse": (22., .38), "tumour": (57., .65)}
+TISSUES = {  # part -> (CT value, HU; MR value on T2-weighted images, share of the brightest), in the order of painting
+    "air": (-1000.0, 0.0),
+    "fat": (-95.0, 0.4),
+    "muscle": (50.0, 0.2),
+    "lung": (-820.0, 0.05),
+    "middle": (36.0, 0.25),
+    "heart": (44.0, 0.28),
+    "great": (46.0, 0.12),
+    "windpipe": (-990.0, 0.02),
+    "vessels": (44.0, 0.12),
+    "fluid": (12.0, 0.95),
+    "spine": (210.0, 0.38),
+    "ribs": (330.0, 0.26),
+    "nodes": (44.0, 0.4),
+    "collapse": (22.0, 0.38),
+    "tumour": (57.0, 0.65),
+}
+
 
 def blend(
-    parts:dict,   # signed distances, mm
-    column:int,   # 0 CT, 1 MR
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->np.ndarray: # (n,s,s) float32: HU, or shares of the brightest
+    parts: dict,  # signed distances, mm
+    column: int,  # 0 CT, 1 MR
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # (n,s,s) float32: HU, or shares of the brightest
     "Paint one tissue over the other. At an edge a voxel takes both, in the shares of its volume."
     r = who.rng("texture")
-    fine, coarse = cloud(r, k, 4.), cloud(r, k, 9.)
-    fat = np.clip(.5 * coarse - .1, 0, .8) # strips of fat between the organs of the mediastinum
-    value = {n: v[column] for n, v in TISSUES.items()} | {"tumour": (k.ct_tumour, k.mr_tumour)[column]}
-    shade = {n: 0. for n in value} | {"lung": (45, .015)[column] * fine, "tumour": (5, .05)[column] * coarse, "collapse": (15, .05)[column] * fine}
+    fine = cloud(r, k, 4.0)
+    coarse = cloud(r, k, 9.0)
+    fat = np.clip(0.5 * coarse - 0.1, 0, 0.8)  # strips of fat between the organs of the mediastinum
+    value = {n: v[column] for n, v in TISSUES.items()} | {
+        "tumour": (k.ct_tumour, k.mr_tumour)[column]
+    }
+    shade = {n: 0.0 for n in value} | {
+        "lung": (45, 0.015)[column] * fine,
+        "tumour": (5, 0.05)[column] * coarse,
+        "collapse": (15, 0.05)[column] * fine,
+    }
     shade["middle"] = fat * (value["fat"] - value["middle"])
-    skin = 7 * who("skin", .4)
+    skin = 7 * who("skin", 0.4)
     distance = parts | {"fat": parts["body"], "muscle": parts["body"] + skin}
     image = np.full(parts["body"].shape, value["air"], np.float32)
     for name in list(value)[1:]:
-        share = np.clip(.5 - distance[name] / k.pixel, 0, 1)
-        own = (who("value " + name, .12) if column else 1) * value[name] + (0 if column else 5 * np.log(who("value " + name, 1.)))
+        share = np.clip(0.5 - distance[name] / k.pixel, 0, 1)
+        own = (who("value " + name, 0.12) if column else 1) * value[name] + (
+            0 if column else 5 * np.log(who("value " + name, 1.0))
+        )
         image += share * (own + shade[name] - image)
     return image
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #dee8bc46
 def soften(
-    image:np.ndarray, # (n,s,s)
-    k:ChestKnobs,     # the knobs
-)->np.ndarray: # (n,s,s)
+    image: np.ndarray,  # (n,s,s)
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # (n,s,s)
     "The point spread of the scanner: in the slice, and a little between the slices."
     from scipy.ndimage import gaussian_filter
-    return gaussian_filter(image, (.3, k.blur, k.blur), mode="nearest", truncate=3)
+
+    return gaussian_filter(image, (0.3, k.blur, k.blur), mode="nearest", truncate=3)
+
 
 def paint_ct(
-    parts:dict,   # signed distances, mm
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->np.ndarray: # (n,s,s) float32, HU
+    parts: dict,  # signed distances, mm
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # (n,s,s) float32, HU
     "CT: attenuation, point spread, beam hardening, streaks and noise."
     from scipy.ndimage import gaussian_filter
-    r, h = who.rng("ct"), k.size * k.pixel / 2
+
+    r = who.rng("ct")
+    h = k.size * k.pixel / 2
     hu = soften(blend(parts, 0, who, k), k)
-    inside = np.clip(-parts["body"] / (.5 * h), 0, 1) # 0 at the skin, 1 in the middle
-    hu -= k.ct_cupping * who("cupping", .5) * inside
-    rows = gaussian_filter(r.standard_normal(hu.shape), (0, .6, 9)) # along x: the long way through the shoulders
-    hu += k.ct_streaks * who("streaks", .5) * rows / rows.std() * inside ** .5
-    grain = gaussian_filter(r.standard_normal(hu.shape), (0, .6, .6))
-    return (hu + k.ct_noise * who("noise", .3) * grain / grain.std() * (.6 + .6 * inside)).astype(np.float32)
+    inside = np.clip(-parts["body"] / (0.5 * h), 0, 1)  # 0 at the skin, 1 in the middle
+    hu -= k.ct_cupping * who("cupping", 0.5) * inside
+    rows = gaussian_filter(
+        r.standard_normal(hu.shape), (0, 0.6, 9)
+    )  # along x: the long way through the shoulders
+    hu += k.ct_streaks * who("streaks", 0.5) * rows / rows.std() * inside**0.5
+    grain = gaussian_filter(r.standard_normal(hu.shape), (0, 0.6, 0.6))
+    return (
+        hu + k.ct_noise * who("noise", 0.3) * grain / grain.std() * (0.6 + 0.6 * inside)
+    ).astype(np.float32)
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #bd5217dc
 def paint_mr(
-    parts:dict,   # signed distances, mm
-    who:Person,   # whose chest
-    k:ChestKnobs, # the knobs
-)->np.ndarray: # (n,s,s) float32, share of the brightest
+    parts: dict,  # signed distances, mm
+    who: Person,  # whose chest
+    k: ChestKnobs,  # the knobs
+) -> np.ndarray:  # (n,s,s) float32, share of the brightest
     "MR: T2-weighted signal, point spread, bias field of the coil, motion ghosts, magnitude of a noisy complex signal."
-    r, h = who.rng("mr"), k.size * k.pixel / 2
+    r = who.rng("mr")
+    h = k.size * k.pixel / 2
     signal = soften(blend(parts, 1, who, k), k)
-    signal *= np.exp(k.mr_bias * cloud(r, k, .5 * h))
-    step, ghost = int(r.uniform(.15, .35) * k.size), k.mr_ghost * who("ghost", .6)
-    signal += ghost * (np.roll(signal, step, 1) + np.roll(signal, -step, 1)) # along y: the chest moves with the breath
-    noise = k.mr_noise * who("noise", .3)
+    signal *= np.exp(k.mr_bias * cloud(r, k, 0.5 * h))
+    step = int(r.uniform(0.15, 0.35) * k.size)
+    ghost = k.mr_ghost * who("ghost", 0.6)
+    signal += ghost * (
+        np.roll(signal, step, 1) + np.roll(signal, -step, 1)
+    )  # along y: the chest moves with the breath
+    noise = k.mr_noise * who("noise", 0.3)
     real, imaginary = noise * r.standard_normal((2, *signal.shape))
     return np.hypot(signal + real, imaginary).astype(np.float32)
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #27a59176
-WINDOW = (-1000., 500.) # HU shown as 0 and as 1
+WINDOW = (-1000.0, 500.0)  # HU shown as 0 and as 1
 
 CHEST_PAINT = {"ct": paint_ct, "mr": paint_mr}
 
+
 def chest_volume(
-    modality:str,          # ct | mr
-    seed:int=0,            # seed of the phantom
-    patient:int=0,         # which patient
-    knobs:ChestKnobs=None, # default: `ChestKnobs()`
-)->tuple: # (image (n,s,s) float32 in [0,1], label (n,s,s) uint8: 1 is tumour, parts: name -> signed distance in mm)
+    modality: str,  # ct | mr
+    seed: int = 0,  # seed of the phantom
+    patient: int = 0,  # which patient
+    knobs: ChestKnobs = None,  # default: `ChestKnobs()`
+) -> tuple:  # (image (n,s,s) float32 in [0,1], label (n,s,s) uint8: 1 is tumour, parts: name -> signed distance in mm)
     "One patient: a pure function of the arguments. `InputError` for an unknown modality."
-    if modality not in CHEST_PAINT: raise InputError(unknown("modality", modality, CHEST_PAINT))
+    if modality not in CHEST_PAINT:
+        raise InputError(unknown("modality", modality, CHEST_PAINT))
     k = knobs or ChestKnobs()
     who = Person(seed, modality, patient, k.patient)
     parts = scene(who, k)
     image = CHEST_PAINT[modality](parts, who, k)
-    if modality == "ct": image = (image - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
+    if modality == "ct":
+        image = (image - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
     return np.clip(image, 0, 1).astype(np.float32), (parts["tumour"] < 0).astype(np.uint8), parts
 
+# %% ../../../nbs/data/phantoms/chest.ipynb #4a176366
 def chest(
-    modality:str,    # ct | mr
-    patients:int=24, # number of patients
-    seed:int=0,      # seed of the phantom
-    knobs=None,      # `ChestKnobs`, or a dict of changes to its defaults
-): # Collection of volumes: group = patient, classes background and tumour
+    modality: str,  # ct | mr
+    patients: int = 24,  # number of patients
+    seed: int = 0,  # seed of the phantom
+    knobs=None,  # `ChestKnobs`, or a dict of changes to its defaults
+):  # Collection of volumes: group = patient, classes background and tumour
     """A data set of chest phantoms, volumes (n,s,s) in [0,1]. Same seed, other modality: other patients. `InputError` for an unknown modality or knob,
     a knob outside its range, or no patients."""
     from unpaired_kd.data.collections import Collection
-    if patients < 1: raise InputError(f"patients={patients}: give at least 1.")
+
+    if patients < 1:
+        raise InputError(f"patients={patients}: give at least 1.")
     if isinstance(knobs, dict):
         for name in knobs:
-            if name not in ChestKnobs.__dataclass_fields__: raise InputError(unknown("knob", name, ChestKnobs.__dataclass_fields__))
+            if name not in ChestKnobs.__dataclass_fields__:
+                raise InputError(unknown("knob", name, ChestKnobs.__dataclass_fields__))
         knobs = ChestKnobs(**knobs)
     k = knobs or ChestKnobs()
     drawn = [chest_volume(modality, seed, p, k)[:2] for p in range(patients)]
     names = [f"{modality}-{p:02d}" for p in range(patients)]
-    return Collection.from_arrays([im for im, _ in drawn], [y for _, y in drawn], groups=names, ids=names, spacing=k.spacing, dims=3,
-        name=f"chest {modality}", classes=("background", "tumour"), label_kind="semantic")
+    return Collection.from_arrays(
+        [im for im, _ in drawn],
+        [y for _, y in drawn],
+        groups=names,
+        ids=names,
+        spacing=k.spacing,
+        dims=3,
+        name=f"chest {modality}",
+        classes=("background", "tumour"),
+        label_kind="semantic",
+    )
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #3f52d570
 @dataclass(frozen=True)
 class ReaderKnobs:
     "What makes readers disagree; lengths in mm. The defaults give a pairwise Dice of .80 to .85 on the tumours of this chapter."
-    bias:float = 1.2    # habit of a reader, who draws all outlines too wide or too tight: standard deviation
-    shake:float = 2.    # local displacement of an outline: standard deviation
-    smooth:float = 8.   # distance over which the displacement changes
-    extent:float = .4   # probability, at each end of a structure, that a reader draws one slice fewer or one more
+
+    bias: float = (
+        1.2  # habit of a reader, who draws all outlines too wide or too tight: standard deviation
+    )
+    shake: float = 2.0  # local displacement of an outline: standard deviation
+    smooth: float = 8.0  # distance over which the displacement changes
+    extent: float = 0.4  # probability, at each end of a structure, that a reader draws one slice fewer or one more
 
     def __post_init__(self):
         for f in fields(self):
-            if getattr(self, f.name) < 0: raise InputError(f"reader knob {f.name}={getattr(self, f.name)}: give at least 0.")
-        if self.extent > 1: raise InputError(f"reader knob extent={self.extent} is a probability: give at most 1.")
+            if getattr(self, f.name) < 0:
+                raise InputError(f"reader knob {f.name}={getattr(self, f.name)}: give at least 0.")
+        if self.extent > 1:
+            raise InputError(f"reader knob extent={self.extent} is a probability: give at most 1.")
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #0625bbc6
 def in_slices(
-    label:np.ndarray, # (n,H,W) bool
-    pixel:tuple,      # size of a pixel (y,x), mm
-)->np.ndarray: # (n,H,W) float32, mm; negative inside; a large number in a slice without the structure
+    label: np.ndarray,  # (n,H,W) bool
+    pixel: tuple,  # size of a pixel (y,x), mm
+) -> (
+    np.ndarray
+):  # (n,H,W) float32, mm; negative inside; a large number in a slice without the structure
     "Signed distance to the outline within each slice."
     from scipy.ndimage import distance_transform_edt
+
     far = (1e4, *pixel)
-    out = np.minimum(distance_transform_edt(~label, far), 1e3) - np.minimum(distance_transform_edt(np.pad(label, ((0, 0), (1, 1), (1, 1))), far)[:, 1:-1, 1:-1], 1e3)
+    out = np.minimum(distance_transform_edt(~label, far), 1e3) - np.minimum(
+        distance_transform_edt(np.pad(label, ((0, 0), (1, 1), (1, 1))), far)[:, 1:-1, 1:-1], 1e3
+    )
     return (out - np.sign(out) * np.mean(pixel) / 2).astype(np.float32)
 
+
 def ends(
-    d:np.ndarray,          # signed distance in the slices (n,H,W), mm
-    drawn:np.ndarray,      # (n,) bool: slices that the structure is in
-    r:np.random.Generator, # source of randomness
-    extent:float,          # probability of a change at each end
-)->np.ndarray: # signed distance (n,H,W), mm
+    d: np.ndarray,  # signed distance in the slices (n,H,W), mm
+    drawn: np.ndarray,  # (n,) bool: slices that the structure is in
+    r: np.random.Generator,  # source of randomness
+    extent: float,  # probability of a change at each end
+) -> np.ndarray:  # signed distance (n,H,W), mm
     "Take away the last slice at an end of the structure, or add one that is a shrunken copy of it."
-    d, z = d.copy(), np.flatnonzero(drawn)
+    d = d.copy()
+    z = np.flatnonzero(drawn)
     for last, step in ((z[0], -1), (z[-1], 1)):
-        change, more = r.random() < extent, r.random() < .5
-        if change and more and 0 <= last + step < len(d): d[last + step] = np.minimum(d[last + step], d[last] + 2)
-        if change and not more and len(z) > 2: d[last] = 1e3
+        change = r.random() < extent
+        more = r.random() < 0.5
+        if change and more and 0 <= last + step < len(d):
+            d[last + step] = np.minimum(d[last + step], d[last] + 2)
+        if change and not more and len(z) > 2:
+            d[last] = 1e3
     return d
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #a2028fd7
 def raters(
-    label:np.ndarray,   # (n,H,W) or (H,W); not zero in the structure
-    number:int=5,       # readers
-    seed:int=0,         # seed of the readers
-    spacing:tuple=(5., 3., 3.), # size of a voxel along (z,y,x), mm; its last two numbers count in a slice
-    case:int=0,         # which case: the habits of the readers stay, their slips change
-    knobs:ReaderKnobs=None, # default: `ReaderKnobs()`
-)->np.ndarray: # (number,*s) bool
+    label: np.ndarray,  # (n,H,W) or (H,W); not zero in the structure
+    number: int = 5,  # readers
+    seed: int = 0,  # seed of the readers
+    spacing: tuple = (
+        5.0,
+        3.0,
+        3.0,
+    ),  # size of a voxel along (z,y,x), mm; its last two numbers count in a slice
+    case: int = 0,  # which case: the habits of the readers stay, their slips change
+    knobs: ReaderKnobs = None,  # default: `ReaderKnobs()`
+) -> np.ndarray:  # (number,*s) bool
     "Readers who outline one structure: a pure function of the arguments. `InputError` for an empty label or no readers."
     from scipy.ndimage import gaussian_filter
-    k, truth = knobs or ReaderKnobs(), np.asarray(label) != 0
-    if truth.ndim not in (2, 3) or not truth.any(): raise InputError(f"label of shape {truth.shape} with {truth.sum()} voxels: readers need one slice or volume that shows the structure.")
-    if number < 1: raise InputError(f"number={number}: give at least 1 reader.")
-    if len(spacing) < truth.ndim or min(spacing) <= 0: raise InputError(f"spacing={spacing}: give a size above 0 for each of {truth.ndim} axes.")
-    volume, steps, out = truth.reshape(-1, *truth.shape[-2:]), (5., *spacing)[-3:], []
+
+    k = knobs or ReaderKnobs()
+    truth = np.asarray(label) != 0
+    if truth.ndim not in (2, 3) or not truth.any():
+        raise InputError(
+            f"label of shape {truth.shape} with {truth.sum()} voxels: readers need one slice or volume that shows the structure."
+        )
+    if number < 1:
+        raise InputError(f"number={number}: give at least 1 reader.")
+    if len(spacing) < truth.ndim or min(spacing) <= 0:
+        raise InputError(f"spacing={spacing}: give a size above 0 for each of {truth.ndim} axes.")
+    volume = truth.reshape(-1, *truth.shape[-2:])
+    steps = (5.0, *spacing)[-3:]
+    out = []
     d = in_slices(volume, steps[1:])
     for i in range(number):
-        habit, r = k.bias * rng(seed, "reader", i).standard_normal(), rng(seed, "reader", i, "case", case)
-        noise = gaussian_filter(r.standard_normal(d.shape), [k.smooth / s for s in steps], mode="reflect", truncate=3)
-        moved = ends(d, volume.any((1, 2)), r, k.extent if truth.ndim == 3 else 0.)
+        habit = k.bias * rng(seed, "reader", i).standard_normal()
+        r = rng(seed, "reader", i, "case", case)
+        noise = gaussian_filter(
+            r.standard_normal(d.shape), [k.smooth / s for s in steps], mode="reflect", truncate=3
+        )
+        moved = ends(d, volume.any((1, 2)), r, k.extent if truth.ndim == 3 else 0.0)
         drawn = moved < habit + k.shake * noise / (noise.std() + 1e-9)
         out.append((drawn if drawn.any() else volume).reshape(truth.shape))
     return np.stack(out)

@@ -12,41 +12,42 @@ from ...core import rng
 
 # %% ../../../nbs/data/phantoms/nuclei.ipynb #64610d90
 def draw_ellipses(
-    size:int,           # side of the image, px
-    centre:np.ndarray,  # (n,2) row and column
-    axes:np.ndarray,    # (n,2) half axes, px
-    angle:np.ndarray,   # (n,) radians
-)->np.ndarray: # int32 (size,size): 0 background, ellipse k has the number k from 1 on
+    size: int,  # side of the image, px
+    centre: np.ndarray,  # (n,2) row and column
+    axes: np.ndarray,  # (n,2) half axes, px
+    angle: np.ndarray,  # (n,) radians
+) -> np.ndarray:  # int32 (size,size): 0 background, ellipse k has the number k from 1 on
     "Number the ellipses; later ones lie on top."
     out = np.zeros((size, size), np.int32)
     for k, ((y, x), (a, b), phi) in enumerate(zip(centre, axes, angle), 1):
         reach = int(max(a, b)) + 2
         top = max(int(y) - reach, 0)
         left = max(int(x) - reach, 0)
-        view = out[top:int(y) + reach, left:int(x) + reach]
+        view = out[top : int(y) + reach, left : int(x) + reach]
         dy, dx = np.indices(view.shape) + np.array([top - y, left - x])[:, None, None]
         u = dy * np.cos(phi) + dx * np.sin(phi)
         v = dx * np.cos(phi) - dy * np.sin(phi)
-        view[(u / a)**2 + (v / b)**2 <= 1] = k
+        view[(u / a) ** 2 + (v / b) ** 2 <= 1] = k
     return out
 
+# %% ../../../nbs/data/phantoms/nuclei.ipynb #8b2a780c
 def toy_nuclei(
-    n:int=470,     # nuclei in the target
-    size:int=1000, # side of the image, px
-    seed:int=0,    # seed
-    jitter:float=2.5, # how far a predicted nucleus is moved (standard deviation, px)
-    missed:float=.08, # share of nuclei without a prediction
-)->tuple: # prediction and target, int32 (size,size)
+    n: int = 470,  # nuclei in the target
+    size: int = 1000,  # side of the image, px
+    seed: int = 0,  # seed
+    jitter: float = 2.5,  # how far a predicted nucleus is moved (standard deviation, px)
+    missed: float = 0.08,  # share of nuclei without a prediction
+) -> tuple:  # prediction and target, int32 (size,size)
     "A field of elliptic nuclei, some of them touching, and an imperfect segmentation of it."
     r = rng(seed, "toy_nuclei", n, size)
-    side = int(np.ceil(n**.5))
+    side = int(np.ceil(n**0.5))
     step = size / side
-    centre = ((np.indices((side, side)).reshape(2, -1).T + .5) * step)[:n]
-    centre = centre + r.normal(0, .2 * step, (n, 2))
-    axes = step * r.uniform(.17, .4, (n, 2))
+    centre = ((np.indices((side, side)).reshape(2, -1).T + 0.5) * step)[:n]
+    centre = centre + r.normal(0, 0.2 * step, (n, 2))
+    axes = step * r.uniform(0.17, 0.4, (n, 2))
     angle = r.uniform(0, np.pi, n)
     kept = r.random(n) >= missed
     moved = centre + r.normal(0, jitter, (n, 2))
-    wrong = axes * r.uniform(.8, 1.2, (n, 2))
+    wrong = axes * r.uniform(0.8, 1.2, (n, 2))
     pred = draw_ellipses(size, moved[kept], wrong[kept], angle[kept])
     return pred, draw_ellipses(size, centre, axes, angle)

@@ -14,32 +14,35 @@ import numpy as np
 from ...core import InputError, atomic, extra
 
 # %% ../../../nbs/data/phantoms/scanner.ipynb #5540e9ac
-SPACING = (6., 4., 4.)       # mm from slice to slice, row to row and column to column
-CORNER = (-126., -126., 40.) # mm to the left, to the back and up: where the first voxel lies
-AXIAL = (1, 0, 0, 0, 1, 0)   # directions of a row and of a column
-FRAME = "1.2.9"              # the frame of reference (UID) of these millimetres
+SPACING = (6.0, 4.0, 4.0)  # mm from slice to slice, row to row and column to column
+CORNER = (-126.0, -126.0, 40.0)  # mm to the left, to the back and up: where the first voxel lies
+AXIAL = (1, 0, 0, 0, 1, 0)  # directions of a row and of a column
+FRAME = "1.2.9"  # the frame of reference (UID) of these millimetres
+
 
 def corner_of(
-    k:int, # number of a slice, from the feet up
-)->list: # mm to the left, to the back and up
+    k: int,  # number of a slice, from the feet up
+) -> list:  # mm to the left, to the back and up
     "Where the first pixel of a slice lies."
     return [*CORNER[:2], CORNER[2] + SPACING[0] * int(k)]
 
+
 def item(
-    **tags, # name of a tag -> its value
-): # pydicom data set
+    **tags,  # name of a tag -> its value
+):  # pydicom data set
     "Some tags: a file, or a part of one."
     s = extra("pydicom", "dicom").Dataset()
     for name, value in tags.items():
         setattr(s, name, value)
     return s
 
+
 def empty_file(
-    modality:str,    # MR | CT | RTSTRUCT | SEG
-    storage:str,     # the kind of file, by its name in `pydicom.uid`
-    uid:str,         # of this file
-    frame:str=FRAME, # frame of reference
-): # pydicom data set
+    modality: str,  # MR | CT | RTSTRUCT | SEG
+    storage: str,  # the kind of file, by its name in `pydicom.uid`
+    uid: str,  # of this file
+    frame: str = FRAME,  # frame of reference
+):  # pydicom data set
     "A DICOM file with a name and without content."
     pydicom = extra("pydicom", "dicom")
     kind = getattr(pydicom.uid, storage)
@@ -52,15 +55,17 @@ def empty_file(
 
 # %% ../../../nbs/data/phantoms/scanner.ipynb #213532ae
 def put_pixels(
-    s,            # pydicom data set; changed
-    a:np.ndarray, # (H,W) or (frames,H,W), whole numbers from 0
-    bits:int,     # of a stored number: 1 or 16
-    name:str,     # what is stored, for the message
+    s,  # pydicom data set; changed
+    a: np.ndarray,  # (H,W) or (frames,H,W), whole numbers from 0
+    bits: int,  # of a stored number: 1 or 16
+    name: str,  # what is stored, for the message
 ):
     "Put numbers into a data set. `InputError` for those that the bits do not hold."
     if a.min() < 0 or a.max() >= 2**bits:
-        raise InputError(f"{name} holds numbers from {a.min()} to {a.max()}, but {bits} bits store "
-                         f"0 to {2**bits - 1}. Give another offset.")
+        raise InputError(
+            f"{name} holds numbers from {a.min()} to {a.max()}, but {bits} bits store "
+            f"0 to {2**bits - 1}. Give another offset."
+        )
     s.Rows, s.Columns = a.shape[-2:]
     s.SamplesPerPixel = 1
     s.PhotometricInterpretation = "MONOCHROME2"
@@ -71,9 +76,10 @@ def put_pixels(
     packed = np.packbits(a.ravel(), bitorder="little") if bits == 1 else a.astype("<u2")
     s.PixelData = packed.tobytes()
 
+
 def save_file(
-    s,         # pydicom data set with its file's name
-    path:Path, # file to write; its folder is made
+    s,  # pydicom data set with its file's name
+    path: Path,  # file to write; its folder is made
 ):
     "Write a data set as a DICOM file."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,17 +88,19 @@ def save_file(
 
 # %% ../../../nbs/data/phantoms/scanner.ipynb #cb5a10fe
 def write_series(
-    folder:Path,        # to make
-    volume:np.ndarray,  # (D,H,W) whole numbers, lowest slice first
-    names:list,         # of the D files, without ending
-    offset:int=0,       # is added to what is stored, and taken back by the reader
-    modality:str="MR",  # MR | CT
-    series:str="1.2.3", # UID of the series
+    folder: Path,  # to make
+    volume: np.ndarray,  # (D,H,W) whole numbers, lowest slice first
+    names: list,  # of the D files, without ending
+    offset: int = 0,  # is added to what is stored, and taken back by the reader
+    modality: str = "MR",  # MR | CT
+    series: str = "1.2.3",  # UID of the series
 ):
     "A volume as DICOM files. `InputError` for another number of names than slices."
     if len(names) != len(volume):
-        raise InputError(f"names has {len(names)} entries, but the volume {len(volume)} slices. "
-                         "Give one name for each.")
+        raise InputError(
+            f"names has {len(names)} entries, but the volume {len(volume)} slices. "
+            "Give one name for each."
+        )
     folder.mkdir(parents=True)
     for k, (name, plane) in enumerate(zip(names, volume)):
         s = empty_file(modality, "CTImageStorage", f"{series}.{k + 1}")
@@ -107,21 +115,22 @@ def write_series(
 
 # %% ../../../nbs/data/phantoms/scanner.ipynb #a009a261
 def circle(
-    x:float,      # middle, mm to the left
-    y:float,      # and to the back
-    radius:float, # mm
-    z:float,      # height of its slice, mm
-    n:int=60,     # number of corners
-)->np.ndarray: # (n,3) corners, mm to the left, to the back and up
+    x: float,  # middle, mm to the left
+    y: float,  # and to the back
+    radius: float,  # mm
+    z: float,  # height of its slice, mm
+    n: int = 60,  # number of corners
+) -> np.ndarray:  # (n,3) corners, mm to the left, to the back and up
     "A closed contour."
     t = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return np.c_[x + radius * np.cos(t), y + radius * np.sin(t), np.full(n, z)]
 
+
 def write_contours(
-    path:Path,                # RTSTRUCT file
-    rois:dict,                # name of a region -> list of its contours (n,3), mm
-    frame:str=FRAME,          # frame of reference
-    kind:str="CLOSED_PLANAR", # type of all contours
+    path: Path,  # RTSTRUCT file
+    rois: dict,  # name of a region -> list of its contours (n,3), mm
+    frame: str = FRAME,  # frame of reference
+    kind: str = "CLOSED_PLANAR",  # type of all contours
 ):
     "Regions as polygons."
     s = empty_file("RTSTRUCT", "RTStructureSetStorage", "1.2.4", frame)
@@ -129,17 +138,23 @@ def write_contours(
     s.ROIContourSequence = []
     for k, (name, contours) in enumerate(rois.items(), 1):
         region = item(ROINumber=k, ROIName=name, ReferencedFrameOfReferenceUID=frame)
-        drawn = [item(ContourGeometricType=kind, NumberOfContourPoints=len(p),
-                      ContourData=[f"{v:.4f}" for v in p.ravel()]) for p in contours]
+        drawn = [
+            item(
+                ContourGeometricType=kind,
+                NumberOfContourPoints=len(p),
+                ContourData=[f"{v:.4f}" for v in p.ravel()],
+            )
+            for p in contours
+        ]
         s.StructureSetROISequence.append(region)
         s.ROIContourSequence.append(item(ReferencedROINumber=k, ContourSequence=drawn))
     save_file(s, path)
 
 # %% ../../../nbs/data/phantoms/scanner.ipynb #c0d5cffc
 def write_segment(
-    path:Path,       # DICOM SEG file
-    mask:np.ndarray, # (D,H,W), 0 or 1, lowest slice first
-    label:str,       # name of the segment
+    path: Path,  # DICOM SEG file
+    mask: np.ndarray,  # (D,H,W), 0 or 1, lowest slice first
+    label: str,  # name of the segment
 ):
     "A region as binary pictures of the slices that show it."
     slices = np.flatnonzero(mask.any((1, 2)))
@@ -148,12 +163,17 @@ def write_segment(
     s.SegmentSequence = [item(SegmentNumber=1, SegmentLabel=label)]
     turn = item(ImageOrientationPatient=list(AXIAL))
     size = item(PixelSpacing=list(SPACING[1:]))
-    s.SharedFunctionalGroupsSequence = [item(PlaneOrientationSequence=[turn],
-                                             PixelMeasuresSequence=[size])]
+    s.SharedFunctionalGroupsSequence = [
+        item(PlaneOrientationSequence=[turn], PixelMeasuresSequence=[size])
+    ]
     shows = item(ReferencedSegmentNumber=1)
     s.PerFrameFunctionalGroupsSequence = [
-        item(PlanePositionSequence=[item(ImagePositionPatient=corner_of(k))],
-             SegmentIdentificationSequence=[shows]) for k in slices]
+        item(
+            PlanePositionSequence=[item(ImagePositionPatient=corner_of(k))],
+            SegmentIdentificationSequence=[shows],
+        )
+        for k in slices
+    ]
     s.NumberOfFrames = len(slices)
     put_pixels(s, mask[slices], 1, label)
     save_file(s, path)

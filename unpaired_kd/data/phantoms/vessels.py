@@ -17,134 +17,212 @@ from ...core import InputError, rng, unknown
 @dataclass(frozen=True)
 class VesselKnobs:
     "Every choice of the vessel phantom; the defaults are the demo. Lengths in voxels of the plane; brightness in units of the mean background."
+
     # geometry: one rule for both microscopes
-    size:int = 64              # side of a volume in the plane, voxels
-    slices:int = 16            # twophoton: slices of a stack
-    ratio:int = 5              # twophoton: distance of the slices, in voxels of the plane
-    radius:tuple = (1., 4.)    # smallest and largest radius of a vessel at its root
-    bend:float = .12           # how much a vessel turns a step
-    branching:float = 1.5      # branches of a vessel, mean number
-    taper:float = .75          # radius of a branch, share of its parent's
-    share:tuple = (.02, .038)  # share of the volume at which no vessels are added: smallest and largest over animals
+    size: int = 64  # side of a volume in the plane, voxels
+    slices: int = 16  # twophoton: slices of a stack
+    ratio: int = 5  # twophoton: distance of the slices, in voxels of the plane
+    radius: tuple = (1.0, 4.0)  # smallest and largest radius of a vessel at its root
+    bend: float = 0.12  # how much a vessel turns a step
+    branching: float = 1.5  # branches of a vessel, mean number
+    taper: float = 0.75  # radius of a branch, share of its parent's
+    share: tuple = (
+        0.02,
+        0.038,
+    )  # share of the volume at which no vessels are added: smallest and largest over animals
     # what is as bright as a vessel and is none
-    cells:float = 9.           # cell bodies in 64 x 64 x 64 voxels, mean number
-    sheets:float = 1.2         # thin bright sheets, the same
-    haze:float = 3.            # clouds of autofluorescence, the same
+    cells: float = 9.0  # cell bodies in 64 x 64 x 64 voxels, mean number
+    sheets: float = 1.2  # thin bright sheets, the same
+    haze: float = 3.0  # clouds of autofluorescence, the same
     # light
-    contrast:float = 3.8       # brightness of a vessel above the background
-    spread:float = .35         # standard deviation of its logarithm from vessel to vessel
-    fading:float = .3          # the same along a vessel
-    hollow:float = .6          # lightsheet: how dark the middle of a wide vessel is, 0 not at all, 1 as tissue
-    background:float = .3      # slow drift of the background, standard deviation
-    texture:float = .5         # fine texture of tissue, standard deviation before the point spread
-    psf:tuple = (1.5, .8, .8)  # point spread along z, y, x, standard deviation
-    noise:float = .2           # noise at brightness 1; it grows with the square root of brightness
-    animal:float = 1.          # scales all differences between animals
+    contrast: float = 3.8  # brightness of a vessel above the background
+    spread: float = 0.35  # standard deviation of its logarithm from vessel to vessel
+    fading: float = 0.3  # the same along a vessel
+    hollow: float = (
+        0.6  # lightsheet: how dark the middle of a wide vessel is, 0 not at all, 1 as tissue
+    )
+    background: float = 0.3  # slow drift of the background, standard deviation
+    texture: float = 0.5  # fine texture of tissue, standard deviation before the point spread
+    psf: tuple = (1.5, 0.8, 0.8)  # point spread along z, y, x, standard deviation
+    noise: float = 0.2  # noise at brightness 1; it grows with the square root of brightness
+    animal: float = 1.0  # scales all differences between animals
 
     def __post_init__(self):
-        low = {"size": 16, "slices": 1, "ratio": 1, "radius": .5, "taper": .1, "share": 1e-4, "contrast": .01}
+        low = {
+            "size": 16,
+            "slices": 1,
+            "ratio": 1,
+            "radius": 0.5,
+            "taper": 0.1,
+            "share": 1e-4,
+            "contrast": 0.01,
+        }
         for f in fields(self):
             v = getattr(self, f.name)
-            if np.min(v) < low.get(f.name, 0): raise InputError(f"knob {f.name}={v}: give at least {low.get(f.name, 0)}.")
+            if np.min(v) < low.get(f.name, 0):
+                raise InputError(f"knob {f.name}={v}: give at least {low.get(f.name, 0)}.")
         for name, n in (("radius", 2), ("share", 2), ("psf", 3)):
-            if np.shape(getattr(self, name)) != (n,): raise InputError(f"knob {name}={getattr(self, name)}: give {n} numbers, e.g. {VesselKnobs.__dataclass_fields__[name].default}.")
-            if n == 2 and getattr(self, name)[0] > getattr(self, name)[1]: raise InputError(f"knob {name}={getattr(self, name)}: give the smaller number first.")
-        for name, high in (("taper", 1), ("hollow", 1), ("share", .3), ("animal", 2), ("radius", self.size / 6)):
-            if np.max(getattr(self, name)) > high: raise InputError(f"knob {name}={getattr(self, name)}: give at most {high:g}.")
+            if np.shape(getattr(self, name)) != (n,):
+                raise InputError(
+                    f"knob {name}={getattr(self, name)}: give {n} numbers, e.g. {VesselKnobs.__dataclass_fields__[name].default}."
+                )
+            if n == 2 and getattr(self, name)[0] > getattr(self, name)[1]:
+                raise InputError(
+                    f"knob {name}={getattr(self, name)}: give the smaller number first."
+                )
+        for name, high in (
+            ("taper", 1),
+            ("hollow", 1),
+            ("share", 0.3),
+            ("animal", 2),
+            ("radius", self.size / 6),
+        ):
+            if np.max(getattr(self, name)) > high:
+                raise InputError(f"knob {name}={getattr(self, name)}: give at most {high:g}.")
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #a638bde5
-MICROSCOPES = {"lightsheet": (.003, .003, .003), "twophoton": (.001, .001, .001)} # side of a voxel of the plane along z, y, x, mm
+MICROSCOPES = {
+    "lightsheet": (0.003, 0.003, 0.003),
+    "twophoton": (0.001, 0.001, 0.001),
+}  # side of a voxel of the plane along z, y, x, mm
+
 
 @dataclass(frozen=True)
 class Animal:
     "What distinguishes one volume from the next."
-    tilt:float     # exponent of the radii: below 1 more wide vessels, above 1 more capillaries
-    share:float    # share of the volume at which no vessels are added
-    contrast:float # brightness of a vessel above the background
-    level:float    # grey value of the background
-    noise:float    # noise at brightness 1
-    blur:float     # factor on the point spread
-    drift:float    # slow drift of the background
-    decay:float    # loss of light from the first to the last slice, $-\ln$ of the factor
-    cells:float    # cell bodies in 64 x 64 x 64 voxels
-    haze:float     # clouds of autofluorescence, the same
-    hollow:float   # how dark the middle of a wide vessel is
 
+    tilt: float  # exponent of the radii: below 1 more wide vessels, above 1 more capillaries
+    share: float  # share of the volume at which no vessels are added
+    contrast: float  # brightness of a vessel above the background
+    level: float  # grey value of the background
+    noise: float  # noise at brightness 1
+    blur: float  # factor on the point spread
+    drift: float  # slow drift of the background
+    decay: float  # loss of light from the first to the last slice, $-\ln$ of the factor
+    cells: float  # cell bodies in 64 x 64 x 64 voxels
+    haze: float  # clouds of autofluorescence, the same
+    hollow: float  # how dark the middle of a wide vessel is
+
+# %% ../../../nbs/data/phantoms/vessels.ipynb #370df170
 def animal(
-    modality:str,          # lightsheet | twophoton
-    r:np.random.Generator, # source of randomness
-    k:VesselKnobs,         # the knobs
-)->Animal:
+    modality: str,  # lightsheet | twophoton
+    r: np.random.Generator,  # source of randomness
+    k: VesselKnobs,  # the knobs
+) -> Animal:
     "One animal under one microscope. Two-photon images are noisier, lose more light with depth, and show vessels full."
     two = modality == "twophoton"
-    def f(spread): return float(np.exp(k.animal * spread * r.uniform(-1, 1)))
+
+    def f(spread):
+        return float(np.exp(k.animal * spread * r.uniform(-1, 1)))
+
     share = np.mean(k.share) + min(1, k.animal) * (k.share[1] - k.share[0]) / 2 * r.uniform(-1, 1)
-    return Animal(tilt=f(.8), share=share * (.85 if two else 1), contrast=k.contrast * (1.4 if two else 1) * f(.5), level=(19. if two else 24.) * f(.45),
-        noise=k.noise * (1.5 if two else 1) * f(.6), blur=f(.3), drift=k.background * (.7 if two else 1) * f(.5), decay=(.7 if two else .25) * f(.5),
-        cells=k.cells * f(.6), haze=k.haze * f(.6), hollow=0. if two else k.hollow * min(1, f(.4)))
+    return Animal(
+        tilt=f(0.8),
+        share=share * (0.85 if two else 1),
+        contrast=k.contrast * (1.4 if two else 1) * f(0.5),
+        level=(19.0 if two else 24.0) * f(0.45),
+        noise=k.noise * (1.5 if two else 1) * f(0.6),
+        blur=f(0.3),
+        drift=k.background * (0.7 if two else 1) * f(0.5),
+        decay=(0.7 if two else 0.25) * f(0.5),
+        cells=k.cells * f(0.6),
+        haze=k.haze * f(0.6),
+        hollow=0.0 if two else k.hollow * min(1, f(0.4)),
+    )
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #c29ec3c6
-STEP = .5 # distance of two samples of a centre line, voxels
+STEP = 0.5  # distance of two samples of a centre line, voxels
+
 
 def vessel_path(
-    r:np.random.Generator, # source of randomness
-    start:np.ndarray,      # $c_0$ (3,), voxels
-    way:np.ndarray,        # $v_0$ (3,), length 1
-    length:float,          # voxels
-    bend:float,            # $b$
-)->np.ndarray: # $c_1, c_2, ...$ (N,3), voxels, `STEP` apart
+    r: np.random.Generator,  # source of randomness
+    start: np.ndarray,  # $c_0$ (3,), voxels
+    way: np.ndarray,  # $v_0$ (3,), length 1
+    length: float,  # voxels
+    bend: float,  # $b$
+) -> np.ndarray:  # $c_1, c_2, ...$ (N,3), voxels, `STEP` apart
     "A smooth random walk."
-    way = way + bend * STEP ** .5 * np.cumsum(r.standard_normal((int(length / STEP), 3)), 0)
+    way = way + bend * STEP**0.5 * np.cumsum(r.standard_normal((int(length / STEP), 3)), 0)
     return start + np.cumsum(STEP * way / np.linalg.norm(way, axis=1, keepdims=True), 0)
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #3217b752
 def vessel_tree(
-    r:np.random.Generator, # source of randomness
-    shape:tuple,           # (D,H,W), voxels, all of one size
-    a:Animal,              # whose vessels
-    k:VesselKnobs,         # the knobs
-)->tuple: # samples (N,4): z, y, x, radius, in voxels; number of the vessel of each sample (N,)
+    r: np.random.Generator,  # source of randomness
+    shape: tuple,  # (D,H,W), voxels, all of one size
+    a: Animal,  # whose vessels
+    k: VesselKnobs,  # the knobs
+) -> tuple:  # samples (N,4): z, y, x, radius, in voxels; number of the vessel of each sample (N,)
     "Vessels and their branches, until they fill the animal's share of the volume."
-    box, room, filled, waiting, points, which = np.array(shape, float), a.share * np.prod(shape), 0., [], [], []
+    box = np.array(shape, float)
+    room = a.share * np.prod(shape)
+    filled = 0.0
+    waiting = []
+    points = []
+    which = []
     low, high = np.log(k.radius)
     for number in range(1000):
-        if filled >= room: break
-        start, way, radius, branch = waiting.pop(0) if waiting else (r.random(3) * box, r.standard_normal(3), np.exp(low + (high - low) * r.random() ** a.tilt), False)
+        if filled >= room:
+            break
+        start, way, radius, branch = (
+            waiting.pop(0)
+            if waiting
+            else (
+                r.random(3) * box,
+                r.standard_normal(3),
+                np.exp(low + (high - low) * r.random() ** a.tilt),
+                False,
+            )
+        )
         way = way / np.linalg.norm(way)
         path = vessel_path(r, start, way, 1.2 * box.max(), k.bend)
-        if not branch: path = np.concatenate([vessel_path(r, start, -way, 1.2 * box.max(), k.bend)[::-1], path])
-        inside, thick = ((path > 0) & (path < box)).all(1), np.full(len(path), radius)
-        if not inside.any(): continue
+        if not branch:
+            path = np.concatenate(
+                [vessel_path(r, start, -way, 1.2 * box.max(), k.bend)[::-1], path]
+            )
+        inside = ((path > 0) & (path < box)).all(1)
+        thick = np.full(len(path), radius)
+        if not inside.any():
+            continue
         for at in np.sort(r.choice(np.flatnonzero(inside), r.poisson(k.branching))):
-            child, turned = thick[at] * k.taper * r.uniform(.85, 1.15), path[at] - path[at and at - 1] + .6 * r.standard_normal(3)
-            if child >= .75 * k.radius[0]: waiting.append((path[at], turned, child, True))
-            thick[at:] *= .92
+            child = thick[at] * k.taper * r.uniform(0.85, 1.15)
+            turned = path[at] - path[at and at - 1] + 0.6 * r.standard_normal(3)
+            if child >= 0.75 * k.radius[0]:
+                waiting.append((path[at], turned, child, True))
+            thick[at:] *= 0.92
         edge = thick[:, None] + 1.5
         near = ((path > -edge) & (path < box + edge)).all(1)
-        points.append(np.c_[path, thick][near]); which.append(np.full(near.sum(), number))
+        points.append(np.c_[path, thick][near])
+        which.append(np.full(near.sum(), number))
         filled += np.pi * STEP * (thick[inside] ** 2).sum()
     return np.concatenate(points), np.concatenate(which)
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #0f7c30ed
 def stamp(
-    shape:tuple,        # (D,H,W)
-    points:np.ndarray,  # samples (N,4): z, y, x, radius, voxels
-    value:np.ndarray,   # (N,) positive
-    reach:float=1.5,    # distances above it are not computed, voxels
-)->tuple: # $d$ (D,H,W) float32, voxels, at most `reach`; largest value nearby (D,H,W) float32, 0 where nothing is in reach
+    shape: tuple,  # (D,H,W)
+    points: np.ndarray,  # samples (N,4): z, y, x, radius, voxels
+    value: np.ndarray,  # (N,) positive
+    reach: float = 1.5,  # distances above it are not computed, voxels
+) -> tuple:  # $d$ (D,H,W) float32, voxels, at most `reach`; largest value nearby (D,H,W) float32, 0 where nothing is in reach
     "Signed distance to a union of balls, and the value of the ball."
     pad = 2 * int(np.ceil(points[:, 3].max(initial=1) + reach))
     wide = np.array(shape) + 2 * pad
     jump = np.array([wide[1] * wide[2], wide[2], 1])
-    d, v, size = np.full(wide.prod(), reach, np.float32), np.zeros(wide.prod(), np.float32), np.ceil(points[:, 3] + reach).astype(int)
+    d = np.full(wide.prod(), reach, np.float32)
+    v = np.zeros(wide.prod(), np.float32)
+    size = np.ceil(points[:, 3] + reach).astype(int)
     for n in np.unique(size):
-        line, chosen = np.arange(-n, n + 1), np.flatnonzero(size == n)
+        line = np.arange(-n, n + 1)
+        chosen = np.flatnonzero(size == n)
         around = (line[:, None, None] * jump[0] + line[:, None] * jump[1] + line).ravel()
         for some in np.array_split(chosen, 1 + len(chosen) * len(around) // 2_000_000):
             p = points[some].astype(np.float32)
             corner = np.floor(p[:, :3]).astype(int)
-            z, y, x = ((line + (corner + .5 - p[:, :3])[:, :, None]).astype(np.float32) ** 2).transpose(1, 0, 2)
-            square = (z[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]).reshape(len(p), -1)
+            z, y, x = (
+                (line + (corner + 0.5 - p[:, :3])[:, :, None]).astype(np.float32) ** 2
+            ).transpose(1, 0, 2)
+            square = (z[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]).reshape(
+                len(p), -1
+            )
             i, j = np.nonzero(square < (p[:, 3:] + reach) ** 2)
             flat = ((corner + pad) @ jump)[i] + around[j]
             np.minimum.at(d, flat, np.sqrt(square[i, j]) - p[i, 3])
@@ -154,145 +232,198 @@ def stamp(
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #895bf919
 def waves(
-    r:np.random.Generator, # source of randomness
-    shape:tuple,           # three numbers
-    scale:float,           # distance over which it changes, voxels
-)->np.ndarray: # (*shape) float32, mean 0, standard deviation 1 over many draws
+    r: np.random.Generator,  # source of randomness
+    shape: tuple,  # three numbers
+    scale: float,  # distance over which it changes, voxels
+) -> np.ndarray:  # (*shape) float32, mean 0, standard deviation 1 over many draws
     "Slow noise: Gaussian bells at the points of a coarse grid, with random heights."
     bells = []
     for n in shape:
         away = np.arange(n)[:, None] - np.arange(-2 * scale, n + 2 * scale, scale / 2)
-        bell = np.exp(-.5 * (away / (.7 * scale)) ** 2)
-        bells.append((bell / np.sqrt((bell ** 2).sum(1, keepdims=True))).astype(np.float32))
+        bell = np.exp(-0.5 * (away / (0.7 * scale)) ** 2)
+        bells.append((bell / np.sqrt((bell**2).sum(1, keepdims=True))).astype(np.float32))
     x = r.standard_normal([b.shape[1] for b in bells]).astype(np.float32)
-    for b in bells: x = np.einsum("ab,bcd->cda", b, x)
+    for b in bells:
+        x = np.einsum("ab,bcd->cda", b, x)
     return np.ascontiguousarray(x)
 
+
 def shine(
-    r:np.random.Generator, # source of randomness
-    which:np.ndarray,      # number of the vessel of each sample (N,)
-    k:VesselKnobs,         # the knobs
-)->np.ndarray: # (N,) brightness, median 1
+    r: np.random.Generator,  # source of randomness
+    which: np.ndarray,  # number of the vessel of each sample (N,)
+    k: VesselKnobs,  # the knobs
+) -> np.ndarray:  # (N,) brightness, median 1
     "Brightness of the samples: one factor a vessel, and a slow change along it."
     own = k.spread * r.standard_normal(which.max() + 1)[which]
-    return np.exp(own + k.fading * waves(r, (len(which), 1, 1), 24.)[:, 0, 0])
+    return np.exp(own + k.fading * waves(r, (len(which), 1, 1), 24.0)[:, 0, 0])
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #930e79b3
 def lookalikes(
-    r:np.random.Generator, # source of randomness
-    shape:tuple,           # (D,H,W)
-    a:Animal,              # in whose brain
-    k:VesselKnobs,         # the knobs
-    fine:tuple=(1., 1., 1.), # size of a voxel along z, y, x, in voxels of the plane
-)->tuple: # cells and sheets (D,H,W), haze (D,H,W): float32, in units of a vessel's brightness
+    r: np.random.Generator,  # source of randomness
+    shape: tuple,  # (D,H,W)
+    a: Animal,  # in whose brain
+    k: VesselKnobs,  # the knobs
+    fine: tuple = (1.0, 1.0, 1.0),  # size of a voxel along z, y, x, in voxels of the plane
+) -> tuple:  # cells and sheets (D,H,W), haze (D,H,W): float32, in units of a vessel's brightness
     "Everything bright that is no vessel."
-    box, part, bright, haze = np.array(shape) * fine, np.prod(shape) * np.prod(fine) / 64 ** 3, np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    def around(centre, reach): # the part of the volume near a centre, and its coordinates from there
-        cut = tuple(slice(max(0, int((c - e) / f)), int((c + e) / f) + 1) for c, e, f in zip(centre, np.broadcast_to(reach, 3), fine))
+    box = np.array(shape) * fine
+    part = np.prod(shape) * np.prod(fine) / 64**3
+    bright = np.zeros(shape, np.float32)
+    haze = np.zeros(shape, np.float32)
+
+    def around(
+        centre, reach
+    ):  # the part of the volume near a centre, and its coordinates from there
+        cut = tuple(
+            slice(max(0, int((c - e) / f)), int((c + e) / f) + 1)
+            for c, e, f in zip(centre, np.broadcast_to(reach, 3), fine)
+        )
         at = np.ogrid[tuple(slice(a.start, min(a.stop, n)) for a, n in zip(cut, shape))]
-        return cut, [((p + .5) * f - c).astype(np.float32) for p, f, c in zip(at, fine, centre)]
+        return cut, [((p + 0.5) * f - c).astype(np.float32) for p, f, c in zip(at, fine, centre)]
+
     for _ in range(r.poisson(a.cells * part)):
-        radius, value = r.uniform(1.6, 3.6), 1.2 * np.exp(k.spread * r.standard_normal())
+        radius = r.uniform(1.6, 3.6)
+        value = 1.2 * np.exp(k.spread * r.standard_normal())
         cut, q = around(r.random(3) * box, radius + 1)
-        share = np.clip(.5 + np.float32(radius) - np.sqrt(sum(p ** 2 for p in q)), 0, 1)
+        share = np.clip(0.5 + np.float32(radius) - np.sqrt(sum(p**2 for p in q)), 0, 1)
         bright[cut] = np.maximum(bright[cut], share * np.float32(value))
     for _ in range(r.poisson(k.sheets * part)):
-        way, extent, width = r.standard_normal(3), r.uniform(9, 18), r.uniform(.6, 1.1)
+        way = r.standard_normal(3)
+        extent = r.uniform(9, 18)
+        width = r.uniform(0.6, 1.1)
         cut, q = around(r.random(3) * box, 2.5 * extent)
         across = sum(p * np.float32(w) for p, w in zip(q, way / np.linalg.norm(way)))
-        across = (across + 3 * waves(r, across.shape, 16.)) / np.float32(width)
-        fade = np.exp(-.5 * (across ** 2 + sum((p / np.float32(extent)) ** 2 for p in q)))
-        bright[cut] = np.maximum(bright[cut], fade * np.float32(r.uniform(.7, 1.3)))
+        across = (across + 3 * waves(r, across.shape, 16.0)) / np.float32(width)
+        fade = np.exp(-0.5 * (across**2 + sum((p / np.float32(extent)) ** 2 for p in q)))
+        bright[cut] = np.maximum(bright[cut], fade * np.float32(r.uniform(0.7, 1.3)))
     for _ in range(r.poisson(a.haze * part)):
         extent = r.uniform(4, 10, 3)
         cut, q = around(r.random(3) * box, 3.5 * extent)
-        z, y, x = (np.exp(-.5 * (p / np.float32(e)) ** 2) for p, e in zip(q, extent))
-        haze[cut] += np.float32(r.uniform(.3, .9)) * z * y * x
+        z, y, x = (np.exp(-0.5 * (p / np.float32(e)) ** 2) for p, e in zip(q, extent))
+        haze[cut] += np.float32(r.uniform(0.3, 0.9)) * z * y * x
     return bright, haze
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #5904cfa8
 def paint_vessels(
-    d:np.ndarray,          # signed distance (D,H,W), voxels of the plane
-    shine:np.ndarray,      # brightness of vessels (D,H,W)
-    r:np.random.Generator, # source of randomness
-    a:Animal,              # whose brain
-    k:VesselKnobs,         # the knobs
-    ratio:int=1,           # layers averaged into one slice
-    fine:tuple=(1., 1., 1.), # size of a voxel of `d` along z, y, x, in voxels of the plane
-)->np.ndarray: # (D/ratio,H,W) uint8
+    d: np.ndarray,  # signed distance (D,H,W), voxels of the plane
+    shine: np.ndarray,  # brightness of vessels (D,H,W)
+    r: np.random.Generator,  # source of randomness
+    a: Animal,  # whose brain
+    k: VesselKnobs,  # the knobs
+    ratio: int = 1,  # layers averaged into one slice
+    fine: tuple = (1.0, 1.0, 1.0),  # size of a voxel of `d` along z, y, x, in voxels of the plane
+) -> np.ndarray:  # (D/ratio,H,W) uint8
     "What the microscope makes of it."
     from scipy.ndimage import gaussian_filter
+
     shape = d.shape
     wall = 1 - np.float32(a.hollow) * np.clip((-d - 1) / 1.2, 0, 1)
-    vessels, (bright, haze) = np.clip(.5 - d, 0, 1) * shine * wall, lookalikes(r, shape, a, k, fine)
-    x = np.clip(1 + a.drift * waves(r, shape, 20.), .1, None) + a.contrast * (np.maximum(vessels, bright) + haze)
+    vessels = np.clip(0.5 - d, 0, 1) * shine * wall
+    (bright, haze) = lookalikes(r, shape, a, k, fine)
+    x = np.clip(1 + a.drift * waves(r, shape, 20.0), 0.1, None) + a.contrast * (
+        np.maximum(vessels, bright) + haze
+    )
     x += k.texture * r.standard_normal(shape, dtype=np.float32)
     depth = np.linspace(0, 1, shape[0], endpoint=False)[:, None, None]
-    x *= np.exp(.2 * waves(r, shape, 30.) - a.decay * depth)
-    x = gaussian_filter(x, [a.blur * s / f for s, f in zip(k.psf, fine)], mode="reflect", truncate=3)
-    if ratio > 1: x = x.reshape(-1, ratio, *shape[1:]).mean(1)
+    x *= np.exp(0.2 * waves(r, shape, 30.0) - a.decay * depth)
+    x = gaussian_filter(
+        x, [a.blur * s / f for s, f in zip(k.psf, fine)], mode="reflect", truncate=3
+    )
+    if ratio > 1:
+        x = x.reshape(-1, ratio, *shape[1:]).mean(1)
     x = np.maximum(x, 0)
     x = x + a.noise * np.sqrt(x) * r.standard_normal(x.shape, dtype=np.float32)
     return np.clip(a.level * x + 4, 0, 255).astype(np.uint8)
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #b435b8e5
 def vessel_volume(
-    modality:str,           # lightsheet | twophoton
-    seed:int=0,             # seed of the phantom
-    knobs:VesselKnobs=None, # default: `VesselKnobs()`
-    number:int=0,           # which animal
-)->tuple: # image (D,H,W) uint8, label (D,H,W) uint8: 1 is vessel. lightsheet: D = size; twophoton: D = slices
+    modality: str,  # lightsheet | twophoton
+    seed: int = 0,  # seed of the phantom
+    knobs: VesselKnobs = None,  # default: `VesselKnobs()`
+    number: int = 0,  # which animal
+) -> tuple:  # image (D,H,W) uint8, label (D,H,W) uint8: 1 is vessel. lightsheet: D = size; twophoton: D = slices
     "One animal: a pure function of the arguments. `InputError` for an unknown modality."
-    if modality not in MICROSCOPES: raise InputError(unknown("modality", modality, MICROSCOPES))
+    if modality not in MICROSCOPES:
+        raise InputError(unknown("modality", modality, MICROSCOPES))
     k = knobs or VesselKnobs()
-    def r(purpose): return rng(seed, "vessels", modality, number, purpose)
+
+    def r(purpose):
+        return rng(seed, "vessels", modality, number, purpose)
+
     ratio = k.ratio if modality == "twophoton" else 1
     shape = (k.slices * ratio if modality == "twophoton" else k.size, k.size, k.size)
     a = animal(modality, r("animal"), k)
     points, which = vessel_tree(r("tree"), shape, a, k)
     d, bright = stamp(shape, points, shine(r("shine"), which, k))
-    filled = np.clip(.5 - d, 0, 1).reshape(-1, ratio, *shape[1:]).mean(1)
-    return paint_vessels(d, bright, r("paint"), a, k, ratio), (filled >= (.3 if modality == "twophoton" else .5)).astype(np.uint8)
+    filled = np.clip(0.5 - d, 0, 1).reshape(-1, ratio, *shape[1:]).mean(1)
+    return paint_vessels(d, bright, r("paint"), a, k, ratio), (
+        filled >= (0.3 if modality == "twophoton" else 0.5)
+    ).astype(np.uint8)
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #8bb0a011
 def vessels(
-    modality:str,    # lightsheet | twophoton
-    volumes:int=56,  # number of volumes; each is an animal
-    size:int=64,     # side of a volume in the plane, voxels; with `knobs=VesselKnobs(...)`, their size counts
-    seed:int=0,      # seed of the phantom
-    knobs=None,      # `VesselKnobs`, or a dict of changes to its defaults
-): # Collection of volumes, dims=3: group = animal, classes background and vessel, grey uint8, spacing in mm
+    modality: str,  # lightsheet | twophoton
+    volumes: int = 56,  # number of volumes; each is an animal
+    size: int = 64,  # side of a volume in the plane, voxels; with `knobs=VesselKnobs(...)`, their size counts
+    seed: int = 0,  # seed of the phantom
+    knobs=None,  # `VesselKnobs`, or a dict of changes to its defaults
+):  # Collection of volumes, dims=3: group = animal, classes background and vessel, grey uint8, spacing in mm
     """A data set of vessel phantoms: lightsheet (size,size,size), twophoton (slices,size,size). Same seed, other modality: other animals.
     `InputError` for an unknown modality or knob, a knob outside its range, or no volumes."""
     from unpaired_kd.data.collections import Collection
-    if volumes < 1: raise InputError(f"volumes={volumes}: give at least 1.")
-    if modality not in MICROSCOPES: raise InputError(unknown("modality", modality, MICROSCOPES))
+
+    if volumes < 1:
+        raise InputError(f"volumes={volumes}: give at least 1.")
+    if modality not in MICROSCOPES:
+        raise InputError(unknown("modality", modality, MICROSCOPES))
     for name in knobs if isinstance(knobs, dict) else ():
-        if name not in VesselKnobs.__dataclass_fields__: raise InputError(unknown("knob", name, VesselKnobs.__dataclass_fields__))
+        if name not in VesselKnobs.__dataclass_fields__:
+            raise InputError(unknown("knob", name, VesselKnobs.__dataclass_fields__))
     k = knobs if isinstance(knobs, VesselKnobs) else VesselKnobs(**{"size": size, **(knobs or {})})
     drawn = [vessel_volume(modality, seed, k, n) for n in range(volumes)]
     names = [f"{modality}-{n:02d}" for n in range(volumes)]
     z, y, x = MICROSCOPES[modality]
-    return Collection.from_arrays([im for im, _ in drawn], [y for _, y in drawn], groups=names, ids=names, dims=3, name=f"vessels {modality}",
-        spacing=(z * k.ratio if modality == "twophoton" else z, y, x), classes=("background", "vessel"), label_kind="semantic")
+    return Collection.from_arrays(
+        [im for im, _ in drawn],
+        [y for _, y in drawn],
+        groups=names,
+        ids=names,
+        dims=3,
+        name=f"vessels {modality}",
+        spacing=(z * k.ratio if modality == "twophoton" else z, y, x),
+        classes=("background", "vessel"),
+        label_kind="semantic",
+    )
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #0c198b25
 def render_mask(
-    mask:np.ndarray,        # (D,H,W), not zero in vessels: a crop that fits into memory
-    r:np.random.Generator,  # source of randomness, e.g. `rng(seed, "brain", block)`
-    knobs:VesselKnobs=None, # default: `VesselKnobs()`; `size`, `radius` and other knobs of the tree play no part
-    modality:str="lightsheet", # lightsheet | twophoton
-    spacing:tuple=(1., 1., 1.), # size of a voxel of the mask along z, y, x, in voxels of the plane, e.g. (5,1,1)
-)->np.ndarray: # (D,H,W) uint8
+    mask: np.ndarray,  # (D,H,W), not zero in vessels: a crop that fits into memory
+    r: np.random.Generator,  # source of randomness, e.g. `rng(seed, "brain", block)`
+    knobs: VesselKnobs = None,  # default: `VesselKnobs()`; `size`, `radius` and other knobs of the tree play no part
+    modality: str = "lightsheet",  # lightsheet | twophoton
+    spacing: tuple = (
+        1.0,
+        1.0,
+        1.0,
+    ),  # size of a voxel of the mask along z, y, x, in voxels of the plane, e.g. (5,1,1)
+) -> np.ndarray:  # (D,H,W) uint8
     "A microscope's image over given vessels: their true branching, a simulated animal. `InputError` for a mask that is no volume, or an unknown modality."
     from scipy.ndimage import distance_transform_edt as edt
-    mask, k = np.asarray(mask) != 0, knobs or VesselKnobs()
-    if mask.ndim != 3 or not mask.size: raise InputError(f"mask of shape {mask.shape}: give a volume (D,H,W).")
-    if modality not in MICROSCOPES: raise InputError(unknown("modality", modality, MICROSCOPES))
-    if len(spacing) != 3 or min(spacing) <= 0: raise InputError(f"spacing={spacing}: give a size above 0 for each of z, y, x.")
+
+    mask = np.asarray(mask) != 0
+    k = knobs or VesselKnobs()
+    if mask.ndim != 3 or not mask.size:
+        raise InputError(f"mask of shape {mask.shape}: give a volume (D,H,W).")
+    if modality not in MICROSCOPES:
+        raise InputError(unknown("modality", modality, MICROSCOPES))
+    if len(spacing) != 3 or min(spacing) <= 0:
+        raise InputError(f"spacing={spacing}: give a size above 0 for each of z, y, x.")
     a = animal(modality, r, k)
-    half, far = np.where(mask, .5, -.5), 1e3
-    outside, inside = (edt(m, spacing) if not m.all() else np.full(m.shape, far) for m in (~mask, mask))
+    half = np.where(mask, 0.5, -0.5)
+    far = 1e3
+    outside, inside = (
+        edt(m, spacing) if not m.all() else np.full(m.shape, far) for m in (~mask, mask)
+    )
     d = (outside - inside + half).astype(np.float32)
-    bright = np.exp(k.spread * waves(r, mask.shape, 12.) + k.fading * waves(r, mask.shape, 6.))
+    bright = np.exp(k.spread * waves(r, mask.shape, 12.0) + k.fading * waves(r, mask.shape, 6.0))
     return paint_vessels(d, bright, r, a, k, 1, spacing)

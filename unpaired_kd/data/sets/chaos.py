@@ -20,23 +20,30 @@ from ..formats.images import Image, list_images, read_label
 from .clinical import Scan, load_scans
 
 # %% ../../../nbs/data/sets/chaos.ipynb #c8592b39
-CHAOS_CLASSES = {"MR": ("background", "liver", "right kidney", "left kidney", "spleen"),
-                 "CT": ("background", "liver")}
-CHAOS_GREYS = { # of class 1, 2, ...: ranges, ends included
+CHAOS_CLASSES = {
+    "MR": ("background", "liver", "right kidney", "left kidney", "spleen"),
+    "CT": ("background", "liver"),
+}
+CHAOS_GREYS = {  # of class 1, 2, ...: ranges, ends included
     "MR": (((55, 70),), ((110, 135),), ((175, 200),), ((240, 255),)),
-    "CT": (((1, 1), (255, 255)),)}
-CHAOS_SEQUENCES = {"t1in": ("MR", "T1DUAL", "DICOM_anon/InPhase"),
-                   "t1out": ("MR", "T1DUAL", "DICOM_anon/OutPhase"),
-                   "t2": ("MR", "T2SPIR", "DICOM_anon"),
-                   "ct": ("CT", "", "DICOM_anon")}
+    "CT": (((1, 1), (255, 255)),),
+}
+CHAOS_SEQUENCES = {
+    "t1in": ("MR", "T1DUAL", "DICOM_anon/InPhase"),
+    "t1out": ("MR", "T1DUAL", "DICOM_anon/OutPhase"),
+    "t2": ("MR", "T2SPIR", "DICOM_anon"),
+    "ct": ("CT", "", "DICOM_anon"),
+}
+
 
 def grey_classes(
-    grey:np.ndarray,          # whole numbers, any shape
-    ranges=CHAOS_GREYS["MR"], # of each class from 1 on
-    name:str="the label",     # file or argument, for the message
-)->np.ndarray: # uint8, same shape
+    grey: np.ndarray,  # whole numbers, any shape
+    ranges=CHAOS_GREYS["MR"],  # of each class from 1 on
+    name: str = "the label",  # file or argument, for the message
+) -> np.ndarray:  # uint8, same shape
     "Classes from greys; 0 is background. Raises `InputError` for a grey outside all ranges."
-    out, known = np.zeros(grey.shape, np.uint8), grey == 0
+    out = np.zeros(grey.shape, np.uint8)
+    known = grey == 0
     for k, parts in enumerate(ranges, 1):
         for low, high in parts:
             hit = (grey >= low) & (grey <= high)
@@ -45,15 +52,17 @@ def grey_classes(
     if not known.all():
         odd = np.unique(grey[~known])[:8].tolist()
         words = ", ".join(f"{a}-{b}" for parts in ranges for a, b in parts)
-        raise InputError(f"{name} has the grey values {odd}, which belong to no class: the ranges "
-                         f"are {words}, and 0. Was it resampled or saved as JPEG? Copy it again, "
-                         "or pass other ranges.")
+        raise InputError(
+            f"{name} has the grey values {odd}, which belong to no class: the ranges "
+            f"are {words}, and 0. Was it resampled or saved as JPEG? Copy it again, "
+            "or pass other ranges."
+        )
     return out
 
 # %% ../../../nbs/data/sets/chaos.ipynb #5fa9738c
 def slice_files(
-    folder, # folder of one DICOM series
-)->list: # its files, in the order in which `read_image` stacks them
+    folder,  # folder of one DICOM series
+) -> list:  # its files, in the order in which `read_image` stacks them
     "DICOM files sorted by position along the normal of the slices."
     files = dicom_files(Path(folder))
     if not files:
@@ -66,66 +75,80 @@ def slice_files(
 
 # %% ../../../nbs/data/sets/chaos.ipynb #96ddc6c3
 def name_order(
-    files:list,     # paths
-    where:str="",   # folder, for the message
-)->list: # sorted by the numbers in the names
+    files: list,  # paths
+    where: str = "",  # folder, for the message
+) -> list:  # sorted by the numbers in the names
     "Sort files by all whole numbers in their names. `InputError` if two have the same."
     number = {f: tuple(map(int, re.findall(r"\d+", f.stem))) for f in files}
     if len(set(number.values())) < len(files):
-        raise InputError(f"{where}: the numbers in the file names do not tell the slices apart, "
-                         f"e.g. {files[0].name}. Name the files by slice number.")
+        raise InputError(
+            f"{where}: the numbers in the file names do not tell the slices apart, "
+            f"e.g. {files[0].name}. Name the files by slice number."
+        )
     return sorted(files, key=number.get)
 
+# %% ../../../nbs/data/sets/chaos.ipynb #96b413e9
 def match_slices(
-    slices:list,   # DICOM files, sorted by position (`slice_files`)
-    pictures:list, # label files
-    where:str="",  # folder of the pictures, for the message
-)->list: # the picture of each slice, in the order of `slices`
+    slices: list,  # DICOM files, sorted by position (`slice_files`)
+    pictures: list,  # label files
+    where: str = "",  # folder of the pictures, for the message
+) -> list:  # the picture of each slice, in the order of `slices`
     """Match label pictures to slices: equal names, else the order of the numbers in the names.
     `InputError` when the numbers differ or the order says nothing."""
     if len(slices) != len(pictures):
         series = slices[0].parent if slices else "the series"
-        raise InputError(f"{where} holds {len(pictures)} label pictures, but {series} holds "
-                         f"{len(slices)} slices. Each slice needs its picture: complete the "
-                         "folder, or leave the case out.")
+        raise InputError(
+            f"{where} holds {len(pictures)} label pictures, but {series} holds "
+            f"{len(slices)} slices. Each slice needs its picture: complete the "
+            "folder, or leave the case out."
+        )
     by_name = {p.stem: p for p in pictures}
     if set(by_name) == {f.stem for f in slices}:
         return [by_name[f.stem] for f in slices]
-    named, pictures = name_order(slices, slices[0].parent), name_order(pictures, where)
+    named = name_order(slices, slices[0].parent)
+    pictures = name_order(pictures, where)
     if slices not in (named, named[::-1]):
-        raise InputError(f"{where}: the file names in {slices[0].parent} do not follow the "
-                         "positions of the slices, so the order of the pictures says nothing. Give "
-                         "each picture the name of its DICOM file.")
+        raise InputError(
+            f"{where}: the file names in {slices[0].parent} do not follow the "
+            "positions of the slices, so the order of the pictures says nothing. Give "
+            "each picture the name of its DICOM file."
+        )
     picture_of = dict(zip(named, pictures))
     return [picture_of[f] for f in slices]
 
 # %% ../../../nbs/data/sets/chaos.ipynb #5cb30c05
 def chaos_label(
-    image:Image,   # of the series; its shape is checked
-    series,        # folder of the DICOM files
-    ground,        # folder of the PNG files
-    kind:str="MR", # MR | CT
-)->np.ndarray: # (D,H,W) uint8
+    image: Image,  # of the series; its shape is checked
+    series,  # folder of the DICOM files
+    ground,  # folder of the PNG files
+    kind: str = "MR",  # MR | CT
+) -> np.ndarray:  # (D,H,W) uint8
     "The label of a CHAOS series. Raises `InputError` that names the picture or folder at fault."
-    ground, size = Path(ground), image.array.shape[-2:]
+    ground = Path(ground)
+    size = image.array.shape[-2:]
     if not ground.is_dir():
-        raise InputError(f"{ground} does not exist: the case has no label. Pass labels=False for "
-                         "the unlabelled test cases.")
-    pictures, out = [p for p in list_images(ground)[0] if p.suffix.lower() == ".png"], []
+        raise InputError(
+            f"{ground} does not exist: the case has no label. Pass labels=False for "
+            "the unlabelled test cases."
+        )
+    pictures = [p for p in list_images(ground)[0] if p.suffix.lower() == ".png"]
+    out = []
     for p in match_slices(slice_files(series), pictures, str(ground)):
         y = read_label(p).array
         if y.shape != size:
-            raise InputError(f"{p} has {y.shape[0]} x {y.shape[1]} pixels, its slice {size[0]} x "
-                             f"{size[1]}. Both must show the same pixels.")
+            raise InputError(
+                f"{p} has {y.shape[0]} x {y.shape[1]} pixels, its slice {size[0]} x "
+                f"{size[1]}. Both must show the same pixels."
+            )
         out.append(grey_classes(y, CHAOS_GREYS[kind], str(p)))
     return np.stack(out)
 
 # %% ../../../nbs/data/sets/chaos.ipynb #06cd1ff0
 def case_folders(
-    folder,    # of a data set, or of its training part
-    kind:str,  # MR | CT: the sub-folder that may hold the cases
-    inner:str, # what lies in every case
-)->list: # folders of the cases, in the order of their numbers
+    folder,  # of a data set, or of its training part
+    kind: str,  # MR | CT: the sub-folder that may hold the cases
+    inner: str,  # what lies in every case
+) -> list:  # folders of the cases, in the order of their numbers
     "Find the cases in `folder`, `folder/kind` or `folder/Train_Sets/kind`."
     for root in (Path(folder), Path(folder) / kind, Path(folder) / "Train_Sets" / kind):
         inside = root.iterdir() if root.is_dir() else []
@@ -134,25 +157,32 @@ def case_folders(
             return sorted(found, key=lambda p: int(p.name))
     raise InputError(f"{folder}: no case was found. Expected {kind}/<number>/{inner} in it.")
 
+# %% ../../../nbs/data/sets/chaos.ipynb #cc596354
 def chaos_scans(
-    folder,            # of the data set
-    sequence:str="t2", # t1in | t1out | t2 | ct
-    labels:bool=True,  # False: do not look for labels
-    skip=(),           # case numbers to leave out
-)->list: # of `Scan`; groups mr01, ... are the same in all MR sequences, ct01, ... are other people
+    folder,  # of the data set
+    sequence: str = "t2",  # t1in | t1out | t2 | ct
+    labels: bool = True,  # False: do not look for labels
+    skip=(),  # case numbers to leave out
+) -> (
+    list
+):  # of `Scan`; groups mr01, ... are the same in all MR sequences, ct01, ... are other people
     """The cases of CHAOS in one sequence. Raises `InputError` for another layout and for a case
     without this sequence."""
     if sequence not in CHAOS_SEQUENCES:
         raise InputError(unknown("CHAOS sequence", sequence, CHAOS_SEQUENCES))
     kind, part, series = CHAOS_SEQUENCES[sequence]
-    inner, skip, out = str(Path(part) / series), {int(s) for s in skip}, []
+    inner = str(Path(part) / series)
+    skip = {int(s) for s in skip}
+    out = []
     for case in case_folders(folder, kind, inner):
-        n, files = int(case.name), case / inner
+        n = int(case.name)
+        files = case / inner
         if n in skip:
             continue
         if not files.is_dir():
             raise InputError(f"{case} has no {inner}. Complete the case, or pass skip=({n},).")
-        patient, ground = f"{kind.lower()}{n:02d}", case / part / "Ground"
+        patient = f"{kind.lower()}{n:02d}"
+        ground = case / part / "Ground"
         label = partial(chaos_label, series=files, ground=ground, kind=kind) if labels else None
         out.append(Scan(f"{patient}_{sequence}", patient, files, label))
     if not out:
@@ -161,12 +191,12 @@ def chaos_scans(
 
 # %% ../../../nbs/data/sets/chaos.ipynb #a092c797
 def read_chaos(
-    folder,            # of the data set
-    sequence:str="t2", # t1in | t1out | t2 | ct
-    labels:bool=True,  # False: do not look for labels
-    skip=(),           # case numbers to leave out
-    **kw,              # see `Collection`
-)->Collection: # volumes, in memory
+    folder,  # of the data set
+    sequence: str = "t2",  # t1in | t1out | t2 | ct
+    labels: bool = True,  # False: do not look for labels
+    skip=(),  # case numbers to leave out
+    **kw,  # see `Collection`
+) -> Collection:  # volumes, in memory
     """CHAOS as a collection of raw volumes, MR by percentiles and CT by the window of CMEDL. For
     standardised MR, see `prepare_clinical`."""
     scans = chaos_scans(folder, sequence, labels, skip)

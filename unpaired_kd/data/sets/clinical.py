@@ -14,8 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import (InputError, digest, file_sha256, progress, read_json, unknown,
-                              write_csv, write_json)
+from unpaired_kd.core import (
+    InputError,
+    digest,
+    file_sha256,
+    progress,
+    read_json,
+    unknown,
+    write_csv,
+    write_json,
+)
 from ..collections import Collection
 from ..formats.geometry import lay_on
 from ..formats.images import Image, read_image
@@ -27,32 +35,40 @@ from ..layouts import Case
 @dataclass(frozen=True)
 class Scan:
     "One volume on disk. `load()` reads it."
-    id:str            # unique in its modality
-    group:str         # patient: never split
-    image:Path        # folder of one DICOM series, or any file of `read_image`
-    label:object=None # function from the `Image` to its label: whole numbers (D,H,W) on its grid,
-                      # or an `Image` of them (a file of its own); None: no label
 
-    def load(self)->tuple: # Image with array (1,D,H,W), and label (D,H,W) or None
+    id: str  # unique in its modality
+    group: str  # patient: never split
+    image: Path  # folder of one DICOM series, or any file of `read_image`
+    label: object = (
+        None  # function from the `Image` to its label: whole numbers (D,H,W) on its grid,
+    )
+    # or an `Image` of them (a file of its own); None: no label
+
+    def load(self) -> tuple:  # Image with array (1,D,H,W), and label (D,H,W) or None
         "Image and label. Raises `InputError`, naming the place, for every fault."
         image = read_image(self.image, 1)
         if image.array.ndim != 4:
-            raise InputError(f"{self.image} is not a volume: its shape is {image.array.shape}. "
-                             "Give the folder of the whole series.")
+            raise InputError(
+                f"{self.image} is not a volume: its shape is {image.array.shape}. "
+                "Give the folder of the whole series."
+            )
         label = None if self.label is None else self.label(image)
         if label is None:
             return image, None
         label = np.asarray(lay_on(label, image) if isinstance(label, Image) else label)
         if label.shape != image.array.shape[1:]:
-            raise InputError(f"{self.image}: the label has shape {label.shape} and the image "
-                             f"{image.array.shape[1:]}. Both must show the same voxels.")
+            raise InputError(
+                f"{self.image}: the label has shape {label.shape} and the image "
+                f"{image.array.shape[1:]}. Both must show the same voxels."
+            )
         return image, label
 
+# %% ../../../nbs/data/sets/clinical.ipynb #91c3039b
 def load_scans(
-    scans:list,         # of `Scan`
-    name:str="scans",   # of the collection
-    **kw,               # see `Collection`: classes, intensity, ...
-)->Collection: # of volumes, in memory
+    scans: list,  # of `Scan`
+    name: str = "scans",  # of the collection
+    **kw,  # see `Collection`: classes, intensity, ...
+) -> Collection:  # of volumes, in memory
     "Read all scans into a collection."
     cases = []
     for s in scans:
@@ -63,25 +79,30 @@ def load_scans(
 # %% ../../../nbs/data/sets/clinical.ipynb #d4279753
 NOTE = "preparation.json"
 
+
 def fit_scans(
-    scans:list, # of one modality
-    fit_on,     # groups to fit on; None: all
-)->HistogramStandard:
+    scans: list,  # of one modality
+    fit_on,  # groups to fit on; None: all
+) -> HistogramStandard:
     "The scale of MR of some patients."
     chosen = [s for s in scans if fit_on is None or s.group in set(fit_on)]
-    return HistogramStandard.fit((read_image(s.image, 1).array for s in chosen),
-                                 names=[str(s.image) for s in chosen])
+    return HistogramStandard.fit(
+        (read_image(s.image, 1).array for s in chosen), names=[str(s.image) for s in chosen]
+    )
+
 
 def stored_rule(
-    rule,       # (low, high) in HU | "histogram": fit one | `HistogramStandard` or its dict
-    scans:list, # of one modality
-    fit_on,     # groups to fit on; None: all
-)->dict: # plain data: kind, and what `standardise` needs
+    rule,  # (low, high) in HU | "histogram": fit one | `HistogramStandard` or its dict
+    scans: list,  # of one modality
+    fit_on,  # groups to fit on; None: all
+) -> dict:  # plain data: kind, and what `standardise` needs
     "A rule as it is stored with the data."
     if isinstance(rule, str):
         if rule != "histogram":
-            raise InputError(unknown("rule", rule, ("histogram",))
-                             + " Or give a window (low, high) in HU, or a HistogramStandard.")
+            raise InputError(
+                unknown("rule", rule, ("histogram",))
+                + " Or give a window (low, high) in HU, or a HistogramStandard."
+            )
         rule = fit_scans(scans, fit_on)
     if isinstance(rule, dict):
         rule = HistogramStandard.from_dict({k: v for k, v in rule.items() if k != "kind"})
@@ -90,42 +111,46 @@ def stored_rule(
     try:
         low, high = (float(v) for v in rule)
     except (TypeError, ValueError):
-        raise InputError(f"rule {rule!r}: give a window (low, high) in HU, 'histogram', or a "
-                         "HistogramStandard.") from None
+        raise InputError(
+            f"rule {rule!r}: give a window (low, high) in HU, 'histogram', or a HistogramStandard."
+        ) from None
     return dict(kind="window_hu", low=low, high=high)
 
 # %% ../../../nbs/data/sets/clinical.ipynb #42cfabc8
 def source_mark(
-    scan:Scan, # not read
-)->list: # number of files and bytes of its image
+    scan: Scan,  # not read
+) -> list:  # number of files and bytes of its image
     "What tells that the files of a scan were replaced."
     p = Path(scan.image)
     files = sorted(p.iterdir()) if p.is_dir() else [p]
     sizes = [f.stat().st_size for f in files if f.is_file()]
     return [len(sizes), sum(sizes)]
 
+
 def seen_classes(
-    label:np.ndarray, # (D,H,W) whole numbers
-    classes:list,     # names
-    where:str,        # file of the image, for the message
-    modality:str,     # its name
-)->list: # the numbers in it, sorted
+    label: np.ndarray,  # (D,H,W) whole numbers
+    classes: list,  # names
+    where: str,  # file of the image, for the message
+    modality: str,  # its name
+) -> list:  # the numbers in it, sorted
     "Which classes a label shows. `InputError` for a number without a name."
     seen = np.unique(label).tolist()
     odd = [v for v in seen if v not in range(len(classes))]
     if odd:
-        raise InputError(f"{where}: the label holds class {odd[-1]}, but {modality!r} has "
-                         f"{len(classes)} classes {tuple(classes)}. Name them all.")
+        raise InputError(
+            f"{where}: the label holds class {odd[-1]}, but {modality!r} has "
+            f"{len(classes)} classes {tuple(classes)}. Name them all."
+        )
     return seen
 
 # %% ../../../nbs/data/sets/clinical.ipynb #42cfabc7
 def write_scan(
-    scan:Scan,     # to read
-    folder:Path,   # unfinished data set
-    modality:str,  # its name
-    rule:dict,     # see `standardise`
-    classes:tuple, # names; the label may hold no other
-)->dict: # its row of the manifest, and "seen": the classes in it
+    scan: Scan,  # to read
+    folder: Path,  # unfinished data set
+    modality: str,  # its name
+    rule: dict,  # see `standardise`
+    classes: tuple,  # names; the label may hold no other
+) -> dict:  # its row of the manifest, and "seen": the classes in it
     "Write one scan and its label, unless they are there and its source is as it was."
     note = folder / f".rows/{modality}/{scan.id}.json"
     mark = source_mark(scan)
@@ -133,8 +158,16 @@ def write_scan(
         return old["row"]
     image, label = scan.load()
     file = f"{modality}/{scan.id}.nii.gz"
-    row = dict(modality=modality, id=scan.id, image=file, label="", group=scan.group, seen=[],
-               sha256_image="", sha256_label="")
+    row = dict(
+        modality=modality,
+        id=scan.id,
+        image=file,
+        label="",
+        group=scan.group,
+        seen=[],
+        sha256_image="",
+        sha256_label="",
+    )
     unit = standardise(image.array, rule, str(scan.image))
     if label is not None:
         row["seen"] = seen_classes(label, classes, str(scan.image), modality)
@@ -148,19 +181,21 @@ def write_scan(
 
 # %% ../../../nbs/data/sets/clinical.ipynb #de98d772
 def check_named(
-    name:str,   # of the argument, for the message
-    table:dict, # modality -> a choice for it
-    scans:dict, # modality -> its scans
+    name: str,  # of the argument, for the message
+    table: dict,  # modality -> a choice for it
+    scans: dict,  # modality -> its scans
 ):
     "`InputError` for a modality without a choice."
     for m in scans:
         if m not in table:
-            raise InputError(f"{name}: {unknown('modality', m, table)} Give one for each modality "
-                             "of scans.")
+            raise InputError(
+                f"{name}: {unknown('modality', m, table)} Give one for each modality of scans."
+            )
+
 
 def check_groups(
-    fit_on,     # groups
-    scans:dict, # modality -> list of `Scan`
+    fit_on,  # groups
+    scans: dict,  # modality -> list of `Scan`
 ):
     "`InputError` for a group that no scan is of."
     groups = {s.group for items in scans.values() for s in items}
@@ -168,8 +203,9 @@ def check_groups(
         if g not in groups:
             raise InputError("fit_on: " + unknown("group", g, groups))
 
+
 def check_scans(
-    scans:dict, # modality -> list of `Scan`
+    scans: dict,  # modality -> list of `Scan`
 ):
     "`InputError` for a modality without scans, and for two scans with one id."
     for m, items in scans.items():
@@ -180,48 +216,59 @@ def check_scans(
 
 # %% ../../../nbs/data/sets/clinical.ipynb #de98d771
 def preparation(
-    scans:dict,   # modality -> list of `Scan`
-    rules:dict,   # modality -> rule
-    classes:dict, # modality -> class names
+    scans: dict,  # modality -> list of `Scan`
+    rules: dict,  # modality -> rule
+    classes: dict,  # modality -> class names
     fit_on=None,  # groups, or None
-)->dict: # plain data that decides what is written
+) -> dict:  # plain data that decides what is written
     """Check a plan of `prepare_clinical` and write it as plain data. `InputError` for what is
     missing, unknown or there twice."""
     check_named("rules", rules, scans)
     check_named("classes", classes, scans)
     check_groups(fit_on or (), scans)
     check_scans(scans)
-    plain = {m: asdict(rules[m]) if isinstance(rules[m], HistogramStandard) else rules[m]
-             for m in scans}
-    marks = {m: [[s.id, s.group, *(source_mark(s) if plain[m] == "histogram" else ())]
-                 for s in items] for m, items in scans.items()}
-    return dict(scans=marks, rules=plain, classes={m: list(classes[m]) for m in scans},
-                fit_on="all" if fit_on is None else sorted(fit_on))
+    plain = {
+        m: asdict(rules[m]) if isinstance(rules[m], HistogramStandard) else rules[m] for m in scans
+    }
+    marks = {
+        m: [[s.id, s.group, *(source_mark(s) if plain[m] == "histogram" else ())] for s in items]
+        for m, items in scans.items()
+    }
+    return dict(
+        scans=marks,
+        rules=plain,
+        classes={m: list(classes[m]) for m in scans},
+        fit_on="all" if fit_on is None else sorted(fit_on),
+    )
 
+# %% ../../../nbs/data/sets/clinical.ipynb #ac1d2b20
 def check_shown(
-    rows:list,    # what `write_scan` returned
-    classes:dict, # modality -> class names
+    rows: list,  # what `write_scan` returned
+    classes: dict,  # modality -> class names
 ):
     "Raise `InputError` for a class that no label of its modality shows."
     for m, names in classes.items():
         seen = [r["seen"] for r in rows if r["modality"] == m and r["label"]]
         absent = [c for k, c in enumerate(names) if k and seen and not any(k in s for s in seen)]
         if absent:
-            raise InputError(f"no label of {m!r} shows class {', '.join(map(repr, absent))}. "
-                             "Correct `classes`, or add the scans that show it.")
+            raise InputError(
+                f"no label of {m!r} shows class {', '.join(map(repr, absent))}. "
+                "Correct `classes`, or add the scans that show it."
+            )
 
 # %% ../../../nbs/data/sets/clinical.ipynb #4ba1cc67
 def made_by(
-    folder:Path, # a prepared data set, finished or not
-    key:str,     # digest of a plan
-)->bool:
+    folder: Path,  # a prepared data set, finished or not
+    key: str,  # digest of a plan
+) -> bool:
     "Whether a folder was made, or begun, by this plan."
     return (folder / NOTE).exists() and read_json(folder / NOTE).get("plan") == key
 
+
 def unfinished(
-    target:Path, # folder to write
-    key:str,     # digest of its plan
-)->Path: # where it grows
+    target: Path,  # folder to write
+    key: str,  # digest of its plan
+) -> Path:  # where it grows
     "The hidden folder beside the target; what another plan left there is removed."
     part = target.with_name(f".{target.name}.part")
     if part.exists() and not made_by(part, key):
@@ -230,27 +277,34 @@ def unfinished(
 
 # %% ../../../nbs/data/sets/clinical.ipynb #4ba1cc66
 def prepare_clinical(
-    scans:dict,   # modality -> list of `Scan`
-    target,       # folder to write; `open_collection` reads it
-    rules:dict,   # modality -> (low, high) in HU | "histogram" | `HistogramStandard`
-    classes:dict, # modality -> class names, [0] = background
+    scans: dict,  # modality -> list of `Scan`
+    target,  # folder to write; `open_collection` reads it
+    rules: dict,  # modality -> (low, high) in HU | "histogram" | `HistogramStandard`
+    classes: dict,  # modality -> class names, [0] = background
     fit_on=None,  # groups (patients) on which "histogram" is fitted; None: all
-)->Path: # `target`
+) -> Path:  # `target`
     """Write scans as a prepared data set; resumes, and is whole or absent. Raises `InputError` for
     faults in a scan, a class that no label shows, and a target that holds something else."""
-    target, plan = Path(target), preparation(scans, rules, classes, fit_on)
-    key, names = digest(plan), plan["classes"]
+    target = Path(target)
+    plan = preparation(scans, rules, classes, fit_on)
+    key = digest(plan)
+    names = plan["classes"]
     if target.exists():
         if made_by(target, key):
             return target
-        raise InputError(f"{target} exists and was made from other scans or by other rules. Give a "
-                         "new folder, or remove it.")
+        raise InputError(
+            f"{target} exists and was made from other scans or by other rules. Give a "
+            "new folder, or remove it."
+        )
     part = unfinished(target, key)
     if not part.exists():
         stored = {m: stored_rule(rules[m], items, fit_on) for m, items in scans.items()}
-        write_json(part / NOTE, dict(version=1, plan=key, classes=names, rules=stored,
-                                     fit_on=plan["fit_on"]))
-    stored, rows = read_json(part / NOTE)["rules"], []
+        write_json(
+            part / NOTE,
+            dict(version=1, plan=key, classes=names, rules=stored, fit_on=plan["fit_on"]),
+        )
+    stored = read_json(part / NOTE)["rules"]
+    rows = []
     todo = [(m, s) for m, items in scans.items() for s in items]
     with progress(len(todo), "scans", enabled=len(todo) > 50) as bar:
         for m, s in todo:

@@ -14,210 +14,299 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import (InputError, file_sha256, progress, rng, unknown, write_csv,
-                              atomic_folder)
-from ..splits import split_groups
+from unpaired_kd.core import (
+    InputError,
+    atomic_folder,
+    file_sha256,
+    progress,
+    rng,
+    unknown,
+    write_csv,
+)
 from ..formats.images import Image, list_images, read_image, suffix_of
 from ..formats.writing import write_image, write_label
+from ..splits import split_groups
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #8fcfd0f1
-PANELS = ("IHC", "Hematoxylin", "DAPI", "Lap2", "Marker", "Seg") # from left to right
+PANELS = ("IHC", "Hematoxylin", "DAPI", "Lap2", "Marker", "Seg")  # from left to right
+
 
 def split_panels(
-    strip:np.ndarray,         # (3,H,6H) uint8
-    name:str="the strip",     # file or argument, for the message
-)->dict: # panel name -> (3,H,H), sharing the memory of `strip`
+    strip: np.ndarray,  # (3,H,6H) uint8
+    name: str = "the strip",  # file or argument, for the message
+) -> dict:  # panel name -> (3,H,H), sharing the memory of `strip`
     "The six panels of a tile. Raises `InputError` for anything but six squares side by side in 8-bit RGB."
     a = np.asarray(strip)
-    if a.ndim != 3 or len(a) != 3: raise InputError(f"{name} has shape {a.shape}: a six-panel tile is RGB, (3,H,6H). Convert it to RGB.")
-    if a.dtype != np.uint8: raise InputError(f"{name} has type {a.dtype}: a six-panel tile has 8 bits a colour.")
+    if a.ndim != 3 or len(a) != 3:
+        raise InputError(
+            f"{name} has shape {a.shape}: a six-panel tile is RGB, (3,H,6H). Convert it to RGB."
+        )
+    if a.dtype != np.uint8:
+        raise InputError(f"{name} has type {a.dtype}: a six-panel tile has 8 bits a colour.")
     side, width = a.shape[1:]
     if not side or width != len(PANELS) * side:
-        raise InputError(f"{name} is {side} px high and {width} px wide; six panels of that height are {len(PANELS) * side} px wide ({', '.join(PANELS)}). Is a panel missing, or was the tile cut?")
-    return {p: a[:, :, i * side:(i + 1) * side] for i, p in enumerate(PANELS)}
+        raise InputError(
+            f"{name} is {side} px high and {width} px wide; six panels of that height are {len(PANELS) * side} px wide ({', '.join(PANELS)}). Is a panel missing, or was the tile cut?"
+        )
+    return {p: a[:, :, i * side : (i + 1) * side] for i, p in enumerate(PANELS)}
 
+# %% ../../../nbs/data/sets/deepliif.ipynb #a15ed783
 def read_panels(
-    path, # image file of a six-panel tile
-)->dict: # panel name -> (3,H,H) uint8
+    path,  # image file of a six-panel tile
+) -> dict:  # panel name -> (3,H,H) uint8
     "Read a six-panel tile. Every fault is an `InputError` that names the file."
     return split_panels(read_image(path).array, str(path))
 
+
 MIXES = ("max", "separate")
 
+
 def student_input(
-    panels:dict,     # see `split_panels`
-    mix:str="max",   # max: the larger of DAPI and Marker (as LOTUS) | separate: DAPI, Marker and their maximum as three channels
-)->np.ndarray: # (1,H,H) or (3,H,H) uint8
+    panels: dict,  # see `split_panels`
+    mix: str = "max",  # max: the larger of DAPI and Marker (as LOTUS) | separate: DAPI, Marker and their maximum as three channels
+) -> np.ndarray:  # (1,H,H) or (3,H,H) uint8
     "What the student sees of the fluorescence panels, which are grey."
-    if mix not in MIXES: raise InputError(unknown("mix", mix, MIXES))
+    if mix not in MIXES:
+        raise InputError(unknown("mix", mix, MIXES))
     dapi, marker = (panels[p].max(0) for p in ("DAPI", "Marker"))
     larger = np.maximum(dapi, marker)
     return larger[None] if mix == "max" else np.stack([dapi, marker, larger])
 
+
 def teacher_input(
-    panels:dict, # see `split_panels`
-)->np.ndarray: # (3,H,H) uint8
+    panels: dict,  # see `split_panels`
+) -> np.ndarray:  # (3,H,H) uint8
     "What the teacher sees: the IHC picture."
     return panels["IHC"]
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #45262314
-CLASSES = ("background", "positive", "negative") # red is positive, blue is negative
-THRESHOLD = 80                                   # a colour counts from here, of 255
+CLASSES = ("background", "positive", "negative")  # red is positive, blue is negative
+THRESHOLD = 80  # a colour counts from here, of 255
 BOUNDARY = ("background", "nucleus")
 
+
 def seg_colours(
-    seg:np.ndarray,         # the panel Seg, (3,H,W) uint8
-    threshold:int=THRESHOLD, # a colour counts above this, 0..254
-    name:str="seg",         # file or argument, for the message
-)->np.ndarray: # (H,W) uint8: 0 black, 1 red, 2 blue, 3 green
+    seg: np.ndarray,  # the panel Seg, (3,H,W) uint8
+    threshold: int = THRESHOLD,  # a colour counts above this, 0..254
+    name: str = "seg",  # file or argument, for the message
+) -> np.ndarray:  # (H,W) uint8: 0 black, 1 red, 2 blue, 3 green
     "The colour of each pixel of the label. Raises `InputError` if the picture is not made of these four."
     a = np.asarray(seg)
-    if a.ndim != 3 or len(a) != 3 or a.dtype != np.uint8: raise InputError(f"{name}: the label has shape {a.shape} and type {a.dtype}; give the panel Seg, (3,H,W) uint8.")
-    if not 0 <= threshold < 255: raise InputError(f"threshold={threshold}: give a value from 0 to 254.")
-    high, low = a.max(0), a.min(0)                              # of the three colours, at each pixel
+    if a.ndim != 3 or len(a) != 3 or a.dtype != np.uint8:
+        raise InputError(
+            f"{name}: the label has shape {a.shape} and type {a.dtype}; give the panel Seg, (3,H,W) uint8."
+        )
+    if not 0 <= threshold < 255:
+        raise InputError(f"threshold={threshold}: give a value from 0 to 254.")
+    high = a.max(0)
+    low = a.min(0)  # of the three colours, at each pixel
     if a.size and high.mean() > 4 and low.mean() > high.mean() / 4:
-        raise InputError(f"{name}: the label is mostly grey or white, but it should be red, blue and green on black. Is the order of the panels {', '.join(PANELS)}?")
+        raise InputError(
+            f"{name}: the label is mostly grey or white, but it should be red, blue and green on black. Is the order of the panels {', '.join(PANELS)}?"
+        )
     return np.where(high > threshold, np.array([1, 3, 2], np.uint8)[a.argmax(0)], np.uint8(0))
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #4fd3253b
 def grow(
-    value:np.ndarray, # classes or objects (H,W), 0 where there is none
-    free:np.ndarray,  # pixels that may be given away (H,W) bool
-    reach:float,      # to the nearest value, px
-)->np.ndarray: # as `value`
+    value: np.ndarray,  # classes or objects (H,W), 0 where there is none
+    free: np.ndarray,  # pixels that may be given away (H,W) bool
+    reach: float,  # to the nearest value, px
+) -> np.ndarray:  # as `value`
     "Give each free pixel the nearest value, if it is within reach."
     from scipy.ndimage import distance_transform_edt
-    if not value.any(): return value
+
+    if not value.any():
+        return value
     d, nearest = distance_transform_edt(value == 0, return_indices=True)
     return np.where(free & (d <= reach), value[tuple(nearest)], value)
 
+# %% ../../../nbs/data/sets/deepliif.ipynb #484776d0
 def seg_objects(
-    seg:np.ndarray,             # the panel Seg, (3,H,W) uint8
-    boundary:str="background",  # green pixels: background | nucleus (the nearest one)
-    threshold:int=THRESHOLD,    # see `seg_colours`
-    reach:float=6.,             # green pixels farther than this from a nucleus are background, px
-    min_px:int=9,               # smaller pieces are noise and dropped, px
-    name:str="seg",             # file or argument, for the message
-)->tuple: # classes (H,W) uint8: 0 background, 1 positive, 2 negative; objects (H,W) int32: 0, 1.. n
+    seg: np.ndarray,  # the panel Seg, (3,H,W) uint8
+    boundary: str = "background",  # green pixels: background | nucleus (the nearest one)
+    threshold: int = THRESHOLD,  # see `seg_colours`
+    reach: float = 6.0,  # green pixels farther than this from a nucleus are background, px
+    min_px: int = 9,  # smaller pieces are noise and dropped, px
+    name: str = "seg",  # file or argument, for the message
+) -> (
+    tuple
+):  # classes (H,W) uint8: 0 background, 1 positive, 2 negative; objects (H,W) int32: 0, 1.. n
     "Classes and objects from the coloured label."
     from skimage.measure import label
-    if boundary not in BOUNDARY: raise InputError(unknown("boundary", boundary, BOUNDARY))
+
+    if boundary not in BOUNDARY:
+        raise InputError(unknown("boundary", boundary, BOUNDARY))
     colour = seg_colours(seg, threshold, name)
     kind = np.where(colour == 3, np.uint8(0), colour)
     piece = label(kind, connectivity=1)
     size = np.bincount(piece.ravel())
     keep = (size >= min_px) & (np.arange(len(size)) > 0)
     objects = np.where(keep, np.cumsum(keep), 0)[piece].astype(np.int32)
-    if boundary == "nucleus": objects = grow(objects, colour == 3, reach)
-    of = np.zeros(objects.max(initial=0) + 1, np.uint8)           # class of each object
+    if boundary == "nucleus":
+        objects = grow(objects, colour == 3, reach)
+    of = np.zeros(objects.max(initial=0) + 1, np.uint8)  # class of each object
     of[np.cumsum(keep)[piece][keep[piece]]] = kind[keep[piece]]
     return of[objects], objects
 
+
 def seg_classes(
-    seg:np.ndarray, # the panel Seg, (3,H,W) uint8
-    **kw,           # see `seg_objects`
-)->np.ndarray: # (H,W) uint8, index of `CLASSES`
+    seg: np.ndarray,  # the panel Seg, (3,H,W) uint8
+    **kw,  # see `seg_objects`
+) -> np.ndarray:  # (H,W) uint8, index of `CLASSES`
     "Classes from the coloured label."
     return seg_objects(seg, **kw)[0]
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #f9a0d6ea
 def base_tile(
-    id:str, # name of a tile, with or without folders and the ending of a file
-)->str: # the tile it was made from
+    id: str,  # name of a tile, with or without folders and the ending of a file
+) -> str:  # the tile it was made from
     "The name without the endings of altered copies: `Lung1_neg`, `Lung1_empty` and `Lung1_1.10_0.90.png` are all `Lung1`."
     name = Path(str(id)).name
-    name = name[:len(name) - len(suffix_of(name))]
+    name = name[: len(name) - len(suffix_of(name))]
     base = re.sub(r"(_neg|_empty|_\d+\.\d+)+$", "", name)
-    if not base: raise InputError(f"tile name {id!r}: nothing is left without the endings of altered copies. Rename the file.")
+    if not base:
+        raise InputError(
+            f"tile name {id!r}: nothing is left without the endings of altered copies. Rename the file."
+        )
     return base
 
+
 def organ(
-    id:str, # name of a tile
-)->str: # "Lung", "Bladder", ...; "" if the name does not begin with letters
+    id: str,  # name of a tile
+) -> str:  # "Lung", "Bladder", ...; "" if the name does not begin with letters
     "The letters at the start of the tile's name. LOTUS draws the teacher's image among tiles of the same organ."
     return re.match(r"[A-Za-z]*", base_tile(id)).group()
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #ee8f47b8
 def tile_files(
-    folder, # folder of six-panel tiles, perhaps in sub-folders
-)->dict: # id (path without ending) -> file, sorted
+    folder,  # folder of six-panel tiles, perhaps in sub-folders
+) -> dict:  # id (path without ending) -> file, sorted
     "All tiles in a folder and its sub-folders. Hidden files and folders are passed over."
     folder = Path(folder)
-    inner = sorted(p for p in folder.rglob("*") if p.is_dir() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    inner = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_dir() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     files = [p for f in (folder, *inner) for p in list_images(f)[0] if p.is_file()]
-    if not files: raise InputError(f"{folder} holds no images. Give the folder of the six-panel tiles.")
+    if not files:
+        raise InputError(f"{folder} holds no images. Give the folder of the six-panel tiles.")
     found = {}
     for p in files:
         id = p.relative_to(folder).as_posix()
-        id = id[:len(id) - len(suffix_of(id))]
-        if id in found: raise InputError(f"{p} and {found[id]} would have the same id {id!r}. Rename one.")
+        id = id[: len(id) - len(suffix_of(id))]
+        if id in found:
+            raise InputError(f"{p} and {found[id]} would have the same id {id!r}. Rename one.")
         found[id] = p
     return dict(sorted(found.items()))
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #67f110e9
 def share_out(
-    files:dict,  # id -> file
-    share:float, # of the base tiles for the student; 0: all in both modalities
-    seed:int,    # of the division
-)->dict: # base tile -> modalities that it is written for
+    files: dict,  # id -> file
+    share: float,  # of the base tiles for the student; 0: all in both modalities
+    seed: int,  # of the division
+) -> dict:  # base tile -> modalities that it is written for
     "Which modality gets which base tile, organ by organ."
-    if not 0 <= share < 1: raise InputError(f"student_share={share}: give 0 (every tile in both modalities) or a share below 1.")
+    if not 0 <= share < 1:
+        raise InputError(
+            f"student_share={share}: give 0 (every tile in both modalities) or a share below 1."
+        )
     out = {base_tile(id): ("ihc", "if") for id in files}
-    if not share: return out
+    if not share:
+        return out
     for where in sorted({organ(id) for id in files}):
         tiles = sorted({base_tile(id) for id in files if organ(id) == where})
         n = round(share * len(tiles))
-        out.update({tiles[i]: ("if",) if place < n else ("ihc",) for place, i in enumerate(rng(seed, "share out", where).permutation(len(tiles)))})
+        out.update(
+            {
+                tiles[i]: ("if",) if place < n else ("ihc",)
+                for place, i in enumerate(rng(seed, "share out", where).permutation(len(tiles)))
+            }
+        )
     for modality in ("ihc", "if"):
-        if not any(modality in m for m in out.values()): raise InputError(f"student_share={share} of {len(out)} base tiles leaves none for {modality!r}. Give more tiles, or another share.")
+        if not any(modality in m for m in out.values()):
+            raise InputError(
+                f"student_share={share} of {len(out)} base tiles leaves none for {modality!r}. Give more tiles, or another share."
+            )
     return out
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #5f41c826
 def convert_deepliif(
-    source,                    # folder of six-panel tiles, perhaps in sub-folders train, val, test
-    target,                    # folder to write; must not exist yet
-    labels:str="classes",      # classes (background, positive, negative) | objects (each nucleus its number)
-    boundary:str="background", # green pixels: background | nucleus
-    mix:str="max",             # the student's input: see `student_input`
-    student_share:float=0.,    # 0: every tile in both modalities; else this share of the base tiles for the student only, the others for the teacher only
-    seed:int=0,                # decides who gets which base tile
-    **kw,                      # see `seg_objects`
-)->Path: # `target`, which `open_collection` reads with modality "ihc" or "if"
+    source,  # folder of six-panel tiles, perhaps in sub-folders train, val, test
+    target,  # folder to write; must not exist yet
+    labels: str = "classes",  # classes (background, positive, negative) | objects (each nucleus its number)
+    boundary: str = "background",  # green pixels: background | nucleus
+    mix: str = "max",  # the student's input: see `student_input`
+    student_share: float = 0.0,  # 0: every tile in both modalities; else this share of the base tiles for the student only, the others for the teacher only
+    seed: int = 0,  # decides who gets which base tile
+    **kw,  # see `seg_objects`
+) -> Path:  # `target`, which `open_collection` reads with modality "ihc" or "if"
     "Write a folder of DeepLIIF tiles as collections of a teacher and a student. Raises `InputError`, naming the tile, for every fault."
-    source, target, rows = Path(source), Path(target), []
-    if labels not in ("classes", "objects"): raise InputError(unknown("labels", labels, ("classes", "objects")))
-    if target.exists(): raise InputError(f"{target} exists. Give a new folder, or remove it first.")
+    source = Path(source)
+    target = Path(target)
+    rows = []
+    if labels not in ("classes", "objects"):
+        raise InputError(unknown("labels", labels, ("classes", "objects")))
+    if target.exists():
+        raise InputError(f"{target} exists. Give a new folder, or remove it first.")
     files = tile_files(source)
     goes_to = share_out(files, student_share, seed)
-    with atomic_folder(target) as new, progress(len(files), "tiles", enabled=len(files) > 50) as bar:
+    with (
+        atomic_folder(target) as new,
+        progress(len(files), "tiles", enabled=len(files) > 50) as bar,
+    ):
         for id, path in files.items():
             panels = read_panels(path)
-            y, pictures = f"labels/{id}.png", {"ihc": teacher_input(panels), "if": student_input(panels, mix)}
-            write_label(new/y, seg_objects(panels["Seg"], boundary, name=str(path), **kw)[labels == "objects"])
+            y = f"labels/{id}.png"
+            pictures = {"ihc": teacher_input(panels), "if": student_input(panels, mix)}
+            write_label(
+                new / y,
+                seg_objects(panels["Seg"], boundary, name=str(path), **kw)[labels == "objects"],
+            )
             for modality in goes_to[base_tile(id)]:
                 x = f"{modality}/{id}.png"
-                write_image(new/x, Image(pictures[modality]))
-                rows.append(dict(modality=modality, id=id, image=x, label=y, group=base_tile(id), label_group=organ(id), split=id.split("/")[0] if "/" in id else "",
-                                 sha256_image=file_sha256(new/x), sha256_label=file_sha256(new/y)))
+                write_image(new / x, Image(pictures[modality]))
+                rows.append(
+                    dict(
+                        modality=modality,
+                        id=id,
+                        image=x,
+                        label=y,
+                        group=base_tile(id),
+                        label_group=organ(id),
+                        split=id.split("/")[0] if "/" in id else "",
+                        sha256_image=file_sha256(new / x),
+                        sha256_label=file_sha256(new / y),
+                    )
+                )
             bar.update()
-        write_csv(new/"manifest.csv", rows)
+        write_csv(new / "manifest.csv", rows)
     split_of = {}
-    for r in rows: split_of.setdefault(r["group"], set()).add(r["split"])
+    for r in rows:
+        split_of.setdefault(r["group"], set()).add(r["split"])
     torn = sorted(g for g, s in split_of.items() if len(s) > 1)
-    if torn: warnings.warn(f"{source}: {len(torn)} base tiles lie in more than one sub-folder, e.g. {torn[0]!r}. Split by group instead of by sub-folder.", stacklevel=2)
+    if torn:
+        warnings.warn(
+            f"{source}: {len(torn)} base tiles lie in more than one sub-folder, e.g. {torn[0]!r}. Split by group instead of by sub-folder.",
+            stacklevel=2,
+        )
     return target
 
 # %% ../../../nbs/data/sets/deepliif.ipynb #e2284e40
 def unpair(
-    teacher,         # `Collection` of the teacher
-    student,         # `Collection` of the student, of the same groups
-    share:float=.5,  # share of the groups that the student gets, in (0,1)
-    seed:int=0,      # another seed, another division
-)->tuple: # (teacher, student), with no group in common
+    teacher,  # `Collection` of the teacher
+    student,  # `Collection` of the student, of the same groups
+    share: float = 0.5,  # share of the groups that the student gets, in (0,1)
+    seed: int = 0,  # another seed, another division
+) -> tuple:  # (teacher, student), with no group in common
     "Divide groups that both collections hold, so that no tile is seen in both modalities. Label groups are spread evenly."
     parts = split_groups(student, {"student": share, "teacher": "rest"}, seed).apply(student)
-    if len(parts) < 2: raise InputError(f"share={share} of {len(set(student.groups))} groups leaves one side without any. Give more tiles, or another share.")
+    if len(parts) < 2:
+        raise InputError(
+            f"share={share} of {len(set(student.groups))} groups leaves one side without any. Give more tiles, or another share."
+        )
     mine = set(parts["student"].groups)
     rest = [g for g in dict.fromkeys(teacher.groups) if g not in mine]
-    if not rest: raise InputError("every group of the teacher went to the student. Give a smaller share.")
+    if not rest:
+        raise InputError("every group of the teacher went to the student. Give a smaller share.")
     return teacher.of_groups(rest), parts["student"]

@@ -18,41 +18,61 @@ from ..resampling import resize, zoom_label
 
 # %% ../../../nbs/data/sets/microct.ipynb #91ed2077
 def one_slice(
-    image, # what should be (H,W)
-)->np.ndarray: # the same, as an array
+    image,  # what should be (H,W)
+) -> np.ndarray:  # the same, as an array
     "Check that the image is one grey slice of finite numbers."
     a = np.asarray(image)
-    if a.ndim != 2 or not a.size: raise InputError(f"image has shape {a.shape}: give one grey slice (H,W). Volumes go slice by slice.")
-    if a.dtype.kind not in "buif": raise InputError(f"image has type {a.dtype}: give numbers.")
+    if a.ndim != 2 or not a.size:
+        raise InputError(
+            f"image has shape {a.shape}: give one grey slice (H,W). Volumes go slice by slice."
+        )
+    if a.dtype.kind not in "buif":
+        raise InputError(f"image has type {a.dtype}: give numbers.")
     check_finite(a, "image")
     return a
 
+
 def stretch(
-    image:np.ndarray, # one slice (H,W), any numbers
-    share:float=.01,  # share of the pixels that saturates at each end, $s$, in [0, 0.5)
-)->np.ndarray: # $x$ (H,W) float32 in [0,1]
+    image: np.ndarray,  # one slice (H,W), any numbers
+    share: float = 0.01,  # share of the pixels that saturates at each end, $s$, in [0, 0.5)
+) -> np.ndarray:  # $x$ (H,W) float32 in [0,1]
     "Saturate the darkest and brightest pixels. A constant image becomes 0; if both quantiles agree, the range is that of all pixels."
     a = one_slice(image)
-    if not 0 <= share < .5: raise InputError(f"share={share}: give a share of at least 0 and below 0.5, e.g. 0.01.")
-    low, high = np.quantile(a.astype(np.float32 if a.itemsize < 4 else np.float64), (share, 1 - share))
-    if low == high: low, high = float(a.min()), float(a.max())
-    if low == high: return np.zeros(a.shape, np.float32)
+    if not 0 <= share < 0.5:
+        raise InputError(f"share={share}: give a share of at least 0 and below 0.5, e.g. 0.01.")
+    low, high = np.quantile(
+        a.astype(np.float32 if a.itemsize < 4 else np.float64), (share, 1 - share)
+    )
+    if low == high:
+        low = float(a.min())
+        high = float(a.max())
+    if low == high:
+        return np.zeros(a.shape, np.float32)
     return np.clip((a - low) / (high - low), 0, 1).astype(np.float32)
 
 # %% ../../../nbs/data/sets/microct.ipynb #94477b4c
 def clusters(
-    x:np.ndarray, # grey values in [0,1], (H,W)
-    k:int=3,      # number of clusters
-    seed:int=0,   # seed of the starts
-)->np.ndarray: # cluster of each pixel (H,W) uint8: 0 the darkest, k-1 the brightest
+    x: np.ndarray,  # grey values in [0,1], (H,W)
+    k: int = 3,  # number of clusters
+    seed: int = 0,  # seed of the starts
+) -> np.ndarray:  # cluster of each pixel (H,W) uint8: 0 the darkest, k-1 the brightest
     "k-means of the grey values, from their 8-bit histogram (10 starts, 100 iterations at most)."
     from sklearn.cluster import KMeans
-    if x.size and not (0 <= x.min() and x.max() <= 1): raise InputError(f"image has values from {x.min():g} to {x.max():g}, but the clusters are of grey values in [0,1]. Stretch it first.")
+
+    if x.size and not (0 <= x.min() and x.max() <= 1):
+        raise InputError(
+            f"image has values from {x.min():g} to {x.max():g}, but the clusters are of grey values in [0,1]. Stretch it first."
+        )
     grey = np.rint(255 * x).astype(np.uint8)
     count = np.bincount(grey.ravel(), minlength=256)
     value = np.flatnonzero(count)
-    if len(value) < k: raise InputError(f"image has {len(value)} grey values, too few for {k} clusters. Use method='otsu'.")
-    found = KMeans(k, n_init=10, max_iter=100, random_state=seed).fit(value[:, None].astype(float), sample_weight=count[value])
+    if len(value) < k:
+        raise InputError(
+            f"image has {len(value)} grey values, too few for {k} clusters. Use method='otsu'."
+        )
+    found = KMeans(k, n_init=10, max_iter=100, random_state=seed).fit(
+        value[:, None].astype(float), sample_weight=count[value]
+    )
     rank = np.empty(k, np.uint8)
     rank[np.argsort(found.cluster_centers_[:, 0])] = np.arange(k)
     table = np.zeros(256, np.uint8)
@@ -60,49 +80,65 @@ def clusters(
     return table[grey]
 
 # %% ../../../nbs/data/sets/microct.ipynb #9b1d099f
-METHODS, CLUSTERS = ("otsu", "kmeans", "released"), ("brightest", "smallest")
+METHODS = ("otsu", "kmeans", "released")
+CLUSTERS = ("brightest", "smallest")
+
 
 def divide(
-    image:np.ndarray,         # grey values (H,W), not blurred
-    x:np.ndarray,             # the same, blurred, in [0,1]
-    method:str="otsu",        # otsu | kmeans | released: otsu if values >= 0 outnumber values <= 0, else kmeans
-    cluster:str="brightest",  # which of the three k-means clusters is bone: brightest | smallest (as released)
-)->np.ndarray: # (H,W) bool
+    image: np.ndarray,  # grey values (H,W), not blurred
+    x: np.ndarray,  # the same, blurred, in [0,1]
+    method: str = "otsu",  # otsu | kmeans | released: otsu if values >= 0 outnumber values <= 0, else kmeans
+    cluster: str = "brightest",  # which of the three k-means clusters is bone: brightest | smallest (as released)
+) -> np.ndarray:  # (H,W) bool
     "Which pixels are bright enough to be bone."
     from skimage.filters import threshold_otsu
-    if method not in METHODS: raise InputError(unknown("method", method, METHODS))
-    if cluster not in CLUSTERS: raise InputError(unknown("cluster", cluster, CLUSTERS))
-    if method == "released": method = "otsu" if (image >= 0).sum() > (image <= 0).sum() else "kmeans"
-    if method == "otsu": return x > threshold_otsu(x)
-    number = clusters(x)
-    return number == (2 if cluster == "brightest" else np.bincount(number.ravel(), minlength=3).argmin())
 
+    if method not in METHODS:
+        raise InputError(unknown("method", method, METHODS))
+    if cluster not in CLUSTERS:
+        raise InputError(unknown("cluster", cluster, CLUSTERS))
+    if method == "released":
+        method = "otsu" if (image >= 0).sum() > (image <= 0).sum() else "kmeans"
+    if method == "otsu":
+        return x > threshold_otsu(x)
+    number = clusters(x)
+    return number == (
+        2 if cluster == "brightest" else np.bincount(number.ravel(), minlength=3).argmin()
+    )
+
+# %% ../../../nbs/data/sets/microct.ipynb #d437b8bf
 def bone_mask(
-    image:np.ndarray,        # one slice (H,W), best stretched
-    method:str="otsu",       # see `divide`
-    cluster:str="brightest", # see `divide`
-    sigma:float=2.,          # blur, px
-    open_px:int=20,          # side of the square of the opening, px; 0 leaves it out
-    close_px:float=25.,      # radius of the disk of the closing, px; 0 leaves it out
-)->np.ndarray: # (H,W) bool; empty for a constant image
+    image: np.ndarray,  # one slice (H,W), best stretched
+    method: str = "otsu",  # see `divide`
+    cluster: str = "brightest",  # see `divide`
+    sigma: float = 2.0,  # blur, px
+    open_px: int = 20,  # side of the square of the opening, px; 0 leaves it out
+    close_px: float = 25.0,  # radius of the disk of the closing, px; 0 leaves it out
+) -> np.ndarray:  # (H,W) bool; empty for a constant image
     "Where the bone is. Sizes are for pixels of 1.6 micrometres: scale them with yours."
     from scipy.ndimage import gaussian_filter, grey_opening
     from skimage.morphology import isotropic_closing
+
     a = one_slice(image).astype(np.float32)
-    if min(sigma, open_px, close_px) < 0: raise InputError(f"sigma={sigma}, open_px={open_px}, close_px={close_px}: give sizes of at least 0.")
-    if a.min() == a.max(): return np.zeros(a.shape, bool)
+    if min(sigma, open_px, close_px) < 0:
+        raise InputError(
+            f"sigma={sigma}, open_px={open_px}, close_px={close_px}: give sizes of at least 0."
+        )
+    if a.min() == a.max():
+        return np.zeros(a.shape, bool)
     x = gaussian_filter(a, sigma)
     x = (x - x.min()) / max(float(np.ptp(x)), 1e-30)
     mask = divide(a, x, method, cluster)
-    if open_px: mask = grey_opening(mask.view(np.uint8), size=int(open_px)).view(bool)
+    if open_px:
+        mask = grey_opening(mask.view(np.uint8), size=int(open_px)).view(bool)
     return isotropic_closing(mask, close_px) if close_px else mask
 
 # %% ../../../nbs/data/sets/microct.ipynb #4db84ad5
 def preprocess_microct(
-    image:np.ndarray, # one raw slice (H,W), any numbers
-    share:float=.01,  # see `stretch`
-    **mask,           # see `bone_mask`: method, cluster, sigma, open_px, close_px
-)->tuple: # image (H,W) float32 in [0,1], 0 outside the bone, and the mask (H,W) bool
+    image: np.ndarray,  # one raw slice (H,W), any numbers
+    share: float = 0.01,  # see `stretch`
+    **mask,  # see `bone_mask`: method, cluster, sigma, open_px, close_px
+) -> tuple:  # image (H,W) float32 in [0,1], 0 outside the bone, and the mask (H,W) bool
     "Stretch, find the bone, blank the rest: the preparation of LOTUS for SR-microCT. Raises `InputError` for NaN and for anything but one slice."
     x = stretch(image, share)
     inside = bone_mask(x, **mask)
@@ -111,28 +147,35 @@ def preprocess_microct(
 # %% ../../../nbs/data/sets/microct.ipynb #5773a16e
 EDGES = ("shift", "drop", "pad")
 
+
 def patch_side(
-    shape:tuple, # (H,W) of the slide, px
-    n:int,       # patches along the longer side: 50 for micro-CT, 10 for histology in LOTUS
-)->int: # side of a patch, px
+    shape: tuple,  # (H,W) of the slide, px
+    n: int,  # patches along the longer side: 50 for micro-CT, 10 for histology in LOTUS
+) -> int:  # side of a patch, px
     "Side of the patches of a grid of `n` along the longer side, rounded down."
-    if n < 1 or max(shape) < n: raise InputError(f"n={n}: give a number of patches from 1 to {max(shape)}, the longer side of the slide.")
+    if n < 1 or max(shape) < n:
+        raise InputError(
+            f"n={n}: give a number of patches from 1 to {max(shape)}, the longer side of the slide."
+        )
     return max(shape) // int(n)
 
+
 def starts(
-    length:int, # length of an axis of the slide, px
-    side:int,   # side of a tile, px
-    edge:str,   # shift | drop | pad
-)->np.ndarray: # first pixel of each tile
+    length: int,  # length of an axis of the slide, px
+    side: int,  # side of a tile, px
+    edge: str,  # shift | drop | pad
+) -> np.ndarray:  # first pixel of each tile
     "Where tiles begin along one axis."
-    if edge == "pad": return np.arange(0, length, side)
+    if edge == "pad":
+        return np.arange(0, length, side)
     first = np.arange(0, length - side + 1, side)
     return np.append(first, length - side) if edge == "shift" and length % side else first
 
+
 def windows(
-    a:np.ndarray, # (..., H, W)
-    side:int,     # side of a window, px
-)->np.ndarray: # (..., H-side+1, W-side+1, side, side), sharing the memory of `a`
+    a: np.ndarray,  # (..., H, W)
+    side: int,  # side of a window, px
+) -> np.ndarray:  # (..., H-side+1, W-side+1, side, side), sharing the memory of `a`
     "Every window of an image, as a view."
     return np.lib.stride_tricks.sliding_window_view(a, (side, side), axis=(-2, -1), writeable=False)
 
@@ -140,97 +183,131 @@ def windows(
 @dataclass(frozen=True, eq=False)
 class Tiles:
     "Squares on a slide. `tiles[a:b]`, `tiles[mask]` and `tiles[numbers]` are `Tiles` too."
-    shape:tuple       # (H,W) of the slide, px
-    side:int          # side of a tile, px
-    rows:np.ndarray   # first row of each tile (n,)
-    cols:np.ndarray   # first column of each tile (n,)
 
-    def __len__(self): return len(self.rows)
+    shape: tuple  # (H,W) of the slide, px
+    side: int  # side of a tile, px
+    rows: np.ndarray  # first row of each tile (n,)
+    cols: np.ndarray  # first column of each tile (n,)
+
+    def __len__(self):
+        return len(self.rows)
+
     def __getitem__(self, which):
-        if not isinstance(which, slice): which = np.asarray(which, None if len(np.atleast_1d(which)) else int).reshape(-1)
+        if not isinstance(which, slice):
+            which = np.asarray(which, None if len(np.atleast_1d(which)) else int).reshape(-1)
         return replace(self, rows=self.rows[which], cols=self.cols[which])
 
+
 def tiles(
-    shape:tuple,       # (H,W) of the slide, px
-    side:int,          # side of a tile, px
-    edge:str="shift",  # what to do if the side does not divide the slide: shift | drop | pad
-)->Tiles: # row by row
+    shape: tuple,  # (H,W) of the slide, px
+    side: int,  # side of a tile, px
+    edge: str = "shift",  # what to do if the side does not divide the slide: shift | drop | pad
+) -> Tiles:  # row by row
     "The grid of tiles on a slide."
-    if edge not in EDGES: raise InputError(unknown("edge", edge, EDGES))
-    if len(shape) != 2 or side != int(side) or side < 1: raise InputError(f"shape={tuple(shape)}, side={side}: give (H,W) and a whole number of pixels.")
-    if side > min(shape) and edge != "pad": raise InputError(f"side={side} is larger than the slide {tuple(shape)}. Take smaller tiles, or edge='pad'.")
+    if edge not in EDGES:
+        raise InputError(unknown("edge", edge, EDGES))
+    if len(shape) != 2 or side != int(side) or side < 1:
+        raise InputError(
+            f"shape={tuple(shape)}, side={side}: give (H,W) and a whole number of pixels."
+        )
+    if side > min(shape) and edge != "pad":
+        raise InputError(
+            f"side={side} is larger than the slide {tuple(shape)}. Take smaller tiles, or edge='pad'."
+        )
     y, x = np.meshgrid(*(starts(n, int(side), edge) for n in shape), indexing="ij")
     return Tiles(tuple(map(int, shape)), int(side), y.ravel(), x.ravel())
 
 # %% ../../../nbs/data/sets/microct.ipynb #cbd6763e
 def cut(
-    image:np.ndarray, # slide (H,W) or (C,H,W)
-    at:Tiles,         # which tiles
-    size:int=None,    # side to resize to, px; None: as they are
-    label:bool=False, # True: a label map, resized to the nearest pixel
-)->np.ndarray: # (n,[C,]side,side), or float32 (n,[C,]size,size); a label map keeps its type
+    image: np.ndarray,  # slide (H,W) or (C,H,W)
+    at: Tiles,  # which tiles
+    size: int = None,  # side to resize to, px; None: as they are
+    label: bool = False,  # True: a label map, resized to the nearest pixel
+) -> np.ndarray:  # (n,[C,]side,side), or float32 (n,[C,]size,size); a label map keeps its type
     "Copy the pixels of these tiles, and of no others."
     a = np.asarray(image)
-    if a.ndim not in (2, 3) or a.shape[-2:] != at.shape: raise InputError(f"image has shape {a.shape}, but the tiles lie on a slide of {at.shape}.")
-    beyond = [max(0, int(p.max(initial=0)) + at.side - n) for p, n in zip((at.rows, at.cols), at.shape)]
-    if any(beyond): a = np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, b) for b in beyond])
+    if a.ndim not in (2, 3) or a.shape[-2:] != at.shape:
+        raise InputError(f"image has shape {a.shape}, but the tiles lie on a slide of {at.shape}.")
+    beyond = [
+        max(0, int(p.max(initial=0)) + at.side - n) for p, n in zip((at.rows, at.cols), at.shape)
+    ]
+    if any(beyond):
+        a = np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, b) for b in beyond])
     parts = windows(a, at.side)[..., at.rows, at.cols, :, :]
-    if a.ndim == 3: parts = np.ascontiguousarray(np.moveaxis(parts, 0, 1))
-    if size in (None, at.side) or not len(at): return parts
+    if a.ndim == 3:
+        parts = np.ascontiguousarray(np.moveaxis(parts, 0, 1))
+    if size in (None, at.side) or not len(at):
+        return parts
     return zoom_label(parts, size / at.side) if label else resize(parts, (size, size))
 
+# %% ../../../nbs/data/sets/microct.ipynb #8877bc5f
 def paste(
-    parts:np.ndarray, # predictions (n,[C,]h,w); resized to the side of the tiles if they have another
-    at:Tiles,         # where they belong
-    fill=0,           # value where there is no tile
-)->np.ndarray: # ([C,]H,W), float32 or the type of `parts`
+    parts: np.ndarray,  # predictions (n,[C,]h,w); resized to the side of the tiles if they have another
+    at: Tiles,  # where they belong
+    fill=0,  # value where there is no tile
+) -> np.ndarray:  # ([C,]H,W), float32 or the type of `parts`
     "The way back: tiles to slide. Where tiles overlap, floats are averaged and whole numbers taken from the last."
     p = np.asarray(parts)
-    if p.ndim not in (3, 4) or len(p) != len(at): raise InputError(f"parts have shape {p.shape}: give one part for each of the {len(at)} tiles, (n,h,w) or (n,C,h,w).")
-    if p.shape[-1] != p.shape[-2]: raise InputError(f"parts have shape {p.shape}: tiles are square, so h and w must agree.")
+    if p.ndim not in (3, 4) or len(p) != len(at):
+        raise InputError(
+            f"parts have shape {p.shape}: give one part for each of the {len(at)} tiles, (n,h,w) or (n,C,h,w)."
+        )
+    if p.shape[-1] != p.shape[-2]:
+        raise InputError(f"parts have shape {p.shape}: tiles are square, so h and w must agree.")
     whole = p.dtype.kind in "bui"
-    if p.shape[-2:] != (at.side, at.side) and len(p): p = zoom_label(p, at.side / p.shape[-1]) if whole else resize(p, (at.side, at.side))
-    size = [n + at.side for n in at.shape]                               # room for padded tiles
-    out, count = np.zeros((*p.shape[1:-2], *size), p.dtype), np.zeros(size, np.uint16)
+    if p.shape[-2:] != (at.side, at.side) and len(p):
+        p = zoom_label(p, at.side / p.shape[-1]) if whole else resize(p, (at.side, at.side))
+    size = [n + at.side for n in at.shape]  # room for padded tiles
+    out = np.zeros((*p.shape[1:-2], *size), p.dtype)
+    count = np.zeros(size, np.uint16)
     for part, y, x in zip(p, at.rows, at.cols):
-        where = np.s_[..., y:y + at.side, x:x + at.side]
-        if whole: out[where] = part
-        else: out[where] += part
+        where = np.s_[..., y : y + at.side, x : x + at.side]
+        if whole:
+            out[where] = part
+        else:
+            out[where] += part
         count[where] += 1
-    out, count = (v[..., :at.shape[0], :at.shape[1]] for v in (out, count))
-    if not whole: out = out / np.maximum(count, 1).astype(out.dtype)
+    out, count = (v[..., : at.shape[0], : at.shape[1]] for v in (out, count))
+    if not whole:
+        out = out / np.maximum(count, 1).astype(out.dtype)
     return np.where(count > 0, out, np.asarray(fill, out.dtype))
 
 # %% ../../../nbs/data/sets/microct.ipynb #26f3ad0a
 def tissue(
-    image:np.ndarray,  # slide (H,W) or (3,H,W)
-    bright:bool=True,  # tissue is above the threshold (micro-CT); False: below (stained slides)
-)->np.ndarray: # (H,W) bool; empty if the image is constant
+    image: np.ndarray,  # slide (H,W) or (3,H,W)
+    bright: bool = True,  # tissue is above the threshold (micro-CT); False: below (stained slides)
+) -> np.ndarray:  # (H,W) bool; empty if the image is constant
     "Where the slide shows tissue: Otsu's threshold on the green channel of the whole slide."
     from skimage.filters import threshold_otsu
+
     a = np.asarray(image)
-    if a.ndim == 3 and len(a) == 3: a = a[1]
+    if a.ndim == 3 and len(a) == 3:
+        a = a[1]
     a = one_slice(a)
-    if a.min() == a.max(): return np.zeros(a.shape, bool)
+    if a.min() == a.max():
+        return np.zeros(a.shape, bool)
     return (a > threshold_otsu(a)) if bright else (a <= threshold_otsu(a))
 
+
 def tissue_share(
-    mask:np.ndarray, # (H,W) bool
-    at:Tiles,        # tiles on it
-)->np.ndarray: # (n,) in [0,1]
+    mask: np.ndarray,  # (H,W) bool
+    at: Tiles,  # tiles on it
+) -> np.ndarray:  # (n,) in [0,1]
     "Share of each tile that is tissue. Padding counts as no tissue."
     return cut(np.asarray(mask, bool), at).mean((1, 2))
 
+
 def select_tiles(
-    image:np.ndarray,      # slide (H,W) or (3,H,W)
-    side:int,              # side of a tile, px
-    min_tissue:float=.9,   # keep tiles with more tissue than this share
-    mask:np.ndarray=None,  # where tissue is (H,W) bool; None: `tissue(image, bright)`
-    bright:bool=True,      # see `tissue`
-    edge:str="shift",      # see `tiles`
-)->Tiles: # possibly none
+    image: np.ndarray,  # slide (H,W) or (3,H,W)
+    side: int,  # side of a tile, px
+    min_tissue: float = 0.9,  # keep tiles with more tissue than this share
+    mask: np.ndarray = None,  # where tissue is (H,W) bool; None: `tissue(image, bright)`
+    bright: bool = True,  # see `tissue`
+    edge: str = "shift",  # see `tiles`
+) -> Tiles:  # possibly none
     "The tiles that show enough tissue. A slide without tissue has none: check `len`."
     mask = tissue(image, bright) if mask is None else np.asarray(mask)
     at = tiles(np.shape(image)[-2:], side, edge)
-    if mask.shape != at.shape: raise InputError(f"mask has shape {mask.shape}, but the slide {at.shape}.")
+    if mask.shape != at.shape:
+        raise InputError(f"mask has shape {mask.shape}, but the slide {at.shape}.")
     return at[tissue_share(mask, at) > min_tissue]

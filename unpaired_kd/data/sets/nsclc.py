@@ -21,15 +21,16 @@ from .clinical import Scan, load_scans
 
 # %% ../../../nbs/data/sets/nsclc.ipynb #0186bfbe
 def lung_mask(
-    volume:np.ndarray,      # CT in Hounsfield units (D,H,W), whole slices: not cropped to the lungs
-    threshold:float=-300.,  # lung is below, HU
-    keep:int=2,             # number of pieces
-    least:float=.1,         # a piece has at least this share of the largest one's voxels; 0: any
-    name:str="the volume",  # file or argument, for the message
-)->np.ndarray: # (D,H,W) bool; nothing is set where there is no lung
+    volume: np.ndarray,  # CT in Hounsfield units (D,H,W), whole slices: not cropped to the lungs
+    threshold: float = -300.0,  # lung is below, HU
+    keep: int = 2,  # number of pieces
+    least: float = 0.1,  # a piece has at least this share of the largest one's voxels; 0: any
+    name: str = "the volume",  # file or argument, for the message
+) -> np.ndarray:  # (D,H,W) bool; nothing is set where there is no lung
     """The air inside the body: the largest connected pieces that do not touch the side of a slice.
     Raises `InputError` for what is not a CT volume."""
     from scipy.ndimage import label
+
     a = np.asarray(volume)
     if a.ndim != 3:
         raise InputError(f"{name} has shape {a.shape}; the lungs are sought in a volume (D,H,W).")
@@ -45,9 +46,10 @@ def lung_mask(
 # %% ../../../nbs/data/sets/nsclc.ipynb #d9a9c505
 LABEL_SERIES = {"rtstruct": ("RTSTRUCT", rtstruct_mask), "seg": ("SEG", seg_mask)}
 
+
 def series_of(
-    folder, # of one patient
-)->dict: # modality -> list of series folders, sorted
+    folder,  # of one patient
+) -> dict:  # modality -> list of series folders, sorted
     "All DICOM series below a folder by the modality of their first file: CT, RTSTRUCT, SEG, ..."
     found = {}
     for d in sorted([Path(folder), *(p for p in Path(folder).rglob("*") if p.is_dir())]):
@@ -56,9 +58,10 @@ def series_of(
             found.setdefault(str(dicom_header(files[0]).get("Modality", "")), []).append(d)
     return found
 
+# %% ../../../nbs/data/sets/nsclc.ipynb #a272106a
 def mixed_folder(
-    series:dict, # of `series_of`
-)->str: # what to do about the first folder of more than one modality; "": there is none
+    series: dict,  # of `series_of`
+) -> str:  # what to do about the first folder of more than one modality; "": there is none
     "Look at every file, where the first ones of the folders do not explain what is missing."
     for d in sorted({d for folders in series.values() for d in folders}):
         kinds = Counter(str(dicom_header(f).get("Modality", "")) for f in dicom_files(d))
@@ -67,65 +70,73 @@ def mixed_folder(
             return f"{d} holds {held}: put each series into its own folder"
     return ""
 
+
 def the_series(
-    patient:Path, # its folder
-    series:dict,  # of `series_of`
-    kind:str,     # modality: CT | RTSTRUCT | SEG
-)->Path: # folder of the series
+    patient: Path,  # its folder
+    series: dict,  # of `series_of`
+    kind: str,  # modality: CT | RTSTRUCT | SEG
+) -> Path:  # folder of the series
     "The only series of a modality. `InputError` for none and for two."
     have = series.get(kind, [])
     if len(have) != 1:
         found = ", ".join(f"{k} {len(v)}" for k, v in series.items()) or "none"
         fix = mixed_folder(series) or "Move the others away"
-        raise InputError(f"{patient} holds {len(have)} series of modality {kind}, but one is "
-                         f"needed (found: {found}). {fix}, or pass skip=({patient.name!r},).")
+        raise InputError(
+            f"{patient} holds {len(have)} series of modality {kind}, but one is "
+            f"needed (found: {found}). {fix}, or pass skip=({patient.name!r},)."
+        )
     return have[0]
 
 # %% ../../../nbs/data/sets/nsclc.ipynb #fd3d3cab
 def nsclc_scan(
-    patient:Path, # folder, as the archive gives it
-    labels:str,   # rtstruct | seg | "" (none)
-    roi:str,      # name of the region
-)->Scan:
+    patient: Path,  # folder, as the archive gives it
+    labels: str,  # rtstruct | seg | "" (none)
+    roi: str,  # name of the region
+) -> Scan:
     "The CT of a patient, with the mask of a region. `InputError` unless there is one of each."
     series = series_of(patient)
-    ct, label = the_series(patient, series, "CT"), None
+    ct = the_series(patient, series, "CT")
+    label = None
     if labels:
         kind, function = LABEL_SERIES[labels]
         folder = the_series(patient, series, kind)
         files = dicom_files(folder)
         if len(files) != 1:
-            raise InputError(f"{folder} holds {len(files)} {kind} files, but one is needed. Keep "
-                             "the right one.")
+            raise InputError(
+                f"{folder} holds {len(files)} {kind} files, but one is needed. Keep the right one."
+            )
         label = partial(function, files[0], roi=roi)
     return Scan(patient.name, patient.name, ct, label)
 
 # %% ../../../nbs/data/sets/nsclc.ipynb #fd3d3caa
 def nsclc_scans(
-    folder,                # one sub-folder for each patient, as the archive gives it
-    labels:str="rtstruct", # rtstruct | seg | "" (none)
-    roi:str="GTV-1",       # name of the region
-    skip=(),               # patients to leave out, e.g. one whose tumour has no contour
-)->list: # of `Scan`
+    folder,  # one sub-folder for each patient, as the archive gives it
+    labels: str = "rtstruct",  # rtstruct | seg | "" (none)
+    roi: str = "GTV-1",  # name of the region
+    skip=(),  # patients to leave out, e.g. one whose tumour has no contour
+) -> list:  # of `Scan`
     """CT scans with the mask of one region. `InputError` for a patient without exactly one CT and
     one label series."""
     if labels and labels not in LABEL_SERIES:
         raise InputError(unknown("kind of label", labels, LABEL_SERIES))
     inside = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
-    patients = [p for p in inside
-                if p.is_dir() and not p.name.startswith(".") and p.name not in skip]
+    patients = [
+        p for p in inside if p.is_dir() and not p.name.startswith(".") and p.name not in skip
+    ]
     if not patients:
-        raise InputError(f"{folder} holds no patient folders. Expected "
-                         "<patient>/<study>/<series>/*.dcm.")
+        raise InputError(
+            f"{folder} holds no patient folders. Expected <patient>/<study>/<series>/*.dcm."
+        )
     return [nsclc_scan(p, labels, roi) for p in patients]
 
+
 def read_nsclc(
-    folder,                # one sub-folder for each patient
-    labels:str="rtstruct", # rtstruct | seg | "" (none)
-    roi:str="GTV-1",       # name of the region
-    skip=(),               # patients to leave out
-    **kw,                  # see `Collection`
-)->Collection: # volumes, in memory: for a part of the data; for all, see `prepare_clinical`
+    folder,  # one sub-folder for each patient
+    labels: str = "rtstruct",  # rtstruct | seg | "" (none)
+    roi: str = "GTV-1",  # name of the region
+    skip=(),  # patients to leave out
+    **kw,  # see `Collection`
+) -> Collection:  # volumes, in memory: for a part of the data; for all, see `prepare_clinical`
     "NSCLC-Radiomics as a collection of CT volumes with the window of CMEDL."
     settings = {"name": "ct", "classes": ("background", "tumour"), "intensity": (-1000, 500), **kw}
     return load_scans(nsclc_scans(folder, labels, roi, skip), **settings)

@@ -235,3 +235,18 @@ def test_tissue_by_green_and_threshold_is_strict():
         len(select_tiles(mask * 1.0, 10, 0.9, mask)) == 1
         and len(select_tiles(mask * 1.0, 10, 0.89, mask)) == 2
     )
+
+
+def test_the_released_road_is_chosen_by_the_slice_as_it_was_read():
+    "Values in [-1, 0] take the k-means road of the release; stretched, they would take Otsu's."
+    g = np.random.default_rng(0)
+    x = np.where(g.random((60, 60)) < 0.3, 0.8, 0.2) + 0.05 * g.standard_normal((60, 60))
+    raw = (x - x.max()) / np.ptp(x)
+    sizes = dict(open_px=0, close_px=0)
+    chosen = preprocess_microct(raw, method="released", cluster="smallest", **sizes)[1]
+    kmeans = preprocess_microct(raw, method="kmeans", cluster="smallest", **sizes)[1]
+    otsu = preprocess_microct(raw, method="otsu", **sizes)[1]
+    assert (chosen == kmeans).all() and (kmeans != otsu).any()
+    counts = preprocess_microct(raw + 1, method="released", cluster="smallest", **sizes)[1]
+    assert (counts == otsu).all()
+    assert (bone_mask(raw, "released", "smallest", **sizes) == kmeans).mean() > 0.9

@@ -85,12 +85,12 @@ CLUSTERS = ("brightest", "smallest")
 
 
 def divide(
-    image: np.ndarray,  # grey values (H,W), not blurred
+    raw: np.ndarray,  # the slice as it was read (H,W): its signs decide for "released"
     x: np.ndarray,  # the same, blurred, in [0,1]
-    method: str = "otsu",  # otsu | kmeans | released: otsu if values >= 0 outnumber values <= 0, else kmeans
-    cluster: str = "brightest",  # which of the three k-means clusters is bone: brightest | smallest (as released)
+    method: str = "otsu",  # otsu | kmeans | released: otsu if more of `raw` is >= 0 than <= 0
+    cluster: str = "brightest",  # the k-means cluster that is bone: brightest | smallest (released)
 ) -> np.ndarray:  # (H,W) bool
-    "Which pixels are bright enough to be bone."
+    "Which pixels are bright enough to be bone. `InputError` for an unknown method or cluster."
     from skimage.filters import threshold_otsu
 
     if method not in METHODS:
@@ -98,13 +98,13 @@ def divide(
     if cluster not in CLUSTERS:
         raise InputError(unknown("cluster", cluster, CLUSTERS))
     if method == "released":
-        method = "otsu" if (image >= 0).sum() > (image <= 0).sum() else "kmeans"
+        method = "otsu" if (raw >= 0).sum() > (raw <= 0).sum() else "kmeans"
     if method == "otsu":
         return x > threshold_otsu(x)
     number = clusters(x)
-    return number == (
-        2 if cluster == "brightest" else np.bincount(number.ravel(), minlength=3).argmin()
-    )
+    if cluster == "brightest":
+        return number == 2
+    return number == np.bincount(number.ravel(), minlength=3).argmin()
 
 # %% ../../../nbs/data/sets/microct.ipynb #d437b8bf
 def bone_mask(
@@ -114,8 +114,10 @@ def bone_mask(
     sigma: float = 2.0,  # blur, px
     open_px: int = 20,  # side of the square of the opening, px; 0 leaves it out
     close_px: float = 25.0,  # radius of the disk of the closing, px; 0 leaves it out
+    raw: np.ndarray = None,  # the slice before it was stretched (H,W); None: `image`. See `divide`
 ) -> np.ndarray:  # (H,W) bool; empty for a constant image
-    "Where the bone is. Sizes are for pixels of 1.6 micrometres: scale them with yours."
+    """Where the bone is. Sizes are for pixels of 1.6 micrometres: scale them with yours. `InputError`
+    for anything but one slice of numbers, and for negative sizes."""
     from scipy.ndimage import gaussian_filter, grey_opening
     from skimage.morphology import isotropic_closing
 
@@ -128,7 +130,7 @@ def bone_mask(
         return np.zeros(a.shape, bool)
     x = gaussian_filter(a, sigma)
     x = (x - x.min()) / max(float(np.ptp(x)), 1e-30)
-    mask = divide(a, x, method, cluster)
+    mask = divide(a if raw is None else one_slice(raw), x, method, cluster)
     if open_px:
         mask = grey_opening(mask.view(np.uint8), size=int(open_px)).view(bool)
     return isotropic_closing(mask, close_px) if close_px else mask
@@ -141,7 +143,7 @@ def preprocess_microct(
 ) -> tuple:  # image (H,W) float32 in [0,1], 0 outside the bone, and the mask (H,W) bool
     "Stretch, find the bone, blank the rest: the preparation of LOTUS for SR-microCT. Raises `InputError` for NaN and for anything but one slice."
     x = stretch(image, share)
-    inside = bone_mask(x, **mask)
+    inside = bone_mask(x, **{"raw": image, **mask})
     return np.where(inside, x, np.float32(0)), inside
 
 # %% ../../../nbs/data/sets/microct.ipynb #5773a16e

@@ -1,4 +1,4 @@
-"""LOTUS's released scores by hand: the target in uint8, the prediction not; no background, no score."""
+"""LOTUS's released scores by hand: only the target is cast to uint8; no background, no score."""
 
 import numpy as np
 import pytest

@@ -181,7 +181,8 @@ def ddim(
     for t, t_next in zip(timesteps, [*timesteps[1:], None]):
         a_next = alpha_bar.new_ones(()) if t_next is None else alpha_bar[t_next]
         e = phi(z, z.new_full((len(z),), t, dtype=torch.long)).float()
-        z = ddim_step(z, e, alpha_bar[t], a_next, eta, noise_like(z, generator) if eta else None)
+        noise = noise_like(z, generator) if eta else None
+        z = ddim_step(z, e, alpha_bar[t], a_next, eta, noise)
     return z
 
 # %% ../../nbs/distillation/diffusion.ipynb #729a8d60
@@ -306,9 +307,9 @@ class Projector(nn.Module):
     ) -> Tensor:  # (B,out,*s)
         "Project; with `unit`, scale every pixel's vector to length 1."
         z = self.body(z)
-        return (
-            z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt() if self.unit else z
-        )
+        if not self.unit:
+            return z
+        return z * z.float().square().sum(1, keepdim=True).clamp_min(1e-8).rsqrt()
 
 # %% ../../nbs/distillation/diffusion.ipynb #dbb71617
 # by the running statistics | by the batch's | by the batch's, which also move the running ones
@@ -329,8 +330,9 @@ def frozen_statistics(
     try:
         yield
     finally:
-        for m, (m.training, m.track_running_stats) in zip(layers, before):
-            pass
+        for m, (training, track) in zip(layers, before):
+            m.training = training
+            m.track_running_stats = track
 
 # %% ../../nbs/distillation/diffusion.ipynb #d5d10289
 class DiffusionBlock(nn.Module):
@@ -380,12 +382,13 @@ def loss(
 ) -> Tensor:  # one number, float32
     """$L_{diff}$: mean over all elements of $(\\epsilon-\\Phi(z_t,t))^2$ (LOTUS eq. 2). The only
     pass that updates Phi's statistics, unless `statistics='all'`."""
-    z, device = z.float(), z.device if generator is None else generator.device
-    t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device).to(
-        z.device
-    )
+    z = z.float()
+    device = z.device if generator is None else generator.device
+    t = torch.randint(self.schedule.steps, (len(z),), generator=generator, device=device)
+    t = t.to(z.device)
     eps = noise_like(z, generator)
-    return (eps - self.phi(q_sample(z, t, eps, self.alpha_bar), t).float()).square().mean()
+    predicted = self.phi(q_sample(z, t, eps, self.alpha_bar), t)
+    return (eps - predicted.float()).square().mean()
 
 
 @patch
@@ -396,15 +399,15 @@ def predict(
 ) -> Tensor:  # predicted noise, (B,C,*s)
     """One question to Phi on the student's way: its running statistics stay as they are (unless
     `statistics='all'`), and it gets no gradient if `phi_grad` is False."""
-    fixed = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
+    weights = {} if self.phi_grad else {k: p.detach() for k, p in self.phi.named_parameters()}
 
     def ask(z, t):
-        with (
-            contextlib.nullcontext()
-            if self.statistics == "all"
-            else frozen_statistics(self.phi, self.statistics)
-        ):
-            return torch.func.functional_call(self.phi, fixed, (z, t))
+        if self.statistics == "all":
+            statistics = contextlib.nullcontext()
+        else:
+            statistics = frozen_statistics(self.phi, self.statistics)
+        with statistics:
+            return torch.func.functional_call(self.phi, weights, (z, t))
 
     if self.checkpoint and torch.is_grad_enabled():
         return rerun(ask, z, t, use_reentrant=False, preserve_rng_state=False)
@@ -421,11 +424,11 @@ def denoise(
     """`trans`, noise adapter, five DDIM evaluations, `proj` (LOTUS eq. 3). Gradients flow all the
     way back to `z`."""
     z = self.trans(z)
-    gamma = self.adapter(z) if gamma is None else gamma
-    z = blend(z.float(), gamma, noise_like(z, generator))
-    return self.proj(
-        ddim(self.predict, z, self.timesteps, self.alpha_bar, self.eta, generator)
-    ).float(), gamma
+    if gamma is None:
+        gamma = self.adapter(z)
+    noisy = blend(z.float(), gamma, noise_like(z, generator))
+    clean = ddim(self.predict, noisy, self.timesteps, self.alpha_bar, self.eta, generator)
+    return self.proj(clean).float(), gamma
 
 
 DiffusionBlock.forward = DiffusionBlock.denoise

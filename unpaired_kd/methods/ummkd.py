@@ -75,7 +75,7 @@ def rarity_weighted_cross_entropy(
 # %% ../../nbs/methods/ummkd.ipynb #6e3427c3
 @dataclass(frozen=True)
 class UmmkdOptions(Checked):
-    "The choices of UMMKD. Defaults are those of Dou et al."
+    "The choices of UMMKD. Defaults are those of Dou et al., but for their Dice loss."
 
     tau: Positive = 2.0  # temperature of the class means
     kl_direction: Literal["forward", "reverse", "symmetric"] = "symmetric"

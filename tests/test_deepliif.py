@@ -1,4 +1,6 @@
-"""DeepLIIF tiles: faults named, colours under noise, objects, groups, and the folder that `open_collection` reads."""
+"""DeepLIIF tiles: faults named, colours under noise, objects, groups, and the folder that
+`open_collection` reads.
+"""
 
 import re
 import warnings
@@ -33,7 +35,7 @@ S = 40
 def seg(spots):
     "A label with discs (y, x, radius, colour 0 red | 2 blue) inside a green line 2 px wide."
     y, x, out = *np.mgrid[:S, :S], np.zeros((3, S, S), np.uint8)
-    for cy, cx, r, k in spots:
+    for cy, cx, r, _ in spots:
         d = np.hypot(y - cy, x - cx)
         out[1][(d >= r) & (d < r + 2)] = 255
     for cy, cx, r, k in spots:

@@ -1,4 +1,6 @@
-"""LOTUS beyond its chapter: three dimensions, several taps, every option, number formats, resumption across the change of stage."""
+"""LOTUS beyond its chapter: three dimensions, several taps, every option, number formats,
+resumption across the change of stage.
+"""
 
 import copy
 import math
@@ -326,7 +328,7 @@ def test_the_placebo_differs_from_the_teacher_in_weights_only():
 
 
 @pytest.mark.parametrize("dims,classes", [(2, 2), (3, 3)])
-def test_in_company_the_student_also_segments_the_teachers_images(tmp_path, dims, classes):
+def test_joint_training_the_student_also_segments_the_teachers_images(tmp_path, dims, classes):
     student, teacher = nets(dims, classes)
     m = LOTUS(student, teacher, LotusOptions(joint=True), epochs=3)
     r = run(tmp_path, m, Two(dims, classes), epochs=3)
@@ -469,7 +471,7 @@ def test_the_fingerprint_of_a_teacher_knows_weights_only():
     assert weights_digest(teacher) != first
 
 
-# ---------------------------------------------------------------- a teacher and a student of two sizes
+# ---------------------------------------------------------------- two sizes of networks
 
 
 def wide(width=32, **config):
@@ -558,7 +560,7 @@ def test_a_weight_for_the_teachers_images_needs_them():
         m.check_weights({**m.weights, "seg_teacher": 1.0})
 
 
-# ---------------------------------------------------------------- the release's second stage, and tau
+# ---------------------------------------------------------------- the release; tau
 
 
 def test_the_second_stage_of_the_release_compares_bare_features():

@@ -611,3 +611,38 @@ def test_the_joint_term_is_the_segmentation_of_the_teachers_images_with_norms_of
     x = hand.norm({k.replace("norms.layers.conv9/1", "n"): v for k, v in P.items()}, "n", x, True)
     expected = hand.segmentation(hand.conv(P, "student.conv10", x), batch.label, 0.7)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("correspondence", ["class", "positional"])
+def test_the_direction_of_the_kl_is_from_teacher_to_student_or_back(direction, correspondence):
+    m = method(LotusOptions(kl_direction=direction, correspondence=correspondence, tau=3.0))
+    found = losses(m, "distil")["kl"]()
+    h = ByHand(m, "distil", 3)
+    p_s, p_t = hand.probabilities(h.logits_s, 3.0), hand.probabilities(h.logits_t, 3.0)
+    expected = hand.directed(p_s, p_t, direction).mean()
+    if correspondence == "class":
+        x_s, x_t = h.logits_s, h.logits_t
+        expected = hand.class_mean_kl(x_s, h.y_s, x_t, h.y_t, 3, 3.0, direction)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("correspondence", ["class", "positional"])
+def test_tau_squared_is_a_factor(tau, correspondence):
+    values = []
+    for squared in (False, True):
+        o = LotusOptions(tau=tau, tau_squared=squared, correspondence=correspondence)
+        values.append(losses(method(o), "distil")["kl"]().item())
+    assert values[1] == pytest.approx(tau**2 * values[0], rel=1e-5)
+
+
+def test_the_release_weighs_its_kl_by_width_over_channels():
+    values = []
+    for reduction in ("pixel", "row"):
+        o = LotusOptions(kl_reduction=reduction, kl_on="features", stride=2, **POSITION)
+        values.append(losses(method(o), "distil")["kl"]().item())
+    assert values[1] == pytest.approx(values[0] * 4 / 4, rel=1e-5)
+    o = [LotusOptions(kl_reduction=r, kl_on="student", **POSITION) for r in ("pixel", "row")]
+    values = [losses(method(x), "distil")["kl"]().item() for x in o]
+    assert values[1] == pytest.approx(values[0] * 8 / 3, rel=1e-5)

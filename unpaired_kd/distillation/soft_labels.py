@@ -7,7 +7,6 @@ __all__ = ['log_probs', 'kl', 'directed_kl', 'soft_label_kl']
 
 # %% ../../nbs/distillation/soft_labels.ipynb #09bf2a85
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import InputError, unknown

@@ -63,12 +63,15 @@ class AttentionTransfer(Method):
 
     @classmethod
     def default_weights(cls, options, preset="recommended"):
+        "Term -> weight."
         return {"seg": 1.0, "attention": 0.1}
 
     def identity(self):
+        "The options and the teacher."
         return dict(options=asdict(self.options), teacher=weights_digest(self.frozen["teacher"]))
 
     def stages(self):
+        "One stage: the student learns, the teacher is frozen."
         return [Stage("train", [Update("student", ("student",), self.losses)])]
 
     def run(self, net, batch):

@@ -639,7 +639,7 @@ def denoise_losses(
         "kl": lambda: self.kl(x),
     }
     if self.options.kl_on == "student" and x.clean:
-        terms["projection"] = lambda: self.kl_head(x.detached())
+        terms |= {"projection": lambda: self.kl_head(x.detached())}
     return terms
 
 # %% ../../nbs/methods/lotus.ipynb #a0b45ed5

@@ -192,12 +192,14 @@ def tile_files(
 ) -> dict:  # id (path without ending) -> file, sorted
     "All tiles in a folder and its sub-folders. Hidden files and folders are passed over."
     folder = Path(folder)
-    inner = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_dir() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
-    files = [p for f in (folder, *inner) for p in list_images(f)[0] if p.is_file()]
+
+    def hidden(path):
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    inner = sorted(p for p in folder.rglob("*") if p.is_dir() and not hidden(p))
+    files = []
+    for f in (folder, *inner):
+        files += [p for p in list_images(f)[0] if p.is_file()]
     if not files:
         raise InputError(f"{folder} holds no images. Give the folder of the six-panel tiles.")
     found = {}
@@ -225,13 +227,10 @@ def share_out(
         return out
     for where in sorted({organ(id) for id in files}):
         tiles = sorted({base_tile(id) for id in files if organ(id) == where})
+        drawn = rng(seed, "share out", where).permutation(len(tiles))
         n = round(share * len(tiles))
-        out.update(
-            {
-                tiles[i]: ("if",) if place < n else ("ihc",)
-                for place, i in enumerate(rng(seed, "share out", where).permutation(len(tiles)))
-            }
-        )
+        out |= {tiles[i]: ("if",) for i in drawn[:n]}
+        out |= {tiles[i]: ("ihc",) for i in drawn[n:]}
     for modality in ("ihc", "if"):
         if not any(modality in m for m in out.values()):
             raise InputError(

@@ -232,9 +232,8 @@ def cut(
     a = np.asarray(image)
     if a.ndim not in (2, 3) or a.shape[-2:] != at.shape:
         raise InputError(f"image has shape {a.shape}, but the tiles lie on a slide of {at.shape}.")
-    beyond = [
-        max(0, int(p.max(initial=0)) + at.side - n) for p, n in zip((at.rows, at.cols), at.shape)
-    ]
+    ends = [int(first.max(initial=0)) + at.side for first in (at.rows, at.cols)]
+    beyond = [max(0, end - n) for end, n in zip(ends, at.shape)]
     if any(beyond):
         a = np.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, b) for b in beyond])
     parts = windows(a, at.side)[..., at.rows, at.cols, :, :]
@@ -245,6 +244,20 @@ def cut(
     return zoom_label(parts, size / at.side) if label else resize(parts, (size, size))
 
 # %% ../../../nbs/data/sets/microct.ipynb #8877bc5f
+def _check_parts(parts, at):
+    "`InputError` if there is not one square part for each tile."
+    if parts.ndim not in (3, 4) or len(parts) != len(at):
+        raise InputError(
+            f"parts have shape {parts.shape}: give one part for each of the {len(at)} tiles, "
+            "(n,h,w) or (n,C,h,w)."
+        )
+    if parts.shape[-1] != parts.shape[-2]:
+        raise InputError(
+            f"parts have shape {parts.shape}: tiles are square, so h and w must agree."
+        )
+    return parts
+
+
 def paste(
     parts: np.ndarray,  # predictions (n,[C,]h,w); resized to the side of the tiles
     at: Tiles,  # where they belong
@@ -252,16 +265,9 @@ def paste(
 ) -> np.ndarray:  # ([C,]H,W), float32 or the type of `parts`
     """The way back: tiles to slide. Where tiles overlap, floats are averaged and whole numbers
     taken from the last."""
-    p = np.asarray(parts)
-    if p.ndim not in (3, 4) or len(p) != len(at):
-        raise InputError(
-            f"parts have shape {p.shape}: give one part for each of the {len(at)} tiles, "
-            "(n,h,w) or (n,C,h,w)."
-        )
-    if p.shape[-1] != p.shape[-2]:
-        raise InputError(f"parts have shape {p.shape}: tiles are square, so h and w must agree.")
+    p = _check_parts(np.asarray(parts), at)
     whole = p.dtype.kind in "bui"
-    if p.shape[-2:] != (at.side, at.side) and len(p):
+    if p.shape[-1] != at.side and len(p):
         p = zoom_label(p, at.side / p.shape[-1]) if whole else resize(p, (at.side, at.side))
     size = [n + at.side for n in at.shape]  # room for padded tiles
     out = np.zeros((*p.shape[1:-2], *size), p.dtype)

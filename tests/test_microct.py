@@ -237,8 +237,8 @@ def test_tissue_by_green_and_threshold_is_strict():
     )
 
 
-def test_the_released_road_is_chosen_by_the_slice_as_it_was_read():
-    "Values in [-1, 0] take the k-means road of the release; stretched, they would take Otsu's."
+def test_the_released_method_is_chosen_by_the_slice_as_it_was_read():
+    "Values in [-1, 0] are clustered as in the release; stretched, they would take Otsu's."
     g = np.random.default_rng(0)
     x = np.where(g.random((60, 60)) < 0.3, 0.8, 0.2) + 0.05 * g.standard_normal((60, 60))
     raw = (x - x.max()) / np.ptp(x)

@@ -56,7 +56,9 @@ def filled(net, seed=0):
 
 
 def same(found, expected, tolerance=1e-9):
-    close = torch.allclose(found.double(), expected.double(), rtol=0, atol=float(tolerance))
+    close = torch.allclose(
+        found.double(), expected.double(), rtol=0, atol=torch.as_tensor(tolerance).item()
+    )
     assert close, (found, expected)
 
 

@@ -36,7 +36,7 @@ class Schedule:
         return (1 - beta).cumprod(0).float()
 
 # %% ../../nbs/distillation/diffusion.ipynb #223ba070
-def spread(
+def per_sample(
     a: Tensor,  # one number per sample, (B,), or one for all, ()
     z: Tensor,  # features (B,C,*s)
 ) -> Tensor:  # `a` with as many axes as `z`
@@ -52,7 +52,7 @@ def q_sample(
 ) -> Tensor:  # noisy features $z_t$, shape of `z`
     """$z_t=\\sqrt{\\bar\\alpha_t}z_0+\\sqrt{1-\\bar\\alpha_t}\\epsilon$ (LOTUS eq. 1, its variance
     mended)."""
-    a = spread(alpha_bar[t], z)
+    a = per_sample(alpha_bar[t], z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
 
 # %% ../../nbs/distillation/diffusion.ipynb #e9f21f98
@@ -65,7 +65,7 @@ def noise_like(
     return torch.randn(z.shape, generator=generator, device=device).to(z.device)
 
 # %% ../../nbs/distillation/diffusion.ipynb #f560e69f
-def norm_layer(
+def make_norm(
     kind: str,  # batch | group
     c: int,  # channels
     dims: int,  # 2 or 3
@@ -92,13 +92,13 @@ class Bottleneck(nn.Module):
         conv = layer("Conv", dims)
         self.body = nn.Sequential(
             conv(c, r, 1),
-            norm_layer(norm, r, dims),
+            make_norm(norm, r, dims),
             nn.ReLU(),
             conv(r, r, 3, padding=1),
-            norm_layer(norm, r, dims),
+            make_norm(norm, r, dims),
             nn.ReLU(),
             conv(r, c, 1),
-            norm_layer(norm, c, dims),
+            make_norm(norm, c, dims),
         )
 
     def forward(
@@ -126,7 +126,7 @@ class Phi(nn.Module):
             Bottleneck(channels, 4, dims, norm),
             Bottleneck(channels, 4, dims, norm),
             layer("Conv", dims)(channels, channels, 1),
-            norm_layer(norm, channels, dims),
+            make_norm(norm, channels, dims),
         )
 
     def forward(
@@ -215,7 +215,7 @@ def blend(
 ) -> Tensor:  # $z_T$, shape of `z`
     """$z_T=\\gamma z+(1-\\gamma)\\epsilon$: the student's features, brought to the noise level at
     which denoising starts."""
-    g = spread(gamma, z)
+    g = per_sample(gamma, z)
     return g * z + (1 - g) * eps
 
 # %% ../../nbs/distillation/diffusion.ipynb #45904588
@@ -371,7 +371,7 @@ class DiffusionBlock(nn.Module):
         self.trans = conv(channels, channels, 1)
         self.phi = Phi(channels, dims, norm, max(1280, schedule.steps))
         self.adapter = NoiseAdapter(channels, dims, norm)
-        self.proj = nn.Sequential(conv(channels, channels, 1), norm_layer(norm, channels, dims))
+        self.proj = nn.Sequential(conv(channels, channels, 1), make_norm(norm, channels, dims))
 
 # %% ../../nbs/distillation/diffusion.ipynb #80db55ec
 @patch

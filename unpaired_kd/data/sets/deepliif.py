@@ -267,7 +267,7 @@ def _write_tile(
         rows.append(row)
     return rows
 
-
+# %% ../../../nbs/data/sets/deepliif.ipynb #d67b42b9
 def _warn_of_torn_groups(
     source: Path,  # folder of the tiles, for the message
     rows: list,  # of the manifest

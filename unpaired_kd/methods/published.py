@@ -73,7 +73,7 @@ LOTUS_ABLATION = [
         "lotus",
         "ifv",
         "class variation only",
-        train("lotus", options=_RAW, weights=switch_off("diff", "way", "kl")),
+        train("lotus", options=_RAW, weights=switch_off("diff", "projection", "kl")),
         published=lotus_scores(57.58, 142.33, 41.12, 31.41),
     ),
     Row(
@@ -186,7 +186,7 @@ LOTUS_AUDIT = [
         "alone",
         "What does a Dice loss without gradient cost?",
         options={"dice": "hard"},
-        weights=dict(diff=0, way=0, kl=0, ifv=0),
+        weights=dict(diff=0, projection=0, kl=0, ifv=0),
     ),
     audit_row(
         "positional", "class", "What if positions are compared, not classes?", options=_POSITION

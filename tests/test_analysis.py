@@ -8,23 +8,23 @@ import torch
 from torch.nn import functional as F
 
 from unpaired_kd.analysis.feature_maps import (
-    read_channel_maps,
+    compare_features,
     correlate_channels,
-    plot_feature_maps,
+    correlate_tied_channels,
     linear_cka,
     match_channels,
+    plot_feature_maps,
+    read_channel_maps,
     tile_maps,
-    compare_features,
-    correlate_tied_channels,
 )
 from unpaired_kd.analysis.tsne import (
+    browse_embedding,
+    compare_separations,
     crop_window,
     embed_features,
-    browse_embedding,
+    measure_separation,
     read_pixel_features,
     sample_pixels,
-    measure_separation,
-    compare_separations,
 )
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.networks.taps import Taps

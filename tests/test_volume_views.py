@@ -17,10 +17,10 @@ from unpaired_kd.analysis.volume_views import (
     classify_errors,
     colour_errors,
     project_errors,
-    show_slices,
     project_volume,
     show_errors,
     show_projections,
+    show_slices,
 )
 from unpaired_kd.core import InputError, rng
 

@@ -32,53 +32,65 @@ def crop_window(
     mask,  # one slice (H,W), not empty
     crop: int,  # side of the square, px
 ) -> tuple:  # (rows, columns) as slices
-    "The square around the structure's bounding box, moved inward at borders; the whole axis where the image is smaller."
+    """The square around the structure's bounding box, moved inward at borders; the whole axis where
+    the image is smaller."""
     out = []
     for axis, size in enumerate(mask.shape):
-        seen = np.flatnonzero(mask.any(1 - axis))
-        start = min(max((seen[0] + seen[-1] + 1 - crop) // 2, 0), max(size - crop, 0))
+        foreground = np.flatnonzero(mask.any(1 - axis))
+        middle = (foreground[0] + foreground[-1] + 1 - crop) // 2
+        start = min(max(middle, 0), max(size - crop, 0))
         out.append(slice(int(start), int(min(start + crop, size))))
     return tuple(out)
 
 # %% ../../nbs/analysis/tsne.ipynb #45e4ee4a
+def _sample_case(
+    y,  # foreground of one case (D,H,W), bool
+    quota: int,  # pixels of a class, at most
+    crop: int,  # side of the square around the structure, px
+    address: tuple,  # where the random numbers come from
+) -> np.ndarray:  # (2n,4): slice, row, column, label; foreground first
+    "As many foreground as background pixels of one case."
+    near = np.zeros_like(y)
+    for s in np.flatnonzero(y.any((1, 2))):
+        near[(s, *crop_window(y[s], crop))] = True
+    found = {label: np.argwhere(near & (y == label)) for label in (True, False)}
+    n = min(quota, len(found[True]), len(found[False]))
+    if not n:
+        return np.zeros((0, 4), int)
+    parts = []
+    for label, pixels in found.items():
+        chosen = np.sort(rng(*address, int(label)).choice(len(pixels), n, replace=False))
+        parts.append(np.column_stack([pixels[chosen], np.full(n, label)]))
+    return np.concatenate(parts)
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310001
 def sample_pixels(
     labels,  # list of label maps, one per case: (H,W) or (D,H,W); above 0 is foreground
     most: int = 35_000,  # pixels in all, at most; half of them foreground
     crop: int = 160,  # side of the square around the structure, px
     seed: int = 0,  # seed of the choice
 ) -> Pixels:  # balanced in each case: as many foreground as background pixels
-    "Pixels around the structure, the same for every network (after Jiang et al. 2021). Raises `InputError` if there is no foreground anywhere or `most` is too small."
-    labels = [np.asarray(y) > 0 for y in labels]
-    parts = []
+    """Pixels around the structure, the same for every network (after Jiang et al. 2021). Raises
+    `InputError` if there is no foreground anywhere or `most` is too small."""
     quota = most // (2 * len(labels)) if labels else 0
     if quota < 1:
         raise InputError(
-            f"most={most} pixels over {len(labels)} cases leaves none: give at least one case and two pixels for each."
+            f"most={most} pixels over {len(labels)} cases leaves none: give at least one case and "
+            "two pixels for each."
         )
-    for c, y in enumerate(labels):
+    parts = []
+    for case, label in enumerate(labels):
+        y = np.asarray(label) > 0
         if y.ndim not in (2, 3):
-            raise InputError(f"label {c} has shape {y.shape}; give (H,W) or (D,H,W).")
+            raise InputError(f"label {case} has shape {y.shape}; give (H,W) or (D,H,W).")
         y = y.reshape(-1, *y.shape[-2:])
-        near = np.zeros_like(y)
-        for s in np.flatnonzero(y.any((1, 2))):
-            near[(s, *crop_window(y[s], crop))] = True
-        at = [np.argwhere(near & (y == k)) for k in (True, False)]
-        n = min(quota, len(at[0]), len(at[1]))
-        for k, a in zip((True, False), at):
-            chosen = (
-                np.sort(rng(seed, "pixels", c, int(k)).choice(len(a), n, replace=False))
-                if n
-                else []
-            )
-            parts.append(
-                np.column_stack([np.full(n, c), a[chosen], np.full(n, k)])
-                if n
-                else np.zeros((0, 5), int)
-            )
+        pixels = _sample_case(y, quota, crop, (seed, "pixels", case))
+        parts.append(np.column_stack([np.full(len(pixels), case), pixels]))
     p = np.concatenate(parts)
     if not len(p):
         raise InputError(
-            "no case has both foreground and background inside the crop: there is nothing to compare."
+            "no case has both foreground and background inside the crop: there is nothing to "
+            "compare."
         )
     return Pixels(*p.T[:4], p[:, 4] > 0)
 
@@ -90,56 +102,66 @@ def _read_at(
     size,  # (H,W) of the image
 ):  # (N,C): the bilinear enlargement of `f` to `size`, at these pixels
     "Bilinear values at single pixels, equal to enlarging the whole map and indexing it."
-    grid = torch.stack([(2 * column + 1) / size[1] - 1, (2 * row + 1) / size[0] - 1], -1).to(f)[
-        None, None
-    ]
-    return F.grid_sample(f, grid, mode="bilinear", padding_mode="border", align_corners=False)[
-        0, :, 0
-    ].T
+    across = (2 * column + 1) / size[1] - 1
+    down = (2 * row + 1) / size[0] - 1
+    grid = torch.stack([across, down], -1).to(f)[None, None]
+    found = F.grid_sample(f, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return found[0, :, 0].T
 
 # %% ../../nbs/analysis/tsne.ipynb #48084325
+def _choose_slice(
+    images,  # list of cases: tensors (C,H,W) or (C,D,H,W)
+    case: int,  # number of the case
+    slice: int,  # number of the slice; 0 for images
+    row,  # rows (N,) of its pixels
+    column,  # columns (N,)
+):  # (C,H,W)
+    "One slice of a case. Raises `InputError` if it is not there or does not hold the pixels."
+    if case >= len(images):
+        raise InputError(
+            f"pixels of case {case}, but there are {len(images)} images. Sample from the labels of "
+            "these images."
+        )
+    image = images[case]
+    x = image if image.ndim == 3 else image[:, slice]
+    if row.max() >= x.shape[-2] or column.max() >= x.shape[-1]:
+        raise InputError(
+            f"case {case}: a pixel lies outside its image of {tuple(x.shape[-2:])}. Image and "
+            "label must have one size."
+        )
+    return x
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310002
 def read_pixel_features(
     net,  # a 2-D network; its mode is restored
     images,  # list of cases: tensors (C,H,W) or (C,D,H,W), as the network wants them
     names,  # tapped layers, e.g. `net.hint_layers["high"]`
     pixels: Pixels,  # the list of `sample_pixels`
 ) -> np.ndarray:  # (N, channels of all taps) float32, in the order of `pixels`
-    "Features of single pixels: tap maps enlarged to the image and stacked. Only one slice's maps are in memory at a time. Raises `InputError` for unknown layers and pixels outside the images."
+    """Features of single pixels: tap maps enlarged to the image and stacked. Only one slice's maps
+    are in memory at a time. Raises `InputError` for unknown layers and pixels outside the images.
+    """
     training = net.training
-    p = next(net.parameters())
+    weight = next(net.parameters())
     out = [None] * len(pixels.label)
+    slices = sorted(set(zip(pixels.case.tolist(), pixels.slice.tolist())))
     try:
         with Taps(net.eval(), names) as taps, torch.no_grad():
-            for c, s in sorted(set(zip(pixels.case.tolist(), pixels.slice.tolist()))):
-                if c >= len(images):
-                    raise InputError(
-                        f"pixels of case {c}, but there are {len(images)} images. Sample from the labels of these images."
-                    )
-                x = images[c] if images[c].ndim == 3 else images[c][:, s]
-                mine = np.flatnonzero((pixels.case == c) & (pixels.slice == s))
-                row, column = (torch.from_numpy(v[mine]) for v in (pixels.row, pixels.column))
-                if row.max() >= x.shape[-2] or column.max() >= x.shape[-1]:
-                    raise InputError(
-                        f"case {c}: a pixel lies outside its image of {tuple(x.shape[-2:])}. Image and label must have one size."
-                    )
-                net(x[None].to(p))
-                f = torch.cat(
-                    [
-                        _read_at(m, row.to(p.device), column.to(p.device), x.shape[-2:])
-                        for m in taps.take().values()
-                    ],
-                    1,
-                )
-                for i, v in zip(mine, f.float().cpu().numpy()):
-                    out[i] = v
+            for case, s in slices:
+                mine = np.flatnonzero((pixels.case == case) & (pixels.slice == s))
+                row = torch.from_numpy(pixels.row[mine]).to(weight.device)
+                column = torch.from_numpy(pixels.column[mine]).to(weight.device)
+                x = _choose_slice(images, case, s, row, column)
+                net(x[None].to(weight))
+                found = [_read_at(f, row, column, x.shape[-2:]) for f in taps.take().values()]
+                features = torch.cat(found, 1).float().cpu().numpy()
+                for i, vector in zip(mine, features):
+                    out[i] = vector
     finally:
         net.train(training)
     return np.stack(out)
 
 # %% ../../nbs/analysis/tsne.ipynb #27c5c6b6
-_ENGINES = ("auto", "opentsne", "sklearn")
-
-
 class Embedding(NamedTuple):
     "Points in the plane, and how they came there."
 
@@ -149,15 +171,75 @@ class Embedding(NamedTuple):
     iterations: int  # steps
 
 
-def _standardise(
+def standardise(
     features,  # (N,C)
 ) -> np.ndarray:  # (N,C) float64, mean 0 and standard deviation 1; constant channels are 0
     "Every channel on one scale."
     f = np.asarray(features, np.float64)
     sd = f.std(0)
-    return (f - f.mean(0)) / np.where(sd > 1e-12 * np.abs(f).max(initial=1), sd, np.inf)
+    rounding = 1e-12 * np.abs(f).max(initial=1)
+    return (f - f.mean(0)) / np.where(sd > rounding, sd, np.inf)
 
 # %% ../../nbs/analysis/tsne.ipynb #f390571c
+_ENGINES = ("auto", "opentsne", "sklearn")
+
+
+def _find_engine(
+    engine: str,  # one of `_ENGINES`
+) -> str:  # opentsne | sklearn
+    "The engine that will be used. Raises `InputError` for an unknown or missing one."
+    from importlib.util import find_spec
+
+    if engine not in _ENGINES:
+        raise InputError(unknown("engine", engine, _ENGINES))
+    installed = find_spec("openTSNE") is not None
+    if engine == "opentsne" and not installed:
+        raise InputError(
+            "openTSNE is not installed: pip install 'unpaired_kd[tsne]', or use engine='sklearn'."
+        )
+    if engine == "auto":
+        return "opentsne" if installed else "sklearn"
+    return engine
+
+
+def _check_features(
+    features,  # (N,C)
+    perplexity: float,  # how many neighbours a point looks at, about
+    iterations: int,  # steps
+):
+    "Raise `InputError` for what cannot be embedded."
+    if not np.isfinite(features).all():
+        raise InputError("features hold NaN or infinite values.")
+    if len(features) <= 3 * perplexity:
+        raise InputError(
+            f"{len(features)} points are too few for perplexity {perplexity}: give more than "
+            f"{3 * perplexity:g} points or a smaller perplexity."
+        )
+    if iterations < 250:
+        raise InputError(f"iterations={iterations}: give at least 250.")
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310004
+def _rotate(
+    features,  # (N,C)
+    components: int,  # directions to keep
+    seed: int,  # of the randomised solver
+) -> np.ndarray:  # (N, kept) principal components of the standardised channels
+    "Standardise and keep the directions of largest variance."
+    from sklearn.decomposition import PCA
+
+    n, c = np.shape(features)
+    kept = max(min(components, c, n), 2) if c > 1 else 1
+    return PCA(kept, random_state=seed).fit_transform(standardise(features))
+
+
+def _start_at_pca(
+    x,  # (N,C) principal components, the largest first
+) -> np.ndarray:  # (N,2), standard deviation 1e-4 along the first axis
+    "Where the points begin: the first two components (a second one of zeros, where there is one)."
+    first_two = np.column_stack([x, np.zeros(len(x))])[:, :2]
+    return first_two / max(x[:, 0].std(), 1e-12) * 1e-4
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310005
 def embed_features(
     features,  # (N,C)
     engine: str = "auto",  # auto: openTSNE if installed | opentsne | sklearn
@@ -167,55 +249,23 @@ def embed_features(
     components: int = 50,  # directions kept before t-SNE
     threads: int = -1,  # threads, -1: all
 ) -> Embedding:  # the points, with the engine's name
-    "t-SNE after standardising and PCA, begun at the first two components. Raises `InputError` for unknown or missing engines, too few points or too few iterations."
-    from importlib.util import find_spec
-
-    from sklearn.decomposition import PCA
-
-    if engine not in _ENGINES:
-        raise InputError(unknown("engine", engine, _ENGINES))
-    if engine == "opentsne" and not find_spec("openTSNE"):
-        raise InputError(
-            "openTSNE is not installed: pip install 'unpaired_kd[tsne]', or use engine='sklearn'."
-        )
-    if engine == "auto":
-        engine = "opentsne" if find_spec("openTSNE") else "sklearn"
-    n, c = np.shape(features)
-    if not np.isfinite(features).all():
-        raise InputError("features hold NaN or infinite values.")
-    if n <= 3 * perplexity:
-        raise InputError(
-            f"{n} points are too few for perplexity {perplexity}: give more than {3 * perplexity:g} points or a smaller perplexity."
-        )
-    if iterations < 250:
-        raise InputError(f"iterations={iterations}: give at least 250.")
-    x = PCA(max(min(components, c, n), 2) if c > 1 else 1, random_state=seed).fit_transform(
-        _standardise(features)
-    )
-    start = np.column_stack([x, np.zeros(n)])[:, :2] / max(x[:, 0].std(), 1e-12) * 1e-4
+    """t-SNE after standardising and PCA, begun at the first two components. Raises `InputError` for
+    unknown or missing engines, too few points or too few iterations."""
+    engine = _find_engine(engine)
+    _check_features(features, perplexity, iterations)
+    x = _rotate(features, components, seed)
+    start = _start_at_pca(x)
+    settings = dict(perplexity=perplexity, random_state=seed, n_jobs=threads)
     if engine == "sklearn":
         from sklearn.manifold import TSNE
 
-        xy = TSNE(
-            perplexity=perplexity,
-            max_iter=iterations,
-            init=start.astype(np.float32),
-            learning_rate="auto",
-            random_state=seed,
-            n_jobs=threads,
-        ).fit_transform(x)
+        settings |= dict(max_iter=iterations, init=start.astype(np.float32), learning_rate="auto")
+        xy = TSNE(**settings).fit_transform(x)
     else:
         from openTSNE import TSNE
 
-        xy = np.asarray(
-            TSNE(
-                perplexity=perplexity,
-                n_iter=iterations - 250,
-                initialization=start,
-                random_state=seed,
-                n_jobs=threads,
-            ).fit(x)
-        )
+        settings |= dict(n_iter=iterations - 250, initialization=start)
+        xy = np.asarray(TSNE(**settings).fit(x))
     return Embedding(xy.astype(np.float32), engine, float(perplexity), int(iterations))
 
 # %% ../../nbs/analysis/tsne.ipynb #48febe09
@@ -229,16 +279,11 @@ def plot_embedding(
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(3.4, 3))[1]
-    names = sorted(set(np.asarray(values).tolist()))
-    for k, v in enumerate(names):
-        some = np.asarray(values) == v
-        ax.scatter(
-            *np.asarray(xy)[some].T,
-            s=3,
-            color=PALETTE[k % len(PALETTE)],
-            label=str(v),
-            linewidths=0,
-        )
+    values = np.asarray(values)
+    for k, value in enumerate(sorted(set(values.tolist()))):
+        points = np.asarray(xy)[values == value]
+        colour = PALETTE[k % len(PALETTE)]
+        ax.scatter(*points.T, s=3, color=colour, label=str(value), linewidths=0)
     ax.set(xticks=[], yticks=[], title=title)
     ax.legend(fontsize=6, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
@@ -248,7 +293,8 @@ def browse_embedding(
     xy,  # (N,2)
     colours: dict,  # name -> values (N,), e.g. {"class": ..., "case": ..., "network": ...}
 ):  # an ipywidgets box: a menu and a picture
-    "A menu that recolours the points. Needs a live notebook and ipywidgets; `plot_embedding` is the static form. Raises `InputError` if ipywidgets is missing."
+    """A menu that recolours the points. Needs a live notebook and ipywidgets; `plot_embedding` is
+    the static form. Raises `InputError` if ipywidgets is missing."""
     import io
 
     import matplotlib.pyplot as plt
@@ -257,7 +303,7 @@ def browse_embedding(
         import ipywidgets as widgets
     except ImportError:
         raise InputError(
-            "explore needs ipywidgets: pip install ipywidgets, or use plot_embedding."
+            "browse_embedding needs ipywidgets: pip install ipywidgets, or use plot_embedding."
         ) from None
 
     def png(name):
@@ -286,6 +332,62 @@ class Separation(NamedTuple):
     auc_case: np.ndarray  # (cases,) AUC
 
 # %% ../../nbs/analysis/tsne.ipynb #35df5912
+def _check_groups(
+    y,  # (N,) bool
+    g,  # (N,) number of the group
+    names,  # of the groups
+):
+    "Raise `InputError` for fewer than two groups, and for a group that has one class only."
+    if len(names) < 2:
+        raise InputError(
+            f"there is one group, {names.tolist()}: separation holds whole cases out and needs at "
+            "least 2."
+        )
+    for k, name in enumerate(names):
+        if y[g == k].all() or not y[g == k].any():
+            raise InputError(
+                f"group {name} has pixels of one class only. Leave it out, or sample with "
+                "`sample_pixels`."
+            )
+
+
+def _predict_held_out(
+    x,  # features (N,C)
+    y,  # (N,) bool
+    g,  # (N,) number of the group
+    neighbours: int,  # that vote
+    folds: int,  # over groups, at most one per group
+) -> tuple:  # ((N,) bool majority of the neighbours, (N,) value of the straight cut)
+    "What neighbours and a straight cut say about pixels whose groups were left out."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    vote = np.zeros(len(y), bool)
+    line = np.zeros(len(y))
+    for train, test in GroupKFold(min(folds, g.max() + 1)).split(x, y, g):
+        scale = StandardScaler().fit(x[train])
+        a = scale.transform(x[train])
+        b = scale.transform(x[test])
+        vote[test] = KNeighborsClassifier(min(neighbours, len(train))).fit(a, y[train]).predict(b)
+        line[test] = LogisticRegression(max_iter=500).fit(a, y[train]).decision_function(b)
+    return vote, line
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310006
+def _measure_trust(
+    z,  # features (n,C)
+    xy,  # (n,2) map of these points, or None
+    neighbours: int,  # number of neighbours
+) -> float:  # in [0,1]; NaN without a map
+    "Trustworthiness of a map: are neighbours in it neighbours in the features?"
+    from sklearn.manifold import trustworthiness
+
+    if xy is None:
+        return float("nan")
+    return float(trustworthiness(z, xy, n_neighbors=min(neighbours, (len(z) - 1) // 2)))
+
+# %% ../../nbs/analysis/tsne.ipynb #5d310007
 def measure_separation(
     features,  # (N,C)
     labels,  # (N,) bool
@@ -296,55 +398,24 @@ def measure_separation(
     sample: int = 5000,  # points used for silhouette and trustworthiness
     seed: int = 0,  # seed of that sample
 ) -> Separation:  # headline numbers, and those of each case
-    "Separation of two classes in feature space, with groups held out. Raises `InputError` for fewer than two groups, and for a group that has one class only."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.manifold import trustworthiness
+    """Separation of two classes in feature space, with groups held out. Raises `InputError` for
+    fewer than two groups, and for a group that has one class only."""
     from sklearn.metrics import roc_auc_score, silhouette_score
-    from sklearn.model_selection import GroupKFold
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import StandardScaler
 
     x = np.asarray(features, np.float64)
     y = np.asarray(labels) > 0
-    (names, g) = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < 2:
-        raise InputError(
-            f"there is one group, {names.tolist()}: separation holds whole cases out and needs at least 2."
-        )
-    for k, n in enumerate(names):
-        if y[g == k].all() or not y[g == k].any():
-            raise InputError(
-                f"group {n} has pixels of one class only. Leave it out, or sample with `sample_pixels`."
-            )
-    vote = np.zeros(len(y), bool)
-    line = np.zeros(len(y))
-    for fit, held in GroupKFold(min(folds, len(names))).split(x, y, g):
-        scale = StandardScaler().fit(x[fit])
-        a = scale.transform(x[fit])
-        b = scale.transform(x[held])
-        vote[held] = KNeighborsClassifier(min(neighbours, len(fit))).fit(a, y[fit]).predict(b)
-        line[held] = LogisticRegression(max_iter=500).fit(a, y[fit]).decision_function(b)
-    knn = np.array([(vote == y)[g == k].mean() for k in range(len(names))])
-    auc = np.array([roc_auc_score(y[g == k], line[g == k]) for k in range(len(names))])
-    pick = np.sort(rng(seed, "separation").permutation(len(y))[:sample])
-    z = _standardise(x)[pick]
-    trust = (
-        float("nan")
-        if xy is None
-        else float(
-            trustworthiness(
-                z, np.asarray(xy)[pick], n_neighbors=min(neighbours, (len(pick) - 1) // 2)
-            )
-        )
-    )
+    names, g = np.unique(np.asarray(groups), return_inverse=True)
+    _check_groups(y, g, names)
+    vote, line = _predict_held_out(x, y, g, neighbours, folds)
+    cases = [g == k for k in range(len(names))]
+    knn = np.array([(vote == y)[case].mean() for case in cases])
+    auc = np.array([roc_auc_score(y[case], line[case]) for case in cases])
+    chosen = np.sort(rng(seed, "separation").permutation(len(y))[:sample])
+    z = standardise(x)[chosen]
+    silhouette = float(silhouette_score(z, y[chosen]))
+    trust = _measure_trust(z, None if xy is None else np.asarray(xy)[chosen], neighbours)
     return Separation(
-        float(knn.mean()),
-        float(auc.mean()),
-        float(silhouette_score(z, y[pick])),
-        trust,
-        names.tolist(),
-        knn,
-        auc,
+        float(knn.mean()), float(auc.mean()), silhouette, trust, names.tolist(), knn, auc
     )
 
 # %% ../../nbs/analysis/tsne.ipynb #1d57240e
@@ -354,10 +425,12 @@ def compare_separations(
     n: int = 2000,  # bootstrap draws, from eight cases on
     seed: int = 0,  # of the draws
 ) -> dict:  # "knn" and "auc" -> (difference b - a, low, high): mean over cases and 95 % interval
-    "Paired difference of two networks over cases; Student's interval for few cases, NaN if all differ alike. Raises `InputError` if the cases differ."
+    """Paired difference of two networks over cases; Student's interval for few cases, NaN if all
+    differ alike. Raises `InputError` if the cases differ."""
     if a.cases != b.cases:
         raise InputError(
-            f"the networks were measured on other cases: {a.cases[:3]} and {b.cases[:3]} ... Use one list of pixels."
+            f"the networks were measured on other cases: {a.cases[:3]} and {b.cases[:3]} ... Use "
+            "one list of pixels."
         )
     out = {}
     for k in ("knn", "auc"):

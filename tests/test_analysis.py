@@ -1,4 +1,4 @@
-"Looking into networks: pixel lists, features at pixels, t-SNE, separation with cases held out; matched feature maps."
+"Looking into networks: pixels, their features, t-SNE, separation of held-out cases; feature maps."
 
 import importlib.util
 
@@ -32,7 +32,7 @@ from unpaired_kd.networks.unet import UNet
 
 
 def blobs():
-    "Labels of three cases: a blob in the middle, one in a corner, and a volume with an empty slice."
+    "Labels of three cases: a blob in the middle, one in a corner, a volume with an empty slice."
     a = np.zeros((64, 80), int)
     b = np.zeros((64, 80), int)
     c = np.zeros((3, 64, 80), int)

@@ -350,7 +350,7 @@ def _check_groups(
                 "`sample_pixels`."
             )
 
-
+# %% ../../nbs/analysis/tsne.ipynb #5d310008
 def _predict_held_out(
     x,  # features (N,C)
     y,  # (N,) bool

@@ -12,9 +12,6 @@ import torch
 from ..core import PALETTE, InputError, outlined
 
 # %% ../../nbs/analysis/volume_views.ipynb #6c984647
-_SLAB = 2**24  # voxels to read at a time
-
-
 class _Volume:
     "Anything that can be sliced, as (D,H,W): read a slab of slices or one plane at a time."
 
@@ -36,12 +33,12 @@ class _Volume:
         self.step = self._slices_at_a_time()
 
     def _slices_at_a_time(self):
-        "About `_SLAB` voxels, in whole chunks where the volume has them."
+        "About 16 million voxels, in whole chunks where the volume has them."
         chunks = getattr(self.of, "chunks", None)
         regular = chunks and all(isinstance(c, int) for c in chunks)
         chunk = chunks[-3] if regular else 1
         voxels = chunk * self.shape[1] * self.shape[2]
-        return chunk * max(1, _SLAB // voxels)
+        return chunk * max(1, 2**24 // voxels)
 
     def read(self, *where):
         "Part of the volume as an array. `InputError` for NaN."
@@ -145,6 +142,11 @@ def _make_figure(shape, spacing, width, drawings=1, strip=0.0):
     high = _BOTTOM + strip + sum(rows) + _GAP + _TOP
     return plt.figure(figsize=(wide * drawings, high), layout="none")
 
+# %% ../../nbs/analysis/volume_views.ipynb #5d320003
+def _turn(picture, k):
+    "The view along x stands beside the view along z, so its rows run along y."
+    return picture.swapaxes(0, 1) if k == "x" else picture
+
 # %% ../../nbs/analysis/volume_views.ipynb #5211f0c9
 class _Drawing:
     "Three pictures of one volume to one scale: drawing `number` of a figure."
@@ -210,11 +212,6 @@ class _Drawing:
         ax = self.box(1, 1)
         ax.axis("off")
         return ax
-
-
-def _turn(picture, k):
-    "The view along x stands beside the view along z, so its rows run along y."
-    return picture.swapaxes(0, 1) if k == "x" else picture
 
 # %% ../../nbs/analysis/volume_views.ipynb #b3a00a58
 def _grey_scale(maps, window):
@@ -470,7 +467,7 @@ def _show_flat_errors(image, classes, window, width):
     _add_legend(axes[0, -1], dict(zip(ERROR_COLOURS, counts)), "px", **place)
     return fig
 
-# %% ../../nbs/analysis/volume_views.ipynb #cc2bf0cf
+# %% ../../nbs/analysis/volume_views.ipynb #5d320004
 def _plan_legend(shape, size, width, drawings):
     "Where the legend of errors goes: (into the empty corner?, height of a strip below, inches)."
     columns, rows = _plan(shape, size, width)
@@ -479,7 +476,7 @@ def _plan_legend(shape, size, width, drawings):
     one_line = drawings == 2 and sum(columns) > 2.4
     return False, 0.3 if one_line else 0.7
 
-
+# %% ../../nbs/analysis/volume_views.ipynb #cc2bf0cf
 def show_errors(
     image,  # (D,H,W), (1,D,H,W) or (H,W): what was segmented; None: errors only
     pred,  # predicted mask, same shape

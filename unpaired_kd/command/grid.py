@@ -296,13 +296,14 @@ def _list_near_names(
 ) -> str:  # a sentence
     "The names like a pattern; where none is like it, the first of all."
     entries = [row.entry or row.name for row in rows]
-    label = {name: name for name in [*(row.name for row in rows), *entries]}
+    names = [*(row.name for row in rows), *entries]
+    label = {name: name for name in names}  # text to compare -> the name that it stands for
     for name in entries:
         label.setdefault(name.split()[0], name)
     near = difflib.get_close_matches(re.sub("[*?]", "", pattern), label, n=most)
-    names = [label[name] for name in near] or entries
-    listed = ", ".join(repr(name) for name in list(dict.fromkeys(names))[:most])
-    return f"{'Near names' if near else 'The first names'}: {listed}."
+    found = list(dict.fromkeys(label[name] for name in near) or dict.fromkeys(entries))
+    title = "Near names" if near else "The first names"
+    return f"{title}: {', '.join(map(repr, found[:most]))}."
 
 # %% ../../nbs/command/grid.ipynb #5cb437f4
 def choose_rows(

@@ -41,23 +41,14 @@ def _list_varied(
     rows: list,  # of `Row`
 ) -> list:  # names of parameters
     "The parameters that are not the same in all rows."
-    return [k for k in rows[0].values if len({digest(row.values[k]) for row in rows}) > 1]
-
-
-def _join_scores(
-    rows: list,  # of `Row`, those with scores
-    scores: dict,  # key -> lines of the table of that row
-    names: list,  # parameters to show
-) -> list:  # lines of one table
-    "One line for each score of every row, which says where it comes from."
-    title = {n: f"given_{n}" if _is_contradicted(n, rows, scores) else n for n in names}
     found = []
-    for row in rows:
-        first = {"row": row.name} | {title[n]: _as_field(row.values[n]) for n in names}
-        found += [first | line | {"row": row.name} for line in scores[row.key]]
+    for name in rows[0].values:
+        values = {digest(row.values[name]) for row in rows}
+        if len(values) > 1:
+            found.append(name)
     return found
 
-
+# %% ../../nbs/command/sweep.ipynb #5d22000b
 def _is_contradicted(
     name: str,  # of a parameter
     rows: list,  # of `Row`
@@ -75,6 +66,20 @@ def _as_field(
 ):  # text, a number, a truth value or None
     "A value for one field of a table."
     return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+def _join_scores(
+    rows: list,  # of `Row`, those with scores
+    scores: dict,  # key -> lines of the table of that row
+    names: list,  # parameters to show
+) -> list:  # lines of one table
+    "One line for each score of every row, which says where it comes from."
+    title = {n: f"given_{n}" if _is_contradicted(n, rows, scores) else n for n in names}
+    found = []
+    for row in rows:
+        first = {"row": row.name} | {title[n]: _as_field(row.values[n]) for n in names}
+        found += [first | line | {"row": row.name} for line in scores[row.key]]
+    return found
 
 # %% ../../nbs/command/sweep.ipynb #4e210004
 _DATA_PARAMETERS = (  # those that say which images

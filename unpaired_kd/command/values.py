@@ -98,14 +98,21 @@ def _fit_scalar(
     strict: bool,  # see `fit_value`
 ):  # the value
     "Fit a scalar to a type. Raises `Misfit`."
-    text = node.value
-    quoted = node.style is not None
-    if name == "str":
-        return check_text(text) if strict and not quoted else text
-    if quoted and name in _UNTYPED:
-        return text
-    if quoted:
+    if node.style is None:
+        return _fit_plain(node.value, name, strict)
+    if name not in ("str", *_UNTYPED):
         raise Misfit("Write it without quotes.")
+    return node.value
+
+
+def _fit_plain(
+    text: str,  # a scalar without quotes
+    name: str,  # of a type
+    strict: bool,  # see `fit_value`
+):  # the value
+    "Fit a scalar without quotes to a type. Raises `Misfit`."
+    if name == "str":
+        return check_text(text) if strict else text
     if name in _UNTYPED:
         return _fit_untyped(text)
     if name not in _KNOWN_TYPES:

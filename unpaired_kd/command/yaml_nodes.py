@@ -88,8 +88,8 @@ def parse_yaml(
     text: str,  # YAML
     anchors: bool = False,  # whether a part may be named with & and repeated with *
 ):  # the tree of its nodes; scalars are as they were written
-    """The parts of a piece of YAML, none of them interpreted. Raises `Misfit` for broken or very long
-    text, tags, deep nesting, and anchors where they are not allowed or repeat too much."""
+    """The parts of a piece of YAML, none of them interpreted. Raises `Misfit` for broken or very
+    long text, tags, deep nesting, and anchors where they are not allowed or repeat too much."""
     import yaml
 
     if len(text) > _LONGEST:

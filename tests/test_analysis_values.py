@@ -107,6 +107,15 @@ def test_half_of_the_pixels_of_each_case_are_foreground():
         assert pixels.label[mine].sum() == 5 and mine.sum() == 10
 
 
+def test_a_small_structure_gives_all_of_its_pixels():
+    label = np.zeros((12, 12), int)
+    label[4:6, 4:8] = 1
+    pixels = sample_pixels([label], most=1000, crop=6)
+    foreground = zip(pixels.row[pixels.label].tolist(), pixels.column[pixels.label].tolist())
+    assert sorted(foreground) == [(row, column) for row in (4, 5) for column in (4, 5, 6, 7)]
+    assert len(pixels.label) == 16
+
+
 def test_a_value_between_pixels_of_a_coarse_map():
     "A map of 1 x 2 enlarged to 1 x 4: bilinear, pixel centres at (k + 1/2) / 4."
     coarse = torch.tensor([[[[0.0, 8.0]]]], dtype=torch.float64)

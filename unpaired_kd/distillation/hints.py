@@ -21,7 +21,8 @@ def hint_loss(
     reduction: str = "mean",  # over the numbers of a layer: mean | sum (equation 2 as printed)
 ) -> Tensor:  # one number, float32, at least 0: the sum over the layers
     """Squared difference of features, layer by layer (CMEDL eq. 2; Romero et al. 2015).
-    Raises `InputError` for different numbers of layers or different shapes: the error names the layer."""
+    `InputError`, with the name of the layer, for different numbers of layers or different
+    shapes."""
     if reduction not in _REDUCTIONS:
         raise InputError(unknown("reduction", reduction, _REDUCTIONS))
     if len(student) != len(teacher) or not student:

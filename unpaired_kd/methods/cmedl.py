@@ -37,18 +37,18 @@ from unpaired_kd.translation.cyclegan import (
     Generator,
     PatchDiscriminator,
     ReplayBuffer,
-    mean_change,
     contrast_sign,
     cycle_loss,
     discriminator_gan_loss,
     generator_gan_loss,
     high_frequency,
     identity_loss,
+    mean_change,
     to_signed,
     to_unit,
 )
 from ..translation.drit import DRIT_UPDATES, DRIT_WEIGHTS, Translation, build_drit
-from ..translation.translated import pack_translator, find_translator
+from ..translation.translated import find_translator, pack_translator
 
 # %% ../../nbs/methods/cmedl.ipynb #3515e4fb
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ class TranslatorOptions:
 class SegmentorOptions:
     "How the segmentors learn."
 
-    seg: Literal["dice", "ce", "dice_ce", "common"] = (
-        "dice"  # dice: per image; house: as all others
-    )
+    # dice: per image | ce: cross-entropy | dice_ce: both | common: the loss of all other methods
+    seg: Literal["dice", "ce", "dice_ce", "common"] = "dice"
     kd_tau: Positive = 0.5  # temperature of the soft labels
     unlabelled: bool = False  # also translate, and hint on, student images without labels
 
@@ -488,8 +487,8 @@ class TranslatorMethod(Method):
 
 # %% ../../nbs/methods/cmedl.ipynb #83c9b9cb
 class Translating(TranslatorMethod):
-    """Base of the methods with a translator. Batches need the sources "student" and "teacher", both labelled, in [0,1].
-    Subclasses give `segmentors`: the updates after the translation's."""
+    """Base of the methods with a translator. Batches need the samplers "student" and "teacher",
+    both labelled, in [0,1]. Subclasses give `segmentors`: the updates after the translation's."""
 
     learning: tuple = ("student",)  # segmentors that some update may change
     layers: tuple = ()  # tapped layers of the segmentors
@@ -924,8 +923,8 @@ def check_weights(
         )
     if weights["adv"] and not weights["discriminator"]:
         raise InputError(
-            "weights: adv without discriminator lets the generators learn from discriminators that never "
-            "learn. Give discriminator a weight, or set adv to 0."
+            "weights: adv without discriminator lets the generators learn from discriminators "
+            "that never learn. Give discriminator a weight, or set adv to 0."
         )
 
 # %% ../../nbs/methods/cmedl.ipynb #df475b98

@@ -23,7 +23,7 @@ from ..networks.taps import Taps
 
 # %% ../../nbs/translation/contextual.ipynb #621a80ac
 CONTEXT_DIRECTIONS = ("target", "source", "symmetric")
-_NEAR = 1e-5  # added to the smallest distance of a position, so that an exact match does not divide by zero
+_NEAR = 1e-5  # added to a position's smallest distance: an exact match must not divide by zero
 _LEAST = 1e-5  # the smallest similarity that the logarithm sees
 _SHORT = 1e-8  # a feature vector shorter than this has no direction
 
@@ -85,8 +85,9 @@ def _similarity_gradient(c, m, z, h, r, j, of_best, of_row):
 
 # %% ../../nbs/translation/contextual.ipynb #3616e63f
 def _scan_rows(x, y, h, rows):
-    """Of CX for unit vectors (N,C) and (M,C): column maxima (M,), the first row that has each (M,), row maxima of the cosine (N,1), row sums (N,1).
-    One pass over blocks of rows; a column remembers its best value and its row."""
+    """Of CX for unit vectors (N,C) and (M,C): column maxima (M,), the first row that has each (M,),
+    row maxima of the cosine (N,1), row sums (N,1). One pass over blocks of rows; a column remembers
+    its best value and its row."""
     N = len(x)
     M = len(y)
     top = x.new_empty(N, 1)
@@ -112,8 +113,9 @@ def _scan_rows(x, y, h, rows):
 
 # %% ../../nbs/translation/contextual.ipynb #2d8f9160
 class BestMatches(torch.autograd.Function):
-    """Column maxima (M,) and row maxima (N,) of CX for features `f` (C,N), `g` (C,M), in blocks of `rows` rows; the matrix is never stored.
-    Keeps `f`, `g` and two numbers per row, one per column. Cannot be differentiated twice."""
+    """Column maxima (M,) and row maxima (N,) of CX for features `f` (C,N), `g` (C,M), in blocks of
+    `rows` rows; the matrix is never stored. Keeps `f`, `g` and two numbers per row, one per column.
+    Cannot be differentiated twice."""
 
     @staticmethod
     def forward(
@@ -136,8 +138,10 @@ class BestMatches(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx, of_best: Tensor, of_row: Tensor
-    ) -> tuple:  # gradients at the column maxima (M,) and row maxima (N,); gives those at `f` and `g`, and None twice
+        ctx,
+        of_best: Tensor,  # gradient at the column maxima (M,)
+        of_row: Tensor,  # gradient at the row maxima (N,)
+    ) -> tuple:  # gradients at `f` and `g`, and None twice
         """Only rows that won a column are computed again (all rows, if the row maxima have a
         gradient)."""
         f, g, top, total, winner = ctx.saved_tensors
@@ -214,17 +218,19 @@ def contextual_loss(
     f: Tensor,  # features of the generated images, (B,C,*s), C at least 2
     g: Tensor,  # features of the target images, (B,C,*s'); image i is compared with image i
     h: float = 0.5,  # bandwidth $h$, above 0; small: only the nearest feature counts
-    direction: str = "target",  # target: every target feature must be found | source: every generated feature must be near one | symmetric: mean of both
+    # target: every target feature must be found | source: every generated feature must be near one
+    # | symmetric: the mean of both
+    direction: str = "target",
     mask_f: Tensor = None,  # (B,*s) bool: positions of f that count (default: all)
     mask_g: Tensor = None,  # (B,*s') bool: positions of g that count
-    sample: int = 0,  # 0: all positions, exact | n: n random positions of each, other ones in each call; cheaper and biased
-    generator: torch.Generator = None,  # where the random positions come from, on the CPU (default: torch's own)
+    # 0: all positions, exact | n: n random positions of each, new ones in each call (biased)
+    sample: int = 0,
+    generator: torch.Generator = None,  # of the random positions, on the CPU (default: torch's)
     rows: int = 256,  # generated positions in a block: memory for speed, the value is the same
-) -> (
-    Tensor
-):  # one number, float32 (float64 for such features), from 0 to ln(number of target positions)
-    """Contextual loss, mean over the images (Jiang et al. 2021 eq. 3, with the axes of Mechrez et al. 2018), exact and in blocks.
-    Raises `InputError` for shapes that do not fit and for masks that leave fewer than 1 generated or 2 target positions."""
+) -> Tensor:  # one number, float32 (or float64), from 0 to ln(number of target positions)
+    """Contextual loss, mean over the images (Jiang et al. 2021 eq. 3, with the axes of Mechrez et
+    al. 2018), exact and in blocks. `InputError` for shapes that do not fit, and for masks that
+    leave fewer than 1 generated or 2 target positions."""
     _check_features(f, g, h, direction, (mask_f, mask_g), sample, rows)
     losses = []
     with torch.autocast(f.device.type, enabled=False):
@@ -251,10 +257,11 @@ def body_mask(
     x: Tensor,  # images (B,C,H,W) in [-1,1]
     size,  # (h,w), the size of the feature map
     threshold: float = -0.95,  # brighter than this is body
-    least: int = 256,  # positions that must remain of a map of 64x64 or more; of a smaller map, the same share
+    least: int = 256,  # positions that must remain of 64x64 or more; of fewer, the same proportion
 ) -> Tensor:  # (B,h,w) bool
-    """Which positions of a feature map see the body: any of their pixels, or of a neighbour's, is brighter than `threshold` in any channel.
-    An image with too few such positions keeps all of them, and a warning says so. Raises `InputError` for images that are not (B,C,H,W)."""
+    """Which positions of a feature map see the body: a pixel of theirs, or of a neighbour's, is
+    brighter than `threshold` in any channel. An image with too few such positions keeps all of
+    them, and a warning says so. `InputError` for images that are not (B,C,H,W)."""
     if x.ndim != 4:
         raise InputError(f"images have shape {tuple(x.shape)}; body_mask needs (B,C,H,W).")
     size = tuple(size)
@@ -345,8 +352,9 @@ def build_vgg19_body() -> nn.Sequential:  # 21 layers, (B,3,H,W) -> (B,512,H/8,W
 
 # %% ../../nbs/translation/contextual.ipynb #1d49a1d1
 class VGG19Features(Extractor):
-    """Features of VGG19 after conv3_3, conv3_4 and conv4_1: (B,256,H/4,W/4) twice, (B,512,H/8,W/8). 3,505,728 weights, sides at least 8.
-    Raises `InputError` without weights, unless `random=True` (which warns), and for weights that do not fit."""
+    """Features of VGG19 after conv3_3, conv3_4 and conv4_1: (B,256,H/4,W/4) twice, (B,512,H/8,W/8).
+    3,505,728 weights, sides at least 8. `InputError` without weights, unless `random=True` (which
+    warns), and for weights that do not fit."""
 
     def __init__(
         self,
@@ -405,10 +413,13 @@ def load_vgg19(
     path="",  # the file (default: vgg19-dcbb9e9d.pth in torch's own cache)
     download: bool = False,  # fetch the file (548 MB) if it is not there
     url: str = _VGG19_URL,  # where from
-    checksum: str = None,  # first digits of its SHA-256 (default: those in the name, as in vgg19-dcbb9e9d.pth; a name without digits is not checked)
+    # first digits of its SHA-256 (default: those in the name, as in vgg19-dcbb9e9d.pth; a name
+    # without digits is not checked)
+    checksum: str = None,
 ) -> dict:  # layer name -> weights, only those that `VGG19Features` needs
     """Weights of VGG19. A download is checked before it gets its name; nothing half-written stays.
-    Raises `InputError` that names the file and the fix: it is missing, has another checksum, cannot be read, or holds another network."""
+    `InputError`, with the file and the fix, if it is missing, has another checksum, cannot be read,
+    or holds another network."""
     path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name)
     if not path.exists():
         if not download:
@@ -471,12 +482,13 @@ def _select_body_weights(found, path):
 
 # %% ../../nbs/translation/contextual.ipynb #4fc01e02
 class FilterBank(Extractor):
-    """Fixed random filters at several scales: for scale s, a map (B,2*channels,H/s,W/s). For images of 64 to 256 pixels; nothing is learnt and nothing is read.
-    Raises `InputError` for sizes that make no bank, and for images smaller than twice the largest scale."""
+    """Fixed random filters at several scales: for scale s, a map (B,2*channels,H/s,W/s). For images
+    of 64 to 256 pixels; nothing is learnt and nothing is read. `InputError` for sizes that make
+    no bank, and for images smaller than twice the largest scale."""
 
     def __init__(
         self,
-        channels: int = 16,  # filters per scale, 1 to 24; each gives two channels, its positive and its negative part
+        channels: int = 16,  # filters a scale, 1 to 24; each gives its positive and negative part
         scales=(4, 8),  # pixels per position of each map; even
         seed: int = 0,  # of the filters
     ):
@@ -515,8 +527,8 @@ class FilterBank(Extractor):
 # %% ../../nbs/translation/contextual.ipynb #a78c6eaa
 @contextlib.contextmanager
 def _observing(net, statistics):
-    """Within the block, `net` only looks: eval mode, no gradient for its weights, no change of its
-    statistics. Afterwards everything is as before."""
+    """Within the block, `net` changes nothing: eval mode, no gradient for its weights, no change of
+    its statistics. Afterwards everything is as before."""
     modes = [(m, m.training) for m in net.modules()]
     flags = [(p, p.requires_grad) for p in net.parameters()]
     try:
@@ -555,14 +567,16 @@ def encoder_layers(
 
 # %% ../../nbs/translation/contextual.ipynb #323df834
 class EncoderFeatures(Extractor):
-    """Features of named layers of a network that is being trained at the same time, such as the teacher. The network is looked at, not owned: its weights are
-    not in this module's `state_dict`, get no gradient from it, and its BatchNorm statistics do not move. Raises `InputError` for names that are not layers."""
+    """Features of named layers of a network that is trained at the same time, such as the teacher.
+    The network is observed, not owned: its weights are not in this module's `state_dict`, get no
+    gradient from it, and its BatchNorm statistics do not move. `InputError` for names that are not
+    layers."""
 
     def __init__(
         self,
         net: nn.Module,  # reads images in [0,1]
         names=(),  # layers whose outputs are the features (default: `encoder_layers`)
-        statistics: str = "running",  # BatchNorm normalises by its running statistics (running) or by those of the batch (batch)
+        statistics: str = "running",  # of BatchNorm: running | batch
     ):
         super().__init__()
         if statistics not in ("running", "batch"):
@@ -590,7 +604,7 @@ _EXTRACTORS = ("auto", "vgg19", "teacher", "filters")
 
 
 def feature_extractor(
-    kind: str = "auto",  # vgg19 | teacher | filters | auto: vgg19 if `weights` are given, else teacher
+    kind: str = "auto",  # vgg19 | teacher | filters | auto (vgg19 with `weights`, else teacher)
     teacher: nn.Module = None,  # for "teacher": the network
     weights="",  # for "vgg19": path of vgg19-dcbb9e9d.pth
     names=(),  # for "teacher": its layers (default: `encoder_layers`)

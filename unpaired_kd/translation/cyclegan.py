@@ -18,16 +18,16 @@ from ..core import InputError, unknown
 def to_signed(
     x: Tensor,  # images in [0,1], any shape
 ) -> Tensor:  # the same images in [-1,1]
-    """From the house's range to the range of translation networks: $2x-1$. Raises nothing; float
-    in, float out."""
+    """From the range of the segmentors to that of translation networks: $2x-1$. Raises nothing;
+    float in, float out."""
     return 2 * x - 1
 
 
 def to_unit(
     x: Tensor,  # images in [-1,1], any shape
 ) -> Tensor:  # the same images in [0,1]
-    """From the range of translation networks back to the house's: $(x+1)/2$. Raises nothing; float
-    in, float out."""
+    """From the range of translation networks back to that of the segmentors: $(x+1)/2$. Raises
+    nothing; float in, float out."""
     return (x + 1) / 2
 
 # %% ../../nbs/translation/cyclegan.ipynb #1f416bc9
@@ -65,7 +65,7 @@ def _check_images(
         )
     if low < -1.001 or high > 1.001:
         raise InputError(
-            "images must be in [-1,1]; the house's are in [0,1]: use `to_signed`. These go from "
+            "images must be in [-1,1]; for images in [0,1] use `to_signed`. These go from "
             f"{low:.3g} to {high:.3g}."
         )
 
@@ -106,7 +106,8 @@ class ResidualBlock(nn.Module):
 # %% ../../nbs/translation/cyclegan.ipynb #147e9758
 def _build_upsampler(
     channels: int,  # channels C in; half of them come out
-    kind: str = "transposed",  # transposed: 3x3 convolution of stride 2, backwards | resize_conv: repeat each pixel, then 3x3
+    # transposed: 3x3 convolution of stride 2, backwards | resize_conv: repeat each pixel, then 3x3
+    kind: str = "transposed",
 ) -> nn.Module:  # (B,C,H,W) to (B,C/2,2H,2W)
     "Twice the size, half the channels. Both kinds have the same number of weights."
     if kind not in _UPSAMPLE:
@@ -247,15 +248,15 @@ def discriminator_gan_loss(
     kind: str = "lsgan",  # lsgan | bce
     label: float = 1.0,  # the number that stands for real
 ) -> Tensor:  # one number, float32, at least 0
-    """What the discriminator pays: half for real images, half for generated ones (Zhu et al. 2017 halve
-    it, so that the discriminator learns more slowly)."""
+    """Loss of the discriminator: half for real images, half for generated ones (Zhu et al. 2017
+    halve it, so that the discriminator learns more slowly)."""
     return (gan_loss(on_real, True, kind, label) + gan_loss(on_fake, False, kind)) / 2
 
 # %% ../../nbs/translation/cyclegan.ipynb #adf71ad6
 class ReplayBuffer(nn.Module):
-    """The last generated images, some of which the discriminator sees again (Shrivastava et al. 2017).
-    Images and count are buffers, so a checkpoint holds them. `InputError` for images of another
-    shape."""
+    """The last generated images, some of which the discriminator sees again (Shrivastava et al.
+    2017). Images and count are buffers, so a checkpoint holds them. `InputError` for images of
+    another shape."""
 
     own_buffers = True  # each process has its own images: a trainer must not average them
 
@@ -334,7 +335,7 @@ def identity_loss(
 def contrast_sign(
     x: Tensor,  # images before translation, (B,C,H,W), in [-1,1]
     fake: Tensor,  # after translation, (B,C,H,W)
-    mask: Tensor = None,  # where to look, (B,1,H,W) or (B,H,W), bool (default: where x is above -0.95, the body)
+    mask: Tensor = None,  # where to measure, (B,1,H,W) or (B,H,W), bool (default: x above -0.95)
 ) -> Tensor:  # one number in [-1,1]; 0 if an image is flat
     """Correlation of the grey values before and after translation inside the mask, the mean over
     images. Negative: the contrast is inverted. `InputError` if the mask does not fit."""
@@ -366,7 +367,7 @@ def mean_change(
 
 def high_frequency(
     fake: Tensor,  # images (B,C,H,W)
-    above: float = 0.45,  # frequencies counted: at least this along one axis, cycles per px (0.5 is the Nyquist frequency)
+    above: float = 0.45,  # least frequency along one axis, cycles per px (at most 0.5, Nyquist)
 ) -> Tensor:  # share in [0,1]; 0 for flat images
     """Share of the images' energy (their mean taken away) at the finest details. A checkerboard has
     much, smooth tissue next to none, white noise about a fifth."""

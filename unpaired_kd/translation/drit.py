@@ -373,9 +373,9 @@ class ContentDiscriminator(nn.Module):
 def build_drit(
     channels: int = 1,  # channels of the images of both domains
     width: int = 64,  # $w$: 64 in the paper, 8 for toys
-    res_blocks: int = 3,  # residual blocks in each head of the generator, after the shared one; the paper says 6
+    res_blocks: int = 3,  # residual blocks of a generator head, after the shared one (paper: 6)
     style: int = 8,  # numbers in a style
-) -> dict:  # content, style, drit_generator, d_image (four: s_encoded, s_random, t_encoded, t_random), d_content
+) -> dict:  # content, style, drit_generator, d_image (of s and t, encoded and random), d_content
     "The networks of DRIT for two domains. `InputError` if a number cannot be built."
     for name, value, least in (
         ("channels", channels, 1),
@@ -505,9 +505,9 @@ def _bce(
     many = logits if isinstance(logits, (list, tuple)) else [logits]
     return sum(
         F.binary_cross_entropy_with_logits(
-            l.float(), torch.full_like(l, target, dtype=torch.float32)
+            scale.float(), torch.full_like(scale, target, dtype=torch.float32)
         )
-        for l in many
+        for scale in many
     )
 
 

@@ -59,7 +59,8 @@ def find_translator(
 
 # %% ../../nbs/translation/translated.ipynb #b8b6c442
 class AlphaNet(nn.Module):
-    """$\\alpha$ of CMEDL's equation 14: ResNet18 with a two-image stem; its 512 features go to 128 and to 1. Starts at 0.5 for every image."""
+    """$\\alpha$ of CMEDL's equation 14: ResNet18 with a two-image stem; its 512 features go to 128
+    and to 1. Starts at 0.5 for every image."""
 
     def __init__(
         self,
@@ -118,8 +119,9 @@ def fuse_images(
 # %% ../../nbs/translation/translated.ipynb #57167a83
 @NETWORKS.register("translated")
 class Translated(nn.Module):
-    """A generator and a segmentor as one network: (B,C,H,W) in [0,1] to logits (B,K,H,W). With `fuse="replace"` the segmentor sees the
-    translation only (pMRI), else image and translation (CT + pMRI, plain or weighted)."""
+    """A generator and a segmentor as one network: (B,C,H,W) in [0,1] to logits (B,K,H,W). With
+    `fuse="replace"` the segmentor sees the translation only (pMRI), else image and translation
+    (CT + pMRI, plain or weighted). `InputError` for parts that do not fit together."""
 
     def __init__(
         self,

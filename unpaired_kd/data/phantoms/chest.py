@@ -264,8 +264,8 @@ def _choose_centre(
     room = np.maximum((k.slices - 1) / 2 * k.thickness - depth, k.thickness / 2)
     cost = cost + 99 * (np.abs(z) > room) + r.random(cost.shape)
     best = np.sort(np.argpartition(cost, 100, axis=None)[:100])
-    i, j, l = np.unravel_index(best[r.integers(100)], cost.shape)
-    return float(z[i, 0, 0]), float(y[j, 0]), float(x[l])
+    plane, row, column = np.unravel_index(best[r.integers(100)], cost.shape)
+    return float(z[plane, 0, 0]), float(y[row, 0]), float(x[column])
 
 
 def _grow_lump(
@@ -358,7 +358,8 @@ def draw_scene(
     return parts
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #365cc00f
-TISSUES = {  # part -> (CT value, HU; MR value on T2-weighted images, share of the brightest), in the order of painting
+# part -> (CT value, HU; value on T2-weighted MR, as a fraction of the brightest), in drawing order
+TISSUES = {
     "air": (-1000.0, 0.0),
     "fat": (-95.0, 0.4),
     "muscle": (50.0, 0.2),
@@ -473,7 +474,7 @@ def draw_chest(
     seed: int = 0,  # seed of the phantom
     patient: int = 0,  # which patient
     knobs: ChestKnobs = None,  # default: `ChestKnobs()`
-) -> tuple:  # (image (n,s,s) float32 in [0,1], label (n,s,s) uint8: 1 is tumour, parts: name -> signed distance in mm)
+) -> tuple:  # (image (n,s,s) in [0,1], label (n,s,s) uint8: 1 is tumour, distances in mm)
     "One patient: a pure function of the arguments. `InputError` for an unknown modality."
     if modality not in CHEST_PAINT:
         raise InputError(unknown("modality", modality, CHEST_PAINT))
@@ -492,8 +493,9 @@ def chest(
     seed: int = 0,  # seed of the phantom
     knobs=None,  # `ChestKnobs`, or a dict of changes to its defaults
 ):  # Collection of volumes: group = patient, classes background and tumour
-    """A data set of chest phantoms, volumes (n,s,s) in [0,1]. Same seed, other modality: other patients. `InputError` for an unknown modality or knob,
-    a knob outside its range, or no patients."""
+    """A data set of chest phantoms, volumes (n,s,s) in [0,1]. Same seed, other modality: other
+    patients. `InputError` for an unknown modality or knob, a knob outside its range, or no
+    patients."""
     from unpaired_kd.data.collections import Collection
 
     if patients < 1:
@@ -524,12 +526,10 @@ class ReaderKnobs:
     """What makes readers disagree; lengths in mm. The defaults give a pairwise Dice of .80 to .85
     on the tumours of this chapter."""
 
-    bias: float = (
-        1.2  # habit of a reader, who draws all outlines too wide or too tight: standard deviation
-    )
+    bias: float = 1.2  # habit of a reader to draw too wide or too tight: standard deviation
     shake: float = 2.0  # local displacement of an outline: standard deviation
     smooth: float = 8.0  # distance over which the displacement changes
-    extent: float = 0.4  # probability, at each end of a structure, that a reader draws one slice fewer or one more
+    extent: float = 0.4  # probability, at each end of a structure, of one slice fewer or one more
 
     def __post_init__(self):
         for f in fields(self):
@@ -542,9 +542,7 @@ class ReaderKnobs:
 def _distance_in_slices(
     label: np.ndarray,  # (n,H,W) bool
     pixel: tuple,  # size of a pixel (y,x), mm
-) -> (
-    np.ndarray
-):  # (n,H,W) float32, mm; negative inside; a large number in a slice without the structure
+) -> np.ndarray:  # (n,H,W) float32, mm; negative inside; large in a slice without the structure
     "Signed distance to the outline within each slice."
     from scipy.ndimage import distance_transform_edt
 

@@ -162,9 +162,7 @@ def list_chaos_scans(
     sequence: str = "t2",  # t1in | t1out | t2 | ct
     labels: bool = True,  # False: do not look for labels
     skip=(),  # case numbers to leave out
-) -> (
-    list
-):  # of `Scan`; groups mr01, ... are the same in all MR sequences, ct01, ... are other people
+) -> list:  # of `Scan`; group mr01 is one person in all MR sequences, ct01 another person
     """The cases of CHAOS in one sequence. Raises `InputError` for another layout and for a case
     without this sequence."""
     if sequence not in _CHAOS_SEQUENCES:

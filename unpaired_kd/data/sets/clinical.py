@@ -38,10 +38,9 @@ class Scan:
     id: str  # unique in its modality
     group: str  # patient: never split
     image: Path  # folder of one DICOM series, or any file of `read_image`
-    label: object = (
-        None  # function from the `Image` to its label: whole numbers (D,H,W) on its grid,
-    )
-    # or an `Image` of them (a file of its own); None: no label
+    # function from the `Image` to its label: whole numbers (D,H,W) on its grid, or an `Image` of
+    # them (a file of its own); None: no label
+    label: object = None
 
     def load(self) -> tuple:  # Image with array (1,D,H,W), and label (D,H,W) or None
         "Image and label. Raises `InputError`, naming the place, for every fault."

@@ -120,7 +120,7 @@ def test_bad_images_are_refused():
     for bad in (1.01 * x / x.abs().max(), x - 0.5 - x.max(), 255 * to_unit(x)):
         with pytest.raises(
             InputError,
-            match=r"images must be in \[-1,1\]; the house's are in \[0,1\]: use `to_signed`",
+            match=r"images must be in \[-1,1\]; for images in \[0,1\] use `to_signed`",
         ):
             net(bad)
     with pytest.raises(InputError, match="to_signed"):

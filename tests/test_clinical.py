@@ -35,7 +35,7 @@ from unpaired_kd.data.sets.chaos import (
     slice_files,
 )
 from unpaired_kd.data.sets.clinical import _NOTE, Scan, prepare_clinical
-from unpaired_kd.data.sets.nsclc import list_nsclc_scans, mask_lungs, read_nsclc
+from unpaired_kd.data.sets.nsclc import NSCLC_FAULTS, list_nsclc_scans, mask_lungs, read_nsclc
 from unpaired_kd.data.splits import patient_folds
 
 D = 6
@@ -756,6 +756,24 @@ def test_nsclc_layout_and_its_faults(tmp_path):
     rtstruct(root / "LUNG1-003/RT/1.dcm", [("GTV-1", [circle(0, -10, 8, CORNER[2])])])
     with pytest.raises(InputError, match="frame of reference"):
         read_nsclc(root, skip=("LUNG1-002",))
+
+
+def test_known_faults_of_the_archive_are_named(tmp_path):
+    root, _ = nsclc(tmp_path / "n", 3)
+    assert set(NSCLC_FAULTS) == {
+        f"LUNG1-{n}" for n in ("014", "021", "085", "095", "128", "194", "246")
+    }
+    (root / "LUNG1-002").rename(root / "LUNG1-128")
+    shutil.rmtree(root / "LUNG1-128/01-01-2000-study/RTSTRUCT")
+    with pytest.raises(InputError, match="LUNG1-128 has no contours.*skip=tuple.NSCLC_FAULTS"):
+        list_nsclc_scans(root)
+    (root / "LUNG1-003").rename(root / "LUNG1-014")
+    files = sorted((root / "LUNG1-014/01-01-2000-study/CT").iterdir())
+    files[len(files) // 2].unlink()  # a gap of two steps
+    scans = list_nsclc_scans(root, skip=("LUNG1-128",))
+    with pytest.raises(InputError, match="not evenly spaced.*LUNG1-014 has gaps.*NSCLC_FAULTS"):
+        scans[1].load()
+    assert [s.id for s in list_nsclc_scans(root, skip=tuple(NSCLC_FAULTS))] == ["LUNG1-001"]
 
 
 # Prepared folders

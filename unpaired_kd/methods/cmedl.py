@@ -215,7 +215,9 @@ class DritTranslation(Translation):
 
     @property
     def fake(self) -> Tensor:
-        "The student's images for the teacher."
+        "The student's images for the teacher; in training, the generator follows their style."
+        if "hint_image" not in self.__dict__ and torch.is_grad_enabled():
+            self.networks["drit_generator"].follow_style(self.a_t.mu)
         return self.hint_image
 
     @property

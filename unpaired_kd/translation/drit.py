@@ -274,6 +274,8 @@ class StyleGenerator(nn.Module):
         self.heads = nn.ModuleDict(
             {d: StyleHead(channels, width, size, res_blocks) for d in _DOMAINS}
         )
+        self.register_buffer("mean_style", torch.zeros(size))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self.apply(_draw_small_weights)
 
     def forward(
@@ -296,6 +298,16 @@ class StyleGenerator(nn.Module):
                 "row an image."
             )
         return self.heads[domain](self.shared(content), style)
+
+    @torch.no_grad()
+    def follow_style(
+        self,
+        style: Tensor,  # styles of a batch, (B,size)
+    ):
+        "Move `mean_style` towards the mean of a batch: the mean of the first ten, then by a tenth."
+        self.batches += 1
+        rate = max(0.1, 1 / int(self.batches))
+        self.mean_style.lerp_(style.float().mean(0), rate)
 
 # %% ../../nbs/translation/drit.ipynb #718a3a62
 class ImageDiscriminator(nn.Module):

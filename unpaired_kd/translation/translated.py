@@ -16,8 +16,8 @@ from .drit import ContentEncoder, StyleGenerator
 
 # %% ../../nbs/translation/translated.ipynb #0965698a
 class DritTranslator(nn.Module):
-    """DRIT from the student's modality (s) to the teacher's (t), with the style 0: images (B,C,H,W)
-    in [-1,1] to the same."""
+    """DRIT from the student's modality (s) to the teacher's (t), with the generator's mean style:
+    images (B,C,H,W) in [-1,1] to the same."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class DritTranslator(nn.Module):
         x: Tensor,  # images (B,C,H,W), in [-1,1], sides multiples of 4
     ) -> Tensor:  # (B,C,H,W), in [-1,1]
         "Translate images."
-        return self.generator(self.content(x, "s"), x.new_zeros(len(x), self.config["style"]), "t")
+        style = self.generator.mean_style.to(x).expand(len(x), -1)
+        return self.generator(self.content(x, "s"), style, "t")
 
 # %% ../../nbs/translation/translated.ipynb #24eb33e5
 _TRANSLATORS = {"cyclegan": Generator, "drit": DritTranslator}

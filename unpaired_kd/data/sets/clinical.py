@@ -41,9 +41,17 @@ class Scan:
     # function from the `Image` to its label: whole numbers (D,H,W) on its grid, or an `Image` of
     # them (a file of its own); None: no label
     label: object = None
+    note: str = ""  # what is known about it, added to the message of a fault
 
     def load(self) -> tuple:  # Image with array (1,D,H,W), and label (D,H,W) or None
-        "Image and label. Raises `InputError`, naming the place, for every fault."
+        "Image and label. `InputError`, with the place and `note`, for every fault."
+        try:
+            return self._read()
+        except InputError as e:
+            raise InputError(f"{e} {self.note}".strip()) from e
+
+    def _read(self):
+        "Read and compare; see `load`."
         image = read_image(self.image, 1)
         if image.array.ndim != 4:
             raise InputError(

@@ -307,7 +307,7 @@ class StyleGenerator(nn.Module):
         "Move `mean_style` towards the mean of a batch: the mean of the first ten, then by a tenth."
         self.batches += 1
         rate = max(0.1, 1 / int(self.batches))
-        self.mean_style.lerp_(style.float().mean(0), rate)
+        self.mean_style.lerp_(style.to(self.mean_style).mean(0), rate)
 
 # %% ../../nbs/translation/drit.ipynb #718a3a62
 class ImageDiscriminator(nn.Module):

@@ -18,7 +18,7 @@ def dice_per_image(logits, label):
 
 
 def dice_of_batch(logits, label):
-    "1 - soft Dice over all pixels of the batch, smoothed by one pixel, the mean over classes but 0."
+    "1 - soft Dice over the batch, smoothed by one pixel, the mean over classes but 0."
     if logits.shape[1] == 1:
         maps = [(1 / (1 + torch.exp(-logits[:, 0])), (label == 1).double())]
     else:

@@ -444,20 +444,6 @@ def test_weights_and_updates_of_drit():
     }
 
 
-def test_a_share_is_a_number_of_an_image_and_starts_at_one_half():
-    with seeded(0, "alpha"):
-        net = AlphaNet(2, 2).eval()
-    both = torch.rand(3, 2, 32, 32, generator=torch_rng(0, "both"))
-    assert net(both).flatten().tolist() == [0.5] * 3
-    first, last = net.head[0], net.head[2]
-    with torch.no_grad():
-        last.weight.normal_(0, 1, generator=torch_rng(1, "w"))
-        last.bias.fill_(0.3)
-        hidden = (net.body(both) @ first.weight.T + first.bias).clamp_min(0)
-        logit = hidden @ last.weight.T + last.bias
-        assert torch.allclose(net(both), (1 / (1 + torch.exp(-logit)))[..., None, None])
-
-
 def test_how_image_and_translation_meet():
     x = torch.full((1, 1, 2, 2), 0.8)
     fake = torch.full((1, 1, 2, 2), 0.4)
@@ -491,3 +477,17 @@ def test_an_ensemble_is_the_mean_probability(classes):
     x = torch.rand(2, 1, 32, 32, generator=torch_rng(0, "x"))
     each = torch.stack([by_hand.probabilities(net(x), 1.0) for net in nets])
     assert torch.allclose(by_hand.probabilities(packed(x), 1.0), each.mean(0), atol=1e-6)
+
+
+def test_a_share_is_a_number_of_an_image_and_starts_at_one_half():
+    with seeded(0, "alpha"):
+        net = AlphaNet(2, 2).eval()
+    both = torch.rand(3, 2, 32, 32, generator=torch_rng(0, "both"))
+    assert net(both).flatten().tolist() == [0.5] * 3
+    first, last = net.head[0], net.head[2]
+    with torch.no_grad():
+        last.weight.normal_(0, 1, generator=torch_rng(1, "w"))
+        last.bias.fill_(0.3)
+        hidden = (net.body(both) @ first.weight.T + first.bias).clamp_min(0)
+        logit = hidden @ last.weight.T + last.bias
+        assert torch.allclose(net(both), (1 / (1 + torch.exp(-logit)))[..., None, None])

@@ -27,6 +27,8 @@ from ..networks.registry import weights_digest
 from ..networks.taps import Taps
 from ..training.calibrate import calibrate
 from ..training.method import Method, Stage, Update
+
+# %% ../../nbs/methods/cmedl.ipynb #28536a8e
 from unpaired_kd.translation.contextual import (
     body_mask,
     contextual_loss,

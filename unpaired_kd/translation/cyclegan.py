@@ -232,7 +232,7 @@ def gan_loss(
             else F.binary_cross_entropy_with_logits(logits, target)
         )
 
-
+# %% ../../nbs/translation/cyclegan.ipynb #e076ef4a
 def generator_gan_loss(
     on_fake: Tensor,  # scores $D(G(x))$
     kind: str = "lsgan",  # lsgan | bce

@@ -625,26 +625,14 @@ def latent(self: Translation) -> Tensor:
     return _l1(read(self.u_z, "t"), self.z_t) + _l1(read(self.v_z, "s"), self.z_s)
 
 # %% ../../nbs/translation/drit.ipynb #b4388334
-DRIT_WEIGHTS = {
-    "drit": {
-        "adv": 1.0,
-        "content": 1.0,
-        "kl": 0.01,
-        "self": 10.0,
-        "cross": 10.0,
-        "code": 0.0,
-        "latent": 10.0,
-    },
-    "paper": {
-        "adv": 1.0,
-        "content": 1.0,
-        "kl": 1.0,
-        "self": 1.0,
-        "cross": 0.0,
-        "code": 10.0,
-        "latent": 10.0,
-    },
-}  # preset -> term -> weight
+# fmt: off
+DRIT_WEIGHTS = {  # preset -> term -> weight
+    "drit": {"adv": 1.0, "content": 1.0, "kl": 0.01, "self": 10.0, "cross": 10.0, "code": 0.0,
+             "latent": 10.0},
+    "paper": {"adv": 1.0, "content": 1.0, "kl": 1.0, "self": 1.0, "cross": 0.0, "code": 10.0,
+              "latent": 10.0},
+}
+# fmt: on
 
 DRIT_UPDATES = {
     "d_content": (("d_content",), ("d_content",)),

@@ -118,6 +118,23 @@ def fuse_images(
     return torch.cat([(1 - a) * x, a * fake], 1)
 
 # %% ../../nbs/translation/translated.ipynb #57167a83
+def _check_parts(
+    dims: int,  # axes of the images
+    fuse: str,  # replace | concat | weighted
+    translator: str,  # cyclegan | drit
+):
+    "`InputError` for words that are unknown, and for volumes."
+    if fuse not in _FUSIONS:
+        raise InputError(unknown("fuse", fuse, _FUSIONS))
+    if translator not in _TRANSLATORS:
+        raise InputError(unknown("translator", translator, _TRANSLATORS))
+    if dims != 2:
+        raise InputError(
+            f"dims={dims}: translation networks are 2-D. Use dims=2; volumes are translated "
+            "slice by slice."
+        )
+
+# %% ../../nbs/translation/translated.ipynb #57167a84
 @NETWORKS.register("translated")
 class Translated(nn.Module):
     """A generator and a segmentor as one network: (B,C,H,W) in [0,1] to logits (B,K,H,W). With
@@ -137,13 +154,7 @@ class Translated(nn.Module):
         alpha: dict | None = None,  # arguments of `AlphaNet`, for weighted
     ):
         super().__init__()
-        if fuse not in _FUSIONS:
-            raise InputError(unknown("fuse", fuse, _FUSIONS))
-        if dims != 2:
-            raise InputError(
-                f"dims={dims}: translation networks are 2-D. Use dims=2; volumes are translated "
-                "slice by slice."
-            )
+        _check_parts(dims, fuse, translator)
         self.config = dict(
             in_channels=in_channels,
             classes=classes,
@@ -155,8 +166,6 @@ class Translated(nn.Module):
             generator=generator,
             alpha=alpha,
         )
-        if translator not in _TRANSLATORS:
-            raise InputError(unknown("translator", translator, _TRANSLATORS))
         self.segmentor = build(network, network_config or {})
         self.generator = _TRANSLATORS[translator](**(generator or {}))
         self.alpha = AlphaNet(**(alpha or {})) if fuse == "weighted" else None
@@ -174,9 +183,8 @@ class Translated(nn.Module):
         x: Tensor,  # images (B,C,H,W), in [0,1]
     ) -> Tensor:  # logits (B,K,H,W)
         "Translate and segment."
-        return self.segmentor(
-            fuse_images(x, to_unit(self.generator(to_signed(x))), self.config["fuse"], self.alpha)
-        )
+        fake = to_unit(self.generator(to_signed(x)))
+        return self.segmentor(fuse_images(x, fake, self.config["fuse"], self.alpha))
 
 # %% ../../nbs/translation/translated.ipynb #5fc93194
 def pack_translator(

@@ -56,19 +56,13 @@ class ChestKnobs(ChestAnatomy):
     blur: float = 0.5  # point spread in the slice, standard deviation, px
 
     def __post_init__(self):
-        low = {
-            "size": 32,
-            "slices": 5,
-            "pixel": 0.1,
-            "thickness": 0.1,
-            "radius": 6,
-            "ct_tumour": -1000,
-        }
-        for f in fields(self):
-            if np.min(getattr(self, f.name)) < low.get(f.name, 0):
-                raise InputError(
-                    f"knob {f.name}={getattr(self, f.name)}: give at least {low.get(f.name, 0)}."
-                )
+        least = {"size": 32, "slices": 5, "pixel": 0.1, "thickness": 0.1, "radius": 6}
+        least["ct_tumour"] = -1000
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            low = least.get(name, 0)
+            if np.min(value) < low:
+                raise InputError(f"knob {name}={value}: give at least {low}.")
         for name in ("second", "free", "wall", "wobble", "collapse", "effusion", "mr_tumour"):
             if getattr(self, name) > 1:
                 raise InputError(f"knob {name}={getattr(self, name)} is a share: give at most 1.")
@@ -170,6 +164,14 @@ class Person(Patient):
         return seed, "chest", modality, number
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c8
+# fmt: off
+_GREAT_VESSELS = (  # row, column, radius, of half the field of view
+    (0.24, 0.15, 0.08), (-0.12, -0.07, 0.085),  # both aortas
+    (-0.17, 0.09, 0.075), (-0.08, -0.17, 0.05), (0.02, 0.06, 0.06),  # trunk, vein, artery
+)
+# fmt: on
+
+
 def _draw_trunk(
     who: Person,  # whose chest
     k: ChestKnobs,  # the knobs
@@ -186,27 +188,15 @@ def _draw_trunk(
         return ellipsoid(at, (z, y * h, x * h), (az, ay * h, ax * h), turn)
 
     shift = who.scale * r.uniform(-0.05, 0.05, 8)
-    parts = dict(
-        body=blob(0, 0, 0.72 * deep, 0.94 * wide), cavity=blob(-0.02, 0, 0.53 * deep, 0.74 * wide)
-    )
+    parts = {"body": blob(0, 0, 0.72 * deep, 0.94 * wide)}
+    parts["cavity"] = blob(-0.02, 0, 0.53 * deep, 0.74 * wide)
     heart = who("heart", 0.15)
     parts["heart"] = blob(-0.12 + shift[0], 0.14 + shift[1], 0.27 * heart, 0.3 * heart, 30.0, 50.0)
     parts["spine"] = blob(0.47 * deep, 0, 0.16, 0.15)
-    great = [
-        (0.24, 0.15, 0.08),
-        (-0.12, -0.07, 0.085),
-        (-0.17, 0.09, 0.075),
-        (-0.08, -0.17, 0.05),
-        (0.02, 0.06, 0.06),
-    ]  # row, column, radius: both aortas, trunk, vein, artery
     size = who("great", 0.12)
-    parts["great"] = np.min(
-        [
-            blob(y + a, x + b, size * c, size * c)
-            for (y, x, c), a, b in zip(great, shift[2:7], shift[3:8])
-        ],
-        axis=0,
-    )
+    moved = zip(_GREAT_VESSELS, shift[2:7], shift[3:8])
+    great = [blob(y + a, x + b, size * c, size * c) for (y, x, c), a, b in moved]
+    parts["great"] = np.min(great, axis=0)
     parts["windpipe"] = np.minimum(
         blob(0.1, -0.04, 0.05, 0.05, -40.0, 45.0), blob(0.12, -0.12, 0.035, 0.035, 0.0, 20.0)
     )
@@ -345,16 +335,11 @@ def draw_scene(
             r, np.abs(parts["tumour"] - 0.2 * radius) + np.maximum(inside + 4, 0), k, 5.0
         )
         dull.append(_grow_lump(r, beside, 0.8 * radius, k, 2.5))
-    parts["collapse"] = np.max([np.min([np.full_like(inside, 99), *dull], axis=0), inside], axis=0)
-    fluid = np.max(
-        [
-            -parts["cavity"] - r.uniform(5, 14),
-            inside,
-            0.15 * k.size * k.pixel - voxel_positions(k)[1] + 0 * inside,
-        ],
-        axis=0,
-    )
-    parts["fluid"] = fluid if r.random() < k.effusion else np.full_like(inside, 99)
+    nothing = np.full_like(inside, 99)
+    parts["collapse"] = np.maximum(np.min([nothing, *dull], axis=0), inside)
+    behind = 0.15 * k.size * k.pixel - voxel_positions(k)[1] + 0 * inside
+    fluid = np.max([-parts["cavity"] - r.uniform(5, 14), inside, behind], axis=0)
+    parts["fluid"] = fluid if r.random() < k.effusion else nothing
     return parts
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #365cc00f
@@ -377,7 +362,7 @@ TISSUES = {
     "tumour": (57.0, 0.65),
 }
 
-
+# %% ../../../nbs/data/phantoms/chest.ipynb #365cc010
 def _blend(
     parts: dict,  # signed distances, mm
     column: int,  # 0 CT, 1 MR
@@ -547,9 +532,10 @@ def _distance_in_slices(
     from scipy.ndimage import distance_transform_edt
 
     far = (1e4, *pixel)
-    out = np.minimum(distance_transform_edt(~label, far), 1e3) - np.minimum(
-        distance_transform_edt(np.pad(label, ((0, 0), (1, 1), (1, 1))), far)[:, 1:-1, 1:-1], 1e3
-    )
+    outside = np.minimum(distance_transform_edt(~label, far), 1e3)
+    framed = np.pad(label, ((0, 0), (1, 1), (1, 1)))
+    inside = np.minimum(distance_transform_edt(framed, far)[:, 1:-1, 1:-1], 1e3)
+    out = outside - inside
     return (out - np.sign(out) * np.mean(pixel) / 2).astype(np.float32)
 
 
@@ -571,25 +557,13 @@ def _vary_ends(
             d[last] = 1e3
     return d
 
-# %% ../../../nbs/data/phantoms/chest.ipynb #a2028fd7
-def simulate_readers(
-    label: np.ndarray,  # (n,H,W) or (H,W); not zero in the structure
-    number: int = 5,  # readers
-    seed: int = 0,  # seed of the readers
-    spacing: tuple = (
-        5.0,
-        3.0,
-        3.0,
-    ),  # size of a voxel along (z,y,x), mm; its last two numbers count in a slice
-    case: int = 0,  # which case: the habits of the readers stay, their slips change
-    knobs: ReaderKnobs = None,  # default: `ReaderKnobs()`
-) -> np.ndarray:  # (number,*s) bool
-    """Readers who outline one structure: a pure function of the arguments. `InputError` for an
-    empty label or no readers."""
-    from scipy.ndimage import gaussian_filter
-
-    k = knobs or ReaderKnobs()
-    truth = np.asarray(label) != 0
+# %% ../../../nbs/data/phantoms/chest.ipynb #a2028fd6
+def _check_readers(
+    truth: np.ndarray,  # (n,H,W) or (H,W) bool
+    number: int,  # of readers
+    spacing: tuple,  # size of a voxel, mm
+):
+    "`InputError` for an empty label, no readers, or sizes that do not fit."
     if truth.ndim not in (2, 3) or not truth.any():
         raise InputError(
             f"label of shape {truth.shape} with {truth.sum()} voxels: readers need one slice or "
@@ -599,6 +573,23 @@ def simulate_readers(
         raise InputError(f"number={number}: give at least 1 reader.")
     if len(spacing) < truth.ndim or min(spacing) <= 0:
         raise InputError(f"spacing={spacing}: give a size above 0 for each of {truth.ndim} axes.")
+
+# %% ../../../nbs/data/phantoms/chest.ipynb #a2028fd7
+def simulate_readers(
+    label: np.ndarray,  # (n,H,W) or (H,W); not zero in the structure
+    number: int = 5,  # readers
+    seed: int = 0,  # seed of the readers
+    spacing: tuple = (5.0, 3.0, 3.0),  # size of a voxel (z,y,x), mm; of a slice, the last two
+    case: int = 0,  # which case: the habits of the readers stay, their slips change
+    knobs: ReaderKnobs = None,  # default: `ReaderKnobs()`
+) -> np.ndarray:  # (number,*s) bool
+    """Readers who outline one structure: a pure function of the arguments. `InputError` for an
+    empty label or no readers."""
+    from scipy.ndimage import gaussian_filter
+
+    k = knobs or ReaderKnobs()
+    truth = np.asarray(label) != 0
+    _check_readers(truth, number, spacing)
     volume = truth.reshape(-1, *truth.shape[-2:])
     steps = (5.0, *spacing)[-3:]
     out = []

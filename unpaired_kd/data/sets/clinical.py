@@ -305,10 +305,8 @@ def prepare_clinical(
     part = _open_unfinished(target, key)
     if not part.exists():
         stored = {m: _resolve_rule(rules[m], items, fit_on) for m, items in scans.items()}
-        write_json(
-            part / _NOTE,
-            dict(version=1, plan=key, classes=names, rules=stored, fit_on=plan["fit_on"]),
-        )
+        facts = dict(version=1, plan=key, classes=names, rules=stored, fit_on=plan["fit_on"])
+        write_json(part / _NOTE, facts)
     stored = read_json(part / _NOTE)["rules"]
     rows = []
     todo = [(m, s) for m, items in scans.items() for s in items]

@@ -22,7 +22,7 @@ from unpaired_kd.data.labels import infer_labels
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.matching import match_labels
 from unpaired_kd.data.resampling import prepare
-from unpaired_kd.data.splits import Split, deck, kfold_groups, label_budget, split_groups
+from unpaired_kd.data.splits import Split, _deal_groups, kfold_groups, label_budget, split_groups
 
 
 def picture(k, shape=(20, 24)):
@@ -553,7 +553,9 @@ def test_budgets_are_nested_and_go_round_the_patients(seed):
         assert sorted(chosen[-1]) == sorted(c.ids)
     assert len(set(c.subset(label_budget(c, 8, seed=seed)).groups)) == 8
     assert len({label_budget(c, 1, seed=s)[0] for s in range(20)}) > 3
-    assert sorted(Counter(strata[g] for g in deck(strata, rng(seed, "d"))[:4]).values()) == [2, 2]
+    assert sorted(
+        Counter(strata[g] for g in _deal_groups(strata, rng(seed, "d"))[:4]).values()
+    ) == [2, 2]
 
 
 # what the labels' numbers mean

@@ -298,18 +298,19 @@ def patient_folds(
     marks = {name: c.fingerprint() for name, c in collections.items()}
     folds = _fold_groups(presence, k, seed, valid, " and ".join(collections))
     return [
-        {name: _take_fold(c, fold, i, k, marks[name]) for name, c in collections.items()}
+        {name: _take_fold(c, fold, marks[name], (i, name, k)) for name, c in collections.items()}
         for i, fold in enumerate(folds)
     ]
 
 
-def _take_fold(collection, fold, i, k, mark):
-    "The `Split` of one collection in fold `i` of `k`."
+def _take_fold(collection, fold, mark, where):
+    "The `Split` of one collection in a fold; `where`: number, name and k, for the message."
     parts = {part: _list_ids(collection, groups) for part, groups in fold.items() if groups}
     empty = [part for part, ids in parts.items() if not ids]
     if empty:
+        i, name, k = where
         raise InputError(
-            f"fold {i}: collection {collection.name!r} has no image in part "
+            f"fold {i}: collection {name!r} has no image in part "
             f"{', '.join(empty)}. Its patients are too few for k={k}: choose "
             "a smaller k."
         )

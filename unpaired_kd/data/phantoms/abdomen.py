@@ -12,26 +12,27 @@ from ...core import InputError, rng, unknown
 
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #35f9eb21
 ABDOMEN = ("background", "liver", "right kidney", "left kidney", "spleen")
-_ORGANS = (
+_ORGANS = (  # middle, radii
     ((0.4, -0.1, -0.4), (0.8, 0.4, 0.42)),
     ((-0.35, 0.32, -0.38), (0.6, 0.17, 0.15)),
     ((-0.25, 0.32, 0.38), (0.6, 0.17, 0.15)),
     ((0.45, 0.05, 0.6), (0.5, 0.25, 0.18)),
-)  # middle, radii
+)
 
 
 def abdomen(
     seed: int,  # of the patient
     shape=(10, 64, 64),  # (D,H,W)
 ) -> tuple:  # label map (D,H,W) uint8 of the classes `ABDOMEN`, and mask of the body (D,H,W) bool
-    "Slices go up, rows to the back, columns to the patient's left."
+    "Draw a body with four organs. Slices go up, rows to the back, columns to the patient's left."
     r = rng(seed, "abdomen")
     grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     label = np.zeros(shape, np.uint8)
     for k, (middle, radii) in enumerate(_ORGANS, 1):
         far = 0
         for a, c, q in zip(grid, middle, radii):
-            far = far + ((a - c - 0.03 * r.standard_normal()) / (q * r.uniform(0.9, 1.1))) ** 2
+            moved = a - c - 0.03 * r.standard_normal()
+            far = far + (moved / (q * r.uniform(0.9, 1.1))) ** 2
         label[(far < 1) & (label == 0)] = k
     _, y, x = grid
     return label, (y / 0.75) ** 2 + (x / 0.93) ** 2 < 1

@@ -1,4 +1,5 @@
-"""Properties of the batched augmentation: image and label stay together, draws are independent of each other, bad input is named."""
+"""Properties of the batched augmentation: image and label stay together, draws are independent of
+each other, bad input is named."""
 
 import math
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.data.augment import Augment, _affine_matrices, blur, _draw_grid, swap_sides, warp
+from unpaired_kd.data.augment import Augment, _affine_matrices, _draw_grid, blur, swap_sides, warp
 
 OFF = {f: 0 for f in Augment.__dataclass_fields__}
 MOVES = dict(flip=0.5, rot90=True, rotate=30.0, scale=0.2, shift=0.1, elastic=2.0)
@@ -222,7 +223,7 @@ def test_swap_exchanges_pairs_in_mirror_images_and_nowhere_else(shape):
         plain = Augment(**{**OFF, "flip": 0.5})(image, label, torch_rng(seed))
         swapped = Augment(**{**OFF, "flip": 0.5, "swap": ((2, 3),)})(image, label, torch_rng(seed))
         assert torch.equal(plain[0], swapped[0])
-        for x, a, b, y in zip(plain[0], plain[1], swapped[1], label):
+        for a, b, y in zip(plain[1], swapped[1], label):
             other = torch.where(a == 2, 3, torch.where(a == 3, 2, a))
             axes = [d for d in range(y.ndim)]
             odd = [[k for k in axes if m >> k & 1] for m in range(2 ** len(axes))]

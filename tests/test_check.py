@@ -1,4 +1,5 @@
-"`ukd check`: every fault of a data set is one line that names the file; the other files are still looked at."
+"""`ukd check`: every fault of a data set is one line that names the file; the other files are still
+looked at."""
 
 import os
 import re
@@ -62,7 +63,7 @@ def run(capsys, *args):
     status = cli.main(["check", *map(str, args)])
     out = capsys.readouterr().out
     found = [
-        [l.strip() for l in out.splitlines() if l.strip().startswith(k)]
+        [line.strip() for line in out.splitlines() if line.strip().startswith(k)]
         for k in ("fault: ", "note: ")
     ]
     return status, *found, out
@@ -378,7 +379,7 @@ def no_group(d):
 )
 @pytest.mark.parametrize("alone", [False, True])
 def test_check_finds_what_a_study_refuses(ward, capsys, edit, n, alone):
-    "A label folder that fits no image, or not all: the first fault of a study is among those of the check."
+    "A label folder that fits no image, or not all: a study's first fault is among the check's."
     edit(ward)
     with pytest.raises(InputError) as e:
         open_collection(ward, "ct")
@@ -528,7 +529,7 @@ def test_copies_of_another_type_are_leaks(ward, copy):
 
 
 def turned(axes, signs):
-    "Another storage of a volume (x, y, z): its axes in another order and direction, and the affine that says so."
+    "A volume (x, y, z) with its axes in another order and direction, and the affine that says so."
 
     def store(x):
         a = x.transpose(axes)

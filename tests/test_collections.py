@@ -1,4 +1,5 @@
-"Collections: every fault of a folder is named, splits keep patients whole, listing order never matters."
+"""Collections: every fault of a folder is named, splits keep patients whole, listing order never
+matters."""
 
 import csv
 import hashlib
@@ -303,7 +304,7 @@ def test_missing_groups_are_a_warning(ward):
 
 
 def test_instance_labels_are_recognised(ward):
-    "Twenty squares, numbered in steps of 30: more numbers than a picture has classes, each in one piece."
+    "Twenty squares, numbered in steps of 30: too many for classes of a picture, each in one piece."
     y = np.zeros((20, 24), np.uint16)
     for n in range(20):
         y[4 * (n // 5) : 4 * (n // 5) + 3, 4 * (n % 5) : 4 * (n % 5) + 3] = 30 * (n + 1)
@@ -447,7 +448,7 @@ def test_lotus_layout_of_deepliif_keeps_altered_copies_together(tmp_path):
 
 
 def test_listing_order_does_not_matter(ward, monkeypatch):
-    "Acceptance check: group sets are disjoint and the same on a tree whose listing order differs from the sorted one."
+    "Group sets are disjoint, and the same on a tree that is listed in another order."
     before = Collection.from_folders(ward)
     true = Path.iterdir
 
@@ -1202,7 +1203,7 @@ def test_small_images_are_found_by_name_without_reading(ward, monkeypatch):
 
 
 def test_splits_of_earlier_fingerprints_are_read_with_a_word(ward):
-    "A split saved with 12 digits, made by hand as they were made: ids, groups and sizes in bytes, no labels."
+    "A split saved with 12 digits, as they were made: ids, groups and sizes in bytes, no labels."
     from unpaired_kd.core import digest
 
     c = Collection.from_folders(ward)

@@ -1,4 +1,5 @@
-"""Objects from class maps: properties of the cut, decisions about organs and cells, and the road from a student to its instance maps."""
+"""Objects from class maps: properties of the cut, decisions about organs and cells, and the road
+from a student to its instance maps."""
 
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image
-from unpaired_kd.data.instances import INSTANCES, number_objects, instances_of
+from unpaired_kd.data.instances import INSTANCES, instances_of, number_objects
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 from unpaired_kd.inference.files import predict_path

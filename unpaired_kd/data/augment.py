@@ -30,12 +30,13 @@ def _affine_matrices(
     exact = torch.tensor([1.0, 0.0, -1.0, 0.0])
     c = exact[quarter]
     s = exact[(quarter - 1) % 4]
-    c, s = c * angle.cos() - s * angle.sin(), s * angle.cos() + c * angle.sin()
+    cos = c * angle.cos() - s * angle.sin()
+    sin = s * angle.cos() + c * angle.sin()
     A = torch.eye(d).repeat(B, 1, 1)
-    A[:, 0, 0] = c
-    A[:, 0, 1] = -s
-    A[:, 1, 0] = s
-    A[:, 1, 1] = c
+    A[:, 0, 0] = cos
+    A[:, 0, 1] = -sin
+    A[:, 1, 0] = sin
+    A[:, 1, 1] = cos
     A = log_scale.exp()[:, None, None] * A * flips.flip(1)[:, None]
     half = torch.tensor([float(n) for n in sides]).flip(0) / 2
     return torch.cat([A * half / half[:, None], 2 * shift.flip(1)[:, :, None]], 2)
@@ -137,9 +138,7 @@ class Augment:
     brightness: float = 0.1  # largest change added
     contrast: float = 0.2  # largest change of contrast, logarithm, about the image's mean
     gamma: float = 0.2  # largest change of the exponent, logarithm
-    noise: float = (
-        0.02  # largest deviation of white noise, each channel; half of the images get none
-    )
+    noise: float = 0.02  # largest deviation of white noise; half of the images get none
     blur: float = 0.6  # largest standard deviation of blur, px; half of the images get none
     hue: float = 0.0  # largest change of each colour, logarithm; only for images with 3 channels
     swap: tuple = ()  # pairs of classes, e.g. ((2, 3),): left and right, exchanged in mirror images

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch_to
 
+# %% ../../nbs/data/collections.ipynb #45600751
 from ..core import InputError, check_there, digest, unknown
 from unpaired_kd.data.decoding import (
     Decoded,

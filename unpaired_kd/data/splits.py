@@ -263,7 +263,7 @@ def _fold_groups(
         out.append(dict(train=set(train) - set(val), val=set(val), test=test))
     return out
 
-
+# %% ../../nbs/data/splits.ipynb #a99ad89d
 def kfold_groups(
     collection,  # `Collection`
     k: int = 5,  # number of folds

@@ -26,7 +26,8 @@ from .parts import contents, open_both
 from .records import check_data
 from .school import School
 from .study import Study
-from .trainings import pretraining
+from .tasks import needs_expert
+from .trainings import pretraining, teacher_of
 from ..training.method import weight_table
 from ..training.settings import check_accumulation
 
@@ -69,6 +70,8 @@ def check_study(
     check_axes(config)
     for seed in seeds:
         study.data(seed)
+        if any(map(needs_expert, config.arms)):
+            teacher_of(study, seed)
     net = check_networks(study, seeds[0])
     for arm in config.arms:
         check_arm(study, arm, seeds[0])

@@ -83,12 +83,12 @@ class PatchConfig(Checked):
     augment: dict = field(default_factory=dict)  # changes to `Augment`
 
     def check(self):
-        "`InputError` for a pairing that a study of separate patients cannot have."
+        "`InputError` for a pairing that a study of unpaired images cannot have."
         if self.pairing == "index":
             raise InputError(
-                "pairing='index' pairs registered images of the same patients, and a "
-                "study keeps those patients from the teacher. For registered images "
-                "use `Unpaired(..., pairing='index')` with a method directly."
+                "pairing='index' pairs registered images, and a study draws the images of "
+                "the two modalities separately. For registered images use "
+                "`Unpaired(..., pairing='index')` with a method directly."
             )
 
     @property

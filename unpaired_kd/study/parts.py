@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['open_both', 'check_alike', 'warn_of_near_groups', 'traces', 'paths_of', 'contents', 'keep_data', 'share', 'divide',
            'bare_groups', 'whole_groups', 'draw_labelled', 'without_groups', 'draw_scored', 'first_groups',
-           'taught_ids', 'Data', 'split_data', 'split_path', 'check_parts', 'keep_splits', 'without_label_groups']
+           'tested_groups', 'taught_ids', 'Data', 'split_data', 'split_path', 'check_parts', 'keep_splits',
+           'without_label_groups']
 
 # %% ../../nbs/study/parts.ipynb #78106b93
 import json
@@ -75,7 +76,7 @@ def warn_of_near_groups(
     teacher: set,  # groups of one modality
     student: set,  # and of the other
 ):
-    "A patient of both is kept from the teacher. Is P-01 of the one p1 of the other?"
+    "Warn of names that may mean one patient: is P-01 of one modality the p1 of the other?"
     near = [
         gs
         for gs in near_groups(sorted(teacher), sorted(student))
@@ -88,7 +89,7 @@ def warn_of_near_groups(
     warnings.warn(
         f"{images.data}: groups {names} have nearly the same name"
         + (f" ({more} more: `ukd check` lists them)" if more else "")
-        + ". If they are one patient, write it in one way: a patient of both modalities "
+        + ". If they are one patient, write it in one way: whom the student is tested on "
         "is kept from the teacher.",
         stacklevel=4,
     )
@@ -254,23 +255,33 @@ def first_groups(
     return [i for i in ids if group_of[i] in names[:most]]
 
 # %% ../../nbs/study/parts.ipynb #c82b78ad
+def tested_groups(
+    c: Collection,  # the student's
+    test: list,  # ids that are only tested on
+    parts: dict,  # part -> ids
+) -> set:  # groups
+    "Whom the student is tested or validated on, or may be, when settings are chosen first."
+    group_of = dict(zip(c.ids, c.groups))
+    return {group_of[i] for i in [*test, *parts["scored"], *parts["validation"]]}
+
+
 def taught_ids(
     t: Collection,  # the teacher's
-    s: Collection,  # the student's
     train: list,  # ids of the teacher's training groups
-    part: float,  # share of them that is used
+    tested: set,  # groups that the student is tested or validated on
+    part: float,  # share of the others that is used
     data: str,  # for the message
 ) -> list:  # ids
-    "What the teacher learns from: nobody who is in the student's modality too."
+    "What the teacher learns from: nobody whom the student is tested on. `InputError` if none is left."
     group_of = dict(zip(t.ids, t.groups))
-    groups = sorted({group_of[i] for i in train} - set(s.groups))
+    groups = sorted({group_of[i] for i in train} - tested)
     kept = set(groups[: max(1, round(part * len(groups)))])
     taught = [i for i in train if group_of[i] in kept]
     if not taught:
         raise InputError(
-            f"{data}: every training patient of the teacher's modality is also in the "
-            "student's, so the teacher would see patients that the student is tested "
-            "on. Give the two modalities different patients."
+            f"{data}: the student is tested or validated on every training patient of the "
+            "teacher's modality, so nobody is left for the teacher. Test on fewer, or "
+            "give the two modalities different patients."
         )
     return taught
 
@@ -303,7 +314,8 @@ def split_data(
     sides, parts = _ids(images, split, seed, folder)
     check_parts(folder, s, seed, parts)
     rest = without_label_groups(s.subset(parts["unlabelled"]).unlabelled())
-    taught = taught_ids(t, s, sides["teacher"]["train"], split.teacher_share, images.data)
+    tested = tested_groups(s, sides["student"]["test"], parts)
+    taught = taught_ids(t, sides["teacher"]["train"], tested, split.teacher_share, images.data)
     return Data(
         t.subset(taught),
         t.subset(sides["teacher"]["test"]),

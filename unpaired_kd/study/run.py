@@ -40,7 +40,7 @@ from unpaired_kd.study.folder import (
 from .parts import keep_splits
 from .study import Study
 from .tasks import ArmTask, needs_expert, train
-from .trainings import Task, TeacherTask, finished
+from .trainings import Task, finished, teacher_of
 from ..training.rules import NotSettled
 
 # %% ../../nbs/study/run.ipynb #33e8f649
@@ -241,8 +241,8 @@ def teacher_tasks(
     "The experts that the arms learn or start from."
     if not any(map(needs_expert, study.config.arms)):
         return []
-    numbers = {s % study.config.teacher.teachers for s in seeds}
-    return [TeacherTask(seed=n) for n in sorted(numbers)]
+    tasks = {teacher_of(study, s) for s in seeds}
+    return sorted(tasks, key=lambda task: task.seed)
 
 
 def arm_tasks(

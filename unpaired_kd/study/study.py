@@ -67,6 +67,12 @@ class Study:
         return self._parts[seed]
 
     @cached_property
+    def shared_patients(self) -> set:
+        "Patients of whom both modalities hold images."
+        teacher, student = (set(c.groups) for c in open_both(self.config.images))
+        return teacher & student
+
+    @cached_property
     def channels(self) -> int:
         "3 if either modality is in colour, else 1."
         return max(c.channels for c in open_both(self.config.images))

@@ -29,9 +29,9 @@ from .study import Study
 from unpaired_kd.study.trainings import (
     PretrainTask,
     Task,
-    TeacherTask,
     finished,
     pretrained_name,
+    teacher_of,
     unfinished,
 )
 from ..training.learner import Learner
@@ -48,7 +48,7 @@ class ArmTask(Task):
         arm = study.arm(self.name)
         tasks = []
         if needs_expert(arm):
-            tasks.append(TeacherTask(seed=self.seed % study.config.teacher.teachers))
+            tasks.append(teacher_of(study, self.seed))
         if name := pretrained_name(study, arm):
             tasks.append(PretrainTask(name, self.seed))
         if arm.reuses:
@@ -195,7 +195,7 @@ def train(
     for other in task.before(study):
         if not finished(study.folder, other):
             train(study, other, device, tell)
-    keep_splits(study.folder, study.config.images, study.config.split, task.split)
+    keep_splits(study.folder, study.config.images, study.config.split, task.split(study))
     todo = unfinished(study.folder, task)
     learner = task.learner(study, device, tell)
     learner.fit()

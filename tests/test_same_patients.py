@@ -1,8 +1,7 @@
 "Two modalities of the same people: whom a study keeps from the teacher, and the rows R31 to R34."
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_sets import write_pair
 
 from unpaired_kd.core import InputError
 from unpaired_kd.methods.published import arm_of, row_of
@@ -18,22 +17,8 @@ SIZES = {"width": 2, "blocks": 1, "seg": "house", "cx_on": "teacher"}
 
 @pytest.fixture
 def both(tmp_path):
-    "t1/ and t2/ of eight people: two images each, with a bright square; t2 is its negative."
-    for modality in ("t1", "t2"):
-        for part in ("images", "labels"):
-            (tmp_path / "set" / modality / part).mkdir(parents=True)
-        lines = ["id,group"]
-        for n, person in enumerate(PEOPLE):
-            for k in range(2):
-                label = np.zeros((48, 48), np.uint8)
-                label[8 + n : 24 + n, 8 + 4 * k : 24 + 4 * k] = 1
-                image = 60 + 120 * label if modality == "t1" else 200 - 120 * label
-                folder = tmp_path / "set" / modality
-                Image.fromarray(image).save(folder / "images" / f"{person}{k}.png")
-                Image.fromarray(label).save(folder / "labels" / f"{person}{k}.png")
-                lines.append(f"{person}{k},{person}")
-        (tmp_path / "set" / modality / "groups.csv").write_text("\n".join(lines) + "\n")
-    return str(tmp_path / "set")
+    "t1/ and t2/ of the same eight people, two images each."
+    return write_pair(tmp_path / "set", PEOPLE, PEOPLE)
 
 
 def study_of(data, arms, **changes):

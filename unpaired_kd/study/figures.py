@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import PALETTE, InputError, atomic, outlined, read_csv, to_display, unknown
+from ..core import PALETTE, InputError, atomic, outlined, to_display, unknown
+from .earlier import read_table
 from .rows import arrange, guests
 from .statistics import sign_of
 from .typesetting import name_of
@@ -211,7 +212,7 @@ def _history(history):
     rows = history
     if isinstance(history, (str, Path)):
         path = Path(history)
-        rows = read_csv(path / "history.csv" if path.is_dir() else path)
+        rows = read_table(path / "history.csv" if path.is_dir() else path)
     rows = list(rows)
     if not rows:
         raise InputError("the history is empty: nothing was trained yet.")

@@ -12,9 +12,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from ..core import InputError, hold, read_csv, read_json, read_text, write_csv
+from ..core import InputError, hold, read_json, read_text, write_csv
 from .arms import record_now
 from .config import flat_now
+from .earlier import read_table
 from unpaired_kd.study.records import (
     DONE,
     keep_tables,
@@ -225,7 +226,7 @@ def collect(
         if not (place / "history.csv").exists():
             continue  # of an arm that reuses a training
         history += [
-            dict(arm=task.name, seed=task.seed, **r) for r in read_csv(place / "history.csv")
+            dict(arm=task.name, seed=task.seed, **r) for r in read_table(place / "history.csv")
         ]
     save_rows(Path(folder) / "metrics.csv", rows)
     write_csv(Path(folder) / "history.csv", history)

@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 
 from ..core import InputError, read_text, unknown, write_csv
+from .earlier import row_in_todays_words
 from .records import check_table
 
 # %% ../../nbs/study/rows.ipynb #e6601545
@@ -48,6 +49,7 @@ def load_rows(
 def _typed(record):
     "A row from a line of text: names stay text, an empty score is left out."
     read = {**dict.fromkeys(TEXT, str), "seed": int}
+    record = row_in_todays_words(record)
     there = {k: v for k, v in record.items() if v != "" or k in read}
     return {k: read.get(k, float)(v) for k, v in there.items()}
 

@@ -24,7 +24,7 @@ from .parts import contents, keep_splits
 from .records import check_data, keep_record, record_of
 from .rows import save_rows
 from .school import School
-from .statistics import evaluate
+from .scoring import evaluate
 from .study import Study
 from unpaired_kd.study.trainings import (
     PretrainTask,

@@ -9,7 +9,7 @@ from unpaired_kd.core import InputError, read_csv
 from unpaired_kd.methods.registry import method_class, options_of
 from unpaired_kd.study import earlier
 from unpaired_kd.study.arms import Arm, list_arms, record_now
-from unpaired_kd.study.config import FLAT, flat_now, read_study
+from unpaired_kd.study.config import PART_OF, flat_now, read_study
 from unpaired_kd.study.earlier import arm_in_todays_words, read_table, row_in_todays_words
 from unpaired_kd.study.rows import load_rows
 
@@ -42,7 +42,7 @@ def test_every_stored_arm_is_one_of_today(path):
 @pytest.mark.parametrize("path", STUDIES, ids=name_of)
 def test_every_stored_setting_is_one_of_today(path):
     settings = flat_now(json.loads(path.read_text())["study"])
-    assert set(settings) == set(FLAT)
+    assert set(settings) == set(PART_OF)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: str(p.relative_to(RESULTS)))

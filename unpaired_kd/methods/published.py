@@ -437,29 +437,19 @@ def table_of(
     metrics = list(dict.fromkeys(m for row in table for m in row.published))
     changes = any(row.study for row in table)
     against = any(row.against for row in table)
+    head = ["row", "question", "against", "arm", "study", *metrics]
+    shown = [
+        name for name in head if (against or name != "against") and (changes or name != "study")
+    ]
     lines = []
     for row in table:
         study = ", ".join(f"{k}={v}" for k, v in row.study.items())
-        printed = [f"{row.published[m]:.2f}" if m in row.published else "" for m in metrics]
-        lines.append(
-            [
-                row.name,
-                row.question,
-                *([row.against] if against else []),
-                arm_text(row.arm),
-                *([study] if changes else []),
-                *printed,
-            ]
-        )
-    head = [
-        "row",
-        "question",
-        *(["against"] if against else []),
-        "arm",
-        *(["study"] if changes else []),
-        *metrics,
-    ]
-    return "\n".join(f"| {' | '.join(l)} |" for l in [head, ["---"] * len(head), *lines])
+        texts = [row.name, row.question, row.against, arm_text(row.arm), study]
+        texts += [f"{row.published[m]:.2f}" if m in row.published else "" for m in metrics]
+        by_column = dict(zip(head, texts))
+        lines.append([by_column[name] for name in shown])
+    rule = ["---"] * len(shown)
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in [shown, rule, *lines])
 
 # %% ../../nbs/methods/published.ipynb #2147c358
 def _shared_weights(
@@ -493,12 +483,14 @@ def shared_options(
 # %% ../../nbs/methods/published.ipynb #4b67c091
 def arm_of(
     row: Row,  # with an arm
-    options: dict = {},  # of the experiment, for the paper's own method
-    weights: dict = {},  # likewise; only rows of that method take them
+    options: dict = None,  # of the experiment, for the paper's own method; None: none
+    weights: dict = None,  # likewise; only rows of that method take them
     preset: str = "recommended",  # of rows that say none
 ) -> dict:  # arm of a study, without a name
     """A row's arm with the sizes of an experiment. `InputError` for an option that the paper's
     method does not have."""
+    options = options or {}
+    weights = weights or {}
     paper = _OWN_METHOD[row.paper]
     known = shared_options(paper, paper)
     for name in options:

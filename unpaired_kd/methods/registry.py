@@ -148,7 +148,7 @@ def make_method(
     epochs: int,  # length of the run
     seed: int,  # of the method's own first weights
     preset: str = "recommended",  # whose weights are the defaults
-    teacher_learns: bool = True,  # False: the teacher stays as it is, whatever the method (a placebo)
+    teacher_learns: bool = True,  # False: the teacher stays as it is (a placebo)
 ) -> Method:  # ready for the learner
     "A method with the default weights of its preset, for the terms that it has."
     cls = method_class(name)

@@ -120,7 +120,8 @@ def _list_differences(
     given: dict,  # fields of an arm that reuses another's training
     source: Arm,  # that one
 ) -> tuple:  # (names of fields, options) that are others
-    "What an arm says besides; of a whole record, as a run folder has it, what the reused arm does not."
+    """What an arm says besides; of a whole record, as a run folder has it, what the reused arm does
+    not say."""
     said = {k: v for k, v in given.items() if k not in ("reuses", "options")}
     options = given.get("options") or {}
     if len(given) < len(_FIELDS):
@@ -145,14 +146,14 @@ def record_now(
 def list_arms(
     given,  # dict: name -> fields of `Arm` (None: left out); or a list of `Arm`
 ) -> tuple:  # of `Arm`
-    "The arms of a study, complete. `InputError` for unknown keys and values, and for unusable names."
+    "The arms of a study. `InputError` for unknown keys and values, and for unusable names."
     pairs = [*given.items()] if isinstance(given, dict) else _name_arms(given)
     pairs = [(name, arm) for name, arm in pairs if arm is not None]
     _check_names([name for name, _ in pairs])
     arms = {}
     for name, arm in pairs:
-        fields = arm.record() if isinstance(arm, Arm) else arm
-        arms[name] = _make_arm(name, fields, arms)
+        given = arm.record() if isinstance(arm, Arm) else arm
+        arms[name] = _make_arm(name, given, arms)
     return tuple(arms.values())
 
 
@@ -171,7 +172,8 @@ def _name_arms(
 def _check_names(
     names: list,  # of arms
 ):
-    "`InputError` for a name that no folder can have, or that is another arm's or the teacher's on a disk that ignores case."
+    """`InputError` for a name that no folder can have, or that is another arm's, or the teacher's,
+    on a disk that ignores case."""
     taken = {"teacher": "teacher"}
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .,+-]*", name):

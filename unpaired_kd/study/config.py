@@ -23,16 +23,10 @@ class ImagesConfig(Checked):
     data: str = "phantom:bone"  # folder of a data set, or a built-in phantom
     teacher: str = "histology"  # the teacher's modality
     student: str = "microct"  # the student's modality
-    data_options: dict = field(
-        default_factory=dict
-    )  # more arguments of the phantom or the collection, e.g. {volumes: 12, size: 32}
-    classes: list = field(
-        default_factory=list
-    )  # names, "background" first; empty: those of the data
+    data_options: dict = field(default_factory=dict)  # more arguments, e.g. {volumes: 12, size: 32}
+    classes: list = field(default_factory=list)  # "background" first; empty: those of the data
     zoom: Positive = 1.0  # in-plane resampling
-    intensity: Literal["dtype", "percentile"] | list = (
-        "dtype"  # how values become [0,1]; or a window [low, high]
-    )
+    intensity: Literal["dtype", "percentile"] | list = "dtype"  # or a window [low, high]
     invert_student: bool = False  # turn the student's contrast round
 
     def check(self):
@@ -50,37 +44,25 @@ class SplitConfig(Checked):
 
     student_labels: Count = 4  # labelled training units of the student
     label_unit: Literal["images", "groups"] = "images"  # what a unit is; groups are patients
-    test: Positive = (
-        0.5  # share of the student's groups (1 or more: their number) that is only tested on
-    )
-    teacher_test: Annotated[float, Range(least=0)] = (
-        0.2  # the same for the teacher; 0: none is tested on
-    )
-    validation: Natural = 0  # more labelled units, from which the best epoch is chosen; 0: the last epoch is the result
-    teacher_share: Annotated[float, Range(above=0, most=1)] = (
-        1.0  # share of the teacher's training groups that is used
-    )
+    test: Positive = 0.5  # share of the student's groups that is only tested on; from 1 on: number
+    teacher_test: Annotated[float, Range(least=0)] = 0.2  # the same for the teacher; 0: none
+    validation: Natural = 0  # more labelled units, to choose the best epoch; 0: the last is taken
+    teacher_share: Annotated[float, Range(above=0, most=1)] = 1.0  # of the teacher's groups: used
     unlabelled: Natural = 0  # training groups that are used without labels; 0: all that are left
-    score_on: Literal["test", "validation"] = (
-        "test"  # validation: the training groups that are not labelled, to choose settings by
-    )
+    score_on: Literal["test", "validation"] = "test"  # validation: unlabelled training groups
 
 # %% ../../nbs/study/config.ipynb #efcff9d4
 @dataclass(frozen=True)
 class PatchConfig(Checked):
     "What a batch is."
 
-    dims: Annotated[int, Range(least=2, most=3)] = (
-        2  # axes of the networks: 2: volumes are cut into slices | 3: volumes
-    )
+    dims: Annotated[int, Range(least=2, most=3)] = 2  # axes; 2: volumes are cut into slices
     patch: Count = 96  # patch side, px (after zoom), a multiple of 16 (DenseFCN: 32)
     depth: Natural = 0  # dims=3: depth of a patch, px; 0: as `patch`
     batch: Count = 8  # patches a batch
     foreground: Share = 0.5  # probability that a patch is placed on a structure
     rich: Share = 0.0  # probability that a patch without labels is placed where it is bright
-    pairing: Literal["random", "label_group", "index"] = (
-        "label_group"  # whose teacher images a student image meets
-    )
+    pairing: Literal["random", "label_group", "index"] = "label_group"  # student's and teacher's
     augment: dict = field(default_factory=dict)  # changes to `Augment`
 
     def check(self):
@@ -102,13 +84,9 @@ class PatchConfig(Checked):
 class NetworkConfig(Checked):
     "An architecture and its size."
 
-    network: str = (
-        "unet"  # unet | unet_bilinear | densefcn | mrrn | light_unet, or another registered one
-    )
+    network: str = "unet"  # unet | unet_bilinear | densefcn | mrrn | light_unet, or another
     width: Count = 16  # its channels: of a U-Net's or MRRN's first level, of DenseFCN's stem
-    network_options: dict = field(
-        default_factory=dict
-    )  # more of its arguments, e.g. {flat: 2} for thin stacks
+    network_options: dict = field(default_factory=dict)  # more, e.g. {flat: 2} for thin stacks
 
 
 @dataclass(frozen=True)
@@ -117,14 +95,10 @@ class TeacherConfig(Checked):
 
     teacher_network: str = ""  # its architecture; empty: the student's
     teacher_width: Natural = 0  # its channels; 0: as many as the student's
-    teacher_network_options: dict = field(
-        default_factory=dict
-    )  # more of its arguments; empty, with the student's architecture: the student's
+    teacher_network_options: dict = field(default_factory=dict)  # more; empty: see `network`
     teachers: Count = 1  # teachers trained; seed s uses number s modulo this
     teacher_epochs: Count = 10  # length of a teacher's training
-    teacher_weights: str = (
-        ""  # checkpoint (last.pt) of a network of the same shape that it starts from
-    )
+    teacher_weights: str = ""  # checkpoint (last.pt) that it starts from; empty: fresh
 
     def network(
         self,
@@ -143,12 +117,8 @@ class ScoreConfig(Checked):
     "How a prediction becomes objects, and which scores are kept."
 
     min_size: Natural = 0  # predicted objects with fewer px are removed
-    instances: str = (
-        "components"  # how a predicted mask becomes objects: components | watershed | none
-    )
-    cells: bool | None = (
-        None  # three classes or more: True: each holds many objects (cells), False: each is one region (an organ); None: objects if drawn or cut by watershed
-    )
+    instances: str = "components"  # how a mask becomes objects: components | watershed | none
+    cells: bool | None = None  # a class is many objects (True) or one region; None: see `evaluate`
     topology: bool = False  # also score clDice, skeleton recall and Betti errors
 
 # %% ../../nbs/study/config.ipynb #67b0e15a

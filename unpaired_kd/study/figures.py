@@ -12,8 +12,7 @@ import numpy as np
 
 from ..core import PALETTE, InputError, atomic, outlined, to_display, unknown
 from .earlier import read_table
-from .rows import arrange_arms, find_guests
-from .statistics import sign_of
+from .rows import arrange_arms, find_guests, sign_of
 from .typesetting import name_of
 
 # %% ../../nbs/study/figures.ipynb #892a8b19

@@ -11,8 +11,8 @@ from collections import Counter
 
 import numpy as np
 
-from .rows import comparable_rows, count_noun, find_guests
-from .statistics import ALARMS_OF_TWO, FEW, sign_of
+from .rows import comparable_rows, count_noun, find_guests, sign_of
+from .statistics import ALARMS_OF_TWO, FEW
 from .typesetting import name_of
 
 # %% ../../nbs/study/footnotes.ipynb #fe5e6e61

@@ -49,11 +49,7 @@ def _open(key):
     return t, s, _traces(images, t, s)
 
 # %% ../../nbs/study/parts.ipynb #5fc1cc2e
-def _check_alike(
-    images: ImagesConfig,  # which images
-    t: Collection,  # the teacher's
-    s: Collection,  # the student's
-):
+def _check_alike(images, t, s):
     "`InputError` unless both have the same classes and axes."
     if t.classes != s.classes:
         raise InputError(
@@ -68,17 +64,10 @@ def _check_alike(
     _warn_of_near_groups(images, set(t.groups), set(s.groups))
 
 # %% ../../nbs/study/parts.ipynb #8387812f
-def _warn_of_near_groups(
-    images: ImagesConfig,  # which images
-    teacher: set,  # groups of one modality
-    student: set,  # and of the other
-):
+def _warn_of_near_groups(images, teacher, student):
     "Warn of names that may mean one patient: is P-01 of one modality the p1 of the other?"
-    near = [
-        gs
-        for gs in near_groups(sorted(teacher), sorted(student))
-        if teacher & set(gs) and student & set(gs)
-    ]
+    near = near_groups(sorted(teacher), sorted(student))
+    near = [names for names in near if teacher & set(names) and student & set(names)]
     if not near:
         return
     names = ", ".join(map(repr, near[0]))
@@ -173,16 +162,12 @@ def _divide(
     return split_groups(c, {"test": n, "train": groups - n}, seed=seed).parts
 
 # %% ../../nbs/study/parts.ipynb #1ef55339
-def _unlabelled_groups(
-    c: Collection,  # the student's
-) -> set:  # names
+def _unlabelled_groups(c):
     "Groups with an image that has no label."
     return {case.group for case in c.cases if case.label is None}
 
 
-def _labelled_groups(
-    c: Collection,  # the student's
-) -> Collection:  # the groups that have all their labels
+def _labelled_groups(c):
     "Who can be learned from with labels, and tested on."
     bare = _unlabelled_groups(c)
     return c.subset([case.id for case in c.cases if case.group not in bare]) if bare else c
@@ -269,7 +254,8 @@ def _teaching_ids(
     part: float,  # share of the others that is used
     data: str,  # for the message
 ) -> list:  # ids
-    "What the teacher learns from: nobody whom the student is tested on. `InputError` if none is left."
+    """What the teacher learns from: nobody whom the student is tested on. `InputError` if none is
+    left."""
     group_of = dict(zip(t.ids, t.groups))
     groups = sorted({group_of[i] for i in train} - tested)
     kept = set(groups[: max(1, round(part * len(groups)))])
@@ -398,8 +384,6 @@ def keep_splits(
             one.save(_split_path(folder, name))
 
 
-def _without_label_groups(
-    c: Collection,  # a collection
-) -> Collection:  # the same without label groups
+def _without_label_groups(c):
     "Forget the label groups (a disease, say): they too are labels."
     return c._with([replace(case, label_group="") for case in c.cases])

@@ -148,6 +148,24 @@ def comparable_rows(
     holes = {key(r) for r in some if not finite(r)}
     return some, {key(r) for r in some if r["arm"] == reference} - holes, holes
 
+# %% ../../nbs/study/rows.ipynb #c4e07705
+def units_of(
+    rows: list,  # rows of `evaluate`
+    metric: str,  # column name
+) -> list:  # "mm", "px", or both; empty for a metric that knows no length
+    "The units of length in which rows state a metric: distances, and the surface Dice's tolerance."
+    if not metric.startswith(("hd", "assd", "sdsc")):
+        return []
+    there = [r for r in rows if np.isfinite(r.get(metric, np.nan))]
+    return sorted({str(r["hd95_unit"]) for r in there if r.get("hd95_unit")})
+
+# %% ../../nbs/study/rows.ipynb #6f3f096a
+def sign_of(
+    metric: str,  # column name
+) -> int:  # +1: larger is better; -1: smaller is better (distances, `missed`)
+    "Which way a metric is better."
+    return -1 if metric.startswith(("hd", "assd", "betti", "missed")) else 1
+
 # %% ../../nbs/study/rows.ipynb #8a5b1e0d
 def count_noun(
     number: int,  # how many

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,11 +95,7 @@ def here(
     "Run trainings in this process."
     device = "auto" if torch.cuda.is_available() else "cpu"
     for task in tasks:
-
-        def of_task(row):
-            tell(task, row)
-
-        _run_task(task, study.config, study.folder, device, of_task)
+        _run_task(task, study.config, study.folder, device, partial(tell, task))
 
 
 def _check_guard():
@@ -272,7 +269,9 @@ class _Advance:
         if row is None:
             self.bar.update(steps * task.length(self.study))
             return
-        text = f"{task.name} {task.seed}: {row['stage']} {row['epoch'] + 1}, seg {row.get('seg', float('nan')):.3f}"
+        text = f"{task.name} {task.seed}: {row['stage']} {row['epoch'] + 1}"
+        if "seg" in row:
+            text += f", seg {row['seg']:.3f}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(steps)
 
@@ -304,11 +303,12 @@ def run_study(
     folder,  # run folder; made if missing
     config: StudyConfig,  # what to run
     seeds: list,  # seeds, e.g. [0, 1, 2, 3, 4]
-    workers: int = 0,  # processes on the CPU; 0: one a core; 1: this process. On a GPU everything runs in this process
-    scheduler: str = "",  # address of a Dask cluster whose workers see the same folders, e.g. "tcp://node7:8786"; empty: this machine
+    workers: int = 0,  # processes on the CPU; 0: one a core; 1: this one, as always on a GPU
+    scheduler: str = "",  # address of a Dask cluster, e.g. "tcp://node7:8786"; empty: this machine
 ) -> list:  # rows, one per case, arm and seed (also in metrics.csv)
-    """Run (or finish) every arm with every seed. Finished work is skipped; the folder is refused
-    if it belongs to another study or to other data."""
+    """Run (or finish) every arm with every seed. Finished work is skipped. The workers of a cluster
+    must see the same folders. `InputError` for a folder of another study or of other data, and for
+    whatever `check_study` finds."""
     study = Study(config, folder)
     seeds = check_seeds(seeds)
     workers = as_python(workers)
@@ -338,7 +338,8 @@ def _warn_of_lost(
     if lost := sorted(begun - {f"{t.name} {t.seed}" for t in done}):
         warnings.warn(
             f"not in the tables, because not finished: {', '.join(lost)}. Give their arms "
-            "and seeds to finish them."
+            "and seeds to finish them.",
+            stacklevel=3,
         )
 
 # %% ../../nbs/study/run.ipynb #6e15cfdd

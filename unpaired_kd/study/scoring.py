@@ -46,7 +46,7 @@ def _predict(student, image, label, case, collection):
     "The class map of a case. `InputError` for a case without a label, and for another shape."
     if label is None:
         raise InputError(
-            f"case {case.id!r} of {collection.name!r} has no label. Evaluate on labelled cases only."
+            f"case {case.id!r} of {collection.name!r} has no label. Evaluate on labelled cases."
         )
     found = np.asarray(student.predict(image))
     if found.shape != label.shape:

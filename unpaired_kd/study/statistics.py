@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import InputError, rng, unknown
-from .rows import count_noun
+from .rows import count_noun, sign_of, units_of
 
 # %% ../../nbs/study/statistics.ipynb #844bcf5d
 _NOISE = 1e-12  # a spread below this share of the mean is rounding noise
@@ -251,7 +251,7 @@ def pair_rows(
     rows: list,  # rows of `evaluate`, several arms and seeds
     reference: str,  # the arm the others are compared with
     metric: str = "dsc",  # column to compare
-    missing: str = "refuse",  # a value that is NaN or infinite: refuse | drop (that case, in all arms)
+    missing: str = "refuse",  # NaN or infinite values: refuse | drop (that case, in all arms)
 ) -> Paired:  # arms x (seed, case)
     "Line up the arms on equal cases; raise `InputError` where that cannot be done."
     table = _by_arm(rows, metric)
@@ -287,44 +287,72 @@ def _check_units(table, metric):
             "is nothing to average. Compare the cases of one unit, or another metric."
         )
 
-# %% ../../nbs/study/statistics.ipynb #c4e07705
-def units_of(
-    rows: list,  # rows of `evaluate`
-    metric: str,  # column name
-) -> list:  # "mm", "px", or both; empty for a metric that knows no length
-    "The units of length in which rows state a metric: distances, and the surface Dice's tolerance."
-    if not metric.startswith(("hd", "assd", "sdsc")):
-        return []
-    there = [r for r in rows if np.isfinite(r.get(metric, np.nan))]
-    return sorted({str(r["hd95_unit"]) for r in there if r.get("hd95_unit")})
-
-# %% ../../nbs/study/statistics.ipynb #6f3f096a
-def sign_of(
-    metric: str,  # column name
-) -> int:  # +1: larger is better; -1: smaller is better (distances, `missed`)
-    "Which way a metric is better."
-    return -1 if metric.startswith(("hd", "assd", "betti", "missed")) else 1
-
 # %% ../../nbs/study/statistics.ipynb #36f2002f
 def _difference(d, unit, n_boot, seed):
     "Mean difference, interval and p-values of differences (n,), or (G,S) for the two-way test."
     n = d.shape[-1]
-    student = unit in ("seed", "both") or n < FEW
     mean = d.mean()
     se = d.std(ddof=1) / np.sqrt(n)
     df = n - 1
     if unit == "both":
         mean, se, df = two_way(d)
-    low, high = student_ci(mean, se, df) if student else bootstrap_ci(d, n=n_boot, seed=seed)
-    kind = "none" if np.isnan(low) else "Student's t" if student else "bootstrap"
+    if unit in ("seed", "both") or n < FEW:
+        kind = "Student's t"
+        low, high = student_ci(mean, se, df)
+    else:
+        kind = "bootstrap"
+        low, high = bootstrap_ci(d, n=n_boot, seed=seed)
     rank = float("nan") if unit == "both" else wilcoxon(d)
     return dict(
         difference=float(mean),
         ci_low=low,
         ci_high=high,
-        interval=kind,
+        interval="none" if np.isnan(low) else kind,
         p_t=float(p_value(mean, se, df)),
         p_wilcoxon=rank,
+    )
+
+# %% ../../nbs/study/statistics.ipynb #ddd390a1
+def _sd(x):
+    "Standard deviation; NaN for a single value."
+    return float(x.std(ddof=1)) if len(x) > 1 else float("nan")
+
+# %% ../../nbs/study/statistics.ipynb #e56360a6
+_NO_TEST = dict.fromkeys(("difference", "ci_low", "ci_high"), float("nan")) | dict(
+    interval="none", p_t=float("nan"), p_wilcoxon=float("nan")
+)
+_NEEDED = dict(group="groups (patients)", seed="seeds", case="cases", both="groups and 2 seeds")
+
+
+def _check_number_of_units(paired, unit):
+    "`InputError` unless there are two units at least."
+    if min(paired.by(unit).shape[1:]) >= 2:
+        return
+    groups = count_noun(len(set(paired.groups)), "group")
+    seeds = count_noun(len(set(paired.seeds)), "seed")
+    raise InputError(f'unit="{unit}" needs at least 2 {_NEEDED[unit]}, got {groups} and {seeds}.')
+
+
+def _describe_arm(paired, a):
+    "Numbers of cases, groups and seeds; mean and spread over cases."
+    scores = paired.by("case")[a]
+    return dict(
+        n_cases=len(scores),
+        n_groups=len(set(paired.groups)),
+        n_seeds=len(set(paired.seeds)),
+        mean=float(scores.mean()),
+        sd=_sd(scores),
+    )
+
+
+def _describe_seeds(paired, a, metric, size):
+    "The difference of each seed, its spread, and in how many the arm is better."
+    seeds = paired.by("seed")
+    gain = without_noise(seeds[a] - seeds[0], size)
+    return dict(
+        seed_differences=gain.tolist(),
+        seed_sd=_sd(gain),
+        seeds_won=int((gain * sign_of(metric) > 0).sum()),
     )
 
 # %% ../../nbs/study/statistics.ipynb #ddd390a0
@@ -336,51 +364,21 @@ def compare(
     n_boot: int = 2000,  # bootstrap draws
     seed: int = 0,  # seed of the bootstrap
     missing: str = "refuse",  # NaN or infinite values: refuse | drop (that case, in all arms)
-) -> (
-    list
-):  # dicts, reference first: means, difference, interval (and its kind), p (raw, Holm), seeds
-    "Every arm paired with the reference. `InputError` for unequal cases, duplicates, one unit."
+) -> list:  # dicts, reference first: means, difference, interval, p (raw and Holm's), seeds
+    """Every arm paired with the reference. `InputError` for unequal cases, for duplicates, and
+    where there is one unit only."""
     paired = pair_rows(rows, reference, metric, missing)
-    values, cases, seeds = (paired.by(u) for u in (unit, "case", "seed"))
-    groups = len(set(paired.groups))
-    if min(values.shape[1:]) < 2:
-        what = dict(
-            group="groups (patients)", seed="seeds", case="cases", both="groups and 2 seeds"
-        )[unit]
-        there = f"{count_noun(groups, 'group')} and {count_noun(seeds.shape[1], 'seed')}"
-        raise InputError(f'unit="{unit}" needs at least 2 {what}, got {there}.')
-    nothing = dict.fromkeys(("difference", "ci_low", "ci_high", "p_t", "p_wilcoxon"), float("nan"))
+    _check_number_of_units(paired, unit)
+    values = paired.by(unit)
     size = np.abs(paired.values).max()
     out = []
     for a, arm in enumerate(paired.arms):
-        test = nothing | dict(interval="none")
+        test = _NO_TEST
         if a:
             test = _difference(without_noise(values[a] - values[0], size), unit, n_boot, seed)
-        gain = without_noise(seeds[a] - seeds[0], size)
-        scores = cases[a]
-        out.append(
-            dict(
-                arm=arm,
-                reference=reference,
-                metric=metric,
-                unit=unit,
-                n_cases=len(scores),
-                n_groups=groups,
-                n_seeds=len(gain),
-                mean=float(scores.mean()),
-                sd=_sd(scores),
-                **test,
-                seed_differences=gain.tolist(),
-                seed_sd=_sd(gain),
-                seeds_won=int((gain * sign_of(metric) > 0).sum()),
-            )
-        )
+        who = dict(arm=arm, reference=reference, metric=metric, unit=unit)
+        out.append(who | _describe_arm(paired, a) | test | _describe_seeds(paired, a, metric, size))
     for p in ("p_t", "p_wilcoxon"):
         for row, corrected in zip(out, holm([r[p] for r in out])):
             row[p + "_holm"] = float(corrected)
     return out
-
-# %% ../../nbs/study/statistics.ipynb #ddd390a1
-def _sd(x):
-    "Standard deviation; NaN for a single value."
-    return float(x.std(ddof=1)) if len(x) > 1 else float("nan")

@@ -10,14 +10,8 @@ import numpy as np
 
 from ..core import InputError, rng, unknown
 from .footnotes import describe_intervals, explain_table, has_misses
-from .rows import arrange_arms, comparable_rows, count_noun, find_guests
-from unpaired_kd.study.statistics import (
-    FEW,
-    compare,
-    pair_rows,
-    units_of,
-    without_noise,
-)
+from .rows import arrange_arms, comparable_rows, count_noun, find_guests, units_of
+from .statistics import FEW, compare, pair_rows, without_noise
 from .typesetting import interval_text, markdown_table, name_of, p_text
 
 # %% ../../nbs/study/tables.ipynb #aaada762
@@ -177,7 +171,7 @@ def _rank_correlation(means, published):
 
 
 def _draw_weights(paired, draws):
-    "How often each row of `Paired` is drawn when as many patients and as many seeds are drawn anew."
+    "How often each row of `Paired` is drawn when patients and seeds are drawn anew."
     weights = 1
     for names in (paired.groups, paired.seeds):
         unique, index = np.unique(names, return_inverse=True)

@@ -8,7 +8,7 @@ __all__ = ['p_text', 'interval_text', 'markdown_table']
 # %% ../../nbs/study/typesetting.ipynb #c1d70f04
 import numpy as np
 
-from .statistics import sign_of
+from .rows import sign_of
 
 # %% ../../nbs/study/typesetting.ipynb #26718b15
 # metrics whose printed names are no abbreviations: (name, unit, factor from stored to printed)

@@ -158,8 +158,10 @@ def test_starts_are_what_they_say(folder, tmp_path):
     assert len(set(found)) == 3
 
 
+@pytest.mark.slow
 def test_a_pretrained_placebo_is_not_the_pretrained_teacher(folder, tmp_path):
-    arms = {"true": dict(method="vpbsd"), "placebo": dict(method="vpbsd", teacher="placebo")}
+    small = dict(method="vpbsd", options={"codes": 8, "code_dim": 4, "inner": 8, "decoder": 4})
+    arms = {"true": small, "placebo": small | {"teacher": "placebo"}}
     flat = USUAL | {"teacher_epochs": 2, "epochs": 1}
     study = Study(StudyConfig.from_flat(data=folder, arms=arms, **flat), tmp_path / "run")
     task = PretrainTask(pretrained_name(study, study.arm("true")), 0)

@@ -19,7 +19,7 @@ from ..distillation.soft_labels import soft_label_kl
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, Peer
 from ..training.method import Update
-from ..translation.translated import unite
+from ..translation.translated import pack_ensemble
 
 # %% ../../nbs/methods/mutual.ipynb #05279950
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Mutual(Translating):
     @property
     def student(self) -> nn.Module:
         "Both segmentors, averaged."
-        return unite(self.networks["student"], self.networks["assistant"])
+        return pack_ensemble(self.networks["student"], self.networks["assistant"])
 
 # %% ../../nbs/methods/mutual.ipynb #8ca782cc
 @patch

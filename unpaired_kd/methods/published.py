@@ -356,7 +356,11 @@ VPBSD_PARTS = [
         "patterns only, of a teacher that never learned",
         train("vpbsd", teacher="placebo", weights={"semi": 0.0}),
     ),
-    vpbsd_row("painted", "is it only having painted the volumes?", train("painted")),
+    vpbsd_row(
+        "reconstruction",
+        "is it only having reconstructed the volumes?",
+        train("reconstruction"),
+    ),
     vpbsd_row("recalibrated", "is it only their brightness?", train("recalibrated")),
     vpbsd_row(
         "fine-tuned",
@@ -366,13 +370,15 @@ VPBSD_PARTS = [
     vpbsd_row(
         "code_ce",
         "which loss: cross-entropy over codes",
-        train("vpbsd", options={"lesson": "code_ce"}),
+        train("vpbsd", options={"pattern_loss": "code_ce"}),
     ),
-    vpbsd_row("channel", "which loss: channel-wise", train("vpbsd", options={"lesson": "channel"})),
+    vpbsd_row(
+        "channel", "which loss: channel-wise", train("vpbsd", options={"pattern_loss": "channel"})
+    ),
     vpbsd_row(
         "hint",
         "CMEDL's lesson: the encoder's own features",
-        train("vpbsd", options={"lesson": "hint"}),
+        train("vpbsd", options={"pattern_loss": "hint"}),
     ),
     vpbsd_row(
         "lotus",

@@ -343,8 +343,8 @@ class TransformerBlock(nn.Module):
 class HybridEncoder(nn.Module):
     """The teacher's encoder: a stem to stride 8 (2^levels), then full attention over the grid.
     Input (B,in_channels,*s) in [0,1], sides multiples of `strides`; returns features
-    (B,dim,*s/strides) and the skips {2: (B,width,..), 4: (B,2 width,..)}. `InputError` for arguments or another input
-    that do not fit. Our choice of backbone."""
+    (B,dim,*s/strides) and the skips {2: (B,width,..), 4: (B,2 width,..)}. `InputError` for
+    arguments or another input that do not fit. Our choice of backbone."""
 
     def __init__(
         self,

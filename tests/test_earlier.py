@@ -101,7 +101,7 @@ method   *        teach     lotus
 option   lotus    heat      tau
 term     lotus    road      ifv
 term     *        judge     adv
-word     seg      home      house
+word     seg      home      dice
 column   *        critic    discriminator
 """
 
@@ -120,7 +120,7 @@ def test_every_kind_of_word_is_mapped_where_it_belongs(words):
         method="teach", options={"heat": 4, "seg": "home"}, weights={"road": 1, "judge": 2, "x": 3}
     )
     assert arm_in_todays_words(arm) == dict(
-        method="lotus", options={"tau": 4, "seg": "house"}, weights={"ifv": 1, "adv": 2, "x": 3}
+        method="lotus", options={"tau": 4, "seg": "dice"}, weights={"ifv": 1, "adv": 2, "x": 3}
     )
     other = dict(method="single", options={"heat": 4}, weights={"road": 1, "judge": 2})
     assert arm_in_todays_words(other) == dict(  # the words of one method are not another's
@@ -128,7 +128,7 @@ def test_every_kind_of_word_is_mapped_where_it_belongs(words):
     )
     row = dict(arm="teach", critic=1.0, road=2.0, seg="home", dsc=0.5)
     assert row_in_todays_words(row) == dict(  # an arm may have any name
-        arm="teach", discriminator=1.0, ifv=2.0, seg="house", dsc=0.5
+        arm="teach", discriminator=1.0, ifv=2.0, seg="dice", dsc=0.5
     )
     assert list(row_in_todays_words(row)) == ["arm", "discriminator", "ifv", "seg", "dsc"]
     assert earlier.settings_in_todays_words({"old_lr": 0.1, "preset": "x"}) == {"lr": 0.1}

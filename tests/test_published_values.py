@@ -16,11 +16,11 @@ RAW = {"distill_from": "raw"}
 HEAD = {"kl_on": "head"}
 BY_PLACE = {"correspondence": "positional"}
 SEES = {"teacher_input": "student", "adabn": True}
-LABELS = {"diff": 0, "way": 0, "kl": 0, "ifv": 0}
+LABELS = {"diff": 0, "projection": 0, "kl": 0, "ifv": 0}
 TABLE_2 = {  # LOTUS: name -> (DSC, HD95, AJI, PQ), method, options, weights that are off
     "none":        ((55.69, 148.78, 39.60, 29.36), "single", {}, ()),
     "kl":          ((57.58, 137.95, 41.09, 29.24), "lotus", RAW | HEAD, ("diff", "ifv")),
-    "ifv":         ((57.58, 142.33, 41.12, 31.41), "lotus", RAW, ("diff", "way", "kl")),
+    "ifv":         ((57.58, 142.33, 41.12, 31.41), "lotus", RAW, ("diff", "projection", "kl")),
     "diff ifv":    ((59.66, 123.91, 42.91, 32.04), "lotus", {}, ("kl",)),
     "diff kl":     ((59.73, 113.81, 42.85, 30.94), "lotus", HEAD, ("ifv",)),
     "diff kl ifv": ((61.59, 109.86, 45.12, 34.74), "lotus", HEAD, ()),
@@ -108,12 +108,12 @@ VPBSD = {  # name -> method, changes to the arm
     "random codebook": ("vpbsd", {"options": {"target": "random"}}),
     "unquantised":     ("vpbsd", {"options": {"target": "unquantised"}}),
     "placebo":         ("vpbsd", {"teacher": "placebo", "weights": {"semi": 0}}),
-    "painted":         ("painted", {}),
+    "reconstruction":  ("reconstruction", {}),
     "recalibrated":    ("recalibrated", {}),
     "fine-tuned":      ("single", {"start": "teacher"}),
-    "code_ce":         ("vpbsd", {"options": {"lesson": "code_ce"}}),
-    "channel":         ("vpbsd", {"options": {"lesson": "channel"}}),
-    "hint":            ("vpbsd", {"options": {"lesson": "hint"}}),
+    "code_ce":         ("vpbsd", {"options": {"pattern_loss": "code_ce"}}),
+    "channel":         ("vpbsd", {"options": {"pattern_loss": "channel"}}),
+    "hint":            ("vpbsd", {"options": {"pattern_loss": "hint"}}),
     "lotus":           ("lotus", {"options": {"taps": ["join1"], "head": "head"}}),
     "ummkd":           ("ummkd", {}),
 }
@@ -221,7 +221,8 @@ def test_cells_of_vpbsd():
     several = {title: names for title, names in rows.items() if names != ["full"]}
     assert several == {
         "parts": ["semi", "dis", "full", "random codebook", "unquantised"],
-        "controls": ["recalibrated", "painted", "placebo", "fine-tuned"],
-        "other lessons": ["hint", "lotus", "ummkd"],
+        "controls": ["recalibrated", "reconstruction", "placebo", "fine-tuned"],
+        "other methods": ["hint", "lotus", "ummkd"],
         "losses": ["full", "code_ce", "channel"],
+        "no skips": ["full", "random codebook"],
     }

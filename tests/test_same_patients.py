@@ -12,7 +12,7 @@ from unpaired_kd.study.study import Study
 from unpaired_kd.study.trainings import TeacherTask
 
 PEOPLE = [f"p{i}" for i in range(8)]
-SIZES = {"width": 2, "blocks": 1, "seg": "house", "cx_on": "teacher"}
+SIZES = {"width": 2, "blocks": 1, "seg": "common", "cx_on": "teacher"}
 
 
 @pytest.fixture

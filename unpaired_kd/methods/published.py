@@ -71,7 +71,7 @@ _LOTUS_ABLATION = [
         "lotus",
         "ifv",
         "class variation only",
-        _train("lotus", options=_RAW, weights=_switch_off("diff", "way", "kl")),
+        _train("lotus", options=_RAW, weights=_switch_off("diff", "projection", "kl")),
         published=_lotus_scores(57.58, 142.33, 41.12, 31.41),
     ),
     Row(
@@ -184,7 +184,7 @@ _LOTUS_AUDIT = [
         "alone",
         "What does a Dice loss without gradient cost?",
         options={"dice": "hard"},
-        weights=dict(diff=0, way=0, kl=0, ifv=0),
+        weights=dict(diff=0, projection=0, kl=0, ifv=0),
     ),
     _audit_row(
         "positional", "class", "What if positions are compared, not classes?", options=_POSITION
@@ -356,7 +356,11 @@ _VPBSD_PARTS = [
         "patterns only, of a teacher that never learned",
         _train("vpbsd", teacher="placebo", weights={"semi": 0.0}),
     ),
-    _vpbsd_row("painted", "is it only having painted the volumes?", _train("painted")),
+    _vpbsd_row(
+        "reconstruction",
+        "is it only having reconstructed the volumes?",
+        _train("reconstruction"),
+    ),
     _vpbsd_row("recalibrated", "is it only their brightness?", _train("recalibrated")),
     _vpbsd_row(
         "fine-tuned",
@@ -366,19 +370,19 @@ _VPBSD_PARTS = [
     _vpbsd_row(
         "code_ce",
         "which loss: cross-entropy over codes",
-        _train("vpbsd", options={"lesson": "code_ce"}),
+        _train("vpbsd", options={"pattern_loss": "code_ce"}),
     ),
     _vpbsd_row(
-        "channel", "which loss: channel-wise", _train("vpbsd", options={"lesson": "channel"})
+        "channel", "which loss: channel-wise", _train("vpbsd", options={"pattern_loss": "channel"})
     ),
     _vpbsd_row(
         "hint",
-        "CMEDL's lesson: the encoder's own features",
-        _train("vpbsd", options={"lesson": "hint"}),
+        "CMEDL's hint: the encoder's own features",
+        _train("vpbsd", options={"pattern_loss": "hint"}),
     ),
     _vpbsd_row(
         "lotus",
-        "LOTUS's lessons, from a teacher of the other modality",
+        "LOTUS's losses, from a teacher of the other modality",
         _train("lotus", options={"taps": ["join1"], "head": "head"}),
     ),
     _vpbsd_row("ummkd", "UMMKD, with the other modality", _train("ummkd")),

@@ -12,7 +12,14 @@ from ..core import read_csv
 
 # %% ../../nbs/study/earlier.ipynb #b9702e03
 EARLIER = """
-field    *       shares          reuses
+field    *       shares           reuses
+method   *       painted          reconstruction
+option   vpbsd   lesson           pattern_loss
+word     seg     house            common
+term     lotus   way              projection
+term     *       critic           discriminator
+term     *       content_critic   content_discriminator
+column   *       critic_right     discriminator_right
 """  # what, of, before, now
 
 

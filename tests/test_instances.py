@@ -18,7 +18,7 @@ from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 from unpaired_kd.inference.files import predict_path
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.metrics.segmentation import components, instance_scores
-from unpaired_kd.study.statistics import evaluate
+from unpaired_kd.study.scoring import evaluate
 
 
 def disc(*centre, radius=10, shape=(48, 64)):

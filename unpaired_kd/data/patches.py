@@ -85,6 +85,10 @@ class Patches:
         self._members = {}
         for i, g in enumerate(collection.label_groups):
             self._members.setdefault(g, []).append(i)
+        self._slices = {}
+        for i, case in enumerate(collection.cases):
+            if case.plane is not None:
+                self._slices.setdefault(case.id.rpartition("/")[0], []).append(i)
 
 # %% ../../nbs/data/patches.ipynb #e4240818
 def _check_patches(collection, channels, rich):
@@ -163,31 +167,37 @@ def plan(
     u = r.random((B, 3 + 2 * len(self.size)))
     if pairing == "label_group" and like is not None:
         index = self._same_group(like.label_groups, index, u[:, 0])
-    return self._placed(index, u[:, 1:], (self.seed, "augment", self.stream, step, rank))
+    address = (self.seed, "augment", self.stream, step, rank)
+    return self._placed(index, u[:, 1:], address, self._volume)
 
 
 @patch_to(Patches)
-def _placed(self, index, u, address):
-    "A plan for these cases; `u` holds the uniform numbers that place each patch."
-    corner = np.stack([self._corner(i, *row) for i, row in zip(index, u)])
+def _placed(self, index, u, address, among):
+    """A plan for these cases; `u` holds the uniform numbers that place each patch. A patch on a
+    structure may lie in any of the cases `among(i)`.
+    """
+    places = [self._place(i, among(i), *row) for i, row in zip(index, u)]
+    index = np.array([i for i, _ in places])
+    corner = np.stack([corner for _, corner in places])
     groups = [self.collection.cases[i].label_group for i in index]
-    return Plan(np.asarray(index), corner, groups, address)
+    return Plan(index, corner, groups, address)
 
 # %% ../../nbs/data/patches.ipynb #6d0a6e6f
 @patch_to(Patches)
-def _corner(self, i, place, which, *u):
-    "First pixel of a patch of case `i`; the arguments after it are uniform in [0,1)."
+def _place(self, i, among, place, which, *u):
+    """Case and first pixel of a patch: of case `i`, or on a structure of one of the cases `among`.
+    The arguments after these are uniform in [0,1).
+    """
     anywhere, off_middle = np.reshape(u, (2, -1))
     if place < self.rich and len(self._bright_blocks()[i]):
-        return self._around(i, self._in_block(i, which), off_middle)
-    classes = self._foreground(i) if place < self.foreground else []
-    if not classes:
+        return i, self._around(i, self._in_block(i, which), off_middle)
+    found = self._pixel(among, which) if place < self.foreground else None
+    if found is None:
         room = np.maximum(self._shape(i), self.size) - self.size
-        return (anywhere * (room + 1)).astype(np.int64)
-    which *= len(classes)
-    pixels = classes[int(which)]
-    chosen = pixels[int(which % 1 * len(pixels))]
-    return self._around(i, np.array(np.unravel_index(chosen, self._shape(i))), off_middle)
+        return i, (anywhere * (room + 1)).astype(np.int64)
+    i, position = found
+    pixel = np.array(np.unravel_index(position, self._shape(i)))
+    return i, self._around(i, pixel, off_middle)
 
 
 @patch_to(Patches)
@@ -210,19 +220,46 @@ def _shape(self, i):
 
 @patch_to(Patches)
 def _foreground(self, i):
-    "For each class present in case `i`: at most 4096 of its pixels, as flat positions. Found once."
+    """{class: at most 4096 of its pixels, as flat positions} of each class present in case `i`.
+    Found once."""
     if i not in self._pixels:
         label = self.collection.decoded(i).label.reshape(-1)
-        found = []
+        found = {}
         for k in range(1, len(self.collection.classes)):
             at = np.flatnonzero(label == k)
             if len(at) > 4096:
                 r = rng(0, "pixels", self.collection.cases[i].id, k)
                 at = r.choice(at, 4096, replace=False)
             if len(at):
-                found.append(at.astype(np.int64))
+                found[k] = at.astype(np.int64)
         self._pixels[i] = found
     return self._pixels[i]
+
+# %% ../../nbs/data/patches.ipynb #5f1c0a02
+@patch_to(Patches)
+def _volume(self, i):
+    "Case `i`, or all slices of the volume that it is a slice of."
+    case = self.collection.cases[i]
+    return [i] if case.plane is None else self._slices[case.id.rpartition("/")[0]]
+
+
+@patch_to(Patches)
+def _pixel(self, cases, which):
+    """(case, flat position) of a pixel of a class: each class that some of the cases show is equally
+    likely, and so is each of its known pixels. None where there is no class."""
+    shown = {}
+    for i in cases:
+        for k, pixels in self._foreground(i).items():
+            shown.setdefault(k, []).append((i, pixels))
+    if not shown:
+        return None
+    which *= len(shown)
+    of_class = shown[sorted(shown)[int(which)]]
+    at = int(which % 1 * sum(len(pixels) for _, pixels in of_class))
+    for i, pixels in of_class:
+        if at < len(pixels):
+            return i, pixels[at]
+        at -= len(pixels)
 
 # %% ../../nbs/data/patches.ipynb #411f96a1
 _GREY_RANGE = (0.5, 99.8)  # percentiles of an image that count as 0 and 1 when blocks are compared
@@ -377,7 +414,7 @@ def eval_batches(
     for k in range(one_pass if n is None else n):
         index = np.arange(k * B, (k + 1) * B) % len(self.collection)
         u = rng(self.seed, "eval", self.stream, k).random((B, 2 + 2 * len(self.size)))
-        out.append(self.read(self._placed(index, u, ()), augment=False))
+        out.append(self.read(self._placed(index, u, (), lambda i: [i]), augment=False))
     return out
 
 # %% ../../nbs/data/patches.ipynb #36c0419b

@@ -390,6 +390,7 @@ def _fit(self: Learner):
         self.tell(self.history[-1])
         if over:
             self.position.update(stage=self.position["stage"] + 1, epoch=0)
+            self.since_best = 0  # early stopping counts within a stage
         bar.set_postfix_str(self._summary(stage))
         self.position["finished"] = bool(self._over())
         due = self.position["total"] % self.settings.save_every == 0
@@ -410,9 +411,8 @@ def _begin(self: Learner, stage):
 @patch
 def _over(self: Learner):
     "Whether the whole run is at its end."
-    last = (
-        self.position["stage"] >= len(self.stages) - 1
-    )  # an earlier one may not train the student
+    # an earlier stage may not train the student
+    last = self.position["stage"] >= len(self.stages) - 1
     patience = self.settings.early_stop
     stopped = patience and self.valid and last and self.since_best >= patience
     spent = self.position["total"] >= self.settings.epochs

@@ -25,7 +25,8 @@ def ball(shift=(0, 0, 0), R=12.0, spacing=THICK, margin=8):
 
 
 def study(cases=4, readers=3):
-    "Balls of slightly different place and size by three readers, all in one frame of 11 x 33 x 33 voxels."
+    """Balls of slightly different place and size by three readers, all in one frame of 11 x 33 x 33
+    voxels."""
 
     def frame(i, j):
         return ball((0, rng(0, i, j).uniform(-2, 2), 0), 8 + 0.5 * j, margin=8.5 - 0.5 * j)

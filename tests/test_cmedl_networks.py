@@ -1,4 +1,5 @@
-"Faults and properties of the three networks of CMEDL: counts, shapes, taps, gradients, input checks, round trips."
+"""Faults and properties of the three networks of CMEDL: counts, shapes, taps, gradients, input
+checks, round trips."""
 
 import pytest
 import torch

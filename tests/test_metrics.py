@@ -36,7 +36,8 @@ from unpaired_kd.metrics.topology import betti_errors, cl_dice, topology_scores
 
 
 def scattered(seed, n=40, shape=(60, 60), size=9):
-    "Random boxes, drawn over each other: objects that overlap in every way, some cut in two. Numbered in order of appearance."
+    """Random boxes, drawn over each other: objects that overlap in every way, some cut in two.
+    Numbered in order of appearance."""
     r = rng(seed, "scattered")
     out = np.zeros(shape, np.int32)
     for k in range(1, n + 1):
@@ -104,7 +105,8 @@ def test_merged_cells():
 
 
 def test_greedy_is_not_optimal():
-    "The best single pair must be given up when two others are worth more together; a pair above one half may be among the losers."
+    """The best single pair must be given up when two others are worth more together; a pair above
+    one half may be among the losers."""
     target, pred = np.zeros((2, 1, 300), int)
     target[0, 0:100] = 1
     target[0, 100:200] = 2
@@ -180,7 +182,8 @@ def test_perfect_disjoint_and_empty_objects():
 
 
 def test_tied_predictions():
-    "A cell cut in two equal halves, one of which also serves a second cell: the half that appears first is taken."
+    """A cell cut in two equal halves, one of which also serves a second cell: the half that appears
+    first is taken."""
     target = np.array([[1, 1, 1, 1, 0, 0]])
     for pred in ([[1, 1, 2, 2, 0, 0]], [[9, 9, 3, 3, 0, 0]]):
         assert aji(np.array(pred), target) == pytest.approx(2 / (4 + 2))
@@ -479,7 +482,8 @@ def test_released_hd_pools_both_directions():
 
 # ---------------------------------------------------------------- units
 def surface_dice_in_steps(pred, target, reach, ratio):
-    "Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis, `reach` steps allowed."
+    """Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis,
+    `reach` steps allowed."""
     a, b = (np.argwhere(surface(m)) * np.array(ratio) for m in (pred, target))
     squares = ((a[:, None] - b[None]) ** 2).sum(-1)
     near = (squares.min(1) <= reach**2).sum() + (squares.min(0) <= reach**2).sum()

@@ -62,11 +62,10 @@ class Learner:
         data,  # has `.batch(step, names, rank) -> dict`, e.g. `Unpaired`
         folder,  # where checkpoints go
         seed: int = 0,  # seed of noise (data have their own)
-        settings: Settings = Settings(),  # all numbers
+        settings: Settings | None = None,  # all numbers; None: their defaults
         weights: dict | None = None,  # changes to the weights of the loss terms
         valid: list | None = None,  # batches for validation of the student
-        watch: list
-        | None = None,  # fixed batches (dicts) for `Method.monitor`; None: two of the data's
+        watch: list | None = None,  # fixed batches for `Method.monitor`; None: two of the data's
         identity=None,  # more plain data that must be the same when resuming (e.g. images)
         tell: Callable = lambda row: None,  # called with the history row after each epoch
     ):
@@ -74,7 +73,7 @@ class Learner:
         self.data = data
         self.folder = Path(folder)
         self.seed = seed
-        self.settings = settings
+        self.settings = settings or Settings()
         self.valid = valid
         self.watch = watch
         self.tell = tell
@@ -83,7 +82,7 @@ class Learner:
         method.check_weights(self.weights)
         self.identity = self._identity(identity)
         self.stages = method.stages()
-        check_accumulation(method, self.stages, settings)
+        check_accumulation(method, self.stages, self.settings)
         self.position = dict(stage=0, epoch=0, step=0, total=0, finished=False)
         self.best = -math.inf  # validation Dice
         self.since_best = 0  # epochs
@@ -340,6 +339,7 @@ def _stage_over(self: Learner, stage, row):
             f"stage {stage.name!r} ended at its cap of {stage.epochs} epochs: "
             f"{stage.until.measure} had not settled by the rule {stage.until}.",
             NotSettled,
+            stacklevel=2,
         )
     return settled or cap
 

@@ -26,9 +26,9 @@ from unpaired_kd.metrics.segmentation import (
     hausdorff,
     instance_scores,
     iou,
-    overlaps,
+    find_overlaps,
     panoptic_quality,
-    surface,
+    find_surface,
     surface_dice,
     surface_distances,
 )
@@ -142,7 +142,7 @@ def test_more_than_300_objects():
     order = np.r_[0, rng(0, "order").permutation(target.max()) + 1]
     s = instance_scores(order[target], target)
     assert (s["aji"], s["aji_plus"], s["pq"], s["tp"]) == (1, 1, 1, n)
-    assert len(overlaps(target, target).target_area) == n
+    assert len(find_overlaps(target, target).target_area) == n
     assert (
         released_pq(order[target], target, min_size=0, binary=False) < 1
     )  # the wrap that this module does not have
@@ -276,7 +276,7 @@ def test_surface_is_mask_minus_erosion(shape):
     from scipy.ndimage import binary_erosion
 
     for mask in (rng(0, "mask").random(shape) > 0.2, np.ones(shape, bool)):
-        assert (surface(mask) == (mask & ~binary_erosion(mask))).all()
+        assert (find_surface(mask) == (mask & ~binary_erosion(mask))).all()
 
 
 @pytest.mark.parametrize("by", [(3, 0), (3, 4), (-5, 12)])
@@ -484,7 +484,7 @@ def test_released_hd_pools_both_directions():
 def surface_dice_in_steps(pred, target, reach, ratio):
     """Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis,
     `reach` steps allowed."""
-    a, b = (np.argwhere(surface(m)) * np.array(ratio) for m in (pred, target))
+    a, b = (np.argwhere(find_surface(m)) * np.array(ratio) for m in (pred, target))
     squares = ((a[:, None] - b[None]) ** 2).sum(-1)
     near = (squares.min(1) <= reach**2).sum() + (squares.min(0) <= reach**2).sum()
     return near / (len(a) + len(b))

@@ -172,7 +172,7 @@ def bodies(seed, shape=(7, 8, 9)):
 
 def test_surface():
     for mask in bodies(0):
-        assert [tuple(p) for p in np.argwhere(metrics.surface(mask))] == surface_points(mask)
+        assert [tuple(p) for p in np.argwhere(metrics.find_surface(mask))] == surface_points(mask)
 
 
 class Oblique(tuple):
@@ -219,7 +219,7 @@ OBJECTS_PRED = np.array([0, 7, 7, 7, 0, 5, 5, 0, 0, 5, 5, 0, 0, 9])
 def test_objects_by_hand():
     """IoU: 1 with 7 is 3/4, 2 with 5 is 2/5, 3 with 5 is 2/4. AJI takes prediction 5 for both 2
     and 3, AJI+ only for the better one, 3."""
-    o = metrics.overlaps(OBJECTS_PRED, OBJECTS_TRUE)
+    o = metrics.find_overlaps(OBJECTS_PRED, OBJECTS_TRUE)
     pairs = [(o.target_label[i], o.pred_label[j]) for i, j in zip(o.target, o.pred)]
     assert pairs == [(1, 7), (2, 5), (3, 5)]
     assert o.inter.tolist() == [3, 2, 2] and o.union.tolist() == [4, 5, 4]
@@ -313,7 +313,7 @@ def test_grey_shares_and_their_divergence_by_hand():
         return [s / sum(shares) for s in shares]
 
     p, q = by_hand([2, 1, 1, 1]), by_hand([1, 0, 0, 3])
-    assert image_quality.grey_shares(real, bins=4, eps=eps) == pytest.approx(p)
+    assert image_quality.grey_histogram(real, bins=4, eps=eps) == pytest.approx(p)
     wanted = sum(a * math.log(a / b) for a, b in zip(p, q))
     assert image_quality.histogram_kl(real, fake, bins=4, eps=eps) == pytest.approx(wanted)
     p, q = by_hand([1, 1, 1, 1]), by_hand([1, 0, 0, 2])
@@ -321,7 +321,7 @@ def test_grey_shares_and_their_divergence_by_hand():
         real, fake, [0, 1, 1, 1, 1], torch.tensor([1, 0, 1, 1]), bins=4, eps=eps
     )
     assert found == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)))
-    found = image_quality.grey_shares(real, bins=2, range=(-1, 3), eps=0)
+    found = image_quality.grey_histogram(real, bins=2, range=(-1, 3), eps=0)
     assert found == pytest.approx([0.8, 0.2])
 
 
@@ -464,7 +464,7 @@ def test_the_table_of_readers_by_hand():
 
 def test_arms_of_readers_and_model_by_hand():
     rows = agreement.agreement_rows(CASES, 1.0, MODEL, tolerance=0.5)
-    found = agreement.as_arms(rows, "net", groups=["p", "q"])
+    found = agreement.make_arm_rows(rows, "net", groups=["p", "q"])
     assert [(r["arm"], r["seed"], r["case"], r["group"]) for r in found] == [
         ("readers", 0, "0", "p"),
         ("readers", 0, "1", "q"),

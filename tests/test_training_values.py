@@ -15,12 +15,12 @@ from unpaired_kd import core
 from unpaired_kd.core import InputError, resolve_precision, seeded, torch_rng
 from unpaired_kd.training import learner as learner_module
 from unpaired_kd.training.calibrate import calibrate
-from unpaired_kd.training.checkpoints import global_state, load_checkpoint, restore_global_state
+from unpaired_kd.training.checkpoints import get_random_state, load_checkpoint, set_random_state
 from unpaired_kd.training.learner import Learner
-from unpaired_kd.training.method import Method, Stage, Update, set_modes, weight_table, weighted
+from unpaired_kd.training.method import Method, Stage, Update, set_modes, weight_table, weighted_sum
 from unpaired_kd.training.processes import average_buffers, average_gradients
 from unpaired_kd.training.rules import Improvements, NoBetter, NotSettled, Plateau
-from unpaired_kd.training.settings import Settings, deciding, learning_rate
+from unpaired_kd.training.settings import Settings, select_deciding, learning_rate
 from unpaired_kd.training.validation import validate
 
 START = {"a": (1.0, -2.0), "b": (0.5, 3.0)}
@@ -332,7 +332,7 @@ def test_the_settings_as_a_table():
         bars=True,
     )
     result = "epochs steps accumulate lr weight_decay schedule clip early_stop stop_on"
-    assert set(deciding(Settings())) == set(result.split())
+    assert set(select_deciding(Settings())) == set(result.split())
 
 
 # --- the learning rate ---
@@ -594,9 +594,9 @@ def test_weights_of_terms():
     assert weight_table({"a": 1.0, "b": 2.0}, {"b": 0}) == {"a": 1.0, "b": 0}
     assert weight_table({"a": 1.0}, None) == {"a": 1.0}
     terms = {"a": lambda: torch.tensor(3.0), "b": lambda: torch.tensor(5.0), "c": pytest.fail}
-    total, values = weighted(terms, {"a": 2.0, "b": -1.0, "c": 0})
+    total, values = weighted_sum(terms, {"a": 2.0, "b": -1.0, "c": 0})
     assert total.item() == 1.0 and values == {"a": 3.0, "b": 5.0}
-    assert weighted({"c": pytest.fail}, {"c": 0}) == (None, {})
+    assert weighted_sum({"c": pytest.fail}, {"c": 0}) == (None, {})
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -625,9 +625,9 @@ def test_global_generators_go_on_where_they_were():
     with seeded(0, "draw"):
         random.gauss()
         np.random.randn()  # both keep a second number in hand
-        state = global_state()
+        state = get_random_state()
         wanted = draw(), np.random.randn()
-        restore_global_state(state)
+        set_random_state(state)
         assert (draw(), np.random.randn()) == wanted
 
 

@@ -125,7 +125,7 @@ def as_python(
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 # %% ../nbs/core.ipynb #5a7e1c07
-WANTED = {
+_KIND_NAMES = {
     int: "a whole number",
     float: "a finite number",
     bool: "true or false",
@@ -137,7 +137,7 @@ WANTED = {
 }
 
 
-def fit_value(
+def _fit_value(
     name: str,  # of the setting, for the message
     value,  # what was given
     kind,  # annotation of the setting
@@ -146,9 +146,9 @@ def fit_value(
     origin = get_origin(kind)
     parts = get_args(kind)
     if origin is Annotated:
-        return fit_range(name, fit_value(name, value, parts[0]), parts[1])
+        return _fit_range(name, _fit_value(name, value, parts[0]), parts[1])
     if origin in (Union, types.UnionType):
-        return fit_any(name, value, parts)
+        return _fit_any(name, value, parts)
     if origin is Literal:
         if value not in parts or isinstance(value, bool):
             raise InputError(unknown(name, value, parts))
@@ -159,11 +159,11 @@ def fit_value(
         value = kind(value)
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not good or kind is float and not math.isfinite(value):
-        raise InputError(f"{name}={value!r}: give {wanted(kind)}.")
+        raise InputError(f"{name}={value!r}: give {_describe_kind(kind)}.")
     return value
 
 # %% ../nbs/core.ipynb #4a5a75c7
-def wanted(
+def _describe_kind(
     kind,  # annotation of a setting
 ) -> str:  # what to give, for a message
     "An annotation in words."
@@ -171,11 +171,11 @@ def wanted(
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, parts))
     if get_origin(kind) is Annotated:
-        return f"{wanted(parts[0])} that is {parts[1]}"
-    return WANTED.get(kind) or f"a `{kind.__name__}`"
+        return f"{_describe_kind(parts[0])} that is {parts[1]}"
+    return _KIND_NAMES.get(kind) or f"a `{kind.__name__}`"
 
 # %% ../nbs/core.ipynb #5a7e1c08
-def fit_range(
+def _fit_range(
     name: str,  # of the setting
     value,  # a number
     range: Range,  # where it must lie
@@ -186,7 +186,7 @@ def fit_range(
     return value
 
 
-def fit_any(
+def _fit_any(
     name: str,  # of the setting
     value,  # what was given
     kinds: tuple,  # annotations
@@ -194,8 +194,8 @@ def fit_any(
     "`InputError` for a value that fits none of the annotations."
     for kind in kinds:
         with contextlib.suppress(InputError):
-            return fit_value(name, value, kind)
-    words = dict.fromkeys(map(wanted, kinds))
+            return _fit_value(name, value, kind)
+    words = dict.fromkeys(map(_describe_kind, kinds))
     raise InputError(f"{name}={value!r}: give {', or '.join(words)}.")
 
 # %% ../nbs/core.ipynb #1beaa2e5
@@ -213,7 +213,7 @@ class Checked:
 
     def __post_init__(self):
         for name, kind in annotations_of(type(self)).items():
-            value = fit_value(name, as_python(getattr(self, name)), kind)
+            value = _fit_value(name, as_python(getattr(self, name)), kind)
             object.__setattr__(self, name, value)
         self.check()
 
@@ -594,7 +594,7 @@ def sync(
         os.close(handle)
 
 # %% ../nbs/core.ipynb #b1d0c0a4
-REFUSALS = {
+_REFUSALS = {
     getattr(errno, name)
     for name in "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split()  # what a disk or its owner says no with
     if hasattr(errno, name)
@@ -607,7 +607,7 @@ def _refusing(path, all_of_them=False):
     try:
         yield
     except OSError as e:
-        if e.errno not in REFUSALS and not all_of_them:
+        if e.errno not in _REFUSALS and not all_of_them:
             raise
         raise InputError(
             f"cannot write {path}: {e.strerror}. Give a place that you may write to, with room on "
@@ -894,16 +894,16 @@ def write_csv(
         w.writerows(rows)
 
 # %% ../nbs/core.ipynb #1891a959
-WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
-REAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|nan|-?inf")
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
+_REAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|nan|-?inf")
 
 
 def _number(text):
     """A number where the text is one as Python writes it: `7`, `0.5`, `1e-05`; `007` and `1_000`
     are names."""
-    if WHOLE.fullmatch(text):
+    if _WHOLE.fullmatch(text):
         return int(text)
-    if REAL.fullmatch(text):
+    if _REAL.fullmatch(text):
         return float(text)
     return text
 

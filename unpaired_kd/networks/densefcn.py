@@ -41,7 +41,7 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Module):
     """Dense layers one after the other: (B,i,H,W) -> (B,layers*growth,H,W), or
     (B,i+layers*growth,H,W) if `keep`. Layer `before_last` only passes on what the last layer reads,
-    so that a tap can hear it."""
+    so that a tap can read it."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class DenseBlock(nn.Module):
         return torch.cat([x, self.layers[-1](x)], 1)[:, self.skip :]
 
 # %% ../../nbs/networks/densefcn.ipynb #76518c4d
-def dense_down(
+def make_dense_down(
     i: int,  # channels in and out
     dropout: float,  # share of numbers set to 0 in training
 ) -> nn.Sequential:  # (B,i,H,W) -> (B,i,H/2,W/2)
@@ -140,20 +140,18 @@ class DenseFCN(nn.Module):
         )
 
         def block(i, keep):
-            return DenseBlock(i, 4, width // 4, dropout, keep)  # adds `width` channels
+            "Four layers, which add `width` channels together."
+            return DenseBlock(i, 4, width // 4, dropout, keep)
 
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.head = nn.Conv2d(4 * width, classes, 1)
         for n in range(1, 6):
-            for name, m in (
-                ("down", block(n * width, True)),
-                ("pool", dense_down((n + 1) * width, dropout)),
-            ):
-                self.add_module(f"{name}{n}", m)
-        self.bottom = block(6 * width, False)
+            self.add_module(f"down{n}", block(n * width, keep=True))
+            self.add_module(f"pool{n}", make_dense_down((n + 1) * width, dropout))
+        self.bottom = block(6 * width, keep=False)
         for n in range(5, 0, -1):
-            for name, m in (("expand", DenseUp(width)), ("up", block((n + 2) * width, n == 1))):
-                self.add_module(f"{name}{n}", m)
+            self.add_module(f"expand{n}", DenseUp(width))
+            self.add_module(f"up{n}", block((n + 2) * width, keep=n == 1))
 
     def forward(
         self,
@@ -168,5 +166,6 @@ class DenseFCN(nn.Module):
             x = getattr(self, f"pool{n}")(skips[-1])
         x = self.bottom(x)
         for n in range(5, 0, -1):
-            x = getattr(self, f"up{n}")(getattr(self, f"expand{n}")(x, skips.pop()))
+            x = getattr(self, f"expand{n}")(x, skips.pop())
+            x = getattr(self, f"up{n}")(x)
         return self.head(x)

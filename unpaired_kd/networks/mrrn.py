@@ -14,7 +14,7 @@ from .registry import NETWORKS
 from .unet import check_input
 
 # %% ../../nbs/networks/mrrn.ipynb #7dc67639
-def conv_unit(
+def make_conv_unit(
     i: int,  # channels in
     o: int,  # channels out
 ) -> nn.Sequential:  # (B,i,H,W) -> (B,o,H,W)
@@ -30,7 +30,7 @@ class ResidualUnit(nn.Module):
         width: int,  # channels
     ):
         super().__init__()
-        self.body = conv_unit(width, width)
+        self.body = make_conv_unit(width, width)
 
     def forward(
         self,
@@ -38,6 +38,11 @@ class ResidualUnit(nn.Module):
     ) -> Tensor:  # (B,w,H,W)
         "The input and what the unit makes of it."
         return x + self.body(x)
+
+
+def _make_chain(i, width):
+    "A convolution unit from i to `width` channels, and three residual units."
+    return nn.Sequential(make_conv_unit(i, width), *[ResidualUnit(width) for _ in range(3)])
 
 # %% ../../nbs/networks/mrrn.ipynb #a837f0da
 class RCU(nn.Module):
@@ -55,7 +60,7 @@ class RCU(nn.Module):
         super().__init__()
         self.pool = nn.MaxPool2d(factor)
         self.drop = nn.Dropout2d(dropout)
-        self.body = nn.Sequential(conv_unit(stream + i, o), conv_unit(o, o))
+        self.body = nn.Sequential(make_conv_unit(stream + i, o), make_conv_unit(o, o))
         self.back = nn.Conv2d(o, stream, 1)
         self.up = nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=False)
 
@@ -68,20 +73,20 @@ class RCU(nn.Module):
         v = self.body(torch.cat([self.drop(self.pool(r)), v], 1))
         return v, r + self.up(self.back(v))
 
-# %% ../../nbs/networks/mrrn.ipynb #baf59f11
-VISITS = {
+# %% ../../nbs/networks/mrrn.ipynb #5df52e30
+VISITS = {  # stage -> streams it visits, in order; its digit: how many times it is halved
     "enc1": (0, 0, 0),
     "enc2": (0, 1, 0),
     "enc3": (0, 2, 1, 0),
-    "enc4": (0, 3, 2, 1, 0),  # stage -> streams it visits, in order
+    "enc4": (0, 3, 2, 1, 0),
     "dec3": (0, 2, 1, 0),
     "dec2": (0, 1, 0),
     "dec1": (0, 0, 0),
-}  # the digit of a stage: how many times it is halved
+}
 LINKS = ("paper", "connected")
 
-
-class Stage(nn.ModuleList):
+# %% ../../nbs/networks/mrrn.ipynb #baf59f11
+class MRRNStage(nn.ModuleList):
     """The visits of one stage, one after the other: the pooled path (B,i,H/2^d,W/2^d) ->
     (B,o,H/2^d,W/2^d) with o = 2^d w; the list of streams is renewed."""
 
@@ -92,16 +97,18 @@ class Stage(nn.ModuleList):
         link: str,  # one of `LINKS`
         dropout: float,  # share of channels of a pooled stream set to 0 in training
     ):
-        self.visits = VISITS[name]
         level = int(name[-1])
         o = width * 2**level
-        i = o // 2 if name.startswith("enc") else o if (name, link) == ("dec1", "paper") else 2 * o
-        super().__init__(
-            [
-                RCU(o if n else i, o, width * 2**s, 2 ** (level - s), dropout)
-                for n, s in enumerate(VISITS[name])
-            ]
-        )
+        first = 2 * o  # channels of the path that comes in
+        if name.startswith("enc"):
+            first = o // 2
+        elif (name, link) == ("dec1", "paper"):
+            first = o
+        super().__init__()
+        self.visits = VISITS[name]
+        for n, s in enumerate(self.visits):
+            i = o if n else first
+            self.append(RCU(i, o, width * 2**s, 2 ** (level - s), dropout))
 
     def forward(
         self,
@@ -148,21 +155,16 @@ class MRRN(nn.Module):
             dropout=dropout,
             dims=dims,
         )
-        self.stem = nn.Sequential(
-            conv_unit(in_channels, width), *[ResidualUnit(width) for _ in range(3)]
-        )
+        self.stem = _make_chain(in_channels, width)
         self.start = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True))
         for stage in VISITS:
-            self.add_module(stage, Stage(stage, width, link, dropout))
+            self.add_module(stage, MRRNStage(stage, width, link, dropout))
         self.pool = nn.MaxPool2d(2)
         self.head = nn.Conv2d(width, classes, 1)
         for n in (4, 3, 2, 1):
-            self.add_module(
-                f"up{n}", nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-            )
-        self.merge = nn.Sequential(
-            conv_unit(3 * width, width), *[ResidualUnit(width) for _ in range(3)]
-        )
+            up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+            self.add_module(f"up{n}", up)
+        self.merge = _make_chain(3 * width, width)
 
     def forward(
         self,
@@ -177,6 +179,6 @@ class MRRN(nn.Module):
             streams.append(stage(v, streams))
             v = self.pool(streams[-1])
         v = self.up3(self.dec3(self.up4(self.enc4(v, streams)), streams))
-        v = self.up2(self.dec2(v, streams))  # with link="paper" only a tap hears this
+        v = self.up2(self.dec2(v, streams))  # with link="paper" only a tap reads this
         v = self.up1(self.dec1(streams[1] if self.config["link"] == "paper" else v, streams))
         return self.head(self.merge(torch.cat([streams[0], v], 1)))

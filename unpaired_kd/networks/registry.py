@@ -32,7 +32,7 @@ def build(
     config: dict,  # its arguments
 ) -> nn.Module:  # the network, freshly initialised from the global torch generator
     "Build a network by name. `InputError` if the name or an argument is not known."
-    for module in MODULES:  # only until the name is there
+    for module in MODULES:  # until the name is there
         if name not in NETWORKS:
             import_module(module)
     cls = NETWORKS[name]
@@ -54,6 +54,18 @@ def name_of(
     )
 
 # %% ../../nbs/networks/registry.ipynb #fa455332
+def _differences(own, state):
+    "What keeps a state dict from fitting a network's own, one text a tensor."
+    missing = [f"{name} is missing" for name in own if name not in state]
+    unknown = [f"{name} is not known" for name in state if name not in own]
+    tensors = {name: v for name, v in state.items() if isinstance(v, Tensor)}
+    foreign = [f"{name} is no tensor" for name in state if name not in tensors]
+    other = [name for name, v in tensors.items() if name in own and v.shape != own[name].shape]
+    shapes = [(name, tuple(state[name].shape), tuple(own[name].shape)) for name in other]
+    reshaped = [f"{name} has shape {found} instead of {wanted}" for name, found, wanted in shapes]
+    return missing + unknown + foreign + reshaped
+
+
 def load_weights(
     net: nn.Module,  # network to fill
     state: dict,  # state dict
@@ -61,22 +73,13 @@ def load_weights(
 ) -> nn.Module:  # the network
     """Load weights, all or none. `InputError` that names the source and the first differences when
     they are of another architecture."""
-    own = net.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in state] + [
-        f"{k} is not known" for k in state if k not in own
-    ]
-    wrong += [f"{k} is no tensor" for k, v in state.items() if not isinstance(v, Tensor)]
-    wrong += [
-        f"{k} has shape {tuple(v.shape)} instead of {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and isinstance(v, Tensor) and v.shape != own[k].shape
-    ]
+    wrong = _differences(net.state_dict(), state)
     if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
             f"{source} does not fit {type(net).__name__}({getattr(net, 'config', '')}): "
-            f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. "
-            "It is of another architecture; build the network with the arguments it was trained "
-            "with."
+            f"{'; '.join(wrong[:3])}{more}. It is of another architecture; build the network with "
+            "the arguments it was trained with."
         )
     net.load_state_dict(state)
     return net
@@ -84,10 +87,9 @@ def load_weights(
 # %% ../../nbs/networks/registry.ipynb #95bf55aa
 def weights_digest(
     net: nn.Module,  # a network
-) -> (
-    str
-):  # the same for equal weights and statistics, whatever device, layout and number of threads
-    "A fingerprint of all weights and buffers."
+) -> str:  # 64 hexadecimal digits
+    """A fingerprint of all weights and buffers: the same for equal numbers, whatever device, layout
+    and number of threads."""
     whole = hashlib.sha256()
     for name, v in net.state_dict().items():
         values = v.detach().cpu().contiguous().reshape(-1)

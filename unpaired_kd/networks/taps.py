@@ -23,30 +23,31 @@ class Taps:
         net: nn.Module,  # any network
         names,  # layer names as `named_modules` gives them, e.g. ("conv9",)
     ):
-        layers = dict(net.named_modules())
+        layers = {name: m for name, m in net.named_modules() if name}
         for n in names:
-            if n not in layers or not n:
-                raise InputError(
-                    unknown(f"layer of {type(net).__name__}", n, [k for k in layers if k])
-                )
+            if n not in layers:
+                raise InputError(unknown(f"layer of {type(net).__name__}", n, list(layers)))
         self.names = tuple(names)
         self.seen = {}
         self.versions = {}
-        self.handles = [layers[n].register_forward_hook(partial(self._hear, n)) for n in self.names]
-        hasty = [m for m in layers.values() if getattr(m, "inplace", False)]
-        self.handles += [m.register_forward_pre_hook(self._rescue) for m in hasty]
+        self.handles = []
+        for n in self.names:
+            keep = partial(self._keep, n)
+            self.handles.append(layers[n].register_forward_hook(keep))
+        for m in net.modules():
+            if getattr(m, "inplace", False):
+                self.handles.append(m.register_forward_pre_hook(self._copy_input))
 
-    def _hear(self, name, layer, inputs, out):
-        "A layer has spoken."
+    def _keep(self, name, layer, inputs, out):
+        "A layer has run: keep what it gave."
         self.seen[name] = out
-        self.versions[name] = version(out)
+        self.versions[name] = _count_changes(out)
 
-    def _rescue(self, layer, inputs):
-        """A layer that works in place is about to overwrite its input: keep a copy of what a tap
-        heard."""
+    def _copy_input(self, layer, inputs):
+        "A layer that works in place is about to overwrite its input: keep a copy of a tapped one."
         for n, out in self.seen.items():
             if any(out is x for x in inputs):
-                self._hear(n, layer, inputs, out.clone())
+                self._keep(n, layer, inputs, out.clone())
 
     def __getitem__(
         self,
@@ -58,7 +59,7 @@ class Taps:
             raise InputError(unknown("tap", name, self.names))
         if name not in self.seen:
             raise InputError(f"tap {name!r} has seen nothing yet: run the network first.")
-        if version(self.seen[name]) != self.versions[name]:
+        if _count_changes(self.seen[name]) != self.versions[name]:
             raise InputError(
                 f"tap {name!r}: what follows this layer overwrites its output (a sum "
                 "or function in place). Tap a later layer."
@@ -86,7 +87,7 @@ class Taps:
         self.close()
 
 # %% ../../nbs/networks/taps.ipynb #bec0ea14
-def version(
+def _count_changes(
     out,  # what a layer gave
 ) -> int:  # how often it was changed in place; 0 where torch does not count
     "PyTorch counts every change in place, for the sake of gradients."

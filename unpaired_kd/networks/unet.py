@@ -14,22 +14,23 @@ from ..core import InputError
 from .registry import NETWORKS
 
 # %% ../../nbs/networks/unet.ipynb #e41b7d58
-def _half(x):
+def _half_precision_of(x):
     """The 16-bit format that a layer would compute in on the CPU; None where it computes in another
-    format or place."""
+    format or on another device."""
     if x.device.type != "cpu":
         return None
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return kind if kind in (torch.bfloat16, torch.float16) else None
 
 
-def _short(conv, x):
+def _is_short(conv, x):
     "Whether some side of a map is smaller than the reach of the kernel."
     reach = [step * (k - 1) + 1 for step, k in zip(conv.dilation, conv.kernel_size)]
     return any(side < r for side, r in zip(x.shape[2:], reach))
 
 
-def _float(bias):
+def _float_or_none(bias):
+    "A bias in float32; a convolution may have none."
     return None if bias is None else bias.float()
 
 
@@ -42,16 +43,18 @@ class Conv3d(nn.Conv3d):
         x: Tensor,  # (B,C,D,H,W)
     ) -> Tensor:  # as from `nn.Conv3d`, in the same number format
         "The convolution; in float32 where the map is smaller than the kernel."
-        kind = _half(x)
-        if kind is None or not _short(self, x):
+        kind = _half_precision_of(x)
+        if kind is None or not _is_short(self, x):
             return super().forward(x)
+        bias = _float_or_none(self.bias)
         with torch.autocast("cpu", enabled=False):
-            y = self._conv_forward(x.float(), self.weight.float(), _float(self.bias))
+            y = self._conv_forward(x.float(), self.weight.float(), bias)
         return y.to(kind)
 
 # %% ../../nbs/networks/unet.ipynb #9e225953
 class ConvTranspose3d(nn.ConvTranspose3d):
-    "`nn.ConvTranspose3d`, with the same exception."
+    """`nn.ConvTranspose3d`, with the same exception: a map smaller than the kernel is computed in
+    float32, also where the rest is in 16 bits."""
 
     def forward(
         self,
@@ -59,27 +62,21 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         output_size=None,  # sides of the result, where the stride leaves a choice
     ) -> Tensor:  # as from `nn.ConvTranspose3d`, in the same number format
         "The transposed convolution; in float32 where the map is smaller than the kernel."
-        kind = _half(x)
-        if kind is None or not _short(self, x):
+        kind = _half_precision_of(x)
+        if kind is None or not _is_short(self, x):
             return super().forward(x, output_size)
-        more = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation
-        )
+        weight = self.weight.float()
+        bias = _float_or_none(self.bias)
+        steps = self.stride, self.padding
+        more = self._output_padding(x, output_size, *steps, self.kernel_size, 3, self.dilation)
         with torch.autocast("cpu", enabled=False):
             y = F.conv_transpose3d(
-                x.float(),
-                self.weight.float(),
-                _float(self.bias),
-                self.stride,
-                self.padding,
-                more,
-                self.groups,
-                self.dilation,
+                x.float(), weight, bias, *steps, more, self.groups, self.dilation
             )
         return y.to(kind)
 
 # %% ../../nbs/networks/unet.ipynb #fa9e57e2
-STEADY = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
+OWN_CONVOLUTIONS = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
 
 
 def steady(
@@ -88,8 +85,8 @@ def steady(
     """Give every plain 3-D convolution of a network the forward pass of ours; weights, names and
     the rest stay."""
     for m in net.modules():
-        if type(m) in STEADY:
-            m.__class__ = STEADY[type(m)]
+        if type(m) in OWN_CONVOLUTIONS:
+            m.__class__ = OWN_CONVOLUTIONS[type(m)]
     return net
 
 # %% ../../nbs/networks/unet.ipynb #b562d36a
@@ -99,10 +96,10 @@ def layer(
 ):  # the class, e.g. torch.nn.Conv2d
     "The 2-D or 3-D version of a torch layer; for volumes our own convolutions."
     kind = getattr(nn, f"{name}{dims}d")
-    return STEADY.get(kind, kind)
+    return OWN_CONVOLUTIONS.get(kind, kind)
 
 
-def normalisation(
+def make_normalisation(
     kind: str,  # batch | instance
     channels: int,  # number of channels
     dims: int,  # 2 or 3
@@ -126,10 +123,10 @@ def double_conv(
     conv = layer("Conv", dims)
     return nn.Sequential(
         conv(i, o, 3, padding=1),
-        normalisation(norm, o, dims),
+        make_normalisation(norm, o, dims),
         nn.ReLU(inplace=True),
         conv(o, o, 3, padding=1),
-        normalisation(norm, o, dims),
+        make_normalisation(norm, o, dims),
         nn.ReLU(inplace=True),
     )
 
@@ -143,7 +140,7 @@ def up_conv(
     "$U(i,o)$: 2x2 transposed convolution of stride 2, normalisation, ReLU."
     return nn.Sequential(
         layer("ConvTranspose", dims)(i, o, 2, stride=2),
-        normalisation(norm, o, dims),
+        make_normalisation(norm, o, dims),
         nn.ReLU(inplace=True),
     )
 
@@ -191,50 +188,58 @@ class UNet(nn.Module):
             x = self.pool(x)
         x = self.conv5(x)
         for n in range(6, 10):
-            x = getattr(self, f"conv{n}")(torch.cat([getattr(self, f"up{n}")(x), skips.pop()], 1))
+            x = getattr(self, f"up{n}")(x)
+            x = getattr(self, f"conv{n}")(torch.cat([x, skips.pop()], 1))
         return self.conv10(x)
 
 # %% ../../nbs/networks/unet.ipynb #dfb329ed
+def _fault_of_sides(sides, stride):
+    "What is wrong with the sides of an image, in words; None if each is a multiple of its stride."
+    if isinstance(stride, tuple):
+        names = ("depth", "height", "width")[-len(sides) :]
+        for name, side, step in zip(names, sides, stride):
+            if side % step or not side:
+                return f"{name} {side} is not a multiple of {step}"
+        return None
+    if all(side and side % stride == 0 for side in sides):
+        return None
+    halvings = stride.bit_length() - 1
+    return f"every side must be a multiple of {stride} (the network halves it {halvings} times)"
+
+
 def check_input(
     x: Tensor,  # images (B,C,*s)
     channels: int,  # channels the network expects
     dims: int,  # spatial axes the network expects
     stride,  # every side must be a multiple of this whole number; a tuple: one number an axis
 ):
-    "Raise `InputError` if `x` does not fit the network."
+    "Raise `InputError` for a batch with other axes, channels or sides than the network takes."
     if x.ndim != dims + 2:
+        axes = ", ".join(("depth", "height", "width")[-dims:])
         raise InputError(
             f"the image batch has shape {tuple(x.shape)}; a {dims}-D network needs {dims + 2} "
-            f"axes: (batch, channels, {'depth, ' * (dims - 2)}height, width)."
+            f"axes: (batch, channels, {axes})."
         )
     if x.shape[1] != channels:
         raise InputError(
             f"the image batch has {x.shape[1]} channels; the network was built for {channels}. "
             f"Set in_channels={x.shape[1]}, or replicate grey images."
         )
-    if isinstance(stride, tuple):
-        for name, side, s in zip(("depth", "height", "width")[-dims:], x.shape[2:], stride):
-            if side % s or not side:
-                raise InputError(
-                    f"image size {tuple(x.shape[2:])}: {name} {side} is not a multiple of {s}. "
-                    "Pad, crop or resize the images, or use `Student.predict`, which pads."
-                )
-    elif any(s % stride or not s for s in x.shape[2:]):
+    fault = _fault_of_sides(tuple(x.shape[2:]), stride)
+    if fault:
         raise InputError(
-            f"image size {tuple(x.shape[2:])}: every side must be a multiple of {stride} (the "
-            f"network halves it {stride.bit_length() - 1} times). Pad, crop or resize the images, "
-            "or use `Student.predict`, which pads."
+            f"image size {tuple(x.shape[2:])}: {fault}. Pad, crop or resize the images, or use "
+            "`Student.predict`, which pads."
         )
 
 # %% ../../nbs/networks/unet.ipynb #ecc5a7da
 def best_layout(
     net: nn.Module,  # a network
 ) -> torch.memory_format:  # the memory format for its weights and inputs
-    "channels_last for 2-D networks with BatchNorm, contiguous for all others."
-    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    other = [
-        m
-        for m in net.modules()
-        if isinstance(m, (nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d))
-    ]
-    return torch.channels_last if norms and not other else torch.contiguous_format
+    "channels_last for 2-D networks with BatchNorm only, contiguous for all others."
+    layers = list(net.modules())
+    batch = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    other = (nn.GroupNorm, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    helps = any(isinstance(m, batch) for m in layers)
+    hurts = any(isinstance(m, other) for m in layers)
+    return torch.channels_last if helps and not hurts else torch.contiguous_format

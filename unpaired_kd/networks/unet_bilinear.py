@@ -60,5 +60,6 @@ class BilinearUNet(nn.Module):
             x = self.pool(x)
         x = self.conv5(x)
         for n in range(6, 10):
-            x = getattr(self, f"conv{n}")(torch.cat([skips.pop(), self.up(x)], 1))
+            x = torch.cat([skips.pop(), self.up(x)], 1)
+            x = getattr(self, f"conv{n}")(x)
         return self.conv10(x)

@@ -10,26 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import PALETTE, InputError, atomic, outlined, read_csv, to_display, unknown
+from ..core import InputError, PALETTE, atomic, outlined, read_csv, to_display, unknown
 from .rows import arrange, guests
 from .statistics import sign_of
 from .typesetting import name_of
 
 # %% ../../nbs/study/figures.ipynb #892a8b19
-OUTCOMES = {
-    "correct": PALETTE[0],
-    "missed": PALETTE[6],
-    "extra": PALETTE[3],
-    "wrong class": PALETTE[7],
-}
-
+OUTCOMES = {"correct": PALETTE[0], "missed": PALETTE[6],
+            "extra": PALETTE[3], "wrong class": PALETTE[7]}
 
 def outcomes(
-    target: np.ndarray,  # class map (*spatial)
-    pred: np.ndarray,  # class map (*spatial)
-) -> (
-    np.ndarray
-):  # (*spatial) int: 0 background in both, 1 correct, 2 missed, 3 extra, 4 wrong class
+    target:np.ndarray, # class map (*spatial)
+    pred:np.ndarray,   # class map (*spatial)
+)->np.ndarray: # (*spatial) int: 0 background in both, 1 correct, 2 missed, 3 extra, 4 wrong class
     "What became of every pixel."
     target = np.asarray(target)
     pred = np.asarray(pred)
@@ -50,32 +43,29 @@ def _flat(image, target, preds):
         target = target[z]
         preds = {k: p[z] for k, p in preds.items()}
     image = image.astype(np.float32)
-    low, high = np.percentile(image, [0.5, 99.5])
+    low, high = np.percentile(image, [.5, 99.5])
     return to_display((image - low) / max(high - low, 1e-6)), target, preds
 
 # %% ../../nbs/study/figures.ipynb #ecddbd88
 def overlay(
-    image,  # (H,W), (C,H,W), (H,W,3), or a volume (C,D,H,W) or (D,H,W)
-    target,  # class map (H,W) or (D,H,W)
-    preds: dict,  # name -> class map of the same shape
-    size: float = 2.4,  # width of one picture, inches
-):  # matplotlib Figure: the image with the outline of its label, then one picture per prediction
+    image,           # (H,W), (C,H,W), (H,W,3), or a volume (C,D,H,W) or (D,H,W)
+    target,          # class map (H,W) or (D,H,W)
+    preds:dict,      # name -> class map of the same shape
+    size:float=2.4,  # width of one picture, inches
+): # matplotlib Figure: the image with the outline of its label, then one picture per prediction
     """Correct, missed and extra pixels of each prediction; a volume is shown at its slice with
     the most foreground."""
     import matplotlib.pyplot as plt
-
     image, target, preds = _flat(image, target, preds)
     kinds = {name: outcomes(target, p) for name, p in preds.items()}
     n = len(preds) + 1
-    height = size * target.shape[0] / target.shape[1] + 0.5
+    height = size * target.shape[0] / target.shape[1] + .5
     fig, axes = plt.subplots(1, n, figsize=(size * n, height), squeeze=False)
-    for ax in axes[0]:
-        ax.axis("off")
+    for ax in axes[0]: ax.axis("off")
     first, *others = axes[0]
     first.imshow(image, vmin=0, vmax=1)
     first.set_title("label")
-    if target.any():
-        first.contour(outlined(target), levels=[0.5], colors=PALETTE[1], linewidths=1)
+    if target.any(): first.contour(outlined(target), levels=[.5], colors=PALETTE[1], linewidths=1)
     grey = image if image.ndim == 2 else image.mean(-1)
     for ax, (name, kind) in zip(others, kinds.items()):
         ax.imshow(_painted(grey, kind))
@@ -84,20 +74,16 @@ def overlay(
     fig.legend(handles=_patches(seen), loc="outside lower center", ncols=4, frameon=False)
     return fig
 
-# %% ../../nbs/study/figures.ipynb #222103ec
 def _painted(grey, kind):
     "A grey image (H,W) in the colours of its outcomes (H,W), as (H,W,3)."
     from matplotlib.colors import to_rgb
-
     colours = np.array([(0, 0, 0), *map(to_rgb, OUTCOMES.values())])
-    share = np.where(kind > 0, 0.8, 0)[..., None]
+    share = np.where(kind > 0, .8, 0)[..., None]
     return (1 - share) * grey[..., None] + share * colours[kind]
-
 
 def _patches(seen):
     "Entries of a legend for the outcomes (numbers) that were seen."
     from matplotlib.patches import Patch
-
     named = enumerate(OUTCOMES.items(), 1)
     return [Patch(color=colour, label=name) for k, (name, colour) in named if k in seen]
 
@@ -110,55 +96,34 @@ def _means_by(rows, arm, metric, key):
             values.setdefault(r[key], []).append(r[metric])
     return {name: np.mean(v) for name, v in values.items()}
 
-
 def _draw_boxes(ax, values, away):
     "A box for each arm of {arm: values}; those of guests are grey and hatched."
-    boxes = ax.boxplot(
-        list(values.values()),
-        positions=range(len(values)),
-        widths=0.5,
-        showfliers=False,
-        patch_artist=True,
-        medianprops=dict(color="k"),
-    )
+    boxes = ax.boxplot(list(values.values()), positions=range(len(values)), widths=.5,
+                       showfliers=False, patch_artist=True, medianprops=dict(color="k"))
     for box, arm in zip(boxes["boxes"], values):
-        if arm in away:
-            box.set(facecolor="0.85", alpha=0.7, hatch="//")
-        else:
-            box.set(facecolor=PALETTE[5], alpha=0.7)
-
+        if arm in away: box.set(facecolor="0.85", alpha=.7, hatch="//")
+        else: box.set(facecolor=PALETTE[5], alpha=.7)
 
 def _draw_patients(ax, patients, positions):
     "A line for each patient of {arm: {patient: mean}} through the arms at {arm: position}."
     for name in next(iter(patients.values()), ()):
         heights = [patients[arm].get(name, np.nan) for arm in patients]
-        ax.plot(
-            [positions[arm] for arm in patients],
-            heights,
-            "o-",
-            color="0.25",
-            lw=0.7,
-            ms=2.5,
-            alpha=0.7,
-        )
+        ax.plot([positions[arm] for arm in patients], heights, "o-", color="0.25", lw=.7, ms=2.5,
+                alpha=.7)
 
 # %% ../../nbs/study/figures.ipynb #e2f83a08
 def box_plot(
-    rows: list,  # rows of `evaluate`
-    metric: str = "dsc",  # column
-    reference: str = "alone",  # arms on other images than this one get no lines
-    order: list = None,  # arms, in order
-):  # matplotlib Figure
+    rows:list,             # rows of `evaluate`
+    metric:str="dsc",      # column
+    reference:str="alone", # arms on other images than this one get no lines
+    order:list=None,       # arms, in order
+): # matplotlib Figure
     "A box per arm over cases (seeds averaged); lines join the patients of the paired arms."
     import matplotlib.pyplot as plt
-
     arms = arrange(rows, reference, order)
     away = guests(rows, reference)
     name, unit, k = name_of(metric, rows)
-
-    def means(arm, key):
-        return {n: k * m for n, m in _means_by(rows, arm, metric, key).items()}
-
+    def means(arm, key): return {n: k * m for n, m in _means_by(rows, arm, metric, key).items()}
     fig, ax = plt.subplots(figsize=(1.2 + 1.1 * len(arms), 2.8))
     _draw_boxes(ax, {a: list(means(a, "case").values()) for a in arms}, away)
     home = {a: means(a, "group") for a in arms if a not in away}
@@ -169,41 +134,34 @@ def box_plot(
 
 # %% ../../nbs/study/figures.ipynb #4a114f0d
 def forest_plot(
-    comparisons: list,  # dicts of `compare` or `evidence`: arms x metrics
-    rows: list = (),  # rows, only for the unit of distances
-):  # matplotlib Figure, one panel per metric
+    comparisons:list, # dicts of `compare` or `evidence`: arms x metrics
+    rows:list=(),     # rows, only for the unit of distances
+): # matplotlib Figure, one panel per metric
     "Difference from the reference: 95 % interval (bar), and the difference of each seed (ticks)."
     import matplotlib.pyplot as plt
-
     shown = [c for c in comparisons if c["arm"] != c["reference"]]
     if not shown:
         raise InputError("forest_plot has nothing to show: no arm but the reference was compared.")
     metrics, arms = (list(dict.fromkeys(c[k] for c in shown)) for k in ("metric", "arm"))
-    size = (1.2 + 2.1 * len(metrics), 0.9 + 0.4 * len(arms))
+    size = (1.2 + 2.1 * len(metrics), .9 + .4 * len(arms))
     fig, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True)
     for ax, metric in zip(axes[0], metrics):
         name, unit, k = name_of(metric, rows)
         for c in shown:
-            if c["metric"] == metric:
-                _draw_difference(ax, c, arms.index(c["arm"]), k)
-        ax.axvline(0, color="k", ls="--", lw=0.8)
-        ax.set(
-            title=f"{name}, {'points' if unit == '%' else unit}",
-            xlabel="better →" if sign_of(metric) > 0 else "← better",
-            yticks=range(len(arms)),
-            yticklabels=arms,
-            ylim=(len(arms) - 0.5, -0.6),
-        )
+            if c["metric"] == metric: _draw_difference(ax, c, arms.index(c["arm"]), k)
+        ax.axvline(0, color="k", ls="--", lw=.8)
+        ax.set(title=f"{name}, {'points' if unit == '%' else unit}",
+               xlabel="better →" if sign_of(metric) > 0 else "← better",
+               yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - .5, -.6))
     fig.supxlabel(f"difference from {shown[0]['reference']}", fontsize=9)
     return fig
-
 
 def _draw_difference(ax, c, y, k):
     "One comparison at height `y`, in units of 1/`k`."
     ax.plot([k * c["ci_low"], k * c["ci_high"]], [y, y], color=PALETTE[0], lw=2)
     ax.plot(k * c["difference"], y, "o", color=PALETTE[0], ms=5)
     seeds = k * np.array(c["seed_differences"])
-    ax.plot(seeds, np.full(len(seeds), y - 0.22), "|", color=PALETTE[3], ms=7)
+    ax.plot(seeds, np.full(len(seeds), y - .22), "|", color=PALETTE[3], ms=7)
 
 # %% ../../nbs/study/figures.ipynb #c0785078
 def _history(history):
@@ -213,59 +171,46 @@ def _history(history):
         path = Path(history)
         rows = read_csv(path / "history.csv" if path.is_dir() else path)
     rows = list(rows)
-    if not rows:
-        raise InputError("the history is empty: nothing was trained yet.")
+    if not rows: raise InputError("the history is empty: nothing was trained yet.")
     return rows
 
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 def _numeric(rows):
     "Columns that hold a number in some row."
     return list(dict.fromkeys(k for r in rows for k, v in r.items() if _is_number(v)))
 
-
 def _chosen(rows, columns, x):
     "The columns to draw over `x`. `InputError` for one that holds no number."
     known = _numeric(rows)
     for c in columns or ():
-        if c not in known:
-            raise InputError(unknown("history column", c, known))
-    columns = columns or [c for c in known if c not in (*CLOCKS, "seed", "time", "seconds", x)]
-    if not columns:
-        raise InputError("the history has no column of numbers to draw.")
-    return columns
+        if c not in known: raise InputError(unknown("history column", c, known))
+    return columns or [c for c in known if c not in (*CLOCKS, "seed", "time", "seconds", x)]
 
-
-CLOCKS = ("step", "epoch")  # columns that may be the horizontal axis, the first that is there
+CLOCKS = ("step", "epoch") # columns that may be the horizontal axis, the first that is there
 
 # %% ../../nbs/study/figures.ipynb #9a309ad3
 def history_plot(
-    history,  # list of dicts, a history.csv, or a run folder
-    columns: list = None,  # columns to draw (default: all numbers)
-    x: str = None,  # column of the horizontal axis (default: step, else epoch, else the row)
-    ncols: int = 4,  # panels per row
-):  # matplotlib Figure, one small panel per column
+    history,           # list of dicts, a history.csv, or a run folder
+    columns:list=None, # columns to draw (default: all numbers)
+    x:str=None,        # column of the horizontal axis (default: step, else epoch, else the row)
+    ncols:int=4,       # panels per row
+): # matplotlib Figure, one small panel per column
     "Every loss term and score of a training, with a dashed line where a stage ends."
     import matplotlib.pyplot as plt
-
     rows = _history(history)
     x = x or next((k for k in CLOCKS if any(k in r for r in rows)), None)
     columns = _chosen(rows, columns, x)
     at = [r.get(x, np.nan) if x else i for i, r in enumerate(rows)]
     ncols = min(ncols, len(columns))
     nrows = -(-len(columns) // ncols)
-    size = (1.9 * ncols + 0.3, 1.5 * nrows + 0.3)
+    size = (1.9 * ncols + .3, 1.5 * nrows + .3)
     fig, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False, sharex=True)
     for ax, column in zip(axes.flat, columns):
         _draw_course(ax, at, rows, column)
-    for ax in axes.flat[len(columns) :]:
-        ax.axis("off")
+    for ax in axes.flat[len(columns):]: ax.axis("off")
     fig.supxlabel(x or "row", fontsize=9)
     return fig
-
 
 def _draw_course(ax, at, rows, column):
     "One column of a history over the places `at`, and the ends of the stages."
@@ -274,17 +219,16 @@ def _draw_course(ax, at, rows, column):
     ax.set_title(column, fontsize=8)
     for i in range(1, len(rows)):
         if rows[i].get("stage") != rows[i - 1].get("stage"):
-            ax.axvline((at[i - 1] + at[i]) / 2, color="k", ls="--", lw=0.7)
+            ax.axvline((at[i - 1] + at[i]) / 2, color="k", ls="--", lw=.7)
 
 # %% ../../nbs/study/figures.ipynb #5124533e
 def save_figure(
-    path,  # .png, .svg or .pdf
-    fig,  # matplotlib Figure
-    dpi: int = 150,  # resolution of a PNG
+    path,         # .png, .svg or .pdf
+    fig,          # matplotlib Figure
+    dpi:int=150,  # resolution of a PNG
 ):
     "Save and close a figure, whole or not at all."
     import matplotlib.pyplot as plt
-
     with atomic(path) as t:
         fig.savefig(t, dpi=dpi, format=Path(path).suffix[1:] or "png")
     plt.close(fig)

@@ -6,8 +6,7 @@
 __all__ = ['TEXT', 'save_rows', 'load_rows', 'load_runs', 'guests', 'arrange', 'counted']
 
 # %% ../../nbs/study/rows.ipynb #8a5b1e04
-import csv
-import io
+import csv, io
 from pathlib import Path
 
 from ..core import InputError, read_text, unknown, write_csv
@@ -17,33 +16,28 @@ from .records import check_table
 # columns that stay text, also when they look like numbers
 TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit")
 
-
 def save_rows(
-    path,  # CSV file
-    rows: list,  # rows of `evaluate`
+    path,      # CSV file
+    rows:list, # rows of `evaluate`
 ):
     "Write rows as CSV, whole or not at all."
     write_csv(path, rows)
 
-
 def load_rows(
-    path,  # CSV file of `save_rows`, or a run folder that holds `metrics.csv`
-) -> list:  # the rows; names are text, `seed` is an int, scores are floats
+    path, # CSV file of `save_rows`, or a run folder that holds `metrics.csv`
+)->list: # the rows; names are text, `seed` is an int, scores are floats
     "Read rows back. A missing, broken, changed or foreign file is an `InputError` that names it."
     path = Path(path)
-    if path.is_dir():
-        path = path / "metrics.csv"
+    if path.is_dir(): path = path / "metrics.csv"
     check_table(path)
     rows = []
     for n, record in enumerate(_records(path), start=2):
         try:
             rows.append(_typed(record))
         except ValueError as e:
-            raise InputError(
-                f"{path}, line {n}: {e}. All columns but {', '.join(TEXT)} hold numbers."
-            ) from None
+            raise InputError(f"{path}, line {n}: {e}. All columns but {', '.join(TEXT)} hold "
+                             "numbers.") from None
     return rows
-
 
 def _typed(record):
     "A row from a line of text: names stay text, an empty score is left out."
@@ -57,9 +51,8 @@ def _records(path):
     try:
         text = read_text(path)
     except InputError as e:
-        raise InputError(
-            f"cannot read the scores: {e} Give a metrics.csv or a run folder."
-        ) from None
+        raise InputError(f"cannot read the scores: {e} "
+                         "Give a metrics.csv or a run folder.") from None
     columns, records = _parse(path, text)
     absent = [c for c in ("arm", "seed", "case", "group") if c not in columns]
     if absent:
@@ -68,15 +61,12 @@ def _records(path):
         raise InputError(f"{path}: two columns have the same name. Keep one of them.")
     for n, record in enumerate(records, start=2):
         if None in record or None in record.values():
-            raise InputError(
-                f"{path}, line {n} is cut or too long. Restore the file, or evaluate again."
-            )
+            raise InputError(f"{path}, line {n} is cut or too long. Restore the file, "
+                             "or evaluate again.")
     if not text.endswith(("\n", "\r")):
-        raise InputError(
-            f"{path}: its last line has no end, so the file was cut. Restore it, or evaluate again."
-        )
+        raise InputError(f"{path}: its last line has no end, so the file was cut. Restore it, "
+                         "or evaluate again.")
     return records
-
 
 def _parse(path, text):
     "Names of the columns and the lines below them. `InputError` where quotes are broken."
@@ -84,22 +74,21 @@ def _parse(path, text):
     try:
         return reader.fieldnames or [], list(reader)
     except csv.Error as e:
-        raise InputError(
-            f"{path} is not a table of comma-separated values ({e}). Restore it from a copy."
-        ) from None
+        raise InputError(f"{path} is not a table of comma-separated values ({e}). "
+                         "Restore it from a copy.") from None
 
 # %% ../../nbs/study/rows.ipynb #4f3138c1
 def load_runs(
-    paths,  # run folders or CSV files
-) -> list:  # all their rows
+    paths, # run folders or CSV files
+)->list: # all their rows
     "The rows of several runs, joined."
     return [r for p in paths for r in load_rows(p)]
 
 # %% ../../nbs/study/rows.ipynb #93bf69f3
 def guests(
-    rows: list,  # rows of `evaluate`
-    reference: str,  # the arm the others are compared with
-) -> dict:  # arm -> name of its collection, for arms that cannot be paired with the reference
+    rows:list,     # rows of `evaluate`
+    reference:str, # the arm the others are compared with
+)->dict: # arm -> name of its collection, for arms that cannot be paired with the reference
     "Arms scored on other images than the reference (the teacher, on its own modality)."
     cases = {}
     for r in rows:
@@ -111,24 +100,23 @@ def guests(
 
 # %% ../../nbs/study/rows.ipynb #9c625d9e
 def arrange(
-    rows: list,  # rows of `evaluate`
-    reference: str,  # the arm the others are compared with
-    order: list = None,  # arms to show, in this order; None: guests, the reference, the others
-) -> list:  # names of arms
+    rows:list,       # rows of `evaluate`
+    reference:str,   # the arm the others are compared with
+    order:list=None, # arms to show, in this order; None: guests, the reference, the others
+)->list: # names of arms
     "The arms of a report in their order."
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     for a in order or ():
         if a not in arms:
             raise InputError(unknown("arm", a, arms))
-    if order:
-        return list(order)
+    if order: return list(order)
     first = [*guests(rows, reference), reference]
     return [*first, *[a for a in arms if a not in first]]
 
 # %% ../../nbs/study/rows.ipynb #8a5b1e0d
 def counted(
-    number: int,  # how many
-    noun: str,  # of what, e.g. "patient"
-) -> str:  # "1 patient", "6 patients"
+    number:int, # how many
+    noun:str,   # of what, e.g. "patient"
+)->str: # "1 patient", "6 patients"
     "A number with its noun, which gets an s unless there is one."
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

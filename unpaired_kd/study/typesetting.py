@@ -12,52 +12,40 @@ from .statistics import sign_of
 
 # %% ../../nbs/study/typesetting.ipynb #26718b15
 # metrics whose printed names are no abbreviations: (name, unit, factor from stored to printed)
-NAMES = {
-    "missed": ("missed", "", 1),
-    "cldice": ("clDice", "%", 100),
-    "tprec": ("skeleton precision", "%", 100),
-    "tsens": ("skeleton recall", "%", 100),
-    "betti0": ("error of b0", "", 1),
-    "betti1": ("error of b1", "", 1),
-    "betti2": ("error of b2", "", 1),
-}
-
+NAMES = {"missed": ("missed", "", 1), "cldice": ("clDice", "%", 100),
+         "tprec": ("skeleton precision", "%", 100), "tsens": ("skeleton recall", "%", 100),
+         "betti0": ("error of b0", "", 1), "betti1": ("error of b1", "", 1),
+         "betti2": ("error of b2", "", 1)}
 
 def name_of(
-    metric: str,  # column: dsc, hd95, aji, pq, dsc_<class> ...
-    rows: list = (),  # rows, for the unit of distances
-) -> tuple:  # (name, unit, factor from stored to printed)
+    metric:str,   # column: dsc, hd95, aji, pq, dsc_<class> ...
+    rows:list=(), # rows, for the unit of distances
+)->tuple: # (name, unit, factor from stored to printed)
     """How a metric is printed: `dsc` is DSC in % (stored in [0,1]), distances keep the unit of
     their rows; mm become µm when all are below 1 mm, and nm when all are below 1 µm."""
-    if metric in NAMES:
-        return NAMES[metric]
+    if metric in NAMES: return NAMES[metric]
     head, _, tail = metric.partition("_")
     name = f"{head.upper()} {tail.replace('_', ' ')}".strip()
-    if sign_of(metric) > 0:
-        return name, "%", 100
+    if sign_of(metric) > 0: return name, "%", 100
     unit = " or ".join(sorted({str(r["hd95_unit"]) for r in rows if r.get("hd95_unit")}))
     largest = max((r[metric] for r in rows if np.isfinite(r.get(metric, np.nan))), default=0)
-    if unit != "mm" or not 0 < largest < 1:
-        return name, unit, 1
+    if unit != "mm" or not 0 < largest < 1: return name, unit, 1
     return (name, "µm", 1000) if largest >= 1e-3 else (name, "nm", 10**6)
 
-# %% ../../nbs/study/typesetting.ipynb #860a84f2
 def p_text(
-    p: float,  # p-value, NaN: no test
-) -> str:  # "0.012", "<0.001" or "–"
+    p:float, # p-value, NaN: no test
+)->str: # "0.012", "<0.001" or "–"
     "A p-value as it should be printed."
-    if np.isnan(p):
-        return "–"
-    if p < 0.001:
-        return "<0.001"
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+    if np.isnan(p): return "–"
+    if p < .001: return "<0.001"
+    return f"{p:.2f}" if p >= .1 else f"{p:.3f}"
 
 # %% ../../nbs/study/typesetting.ipynb #5a7d20a1
 def interval_text(
-    c: dict,  # of `compare`
-    k: float = 1,  # factor from stored to printed
-    to: str = "{} to {}",  # how the two ends are joined
-) -> str:  # "+1.2 to +3.4", or "–" where no interval can be given
+    c:dict,            # of `compare`
+    k:float=1,         # factor from stored to printed
+    to:str="{} to {}", # how the two ends are joined
+)->str: # "+1.2 to +3.4", or "–" where no interval can be given
     "An interval as it should be printed."
     if np.isnan(c["ci_low"]):
         return "–"
@@ -65,21 +53,16 @@ def interval_text(
 
 # %% ../../nbs/study/typesetting.ipynb #f9cdc190
 def markdown_table(
-    header: list,  # column names
-    lines: list,  # lists of text, one per row
-) -> str:  # aligned Markdown: first column left, the others right
+    header:list, # column names
+    lines:list,  # lists of text, one per row
+)->str: # aligned Markdown: first column left, the others right
     "A Markdown table whose source is also readable in a terminal. Bars and line ends are escaped."
-
-    def escaped(row):
-        return [" ".join(str(x).replace("|", r"\|").split("\n")) for x in row]
-
+    def escaped(row): return [" ".join(str(x).replace("|", r"\|").split("\n")) for x in row]
     table = [escaped(row) for row in (header, *lines)]
     widths = [max(3, *map(len, column)) for column in zip(*table)]
-
     def line(cells):
         first, *rest = cells
         right = [x.rjust(w) for x, w in zip(rest, widths[1:])]
         return "| " + " | ".join([first.ljust(widths[0]), *right]) + " |"
-
     rule = "|".join([":" + "-" * (widths[0] + 1), *["-" * (w + 1) + ":" for w in widths[1:]]])
     return "\n".join([line(table[0]), f"|{rule}|", *map(line, table[1:])])

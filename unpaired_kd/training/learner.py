@@ -30,23 +30,23 @@ from unpaired_kd.core import (
 from ..networks.registry import load_weights
 from ..networks.unet import best_layout, steady
 from unpaired_kd.training.checkpoints import (
-    global_state,
+    get_random_state,
     load_checkpoint,
-    restore_global_state,
-    states,
+    set_random_state,
+    collect_states,
     write_history,
     write_tensorboard,
 )
-from .method import Method, only, set_modes, weight_table, weighted
+from .method import Method, only, set_modes, weight_table, weighted_sum
 from .processes import average_buffers, average_gradients
 from .rules import NotSettled
 from unpaired_kd.training.settings import (
     Settings,
     check_accumulation,
     check_device,
-    deciding,
+    select_deciding,
     learning_rate,
-    optimiser_of,
+    make_optimiser,
 )
 from .validation import validate
 
@@ -117,7 +117,7 @@ def _identity(self: Learner, more):
             seed=self.seed,
             precision=self.precision,
             processes=self.accelerator.num_processes,
-            settings=deciding(self.settings),
+            settings=select_deciding(self.settings),
             more=more,
         )
     )
@@ -134,7 +134,7 @@ def _place(self: Learner):
         if not parameters:
             continue
         own = self.method.adam.get(name, {})
-        self.optimisers[name] = optimiser_of(parameters, self.settings, own)
+        self.optimisers[name] = make_optimiser(parameters, self.settings, own)
 
 # %% ../../nbs/training/learner.ipynb #b9ea1821
 @patch
@@ -172,7 +172,7 @@ def _backward(self: Learner, update, batch, noise, share):
     "Add one batch's gradients, one of `share`; returns (whether it has any, {term: Tensor})."
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
     with torch.autocast(self.device.type, half, enabled=half is not None):
-        loss, values = weighted(update.losses(batch, noise), self.weights)
+        loss, values = weighted_sum(update.losses(batch, noise), self.weights)
     moves = loss is not None and loss.requires_grad
     if moves:
         self.scaler.scale(loss / share if share > 1 else loss).backward()
@@ -358,7 +358,9 @@ def _remember_best(self: Learner, row):
     self.best = row["val_dice"]
     if not self.accelerator.is_main_process:
         return
-    state = dict(networks=states(self.method.networks), val_dice=self.best, epoch=row["epoch"])
+    state = dict(
+        networks=collect_states(self.method.networks), val_dice=self.best, epoch=row["epoch"]
+    )
     with atomic(self.folder / "best.pt") as t:
         torch.save(state, t)
 
@@ -445,10 +447,10 @@ def _save(self: Learner):
         best=self.best,
         since_best=self.since_best,
         history=self.history,
-        networks=states(self.method.networks),
-        optimisers=states(self.optimisers),
+        networks=collect_states(self.method.networks),
+        optimisers=collect_states(self.optimisers),
         scaler=self.scaler.state_dict(),
-        random=global_state(),
+        random=get_random_state(),
         plateaus=[s.until.values if s.until else [] for s in self.stages],
     )
     if self.accelerator.is_main_process:
@@ -485,7 +487,7 @@ def _resume(self: Learner):
     for s, values in zip(self.stages, state["plateaus"]):
         if s.until:
             s.until.values = list(values)
-    restore_global_state(state["random"])
+    set_random_state(state["random"])
     self.position = state["position"]
     self.best = state["best"]
     self.since_best = state["since_best"]

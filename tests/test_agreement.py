@@ -6,8 +6,8 @@ import pytest
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.metrics.agreement import (
     agreement_rows,
-    make_arm_rows,
     average_cases,
+    make_arm_rows,
     pair_scores,
     rater_table,
     tolerance_from_raters,

@@ -7,10 +7,10 @@ from scipy.stats import entropy
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.metrics.image_quality import (
+    check_registered,
     grey_histogram,
     histogram_kl,
     psnr,
-    check_registered,
     roc,
     ssim,
 )

@@ -20,7 +20,7 @@ from unpaired_kd.training.learner import Learner
 from unpaired_kd.training.method import Method, Stage, Update, set_modes, weight_table, weighted_sum
 from unpaired_kd.training.processes import average_buffers, average_gradients
 from unpaired_kd.training.rules import Improvements, NoBetter, NotSettled, Plateau
-from unpaired_kd.training.settings import Settings, select_deciding, learning_rate
+from unpaired_kd.training.settings import Settings, learning_rate, select_deciding
 from unpaired_kd.training.validation import validate
 
 START = {"a": (1.0, -2.0), "b": (0.5, 3.0)}

@@ -37,7 +37,7 @@ def pair_scores(
     )
 
 # %% ../../nbs/metrics/agreement.ipynb #46187c3d
-def _study(masks, spacing):
+def _checked_study(masks, spacing):
     "Masks as a list of bool arrays (R,*spatial), and one spacing per case, checked."
     masks = [np.asarray(m) > 0 for m in masks]
     if not masks or any(m.ndim < 3 or len(m) != len(masks[0]) for m in masks):
@@ -53,7 +53,7 @@ def _study(masks, spacing):
         )
     return masks, spacing
 
-
+# %% ../../nbs/metrics/agreement.ipynb #fa55e80b
 def tolerance_from_raters(
     masks,  # list of cases (R,*spatial): the same structure by R readers; None: no reader study
     spacing=None,  # mm per voxel along each axis, or a list with one per case
@@ -61,18 +61,18 @@ def tolerance_from_raters(
     default: float = 3.0,  # mm, where there are fewer than two readers
 ) -> float:  # mm
     """Tolerance $\\tau$ of the surface Dice: a percentile of the surface distances between readers,
-    over all cases and pairs, both ways. Pairs with an empty mask are left out."""
+    over all cases and pairs, both ways. Pairs with an empty mask are left out. Raises `InputError`
+    if no pair is left."""
     if masks is None:
         return float(default)
-    masks, spacing = _study(masks, spacing)
+    masks, spacing = _checked_study(masks, spacing)
     if len(masks[0]) < 2:
         return float(default)
-    found = [
-        np.concatenate(surface_distances(a, b, s))
-        for m, s in zip(masks, spacing)
-        for a, b in combinations(m, 2)
-        if a.any() and b.any()
-    ]
+    found = []
+    for readers, steps in zip(masks, spacing):
+        for a, b in combinations(readers, 2):
+            if a.any() and b.any():
+                found += surface_distances(a, b, steps)
     if not found:
         raise InputError(
             "no two readers have drawn the same case: there is no distance to take a percentile of."
@@ -88,33 +88,34 @@ def agreement_rows(
 ) -> list:  # dicts: case, reference, other (1..R, or "model"), and the fields of `pair_scores`
     """Every ordered pair of readers, and the model against every reader, in every case. Raises
     `InputError` if the model's masks do not fit the readers'."""
-    masks, spacing = _study(masks, spacing)
+    masks, spacing = _checked_study(masks, spacing)
     if pred is not None and [np.shape(p) for p in pred] != [m.shape[1:] for m in masks]:
         raise InputError(
             f"pred has {len(pred)} masks, the first of shape {np.shape(pred[0])}; the readers' "
             f"{len(masks)} cases need one of the shape of theirs each, the first "
             f"{masks[0].shape[1:]}."
         )
-    tolerance = tolerance_from_raters(masks, spacing) if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = tolerance_from_raters(masks, spacing)
     rows = []
-    for i, (m, s) in enumerate(zip(masks, spacing)):
-        for a, b in combinations(range(len(m)), 2):
-            scores = pair_scores(m[a], m[b], s, tolerance)  # all scores are symmetric
-            rows += [
-                dict(case=i, reference=a + 1, other=b + 1, **scores),
-                dict(case=i, reference=b + 1, other=a + 1, **scores),
-            ]
-        if pred is not None:
-            rows += [
-                dict(
-                    case=i, reference=j + 1, other="model", **pair_scores(pred[i], r, s, tolerance)
-                )
-                for j, r in enumerate(m)
-            ]
+    for case, (readers, steps) in enumerate(zip(masks, spacing)):
+        for a, b in combinations(range(len(readers)), 2):
+            scores = pair_scores(readers[a], readers[b], steps, tolerance)
+            rows.append(dict(case=case, reference=a + 1, other=b + 1, **scores))
+            rows.append(dict(case=case, reference=b + 1, other=a + 1, **scores))  # symmetric
+        for number, reader in enumerate(readers if pred is not None else [], 1):
+            scores = pair_scores(pred[case], reader, steps, tolerance)
+            rows.append(dict(case=case, reference=number, other="model", **scores))
     return rows
 
 # %% ../../nbs/metrics/agreement.ipynb #a5adffa0
 SCORES = ("dsc", "sdsc", "hd95", "hd95_worst")
+
+
+def _mean_of_numbers(values):
+    "Mean of the values that are not NaN; NaN if there is none."
+    numbers = [x for x in values if not np.isnan(x)]
+    return float(np.mean(numbers)) if numbers else float("nan")
 
 
 def average_cases(
@@ -122,17 +123,30 @@ def average_cases(
 ) -> dict:  # case -> {score: mean over the rows of that case; NaN if none is defined}
     "Average rows within each case; undefined scores are left out."
     cases = {}
-    for r in rows:
-        cases.setdefault(r["case"], []).append(r)
-
-    def mean(v):
-        "Mean of the numbers that are there."
-        v = [x for x in v if not np.isnan(x)]
-        return float(np.mean(v)) if v else float("nan")
-
-    return {c: {k: mean([r[k] for r in rs]) for k in SCORES} for c, rs in cases.items()}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    means = {}
+    for case, own in cases.items():
+        means[case] = {k: _mean_of_numbers([row[k] for row in own]) for k in SCORES}
+    return means
 
 # %% ../../nbs/metrics/agreement.ipynb #32889633
+def _table_line(rows, who, reference, ddof):
+    "One line of the table: number of cases, missed pairs, mean, deviation and variation of scores."
+    missed = sum(row["missed"] for row in rows)
+    if who == "readers" and reference == "all":
+        missed //= 2  # each pair of readers has two rows
+    line = dict(who=who, reference=reference, n=len({r["case"] for r in rows}), missed=missed)
+    cases = average_cases(rows).values()
+    for k in SCORES:
+        v = np.array([means[k] for means in cases])
+        v = v[~np.isnan(v)]
+        mean = float(v.mean()) if len(v) else np.nan
+        sd = float(v.std(ddof=ddof)) if len(v) > ddof else np.nan
+        line |= {k: mean, f"{k}_sd": sd, f"{k}_cv": sd / mean if mean else np.nan}
+    return line
+
+
 def rater_table(
     masks,  # list of cases (R,*spatial), readers first, R at least 2
     spacing,  # mm per voxel along each axis, or a list with one per case
@@ -143,54 +157,40 @@ def rater_table(
     """Readers against each other and a model against each, after Jiang et al. 2021, table IV. HD95
     over found structures, `hd95_worst` over all. Raises `InputError` for fewer than two readers."""
     rows = agreement_rows(masks, spacing, pred, tolerance)
-    if not any(r["other"] != "model" for r in rows):
+    by = {"readers": [r for r in rows if r["other"] != "model"]}
+    if not by["readers"]:
         raise InputError("a rater table needs at least two readers per case.")
-    readers = sorted({r["reference"] for r in rows})
-    out = []
-    for who in ("readers", "model")[: 1 + (pred is not None)]:
-        for ref in [*readers, "all"]:
-            some = [
-                r
-                for r in rows
-                if (r["other"] == "model") == (who == "model") and ref in ("all", r["reference"])
-            ]
-            line = dict(
-                who=who,
-                reference=ref,
-                n=len({r["case"] for r in some}),
-                missed=sum(r["missed"] for r in some)
-                // (2 if who == "readers" and ref == "all" else 1),
-            )
-            for k in SCORES:
-                v = np.array([c[k] for c in average_cases(some).values()])
-                v = v[~np.isnan(v)]
-                mean = float(v.mean()) if len(v) else np.nan
-                sd = float(v.std(ddof=ddof)) if len(v) > ddof else np.nan
-                line |= {k: mean, f"{k}_sd": sd, f"{k}_cv": sd / mean if mean else np.nan}
-            out.append(line)
-    return out
+    if pred is not None:
+        by["model"] = [r for r in rows if r["other"] == "model"]
+    references = sorted({r["reference"] for r in rows})
+    table = []
+    for who, own in by.items():
+        for reference in references:
+            some = [r for r in own if r["reference"] == reference]
+            table.append(_table_line(some, who, reference, ddof))
+        table.append(_table_line(own, who, "all", ddof))
+    return table
 
 # %% ../../nbs/metrics/agreement.ipynb #6e145eae
 def make_arm_rows(
     rows: list,  # rows of `agreement_rows`
     model: str = "model",  # name of the model's arm
     groups=None,  # patient of each case, by its number; None: each case is a patient of its own
-) -> (
-    list
-):  # rows for `evaluation.compare`: arm "readers" or `model`, seed 0, case, group, and the scores
-    """Two arms with one row per case: readers among themselves, and the model against the readers
-    (means over pairs)."""
+) -> list:  # rows for a comparison: arm, seed 0, case, group, and the scores
+    """Two arms with one row per case: "readers" among themselves, and the model against the readers
+    (means over pairs). Raises `InputError` if one of the two has no rows."""
     arms = {
         "readers": [r for r in rows if r["other"] != "model"],
         model: [r for r in rows if r["other"] == "model"],
     }
     if not all(arms.values()):
         raise InputError(
-            "as_arms needs rows of at least two readers and of a model: pass pred to "
+            "make_arm_rows needs rows of at least two readers and of a model: pass pred to "
             "`agreement_rows`."
         )
-    return [
-        dict(arm=arm, seed=0, case=str(c), group=str(c) if groups is None else str(groups[c]), **v)
-        for arm, rs in arms.items()
-        for c, v in average_cases(rs).items()
-    ]
+    table = []
+    for arm, own in arms.items():
+        for case, means in average_cases(own).items():
+            group = case if groups is None else groups[case]
+            table.append(dict(arm=arm, seed=0, case=str(case), group=str(group), **means))
+    return table

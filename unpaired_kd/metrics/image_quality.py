@@ -102,7 +102,7 @@ def _partners(a, b, paired, data_range, what):
     if paired is not True:
         raise InputError(
             f"{what} compares pixel with pixel and needs registered images of the same patient. "
-            "If they are, pass paired=True (see `registered`); if not, use `histogram_kl`."
+            "If they are, pass paired=True (see `check_registered`); if not, use `histogram_kl`."
         )
     a = _image(a, "a")
     b = _image(b, "b")
@@ -131,11 +131,9 @@ def psnr(
     from skimage.metrics import peak_signal_noise_ratio
 
     a, b = _partners(a, b, paired, data_range, "PSNR")
-    return (
-        float("inf")
-        if np.array_equal(a, b)
-        else float(peak_signal_noise_ratio(a, b, data_range=data_range))
-    )
+    if np.array_equal(a, b):
+        return float("inf")
+    return float(peak_signal_noise_ratio(a, b, data_range=data_range))
 
 # %% ../../nbs/metrics/image_quality.ipynb #4ccda2aa
 def ssim(
@@ -177,6 +175,22 @@ class ROC(NamedTuple):
     background: int  # background voxels
     used: int  # background voxels used
 
+# %% ../../nbs/metrics/image_quality.ipynb #ca7273c3
+def _voxels_of_case(scores, label, number, most, seed):
+    """Scores of the foreground, those of at most `most` background voxels, and the size of the
+    whole background."""
+    s = _image(scores, f"scores of case {number}")
+    y = np.asarray(label.detach().cpu() if isinstance(label, torch.Tensor) else label) > 0
+    if s.shape != y.shape:
+        raise InputError(
+            f"case {number}: the scores have shape {s.shape} and the labels {y.shape}."
+        )
+    background = s[~y]
+    kept = background
+    if most is not None and len(background) > most:
+        kept = rng(seed, "roc", number).choice(background, most, replace=False)
+    return s[y], kept, len(background)
+
 # %% ../../nbs/metrics/image_quality.ipynb #e046e6bb
 def roc(
     scores,  # scores of one case (*spatial), or a list of cases; larger: more likely foreground
@@ -198,28 +212,18 @@ def roc(
         )
     if most is not None and most < 1:
         raise InputError(f"most={most}: give at least 1, or None for all background voxels.")
-    parts = []
-    total = 0
-    for i, (s, y) in enumerate(zip(scores, labels)):
-        s = _image(s, f"scores of case {i}")
-        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y) > 0
-        if s.shape != y.shape:
-            raise InputError(f"case {i}: the scores have shape {s.shape} and the labels {y.shape}.")
-        out = s[~y]
-        kept = (
-            out
-            if most is None or len(out) <= most
-            else rng(seed, "roc", i).choice(out, most, replace=False)
-        )
-        total += len(out)
-        parts += [(s[y], True, 1.0), (kept, False, len(out) / max(len(kept), 1))]
-    s, y, w = (
-        np.concatenate(c)
-        for c in zip(*[(v, np.full(len(v), c), np.full(len(v), w)) for v, c, w in parts])
-    )
+    cases = [_voxels_of_case(s, y, i, most, seed) for i, (s, y) in enumerate(zip(scores, labels))]
+    total = sum(size for _, _, size in cases)
+    values, classes, weights = [], [], []
+    for foreground, kept, size in cases:  # a kept voxel stands for those of its case left out
+        values += [foreground, kept]
+        classes += [np.ones(len(foreground), bool), np.zeros(len(kept), bool)]
+        weights += [np.ones(len(foreground)), np.full(len(kept), size / max(len(kept), 1))]
+    y = np.concatenate(classes)
     if not y.any() or y.all():
         raise InputError(
             f"there are {y.sum()} foreground and {total} background voxels: a ROC curve needs both."
         )
-    fpr, tpr, at = roc_curve(y, s, sample_weight=w)
+    weight = np.concatenate(weights)
+    fpr, tpr, at = roc_curve(y, np.concatenate(values), sample_weight=weight)
     return ROC(fpr, tpr, at, float(auc(fpr, tpr)), int(y.sum()), total, int((~y).sum()))

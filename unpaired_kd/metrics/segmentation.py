@@ -55,11 +55,11 @@ def find_surface(
     m = as_mask(mask)
     inside = m.copy()
     for axis in range(m.ndim):
-        to = np.moveaxis(inside, axis, 0)
-        of = np.moveaxis(m, axis, 0)
-        to[1:] &= of[:-1]
-        to[:-1] &= of[1:]
-        to[[0, -1]] = False
+        inner = np.moveaxis(inside, axis, 0)
+        along = np.moveaxis(m, axis, 0)
+        inner[1:] &= along[:-1]
+        inner[:-1] &= along[1:]
+        inner[[0, -1]] = False
     return m & ~inside
 
 # %% ../../nbs/metrics/segmentation.ipynb #eb6e5645
@@ -67,8 +67,8 @@ def _box(mask):
     "Slices of the smallest box that holds a non-empty mask."
     box = []
     for axis in range(mask.ndim):
-        rest = tuple(a for a in range(mask.ndim) if a != axis)
-        seen = np.flatnonzero(mask[tuple(box)].any(axis=rest))
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        seen = np.flatnonzero(mask[tuple(box)].any(axis=others))
         box.append(slice(seen[0], seen[-1] + 1))
     return tuple(box)
 
@@ -94,10 +94,11 @@ def surface_distances(
             "pred or target is empty: it has no surface. `hausdorff` has a policy for this."
         )
     box = _box(p | t)
-    a, b = (_places(np.argwhere(find_surface(m[box])), spacing) for m in (p, t))
+    a = _places(np.argwhere(find_surface(p[box])), spacing)
+    b = _places(np.argwhere(find_surface(t[box])), spacing)
 
-    def tree(x):
-        return cKDTree(x, leafsize=32, balanced_tree=False, compact_nodes=False)
+    def tree(points):
+        return cKDTree(points, leafsize=32, balanced_tree=False, compact_nodes=False)
 
     return tree(b).query(a)[0], tree(a).query(b)[0]
 
@@ -212,11 +213,13 @@ def find_overlaps(
     change |= t[1:] != t[:-1]
     start = np.concatenate([np.zeros(min(p.size, 1), int), np.flatnonzero(change) + 1])
     length = np.diff(start, append=p.size)
-    (name_t, area_t, i), (name_p, area_p, j) = (_objects(x[start], length) for x in (t, p))
+    name_t, area_t, i = _objects(t[start], length)
+    name_p, area_p, j = _objects(p[start], length)
     both = np.flatnonzero((i >= 0) & (j >= 0))
     pair, which = np.unique(i[both] * len(name_p) + j[both], return_inverse=True)
     inter = np.bincount(which, length[both]).astype(np.int64)
-    return Overlaps(name_t, area_t, name_p, area_p, *np.divmod(pair, max(len(name_p), 1)), inter)
+    target_index, pred_index = np.divmod(pair, max(len(name_p), 1))
+    return Overlaps(name_t, area_t, name_p, area_p, target_index, pred_index, inter)
 
 # %% ../../nbs/metrics/segmentation.ipynb #465b7efa
 def _aggregate(o, k):
@@ -251,14 +254,15 @@ def _match(o):
 
     if not len(o.inter):
         return np.zeros(0, int)
-    (t, i), (p, j) = (np.unique(x, return_inverse=True) for x in (o.target, o.pred))
-    nobody = np.arange(len(t))
+    t, i = np.unique(o.target, return_inverse=True)
+    p, j = np.unique(o.pred, return_inverse=True)
+    unmatched = np.arange(len(t))  # a column for each target that gets no prediction
     weight = np.concatenate([o.iou, np.full(len(t), 1e-12)])
-    at = np.concatenate([i, nobody]), np.concatenate([j, len(p) + nobody])
+    at = np.concatenate([i, unmatched]), np.concatenate([j, len(p) + unmatched])
     table = csr_matrix((weight, at), shape=(len(t), len(p) + len(t)))
     row, col = min_weight_full_bipartite_matching(table, maximize=True)
-    chosen = i * len(p) + j
-    return np.flatnonzero(np.isin(chosen, (row * len(p) + col)[col < len(p)]))
+    matched = (row * len(p) + col)[col < len(p)]
+    return np.flatnonzero(np.isin(i * len(p) + j, matched))
 
 # %% ../../nbs/metrics/segmentation.ipynb #9a42d345
 class PQ(NamedTuple):
@@ -348,6 +352,41 @@ def components(
     return out.astype(np.int32, copy=False)
 
 # %% ../../nbs/metrics/segmentation.ipynb #b66a0978
+def _outline_scores(p, t, spacing, empty, tolerance):
+    "HD95 and surface Dice of two masks, not both empty, from one search."
+    if not (p.any() and t.any()):
+        return _no_surface(p, t, spacing, empty), _near((), tolerance)
+    d = surface_distances(p, t, spacing)
+    return _far(d, 95), _near(d, tolerance)
+
+
+def _masks_by_class(p, t, classes):
+    "Name of each foreground class -> its two masks; None where both are empty."
+    masks = {name: (p == k, t == k) for k, name in enumerate(classes) if k}
+    return {name: ab if ab[0].any() or ab[1].any() else None for name, ab in masks.items()}
+
+
+def _mean(scores, default):
+    "Mean of scores, or the default where there is none."
+    return float(np.mean(scores)) if scores else default
+
+
+def _class_scores(p, t, classes, spacing, empty, tolerance):
+    "The scores of a case that need its class maps only."
+    masks = _masks_by_class(p, t, classes)
+    present = [ab for ab in masks.values() if ab]
+    dsc = {name: dice(*ab) if ab else float("nan") for name, ab in masks.items()}
+    outlines = [_outline_scores(*ab, spacing, empty, tolerance) for ab in present]
+    scores = {
+        "dsc": _mean([dsc[name] for name, ab in masks.items() if ab], 1.0),
+        "hd95": _mean([hd for hd, _ in outlines], 0.0),
+        "sdsc": _mean([sd for _, sd in outlines], 1.0),
+        "missed": sum(bool(b.any() and not a.any()) for a, b in present),
+    }
+    by_class = {f"dsc_{name}": v for name, v in dsc.items()} if len(dsc) > 1 else {}
+    return scores, by_class
+
+# %% ../../nbs/metrics/segmentation.ipynb #9bf1cebd
 def case_metrics(
     pred,  # class map (*spatial), 0 is background
     target,  # the same shape
@@ -360,37 +399,19 @@ def case_metrics(
     topology: bool = False,  # add the columns of `topology_scores`, of all classes above 0 together
 ) -> dict:  # dsc, hd95, aji, pq, sdsc, missed; of several classes dsc_<class>; see above
     """The four scores of one case, the surface Dice, and the number of foreground classes that are
-    in the target and not in the prediction."""
+    in the target and not in the prediction. Raises `InputError` for masks of two shapes, a label
+    without a name, and instances of one side only."""
     p, t = as_pair(pred, target, as_labels)
     top = max(int(p.max(initial=0)), int(t.max(initial=0)))
     if top >= len(classes):
         raise InputError(f"label {top} has no name: classes has {len(classes)} entries, {classes}.")
     if (pred_instances is None) != (target_instances is None):
         raise InputError("give both pred_instances and target_instances, or neither.")
-    each = {name: (p == k, t == k) for k, name in enumerate(classes) if k}
-    each = {name: (a, b) if a.any() or b.any() else None for name, (a, b) in each.items()}
-    dsc = {name: dice(*ab) if ab else float("nan") for name, ab in each.items()}
-    shown = [ab for ab in each.values() if ab]
-    outlines = [_outline(*ab, spacing, empty, tolerance) for ab in shown]
+    scores, by_class = _class_scores(p, t, classes, spacing, empty, tolerance)
     objects = {"aji": float("nan"), "pq": float("nan")}
     if pred_instances is not None:
         objects = instance_scores(pred_instances, target_instances)
-    out = {
-        "dsc": float(np.nanmean(list(dsc.values()))) if shown else 1.0,
-        "hd95": float(np.mean([hd for hd, _ in outlines])) if shown else 0.0,
-        "aji": objects["aji"],
-        "pq": objects["pq"],
-        "sdsc": float(np.mean([sd for _, sd in outlines])) if shown else 1.0,
-        "missed": sum(bool(t.any() and not p.any()) for p, t in shown),
-    }
-    if len(dsc) > 1:
-        out |= {f"dsc_{name}": v for name, v in dsc.items()}
-    return out | (topology_scores(p, t) if topology else {})
-
-# %% ../../nbs/metrics/segmentation.ipynb #9bf1cebd
-def _outline(p, t, spacing, empty, tolerance):
-    "HD95 and surface Dice of two masks, not both empty, from one search."
-    if not (p.any() and t.any()):
-        return _no_surface(p, t, spacing, empty), _near((), tolerance)
-    d = surface_distances(p, t, spacing)
-    return _far(d, 95), _near(d, tolerance)
+    scores |= {name: objects[name] for name in ("aji", "pq")}
+    columns = ("dsc", "hd95", "aji", "pq", "sdsc", "missed")
+    row = {name: scores[name] for name in columns} | by_class
+    return row | (topology_scores(p, t) if topology else {})

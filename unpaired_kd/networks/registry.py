@@ -56,14 +56,15 @@ def name_of(
 # %% ../../nbs/networks/registry.ipynb #fa455332
 def _differences(own, state):
     "What keeps a state dict from fitting a network's own, one text a tensor."
-    missing = [f"{name} is missing" for name in own if name not in state]
-    unknown = [f"{name} is not known" for name in state if name not in own]
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not known" for name in state if name not in own]
     tensors = {name: v for name, v in state.items() if isinstance(v, Tensor)}
-    foreign = [f"{name} is no tensor" for name in state if name not in tensors]
-    other = [name for name, v in tensors.items() if name in own and v.shape != own[name].shape]
-    shapes = [(name, tuple(state[name].shape), tuple(own[name].shape)) for name in other]
-    reshaped = [f"{name} has shape {found} instead of {wanted}" for name, found, wanted in shapes]
-    return missing + unknown + foreign + reshaped
+    wrong += [f"{name} is no tensor" for name in state if name not in tensors]
+    for name in own:
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if name in tensors and found != tuple(own[name].shape):
+            wrong.append(f"{name} has shape {found} instead of {tuple(own[name].shape)}")
+    return wrong
 
 
 def load_weights(

@@ -49,9 +49,15 @@ def collect_states(
     return {name: part.state_dict() for name, part in parts.items()}
 
 # %% ../../nbs/training/checkpoints.ipynb #57a46f55
+def _holds_networks(state):
+    "Whether a checkpoint has networks by name, each a state dict."
+    networks = state.get("networks") if isinstance(state, dict) else None
+    return isinstance(networks, dict) and all(isinstance(s, dict) for s in networks.values())
+
+
 def load_checkpoint(
     path,  # the file
-    mend: str = "Delete it to train again from the start.",  # what to do, for the message
+    remedy: str = "Delete it to train again from the start.",  # what to do, for the message
 ) -> dict:  # its content, on the CPU; "networks" holds name -> state dict
     """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
     it."""
@@ -66,14 +72,14 @@ def load_checkpoint(
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise InputError(
-            f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). {mend}"
+            f"{path} is not a checkpoint of this library or is damaged ({type(e).__name__}). "
+            f"{remedy}"
         ) from e
     if broken:
-        raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {mend}")
-    networks = state.get("networks") if isinstance(state, dict) else None
-    if not isinstance(networks, dict) or not all(isinstance(s, dict) for s in networks.values()):
+        raise InputError(f"{path} is damaged: the checksum of {broken} does not fit. {remedy}")
+    if not _holds_networks(state):
         raise InputError(
-            f"{path} is not a checkpoint of this library: it holds no 'networks'. {mend}"
+            f"{path} is not a checkpoint of this library: it holds no 'networks'. {remedy}"
         )
     return state
 

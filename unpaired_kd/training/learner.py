@@ -30,10 +30,10 @@ from unpaired_kd.core import (
 from ..networks.registry import load_weights
 from ..networks.unet import best_layout, steady
 from unpaired_kd.training.checkpoints import (
+    collect_states,
     get_random_state,
     load_checkpoint,
     set_random_state,
-    collect_states,
     write_history,
     write_tensorboard,
 )
@@ -44,9 +44,9 @@ from unpaired_kd.training.settings import (
     Settings,
     check_accumulation,
     check_device,
-    select_deciding,
     learning_rate,
     make_optimiser,
+    select_deciding,
 )
 from .validation import validate
 
@@ -162,21 +162,22 @@ def _update(self: Learner, update, batches):
     for p in parameters:
         p.grad = None
     found = [self._backward(update, *batch, len(batches)) for batch in batches]
-    if any(moves for moves, _ in found):
+    if any(has_gradient for has_gradient, _ in found):
         self._move(update, parameters)
-    return {k: sum(v[k] for _, v in found) / len(found) for k in found[0][1]}
+    values = [v for _, v in found]
+    return {k: sum(v[k] for v in values) / len(values) for k in values[0]}
 
 
 @patch
-def _backward(self: Learner, update, batch, noise, share):
-    "Add one batch's gradients, one of `share`; returns (whether it has any, {term: Tensor})."
+def _backward(self: Learner, update, batch, noise, count):
+    "Add the gradients of one of `count` batches; returns (whether it has any, {term: Tensor})."
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
     with torch.autocast(self.device.type, half, enabled=half is not None):
         loss, values = weighted_sum(update.losses(batch, noise), self.weights)
-    moves = loss is not None and loss.requires_grad
-    if moves:
-        self.scaler.scale(loss / share if share > 1 else loss).backward()
-    return moves, values
+    has_gradient = loss is not None and loss.requires_grad
+    if has_gradient:
+        self.scaler.scale(loss / count if count > 1 else loss).backward()
+    return has_gradient, values
 
 # %% ../../nbs/training/learner.ipynb #0da3e869
 @patch
@@ -184,23 +185,35 @@ def _move(self: Learner, update, parameters):
     "Change the parameters of an update by their gradients."
     average_gradients(parameters, self.accelerator)
     self._measure(update)
-    named = {n: self.optimisers[n] for n in update.changes if n in self.optimisers}
-    optimisers = {
-        n: o
-        for n, o in named.items()
-        if any(p.grad is not None for g in o.param_groups for p in g["params"])
-    }
+    optimisers = self._with_gradients(update)
     if self.settings.clip:
-        for o in optimisers.values():
-            self.scaler.unscale_(o)
-        given = [p for p in parameters if p.grad is not None]
-        nn.utils.clip_grad_norm_(given, self.settings.clip)
+        self._clip(optimisers.values(), parameters)
     rate = self._rate(self.position["step"])
-    for n, o in optimisers.items():
-        for group in o.param_groups:
-            group["lr"] = update.rates.get(n, group["rate"]) * rate
-        self.scaler.step(o)
+    for name, optimiser in optimisers.items():
+        (group,) = optimiser.param_groups
+        group["lr"] = update.rates.get(name, group["rate"]) * rate
+        self.scaler.step(optimiser)
     self.scaler.update()
+
+
+@patch
+def _with_gradients(self: Learner, update):
+    "The optimisers of the networks of an update that the loss has reached, by name."
+    found = {}
+    for name in update.changes:
+        parameters = self.method.networks[name].parameters()
+        if any(p.grad is not None for p in parameters):
+            found[name] = self.optimisers[name]
+    return found
+
+
+@patch
+def _clip(self: Learner, optimisers, parameters):
+    "Shorten the gradients of an update, all together, to the length `clip`."
+    for optimiser in optimisers:
+        self.scaler.unscale_(optimiser)
+    reached = [p for p in parameters if p.grad is not None]
+    nn.utils.clip_grad_norm_(reached, self.settings.clip)
 
 # %% ../../nbs/training/learner.ipynb #4f86c1de
 @patch
@@ -221,10 +234,10 @@ def _measure(self: Learner, update):
 @patch
 def _check_gradients(self: Learner, stage):
     "Raise `InputError` if a gradient of the last batch was not finite."
+    halving = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
     for update, layers, norms in self.sizes:
         bad = [layer for layer, fine in zip(layers, norms.isfinite().tolist()) if not fine]
-        halving = bad and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not bad or halving:
+        if not bad or halving:  # a scaler that still looks for its scale leaves such a step out
             continue
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise InputError(
@@ -458,9 +471,8 @@ def _save(self: Learner):
             torch.save(state, t)
         write_history(self.folder / "history.csv", self.history)
         if self.settings.tensorboard:
-            write_tensorboard(
-                self.folder / "tensorboard", self.history[-self.settings.save_every :]
-            )
+            newest = self.history[-self.settings.save_every :]
+            write_tensorboard(self.folder / "tensorboard", newest)
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/learner.ipynb #0e37c76b
@@ -479,19 +491,23 @@ def _resume(self: Learner):
     chosen = self.valid and state["best"] > -math.inf
     if chosen and not (self.folder / "best.pt").exists():
         return  # its weights are lost: train again
-    for k, n in self.method.networks.items():
-        load_weights(n, state["networks"][k], path)
-    for k, o in self.optimisers.items():
-        o.load_state_dict(state["optimisers"][k])
+    self._restore(state, path)
+
+
+@patch
+def _restore(self: Learner, state, path):
+    "Put back everything that `_save` wrote; the path is for messages."
+    for name, net in self.method.networks.items():
+        load_weights(net, state["networks"][name], path)
+    for name, optimiser in self.optimisers.items():
+        optimiser.load_state_dict(state["optimisers"][name])
     self.scaler.load_state_dict(state["scaler"])
-    for s, values in zip(self.stages, state["plateaus"]):
-        if s.until:
-            s.until.values = list(values)
+    for stage, values in zip(self.stages, state["plateaus"]):
+        if stage.until:
+            stage.until.values = list(values)
     set_random_state(state["random"])
-    self.position = state["position"]
-    self.best = state["best"]
-    self.since_best = state["since_best"]
-    self.history = state["history"]
+    for name in ("position", "best", "since_best", "history"):
+        setattr(self, name, state[name])
 
 # %% ../../nbs/training/learner.ipynb #d04bfda4
 @patch

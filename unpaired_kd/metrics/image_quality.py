@@ -214,7 +214,9 @@ def roc(
         raise InputError(f"most={most}: give at least 1, or None for all background voxels.")
     cases = [_voxels_of_case(s, y, i, most, seed) for i, (s, y) in enumerate(zip(scores, labels))]
     total = sum(size for _, _, size in cases)
-    values, classes, weights = [], [], []
+    values = []
+    classes = []
+    weights = []
     for foreground, kept, size in cases:  # a kept voxel stands for those of its case left out
         values += [foreground, kept]
         classes += [np.ones(len(foreground), bool), np.zeros(len(kept), bool)]

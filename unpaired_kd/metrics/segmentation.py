@@ -366,25 +366,30 @@ def _masks_by_class(p, t, classes):
     return {name: ab if ab[0].any() or ab[1].any() else None for name, ab in masks.items()}
 
 
+def _is_missed(p, t):
+    "Whether a structure is in the target and nothing of it in the prediction."
+    return bool(t.any() and not p.any())
+
+
 def _mean(scores, default):
     "Mean of scores, or the default where there is none."
     return float(np.mean(scores)) if scores else default
 
 
 def _class_scores(p, t, classes, spacing, empty, tolerance):
-    "The scores of a case that need its class maps only."
+    "The scores of a case that need its class maps only, and the Dice of every class."
     masks = _masks_by_class(p, t, classes)
-    present = [ab for ab in masks.values() if ab]
-    dsc = {name: dice(*ab) if ab else float("nan") for name, ab in masks.items()}
-    outlines = [_outline_scores(*ab, spacing, empty, tolerance) for ab in present]
+    present = {name: ab for name, ab in masks.items() if ab}
+    dsc = {name: dice(*ab) for name, ab in present.items()}
+    outlines = [_outline_scores(*ab, spacing, empty, tolerance) for ab in present.values()]
     scores = {
-        "dsc": _mean([dsc[name] for name, ab in masks.items() if ab], 1.0),
+        "dsc": _mean(list(dsc.values()), 1.0),
         "hd95": _mean([hd for hd, _ in outlines], 0.0),
         "sdsc": _mean([sd for _, sd in outlines], 1.0),
-        "missed": sum(bool(b.any() and not a.any()) for a, b in present),
+        "missed": sum(_is_missed(*ab) for ab in present.values()),
     }
-    by_class = {f"dsc_{name}": v for name, v in dsc.items()} if len(dsc) > 1 else {}
-    return scores, by_class
+    by_class = {f"dsc_{name}": dsc.get(name, float("nan")) for name in masks}
+    return scores, by_class if len(masks) > 1 else {}
 
 # %% ../../nbs/metrics/segmentation.ipynb #9bf1cebd
 def case_metrics(

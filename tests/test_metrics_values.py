@@ -278,6 +278,8 @@ def test_a_case_of_three_classes_by_hand():
     assert found["hd95"] == pytest.approx((hd + 5.0) / 2)  # the diagonal is 5 mm
     assert found["sdsc"] == pytest.approx(near / 2) and found["missed"] == 1
     assert found["aji"] == NAN and found["pq"] == NAN
+    invented = metrics.case_metrics(PRED, NONE, spacing=(2.0, 1.0))
+    assert [invented[k] for k in ("dsc", "hd95", "sdsc", "missed")] == [0, 5, 0, 0]
     nothing = metrics.case_metrics(NONE, NONE)
     assert [nothing[k] for k in ("dsc", "hd95", "sdsc", "missed")] == [1, 0, 1, 0]
     objects = metrics.case_metrics(PRED, TRUE, OBJECTS_PRED[:12], OBJECTS_TRUE[:12])

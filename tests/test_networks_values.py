@@ -311,6 +311,18 @@ def test_channels_of_taps_are_counted_without_a_trace():
     assert net.training and weights_digest(net) == before
 
 
+def test_a_fingerprint_covers_weights_and_statistics():
+    "One number of each kind changed at a time; the layout in memory does not matter."
+    net, _, _ = scene("unet", training=False)
+    whole = weights_digest(net)
+    assert weights_digest(net.to(memory_format=torch.channels_last)) == whole
+    for name in ("conv1.0.weight", "conv1.1.running_mean", "conv1.1.num_batches_tracked"):
+        value = net.state_dict()[name].view(-1)[:1]
+        value += 1
+        assert weights_digest(net) != whole, name
+        value -= 1
+
+
 def test_layouts():
     "channels_last helps BatchNorm in 2-D only."
     pairs = [

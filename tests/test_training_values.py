@@ -736,7 +736,7 @@ class Given(nn.Module):
 
 def test_validation_of_one_class_by_hand():
     "Images of 4 pixels: Dice 2/3, 0 (a false alarm), none on either side (left out)."
-    logits = torch.tensor([[[[2.0, 1.0, -1.0, 0.0]]], [[[1.0, -1.0, -1.0, -1.0]]]])
+    logits = torch.tensor([[[[2.0, 0.25, -1.0, 0.0]]], [[[1.0, -1.0, -1.0, -1.0]]]])
     label = torch.tensor([[[1, 0, 0, 0]], [[0, 0, 0, 0]]])
     empty = SimpleNamespace(image=-logits[:1].abs() - 1, label=label[1:])
     net = Given().train()

@@ -317,10 +317,11 @@ def test_a_fingerprint_covers_weights_and_statistics():
     whole = weights_digest(net)
     assert weights_digest(net.to(memory_format=torch.channels_last)) == whole
     for name in ("conv1.0.weight", "conv1.1.running_mean", "conv1.1.num_batches_tracked"):
-        value = net.state_dict()[name].view(-1)[:1]
-        value += 1
+        value = net.state_dict()[name]
+        old = value.clone()
+        value[(0,) * value.ndim] += 1
         assert weights_digest(net) != whole, name
-        value -= 1
+        value.copy_(old)
 
 
 def test_layouts():

@@ -38,12 +38,12 @@ import torch
 
 # %% ../nbs/core.ipynb #2b4f0aa3
 class InputError(ValueError):
-    "Bad input from the user. The message names the file or argument and says how to mend it."
+    "Bad input from the user. The message names the file or argument and says what to do."
 
 # %% ../nbs/core.ipynb #f36c1f8d
 class Registry(dict):
-    """A named table of classes or functions; an unknown name raises `InputError` with the known
-    ones."""
+    """A table of classes or functions by name. A name that is not in it raises `InputError`, which
+    lists the names that are."""
 
     def __init__(
         self,
@@ -93,9 +93,13 @@ class Range:
         v,  # a number
     ) -> bool:  # whether it lies within all bounds; NaN lies in none
         "Within the bounds."
-        low = (self.least is None or v >= self.least) and (self.above is None or v > self.above)
-        high = (self.most is None or v <= self.most) and (self.below is None or v < self.below)
-        return low and high
+        bounds = (
+            self.least is None or v >= self.least,
+            self.above is None or v > self.above,
+            self.most is None or v <= self.most,
+            self.below is None or v < self.below,
+        )
+        return all(bounds)
 
     def __str__(self):
         bounds = {
@@ -117,7 +121,8 @@ Share = Annotated[float, Range(least=0, most=1)]
 def as_python(
     value,  # plain data, perhaps with numbers or arrays of NumPy
 ):  # the same with Python's numbers and lists
-    "A setting means the same whoever counted it, and JSON knows Python's numbers only."
+    """Plain data with Python's numbers instead of NumPy's: settings compare equal whoever computed
+    them, and JSON knows no others."""
     if isinstance(value, dict):
         return {as_python(k): as_python(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -142,23 +147,29 @@ def _fit_value(
     value,  # what was given
     kind,  # annotation of the setting
 ):  # the value, as the annotation wants it
-    "A whole number is a number, and a list a tuple. `InputError` for a value that does not fit."
+    """The value in the type of its annotation: a whole number may stand for a number, and a list
+    for a tuple. `InputError` for a value that does not fit."""
     origin = get_origin(kind)
     parts = get_args(kind)
     if origin is Annotated:
         return _fit_range(name, _fit_value(name, value, parts[0]), parts[1])
     if origin in (Union, types.UnionType):
         return _fit_any(name, value, parts)
-    if origin is Literal:
-        if value not in parts or isinstance(value, bool):
-            raise InputError(unknown(name, value, parts))
-        return value
+    if origin is not Literal:
+        return _fit_class(name, value, kind)
+    if value not in parts or isinstance(value, bool):
+        raise InputError(unknown(name, value, parts))
+    return value
+
+
+def _fit_class(name, value, kind):
+    "The value as an object of a class; True and False are no numbers here, nor is NaN."
     if kind is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if kind in (list, tuple) and isinstance(value, (list, tuple)):
         value = kind(value)
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not good or kind is float and not math.isfinite(value):
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or (kind is float and not math.isfinite(value)):
         raise InputError(f"{name}={value!r}: give {_describe_kind(kind)}.")
     return value
 
@@ -166,7 +177,7 @@ def _fit_value(
 def _describe_kind(
     kind,  # annotation of a setting
 ) -> str:  # what to give, for a message
-    "An annotation in words."
+    "What an annotation asks for, in words."
     parts = get_args(kind)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, parts))
@@ -208,8 +219,9 @@ def annotations_of(
 
 # %% ../nbs/core.ipynb #5a7e1c09
 class Checked:
-    """Base of frozen dataclasses of settings. Every value is fitted to its annotation when the
-    object is made; then `check` looks at all of them together."""
+    """Base of frozen dataclasses of settings. When an object is made, every value is checked
+    against its annotation, and then `check` looks at all of them together. `InputError` for a bad
+    one."""
 
     def __post_init__(self):
         for name, kind in annotations_of(type(self)).items():
@@ -226,7 +238,8 @@ def change(
     changes: dict,  # field -> new value
     kind: str,  # what a field is, for the message: "option of lotus"
 ):  # a copy with the changes
-    "`InputError` for a name that the settings do not have, with the nearest that they have."
+    """Settings with changes, checked again. `InputError` for a name that the settings do not have,
+    with the nearest that they have."""
     known = [f.name for f in fields(settings)]
     for name in changes:
         if name not in known:
@@ -238,7 +251,7 @@ def extra(
     module: str,  # module to import
     name: str,  # optional dependency group that brings it
 ):  # the module
-    "Import an optional dependency; say how to install it if it is not there."
+    "Import an optional dependency. `InputError` that says how to install it if it is not there."
     try:
         return import_module(module)
     except ImportError:
@@ -249,38 +262,41 @@ def extra(
 # %% ../nbs/core.ipynb #e1c1ac89
 @contextlib.contextmanager
 def log_as_error(
-    name: str,  # logger to listen to
+    name: str,  # the logger
 ):  # the list of messages so far
-    """Within the block, what the logger calls an error becomes an `InputError` at the end; it
-    prints nothing."""
+    """Within the block, a logger prints nothing; if it reported an error, the block ends with an
+    `InputError` that quotes it."""
 
-    class Listen(logging.Handler):
+    class Keep(logging.Handler):
         "Keeps every message."
 
         def emit(self, record):
-            heard.append(record.getMessage())
+            messages.append(record.getMessage())
 
-    heard = []
+    messages = []
     log = logging.getLogger(name)
-    ear = Listen(logging.ERROR)
+    handler = Keep(logging.ERROR)
     propagate = log.propagate
     log.propagate = False
-    log.addHandler(ear)
+    log.addHandler(handler)
     try:
-        yield heard
+        yield messages
     except Exception:
-        if not heard:
+        if not messages:
             raise
     finally:
-        log.removeHandler(ear)
+        log.removeHandler(handler)
         log.propagate = propagate
-    if heard:
-        raise InputError(f"it is damaged or cut short ({heard[0]}). Copy it again from its source.")
+    if messages:
+        raise InputError(
+            f"it is damaged or cut short ({messages[0]}). Copy it again from its source."
+        )
 
 # %% ../nbs/core.ipynb #0e3eaa10
 def _address(seed, stream):
     "A 128-bit integer from `seed` and the parts of `stream`."
-    text = json.dumps([int(seed), *[s if isinstance(s, str) else int(s) for s in stream]])
+    parts = [part if isinstance(part, str) else int(part) for part in stream]
+    text = json.dumps([int(seed), *parts])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
@@ -308,7 +324,8 @@ def seeded(
     """Within the block, the global generators of torch, NumPy and `random` are seeded; afterwards
     they are as before."""
     value = _address(seed, stream) % 2**32
-    old = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng():
         random.seed(value)
         np.random.seed(value)
@@ -316,20 +333,24 @@ def seeded(
         try:
             yield
         finally:
-            random.setstate(old[0])
-            np.random.set_state(old[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 # %% ../nbs/core.ipynb #171ce953
-PALETTE = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-    "#000000",
-]  # Okabe-Ito: safe for colour-blind readers
+# Okabe-Ito: safe for colour-blind readers
+PALETTE = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 #000000".split()
+
+
+_PLOT_STYLE = {
+    "figure.dpi": 80,
+    "savefig.dpi": 80,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+    "figure.constrained_layout.use": True,
+}
 
 
 def set_up(
@@ -343,22 +364,9 @@ def set_up(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import matplotlib as mpl
 
-    mpl.rcParams.update(
-        {**mpl.rcParamsDefault, "interactive": mpl.is_interactive()}
-    )  # notebooks show pictures only when interactive
-    mpl.rcParams.update(
-        {
-            "axes.prop_cycle": mpl.cycler(color=PALETTE),
-            "figure.dpi": 80,
-            "savefig.dpi": 80,
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "image.cmap": "gray",
-            "image.interpolation": "nearest",
-            "figure.constrained_layout.use": True,
-        }
-    )
+    # notebooks show pictures only when interactive
+    mpl.rcParams.update({**mpl.rcParamsDefault, "interactive": mpl.is_interactive()})
+    mpl.rcParams.update({**_PLOT_STYLE, "axes.prop_cycle": mpl.cycler(color=PALETTE)})
 
 # %% ../nbs/core.ipynb #a0cb1dd6
 def to_display(
@@ -383,28 +391,24 @@ def show_images(
     size: float = 2.2,  # width of one picture, inches
     color: str = PALETTE[1],  # colour of the outlines
 ):  # matplotlib Figure
-    "Show images side by side, with outlines of their labels."
+    "A figure with the images side by side, each with the outlines of its label if it has one."
     import matplotlib.pyplot as plt
 
-    titles, images = (
-        (list(images), list(images.values()))
-        if isinstance(images, dict)
-        else ([""] * len(images), list(images))
-    )
+    titles = list(images) if isinstance(images, dict) else [""] * len(images)
+    images = list(images.values()) if isinstance(images, dict) else list(images)
+    labels = [None] * len(images) if labels is None else labels
     ncols = ncols or len(images)
     nrows = -(-len(images) // ncols)
-    fig, axes = plt.subplots(
-        nrows, ncols, figsize=(size * ncols, size * nrows * 1.08), squeeze=False
-    )
+    figsize = (size * ncols, size * nrows * 1.08)
+    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for i, (ax, im, t) in enumerate(zip(axes.flat, images, titles)):
-        ax.imshow(to_display(im), vmin=0, vmax=1)
-        ax.set_title(t)
-        if labels is not None and labels[i] is not None:
-            y = np.asarray(labels[i])
-            if y.any():
-                ax.contour(outlined(y), levels=[0.5], colors=color, linewidths=1)
+    for ax, image, title, label in zip(axes.flat, images, titles, labels):
+        ax.imshow(to_display(image), vmin=0, vmax=1)
+        ax.set_title(title)
+        if label is not None and np.asarray(label).any():
+            outline = outlined(np.asarray(label))
+            ax.contour(outline, levels=[0.5], colors=color, linewidths=1)
     return fig
 
 # %% ../nbs/core.ipynb #c962b4e0
@@ -417,7 +421,8 @@ def outlined(
     for axis in (0, 1):
         a = np.moveaxis(label, axis, 0)[:-1]
         b = np.moveaxis(label, axis, 0)[1:]
-        np.moveaxis(inside, axis, 0)[:-1][(a != b) & (a > 0) & (b > 0)] = 0
+        touching = (a != b) & (a > 0) & (b > 0)
+        np.moveaxis(inside, axis, 0)[:-1][touching] = 0
     return inside
 
 # %% ../nbs/core.ipynb #06196aeb
@@ -446,25 +451,15 @@ def arrow(
     "Draw an arrow from the edge of one box to the edge of another."
     (x, y) = a.get_position()
     (u, v) = b.get_position()
-    ax.annotate(
-        "",
-        (u, v),
-        (x, y),
-        arrowprops=dict(
-            arrowstyle=style,
-            patchA=a.get_bbox_patch(),
-            patchB=b.get_bbox_patch(),
-            shrinkA=2,
-            shrinkB=2,
-            **dict(lw=1) | line,
-        ),
-    )
+    ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2)
+    look = {"arrowstyle": style, "lw": 1, **line}
+    ax.annotate("", (u, v), (x, y), arrowprops={**ends, **look})
     if text:
         ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=7.5)
 
 # %% ../nbs/core.ipynb #6c7b9b7b
-PART = ".ukd.part."
-OLD = ".ukd.old."  # how the names of parts, and of folders that are being replaced, begin
+PART = ".ukd.part."  # how the names of parts begin
+OLD = ".ukd.old."  # ... and those of folders that are being replaced
 
 
 def take_lock(
@@ -545,13 +540,12 @@ def _new_part(
     make,  # function: path -> open handle of a new, empty file or folder there
 ) -> tuple:  # its path and its handle, locked
     "Make a part for `path`."
-    name = (
-        path.name
-        if len(os.fsencode(path.name)) < 200
-        else digest(path.name) + "".join(path.suffixes[-2:])
-    )
+    name = path.name
+    if len(os.fsencode(name)) >= 200:
+        name = digest(name) + "".join(path.suffixes[-2:])
     for attempt in range(1000):
-        part = path.with_name(PART + (f"{attempt}." if attempt else "") + name)
+        number = f"{attempt}." if attempt else ""
+        part = path.with_name(PART + number + name)
         if not _sweep(part):
             continue
         try:
@@ -581,9 +575,10 @@ def _make_folder(part):
 def sync(
     path,  # a file or folder that is there
 ):
-    "Ask the disk to keep a file or folder (fsync), where the system can."
+    "Make the disk keep a file or folder (fsync), where the system can."
+    # Windows opens no folders, and rights may allow only to put things into one
     if path.is_dir() and (os.name == "nt" or not os.access(path, os.R_OK)):
-        return  # a folder that cannot be opened: Windows, or rights that allow only to put things into it
+        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -594,11 +589,10 @@ def sync(
         os.close(handle)
 
 # %% ../nbs/core.ipynb #b1d0c0a4
-_REFUSALS = {
-    getattr(errno, name)
-    for name in "ENOSPC EDQUOT EROFS EFBIG EACCES EPERM EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG".split()  # what a disk or its owner says no with
-    if hasattr(errno, name)
-}
+# what a disk or its owner says no with
+_NO_ROOM = "ENOSPC EDQUOT EROFS EFBIG ENAMETOOLONG"
+_NO_RIGHT = "EACCES EPERM EISDIR ENOTDIR ENOTEMPTY"
+_REFUSALS = {getattr(errno, name, None) for name in f"{_NO_ROOM} {_NO_RIGHT}".split()} - {None}
 
 
 @contextlib.contextmanager
@@ -620,13 +614,8 @@ def open_own(
 ) -> int:  # its handle, to read and to append
     """Open a plain file. `InputError` for what somebody else has put there: a link, a pipe, a
     folder."""
-    flags = (
-        os.O_RDWR
-        | os.O_CREAT
-        | os.O_APPEND
-        | getattr(os, "O_NOFOLLOW", 0)
-        | getattr(os, "O_NONBLOCK", 0)
-    )
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     foreign = os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode)
     if foreign:
         raise InputError(
@@ -656,7 +645,8 @@ def put(
     path: Path,  # where it shall lie, on the same disk
     overwrite: bool,  # a file that is there is replaced; else it is an `InputError`
 ):
-    "Give a part its name, in one step."
+    """Give a part its name, in one step. `InputError` if there is a file of this name already and
+    it may not be replaced."""
     if overwrite:
         return os.replace(part, path)
     there = InputError(
@@ -678,7 +668,7 @@ def put(
 @contextlib.contextmanager
 def atomic(
     path,  # the file to write
-    overwrite: bool = True,  # a file that is there is replaced; else it stays, also one that appears meanwhile
+    overwrite: bool = True,  # replace a file that is there; False: keep it, also one made meanwhile
 ):  # a temporary Path in the same folder
     """Write to the temporary path that this yields; it becomes `path` when the block succeeds and
     vanishes when it fails. Raises `InputError` where nothing can be, or was, written."""
@@ -718,9 +708,8 @@ def atomic_folder(
             yield part
             for inner in [*part.rglob("*"), part]:
                 sync(inner)
-            group = (
-                os.stat(part).st_mode & stat.S_ISGID
-            )  # what is written into it stays with the folder's group
+            # what is written into the folder stays with its group
+            group = os.stat(part).st_mode & stat.S_ISGID
             os.chmod(part, _open_mode(0o777) | group)
             swap_folder(part, path, overwrite)
         except BaseException:
@@ -749,7 +738,8 @@ def swap_folder(
             _remove(old)
         if os.path.lexists(old):
             warnings.warn(
-                f"{old}, which {path} has replaced, could not be deleted whole. Delete it."
+                f"{old}, which {path} has replaced, could not be deleted whole. Delete it.",
+                stacklevel=2,
             )
     finally:
         if lock is not None:
@@ -759,11 +749,11 @@ def swap_folder(
 @contextlib.contextmanager
 def hold(
     folder,  # the folder; it must be there
-    who="another process",  # who may hold it, for the message
+    who="another process",  # who may have locked it, for the message
     name: str = ".ukd.lock",  # the file that carries the lock
 ):
-    """Hold a folder while the block runs. `InputError` if somebody else does. The system frees it
-    when this process ends, however it ends."""
+    """Lock a folder while the block runs. `InputError` if another process has locked it. The system
+    frees it when this process ends, however it ends."""
     handle = open_own(Path(folder) / name)
     try:
         if not take_lock(handle):
@@ -907,6 +897,12 @@ def _number(text):
         return float(text)
     return text
 
+
+def _converter(column):
+    "What makes values of the texts of a column: numbers, or names if `007` is among them."
+    has_names = any(re.fullmatch(r"-?0[0-9]+", text) for text in column)
+    return str if has_names else _number
+
 # %% ../nbs/core.ipynb #b1d0c0ad
 def read_csv(
     path,  # the file
@@ -928,13 +924,11 @@ def read_csv(
                 f"{path}: row {i} has {len(line)} fields, its header {len(head)}. Was it cut "
                 "short? Restore it from a copy."
             )
-    names = {
-        k for k, *column in zip(head, *lines) if any(re.fullmatch(r"-?0[0-9]+", v) for v in column)
-    }
+    lines = [line for line in lines if line]
+    convert = {name: _converter(column) for name, *column in zip(head, *lines)}
     return [
-        {k: v if k in names else _number(v) for k, v in zip(head, line) if v != ""}
+        {name: convert[name](text) for name, text in zip(head, line) if text != ""}
         for line in lines
-        if line
     ]
 
 # %% ../nbs/core.ipynb #a29542de
@@ -978,8 +972,8 @@ def resolve_precision(
 
 # %% ../nbs/core.ipynb #4e1d0002
 def cores() -> int:  # processor cores that this process may use
-    """How many processes run at a time, unless told; a queue may give a job less than the machine
-    has."""
+    """Number of processes that run at a time unless somebody asks for another; a queue may give a
+    job fewer cores than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # sums over pixels depend on it; a study trains with one as well
+# sums over pixels depend on it; a study trains with one as well
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("UKD_DATA") or ROOT.parent / "shared" / "data")
 

@@ -396,10 +396,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, value):
     )
     with pytest.raises(InputError, match=words):
         run.fit()
-    assert (
-        load_checkpoint(tmp_path / "last.pt")["position"]["total"] == 1
-        and len(read_csv(tmp_path / "history.csv")) == 1
-    )  # as after epoch 0
+    # as after epoch 0
+    assert load_checkpoint(tmp_path / "last.pt")["position"]["total"] == 1
+    assert len(read_csv(tmp_path / "history.csv")) == 1
     assert run.position["step"] == 9  # batch 9 was not learned from
 
 

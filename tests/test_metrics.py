@@ -143,9 +143,8 @@ def test_more_than_300_objects():
     s = instance_scores(order[target], target)
     assert (s["aji"], s["aji_plus"], s["pq"], s["tp"]) == (1, 1, 1, n)
     assert len(find_overlaps(target, target).target_area) == n
-    assert (
-        released_pq(order[target], target, min_size=0, binary=False) < 1
-    )  # the wrap that this module does not have
+    # the wrap that this module does not have
+    assert released_pq(order[target], target, min_size=0, binary=False) < 1
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -370,9 +369,8 @@ def test_case_of_several_classes():
     assert r["dsc"] == pytest.approx(7 / 24)
     assert r["hd95"] == pytest.approx((1 + 2 * np.hypot(38, 19)) / 3)
     assert np.isnan(r["aji"]) and np.isnan(r["pq"])
-    assert r["missed"] == 1 and r["sdsc"] == pytest.approx(
-        1 / 3
-    )  # an invented class is not a missed one
+    assert r["missed"] == 1  # an invented class is not a missed one
+    assert r["sdsc"] == pytest.approx(1 / 3)
     absent = case_metrics(t, t, classes=names)
     assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"]) and absent["missed"] == 0
 

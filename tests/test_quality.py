@@ -142,9 +142,8 @@ def test_weighted_subsample_is_unbiased_over_unequal_cases():
         [np.concatenate([m[m], m[~m][:400]]) for m in y],
         None,
     ).auc
-    assert (
-        abs(plain - full) > 0.02 and one > two
-    )  # without weights the small hard case counts too much
+    # without weights the small hard case counts too much
+    assert abs(plain - full) > 0.02 and one > two
 
 
 def test_roc_is_repeatable_and_refuses_one_class():

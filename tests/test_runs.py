@@ -116,11 +116,8 @@ DAMAGES = {
     "deleted": lambda p: p.unlink(),
     "emptied": lambda p: p.write_bytes(b""),
 }
-PAST = (
-    "notebook.ipynb",
-    "figures/cases.png",
-    "student/README.md",
-)  # for people; made anew by every run
+# for people; made anew by every run
+PAST = ("notebook.ipynb", "figures/cases.png", "student/README.md")
 FILES = [
     "config.json",
     "parameters.json",
@@ -538,9 +535,8 @@ def test_a_teacher_that_was_trained_again_with_another_result_fits_no_old_studen
     net = train_teacher(folder, study(data), 0, "cpu")
     assert record_of(teacher)["weights"] == digest({"student": weights_digest(net)}, 64)
     shutil.rmtree(teacher)
-    assert json.dumps(run_study(folder, study(data), [0], workers=1)) == json.dumps(
-        json.loads(found)[0]
-    )  # here it becomes the same again
+    rows = run_study(folder, study(data), [0], workers=1)
+    assert json.dumps(rows) == json.dumps(json.loads(found)[0])  # it becomes the same again
     state = load_checkpoint(teacher / "last.pt")
     record = record_of(teacher)  # another machine: other last digits
     weights = next(iter(state["networks"]["student"].values()))

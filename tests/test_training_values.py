@@ -499,12 +499,11 @@ def test_only_those_of_an_update_move_and_the_next_sees_them_moved(tmp_path):
     run = Learner(Products(joint=False), Data(), tmp_path, settings=quiet(steps=1, epochs=1))
     run.fit()
     x = numbers(0)
-    a = [
-        START["a"][i] - 0.2 * math.copysign(1, slope)
-        for i, slope in enumerate(slopes(START, [x], 1.0, 1.0)["a"])
-    ]  # the first step of Adam has the length of its rate
-    b = slopes({"a": a, "b": START["b"]}, [x], 2.0, 0.5)["b"]
-    b = [START["b"][i] - 0.025 * math.copysign(1, slope) for i, slope in enumerate(b)]
+    # the first step of Adam has the length of its rate
+    slope = slopes(START, [x], 1.0, 1.0)["a"]
+    a = [w - 0.2 * math.copysign(1, g) for w, g in zip(START["a"], slope)]
+    slope = slopes({"a": a, "b": START["b"]}, [x], 2.0, 0.5)["b"]
+    b = [w - 0.025 * math.copysign(1, g) for w, g in zip(START["b"], slope)]
     assert both_numbers(run)["a"] == pytest.approx(a, abs=1e-7)
     assert both_numbers(run)["b"] == pytest.approx(b, abs=1e-7)
     assert run.method.log == [[True, False]]

@@ -73,7 +73,7 @@ def unknown(
     name: str,  # the name that is not known
     known,  # the names that are
 ) -> str:  # a message for `InputError`
-    "Say that `name` is not known, offer the nearest known name, and list them all."
+    "A message that says that `name` is not known, offers the nearest known name, and lists all."
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
@@ -191,7 +191,7 @@ def _fit_range(
     value,  # a number
     range: Range,  # where it must lie
 ):  # the value
-    "`InputError` for a number outside the range."
+    "The number, if it lies in the range. `InputError` for one outside it."
     if value not in range:
         raise InputError(f"{name}={value}: give a number that is {range}.")
     return value
@@ -202,7 +202,7 @@ def _fit_any(
     value,  # what was given
     kinds: tuple,  # annotations
 ):  # the value, as the first of them that it fits
-    "`InputError` for a value that fits none of the annotations."
+    "The value as the first of several annotations that it fits. `InputError` if it fits none."
     for kind in kinds:
         with contextlib.suppress(InputError):
             return _fit_value(name, value, kind)
@@ -304,7 +304,7 @@ def rng(
     seed: int,  # the seed of the run
     *stream,  # names and whole numbers that say what the numbers are for
 ) -> np.random.Generator:  # a fresh generator; equal arguments give equal generators
-    "A NumPy generator that is a pure function of its arguments."
+    "A NumPy generator that is a pure function of its arguments: equal arguments, equal numbers."
     return np.random.default_rng(_address(seed, stream))
 
 
@@ -372,8 +372,8 @@ def set_up(
 def to_display(
     image,  # array or tensor: (H,W), (1,H,W), (3,H,W), (H,W,1) or (H,W,3)
 ) -> np.ndarray:  # (H,W) or (H,W,3), float in [0,1]
-    """An image as matplotlib wants it. Whole-number types are divided by their largest value;
-    floats are clipped to [0,1]."""
+    """An image as matplotlib wants it: whole-number types divided by their largest value, floats
+    clipped to [0,1]."""
     a = np.asarray(image.detach().float().cpu() if isinstance(image, torch.Tensor) else image)
     if a.ndim == 3 and a.shape[0] in (1, 3) and a.shape[-1] not in (1, 3):
         a = np.moveaxis(a, 0, -1)
@@ -434,7 +434,7 @@ def box(
     color: str = "white",  # of the inside
     round: bool = False,  # round corners: by custom images are round, networks square
 ):  # the box (a matplotlib Text), for `arrow`
-    "Draw a labelled box."
+    "Draw a box with a text in it."
     frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=0.8)
     return ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=frame)
 
@@ -527,7 +527,7 @@ def clear_parts(
     folder,  # folder in which files were written
     deep: bool = False,  # also in the folders below; links are not followed
 ):
-    "Remove what killed writers left in a folder; the parts of writers that are at work stay."
+    "Remove what killed writers left in a folder. The parts of writers that are still at work stay."
     for place, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             if name.startswith((PART, OLD)):
@@ -627,7 +627,7 @@ def open_own(
 
 
 def _begin(path, make):
-    "The folder of `path`, and a part in it: (path, handle). Every fault is an `InputError`."
+    "Make the folder of `path` and a part in it: (path, handle). Every fault is an `InputError`."
     with _refusing(path, all_of_them=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         return _new_part(path, make)
@@ -671,7 +671,7 @@ def atomic(
     overwrite: bool = True,  # replace a file that is there; False: keep it, also one made meanwhile
 ):  # a temporary Path in the same folder
     """Write to the temporary path that this yields; it becomes `path` when the block succeeds and
-    vanishes when it fails. Raises `InputError` where nothing can be, or was, written."""
+    vanishes when it fails. `InputError` where nothing can be written, or nothing was."""
     path = Path(path)
     with _refusing(path):
         part, handle = _begin(path, _make_file)
@@ -699,7 +699,7 @@ def atomic_folder(
     overwrite: bool = True,  # as in `atomic`
 ):  # a temporary Path beside it
     """As `atomic`, for a folder: what the block wrote replaces `path` as a whole when it succeeds
-    and vanishes when it fails."""
+    and vanishes when it fails. `InputError` where it cannot be written."""
     path = Path(path)
     with _refusing(path):
         _sweep(path.with_name(OLD + path.name))
@@ -724,7 +724,7 @@ def swap_folder(
     path: Path,  # where it shall lie, perhaps in the place of another one, on the same disk
     overwrite: bool = True,  # as in `atomic`
 ):
-    "Put a folder into its place; the one that was there goes when the new one has arrived."
+    "Put a folder into its place. The one that was there is deleted when the new one has arrived."
     old = path.with_name(OLD + path.name)
     lock = None
     try:
@@ -768,8 +768,8 @@ def hold(
 def check_there(
     path,  # what is to be read
 ):
-    """`InputError`, with the cause, for what is absent, a link to nothing, a pointer of Git LFS, a
-    pipe, or not to be read."""
+    """Check that a file or folder can be read. `InputError` with the cause for one that is absent,
+    a link to nothing, a pointer of Git LFS, a pipe, or not to be read."""
     try:
         found = os.stat(path)
     except OSError as e:
@@ -818,8 +818,8 @@ def given(
 def read_text(
     path,  # a text file
 ) -> str:  # what it says, without a byte order mark
-    """Read UTF-8. Raises `InputError`, naming the file, for everything that is not a readable file
-    of UTF-8 text."""
+    """Read a text file. `InputError`, which names it, for everything that is not a readable file of
+    UTF-8 text."""
     path = Path(path)
     check_there(path)
     if path.is_dir():
@@ -850,7 +850,7 @@ def write_json(
     path,  # the file
     obj,  # plain data: dict, list, str, number
 ):
-    "Write `obj` as JSON, atomically."
+    "Write plain data as JSON, atomically. NumPy numbers, arrays, tensors and paths are converted."
     text = json.dumps(obj, indent=1, default=_plain, ensure_ascii=False) + "\n"
     with atomic(path) as t:
         t.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -859,7 +859,7 @@ def write_json(
 def read_json(
     path,  # the file
 ):  # the data
-    "Read a JSON file; a missing or broken one is an `InputError` that names it."
+    "Read a JSON file. `InputError` that names a missing or broken one."
     text = read_text(path)
     try:
         return json.loads(text)
@@ -908,7 +908,7 @@ def read_csv(
     path,  # the file
 ) -> list:  # list of dicts; an empty field is left out
     """Read a CSV that `write_csv` wrote. What looks like a number is one, except in a column in
-    which `007` stands: these are names."""
+    which `007` stands: these are names. `InputError` that names a missing or broken file."""
     text = read_text(path)
     try:
         head, *lines = csv.reader(text.splitlines(keepends=True), strict=True)
@@ -936,7 +936,7 @@ def digest(
     obj,  # plain data
     length: int = 12,  # hexadecimal digits kept
 ) -> str:  # the first digits of the SHA-256 of its canonical JSON
-    "A fingerprint of plain data: equal data, equal digest, whatever the order of the keys."
+    "A fingerprint of plain data: equal for equal data, whatever the order of the keys."
     text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -962,7 +962,8 @@ def resolve_precision(
     precision: str = "auto",  # auto | fp32 | bf16 | fp16
     device="cpu",  # torch device or its name
 ) -> str:  # fp32, bf16 or fp16
-    "The number format to use: `auto` is bf16 where the hardware has it, else fp32."
+    """The number format to use: `auto` is bf16 where the hardware has it, else fp32. `InputError`
+    for a word that is none of the four."""
     known = ("auto", "fp32", "bf16", "fp16")
     if precision not in known:
         raise InputError(unknown("precision", precision, known))
@@ -982,7 +983,7 @@ def cores() -> int:  # processor cores that this process may use
 def end_with_parent(
     parent: int,  # process id of the parent, from `os.getpid()` there
 ):
-    "In a helping process: end when the parent is gone, however it ended."
+    "In a helping process: end when the parent has ended, however that happened."
 
     def watch():
         while os.getppid() == parent:
@@ -996,7 +997,7 @@ def cluster_client(
     address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
     asked_by: str,  # the option or argument that named it, for the message
 ):  # a Dask client, to be used as a context manager
-    "Reach a cluster. `InputError` if `distributed` is missing or nobody answers."
+    "Connect to a Dask cluster. `InputError` if `distributed` is missing or no scheduler answers."
     try:
         from dask import distributed
     except ImportError as e:
@@ -1011,7 +1012,7 @@ def cluster_client(
 
 # %% ../nbs/core.ipynb #486de7df
 def watched() -> bool:  # whether standard error is a terminal; False also where it is closed
-    "Whether somebody sees a bar move."
+    "Whether somebody can see a progress bar move."
     return sys.stderr is not None and sys.stderr.isatty()
 
 # %% ../nbs/core.ipynb #dcbc9a3e

@@ -17,7 +17,8 @@ def check_target(
     logits,  # (B,K,*spatial)
     target,  # (B,*spatial), whole numbers; None: no labels
 ):
-    "Refuse what PyTorch would broadcast or mislearn."
+    """`InputError` for labels that PyTorch would broadcast or learn wrongly: other shapes,
+    fractions, unknown classes, none."""
     if target is None:
         raise InputError(
             "target is None: this batch has no labels, so it cannot feed a segmentation loss."
@@ -53,7 +54,7 @@ def cross_entropy_loss(
     target: Tensor,  # $y$, (B,*spatial), int64 in 0..K-1 (0..1 if K is 1)
 ) -> Tensor:  # scalar, at least 0
     """Mean cross-entropy over all pixels: binary (from one logit) if K is 1, else over the K
-    classes."""
+    classes. `InputError` for labels that do not fit."""
     check_target(logits, target)
     x = full_precision(logits)
     if x.shape[1] == 1:
@@ -83,7 +84,8 @@ def soft_dice_loss(
     per_image: bool = False,  # one Dice per image, then the mean; False: one Dice over the batch
     background: bool = False,  # for K > 1: count class 0 as well
 ) -> Tensor:  # scalar in [0,1]
-    "Soft Dice loss on logits (Milletari et al., 2016, with sums instead of squares)."
+    """Soft Dice loss on logits (Milletari et al., 2016, with sums instead of squares). `InputError`
+    for labels that do not fit."""
     check_target(logits, target)
     x = full_precision(logits)
     p = x.sigmoid() if x.shape[1] == 1 else x.softmax(1)

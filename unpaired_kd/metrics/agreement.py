@@ -121,7 +121,7 @@ def _mean_of_numbers(values):
 def average_cases(
     rows: list,  # rows of `agreement_rows`
 ) -> dict:  # case -> {score: mean over the rows of that case; NaN if none is defined}
-    "Average rows within each case; undefined scores are left out."
+    "Mean of each score over the rows of a case; undefined scores are left out."
     cases = {}
     for row in rows:
         cases.setdefault(row["case"], []).append(row)

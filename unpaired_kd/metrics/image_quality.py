@@ -33,8 +33,8 @@ def grey_histogram(
     eps: float = 1e-8,  # $\epsilon$, added to the share of every bin
     name: str = "image",  # what to call it in messages
 ) -> np.ndarray:  # (bins,), each above 0, sum 1
-    """The histogram of an image as shares. Raises `InputError` for values outside `range`, an empty
-    mask or a mask of another shape."""
+    """The histogram of an image, as the share of pixels in each bin. `InputError` for values
+    outside `range`, an empty mask or a mask of another shape."""
     a = _image(image, name)
     if mask is not None:
         m = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask) > 0

@@ -15,7 +15,7 @@ from ..core import InputError
 def as_array(
     x,  # array, or tensor on any device
 ) -> np.ndarray:
-    "A NumPy array."
+    "A NumPy array, of an array or a tensor on any device."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 # %% ../../nbs/metrics/masks.ipynb #d750b7c5
@@ -23,7 +23,7 @@ def as_labels(
     x,  # label map: whole numbers or booleans, any shape
     name: str = "mask",  # argument, for the message
 ) -> np.ndarray:  # whole numbers or booleans, not negative
-    "A checked label map. `InputError` for fractions and negative numbers."
+    "A label map as a NumPy array. `InputError` for fractions, NaN, negative numbers and text."
     a = as_array(x)
     if a.dtype.kind not in "biuf":
         raise InputError(f"{name} has dtype {a.dtype}; give whole numbers or booleans.")
@@ -43,7 +43,7 @@ def as_mask(
     x,  # mask or label map; every label above 0 is foreground
     name: str = "mask",  # argument, for the message
 ) -> np.ndarray:  # boolean
-    "A checked mask. `InputError` as in `as_labels`."
+    "A mask as a boolean NumPy array. `InputError` as from `as_labels`."
     a = as_array(x)
     return a if a.dtype == bool else as_labels(a, name) > 0
 
@@ -53,7 +53,7 @@ def as_pair(
     target,  # what is true
     convert=as_mask,  # or `as_labels`
 ) -> tuple:  # both, of one shape
-    "Two checked masks. `InputError` for different shapes."
+    "Two masks, checked. `InputError` for two shapes, and as from `as_labels`."
     p = convert(pred, "pred")
     t = convert(target, "target")
     if p.shape != t.shape:
@@ -68,7 +68,8 @@ def axis_lengths(
     spacing,  # mm along each axis, one number for all, or None: pixels
     ndim: int,  # axes
 ) -> np.ndarray:  # (ndim,) float
-    "One positive number per axis. `InputError` for anything else."
+    """The length of a pixel along each axis. `InputError` for anything but one positive number an
+    axis."""
     try:
         s = np.ones(ndim) if spacing is None else np.asarray(spacing, float)
     except (TypeError, ValueError):

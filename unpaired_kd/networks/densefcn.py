@@ -157,7 +157,7 @@ class DenseFCN(nn.Module):
         self,
         x: Tensor,  # images (B,in_channels,H,W), in [0,1]
     ) -> Tensor:  # logits (B,classes,H,W)
-        "Scores of every pixel."
+        "Scores of every pixel. `InputError` for an input that does not fit."
         check_input(x, self.config["in_channels"], 2, self.stride)
         x = self.stem(x)
         skips = []

@@ -69,7 +69,7 @@ class RCU(nn.Module):
         v: Tensor,  # the pooled path $v$, (B,i,H/s,W/s)
         r: Tensor,  # the stream $R$, (B,stream,H,W)
     ) -> tuple:  # $v'$, (B,o,H/s,W/s), and $R'$, (B,stream,H,W)
-        "One visit."
+        "Read the stream, renew the pooled path, add to the stream."
         v = self.body(torch.cat([self.drop(self.pool(r)), v], 1))
         return v, r + self.up(self.back(v))
 
@@ -87,8 +87,8 @@ LINKS = ("paper", "connected")
 
 # %% ../../nbs/networks/mrrn.ipynb #baf59f11
 class MRRNStage(nn.ModuleList):
-    """The visits of one stage, one after the other: the pooled path (B,i,H/2^d,W/2^d) ->
-    (B,o,H/2^d,W/2^d) with o = 2^d w; the list of streams is renewed."""
+    """The visits of one stage, one after the other. The pooled path (B,i,H/2^d,W/2^d) becomes
+    (B,o,H/2^d,W/2^d) with o = 2^d w; the streams in the list are renewed."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class MRRN(nn.Module):
         self,
         x: Tensor,  # images (B,in_channels,H,W), in [0,1]
     ) -> Tensor:  # logits (B,classes,H,W)
-        "Scores of every pixel."
+        "Scores of every pixel. `InputError` for an input that does not fit."
         check_input(x, self.config["in_channels"], 2, self.stride)
         x = self.stem(x)
         streams = [self.start(x)]

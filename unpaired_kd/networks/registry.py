@@ -31,7 +31,7 @@ def build(
     name: str,  # registered name, e.g. "unet"
     config: dict,  # its arguments
 ) -> nn.Module:  # the network, freshly initialised from the global torch generator
-    "Build a network by name. `InputError` if the name or an argument is not known."
+    "Build a network by its registered name. `InputError` if the name or an argument is not known."
     for module in MODULES:  # until the name is there
         if name not in NETWORKS:
             import_module(module)
@@ -45,7 +45,7 @@ def build(
 def name_of(
     net: nn.Module,  # a network whose class is registered
 ) -> str:  # the name it is registered under
-    "The name a network is registered under."
+    "The name a network is registered under. `InputError` for a class that is not registered."
     for name, cls in NETWORKS.items():
         if type(net) is cls:
             return name
@@ -72,8 +72,8 @@ def load_weights(
     state: dict,  # state dict
     source,  # where the state came from, for the message
 ) -> nn.Module:  # the network
-    """Load weights, all or none. `InputError` that names the source and the first differences when
-    they are of another architecture."""
+    """Load weights, all or none. `InputError` for weights of another architecture, with the source
+    and the first differences."""
     wrong = _differences(net.state_dict(), state)
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -90,7 +90,7 @@ class Taps:
 def _count_changes(
     out,  # what a layer gave
 ) -> int:  # how often it was changed in place; 0 where torch does not count
-    "PyTorch counts every change in place, for the sake of gradients."
+    "How often a tensor was changed in place: PyTorch counts it, for the sake of gradients."
     return out._version if isinstance(out, Tensor) and not out.is_inference() else 0
 
 # %% ../../nbs/networks/taps.ipynb #7935e420

@@ -82,8 +82,8 @@ OWN_CONVOLUTIONS = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
 def steady(
     net: nn.Module,  # any network, also another library's
 ) -> nn.Module:  # the same network
-    """Give every plain 3-D convolution of a network the forward pass of ours; weights, names and
-    the rest stay."""
+    """Let every plain 3-D convolution of a network compute as `Conv3d` and `ConvTranspose3d` here
+    do; weights and names stay."""
     for m in net.modules():
         if type(m) in OWN_CONVOLUTIONS:
             m.__class__ = OWN_CONVOLUTIONS[type(m)]
@@ -94,7 +94,7 @@ def layer(
     name: str,  # torch.nn name without its number, e.g. "Conv"
     dims: int,  # 2 or 3
 ):  # the class, e.g. torch.nn.Conv2d
-    "The 2-D or 3-D version of a torch layer; for volumes our own convolutions."
+    "The 2-D or 3-D version of a torch layer; for volumes the convolutions of this chapter."
     kind = getattr(nn, f"{name}{dims}d")
     return OWN_CONVOLUTIONS.get(kind, kind)
 
@@ -105,7 +105,7 @@ def make_normalisation(
     dims: int,  # 2 or 3
 ) -> nn.Module:  # the layer
     """A normalisation layer. `instance` is `GroupNorm` with one channel a group: the same formula,
-    a faster kernel on the CPU."""
+    faster on the CPU. `InputError` for another word."""
     if kind == "batch":
         return layer("BatchNorm", dims)(channels)
     if kind == "instance":
@@ -179,7 +179,7 @@ class UNet(nn.Module):
         self,
         x: Tensor,  # images (B,in_channels,*s), in [0,1]
     ) -> Tensor:  # logits (B,classes,*s)
-        "Scores of every pixel."
+        "Scores of every pixel. `InputError` for an input that does not fit."
         check_input(x, self.config["in_channels"], self.config["dims"], self.stride)
         skips = []
         for n in range(1, 5):
@@ -213,7 +213,7 @@ def check_input(
     dims: int,  # spatial axes the network expects
     stride,  # every side must be a multiple of this whole number; a tuple: one number an axis
 ):
-    "Raise `InputError` for a batch with other axes, channels or sides than the network takes."
+    "`InputError` for a batch with other axes, channels or sides than the network takes."
     if x.ndim != dims + 2:
         axes = ", ".join(("depth", "height", "width")[-dims:])
         raise InputError(

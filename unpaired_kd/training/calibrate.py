@@ -15,7 +15,8 @@ def calibrate(
     net: nn.Module,  # network with BatchNorm
     images: list,  # image batches (B,C,*s)
 ) -> nn.Module:  # the network, in evaluation mode
-    "Set the BatchNorm statistics to the average over the given batches."
+    """Measure the BatchNorm statistics anew: mean and unbiased variance, averaged over the given
+    batches (B,C,*s) with equal weights. Weights stay."""
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in layers]
     for m in layers:

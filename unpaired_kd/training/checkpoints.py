@@ -18,7 +18,7 @@ from ..core import InputError, read_csv, write_csv
 
 # %% ../../nbs/training/checkpoints.ipynb #f0ca0ca5
 def get_random_state() -> dict:
-    "State of the global random generators as tensors and plain data."
+    "State of the global random generators of torch, NumPy and Python, as tensors and plain data."
     kind, keys, pos, has, cached = np.random.get_state()
     version, words, gauss = random.getstate()
     return dict(
@@ -32,7 +32,7 @@ def get_random_state() -> dict:
 def set_random_state(
     state: dict,  # from `get_random_state`
 ):
-    "Put the global random generators back."
+    "Set the global random generators to a state from `get_random_state`."
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -45,7 +45,7 @@ def set_random_state(
 def collect_states(
     parts: dict,  # name -> network or optimiser
 ) -> dict:  # name -> its `state_dict`
-    "The states of several parts of a run."
+    "The state dicts of several parts of a run."
     return {name: part.state_dict() for name, part in parts.items()}
 
 # %% ../../nbs/training/checkpoints.ipynb #57a46f55
@@ -59,8 +59,7 @@ def load_checkpoint(
     path,  # the file
     remedy: str = "Delete it to train again from the start.",  # what to do, for the message
 ) -> dict:  # its content, on the CPU; "networks" holds name -> state dict
-    """Read a checkpoint safely and whole. A damaged or foreign file is an `InputError` that names
-    it."""
+    "Read a checkpoint, all of it. `InputError` that names a missing, damaged or foreign file."
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -99,7 +98,8 @@ def write_tensorboard(
     folder,  # where TensorBoard looks
     rows: list,  # dicts; those of their values that are floats are written, at their `step`
 ):
-    "Write rows of the history as TensorBoard scalars."
+    """Write rows of the history as TensorBoard scalars. `InputError` if TensorBoard is not
+    installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:

@@ -52,9 +52,10 @@ from .validation import validate
 
 # %% ../../nbs/training/learner.ipynb #7a49fdc7
 class Learner:
-    """Trains a `Method` on batches and leaves `last.pt`, `best.pt` and `history.csv` in `folder`.
+    """Trains a `Method` on batches and writes `last.pt`, `best.pt` and `history.csv` into `folder`.
     A finished run is not run again; an interrupted one goes on from its last checkpoint and ends
-    with the same weights (bit for bit on the CPU)."""
+    with the same weights (bit for bit on the CPU). `InputError` for unknown terms, a missing
+    device, or numbers that are not finite."""
 
     def __init__(
         self,
@@ -382,7 +383,8 @@ def _remember_best(self: Learner, row):
 def fit(
     self: Learner,
 ) -> list:  # history: one dict an epoch
-    "Train to the end, from the last checkpoint if there is one; returns the history."
+    """Train to the end, from the last checkpoint if there is one; returns the history. `InputError`
+    for a checkpoint of another run, and for losses or gradients that are not finite."""
     # for what draws from the global generators (dropout)
     with seeded(self.seed, "training", self.accelerator.process_index):
         self._fit()
@@ -425,7 +427,7 @@ def _begin(self: Learner, stage):
 
 @patch
 def _over(self: Learner):
-    "Whether the whole run is at its end."
+    "Whether the whole run is over: early stopping, no epochs left, or no stage left."
     # an earlier stage may not train the student
     last = self.position["stage"] >= len(self.stages) - 1
     patience = self.settings.early_stop
@@ -512,8 +514,9 @@ def _restore(self: Learner, state, path):
 # %% ../../nbs/training/learner.ipynb #d04bfda4
 @patch
 def best_student(self: Learner):
-    """The student, with the weights of the epoch that validation chose (as all networks), if it
-    chose any, else the last ones."""
+    """The student with the weights of the epoch that validation chose, if any, else the last ones.
+    All other networks get theirs of that epoch too. `InputError` if the two checkpoints do not
+    belong together."""
     path = self.folder / "best.pt"
     if self.valid and path.exists():
         best = load_checkpoint(path)

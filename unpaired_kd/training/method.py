@@ -39,7 +39,7 @@ class Stage:
 
 # %% ../../nbs/training/method.ipynb #91c5489d
 class MethodDeclaration:
-    "What a class of methods says about itself, to whoever sets up a comparison."
+    "What a class of methods declares, for code that sets up a comparison of methods."
 
     Options = None  # frozen dataclass (`core.Checked`) of its choices; None: it has none
     presets = {}  # name -> Options; where there are options there is "recommended"
@@ -64,7 +64,7 @@ class MethodDeclaration:
         options,  # of its `Options`
         side: int,  # of the patches, px
     ):  # options
-        "The options for patches of this size; `InputError` if none fit."
+        "The options, fitted to patches of this size; `InputError` if none fit."
         return options
 
     @classmethod
@@ -72,7 +72,7 @@ class MethodDeclaration:
         cls,
         options,  # of its `Options`
     ) -> tuple:  # of "student", "teacher", "unlabelled"
-        "Names of the batches that it needs."
+        "Names of the batches that the method needs."
         return ("student", "teacher")
 
     @classmethod
@@ -81,7 +81,8 @@ class MethodDeclaration:
         options,  # of its `Options`
         epochs: int,  # of the student's training
     ) -> int:  # epochs
-        "Length of the whole run; what is trained before the student takes epochs of its own."
+        """Length of the whole run, epochs; what is trained before the student takes epochs of its
+        own."""
         return epochs
 
 # %% ../../nbs/training/method.ipynb #9c9409f5
@@ -106,12 +107,12 @@ class Method(MethodDeclaration):
         seed: int,  # of its own first weights
         teacher_learns: bool = True,  # False: the teacher stays as it is (a placebo)
     ):  # a method
-        "A method of this class; subclasses pass on what they need."
+        "Make a method of this class; subclasses override it to pass on what they need."
         return cls(student, teacher, options, epochs, seed)
 
     @property
     def student(self) -> nn.Module:
-        "The only network that leaves the house."
+        "The network that is kept: the only one that is exported."
         return self.networks["student"]
 
     def stages(self) -> list:
@@ -166,7 +167,7 @@ def only(
     networks: dict,  # name -> network
     names,  # those that may change
 ):
-    "Let exactly the named networks want gradients."
+    "Let exactly the named networks have gradients."
     for name, net in networks.items():
         net.requires_grad_(name in names)
 
@@ -203,7 +204,8 @@ def weighted_sum(
     terms: dict,  # term -> function without arguments
     weights: dict,  # term -> weight
 ) -> tuple:  # (sum of weight x value, a Tensor, or None without terms; {term: detached value})
-    "Compute the terms whose weight is not zero, and their weighted sum."
+    """Compute the terms whose weight is not zero, and their weighted sum; the others are not
+    computed."""
     values = {k: f() for k, f in terms.items() if weights[k] != 0}
     total = sum(weights[k] * v for k, v in values.items()) if values else None
     return total, {k: v.detach() for k, v in values.items()}

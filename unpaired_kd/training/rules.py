@@ -34,8 +34,8 @@ class Plateau:
 # %% ../../nbs/training/rules.ipynb #d6d45635
 @dataclass
 class NoBetter:
-    """Ends a stage when a monitored number has had no new highest value for `patience` epochs:
-    early stopping's usual rule."""
+    """Ends a stage when a monitored number has had no new highest value for `patience` epochs: the
+    usual rule of early stopping."""
 
     measure: str  # name in `Method.monitor`
     patience: int = 30  # epochs

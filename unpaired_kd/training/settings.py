@@ -18,7 +18,7 @@ from .method import Method
 # %% ../../nbs/training/settings.ipynb #df707154
 @dataclass(frozen=True)
 class Settings(Checked):
-    "Settings of a training run."
+    "Numbers and words of a training run. `InputError` for one out of its range."
 
     epochs: Count = 10  # length of the run, all stages together
     steps: Count = 30  # updates an epoch
@@ -40,7 +40,7 @@ def learning_rate(
     settings: Settings,  # the run's settings
     step: int,  # batches done so far in the whole run
 ) -> float:  # the rate for the next batch
-    "Learning rate as a function of the step."
+    "Learning rate of a batch: `lr`, or half a cosine from `lr` to 0 over the run."
     if settings.schedule == "constant":
         return settings.lr
     share = min(1.0, step / (settings.epochs * settings.steps))
@@ -52,7 +52,7 @@ def make_optimiser(
     settings: Settings,  # of the run
     own: dict,  # changes to {"rate": 1, "betas": (0.9, 0.999)}; rate: factor on lr
 ) -> torch.optim.Optimizer:  # its groups also hold "rate"
-    "The optimiser of one network."
+    "AdamW for one network: one group of parameters, with a rate relative to `lr`."
     group = {"rate": 1.0, "betas": (0.9, 0.999), **own, "params": parameters}
     return torch.optim.AdamW(
         [group], lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -62,7 +62,7 @@ def make_optimiser(
 def select_deciding(
     settings: Settings,  # of the run
 ) -> dict:  # name -> value
-    "The settings that decide the result of a run."
+    "The settings that decide the result of a run; a checkpoint made with others is refused."
     free = ("save_every", "tensorboard", "bars", "device", "precision")
     return {k: v for k, v in asdict(settings).items() if k not in free}
 

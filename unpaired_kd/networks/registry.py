@@ -58,12 +58,12 @@ def _differences(own, state):
     "What keeps a state dict from fitting a network's own, one text a tensor."
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is not known" for name in state if name not in own]
-    tensors = {name: v for name, v in state.items() if isinstance(v, Tensor)}
-    wrong += [f"{name} is no tensor" for name in state if name not in tensors]
-    for name in own:
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if name in tensors and found != tuple(own[name].shape):
-            wrong.append(f"{name} has shape {found} instead of {tuple(own[name].shape)}")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            wrong.append(f"{name} is no tensor")
+        elif name in own and value.shape != own[name].shape:
+            shapes = f"{tuple(value.shape)} instead of {tuple(own[name].shape)}"
+            wrong.append(f"{name} has shape {shapes}")
     return wrong
 
 

@@ -26,7 +26,7 @@ from unpaired_kd.data.formats.regions import (
 )
 from unpaired_kd.data.formats.writing import write_label
 from unpaired_kd.data.sets.chaos import slice_files
-from unpaired_kd.inference.files import PartlyDone, one_series, predict_path
+from unpaired_kd.inference.files import PartlyDone, _is_one_series, predict_path
 from unpaired_kd.inference.student import Recipe, Student
 
 R = np.random.default_rng(0)
@@ -363,7 +363,7 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
 def test_what_may_be_a_slice_is_not_left_out(tmp_path, name, content):
     folder = scan(tmp_path / "s")
     (folder / name).write_bytes(content((folder / "0.dcm").read_bytes()))
-    for road in (read_image, dicom_files, slice_files, one_series):
+    for road in (read_image, dicom_files, slice_files, _is_one_series):
         with pytest.raises(InputError, match=f"(?s){name}.*out of the folder"):
             road(folder)
 
@@ -420,7 +420,7 @@ def test_a_folder_of_pictures_is_no_series(tmp_path, name):
     (tmp_path / "images" / "note.txt").write_text("three patients")
     images, others = list_images(tmp_path / "images")
     assert [p.name for p in images] == sorted(names) and [p.name for p in others] == ["note.txt"]
-    assert not one_series(tmp_path / "images")
+    assert not _is_one_series(tmp_path / "images")
     done = predict_path(bright(), tmp_path / "images", tmp_path / "out", bars=False)
     assert [p.name for p in done] == [n.removesuffix(".dcm") + ".nii.gz" for n in sorted(names)]
     for k, n in enumerate(names):
@@ -433,12 +433,14 @@ def test_a_folder_of_pictures_is_no_series(tmp_path, name):
 
 def test_which_folders_are_a_series(tmp_path):
     series = scan(tmp_path / "series")
-    assert one_series(series)
+    assert _is_one_series(series)
     one(series / "pet.dcm", HEAD[0], (-8, -9, 40), modality="PT", SeriesInstanceUID="1.2.4")
-    assert one_series(series)  # reading it names the two series
+    assert _is_one_series(series)  # reading it names the two series
     refused(series, "2 DICOM series")
-    assert one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
-    assert not one_series(one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent)
+    assert _is_one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
+    assert not _is_one_series(
+        one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent
+    )
     views = tmp_path / "views"  # two views of each patient
     for k in range(4):
         one(
@@ -448,26 +450,26 @@ def test_which_folders_are_a_series(tmp_path):
             SeriesInstanceUID=f"1.2.{k // 2}",
             **UNPLACED,
         )
-    assert not one_series(views)
+    assert not _is_one_series(views)
     stripped = scan(tmp_path / "stripped", **UNPLACED)  # slices whose order is lost
-    assert one_series(stripped)
+    assert _is_one_series(stripped)
     refused(stripped, "no position")
     corners = np.array([[-8, -9, 3.0 * k] for k in range(6)])
     enhanced(tmp_path / "one/p.dcm", HEAD, corners)
-    assert one_series(tmp_path / "one")
+    assert _is_one_series(tmp_path / "one")
 
     def other(s):
         s.SeriesInstanceUID = "1.2.5"
 
     edit(enhanced(tmp_path / "one/q", HEAD[:3], corners[:3]), other)
-    assert not one_series(tmp_path / "one")  # a volume of each patient
+    assert not _is_one_series(tmp_path / "one")  # a volume of each patient
     done = predict_path(bright(), tmp_path / "one", tmp_path / "out", bars=False)
     assert [read_label(p).array.shape for p in done] == [(6, 8, 10), (3, 8, 10)]
-    assert not one_series(tmp_path / "out")
+    assert not _is_one_series(tmp_path / "out")
     (series / "pet.dcm").unlink()
     (series / "7.dcm").write_bytes(b"")
     with pytest.raises(InputError, match="7.dcm is cut short"):
-        one_series(series)
+        _is_one_series(series)
 
 
 def test_a_damaged_picture_does_not_stop_the_others(tmp_path):

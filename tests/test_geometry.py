@@ -31,7 +31,7 @@ from unpaired_kd.data.formats.geometry import (
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.resampling import zoom_spacing
-from unpaired_kd.inference.volumes import open_volume
+from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 SCAN = R.integers(1, 200, (6, 7, 9)).astype(np.uint8)  # (D,H,W), all sides differ

@@ -13,7 +13,7 @@ from unpaired_kd.data.formats.geometry import lay_on
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.ngff import chunk_files, level_spacing, open_zarr, zarr_parts
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.inference.volumes import open_volume
+from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 V = R.integers(1, 60000, (6, 20, 30)).astype(np.uint16)  # z, y, x
@@ -376,12 +376,13 @@ def test_rgb_and_two_dimensions(tmp_path):
 def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
     from pathlib import Path
 
-    from unpaired_kd.inference.files import instance_name, output_name
+    from unpaired_kd.inference.files import _name_instances, _name_output
 
     assert (
-        output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
+        _name_output(Path("f/a.zarr/0")) == "a_0.zarr"
+        and _name_output(Path("f/a.zarr")) == "a.zarr"
     )
-    assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")
+    assert _name_instances(Path("f/a.zarr")) == Path("f/a_instances.zarr")
 
 
 def test_a_header_may_promise_any_number_of_chunks(tmp_path):
@@ -682,7 +683,7 @@ def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
 def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
     from unpaired_kd.data.check import check_data
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference.files import plan
+    from unpaired_kd.inference.files import _plan_outputs
 
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
     p = p.rename(tmp_path / name)
@@ -697,8 +698,8 @@ def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, versi
         Collection.from_folders(tmp_path, labels=False)
     assert check_data(tmp_path) == 1
     assert f"fault: {p}: the folder {name} is a Zarr" in capsys.readouterr().out
-    assert [pair[0] for pair in plan(p, tmp_path / "out")[0]] == [p]
-    assert [pair[0] for pair in plan(tmp_path, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in _plan_outputs(p, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in _plan_outputs(tmp_path, tmp_path / "out")[0]] == [p]
     (tmp_path / "link.zarr").symlink_to(p)  # as the message proposes
     same(tmp_path / "link.zarr", V[None], (0.005, 0.002, 0.0005))
 

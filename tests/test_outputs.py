@@ -648,7 +648,7 @@ def test_room(home, monkeypatch):
 
 def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
-    from unpaired_kd.inference.files import FileJob, foresee_room, unpacked_bytes
+    from unpaired_kd.inference.files import _count_unpacked, _FileJob, _warn_of_room
 
     (home / "few").mkdir()
     write_image(home / "few" / "a.png", Image(np.zeros((1, 30, 41), np.uint8)))
@@ -658,13 +658,13 @@ def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     names = ("a.png", "b.nii.gz", "c.tif", "d.png")
 
     def jobs(n):
-        return [FileJob(home / "few" / f, (home / "o" / f,) * n, "") for f in names]
+        return [_FileJob(home / "few" / f, (home / "o" / f,) * n, "") for f in names]
 
     need = 30 * 41 + 20 * 50
-    assert unpacked_bytes(jobs(1)) == need and unpacked_bytes(jobs(2)) == 5 * need
+    assert _count_unpacked(jobs(1)) == need and _count_unpacked(jobs(2)) == 5 * need
     for free, says in ((need, ""), (need - 1, "the disk may become full")):
         monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=free)))
-        foresee_room(jobs(1))
+        _warn_of_room(jobs(1))
         assert says in (said := capsys.readouterr().out) and bool(said) == bool(says)
 
 
@@ -992,7 +992,8 @@ def test_writers_leave_the_settings_of_zarr(home):
     "Many threads open at once: each writes its empty block to a file, and zarr's own setting is as before."
     import concurrent.futures
 
-    from unpaired_kd.inference.volumes import Block, create_output, write_block
+    from unpaired_kd.inference.blocks import Block
+    from unpaired_kd.inference.volume_files import create_output, write_block
 
     create_output(home / "z.zarr", (4, 4, 64), (4, 4, 4))
     blocks = [Block((0, 0, i), ((0, 4), (0, 4), (4 * i, 4 * i + 4)), None) for i in range(16)]
@@ -1174,7 +1175,7 @@ def test_notes_are_a_plain_file(home, capsys, make, source):
     "Refused at once, in a line of its own; nothing is read from it or written through it."
     (home / "mine.txt").write_text("x\n")
     (home / "new").mkdir()
-    make(files.notes_of(home / "new" / "a.png", source != "images"))
+    make(files._place_notes(home / "new" / "a.png", source != "images"))
     before = tree(home)
     assert cli.main(["predict", "flat", source, "new"]) == 2
     said = capsys.readouterr().err.replace("\r", "\n")

@@ -35,7 +35,7 @@ from unpaired_kd.data.formats.pictures import (
     unit_length,
 )
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.inference.volumes import open_volume
+from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
@@ -1414,7 +1414,7 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
     from unpaired_kd.data.formats.outputs import files_mark
-    from unpaired_kd.inference.files import plan, predict_path
+    from unpaired_kd.inference.files import _plan_outputs, predict_path
     from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.inference.volumes import predict_volume
     from unpaired_kd.networks.registry import build
@@ -1439,7 +1439,7 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
 
     before = seen()
     assert set(before[0]) == {"images/a.ome.tif", "images/b.ome.tif", "labels/a.tif"}
-    assert [p.name for p, _ in plan(images, tmp_path / "out")[0]] == ["a.ome.tif"]
+    assert [p.name for p, _ in _plan_outputs(images, tmp_path / "out")[0]] == ["a.ome.tif"]
     kept = second.read_bytes()
     kinds = (
         ("unet", dict(in_channels=1, classes=1), 2, predict_path),

@@ -1,7 +1,8 @@
 """All checks: `python tests/gates`, or some of them: `python tests/gates pages config`.
 
-The gates and pytest run as separate processes, as many at a time as there are cores, one thread each. What a job prints
-appears when it ends; pytest's part comes last. The exit status is 0 only if everything passed.
+The gates and pytest run as separate processes, as many at a time as there are cores, one thread
+each. What a job prints appears when it ends; pytest's part comes last. The exit status is 0 only if
+everything passed.
 """
 
 import os
@@ -22,6 +23,7 @@ JOBS = {  # longest first
     "pages": ["tests/gates/pages.py"],
     "sources": ["tests/gates/sources.py"],
     "house": ["tests/gates/house.py"],
+    "lines": ["tests/gates/lines.py"],
     "names": ["tests/gates/names.py"],
     "config": ["tests/gates/config.py"],
 }
@@ -29,7 +31,7 @@ LIMIT = 30 * 60  # seconds a job may take
 
 
 def run(names, cores):
-    "Run the jobs; returns {name: (exit status, text)}, printing each text but pytest's as it comes."
+    "Run the jobs; returns {name: (exit status, text)}; prints each text but pytest's as it comes."
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
@@ -75,21 +77,22 @@ def run(names, cores):
     return done
 
 
+def usable_cores():
+    "Cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def main():
     names = sys.argv[1:] or list(JOBS)
     if wrong := [n for n in names if n not in JOBS]:
         sys.exit(f"no gate {', '.join(wrong)}; there are {', '.join(JOBS)}")
     start = time.time()
-    done = run(
-        names,
-        cores=min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 6
-        ),
-    )
+    done = run(names, cores=min(usable_cores(), 6))
     failed = [n for n, (status, _) in done.items() if status]
-    print(
-        f"\n{'FAILED: ' + ', '.join(failed) if failed else 'All passed'}: {len(done)} jobs in {time.time() - start:.0f} s"
-    )
+    verdict = f"FAILED: {', '.join(failed)}" if failed else "All passed"
+    print(f"\n{verdict}: {len(done)} jobs in {time.time() - start:.0f} s")
     if "pytest" in done:
         print(done["pytest"][1])
     sys.exit(1 if failed else 0)

@@ -1,4 +1,4 @@
-"""What every gate needs: where things are, how a notebook is read, and a scratch copy to work on."""
+"""What every gate needs: where things are, how a notebook is read, a scratch copy."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def notebooks(root=ROOT):
 
 
 def is_experiment(path):
-    "Experiments are long: they run through `ukd run` with the small parameters of nbs/experiments/dry.yaml."
+    "Experiments are long: `ukd run` runs them, with the small parameters of dry.yaml."
     return Path(path).parent.name == "experiments"
 
 
@@ -64,6 +64,11 @@ def directives(source):
         key, _, value = line[2:].strip().partition(":")
         found[key.split()[0] if key.split() else ""] = value.strip().strip("\"'")
     return found
+
+
+def without_directives(source):
+    "A cell's code without its `#|` lines."
+    return "\n".join(s for s in source.splitlines() if not s.startswith("#|")).strip()
 
 
 @contextlib.contextmanager

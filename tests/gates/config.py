@@ -1,4 +1,4 @@
-"""Gate: settings.ini, pyproject.toml, constraints.txt, the Quarto files and the sidebar agree with each other and with the tree."""
+"""Gate: settings.ini, pyproject.toml, constraints.txt, Quarto files and sidebar agree."""
 
 import ast
 import configparser
@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import tomllib
+from itertools import chain
 
 import yaml
 from common import ROOT, finish, notebooks, read
@@ -44,7 +45,8 @@ def two_files_agree(ini, project, tool):
 
 def opened(project, names):
     "The requirements of some extras; where one names others of its own project, theirs too."
-    for line in [l for n in names for l in project["optional-dependencies"][n]]:
+    extras = project["optional-dependencies"]
+    for line in chain.from_iterable(extras[name] for name in names):
         requirement = Requirement(line)
         if requirement.name != project["name"]:
             yield requirement
@@ -53,8 +55,8 @@ def opened(project, names):
 
 
 def pinned(project, lines):
-    "Every direct dependency, and every one of the dev extra, is pinned once, to a version that its range admits."
-    pins = [Requirement(l) for l in lines if l and not l.startswith("#")]
+    "Every direct dependency, those of the dev extra too, has one pin that its range admits."
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {p.name.lower(): str(p.specifier).removeprefix("==") for p in pins}
     found = [
         f"constraints.txt pins {n!r} twice"
@@ -106,7 +108,9 @@ NEEDED_BY = {
 
 
 def imported(root=ROOT):
-    "Third-party modules that the library imports: (module, file, whether that happens as soon as the file is imported)."
+    """Third-party modules that the library imports: (module, file, whether that happens as soon as
+    the file is imported).
+    """
     for path in sorted((root / "unpaired_kd").rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -124,16 +128,17 @@ def imported(root=ROOT):
 
 
 def declared(project, root=ROOT):
-    "What the library imports is declared: at the top of a file by a plain dependency, inside functions by an extra at least."
+    """What the library imports is declared: at the top of a file by a plain dependency, inside
+    functions by an extra at least.
+    """
     plain = {Requirement(r).name.lower() for r in project["dependencies"]}
     extras = {r.name.lower() for r in opened(project, project["optional-dependencies"])}
     found = []
     for name, path, at_once in imported(root):
         package = DISTRIBUTION.get(name, name).lower()
         if package not in plain | (set() if at_once else extras):
-            found.append(
-                f"{path} imports {name}, which pyproject.toml does not declare{' as a plain dependency' if at_once else ''}"
-            )
+            how = " as a plain dependency" if at_once else ""
+            found.append(f"{path} imports {name}, which pyproject.toml does not declare{how}")
         if at_once and name in HEAVY:
             found.append(f"{path} imports {name} at once: do it in the function that needs it")
     return found
@@ -266,7 +271,8 @@ def main():
         found.append("unpaired_kd/__init__.py and settings.ini name different versions")
     if "tags" not in ini["allowed_cell_metadata_keys"].split():
         found.append(
-            "settings.ini: without allowed_cell_metadata_keys = tags, nbdev_clean deletes the `parameters` tag"
+            "settings.ini: without allowed_cell_metadata_keys = tags, "
+            "nbdev_clean deletes the `parameters` tag"
         )
     found += (
         declared(toml["project"])

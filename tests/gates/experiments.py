@@ -1,5 +1,6 @@
 """Gate: every experiment runs to its end through `ukd run` from an empty folder, with the small
-parameters of nbs/experiments/dry.yaml; run again, it finds its work done, and has left nothing else.
+parameters of nbs/experiments/dry.yaml; run again, it finds its work done, and has left nothing
+else.
 """
 
 import subprocess
@@ -46,9 +47,8 @@ def main():
     ]
     for path in paths:
         if not front_matter(path).get("skip_exec"):
-            found.append(
-                f"{path.name}: put `- skip_exec: true` under the title, or nbdev_test runs it in full"
-            )
+            remedy = "put `- skip_exec: true` under the title, or nbdev_test runs it in full"
+            found.append(f"{path.name}: {remedy}")
         if path.stem not in small:
             found.append(f"nbs/experiments/dry.yaml has no entry {path.stem!r}")
             continue
@@ -56,8 +56,9 @@ def main():
             for attempt in ("first", "second"):
                 done = ukd(path, small[path.stem] or {}, f"{folder}/run")
                 if done.returncode:
+                    said = f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
                     found.append(
-                        f"{path.name}, {attempt} run, left with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+                        f"{path.name}, {attempt} run, left with {done.returncode}:\n{said}"
                     )
                     break
             left = sorted(p.name for p in Path(folder).iterdir() if p.name != "run")

@@ -1,7 +1,8 @@
 """Gate: the house stands as CONTRIBUTING.md draws it.
 
-Chapters match modules; a module imports only from its own floor or a lower one, and nothing in circles; the rooms of
-`LIMITS` stay short and simple. The floors are read from CONTRIBUTING.md, where they are written down once.
+Chapters match modules; a module imports only from its own floor or a lower one, and nothing in
+circles; the rooms of `LIMITS` stay short and simple. The floors are read from CONTRIBUTING.md,
+where they are written down once.
 """
 
 import ast
@@ -58,7 +59,8 @@ def chapters_match(root=ROOT):
         if named is None and not free:
             yield f"nbs/{place}.ipynb exports no module: write `#| default_exp {own}`"
         elif named is not None and place.parts[0] in FREE_FOLDERS:
-            yield f"nbs/{place}.ipynb exports {named}: what stands in {place.parts[0]}/ exports nothing"
+            folder = place.parts[0]
+            yield f"nbs/{place}.ipynb exports {named}: what stands in {folder}/ exports nothing"
         elif named not in (None, own):
             yield f"nbs/{place}.ipynb exports {named}: its place says {own}"
         exported.add(named)
@@ -94,7 +96,7 @@ def imported_names(node, package):
 
 
 def ties(root=ROOT):
-    "(module, module it imports, line, whether only by name) of every import, also inside functions."
+    "(module, what it imports, line, whether only by name) of imports, inside functions too."
     known = modules(root)
     for module, path in known.items():
         inside = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
@@ -131,11 +133,12 @@ def upward(found, text):
         how = "names" if by_name else "imports"
         limit = floor[own] if by_name else highest[own]  # what is loaded on demand: the floor alone
         if floor[there] > limit:
-            yield f"{module}, line {line}, {how} {other}: {own} may look no higher than floor {limit}"
+            place = f"{module}, line {line}, {how} {other}"
+            yield f"{place}: {own} may look no higher than floor {limit}"
 
 
 def circles(arrows):
-    "Circles of a graph {from: {to}} as paths; an arrow of each is taken out, until no other is left."
+    "Circles of a graph {from: {to}} as paths; an arrow of each is taken out until none is left."
     graph = {a: sorted(b) for a, b in sorted(arrows.items())}
     while True:
         try:
@@ -172,7 +175,8 @@ def too_much(root=ROOT, limits=LIMITS):
             yield f"{where} has {lines} lines, at most {most_lines}: make it two chapters"
         for function, node in functions(ast.parse(text)):
             if (n := complexity(node)) > most_ways:
-                yield f"{where}: {function} has complexity {n}, at most {most_ways}: take a step out of it"
+                much = f"{where}: {function} has complexity {n}, at most {most_ways}"
+                yield f"{much}: take a step out of it"
 
 
 def main():

@@ -1,6 +1,8 @@
-"""How long a module is and how many ways lead through a function."""
+"""Counts of a module: ways through a function, tokens of a line, what stands inside what."""
 
 import ast
+import io
+import tokenize
 
 ONE_MORE = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -31,3 +33,50 @@ def functions(tree):
             yield node.name, node
         elif isinstance(node, ast.ClassDef):
             yield from ((f"{node.name}.{name}", inner) for name, inner in functions(node))
+
+
+SILENT = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def tokens_of_lines(text):
+    "How many tokens each logical line of a module has, comments not counted."
+    count = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NEWLINE:
+            yield count
+            count = 0
+        elif token.type not in SILENT:
+            count += 1
+
+
+def parallel_assignments(tree):
+    "Assignments of several values at once, a swap excepted."
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            if isinstance(node.value, ast.Tuple) and not is_swap(node):
+                found.append(node)
+    return found
+
+
+def is_swap(node):
+    "Whether an assignment puts the same names in another order."
+    targets = sorted(ast.unparse(e) for e in node.targets[0].elts)
+    return targets == sorted(ast.unparse(e) for e in node.value.elts)
+
+
+def named_lambdas(tree):
+    "Lambdas that are given a name."
+    assigned = (n for n in ast.walk(tree) if isinstance(n, (ast.Assign, ast.AnnAssign)))
+    return [n for n in assigned if isinstance(n.value, ast.Lambda)]
+
+
+def nested_conditions(tree):
+    "Conditional expressions (`a if b else c`) that stand inside another."
+    conditions = [n for n in ast.walk(tree) if isinstance(n, ast.IfExp)]
+    return [inner for n in conditions for inner in ast.walk(n) if is_condition(inner, n)]
+
+
+def is_condition(node, outer):
+    "Whether a node is a conditional expression other than `outer`."
+    return isinstance(node, ast.IfExp) and node is not outer

@@ -1,7 +1,9 @@
-"""Gate: every chapter runs, all in one process, so that what a notebook leaves behind meets the next one.
+"""Gate: every chapter runs, all in one process, so that what a notebook leaves behind meets the
+next one.
 
-`forward` is nbdev's order, `reversed` the other; `make test` does both. Names after it choose chapters. On the way
-the stored text of every cell is compared with what it gives now (stored.py). Experiments run in their own gate.
+`forward` is nbdev's order, `reversed` the other; `make test` does both. Names after it choose
+chapters. On the way the stored text of every cell is compared with what it gives now (stored.py).
+Experiments run in their own gate.
 """
 
 import os
@@ -17,7 +19,9 @@ MEND = "run the chapter in Jupyter and save it"
 
 
 class Shell(CaptureShell):
-    "nbdev's shell; as in Jupyter, a `;` at the end of a cell keeps back its value, not what it prints."
+    """nbdev's shell; as in Jupyter, a `;` at the end of a cell keeps back its value, not what it
+    prints.
+    """
 
     def run(self, code, **options):
         outputs = super().run(f"{code}\n#", **options)
@@ -26,7 +30,9 @@ class Shell(CaptureShell):
 
 
 def left_out(cell, flags):
-    "Whether a cell is not run, by nbdev's rules: prose, a flag, `eval: false`, or the export itself."
+    """Whether a cell is not run, by nbdev's rules: prose, a flag, `eval: false`, or the export
+    itself.
+    """
     given = getattr(cell, "directives_", None) or {}
     never = given.get("eval:", [""])[0].lower() == "false"
     return (

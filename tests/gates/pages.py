@@ -1,7 +1,9 @@
-"""Gate: every notebook becomes a web page without a warning, and everything that a page points at is there.
+"""Gate: every notebook becomes a web page without a warning, and everything that a page points at
+is there.
 
-nbdev prepares the notebooks as it does for Quarto; then pandoc, Quarto's engine, renders them. Quarto's own additions
-(cell options, cross-references) are imitated below, as far as this book uses them.
+nbdev prepares the notebooks as it does for Quarto; then pandoc, Quarto's engine, renders them.
+Quarto's own additions (cell options, cross-references) are imitated below, as far as this book uses
+them.
 """
 
 import base64
@@ -17,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbdev.doclinks
-from common import directives, finish, notebooks, read, scratch
+from common import directives, finish, notebooks, read, scratch, without_directives
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 from readme import outside_fences
@@ -37,7 +39,8 @@ def as_markdown(output, options, name, folder):
             data[picture].encode() if "svg" in picture else base64.b64decode(data[picture])
         )
         label = f"#{options['label']} " if options.get("label", "").startswith("fig-") else ""
-        return f'![{options.get("fig-cap", "")}]({file.name}){{{label}fig-alt="{options.get("fig-alt", "")}"}}'
+        caption, alternative = (options.get(key, "") for key in ("fig-cap", "fig-alt"))
+        return f'![{caption}]({file.name}){{{label}fig-alt="{alternative}"}}'
     if "text/markdown" in data:
         return data["text/markdown"]
     if "text/html" in data and options.get("output") != "asis":
@@ -55,7 +58,7 @@ def cell_markdown(cell, name, folder, complaints):
     options = directives(cell["source"])
     if options.get("include") == "false":
         return ""
-    code = "\n".join(l for l in cell["source"].splitlines() if not l.startswith("#|")).strip()
+    code = without_directives(cell["source"])
     parts = [f"```````python\n{code}\n```````"] if code and options.get("echo") != "false" else []
     outputs = cell["outputs"] if options.get("output") != "false" else []
     pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
@@ -75,7 +78,9 @@ def resolve(text, complaints):
     labels = LABEL.findall(text)
     for label in dict.fromkeys(labels):
         kind = label.split("-")[0]
-        numbers[label] = f"{KINDS[kind]} {sum(l.split('-')[0] == kind for l in numbers) + 1}"
+        numbers[label] = (
+            f"{KINDS[kind]} {sum(other.split('-')[0] == kind for other in numbers) + 1}"
+        )
         if len(re.findall(rf"\{{[^}}]*#{re.escape(label)}[ }}]", text)) > 1:
             complaints.append(f"label {label} stands twice")
 
@@ -186,7 +191,9 @@ def broken(page, links, pages, tree, site):
 
 
 def prepare(source, target):
-    "nbdev's own preparation of one notebook for Quarto: links to symbols, tables of arguments. Returns a complaint or None."
+    """nbdev's own preparation of one notebook for Quarto: links to symbols, tables of arguments.
+    Returns a complaint or None.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings(record=True) as said:
@@ -197,7 +204,8 @@ def prepare(source, target):
         return (
             "nbdev cannot prepare it for the site: "
             + " / ".join(str(e).splitlines()[:4])
-            + f" ... {cause} (building the site runs cells that import or export, and makes a table for each exported name)"
+            + f" ... {cause} (building the site runs cells that import or export, "
+            "and makes a table for each exported name)"
         )
     if any("imports and other code" in str(w.message) for w in said):
         return "an import stands in a cell with other code: building the site would run that code"
@@ -228,7 +236,7 @@ def main():
     finish(
         "pages",
         found,
-        f"{len(pages)} pages, {sum(len(l.links) for l in pages.values())} links",
+        f"{len(pages)} pages, {sum(len(page.links) for page in pages.values())} links",
         start,
     )
 

@@ -3,11 +3,15 @@
 import re
 import sys
 
-from common import ROOT, directives, read
+from common import ROOT, directives, read, without_directives
 from config import settings
 
-HEAD = "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. Edit that notebook, then run `make prepare`. -->\n"
-# the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address with a scheme
+HEAD = (
+    "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. "
+    "Edit that notebook, then run `make prepare`. -->\n"
+)
+# the target of a Markdown link or image that is relative: not a URL, not an anchor, not an address
+# with a scheme
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s]+)(?=[)\s])")
 PICTURE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp)$", re.I)
 
@@ -24,7 +28,8 @@ def as_text(outputs):
         data = out.get("data", {})
         if any(k.startswith("image/") for k in data):
             raise SystemExit(
-                "nbs/index.ipynb stores a picture in an output: put it into nbs/images/ and link to it"
+                "nbs/index.ipynb stores a picture in an output: "
+                "put it into nbs/images/ and link to it"
             )
         text = "".join(
             out.get("text", data.get("text/markdown", data.get("text/plain", "")))
@@ -54,7 +59,7 @@ def render(root=ROOT):
         elif (
             cell["cell_type"] == "code" and source and "hide" not in (options := directives(source))
         ):
-            code = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()
+            code = without_directives(source)
             if code and options.get("echo") != "false":
                 blocks.append(f"```python\n{code}\n```")
             blocks += as_text(cell["outputs"])

@@ -1,4 +1,6 @@
-"""Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the export of nbs/index.ipynb."""
+"""Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the
+export of nbs/index.ipynb.
+"""
 
 import difflib
 import subprocess
@@ -11,13 +13,12 @@ from readme import render
 
 def run_nbdev(command, tree):
     "Run one nbdev command in `tree`; returns what it printed if it failed."
-    code = f"from nbdev.cli import *; from nbdev.export import *; from nbdev.doclinks import *; from nbdev.clean import *; {command}()"
+    modules = ("cli", "export", "doclinks", "clean")
+    code = "\n".join([*(f"from nbdev.{name} import *" for name in modules), f"{command}()"])
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
-    return (
-        []
-        if done.returncode == 0
-        else [f"{command} failed: {done.stderr.strip().splitlines()[-1]}"]
-    )
+    if done.returncode == 0:
+        return []
+    return [f"{command} failed: {done.stderr.strip().splitlines()[-1]}"]
 
 
 def contents(tree, pattern, under):
@@ -43,13 +44,13 @@ def differences(before, after, mend):
             found.append(f"{name} has no notebook: delete it")
         else:
             lines = [
-                l
-                for l in difflib.unified_diff(
+                line
+                for line in difflib.unified_diff(
                     a.decode().splitlines(), b.decode().splitlines(), lineterm="", n=0
                 )
             ][2:8]
             found.append(
-                f"{name} differs: {mend}\n      " + "\n      ".join(l[:160] for l in lines)
+                f"{name} differs: {mend}\n      " + "\n      ".join(line[:160] for line in lines)
             )
     return found
 

@@ -1,7 +1,9 @@
-"""What a chapter stores against what it says now: the same text, but for what a machine's speed decides.
+"""What a chapter stores against what it says now: the same text, but for what a machine's speed
+decides.
 
-Pictures are only counted, sliders and what goes to stderr (bars, warnings) are left out. What counts as measured
-stands in `MEASURED`; a cell in which every number is measured says so with `#| measured` at its top.
+Pictures are only counted, sliders and what goes to stderr (bars, warnings) are left out. What
+counts as measured stands in `MEASURED`; a cell in which every number is measured says so with
+`#| measured` at its top.
 """
 
 import difflib
@@ -56,5 +58,5 @@ def difference(old, new, measured=False):
     )
     lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[3:7]
     return "stores another text than it gives now:\n      " + "\n      ".join(
-        l[:160] for l in lines
+        line[:160] for line in lines
     )

@@ -14,14 +14,14 @@ from skimage.draw import polygon2mask
 from test_clinical import CORNER, PX, STEP, D, H, W, base, circle, put, rtstruct, scan_image, seg
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.dicom import dicom_files, split_folder
-from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
+from unpaired_kd.data.formats.dicom import _split_folder, dicom_files
+from unpaired_kd.data.formats.geometry import lay_on, measure_shear, measure_spacing
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.regions import (
+    _is_same_contour,
+    _join_polygons,
     fill_contours,
-    joined,
     rtstruct_mask,
-    same_contour,
     seg_mask,
 )
 from unpaired_kd.data.formats.writing import write_label
@@ -103,9 +103,9 @@ def test_every_slice_lies_where_its_file_says(tmp_path, turn, degrees):
     world = corners[2] + o[:3] * 0.25 * column + o[3:] * 0.5 * row
     assert np.allclose((im.affine @ [column, row, 2, 1])[:3] * (-1, -1, 1), world, atol=1e-4)
     assert np.allclose(im.spacing, (2.7, 0.5, 0.25), atol=1e-5) and np.allclose(
-        spacing_of(im.affine), im.spacing
+        measure_spacing(im.affine), im.spacing
     )
-    assert np.isclose(shear(im.affine), degrees, atol=0.01)
+    assert np.isclose(measure_shear(im.affine), degrees, atol=0.01)
     assert ["tilted gantry" in str(w.message) and "s:" in str(w.message) for w in heard] == [
         True
     ] * (degrees > 0)
@@ -375,7 +375,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     (folder / "note.txt").write_text("n" * size)
     (folder / "big.bin").write_bytes(bytes(2 * size))
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * size)
-    assert len(dicom_files(folder)) == 6 and split_folder(folder)[1] == [
+    assert len(dicom_files(folder)) == 6 and _split_folder(folder)[1] == [
         folder / n for n in ("S.seg.nrrd", "big.bin", "note.txt")
     ]
     for road in (
@@ -1025,14 +1025,14 @@ def test_one_contour_and_two_close_ones():
         return (p, polygon2mask((64, 64), p))
 
     again = circle(30.2, 30, 20, 0, 200)[:, :2]  # .2 pixels aside: they cross
-    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
-    assert same_contour(pair(a), pair(again))
-    assert same_contour(pair(a), pair(a[::2]))  # inside, but they meet
+    assert _is_same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
+    assert _is_same_contour(pair(a), pair(again))
+    assert _is_same_contour(pair(a), pair(a[::2]))  # inside, but they meet
     for thin in (0.1, 0.3, 0.45, 0.55, 1.5):  # a wall is a wall
         wall = circle(30, 30, 20 - thin, 0)[:, :2]
-        assert not same_contour(pair(a), pair(wall))
+        assert not _is_same_contour(pair(a), pair(wall))
         for order in (1, -1):
-            both = joined([pair(a), pair(wall)][::order])
+            both = _join_polygons([pair(a), pair(wall)][::order])
             assert np.array_equal(both, pair(a)[1] & ~pair(wall)[1])
 
 

@@ -17,15 +17,15 @@ from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.geometry import (
     Grid,
     Spacing,
+    _measure_tilt,
+    add_steps,
     describe_grid,
+    find_turn,
     lay_on,
-    letters,
-    oblique,
-    shear,
-    spacing_of,
+    measure_shear,
+    measure_spacing,
+    orientation_letters,
     usable,
-    way_onto,
-    with_steps,
     without_axis,
 )
 from unpaired_kd.data.formats.images import Image, read_image, read_label
@@ -144,7 +144,7 @@ def test_rounding_to_32_bits_and_by_a_quaternion_is_forgiven(tmp_path, seed):
     )
     big = Grid((300, 512, 512), None, affine)
     small = Grid((300, 512, 512), None, affine.astype(np.float32).astype(float))
-    assert way_onto(small, big) == ([0, 1, 2], [1, 1, 1])
+    assert find_turn(small, big) == ([0, 1, 2], [1, 1, 1])
 
 
 def test_tolerance_is_relative_to_the_voxel():
@@ -154,12 +154,12 @@ def test_tolerance_is_relative_to_the_voxel():
             b = a.copy()
             b[0, 3] = shift * size
             assert (
-                way_onto(Grid((5, 5, 5), None, b), Grid((5, 5, 5), None, a)) is not None
+                find_turn(Grid((5, 5, 5), None, b), Grid((5, 5, 5), None, a)) is not None
             ) is same
     a = np.eye(4)
     b = np.diag([1.0015, 1.0015, 1, 1])  # 1.5 in 1000: 0.75 voxels over 500, never allowed
-    assert way_onto(Grid((500, 500), None, b), Grid((500, 500), None, a)) is None
-    assert way_onto(Grid((40, 40), None, b), Grid((40, 40), None, a)) is not None
+    assert find_turn(Grid((500, 500), None, b), Grid((500, 500), None, a)) is None
+    assert find_turn(Grid((40, 40), None, b), Grid((40, 40), None, a)) is not None
 
 
 def test_one_slice_and_two_dimensions():
@@ -167,16 +167,16 @@ def test_one_slice_and_two_dimensions():
     thick = Grid((1, 7, 9), None, np.diag([-1.0, 1, 3, 1]) + np.eye(4)[:, [3]] * [0, 0, 0, 0])
     mirrored = np.diag([-1.0, 1, 3, 1])
     mirrored[0, 3] = 8
-    assert way_onto(Grid((1, 7, 9), None, mirrored), flat) == (
+    assert find_turn(Grid((1, 7, 9), None, mirrored), flat) == (
         [0, 1, 2],
         [-1, 1, 1],
     )  # the thickness of one slice is not compared
-    assert way_onto(thick, flat) is None
+    assert find_turn(thick, flat) is None
     image = Grid((7, 9), None, np.diag([1.0, 1, 5, 1]))
     turned = Grid((9, 7), None, np.diag([1.0, 1, 5, 1])[:, [1, 0, 2, 3]])
-    assert way_onto(turned, image) == ([1, 0], [1, 1])
+    assert find_turn(turned, image) == ([1, 0], [1, 1])
     sagittal = Grid((7, 9), None, np.diag([1.0, 1, 1, 1])[:, [1, 2, 0, 3]])
-    assert way_onto(sagittal, image) is None
+    assert find_turn(sagittal, image) is None
 
 
 def test_what_says_nothing_is_compared_by_shape_and_a_tiff_by_spacing(tmp_path):
@@ -216,10 +216,12 @@ def test_words():
     )
     assert (
         "SAR turned by 12.0 degrees" in describe_grid(Grid((2, 2, 2), None, a))
-        and np.isclose(oblique(a), 12)
-        and shear(a) < 1e-6
+        and np.isclose(_measure_tilt(a), 12)
+        and measure_shear(a) < 1e-6
     )
-    assert letters(SPL, 2) == "PL" and spacing_of(SPL, 2) == pytest.approx((0.9, 0.8))
+    assert orientation_letters(SPL, 2) == "PL" and measure_spacing(SPL, 2) == pytest.approx(
+        (0.9, 0.8)
+    )
     assert (
         not usable(np.full((4, 4), np.inf))
         and not usable(np.diag([1.0, 1, 0, 1]))
@@ -262,14 +264,14 @@ def test_distances_follow_the_true_axes(tmp_path, degrees, within, cause, name):
     affine = sheared(degrees, within)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        write_image(tmp_path / name, Image(SCAN[None], spacing_of(affine), affine))
+        write_image(tmp_path / name, Image(SCAN[None], measure_spacing(affine), affine))
     image = (
         loud(tmp_path / name, f"axes are {abs(degrees):.1f} degrees off right angles .{cause}")
         if cause
         else quiet(tmp_path / name)
     )
     assert isinstance(image.spacing, Spacing) == bool(cause) and np.allclose(
-        image.spacing, spacing_of(affine)
+        image.spacing, measure_spacing(affine)
     )
     a, b = np.zeros((2, *SCAN.shape), bool)
     a[1, 1:3, 2:4] = b[3, 4:6, 4] = True  # one voxel thick: all is surface
@@ -310,7 +312,7 @@ def test_a_study_measures_a_tilted_scan_along_its_axes(tmp_path):
         row["hd95"], distances(a > 0, b > 0, affine), rtol=0.05
     )
     assert (
-        abs(row["hd95"] / hausdorff(a, b, 95, spacing_of(affine)) - 1) > 0.1
+        abs(row["hd95"] / hausdorff(a, b, 95, measure_spacing(affine)) - 1) > 0.1
     )  # what the lengths alone would say
     assert any(
         "axes of 1 of 1 images are not at right angles" in n and "p.nii.gz" in n
@@ -329,7 +331,7 @@ def test_a_spacing_with_angles_is_a_tuple_that_survives():
     assert without_axis((1.0, 2.0, 3.0), 1) == (1, 3) and without_axis(None, 0) is None
     half = zoom_spacing(s, (5, 8, 10), 0.5)
     assert np.array_equal(half.steps, [[0, 1, 2], [0, 6, 0], [8, 0, 0]])
-    assert with_steps(None, SPL, "x") is None and with_steps((1, 2), None, "x") == (1, 2)
+    assert add_steps(None, SPL, "x") is None and add_steps((1, 2), None, "x") == (1, 2)
 
 
 # What NIfTI says
@@ -478,7 +480,7 @@ def test_what_is_written_without_a_nifti_header(tmp_path):
     with pytest.warns(
         UserWarning, match="scan.dcm: its axes are 34 degrees off .*built on ITK do not open"
     ):
-        write_image(p, Image(SCAN[None], spacing_of(tilted), tilted, "scan.dcm"))
+        write_image(p, Image(SCAN[None], measure_spacing(tilted), tilted, "scan.dcm"))
     f = nib.load(p)
     assert (
         np.allclose(f.get_sform(), tilted)
@@ -527,8 +529,8 @@ def test_rounded_cosines_still_get_a_qform(tmp_path, digits):
     affine = np.eye(4)
     affine[:3, :2] = np.round(turn[:, :2], digits)
     affine[:3, 2] = np.round(5 * turn[:, 2] * 3, 2) / 5
-    assert shear(affine) > 0.001
-    write_label(tmp_path / "x.nii", LABEL, Image(SCAN[None], spacing_of(affine), affine))
+    assert measure_shear(affine) > 0.001
+    write_label(tmp_path / "x.nii", LABEL, Image(SCAN[None], measure_spacing(affine), affine))
     q = nib.load(tmp_path / "x.nii").get_qform(coded=True)[0][:3, :3]
     q /= np.linalg.norm(q, axis=0)
     assert np.allclose(q.T @ q, np.eye(3), atol=1e-6) and np.allclose(q, turn, atol=0.02)

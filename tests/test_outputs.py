@@ -21,15 +21,15 @@ from unpaired_kd.data.formats import outputs
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.outputs import (
     Notes,
+    _list_parents,
     check_apart,
     check_format,
     check_names,
     check_new,
     check_room,
-    files_mark,
     is_ours,
-    keeping_notes,
-    lineage,
+    keep_notes,
+    mark_files,
 )
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference import files
@@ -548,7 +548,7 @@ def test_nothing_is_left_of_a_job_in_which_all_failed(home):
 
 def test_two_jobs_into_one_folder(home):
     "The second is refused while the first is at work, whether it is a folder or a volume."
-    with keeping_notes(home / "new" / ".ukd.notes"):
+    with keep_notes(home / "new" / ".ukd.notes"):
         with pytest.raises(InputError, match="another process writes into .*new"):
             predict_path(flat(), home / "images", home / "new")
         predict_path(
@@ -714,8 +714,8 @@ def test_lineage(tmp_path):
 
     want = [number(tmp_path / "a" / "b"), number(tmp_path / "a"), number(tmp_path)]
     assert (
-        lineage(tmp_path / "s" / "b")[:3] == want
-        and lineage(tmp_path / "s" / "b" / "new" / "er")[:3] == want
+        _list_parents(tmp_path / "s" / "b")[:3] == want
+        and _list_parents(tmp_path / "s" / "b" / "new" / "er")[:3] == want
     )
     os.symlink("/nowhere/at/all", tmp_path / "a" / "dead")
     with pytest.raises(InputError, match="holds"):
@@ -726,14 +726,14 @@ def test_lineage(tmp_path):
 def test_notes_survive_a_torn_line(tmp_path):
     path = tmp_path / "notes"
     with pytest.raises(KeyboardInterrupt):
-        with keeping_notes(path) as notes:
+        with keep_notes(path) as notes:
             notes.add("begun", "m", "a.png")
             notes.add("done", "m", "a.png")
             raise KeyboardInterrupt
     with open(path, "a") as f:
         f.write("done m b.p")
     with pytest.raises(KeyboardInterrupt):
-        with keeping_notes(path) as notes:
+        with keep_notes(path) as notes:
             assert (
                 notes.has("done", "m", "a.png")
                 and not notes.has("done", "m", "b.p")
@@ -742,7 +742,7 @@ def test_notes_survive_a_torn_line(tmp_path):
             notes.add("begun", "m", "c.png")
             raise KeyboardInterrupt
     assert Notes(path).has("begun", "m", "c.png") and Notes(path).has("done", "m", "a.png")
-    with keeping_notes(path):
+    with keep_notes(path):
         pass
     assert not path.exists()
 
@@ -768,12 +768,12 @@ def test_marks_follow_every_file(tmp_path):
     (tmp_path / "s" / "d").mkdir(parents=True)
     (tmp_path / "s" / "d" / "x").write_bytes(b"abc")
     (tmp_path / "s" / "y").write_bytes(b"a")
-    one = files_mark(tmp_path / "s")
-    assert files_mark(tmp_path / "s") == one
+    one = mark_files(tmp_path / "s")
+    assert mark_files(tmp_path / "s") == one
     (tmp_path / "s" / "d" / "x").write_bytes(b"abcd")
-    two = files_mark(tmp_path / "s")
+    two = mark_files(tmp_path / "s")
     (tmp_path / "s" / "d" / "x").rename(tmp_path / "s" / "d" / "z")
-    assert len({one, two, files_mark(tmp_path / "s"), files_mark(tmp_path / "s" / "y")}) == 4
+    assert len({one, two, mark_files(tmp_path / "s"), mark_files(tmp_path / "s" / "y")}) == 4
 
 
 def test_devices(monkeypatch):
@@ -1276,7 +1276,7 @@ def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, outp
 
 
 def test_notes_tell_what_failed(tmp_path):
-    with pytest.raises(KeyboardInterrupt), keeping_notes(tmp_path / ".notes") as notes:
+    with pytest.raises(KeyboardInterrupt), keep_notes(tmp_path / ".notes") as notes:
         for name in "ab":
             notes.add("begun", "f00d", name)
         notes.add("failed", "f00d", "b")

@@ -18,8 +18,8 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
-    decode,
-    is_series,
+    _decode_file,
+    _is_series,
     list_images,
     read_image,
     read_label,
@@ -29,9 +29,9 @@ from unpaired_kd.data.formats.images import (
 from unpaired_kd.data.formats.pictures import (
     arrange,
     companions,
-    content_of,
+    detect_format,
     one_of_each_set,
-    turn,
+    turn_upright,
     unit_length,
 )
 from unpaired_kd.data.formats.writing import write_image, write_label
@@ -166,9 +166,9 @@ def test_turn_is_what_pillow_shows():
         picture = Pillow.fromarray(np.moveaxis(a, 0, -1))
         picture.getexif()[274] = tag
         assert np.array_equal(
-            turn(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
+            turn_upright(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
         )
-    assert turn(a, 0) is a and turn(a, 9) is a  # unknown numbers turn nothing
+    assert turn_upright(a, 0) is a and turn_upright(a, 9) is a  # unknown numbers turn nothing
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -1173,7 +1173,7 @@ def test_content_decides(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", a)
     Pillow.fromarray(a).save(tmp_path / "a.bmp")
     jpeg = read_image(tmp_path / "a.jpg").array
-    assert [content_of(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [
+    assert [detect_format(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [
         ".jpg",
         ".png",
         ".tif",
@@ -1284,7 +1284,7 @@ def test_entries_of_a_folder(tmp_path):
         "folder.png": "folder",
         "file.zarr": "file",
     }.items():
-        for read in (read_image, read_label, decode):
+        for read in (read_image, read_label, _decode_file):
             with pytest.raises(InputError, match=f"(?s){name}.*{cause}") as e:
                 read(tmp_path / name)
             assert "damaged" not in str(e.value)
@@ -1332,9 +1332,9 @@ def dicom(path, name="1.2.3"):
 
 def test_a_series_and_what_lies_beside_it(tmp_path):
     dicom(tmp_path / "1.dcm")
-    assert is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
+    assert _is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
     (tmp_path / "notes.txt").write_text("a note")
-    assert is_series(tmp_path)
+    assert _is_series(tmp_path)
     os.symlink("/nowhere/2.dcm", tmp_path / "2.dcm")  # it may be a slice
     for read in (dicom_files, read_image):
         with pytest.raises(InputError, match="(?s)2.dcm.*link"):
@@ -1345,7 +1345,7 @@ def test_a_series_and_what_lies_beside_it(tmp_path):
         dicom_files(tmp_path)
     (tmp_path / "2.dcm").unlink()
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
-    assert not is_series(tmp_path)
+    assert not _is_series(tmp_path)
     images, others = list_images(tmp_path)
     assert [p.name for p in images] == ["1.dcm", "a.png"] and [p.name for p in others] == [
         "notes.txt"
@@ -1413,7 +1413,7 @@ def test_a_size_with_a_comma_is_named(tmp_path):
 def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.data.formats.outputs import files_mark
+    from unpaired_kd.data.formats.outputs import mark_files
     from unpaired_kd.inference.files import _plan_outputs, predict_path
     from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.inference.volumes import predict_volume
@@ -1435,7 +1435,7 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     def seen():
         c = Collection.from_folders(tmp_path, group="(.*)")
         assert [case.id for case in c.cases] == ["a"]
-        return c.contents(), c.fingerprint(), files_mark(first)
+        return c.contents(), c.fingerprint(), mark_files(first)
 
     before = seen()
     assert set(before[0]) == {"images/a.ome.tif", "images/b.ome.tif", "labels/a.tif"}

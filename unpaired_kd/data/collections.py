@@ -311,7 +311,7 @@ def _is_wide(label):
         return label.dtype.name in WIDE
     if ".nii" in Path(label).name.lower():
         return False
-    return images.decode(label, label=True)[0].dtype.name in WIDE
+    return images._decode_file(label, label=True)[0].dtype.name in WIDE
 
 # %% ../../nbs/data/collections.ipynb #92e445e9
 @patch_to(Collection)

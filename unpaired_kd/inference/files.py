@@ -29,10 +29,10 @@ from unpaired_kd.data.formats.outputs import (
     check_path,
     check_place,
     check_room,
-    files_mark,
-    free_bytes,
+    count_free_bytes,
     is_ours,
-    keeping_notes,
+    keep_notes,
+    mark_files,
 )
 from ..data.formats.pictures import companions, one_of_each_set, visible
 from ..data.formats.writing import WRITERS, write_label
@@ -162,7 +162,7 @@ def _list_jobs(
     found = []
     for source, target in jobs:
         try:
-            mark = digest([os.path.realpath(source), files_mark(source), instances, *settings])
+            mark = digest([os.path.realpath(source), mark_files(source), instances, *settings])
         except OSError:
             mark = ""
         outputs = (target, _name_instances(target)) if instances else (target,)
@@ -220,7 +220,7 @@ def _warn_of_room(
 ):
     "Say so if the disk may become full on the way: label maps are packed, so nobody knows before."
     need = _count_unpacked(jobs)
-    free = free_bytes(jobs[0].outputs[0])
+    free = count_free_bytes(jobs[0].outputs[0])
     if need > free:
         print(
             f"the label maps take {need / 1e6:,.1f} MB before they are packed, and "
@@ -297,7 +297,7 @@ def predict_path(
     failed = {}
     fresh = 0
     with contextlib.ExitStack() as stack:
-        notes = stack.enter_context(keeping_notes(notes_path))
+        notes = stack.enter_context(keep_notes(notes_path))
         shown = stack.enter_context(progress(len(jobs), "images", enabled=bars and not alone))
         for job in jobs:
             try:

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from ..core import PART, InputError, clear_parts, read_json, sync, write_json
-from ..data.formats.outputs import identity, locked, made_folder
+from ..data.formats.outputs import file_identity, lock_file, make_folder
 from .blocks import Block
 
 # %% ../../nbs/inference/resuming.ipynb #8d99b1c7
@@ -56,7 +56,7 @@ def hold_folder(
     deleted in the end."""
     check_work(work)
     busy = f"another process is at work in {work}. Wait for it, or choose another output."
-    with made_folder(work.parent), made_folder(work), locked(work / "lock", busy):
+    with make_folder(work.parent), make_folder(work), lock_file(work / "lock", busy):
         clear_parts(work)
         try:
             yield
@@ -157,8 +157,8 @@ def is_renamed(
     left."""
     if not (work / "job.json").exists() or not os.path.lexists(output):
         return False
-    there = identity(data)  # it has both names for a moment
-    return there is None or there == identity(output)
+    there = file_identity(data)  # it has both names for a moment
+    return there is None or there == file_identity(output)
 
 # %% ../../nbs/inference/resuming.ipynb #42b7d4ee
 def _describe_fault(fault, output):

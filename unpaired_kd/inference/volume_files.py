@@ -18,11 +18,17 @@ from torch import Tensor
 
 from ..core import InputError, check_there, digest, extra, sync, unknown
 from ..data.formats.images import suffix_of
-from ..data.formats.ngff import ABSENT, check_zarr_name, ome_steps, open_placed, read_box
-from ..data.formats.nifti import from_nifti, nifti_place, open_nifti
-from ..data.formats.outputs import files_mark
-from ..data.formats.pictures import arrange, lazy_tiff
-from ..data.formats.writing import sign
+from unpaired_kd.data.formats.ngff import (
+    ABSENT,
+    check_zarr_name,
+    open_placed,
+    read_box,
+    write_steps,
+)
+from ..data.formats.nifti import open_nifti, read_place, turn_nifti
+from ..data.formats.outputs import mark_files
+from ..data.formats.pictures import arrange, open_lazy_tiff
+from ..data.formats.writing import sign_zarr
 from ..data.intensity import check_finite
 from .blocks import Block, mirror_index
 
@@ -110,15 +116,15 @@ def _open_zarr(path, absent="error"):
         return read_box(z, path, box)
 
     box, shape, kind = _box_reader(z, axes, read)
-    mark = files_mark(path)
+    mark = mark_files(path)
     return Volume(path, shape, kind, place.spacing, place.affine, mark, box, place.origin)
 
 
 def _open_tiff(path):
     "A TIFF whose stored numbers are its values: mapped if it lies in one piece, else by pages."
-    array, axes, spacing = lazy_tiff(path)
+    array, axes, spacing = open_lazy_tiff(path)
     box, shape, kind = _box_reader(array, axes)
-    return Volume(path, shape, kind, spacing, None, files_mark(path), box)
+    return Volume(path, shape, kind, spacing, None, mark_files(path), box)
 
 
 def _open_nifti(path):
@@ -126,14 +132,14 @@ def _open_nifti(path):
     f, stored = open_nifti(path, lazy=True)
     if len(f.shape) < 3:
         raise InputError(f"it has the shape {f.shape}; blocks need volumes (x, y, z).")
-    place = nifti_place(f.header, stored, 3, path)
+    place = read_place(f.header, stored, 3, path)
 
     def box(slices):
-        return from_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
+        return turn_nifti(np.asanyarray(f.dataobj[(*slices[::-1], ...)]))
 
     one = box([slice(0, 1)] * 3)
     shape = (len(one), *f.shape[2::-1])
-    return Volume(path, shape, one.dtype, place.spacing, place.affine, files_mark(path), box)
+    return Volume(path, shape, one.dtype, place.spacing, place.affine, mark_files(path), box)
 
 # %% ../../nbs/inference/volume_files.ipynb #c501e7a0
 OPENERS = {
@@ -218,12 +224,12 @@ def _create_zarr(path, shape, tile, spacing, affine, origin):
         config={"write_empty_chunks": True},
     )
     scale = [1.0] * (len(shape) - 3) + list(spacing or (1.0,) * 3)
-    level = {"path": "0", "coordinateTransformations": ome_steps(scale, origin)}
+    level = {"path": "0", "coordinateTransformations": write_steps(scale, origin)}
     images = [{"axes": axes, "datasets": [level]}]
     group.attrs["ome"] = {"version": "0.5", "multiscales": images}
     if affine is not None:
         group.attrs["affine"] = np.asarray(affine).tolist()
-    sign(path)
+    sign_zarr(path)
 
 
 def _create_tiff(path, shape, spacing, mark):

@@ -1,4 +1,5 @@
-"""DICOM: every slice where its file says, numbers in the unit of their scale, files that do not belong, contours and segments by the rules of the standard."""
+"""DICOM: every slice where its file says, numbers in the unit of their scale, files that do not
+belong, contours and segments by the rules of the standard."""
 
 import gzip
 import warnings

@@ -1,4 +1,5 @@
-"Names, tables and contents: what a table says for certain is read, everything else is refused by name."
+"""Names, tables and contents: what a table says for certain is read, everything else is refused by
+name."""
 
 import hashlib
 import json

@@ -393,6 +393,7 @@ def least_work(size, halo, strides, voxels, rim, joined, unit):
     "size, voxels, joined, unit",
     [
         ((130, 70, 200), 2.5e6, math.inf, 64),
+        ((136, 102, 102), 3.1e6, 7e5, 64),  # by the encoder alone it were another tile
         ((130, 70, 200), 1.2e6, 4e5, 32),
         ((130, 70, 200), 1.2e6, 2e5, 32),
         ((130, 70, 200), 2e5, math.inf, 16),
@@ -743,9 +744,11 @@ def test_a_volume_by_hand(small):
     assert t["halo"] == (1, 1, 1) and t["tile"] == (4, 4, 4)
     assert (t["blocks"], t["computed"], t["skipped"], t["resumed"]) == (18, 18, 0, 0)
     assert t["voxels_per_second"] == pytest.approx(720 / t["seconds"])
-    labels = predict_volume(s, folder / "v.tif", folder / "l.tif", labels=True, spacing="1,1,4")
+    how = dict(labels=True, spacing="1,1,4", halo=2)
+    labels = predict_volume(s, folder / "v.tif", folder / "l.tif", **how)
     made = read_image(folder / "l.tif")
     assert np.array_equal(made.array[0], by_hand(raw) > 127.5) and made.spacing == (1, 1, 4)
+    assert labels["halo"] == (2, 2, 2)
     assert labels["tile"] == (64, 64, 64)  # the whole axis, in whole units
 
 

@@ -1,4 +1,5 @@
-"""OME-Zarr: every version and order of axes, groups that hold several images, and chunks that are lost or damaged."""
+"""OME-Zarr: every version and order of axes, groups that hold several images, and chunks that are
+lost or damaged."""
 
 import json
 import os
@@ -386,7 +387,8 @@ def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
 
 
 def test_a_header_may_promise_any_number_of_chunks(tmp_path):
-    "The first one that is not there is found by its name, in no time and no memory; places come last axis fastest."
+    """The first one that is not there is found by its name, in no time and no memory; places come
+    last axis fastest."""
     import time
 
     import zarr

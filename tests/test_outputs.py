@@ -1,4 +1,5 @@
-"""Outputs never destroy: what is refused before any work, what is replaced, what stays, and what one bad file does to the others."""
+"""Outputs never destroy: what is refused before any work, what is replaced, what stays, and what
+one bad file does to the others."""
 
 import contextlib
 import json
@@ -71,7 +72,8 @@ def students(tmp_path_factory):
 
 @pytest.fixture
 def home(students, tmp_path):
-    "Images, labels drawn by hand, a Zarr inside a Zarr, a DICOM series, a volume, students; the working folder."
+    """Images, labels drawn by hand, a Zarr inside a Zarr, a DICOM series, a volume, students; the
+    working folder."""
     shutil.copytree(students, tmp_path, dirs_exist_ok=True)
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
@@ -98,7 +100,8 @@ def home(students, tmp_path):
 
 
 def tree(folder):
-    "Every file, link and folder under a folder: its bytes, where it points to, and when it was changed."
+    """Every file, link and folder under a folder: its bytes, where it points to, and when it was
+    changed."""
     found = {}
     for p in sorted(folder.rglob("*")):
         name = str(p.relative_to(folder))
@@ -404,7 +407,8 @@ def test_a_finished_job_is_an_output_like_any_other(home):
 
 
 def test_an_output_that_came_meanwhile_stays(home, monkeypatch):
-    "Somebody writes the same name while we compute: theirs is kept, ours is named, the others are finished."
+    """Somebody writes the same name while we compute: theirs is kept, ours is named, the others are
+    finished."""
     plain = Student.predict
 
     def slow(self, image, **k):
@@ -421,7 +425,8 @@ def test_an_output_that_came_meanwhile_stays(home, monkeypatch):
 
 
 def test_one_bad_file_and_the_others(home, capsys, monkeypatch):
-    "Each of eight faults is named in a line of its own, six good images are finished, the status is 1."
+    """Each of eight faults is named in a line of its own, six good images are finished, the status
+    is 1."""
     images = home / "images"
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:60])
     (images / "empty.png").write_bytes(b"")
@@ -503,7 +508,8 @@ def test_a_file_that_may_not_be_read(home):
 
 
 def test_stopping_is_no_fault_of_an_image(home, monkeypatch):
-    "Ctrl-C: what is finished stays, the same command goes on, and then nothing is left of the notes."
+    """Ctrl-C: what is finished stays, the same command goes on, and then nothing is left of the
+    notes."""
     plain = Student.predict
     seen = []
 
@@ -630,7 +636,8 @@ def test_more_objects_than_a_png_holds(home):
 
 
 def test_room(home, monkeypatch):
-    "One byte a voxel is asked for, five with instances; in blocks one a voxel, less what lies there."
+    """One byte a voxel is asked for, five with instances; in blocks one a voxel, less what lies
+    there."""
     monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=4 * 32 * 40)))
     predict_path(flat(), home / "v.nii.gz", home / "fits.nii.gz")
     before = tree(home)
@@ -647,7 +654,8 @@ def test_room(home, monkeypatch):
 
 
 def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
-    "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
+    """From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a
+    broken header counts nothing."""
     from unpaired_kd.inference.files import _count_unpacked, _FileJob, _warn_of_room
 
     (home / "few").mkdir()
@@ -663,13 +671,15 @@ def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     need = 30 * 41 + 20 * 50
     assert _count_unpacked(jobs(1)) == need and _count_unpacked(jobs(2)) == 5 * need
     for free, says in ((need, ""), (need - 1, "the disk may become full")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=free)))
+        usage = type("Usage", (), dict(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda p, usage=usage: usage)
         _warn_of_room(jobs(1))
         assert says in (said := capsys.readouterr().out) and bool(said) == bool(says)
 
 
 def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
-    "The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing was finished."
+    """The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing
+    was finished."""
     from unpaired_kd.inference import volumes
 
     before = tree(home)
@@ -989,7 +999,8 @@ def test_a_volume_that_does_not_fit_is_named(home, monkeypatch):
 
 
 def test_writers_leave_the_settings_of_zarr(home):
-    "Many threads open at once: each writes its empty block to a file, and zarr's own setting is as before."
+    """Many threads open at once: each writes its empty block to a file, and zarr's own setting is
+    as before."""
     import concurrent.futures
 
     from unpaired_kd.inference.blocks import Block
@@ -1121,10 +1132,12 @@ def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="descriptors")
 def test_a_run_and_a_sweep_without_any_stream(home):
-    "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."
+    """A kernel inherits the streams; the next row of a sweep is run though nobody reads of the
+    first."""
     cells = [
         'x: int = 1\nrun_folder: str = ""',
-        'print(x)\nopen(f"{run_folder}/metrics.csv", "w").write(f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n")',
+        'print(x)\nrows = f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n"\n'
+        'open(f"{run_folder}/metrics.csv", "w").write(rows)',
     ]
     body = [
         dict(
@@ -1141,7 +1154,8 @@ def test_a_run_and_a_sweep_without_any_stream(home):
         json.dumps(dict(cells=body, metadata={}, nbformat=4, nbformat_minor=5))
     )
     Path("g.yaml").write_text("notebook: ./n.ipynb\ngrid: {x: [1, 2]}\n")
-    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))'"
+    code = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
+    ukd = f"{sys.executable} -u -c '{code}'"
     assert (
         subprocess.run(f"exec {ukd} run ./n.ipynb --out run <&- >&- 2>&-", shell=True).returncode
         == 0

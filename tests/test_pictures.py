@@ -1,4 +1,5 @@
-"""PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are in them."""
+"""PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are
+in them."""
 
 import gc
 import io
@@ -39,7 +40,8 @@ from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-UPRIGHT = {  # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+# TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+UPRIGHT = {
     1: [[1, 2, 3], [4, 5, 6]],
     2: [[3, 2, 1], [6, 5, 4]],
     3: [[6, 5, 4], [3, 2, 1]],
@@ -490,7 +492,7 @@ def test_no_stack_stays_open(tmp_path):
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs decodes them")
 def test_packing_that_needs_more(tmp_path):
-    for code, name in ((50001, "WEBP"), (34712, "JPEG2000"), (34887, "LERC")):
+    for code in (50001, 34712, 34887):  # WebP, JPEG 2000, LERC
         tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
         tiff(tmp_path / "x.tif", (tags, b"whatever"), (tags, b"whatever"))
         for read in (read_image, open_volume):
@@ -559,7 +561,7 @@ def test_slices_that_are_packed_in_several_ways(tmp_path, packings):
 
 def test_two_volumes_in_one_file(tmp_path):
     with tifffile.TiffWriter(tmp_path / "x.tif") as t:
-        for k in range(2):
+        for _ in range(2):
             t.write(np.stack([SMALL] * 3), photometric="minisblack")
     with pytest.raises(
         InputError, match=r"(?s)x.tif.*2 images of one size.*: \(3, 2, 3\), \(3, 2, 3\)"
@@ -723,7 +725,8 @@ def ome(
         f'<Channel ID="Channel:0:{k}" SamplesPerPixel="1"/>' for k in range(sizes["C"])
     )
     image = (
-        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
+        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" '
+        f'SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
         f"{channels}{data}</Pixels></Image>"
     )
     xml = (
@@ -783,11 +786,15 @@ def test_sizes_of_ome_that_say_nothing(tmp_path):
             ).spacing
             is None
         )
-    other = '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>'  # not this image
+    other = (  # not this image
+        '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" '
+        'SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>'
+    )
     p = ome(
         tmp_path / "x.tif",
         SMALL[None],
-        physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" PhysicalSizeYUnit="mm"',
+        physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" '
+        'PhysicalSizeYUnit="mm"',
         more=other,
     )
     assert read_image(p).spacing == (2.0, 1.0)
@@ -813,8 +820,10 @@ def test_sets_of_ome_files(tmp_path):
 
     def planes(second):
         return (
-            f'<TiffData FirstZ="0" IFD="0" PlaneCount="2"><UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
-            f'<TiffData FirstZ="2" IFD="0" PlaneCount="2"><UUID FileName="{second}">{two}</UUID></TiffData>'
+            '<TiffData FirstZ="0" IFD="0" PlaneCount="2">'
+            f'<UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
+            '<TiffData FirstZ="2" IFD="0" PlaneCount="2">'
+            f'<UUID FileName="{second}">{two}</UUID></TiffData>'
         )
 
     def write(folder, second):
@@ -941,7 +950,8 @@ def test_an_ome_file_that_was_renamed(tmp_path):
     p = ome(
         tmp_path / "new name.tif",
         SMALL[None],
-        planes=f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="old.ome.tif">{own}</UUID></TiffData>',
+        planes='<TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName="old.ome.tif">{own}</UUID></TiffData>',
         uuid=own,
     )
     assert np.array_equal(read_image(p).array[0], SMALL)
@@ -1399,7 +1409,12 @@ def test_a_fourth_colour_without_a_meaning_is_left_out(tmp_path):
 
 
 def test_a_size_with_a_comma_is_named(tmp_path):
-    text = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    text = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" '
+        'SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1">'
+        "<TiffData/></Pixels></Image></OME>"
+    )
     tifffile.imwrite(
         tmp_path / "a.ome.tif",
         np.zeros((12, 16), np.uint8),

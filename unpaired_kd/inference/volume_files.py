@@ -27,7 +27,8 @@ from unpaired_kd.data.formats.ngff import (
 )
 from ..data.formats.nifti import open_nifti, read_place, turn_nifti
 from ..data.formats.outputs import mark_files
-from ..data.formats.pictures import arrange, open_lazy_tiff
+from ..data.formats.pictures import arrange
+from ..data.formats.tiff import open_lazy_tiff
 from ..data.formats.writing import sign_zarr
 from ..data.intensity import check_finite
 from .blocks import Block, mirror_index

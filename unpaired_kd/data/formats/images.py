@@ -17,7 +17,8 @@ from .dicom import is_dicom, read_dicom
 from .geometry import add_steps, orientation_letters
 from .ngff import is_zarr, read_zarr, split_zarr_path
 from .nifti import read_nifti
-from .pictures import detect_format, read_pillow, read_tiff, visible
+from .pictures import detect_format, read_pillow, visible
+from .tiff import read_tiff
 from ..intensity import check_finite
 
 # %% ../../../nbs/data/formats/images.ipynb #875f3842

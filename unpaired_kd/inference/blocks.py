@@ -237,7 +237,7 @@ def _multiply_axes(lengths):
     "Products over the axes of (3, sides, 2) lengths, for every combination of sides."
     return [np.einsum("i,j,k", *(np.array(axis)[:, i] for axis in lengths)) for i in (0, 1)]
 
-
+# %% ../../nbs/inference/blocks.ipynb #23c1bbf8
 def choose_tile(
     size: tuple,  # (D,H,W)
     halo: tuple,  # one number an axis

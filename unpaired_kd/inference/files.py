@@ -80,6 +80,31 @@ def _is_one_series(
     return True
 
 # %% ../../nbs/inference/files.ipynb #a7c10006
+def _check_no_file(target):
+    "`InputError` for a file where a folder is needed."
+    if os.path.isfile(target):
+        raise InputError(
+            f"output {target}: it is a file, and the input is a folder. Give a folder."
+        )
+
+
+def _plan_one(source, target):
+    "Where the label map of one image goes."
+    suffix = suffix_of(target)
+    if suffix in (".jpg", ".jpeg"):
+        check_format(target, (), 0)
+    folder = os.path.isdir(target)
+    if suffix in WRITERS and (suffix == ".zarr" or not folder):
+        return target
+    if target.suffix and not folder:
+        raise InputError(
+            f"output {target}: the ending is not one we write; "
+            f"use {', '.join(WRITERS)}. Or give a folder."
+        )
+    _check_no_file(target)
+    return target / _name_output(source)
+
+
 def _plan_outputs(
     source: Path,  # input: image or folder
     target: Path,  # output: file or folder
@@ -87,23 +112,9 @@ def _plan_outputs(
     "What will be read and written. No image is read yet. Raises `InputError` when that cannot be."
     check_input(source)
     zarr = suffix_of(source) == ".zarr" or is_zarr(source)
-    single = os.path.isfile(source) or zarr or _is_one_series(source)
-    suffix = suffix_of(target)
-    if single and suffix in (".jpg", ".jpeg"):
-        check_format(target, (), 0)
-    if single and suffix in WRITERS and (suffix == ".zarr" or not os.path.isdir(target)):
-        return [(source, target)], []
-    if single and target.suffix and not os.path.isdir(target):
-        raise InputError(
-            f"output {target}: the ending is not one we write; "
-            f"use {', '.join(WRITERS)}. Or give a folder."
-        )
-    if os.path.isfile(target):
-        raise InputError(
-            f"output {target}: it is a file, and the input is a folder. Give a folder."
-        )
-    if single:
-        return [(source, target / _name_output(source))], []
+    if os.path.isfile(source) or zarr or _is_one_series(source):
+        return [(source, _plan_one(source, target))], []
+    _check_no_file(target)
     inside = one_of_each_set(visible(source))
     images = {p: _is_image(p) for p in inside}
     if not any(images.values()):

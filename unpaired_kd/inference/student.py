@@ -456,7 +456,7 @@ def _check_sides(recipe, size, strides, name):
             "Use a larger image, or a student trained with a larger zoom."
         )
 
-
+# %% ../../nbs/inference/student.ipynb #742a0834
 def _read_input(student, image):
     """From a path or a raw array to the network's input: x (N,in_channels,*s) float32, and the
     native spatial shape. Every fault is an `InputError` that names the image."""

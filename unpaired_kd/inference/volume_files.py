@@ -40,7 +40,7 @@ def _native(array):
         return np.ascontiguousarray(array, np.float32)
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
-
+# %% ../../nbs/inference/volume_files.ipynb #9501068d
 @dataclass
 class Volume:
     "A volume on disk, as if it were an array (C,D,H,W): slicing it reads that box."

@@ -33,6 +33,8 @@ from unpaired_kd.core import (
     swap_folder,
 )
 from ..data.formats.images import match_channels, suffix_of
+
+# %% ../../nbs/inference/volumes.ipynb #e966f274
 from unpaired_kd.data.formats.outputs import (
     check_apart,
     check_input,
@@ -63,6 +65,8 @@ from unpaired_kd.inference.resuming import (
     log_block,
     resume_job,
 )
+
+# %% ../../nbs/inference/volumes.ipynb #cfff6007
 from unpaired_kd.inference.student import (
     FILES,
     Student,
@@ -315,7 +319,7 @@ def _three_numbers(value, kind, zero):
         raise ValueError("zero")
     return found
 
-
+# %% ../../nbs/inference/volumes.ipynb #46473c87
 def read_triple(
     value,  # None, one whole number, three, or text such as "128" or "64,128,128"
     name: str,  # of the argument, for messages
@@ -513,7 +517,7 @@ class _Plan:
             Path(self.job.data), self.job.shape, self.tile, mark=digest(self.record), **self.voxels
         )
 
-
+# %% ../../nbs/inference/volumes.ipynb #7cf6d35d
 def _used_bytes(path):
     "What an output so far takes of the room that it will need: bytes on the disk."
     files = [p for p in (path, *path.rglob("*")) if p.is_file()]
@@ -544,7 +548,7 @@ def _run_here(plan, todo, done):
 
     return run_pipeline(todo, read, compute, write)
 
-
+# %% ../../nbs/inference/volumes.ipynb #8a3ce568
 def _run_blocks(plan, todo, device, scheduler, workers, bars):
     """Do the blocks here, in processes of this machine, or on a cluster; log each one when it is on
     the disk. Seconds of the stages, and how many blocks were empty."""
@@ -605,7 +609,7 @@ def _count_blocks(plan, todo, spent, skipped, seconds):
         voxels_per_second=voxels / seconds,
     )
 
-
+# %% ../../nbs/inference/volumes.ipynb #36bbd9a3
 def _describe_job(size, t):
     "What `predict_volume` returns, in one line."
     size = " x ".join(map(str, size))

@@ -878,22 +878,37 @@ def _find_even_grid(
     known = len(slices) > 1 or _find_thickness(slices[0]) is not None
     return measure_spacing(affine) if known else None, affine
 
-# %% ../../../nbs/data/formats/dicom.ipynb #bf409cca
-def read_dicom(
-    path: Path,  # folder with one series, or one file
-    label: bool = False,  # label maps keep palette indices; of segments their numbers are read
-) -> tuple:  # array (C,D,H,W), or (C,H,W) for a file of one slice; spacing; affine; `DicomPlace`
-    "A DICOM series through pydicom, in the unit of its scale (CT: Hounsfield)."
+# %% ../../../nbs/data/formats/dicom.ipynb #cea2d3f9
+def _read_files(path):
+    "The files of a series with what they hold, packed pixels too. Warns of what is left out."
     files, others = _split_folder(path) if path.is_dir() else ([path], [])
     if not files:
         raise InputError(
             "the folder holds no DICOM files. Give one file, or the folder of one series."
         )
     if others:
-        warnings.warn(
-            f"{path}: not DICOM, left out: {', '.join(p.name for p in others)}.", stacklevel=2
-        )
-    read = [(f, dicom_header(f, pixels=True)) for f in files]
+        names = ", ".join(p.name for p in others)
+        warnings.warn(f"{path}: not DICOM, left out: {names}.", stacklevel=3)
+    return [(f, dicom_header(f, pixels=True)) for f in files]
+
+
+def _decode_slices(read, slices, label, mirror):
+    "The planes (C,H,W) of slices, in their order."
+    planes = {}
+    place = {(x.file, x.frame): x for x in slices}
+    for f, s in read:
+        with name_dicom_faults(f.name):
+            for i, a in enumerate(_decode_frames(f, s)):
+                planes[f, i] = np.moveaxis(_apply_scale(a, place[f, i], label, mirror), -1, 0)
+    return [planes[x.file, x.frame] for x in slices]
+
+# %% ../../../nbs/data/formats/dicom.ipynb #bf409cca
+def read_dicom(
+    path: Path,  # folder with one series, or one file
+    label: bool = False,  # label maps keep palette indices; of segments their numbers are read
+) -> tuple:  # array (C,D,H,W), or (C,H,W) for a file of one slice; spacing; affine; `DicomPlace`
+    "A DICOM series through pydicom, in the unit of its scale (CT: Hounsfield)."
+    read = _read_files(path)
     if label and any(s.get("SOPClassUID") in _SEGMENTATIONS for _, s in read):
         if len(read) > 1:
             raise InputError(
@@ -908,13 +923,7 @@ def read_dicom(
     spacing, affine = series_grid(slices, str(path))
     mirror = None if label else _find_mirror(slices)
     at = DicomPlace(str(slices[0].note.get("FrameOfReferenceUID") or ""))
-    planes = {}
-    place = {(x.file, x.frame): x for x in slices}
-    for f, s in read:
-        with name_dicom_faults(f.name):
-            for i, a in enumerate(_decode_frames(f, s)):
-                planes[f, i] = np.moveaxis(_apply_scale(a, place[f, i], label, mirror), -1, 0)
-    planes = [planes[x.file, x.frame] for x in slices]
+    planes = _decode_slices(read, slices, label, mirror)
     if len(slices) > 1 or path.is_dir():
         known = spacing is not None and spacing[0] is not None
         return np.stack(planes, 1), spacing if known else None, affine, at

@@ -79,7 +79,8 @@ def stem_of(
     path,  # file or folder
 ) -> str:  # a name
     "The name without its ending: `a` for `a.nii.gz`, `a_labels_0` for `a.zarr/labels/0`."
-    path, suffix = Path(path), suffix_of(path)
+    path = Path(path)
+    suffix = suffix_of(path)
     if suffix == ".zarr" and not path.name.lower().endswith(suffix):
         top, inside = split_zarr_path(path)
         return "_".join([stem_of(top), *inside.split("/")])
@@ -98,6 +99,16 @@ def _is_series(
     return any(is_dicom(p) for p in entries)
 
 # %% ../../../nbs/data/formats/images.ipynb #d9a54ec0
+def _check_mixed(folder):
+    "`InputError` for a folder of DICOM files and other images."
+    mixed = [p.name for p in visible(folder) if suffix_of(p) not in ("", ".dcm")]
+    if mixed and any(map(is_dicom, visible(folder))):
+        raise InputError(
+            f"the folder holds DICOM files and other images ({', '.join(mixed[:5])}). "
+            "Give one file, or put the series into its own folder."
+        )
+
+
 def _choose_reader(
     path: Path,  # file or folder that is there
 ):  # one of `READERS`
@@ -107,13 +118,7 @@ def _choose_reader(
     if not suffix and is_zarr(path):
         return read_zarr  # which asks for another name
     if os.path.isdir(path) and suffix in ("", ".dcm"):
-        mixed = [p.name for p in visible(path) if suffix_of(p) not in ("", ".dcm")]
-        if mixed and any(map(is_dicom, visible(path))):
-            raise InputError(
-                "the folder holds DICOM files and other images "
-                f"({', '.join(mixed[:5])}). Give one file, or put the series into "
-                "its own folder."
-            )
+        _check_mixed(path)
         return read_dicom
     if not suffix and is_dicom(path):
         return read_dicom

@@ -160,42 +160,55 @@ def _measure_segment(
 # %% ../../../nbs/data/formats/packing.ipynb #ac161aba
 _REVERSED = bytes(int(f"{k:08b}"[::-1], 2) for k in range(256))  # a byte, its last bit first
 
+# %% ../../../nbs/data/formats/packing.ipynb #6913fce0
+def _check_unpackable(page, samples):
+    "`InputError` for JPEG and floating-point numbers that need imagecodecs."
+    packing = page.compression
+    bits = page.bitspersample
+    if packing in JPEG_CODES and (packing != 7 or samples not in (1, 3) or bits != 8):
+        raise InputError(
+            f"its JPEG compression ({packing}, {samples} channels, {bits} bits) {NEEDS}"
+        )
+    if packing not in JPEG_CODES and bits not in PLAIN_BITS and page.sampleformat == 3:
+        raise InputError(
+            f"its floating-point numbers of {bits} bits need a further package: pip "
+            "install imagecodecs, or save it with 32 bits."
+        )
 
+
+def _unpack_bytes(data, page, rows, width, wide):
+    "The bytes of a strip or tile, `wide` a row, as they were before they were packed."
+    import tifffile
+
+    packing = page.compression
+    if packing == 1:
+        return data
+    if packing in _FAX:
+        options = page.tags.valueof({3: 292, 4: 293}.get(packing, 0), 0)
+        return _unpack_strip(data, width, rows, packing, 1, options)
+    if packing in _LIBTIFF:
+        return _unpack_strip(data, wide, rows, packing)
+    try:
+        return tifffile.TIFF.DECOMPRESSORS[packing](data, out=rows * wide)
+    except (ImportError, KeyError):
+        raise InputError(f"its compression {name_code(packing)} {NEEDS}") from None
+
+# %% ../../../nbs/data/formats/packing.ipynb #9a1492f8
 def unpack_segment(
     data: bytes,  # one strip or tile, as stored
     page,  # tifffile page
     k: int,  # its number
 ) -> bytes:  # its numbers: 8, 16, 32 or 64 bits each, in the file's byte order
     "Unpack one strip or tile. `InputError` for a packing that needs imagecodecs."
-    import tifffile
-
     rows, width, samples = _measure_segment(page, k)
     bits = page.bitspersample
-    packing = page.compression
-    if packing in JPEG_CODES and (packing != 7 or samples not in (1, 3) or bits != 8):
-        raise InputError(
-            f"its JPEG compression ({packing}, {samples} channels, {bits} bits) {NEEDS}"
-        )
-    if packing in JPEG_CODES:
+    _check_unpackable(page, samples)
+    if page.compression in JPEG_CODES:
         return _unpack_jpeg(data, page)[:rows].tobytes()
-    if bits not in PLAIN_BITS and page.sampleformat == 3:
-        raise InputError(
-            f"its floating-point numbers of {bits} bits need a further package: pip "
-            "install imagecodecs, or save it with 32 bits."
-        )
     if page.fillorder == 2:
         data = data.translate(_REVERSED)
     wide = -(-width * samples * bits // 8)  # bytes a row
-    if packing in _FAX:
-        options = page.tags.valueof({3: 292, 4: 293}.get(packing, 0), 0)
-        data = _unpack_strip(data, width, rows, packing, 1, options)
-    elif packing in _LIBTIFF:
-        data = _unpack_strip(data, wide, rows, packing)
-    elif packing != 1:
-        try:
-            data = tifffile.TIFF.DECOMPRESSORS[packing](data, out=rows * wide)
-        except (ImportError, KeyError):
-            raise InputError(f"its compression {name_code(page.compression)} {NEEDS}") from None
+    data = _unpack_bytes(data, page, rows, width, wide)
     a = np.frombuffer(data, np.uint8, rows * wide).reshape(rows, wide)
     if bits == 1:
         return a.tobytes()

@@ -18,74 +18,24 @@ from ...core import InputError
 from .packing import open_tiff_file
 
 # %% ../../../nbs/data/formats/pictures.ipynb #45f77804
-_NAMES = dict(
-    yotta=24,
-    zetta=21,
-    exa=18,
-    peta=15,
-    tera=12,
-    giga=9,
-    mega=6,
-    kilo=3,
-    hecto=2,
-    deca=1,
-    deci=-1,
-    centi=-2,
-    milli=-3,
-    micro=-6,
-    nano=-9,
-    pico=-12,
-    femto=-15,
-    atto=-18,
-    zepto=-21,
+# fmt: off
+_NAMES = dict(  # prefixes of the metre, powers of ten
+    yotta=24, zetta=21, exa=18, peta=15, tera=12, giga=9, mega=6, kilo=3, hecto=2, deca=1,
+    deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12, femto=-15, atto=-18, zepto=-21,
     yocto=-24,
-)  # prefixes of the metre, powers of ten
-_SYMBOLS = dict(
-    Y=24,
-    Z=21,
-    E=18,
-    P=15,
-    T=12,
-    G=9,
-    M=6,
-    k=3,
-    h=2,
-    da=1,
-    d=-1,
-    c=-2,
-    m=-3,
-    μ=-6,
-    u=-6,
-    n=-9,
-    p=-12,
-    f=-15,
-    a=-18,
-    z=-21,
-    y=-24,
 )
-_UNITS = {
-    "m": 1e3,
-    "meter": 1e3,
-    "micron": 1e-3,
-    "Å": 1e-7,
-    "angstrom": 1e-7,
-    "thou": 0.0254,
-    "li": 25.4 / 12,
-    "in": 25.4,
-    "inch": 25.4,
-    "inche": 25.4,
-    "ft": 304.8,
-    "foot": 304.8,
-    "yd": 914.4,
-    "yard": 914.4,
-    "mi": 1609344.0,
-    "mile": 1609344.0,
-    "pt": 25.4 / 72,
-    "ua": 1.495978707e14,
-    "ly": 9.4607304725808e18,
-    "pc": 3.0856775814913673e19,
-    "parsec": 3.0856775814913673e19,
-}  # mm
+_SYMBOLS = dict(
+    Y=24, Z=21, E=18, P=15, T=12, G=9, M=6, k=3, h=2, da=1,
+    d=-1, c=-2, m=-3, μ=-6, u=-6, n=-9, p=-12, f=-15, a=-18, z=-21, y=-24,
+)
+_UNITS = {  # mm
+    "m": 1e3, "meter": 1e3, "micron": 1e-3, "Å": 1e-7, "angstrom": 1e-7,
+    "thou": 0.0254, "li": 25.4 / 12, "in": 25.4, "inch": 25.4, "inche": 25.4,
+    "ft": 304.8, "foot": 304.8, "yd": 914.4, "yard": 914.4, "mi": 1609344.0, "mile": 1609344.0,
+    "pt": 25.4 / 72, "ua": 1.495978707e14, "ly": 9.4607304725808e18,
+    "pc": 3.0856775814913673e19, "parsec": 3.0856775814913673e19,
+}
+# fmt: on
 _UNITS |= {name + "meter": 10.0 ** (p + 3) for name, p in _NAMES.items()}
 _UNITS |= {symbol + "m": 10.0 ** (p + 3) for symbol, p in _SYMBOLS.items()}
 
@@ -268,28 +218,36 @@ def _find_alpha(
     seen = a != np.asarray(key).astype(a.dtype)
     return seen.any(-1) if a.ndim == 3 else seen
 
+# %% ../../../nbs/data/formats/pictures.ipynb #9f659918
+def _check_picture(path, label):
+    "Format, bits and PNG colour type. `InputError` for what Pillow would change."
+    kind = detect_format(path)
+    if kind not in (".png", ".jpg"):
+        raise InputError(
+            "it is neither PNG nor JPEG inside, or damaged. Convert it to PNG, or copy it again."
+        )
+    if kind == ".jpg":
+        if label:
+            raise InputError(
+                "it is a JPEG, which changes pixel values, so it cannot hold labels. "
+                "Save the label map as PNG, TIFF or NIfTI."
+            )
+        return kind, 8, None
+    bits, colour = _read_png_header(path)
+    if bits == 16 and colour != 0:
+        raise InputError(
+            "it is a 16-bit PNG with colours or alpha, which Pillow would cut to 8 "
+            "bits. Save it as 16-bit TIFF."
+        )
+    return kind, bits, colour
+
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7c11
 def read_pillow(
     path: Path,  # PNG or JPEG file
     label: bool = False,  # label maps: the stored numbers, or palette indices; JPEG is refused
 ) -> tuple:  # array (C,H,W), None, None
     "PNG and JPEG through Pillow, upright."
-    kind = detect_format(path)
-    if kind not in (".png", ".jpg"):
-        raise InputError(
-            "it is neither PNG nor JPEG inside, or damaged. Convert it to PNG, or copy it again."
-        )
-    if label and kind == ".jpg":
-        raise InputError(
-            "it is a JPEG, which changes pixel values, so it cannot hold labels. "
-            "Save the label map as PNG, TIFF or NIfTI."
-        )
-    bits, colour = _read_png_header(path) if kind == ".png" else (8, None)
-    if bits == 16 and colour != 0:
-        raise InputError(
-            "it is a 16-bit PNG with colours or alpha, which Pillow would cut to 8 "
-            "bits. Save it as 16-bit TIFF."
-        )
+    kind, bits, colour = _check_picture(path, label)
     with _open_picture(path, kind) as picture:
         picture.load()
         key = picture.info.pop("transparency", None)  # left out, as alpha is

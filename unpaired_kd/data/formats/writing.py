@@ -153,7 +153,8 @@ def write_image(
 ):
     """Write an image with its spacing and affine, atomically. `InputError` when the format cannot
     hold it or the place cannot be written."""
-    path, suffix = Path(path), suffix_of(path)
+    path = Path(path)
+    suffix = suffix_of(path)
     if suffix not in WRITERS:
         raise InputError(
             f"cannot write {path}: the ending {suffix or path.suffix!r} is not one we "

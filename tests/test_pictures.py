@@ -19,7 +19,7 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
-    _decode_file,
+    decode_file,
     _is_series,
     list_images,
     read_image,
@@ -1294,7 +1294,7 @@ def test_entries_of_a_folder(tmp_path):
         "folder.png": "folder",
         "file.zarr": "file",
     }.items():
-        for read in (read_image, read_label, _decode_file):
+        for read in (read_image, read_label, decode_file):
             with pytest.raises(InputError, match=f"(?s){name}.*{cause}") as e:
                 read(tmp_path / name)
             assert "damaged" not in str(e.value)

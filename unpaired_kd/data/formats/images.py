@@ -135,7 +135,7 @@ def _choose_reader(
     return _READERS[(detect_format(path) or suffix) if suffix in _BY_CONTENT else suffix]
 
 # %% ../../../nbs/data/formats/images.ipynb #5b1d07e2
-def _decode_file(
+def decode_file(
     path,  # file, or folder of a DICOM series
     label: bool = False,  # label map instead of a picture
     absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
@@ -209,7 +209,7 @@ def read_image(
     absent: str = "error",  # Zarr: what a chunk file that is not there means, error | empty
 ) -> Image:  # array (C,H,W) or (C,D,H,W), raw values
     "Read an image. Raises `InputError`, naming the file, for everything that is wrong with it."
-    array, spacing, affine, header = _decode_file(path, absent=absent)
+    array, spacing, affine, header = decode_file(path, absent=absent)
     return Image(match_channels(array, channels, str(path)), spacing, affine, str(path), header)
 
 # %% ../../../nbs/data/formats/images.ipynb #2442b42e
@@ -222,7 +222,7 @@ def read_label(
 ) -> Image:  # array (H,W) or (D,H,W): uint8 and uint16 as stored, all others as int32
     """Read a label map of classes or instances: whole numbers, not negative, one channel (or three
     equal ones). Raises `InputError`, naming the file, for everything else."""
-    a, spacing, affine, header = _decode_file(path, label=True, absent=absent)
+    a, spacing, affine, header = decode_file(path, label=True, absent=absent)
     if len(a) == 3 and (a == a[:1]).all():
         a = a[:1]
     if len(a) != 1:

@@ -19,8 +19,8 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
-    decode_file,
     _is_series,
+    decode_file,
     list_images,
     read_image,
     read_label,

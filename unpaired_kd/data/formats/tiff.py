@@ -8,7 +8,6 @@ __all__ = ['read_tiff', 'open_lazy_tiff']
 # %% ../../../nbs/data/formats/tiff.ipynb #d073e318
 import contextlib
 import re
-import struct
 import weakref
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Distillation losses and the diffusion block by value, against float64 written out by hand."""
 
-import by_hand as hand
+import by_hand_lotus as hand
 import pytest
 import torch
 from torch.nn import functional as F

@@ -5,7 +5,7 @@ each option changes what it should; presets and weights as tables.
 import zlib
 from dataclasses import fields, replace
 
-import by_hand as hand
+import by_hand_lotus as hand
 import pytest
 import torch
 from torch import nn

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-import by_hand as hand
+import by_hand_lotus as hand
 import pytest
 import torch
 from test_lotus_values import Net, fill, scene_batch

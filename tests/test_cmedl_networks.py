@@ -1,4 +1,6 @@
-"Faults and properties of the three networks of CMEDL: counts, shapes, taps, gradients, input checks, round trips."
+"Faults and properties of the three networks of CMEDL: counts, shapes, taps, gradients, input"
+
+"checks, round trips."
 
 import pytest
 import torch

@@ -296,7 +296,7 @@ def test_a_study_measures_a_tilted_scan_along_its_axes(tmp_path):
 
     from unpaired_kd.data.check import examine
     from unpaired_kd.metrics.segmentation import hausdorff
-    from unpaired_kd.study.statistics import evaluate
+    from unpaired_kd.study.scoring import evaluate
 
     a, b = np.zeros((2, *SCAN.shape), np.uint8)
     a[1, 1:3, 2:4] = b[3, 4:6, 4] = 1

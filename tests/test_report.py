@@ -21,7 +21,7 @@ from unpaired_kd.study.figures import (
     overlay,
     save_figure,
 )
-from unpaired_kd.study.rows import arrange, guests, load_rows, load_runs, save_rows
+from unpaired_kd.study.rows import arrange_arms, find_guests, load_rows, load_runs, save_rows
 from unpaired_kd.study.statistics import compare
 from unpaired_kd.study.tables import (
     evidence,
@@ -159,7 +159,7 @@ def test_table_prints_what_compare_found():
 
 def test_teacher_has_a_mean_and_no_p():
     text = results_table(table())
-    assert len(lines(text, "teacher (on histology)")) == 1 and guests(table(), "alone") == {
+    assert len(lines(text, "teacher (on histology)")) == 1 and find_guests(table(), "alone") == {
         "teacher": "histology"
     }
     rows = [
@@ -172,7 +172,7 @@ def test_teacher_has_a_mean_and_no_p():
         }
         for r in table()
     ]
-    assert guests(rows, "alone") == {
+    assert find_guests(rows, "alone") == {
         "teacher": "other images"
     }  # rows without a collection: by their cases
 
@@ -193,7 +193,7 @@ def test_order_hides_arms_but_not_their_questions():
     assert not lines(short, "placebo") and lines(short, "distilled")[1] in lines(
         results_table(rows), "distilled"
     )
-    assert arrange(rows, "placebo") == ["teacher", "placebo", "alone", "distilled"]
+    assert arrange_arms(rows, "placebo") == ["teacher", "placebo", "alone", "distilled"]
     with pytest.raises(InputError, match="unknown arm 'x'"):
         results_table(rows, order=["x"])
 
@@ -221,13 +221,12 @@ def level(rows, by=0.02, arm="level"):
 @pytest.mark.parametrize("patients", [2, 3, 7, 8, 12])
 def test_the_foot_names_the_interval(patients):
     text = results_table(table(patients=patients))
-    kind = "bootstrap over patients." if patients >= 8 else f"Student's t over {patients} patients."
-    assert f"intervals: {kind}" in note(text) and ("never below" in note(text)) == (
-        2 * 2 / 2**patients > 0.05
-    )
+    kind = "bootstrap over patients" if patients >= 8 else f"Student's t over {patients} patients"
+    assert f"is likely to lie ({kind})." in note(text)
+    assert ("cannot fall below" in note(text)) == (2 * 2 / 2**patients > 0.05)
     if patients == 3:
         assert (
-            "Over 3 patients Wilcoxon's p, before Holm's correction, is never below 0.25."
+            "With 3 patients p (Wilcoxon) cannot fall below 0.25, even before it is corrected."
             in note(text)
         )
 
@@ -260,10 +259,11 @@ def test_equal_differences_have_no_interval_no_p_and_no_part_in_holm(recwarn):
         and "0.000" not in text
         and "nan" not in text
     )
-    assert "over 1 arm;" in note(text) and "neither an interval nor a p" in note(text)
+    assert "corrected for 1 comparison (Holm)" in note(text)
+    assert "the same in every patient there is no interval and no p" in note(text)
     assert lines(text, "placebo")[1] == lines(results_table(rows, metrics=("dsc",)), "placebo")[1]
     only = results_table([r for r in rows if r["arm"] == "alone"] + level(rows), metrics=("dsc",))
-    assert "each is the same in every patient" in note(only) and "Holm" not in note(only)
+    assert "Each is the same in every patient" in note(only) and "Holm" not in note(only)
     forest_plot(evidence(rows + level(rows), "alone", ("dsc",)), rows)
     assert not recwarn.list
 
@@ -280,7 +280,7 @@ def test_an_arm_or_metric_without_values_does_not_stop_the_table():
         "Not tested, because fewer than two patients have finite values: placebo (HD95), placebo (PQ), distilled (PQ)."
         in note(text)
     )
-    assert "over 1 to 2 arms" in note(text)
+    assert "corrected for 1 to 2 comparisons (Holm)" in note(text)
 
 
 def test_mixed_numbers_of_patients_are_said():
@@ -290,7 +290,7 @@ def test_mixed_numbers_of_patients_are_said():
     ]
     text = note(results_table(rows, metrics=("dsc", "hd95")))
     assert (
-        "bootstrap over patients, Student's t over fewer than 8." in text
+        "(bootstrap over patients, Student's t over fewer than 8)." in text
         and "Up to 8 cases" in text
     )
 
@@ -603,7 +603,7 @@ def test_perfect_order_agrees_in_every_draw_that_has_patients():
 
 def test_published_table_shows_both_and_refuses_what_was_not_run():
     text = published_table(ordered("ab"), dict(a=dict(dsc=50.0), b=dict(dsc=56.0)))
-    assert "+1.0" in text and "+6.00" in text and "Holm" in text
+    assert "+1.0" in text and "+6.00" in text and "each counted once" in text
     with pytest.raises(InputError, match="z"):
         published_table(ordered("ab"), dict(a=dict(dsc=50.0), z=dict(dsc=56.0)))
     with pytest.raises(InputError, match="no arm"):
@@ -634,15 +634,22 @@ def test_published_table_says_what_few_patients_allow(patients, recwarn):
 @pytest.mark.parametrize(
     "seeds,patients,images,said",
     [
-        (1, 1, 1, "1 case of 1 patient, 1 seed."),
-        (2, 3, 1, "3 cases of 3 patients, 2 seeds."),
-        (1, 4, 2, "8 cases of 4 patients, 1 seed."),
+        (
+            1,
+            1,
+            1,
+            "1 case of 1 patient, 1 seed (one training of every arm). Scores: mean ± standard ",
+        ),
+        (2, 3, 1, "3 cases of 3 patients, 2 seeds (2 trainings of every arm). Scores: mean ± "),
+        (1, 4, 2, "8 cases of 4 patients, 1 seed (one training of every arm). Scores: mean ± "),
     ],
 )
 def test_one_is_not_plural(seeds, patients, images, said):
     text = note(results_table(table(("alone", "placebo"), seeds, patients, images)))
     assert text.startswith(said)
-    assert ("Holm-corrected over 1 arm;" in text) == (patients > 1)
+    assert ("corrected for 1 comparison (Holm)." in text) == (patients > 1)
+    assert ("there is no p (with seeds)" in text) == (patients > 1 and seeds == 1)
+    assert ("is its mean over the seeds" in text) == (seeds > 1)
 
 
 def test_a_history_without_numbers_is_refused():

@@ -1,4 +1,5 @@
-"""The study under faults: killed at any moment, called twice, given bad input. And what importing the library may cost."""
+"""The study under faults: killed at any moment, called twice, given bad input. And what importing
+the library may cost."""
 
 import json
 import os
@@ -179,9 +180,10 @@ def test_importing_the_library_is_light():
         start = time.perf_counter()
         import unpaired_kd
         spent = time.perf_counter() - start
-        import unpaired_kd.inference.student, unpaired_kd.training.learner, unpaired_kd.study.run, unpaired_kd.command.cli
-        heavy = [m for m in ("monai", "matplotlib", "IPython", "ipywidgets", "papermill", "nbformat", "sklearn", "skimage") if m in sys.modules]
-        print(spent, *heavy)
+        import unpaired_kd.inference.student, unpaired_kd.training.learner
+        import unpaired_kd.study.run, unpaired_kd.command.cli
+        heavy = "monai matplotlib IPython ipywidgets papermill nbformat sklearn skimage"
+        print(spent, *(m for m in heavy.split() if m in sys.modules))
     """
     spent, *heavy = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

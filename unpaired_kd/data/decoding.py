@@ -124,7 +124,7 @@ def is_wide(
         return label.dtype.name in _WIDE
     if ".nii" in Path(label).name.lower():
         return False
-    return images.decode(label, label=True)[0].dtype.name in _WIDE
+    return images.decode_file(label, label=True)[0].dtype.name in _WIDE
 
 # %% ../../nbs/data/decoding.ipynb #e572d7a6
 @dataclass

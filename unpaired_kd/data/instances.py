@@ -56,9 +56,9 @@ def _find_markers(
 # %% ../../nbs/data/instances.ipynb #f138b1b6
 INSTANCES = Registry("instance method")
 
-
+# %% ../../nbs/data/instances.ipynb #51788eb1
 @INSTANCES.register("none")
-def _keep_whole(
+def keep_whole(
     mask: np.ndarray,  # boolean (*spatial)
     **ignored,  # the other methods' settings
 ) -> np.ndarray:  # int32 (*spatial), 0 or 1
@@ -67,7 +67,7 @@ def _keep_whole(
 
 
 @INSTANCES.register("components")
-def _connect_components(
+def connect_components(
     mask: np.ndarray,  # boolean (*spatial)
     **ignored,  # the other methods' settings
 ) -> np.ndarray:  # int32 (*spatial), objects 1..n
@@ -76,7 +76,7 @@ def _connect_components(
 
 
 @INSTANCES.register("watershed")
-def _cut_watershed(
+def cut_watershed(
     mask: np.ndarray,  # boolean (*spatial)
     ratio: np.ndarray,  # spacing of each axis over the finest spacing (ndim,)
     min_distance: float = 3,  # $d_min$ of `_find_markers`
@@ -195,6 +195,6 @@ def instances_of(
     if drawn is not None:
         return drawn
     several = method == "watershed" if cells is None else cells
-    if INSTANCES[method] is _keep_whole or not (len(classes) == 2 or several):
+    if INSTANCES[method] is keep_whole or not (len(classes) == 2 or several):
         return np.asarray(label)
     return number_objects(label, method, min_size, spacing=spacing)

@@ -50,7 +50,7 @@ class Batch:
 # %% ../../nbs/data/patches.ipynb #e04de5ba
 _PAIRINGS = ("random", "label_group", "index")
 
-
+# %% ../../nbs/data/patches.ipynb #c078925a
 class Patches:
     """Patches of one collection. `batch(step)` is a pure function of (seed, stream, step, rank):
     there is no state to save. `InputError` for a size that does not fit the collection's

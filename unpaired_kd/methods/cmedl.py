@@ -337,7 +337,7 @@ class DeferredStatistics:
         for b in buffers:
             b.data.copy_(
                 self.pending.get(id(b), (b, b))[1]
-            )  # `.data`: no graph uses these values, and none must be told off for the change
+            )  # `.data`: no graph uses these values, and autograd must not object
         try:
             yield
         finally:
@@ -354,7 +354,7 @@ class DeferredStatistics:
 
 # %% ../../nbs/methods/cmedl.ipynb #36ff5779
 class _BatchPasses:
-    "The images of one batch, its translator, and how a segmentor looks at images."
+    "The images of one batch, its translator, and how a segmentor reads images."
 
     def __init__(
         self,
@@ -801,7 +801,7 @@ def segmentors(self: CMEDL) -> list:
     "The last update: student and teacher."
     return [Update("segmentors", self.learning, self.segmentor_losses)]
 
-
+# %% ../../nbs/methods/cmedl.ipynb #fe421312
 @patch
 def segmentor_losses(
     self: CMEDL,

@@ -79,7 +79,7 @@ def test_unknown_rows_are_refused_with_the_nearest(paper, name, words):
 
 
 def test_sizes_of_an_experiment_go_where_they_belong():
-    sizes = {"width": 8, "seg": "house", "cx_on": "teacher"}
+    sizes = {"width": 8, "seg": "common", "cx_on": "teacher"}
     weights = {"hint": 0.3}
 
     def of(name):
@@ -94,9 +94,9 @@ def test_sizes_of_an_experiment_go_where_they_belong():
     )
     assert of("R17")["weights"] == {"hint": 0.0, "hint_g": 0.0}  # the row's own come first
     assert of("R26") == dict(
-        method="mutual", start="scratch", preset="paper", options={"width": 8, "seg": "house"}
+        method="mutual", start="scratch", preset="paper", options={"width": 8, "seg": "common"}
     )
-    assert of("R23")["options"] == {"width": 8, "seg": "house", "fuse": "concat"}
+    assert of("R23")["options"] == {"width": 8, "seg": "common", "fuse": "concat"}
     assert of("R01") == dict(method="single", start="scratch", preset="paper") and of(
         "R27"
     ) == dict(method="ummkd", start="scratch", preset="paper")

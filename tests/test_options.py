@@ -1,4 +1,5 @@
-"""Every option of every method: what is not finite, out of its range or no word of it is refused before anything is built."""
+"""Every option of every method: what is not finite, out of its range or no word of it is refused
+before anything is built."""
 
 import math
 from dataclasses import dataclass, fields
@@ -56,8 +57,8 @@ def test_no_real_option_may_be_nan_infinite_or_negative(method, option, value):
         ("vpbsd", "decoder", 0),
         ("vpbsd", "doubt", 0.5),
         ("vpbsd", "codes", 0),
-        ("painted", "decoder", 0),
-        ("painted", "unlabelled", False),
+        ("reconstruction", "decoder", 0),
+        ("reconstruction", "unlabelled", False),
         ("recalibrated", "batches", 0),
         ("recalibrated", "unlabelled", False),
     ],
@@ -80,7 +81,7 @@ def test_numbers_and_words_outside(method, option, bad):
         ("cmedl", "blocks", 0),
         ("vpbsd", "mask", 0.0),
         ("vpbsd", "doubt", 0.49),
-        ("painted", "bce", np.float32(0)),
+        ("reconstruction", "bce", np.float32(0)),
         ("recalibrated", "batches", np.int64(3)),
     ],
 )

@@ -165,3 +165,10 @@ def test_options_that_exclude_each_other_and_words_that_are_unknown():
         with pytest.raises(InputError):
             CmedlOptions(**bad)
     assert CMEDL.fit(PAPER, 96) == replace(PAPER, side=96)
+
+
+def test_fakes_are_made_again_only_if_asked_for():
+    before = everything(PAPER)
+    after = everything(replace(PAPER, refresh_fake=True))
+    step = "after the generators' step"
+    assert before[step] == before["seg_pseudo"] == after["seg_pseudo"] != after[step]

@@ -27,6 +27,7 @@ def images(name, classes):
     label = torch.zeros(2, SIDE, SIDE, dtype=torch.long)
     for i in range(2):
         label[i, 4 + 3 * i : 16, 6 : 20 + i] = 1 + i % (classes - 1)
+    label = label.transpose(1, 2).flip(1).contiguous() if name == "teacher" else label
     image = (
         0.2 + 0.3 * torch.rand(2, 1, SIDE, SIDE, generator=g).double() + 0.3 * label[:, None] / 2
     )

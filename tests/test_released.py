@@ -74,3 +74,12 @@ def test_small_objects_leave_the_prediction_only():
     assert r["hd"] == 0  # taken before the removal
     by_instance = released_pq(target, target, min_size=50, binary=False)
     assert by_instance == pytest.approx(1 / 1.5, abs=1e-5)
+
+
+def test_the_later_version_removes_components_and_not_instances():
+    "Two touching objects of 32 px are one component of 64."
+    pred = np.zeros((12, 12), int)
+    pred[2:10, 2:6] = 1
+    pred[2:10, 6:10] = 2
+    assert released_pq(pred, pred > 0, min_size=50) == pytest.approx(1, abs=1e-5)
+    assert released_pq(pred, pred, min_size=50, binary=False) == 0

@@ -77,16 +77,16 @@ class SegmentorOptions:
 
     # dice: per image | ce: cross-entropy | dice_ce: both | common: the loss of all other methods
     seg: Literal["dice", "ce", "dice_ce", "common"] = "dice"
-    kd_tau: Positive = 0.5  # temperature of the soft labels
+    kd_tau: Positive = 0.5  # temperature of the soft labels, as in the paper; below 1 sharpens
     unlabelled: bool = False  # also translate, and hint on, student images without labels
 
 # %% ../../nbs/methods/cmedl.ipynb #16183c57
 @dataclass(frozen=True)
 class HintOptions:
-    "What passes between teacher and student, and which of them leaves the house."
+    "What passes between teacher and student, and which of them is used after training."
 
     hint: Literal["low", "mid", "high"] = "high"  # layers of the hint
-    hint_to: Literal["both", "student"] = "both"  # who moves for it besides the generator
+    hint_to: Literal["both", "student"] = "both"  # who learns from it besides the generator
     hint_reduction: Literal["mean", "sum"] = "mean"  # sum: as printed
     refresh_fake: bool = False  # translate again for the segmentors, after the generators' step
     infer: Literal["student", "teacher_on_fake"] = "student"  # what segments after training
@@ -108,7 +108,8 @@ class ContextOptions:
 # %% ../../nbs/methods/cmedl.ipynb #f6442f1f
 @dataclass(frozen=True)
 class CmedlOptions(ContextOptions, HintOptions, SegmentorOptions, TranslatorOptions, Checked):
-    "The choices of CMEDL that are not weights. Defaults are the preset `paper`."
+    """The choices of CMEDL that are not weights. Defaults are the preset `paper`; only DRIT's own
+    weights are those of its public code (`drit_weights`), for the printed ones do not translate."""
 
     def check(self):
         "`InputError` for choices that exclude each other."
@@ -336,7 +337,7 @@ class DeferredStatistics:
         for b in buffers:
             b.data.copy_(
                 self.pending.get(id(b), (b, b))[1]
-            )  # `.data`: no graph uses these values, and none must be told off for the change
+            )  # `.data`: no graph uses these values, and autograd must not object
         try:
             yield
         finally:
@@ -353,7 +354,7 @@ class DeferredStatistics:
 
 # %% ../../nbs/methods/cmedl.ipynb #36ff5779
 class _BatchPasses:
-    "The images of one batch, its translator, and how a segmentor looks at images."
+    "The images of one batch, its translator, and how a segmentor reads images."
 
     def __init__(
         self,
@@ -375,8 +376,8 @@ class _BatchPasses:
         self.tr = TRANSLATIONS[method.options.i2i](
             method.networks, self.x_s, self.x_t, noise, method.options
         )
-        self.holding = True
-        self.held = DeferredStatistics()
+        self.deferring = True
+        self.deferred = DeferredStatistics()
 
     def run(
         self,
@@ -391,18 +392,20 @@ class _BatchPasses:
         wanted = next(net.parameters()).requires_grad
         net.requires_grad_(net.training and name in self.m.learning)
         later = (
-            self.held.passing(net, count) if self.holding or not count else contextlib.nullcontext()
+            self.deferred.passing(net, count)
+            if self.deferring or not count
+            else contextlib.nullcontext()
         )
         with later, Taps(net, layers) as taps:
             out = net(to_unit(x)), taps.take()
         net.requires_grad_(wanted)
         return out
 
-    def let_go(self):
+    def release_statistics(self):
         """From here on the segmentors may change: their statistics move, those of passes already
         made at once."""
-        self.holding = False
-        self.held.release()
+        self.deferring = False
+        self.deferred.release()
 
 # %% ../../nbs/methods/cmedl.ipynb #7e675da7
 class Iteration(_BatchPasses):
@@ -427,7 +430,7 @@ class Iteration(_BatchPasses):
     def pseudo(self) -> tuple:
         "The teacher on translated images; if they are made again, the first ones do not count."
         return self.run(
-            "teacher", self.leaf, count=not (self.holding and self.m.options.refresh_fake)
+            "teacher", self.leaf, count=not (self.deferring and self.m.options.refresh_fake)
         )
 
     @cached_property
@@ -557,7 +560,7 @@ def segmentation(
     label: Tensor,  # (B,H,W)
 ) -> Tensor:  # one number
     """$L_{seg}$: soft Dice per image (the paper's words), cross-entropy (its equation 1), both, or
-    the loss of the house's other methods."""
+    the loss of all other methods."""
     logits = logits.float()
     kind = self.options.seg
     if kind == "common":
@@ -661,8 +664,8 @@ class CMEDL(Translating):
     ) -> dict:  # term -> weight, of all terms that these choices have
         "The translator's terms, the segmentors', and what passes between them."
         context = {"cx": 1.0 if options.i2i == "cyclegan" else 0.0}
-        heard = {} if options.translate_first else {"hint_g": 1.0, "seg_g": 5.0}
-        lessons = {
+        through_teacher = {} if options.translate_first else {"hint_g": 1.0, "seg_g": 5.0}
+        learned = {
             "hint": 1.0,
             "kd": 0.0,
             "seg": 5.0,
@@ -670,7 +673,7 @@ class CMEDL(Translating):
             "seg_pseudo": 5.0,
             "seg_fake": 0.0,
         }
-        weights = cls.translator_weights(options) | context | heard | lessons
+        weights = cls.translator_weights(options) | context | through_teacher | learned
         changes = cls.preset_weights.get(preset, {})
         return weights | {k: v for k, v in changes.items() if k in weights}
 
@@ -798,7 +801,7 @@ def segmentors(self: CMEDL) -> list:
     "The last update: student and teacher."
     return [Update("segmentors", self.learning, self.segmentor_losses)]
 
-
+# %% ../../nbs/methods/cmedl.ipynb #fe421312
 @patch
 def segmentor_losses(
     self: CMEDL,
@@ -809,17 +812,19 @@ def segmentor_losses(
     update has made."""
     x = self.now(batch, noise)
     o = self.options
-    x.let_go()
+    x.release_statistics()
     if o.refresh_fake:
         x = x.again()
     both = o.hint_to == "both" and "teacher" in self.learning
 
-    def taught(n):
+    def teacher_features(n):
         return x.pseudo[1][n] if both else x.pseudo[1][n].detach()
 
     terms = {
         "hint": lambda: hint_loss(
-            [x.student[1][n] for n in self.hints], [taught(n) for n in self.hints], o.hint_reduction
+            [x.student[1][n] for n in self.hints],
+            [teacher_features(n) for n in self.hints],
+            o.hint_reduction,
         ),
         "kd": lambda: soft_label_kl(x.student[0], x.pseudo[0].detach(), o.kd_tau),
         "seg": lambda: self.segmentation(x.student[0][: x.n], x.y_s),
@@ -903,7 +908,7 @@ def check_weights(
     self: Translating,
     weights: dict,  # term -> weight
 ):
-    """`InputError` for lessons that need translated images when nothing trains the translation, and
+    """`InputError` for terms that need translated images when nothing trains the translation, and
     for a generator without its discriminator."""
     needs = [
         k

@@ -40,8 +40,9 @@ class ChestAnatomy:
 # %% ../../../nbs/data/phantoms/chest.ipynb #81adff7c
 @dataclass(frozen=True)
 class ChestKnobs(ChestAnatomy):
-    """Every choice of the chest phantom, after `ChestAnatomy` those of the two modalities; the
-    defaults are the demo. Lengths in mm, CT values in HU, MR values in shares of the brightest."""
+    """Every choice of the chest phantom: the anatomy, then the two modalities; the
+    defaults are the demo. Lengths in mm, CT values in HU, MR values in fractions of the
+    brightest."""
 
     # CT
     ct_tumour: float = 57.0  # mean value of a tumour, HU; other soft tissue lies at 35 to 50
@@ -163,7 +164,7 @@ class Person(Patient):
         "What all random numbers of this patient are a function of."
         return seed, "chest", modality, number
 
-# %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c8
+# %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c7
 # fmt: off
 _GREAT_VESSELS = (  # row, column, radius, of half the field of view
     (0.24, 0.15, 0.08), (-0.12, -0.07, 0.085),  # both aortas
@@ -171,7 +172,7 @@ _GREAT_VESSELS = (  # row, column, radius, of half the field of view
 )
 # fmt: on
 
-
+# %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c8
 def _draw_trunk(
     who: Person,  # whose chest
     k: ChestKnobs,  # the knobs
@@ -368,8 +369,8 @@ def _blend(
     column: int,  # 0 CT, 1 MR
     who: Person,  # whose chest
     k: ChestKnobs,  # the knobs
-) -> np.ndarray:  # (n,s,s) float32: HU, or shares of the brightest
-    "Paint one tissue over the other. At an edge a voxel takes both, in the shares of its volume."
+) -> np.ndarray:  # (n,s,s) float32: HU, or fractions of the brightest
+    "Draw one tissue over the other. At an edge a voxel takes both, in proportion to its volume."
     r = who.rng("texture")
     fine = _smooth_noise(r, k, 4.0)
     coarse = _smooth_noise(r, k, 9.0)
@@ -387,11 +388,12 @@ def _blend(
     distance = parts | {"fat": parts["body"], "muscle": parts["body"] + skin}
     image = np.full(parts["body"].shape, value["air"], np.float32)
     for name in list(value)[1:]:
-        share = np.clip(0.5 - distance[name] / k.pixel, 0, 1)
-        own = (who("value " + name, 0.12) if column else 1) * value[name] + (
-            0 if column else 5 * np.log(who("value " + name, 1.0))
-        )
-        image += share * (own + shade[name] - image)
+        part = np.clip(0.5 - distance[name] / k.pixel, 0, 1)  # of the voxel
+        if column:
+            own = who("value " + name, 0.12) * value[name]
+        else:
+            own = value[name] + 5 * np.log(who("value " + name, 1.0))
+        image += part * (own + shade[name] - image)
     return image
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #dee8bc46

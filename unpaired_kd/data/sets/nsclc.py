@@ -83,8 +83,8 @@ def _explain_mixed_folder(
     for d in sorted({d for folders in series.values() for d in folders}):
         kinds = Counter(str(dicom_header(f).get("Modality", "")) for f in dicom_files(d))
         if len(kinds) > 1:
-            held = ", ".join(f"{k} ({n} file{'s' * (n > 1)})" for k, n in sorted(kinds.items()))
-            return f"{d} holds {held}: put each series into its own folder."
+            kept = ", ".join(f"{k} ({n} file{'s' * (n > 1)})" for k, n in sorted(kinds.items()))
+            return f"{d} holds {kept}: put each series into its own folder."
     return ""
 
 

@@ -109,11 +109,14 @@ def test_three_steps_of_the_moving_means(cosine):
             N[j] = 0.8 * N[j] + 0.2 * (index == j).sum()
             m[j] = 0.8 * m[j] + 0.2 * rows[index == j].sum(0)
         total = N.sum()
+        idle = [j for j in range(5) if j not in index]
+        assert idle and torch.equal(book.table[idle], table[idle])  # to the last bit
         for j in set(index.tolist()):
             smoothed = (N[j] + 1e-5) / (total + 5 * 1e-5) * total
             table[j] = m[j] / m[j].norm() if cosine else m[j] / smoothed
         assert torch.allclose(book.table, table) and torch.allclose(book.counts, N)
         assert torch.allclose(book.sums, m)
+        table = book.table.clone()
     assert book.steps == 3 and book.restarted == 0
     book.eval()(normal(1, 3, 4))
     assert torch.allclose(book.table, table)

@@ -134,7 +134,7 @@ def test_skeleton_recall_by_hand():
     x = torch.randn(2, 1, 12, 14, generator=torch_rng(0, "x")).double()
     label = torch.zeros(2, 12, 14, dtype=torch.long)
     label[0, 3:8, 2:12] = 1
-    label[1, 5, 1:9] = 1
+    label[1, 9, 1:12] = label[1, 1:10, 2] = 1  # two thin arms: a corner that is not a box
     tube = np.zeros((2, 12, 14), bool)
     for b in range(2):
         m = label[b].numpy() > 0

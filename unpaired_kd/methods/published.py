@@ -73,7 +73,7 @@ LOTUS_ABLATION = [
         "lotus",
         "ifv",
         "class variation only",
-        train("lotus", options=_RAW, weights=switch_off("diff", "way", "kl")),
+        train("lotus", options=_RAW, weights=switch_off("diff", "projection", "kl")),
         published=lotus_scores(57.58, 142.33, 41.12, 31.41),
     ),
     Row(
@@ -186,7 +186,7 @@ LOTUS_AUDIT = [
         "alone",
         "What does a Dice loss without gradient cost?",
         options={"dice": "hard"},
-        weights=dict(diff=0, way=0, kl=0, ifv=0),
+        weights=dict(diff=0, projection=0, kl=0, ifv=0),
     ),
     audit_row(
         "positional", "class", "What if positions are compared, not classes?", options=_POSITION
@@ -356,11 +356,7 @@ VPBSD_PARTS = [
         "patterns only, of a teacher that never learned",
         train("vpbsd", teacher="placebo", weights={"semi": 0.0}),
     ),
-    vpbsd_row(
-        "reconstruction",
-        "is it only having reconstructed the volumes?",
-        train("reconstruction"),
-    ),
+    vpbsd_row("painted", "is it only having painted the volumes?", train("painted")),
     vpbsd_row("recalibrated", "is it only their brightness?", train("recalibrated")),
     vpbsd_row(
         "fine-tuned",
@@ -370,15 +366,13 @@ VPBSD_PARTS = [
     vpbsd_row(
         "code_ce",
         "which loss: cross-entropy over codes",
-        train("vpbsd", options={"pattern_loss": "code_ce"}),
+        train("vpbsd", options={"lesson": "code_ce"}),
     ),
-    vpbsd_row(
-        "channel", "which loss: channel-wise", train("vpbsd", options={"pattern_loss": "channel"})
-    ),
+    vpbsd_row("channel", "which loss: channel-wise", train("vpbsd", options={"lesson": "channel"})),
     vpbsd_row(
         "hint",
         "CMEDL's lesson: the encoder's own features",
-        train("vpbsd", options={"pattern_loss": "hint"}),
+        train("vpbsd", options={"lesson": "hint"}),
     ),
     vpbsd_row(
         "lotus",

@@ -121,7 +121,7 @@ def _find_best_level(x, label, steps):
     dice = 2 * hits / np.maximum(above + len(inside), 1)
     return levels[dice.argmax()]
 
-
+# %% ../../nbs/methods/controls.ipynb #f72ff17a
 class BestThreshold:
     """For each image of a collection the threshold with the highest Dice against its own label,
     out of `steps` percentiles: a bound, not a method."""

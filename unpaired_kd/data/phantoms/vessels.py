@@ -24,7 +24,7 @@ _LEAST = {
     "contrast": 0.01,
 }  # of all others: 0
 
-
+# %% ../../../nbs/data/phantoms/vessels.ipynb #ba889cdd
 @dataclass(frozen=True)
 class VesselKnobs:
     """Every choice of the vessel phantom; the defaults are the demo. Lengths in voxels of the
@@ -302,7 +302,7 @@ class _Canvas:
         places = zip(np.ogrid[bounded], self.fine, centre)
         return tuple(slices), [((p + 0.5) * f - c).astype(np.float32) for p, f, c in places]
 
-
+# %% ../../../nbs/data/phantoms/vessels.ipynb #3db18691
 def _draw_cell(r, bright, canvas, k):
     "A cell body: a bright ball."
     radius = r.uniform(1.6, 3.6)
@@ -423,7 +423,7 @@ def _choose_knobs(knobs, size):
             raise InputError(unknown("knob", name, VesselKnobs.__dataclass_fields__))
     return VesselKnobs(**{"size": size, **changes})
 
-
+# %% ../../../nbs/data/phantoms/vessels.ipynb #823bfa58
 def vessels(
     modality: str,  # lightsheet | twophoton
     volumes: int = 56,  # number of volumes; each is an animal

@@ -1,4 +1,4 @@
-"Looking into networks: pixel lists, features at pixels, t-SNE, separation with cases held out; matched feature maps."
+"Looking into networks: pixels, their features, t-SNE, separation of held-out cases; feature maps."
 
 import importlib.util
 
@@ -8,23 +8,23 @@ import torch
 from torch.nn import functional as F
 
 from unpaired_kd.analysis.feature_maps import (
-    channel_maps,
-    correlations,
-    feature_grid,
+    compare_features,
+    correlate_channels,
+    correlate_tied_channels,
     linear_cka,
     match_channels,
-    montage,
-    similarity,
-    tied_channels,
+    plot_feature_maps,
+    read_channel_maps,
+    tile_maps,
 )
 from unpaired_kd.analysis.tsne import (
+    browse_embedding,
+    compare_separations,
     crop_window,
-    embed,
-    explore,
-    pixel_features,
+    embed_features,
+    measure_separation,
+    read_pixel_features,
     sample_pixels,
-    separation,
-    separation_difference,
 )
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.networks.taps import Taps
@@ -32,7 +32,7 @@ from unpaired_kd.networks.unet import UNet
 
 
 def blobs():
-    "Labels of three cases: a blob in the middle, one in a corner, and a volume with an empty slice."
+    "Labels of three cases: a blob in the middle, one in a corner, a volume with an empty slice."
     a = np.zeros((64, 80), int)
     b = np.zeros((64, 80), int)
     c = np.zeros((3, 64, 80), int)
@@ -118,7 +118,7 @@ def test_features_equal_the_enlarged_maps_also_in_volumes_and_keep_the_mode():
     names = ("conv8", "conv9", "conv5")
     n.train()
     before = {k: v.clone() for k, v in n.state_dict().items()}
-    f = pixel_features(n, images, names, p)
+    f = read_pixel_features(n, images, names, p)
     assert (
         n.training
         and all(torch.equal(v, before[k]) for k, v in n.state_dict().items())
@@ -143,11 +143,11 @@ def test_features_equal_the_enlarged_maps_also_in_volumes_and_keep_the_mode():
 def test_features_refuse_pixels_that_are_not_in_the_images():
     p = sample_pixels(blobs()[:2], 40, 24)
     with pytest.raises(InputError, match="there are 1 images"):
-        pixel_features(net(), [torch.rand(1, 64, 80)], ("conv9",), p)
+        read_pixel_features(net(), [torch.rand(1, 64, 80)], ("conv9",), p)
     with pytest.raises(InputError, match="outside"):
-        pixel_features(net(), [torch.rand(1, 32, 32)] * 2, ("conv9",), p)
+        read_pixel_features(net(), [torch.rand(1, 32, 32)] * 2, ("conv9",), p)
     with pytest.raises(InputError, match="conv99"):
-        pixel_features(net(), [], ("conv99",), p)
+        read_pixel_features(net(), [], ("conv99",), p)
 
 
 # ---------------------------------------------------------------- t-SNE
@@ -162,36 +162,36 @@ def clouds(n=600, channels=12, gap=3.0):
 def test_embedding_is_repeatable_names_its_engine_and_keeps_neighbours():
     x, y = clouds()
     x[:, 0] = 7.0  # a constant channel does no harm
-    a = embed(x, "sklearn", perplexity=30, iterations=250, seed=1, threads=1)
+    a = embed_features(x, "sklearn", perplexity=30, iterations=250, seed=1, threads=1)
     assert a.engine == "sklearn" and np.isfinite(a.xy).all() and a.xy.shape == (600, 2)
     few, again = (
-        embed(x[:90], "sklearn", perplexity=10, iterations=250, seed=1, threads=1).xy
+        embed_features(x[:90], "sklearn", perplexity=10, iterations=250, seed=1, threads=1).xy
         for _ in range(2)
     )
     assert np.array_equal(few, again)
-    s = separation(x, y, np.arange(600) // 100, a.xy)
+    s = measure_separation(x, y, np.arange(600) // 100, a.xy)
     assert (
         s.trustworthiness > 0.63
-        and separation(
+        and measure_separation(
             x, y, np.arange(600) // 100, rng(0, "no map").random((600, 2))
         ).trustworthiness
         < 0.55
     )
-    assert separation(a.xy, y, np.arange(600) // 100).knn > 0.95
+    assert measure_separation(a.xy, y, np.arange(600) // 100).knn > 0.95
 
 
 def test_the_fast_engine_agrees_about_neighbours():
     pytest.importorskip("openTSNE")
     x, y = clouds(300)
-    a = embed(x, perplexity=20, iterations=400, threads=1)
-    assert a.engine == "opentsne" and separation(a.xy, y, np.arange(300) // 50).knn > 0.95
+    a = embed_features(x, perplexity=20, iterations=400, threads=1)
+    assert a.engine == "opentsne" and measure_separation(a.xy, y, np.arange(300) // 50).knn > 0.95
 
 
 def test_scale_of_a_channel_does_not_matter():
     x, _ = clouds(120)
     scale = np.ones(12, np.float32)
     scale[5] = 1024.0
-    a, b = (embed(v, "sklearn", perplexity=10, iterations=250).xy for v in (x, x * scale))
+    a, b = (embed_features(v, "sklearn", perplexity=10, iterations=250).xy for v in (x, x * scale))
     assert np.allclose(a, b, atol=1e-3 * np.abs(a).max())
 
 
@@ -203,12 +203,12 @@ def test_embedding_refusals():
         (dict(perplexity=5, iterations=100), "at least 250"),
     ):
         with pytest.raises(InputError, match=words):
-            embed(x, **kw)
+            embed_features(x, **kw)
     with pytest.raises(InputError, match="NaN"):
-        embed(x * np.nan, perplexity=5)
+        embed_features(x * np.nan, perplexity=5)
     if importlib.util.find_spec("openTSNE") is None:
         with pytest.raises(InputError, match="not installed"):
-            embed(x, "opentsne", perplexity=5)
+            embed_features(x, "opentsne", perplexity=5)
 
 
 # ---------------------------------------------------------------- separation
@@ -220,40 +220,40 @@ def test_separation_holds_cases_out():
     cluster = np.tile(np.repeat(np.arange(8), 10), 16)
     x = spot[case, cluster] + 0.05 * r.standard_normal((1280, 6))
     y = mark[case, cluster]
-    assert separation(x, y, np.tile(np.arange(5), 256)).knn > 0.9  # folds that leak
-    assert abs(separation(x, y, case).knn - 0.5) < 0.15
+    assert measure_separation(x, y, np.tile(np.arange(5), 256)).knn > 0.9  # folds that leak
+    assert abs(measure_separation(x, y, case).knn - 0.5) < 0.15
 
 
 def test_separation_at_both_ends_and_by_case():
     x, y = clouds(400, gap=6.0)
     g = np.arange(400) // 50
-    s = separation(x, y, g)
-    none = separation(rng(0, "noise").standard_normal(x.shape), y, g)
+    s = measure_separation(x, y, g)
+    none = measure_separation(rng(0, "noise").standard_normal(x.shape), y, g)
     assert s.knn > 0.99 and s.auc > 0.99 and 0.2 < s.silhouette < 1 and np.isnan(s.trustworthiness)
     assert abs(none.knn - 0.5) < 0.1 and abs(none.auc - 0.5) < 0.1 and abs(none.silhouette) < 0.05
     assert s.knn == pytest.approx(s.knn_case.mean()) and len(s.auc_case) == len(s.cases) == 8
-    assert separation(x * 100, y, g).knn == s.knn
+    assert measure_separation(x * 100, y, g).knn == s.knn
 
 
 def test_difference_is_paired_over_cases():
     x, y = clouds(400, gap=1.0)
     g = np.arange(400) // 50
-    a = separation(rng(0, "noise").standard_normal(x.shape), y, g)
-    b = separation(x, y, g)
-    d, low, high = separation_difference(a, b)["knn"]
+    a = measure_separation(rng(0, "noise").standard_normal(x.shape), y, g)
+    b = measure_separation(x, y, g)
+    d, low, high = compare_separations(a, b)["knn"]
     assert d == pytest.approx(b.knn - a.knn) and 0 < low < d < high
-    same = separation_difference(b, b)["auc"]
+    same = compare_separations(b, b)["auc"]
     assert same[0] == 0 and np.isnan(same[1:]).all()  # nothing varies: no interval
     with pytest.raises(InputError, match="other cases"):
-        separation_difference(a, separation(x, y, g + 1))
+        compare_separations(a, measure_separation(x, y, g + 1))
 
 
 def test_separation_refusals():
     x, y = clouds(60)
     with pytest.raises(InputError, match="one group"):
-        separation(x, y, np.zeros(60))
+        measure_separation(x, y, np.zeros(60))
     with pytest.raises(InputError, match="one class"):
-        separation(x, y, y)
+        measure_separation(x, y, y)
 
 
 def test_menu_changes_the_picture():
@@ -262,7 +262,9 @@ def test_menu_changes_the_picture():
 
     matplotlib.use("agg")
     xy = rng(0, "xy").random((20, 2))
-    menu, picture = explore(xy, {"class": np.arange(20) % 2, "case": np.arange(20) // 5}).children
+    menu, picture = browse_embedding(
+        xy, {"class": np.arange(20) % 2, "case": np.arange(20) // 5}
+    ).children
     before = picture.value
     menu.value = "case"
     assert picture.value[:4] == before[:4] == b"\x89PNG" and picture.value != before
@@ -277,7 +279,7 @@ def test_channel_maps_are_the_tapped_ones_and_keep_the_mode():
     n = net().train()
     x = torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(0))
     before = {k: v.clone() for k, v in n.state_dict().items()}
-    m = channel_maps(n, x, "conv8", 3)
+    m = read_channel_maps(n, x, "conv8", 3)
     assert (
         n.training
         and all(torch.equal(v, before[k]) for k, v in n.state_dict().items())
@@ -286,14 +288,14 @@ def test_channel_maps_are_the_tapped_ones_and_keep_the_mode():
     with Taps(n.eval(), ("conv8",)) as taps, torch.no_grad():
         n(x[None])
         assert np.array_equal(m, taps["conv8"][0, :3].numpy())
-    assert channel_maps(n, x, "conv8").shape == (4, 16, 24) and np.array_equal(
-        channel_maps(n, x, "conv8", [2, 0]), m[[2, 0]]
+    assert read_channel_maps(n, x, "conv8").shape == (4, 16, 24) and np.array_equal(
+        read_channel_maps(n, x, "conv8", [2, 0]), m[[2, 0]]
     )
     for bad in (dict(channels=[4]), dict(channels=[-1]), dict(channels=0), dict(layer="conv99")):
         with pytest.raises(InputError):
-            channel_maps(n, x, **dict(dict(layer="conv8"), **bad))
+            read_channel_maps(n, x, **dict(dict(layer="conv8"), **bad))
     with pytest.raises(InputError, match="one image"):
-        channel_maps(n, x[None], "conv8")
+        read_channel_maps(n, x[None], "conv8")
 
 
 def test_matching_undoes_any_shuffle_scale_and_shift():
@@ -312,8 +314,8 @@ def test_matching_is_one_to_one_and_never_worse_than_as_it_stands():
     a = some_maps()
     b = some_maps(8, 1)
     order, r = match_channels(a, b)
-    assert len(set(order.tolist())) == 6 and r.sum() >= tied_channels(a, b)[1].sum()
-    c = correlations(a, b)
+    assert len(set(order.tolist())) == 6 and r.sum() >= correlate_tied_channels(a, b)[1].sum()
+    c = correlate_channels(a, b)
     assert c[1, 2] == pytest.approx(
         np.corrcoef(a[1].ravel(), b[2].ravel())[0, 1]
     ) and np.array_equal(r, c[np.arange(6), order])
@@ -322,18 +324,20 @@ def test_matching_is_one_to_one_and_never_worse_than_as_it_stands():
 def test_constant_maps_and_other_sizes():
     a = some_maps()
     a[2] = 5
-    assert (correlations(a, a)[2] == 0).all() and np.isfinite(match_channels(a, a)[1]).all()
+    assert (correlate_channels(a, a)[2] == 0).all() and np.isfinite(match_channels(a, a)[1]).all()
     smooth = F.interpolate(torch.from_numpy(some_maps(3, 2)[None]), (36, 28), mode="bilinear")[
         0
     ].numpy()
     assert (
-        correlations(smooth, F.avg_pool2d(torch.from_numpy(smooth), 2).numpy()).diagonal().min()
+        correlate_channels(smooth, F.avg_pool2d(torch.from_numpy(smooth), 2).numpy())
+        .diagonal()
+        .min()
         > 0.97
     )
     with pytest.raises(InputError, match="fewer channels"):
         match_channels(a, a[:3])
     with pytest.raises(InputError, match="channels, height"):
-        correlations(a[0], a)
+        correlate_channels(a[0], a)
 
 
 def test_cka_is_blind_to_rotation_only():
@@ -346,7 +350,7 @@ def test_cka_is_blind_to_rotation_only():
     assert np.isnan(linear_cka(a, a * 0))
     with pytest.raises(InputError, match="other positions"):
         linear_cka(a, b[:, 1:])
-    s = similarity(a, a[::-1])
+    s = compare_features(a, a[::-1])
     assert s["cka"] == pytest.approx(1) and s["matched"] == pytest.approx(1) and s["tied"] < 0.6
 
 
@@ -360,7 +364,7 @@ def test_grid_shows_matched_channels_and_says_how_well():
     shots = {
         m: [
             (ax.images[0].get_array(), ax.get_title())
-            for ax in feature_grid({"t": a, "s": a[::-1]}, match=m, columns=4).axes
+            for ax in plot_feature_maps({"t": a, "s": a[::-1]}, match=m, columns=4).axes
         ]
         for m in (True, False)
     }
@@ -371,7 +375,7 @@ def test_grid_shows_matched_channels_and_says_how_well():
         and "1.00" not in shots[False][1][1]
     )
     assert (
-        montage(a, 4).shape == (2 * 10, 4 * 8)
-        and montage(a, 4).min() == 0
-        and montage(a * 0, 4)[:9, :7].max() == 0
+        tile_maps(a, 4).shape == (2 * 10, 4 * 8)
+        and tile_maps(a, 4).min() == 0
+        and tile_maps(a * 0, 4)[:9, :7].max() == 0
     )

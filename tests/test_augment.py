@@ -1,4 +1,5 @@
-"""Properties of the batched augmentation: image and label stay together, draws are independent of each other, bad input is named."""
+"""Properties of the batched augmentation: image and label stay together, draws are independent of
+each other, bad input is named."""
 
 import math
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from unpaired_kd.core import InputError, torch_rng
-from unpaired_kd.data.augment import Augment, affine, blur, draw_grid, swap_sides, warp
+from unpaired_kd.data.augment import Augment, _affine_matrices, _draw_grid, blur, swap_sides, warp
 
 OFF = {f: 0 for f in Augment.__dataclass_fields__}
 MOVES = dict(flip=0.5, rot90=True, rotate=30.0, scale=0.2, shift=0.1, elastic=2.0)
@@ -72,7 +73,7 @@ def test_any_motion_keeps_image_and_label_together(shape):
 
 def test_labels_read_the_grid_as_images_do():
     x = torch.arange(2 * 15 * 15).reshape(2, 15, 15)
-    grid = draw_grid(
+    grid = _draw_grid(
         Augment(**MOVES),
         (2, 1, 15, 15),
         torch.rand(2, 19, generator=torch_rng(0)),
@@ -139,7 +140,7 @@ def test_channels_change_alike_unless_hue_is_on():
 
 
 def test_a_turn_is_rigid_in_images_that_are_not_square():
-    m = affine(
+    m = _affine_matrices(
         torch.ones(1, 2),
         torch.zeros(1).long(),
         torch.tensor([0.4]),
@@ -158,14 +159,14 @@ def test_motion_stays_within_its_limits():
     side = 33
     u = torch.rand(n, 19, generator=torch_rng(0))
     none = torch.zeros(n, 2, 5, 5) + 0.5
-    base = draw_grid(Augment(**OFF), (n, 1, side, side), u, none, "cpu")
-    shift = draw_grid(Augment(**{**OFF, "shift": 0.1}), (n, 1, side, side), u, none, "cpu") - base
+    base = _draw_grid(Augment(**OFF), (n, 1, side, side), u, none, "cpu")
+    shift = _draw_grid(Augment(**{**OFF, "shift": 0.1}), (n, 1, side, side), u, none, "cpu") - base
     assert 0.15 < shift.abs().max() <= 0.2 + 1e-6  # 0.1 of a side is 0.2 in coordinates of -1..1
-    scale = draw_grid(Augment(**{**OFF, "scale": 0.2}), (n, 1, side, side), u, none, "cpu") / base
+    scale = _draw_grid(Augment(**{**OFF, "scale": 0.2}), (n, 1, side, side), u, none, "cpu") / base
     scale = scale[:, 0, 0, 0]
     assert math.exp(-0.2) - 1e-5 <= scale.min() < 0.9 and 1.1 < scale.max() <= math.exp(0.2) + 1e-5
     bent = (
-        draw_grid(
+        _draw_grid(
             Augment(**{**OFF, "elastic": 3.0}),
             (n, 1, side, side),
             u,
@@ -222,7 +223,7 @@ def test_swap_exchanges_pairs_in_mirror_images_and_nowhere_else(shape):
         plain = Augment(**{**OFF, "flip": 0.5})(image, label, torch_rng(seed))
         swapped = Augment(**{**OFF, "flip": 0.5, "swap": ((2, 3),)})(image, label, torch_rng(seed))
         assert torch.equal(plain[0], swapped[0])
-        for x, a, b, y in zip(plain[0], plain[1], swapped[1], label):
+        for a, b, y in zip(plain[1], swapped[1], label):
             other = torch.where(a == 2, 3, torch.where(a == 3, 2, a))
             axes = [d for d in range(y.ndim)]
             odd = [[k for k in axes if m >> k & 1] for m in range(2 ** len(axes))]

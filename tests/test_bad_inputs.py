@@ -984,7 +984,7 @@ SWEEP = [
         ("parameter misspelt", None, ["-p", "rat", "3"], "Did you mean 'rate'"),
         ("no workers", None, ["--workers", "0"], "--workers 0"),
         ("workers as a word", None, ["--workers", "all"], "--workers"),
-        ("cells that are not there", None, ["--cells", "R99"], "--cells: 'R99'"),
+        ("rows that are not there", None, ["--rows", "R99"], "--rows: 'R99'"),
         ("out of a run", write("out/config.json", "{}"), [], "--out: out"),
         (
             "out with a broken record",

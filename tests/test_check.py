@@ -1,4 +1,5 @@
-"`ukd check`: every fault of a data set is one line that names the file; the other files are still looked at."
+"""`ukd check`: every fault of a data set is one line that names the file; the other files are still
+looked at."""
 
 import os
 import re
@@ -12,9 +13,9 @@ import pytest
 
 from unpaired_kd.command import cli
 from unpaired_kd.core import InputError, file_sha256, rng
-from unpaired_kd.data import check as checking
-from unpaired_kd.data.check import common, examine, leaks, marks_of, modalities_of
+from unpaired_kd.data.check import _most_frequent
 from unpaired_kd.data.collections import open_collection
+from unpaired_kd.data.examine import _hash_pixels, examine, find_leaks, list_cases, list_modalities
 
 
 def save(path, array):
@@ -62,7 +63,7 @@ def run(capsys, *args):
     status = cli.main(["check", *map(str, args)])
     out = capsys.readouterr().out
     found = [
-        [l.strip() for l in out.splitlines() if l.strip().startswith(k)]
+        [line.strip() for line in out.splitlines() if line.strip().startswith(k)]
         for k in ("fault: ", "note: ")
     ]
     return status, *found, out
@@ -378,7 +379,7 @@ def no_group(d):
 )
 @pytest.mark.parametrize("alone", [False, True])
 def test_check_finds_what_a_study_refuses(ward, capsys, edit, n, alone):
-    "A label folder that fits no image, or not all: the first fault of a study is among those of the check."
+    "A label folder that fits no image, or not all: a study's first fault is among the check's."
     edit(ward)
     with pytest.raises(InputError) as e:
         open_collection(ward, "ct")
@@ -485,7 +486,7 @@ def test_what_a_mac_adds_is_no_modality(ward, capsys):
     shutil.copytree(ward / "ct", ward / "__MACOSX/ct")
     for p in [p for p in (ward / "__MACOSX").rglob("*") if p.is_file()]:
         p.rename(p.with_name("._" + p.name))
-    assert modalities_of(ward) == ["ct", "mr"] and run(capsys, ward)[:3] == (0, [], [])
+    assert list_modalities(ward) == ["ct", "mr"] and run(capsys, ward)[:3] == (0, [], [])
 
 
 def test_copies_in_other_formats_and_groups_are_leaks(ward):
@@ -493,11 +494,11 @@ def test_copies_in_other_formats_and_groups_are_leaks(ward):
 
     tifffile.imwrite(ward / "ct/images/ct3.tif", picture(0)[0])
     (ward / "ct/images/ct3.png").unlink()
-    f = examine("ct", *checking.cases_of(ward, "ct"))
-    faults, notes = leaks([f])
+    f = examine("ct", *list_cases(ward, "ct"))
+    faults, notes = find_leaks([f])
     assert len(faults) == 1 and "'ct-0' (ct) and 'ct-3' (ct)" in faults[0]
     (ward / "ct/groups.csv").write_text("id,group\nct0,a\nct1,b\nct2,c\nct3,a\n")
-    faults, notes = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
+    faults, notes = find_leaks([examine("ct", *list_cases(ward, "ct"))])
     assert not faults and "both are of group 'a'" in notes[0]
 
 
@@ -519,7 +520,7 @@ def test_copies_of_another_type_are_leaks(ward, copy):
         copy(picture(0)[0])[0],
         photometric="rgb" if copy is as_rgb else "minisblack",
     )
-    faults, _ = leaks([examine("ct", *checking.cases_of(ward, "ct"))])
+    faults, _ = find_leaks([examine("ct", *list_cases(ward, "ct"))])
     assert (
         len(faults) == 1
         and "ct0.png and" in faults[0]
@@ -528,7 +529,7 @@ def test_copies_of_another_type_are_leaks(ward, copy):
 
 
 def turned(axes, signs):
-    "Another storage of a volume (x, y, z): its axes in another order and direction, and the affine that says so."
+    "A volume (x, y, z) with its axes in another order and direction, and the affine that says so."
 
     def store(x):
         a = x.transpose(axes)
@@ -572,7 +573,7 @@ def test_volumes_are_known_however_they_are_stored(tmp_path, copy, least):
         nib.save(nib.Nifti1Image(a, affine), tmp_path / f"{name}.nii.gz")
         rows.append(f"ct,{name},{name}.nii.gz,{name}")
     (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
-    faults, _ = leaks([examine("ct", *checking.cases_of(tmp_path, "ct"))])
+    faults, _ = find_leaks([examine("ct", *list_cases(tmp_path, "ct"))])
     assert (
         len(faults) == 1
         and "a.nii.gz and" in faults[0]
@@ -583,24 +584,25 @@ def test_volumes_are_known_however_they_are_stored(tmp_path, copy, least):
 def test_marks_stand_for_values():
     half = np.array([[[0, 0.5], [1, 2]]])
     assert (
-        marks_of(half, None)
-        == marks_of(half.astype(np.float32), None)
-        != marks_of(half.astype(np.uint8), None)
+        _hash_pixels(half, None)
+        == _hash_pixels(half.astype(np.float32), None)
+        != _hash_pixels(half.astype(np.uint8), None)
     )
     a = np.arange(-5, 7).reshape(1, 3, 4)
     assert (
-        len({marks_of(a.astype(t), None) for t in (np.int8, np.int32, np.float32, np.int64)}) == 1
+        len({_hash_pixels(a.astype(t), None) for t in (np.int8, np.int32, np.float32, np.int64)})
+        == 1
     )
-    assert marks_of(a, None) == marks_of(a[:, None], None) != marks_of(a + 1, None)
+    assert _hash_pixels(a, None) == _hash_pixels(a[:, None], None) != _hash_pixels(a + 1, None)
     big = np.float32([[[0, 1e30]]])
     assert (
-        marks_of(big, None) != marks_of(big * 2, None)
-        and len(marks_of(a[:, None], np.diag([1, -1, 1, 1]))) == 2
+        _hash_pixels(big, None) != _hash_pixels(big * 2, None)
+        and len(_hash_pixels(a[:, None], np.diag([1, -1, 1, 1]))) == 2
     )
     for singular in (np.zeros((4, 4)), np.full((4, 4), np.nan)):
-        assert marks_of(a[:, None], singular) == marks_of(a, None)
+        assert _hash_pixels(a[:, None], singular) == _hash_pixels(a, None)
     rgb = np.stack([a[0], a[0], a[0] + 1])
-    assert marks_of(rgb, None) != marks_of(a, None)
+    assert _hash_pixels(rgb, None) != _hash_pixels(a, None)
 
 
 def test_volumes_and_scanner_units(tmp_path, capsys):
@@ -629,7 +631,7 @@ def test_volumes_and_scanner_units(tmp_path, capsys):
 
 @pytest.mark.parametrize("phantom", ["bone", "vessels"])
 def test_phantoms_are_sound(phantom, capsys):
-    names = modalities_of(f"phantom:{phantom}")
+    names = list_modalities(f"phantom:{phantom}")
     status, faults, _, out = run(capsys, f"phantom:{phantom}", names[0])
     assert (status, faults) == (0, []) and out.startswith(names[0] + "\n")
 
@@ -665,9 +667,9 @@ def test_a_name_that_is_no_text(ward, capsys):
 
 def test_common():
     assert (
-        common("aabbbcd") == "b (3), a (2), c (1), d (1)"
-        and common("aa") == "a"
-        and common("abcdef") == "a (1), b (1), c (1), d (1) and 2 more"
+        _most_frequent("aabbbcd") == "b (3), a (2), c (1), d (1)"
+        and _most_frequent("aa") == "a"
+        and _most_frequent("abcdef") == "a (1), b (1), c (1), d (1) and 2 more"
     )
 
 
@@ -690,7 +692,7 @@ def test_labels_are_no_modality_and_a_file_is_no_folder_of_images(ward):
     ct = ward / "ct"
     shutil.rmtree(ct / "images")
     with pytest.raises(InputError, match="holds no images"):
-        modalities_of(ct)
+        list_modalities(ct)
     (ct / "images").write_text("../elsewhere/images")  # what git leaves where links are off
     with pytest.raises(InputError, match=f"{ct / 'images'} should be the folder of the images"):
-        modalities_of(ct)
+        list_modalities(ct)

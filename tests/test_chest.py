@@ -1,4 +1,6 @@
-"Properties of the chest phantoms: purity, independence of the modalities, sizes, contrast, readers, bad input."
+"Properties of the chest phantoms: purity, independence of the modalities, sizes, contrast,"
+
+"readers, bad input."
 
 import subprocess
 import sys
@@ -16,11 +18,11 @@ from unpaired_kd.data.phantoms.chest import (
     Person,
     ReaderKnobs,
     chest,
-    chest_volume,
+    draw_chest,
+    draw_scene,
     ellipsoid,
-    places,
-    raters,
-    scene,
+    simulate_readers,
+    voxel_positions,
 )
 
 PATIENTS = 12
@@ -28,7 +30,7 @@ PATIENTS = 12
 
 @pytest.fixture(scope="module")
 def drawn():
-    return {m: [chest_volume(m, patient=p) for p in range(PATIENTS)] for m in CHEST_PAINT}
+    return {m: [draw_chest(m, patient=p) for p in range(PATIENTS)] for m in CHEST_PAINT}
 
 
 def dice(a, b):
@@ -38,19 +40,20 @@ def dice(a, b):
 @pytest.mark.parametrize("modality", CHEST_PAINT)
 def test_a_patient_is_a_function_of_the_address(modality, drawn):
     np.random.seed(1)  # the global state plays no part
-    image, label, _ = chest_volume(modality, patient=2)
+    image, label, _ = draw_chest(modality, patient=2)
     assert np.array_equal(image, drawn[modality][2][0]) and np.array_equal(
         label, drawn[modality][2][1]
     )
     for other in (dict(seed=1), dict(patient=3)):
-        assert not np.array_equal(label, chest_volume(modality, **{**dict(patient=2), **other})[1])
+        assert not np.array_equal(label, draw_chest(modality, **{**dict(patient=2), **other})[1])
 
 
 def test_another_process_draws_the_same_and_the_import_is_light(drawn):
     code = """import sys, zlib
-from unpaired_kd.data.phantoms.chest import chest_volume
-print(*[m for m in ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections") if m in sys.modules])
-print(*[zlib.crc32(chest_volume(m, patient=1)[0].tobytes()) for m in ("ct", "mr")])"""
+from unpaired_kd.data.phantoms.chest import draw_chest
+heavy = ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections")
+print(*[m for m in heavy if m in sys.modules])
+print(*[zlib.crc32(draw_chest(m, patient=1)[0].tobytes()) for m in ("ct", "mr")])"""
     heavy, found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -160,19 +163,17 @@ def test_the_contrast_of_mr_is_several_times_that_of_ct(drawn):
 
 
 def test_a_knob_changes_what_it_names_and_nothing_else(drawn):
-    image, label, _ = chest_volume("ct", patient=2, knobs=ChestKnobs(ct_tumour=150.0))
+    image, label, _ = draw_chest("ct", patient=2, knobs=ChestKnobs(ct_tumour=150.0))
     assert np.array_equal(label, drawn["ct"][2][1])
     change = image - drawn["ct"][2][0]
     assert (
         change[drawn["ct"][2][2]["tumour"] < -3].mean() == pytest.approx(93 / 1500, abs=0.01)
         and np.abs(change[drawn["ct"][2][2]["tumour"] > 12]).max() < 1e-3
     )
-    still = [
-        chest_volume("mr", patient=p, knobs=ChestKnobs(patient=0))[2]["cavity"] for p in (0, 1)
-    ]
+    still = [draw_chest("mr", patient=p, knobs=ChestKnobs(patient=0))[2]["cavity"] for p in (0, 1)]
     assert np.array_equal(*still)
     quiet = ChestKnobs(second=0, nodes=0, lookalike=0, collapse=0, effusion=0, branches=0)
-    parts = scene(Person(0, "ct", 0), quiet)
+    parts = draw_scene(Person(0, "ct", 0), quiet)
     assert all((parts[n] > 0).all() for n in ("nodes", "collapse", "fluid", "vessels")) and set(
         TISSUES
     ) - {"air", "fat", "muscle"} <= set(parts)
@@ -193,12 +194,12 @@ def test_a_knob_changes_what_it_names_and_nothing_else(drawn):
 )
 def test_extreme_knobs_still_give_a_tumour(knobs):
     for p in range(2):
-        image, label, _ = chest_volume("ct", seed=5, patient=p, knobs=ChestKnobs(**knobs))
+        image, label, _ = draw_chest("ct", seed=5, patient=p, knobs=ChestKnobs(**knobs))
         assert np.isfinite(image).all() and label.any()
 
 
 def test_the_distance_to_a_sphere_is_exact():
-    z, y, x = places(ChestKnobs())
+    z, y, x = voxel_positions(ChestKnobs())
     assert np.allclose(
         ellipsoid((z, y, x), (5, 3, 1), (12, 12, 12), 0.7),
         np.maximum(np.sqrt((z - 5) ** 2 + (y - 3) ** 2 + (x - 1) ** 2) - 12, -12),
@@ -209,7 +210,7 @@ def test_the_distance_to_a_sphere_is_exact():
 def test_readers_agree_about_as_much_as_people(drawn):
     pairs = []
     for p, (_, label, _) in enumerate(drawn["mr"]):
-        m = raters(label, case=p)
+        m = simulate_readers(label, case=p)
         assert m.shape == (5, *label.shape) and m.dtype == bool and m.any((1, 2, 3)).all()
         pairs += [dice(m[i], m[j]) for i in range(5) for j in range(i)]
     assert 0.7 < np.mean(pairs) < 0.95 and np.mean(pairs) < 0.9
@@ -217,16 +218,18 @@ def test_readers_agree_about_as_much_as_people(drawn):
 
 def test_readers_are_a_function_of_their_seed(drawn):
     label = drawn["ct"][0][1]
-    first = raters(label, seed=1)
+    first = simulate_readers(label, seed=1)
     assert (
-        np.array_equal(first, raters(label, seed=1))
-        and not np.array_equal(first, raters(label, seed=2))
-        and not np.array_equal(first, raters(label, seed=1, case=1))
+        np.array_equal(first, simulate_readers(label, seed=1))
+        and not np.array_equal(first, simulate_readers(label, seed=2))
+        and not np.array_equal(first, simulate_readers(label, seed=1, case=1))
     )
     assert np.array_equal(
-        first[:2], raters(label, number=2, seed=1)
+        first[:2], simulate_readers(label, number=2, seed=1)
     )  # a further reader changes no other
-    assert (raters(label, knobs=ReaderKnobs(bias=0, shake=0, extent=0)) == (label > 0)).all()
+    assert (
+        simulate_readers(label, knobs=ReaderKnobs(bias=0, shake=0, extent=0)) == (label > 0)
+    ).all()
 
 
 def test_a_habit_is_the_same_in_all_cases(drawn):
@@ -234,7 +237,7 @@ def test_a_habit_is_the_same_in_all_cases(drawn):
         [
             [
                 m.sum() / y.sum()
-                for m in raters(y, case=p, knobs=ReaderKnobs(shake=0, extent=0, bias=3.0))
+                for m in simulate_readers(y, case=p, knobs=ReaderKnobs(shake=0, extent=0, bias=3.0))
             ]
             for p, (_, y, _) in enumerate(drawn["ct"][:4])
         ]
@@ -247,19 +250,19 @@ def test_a_habit_is_the_same_in_all_cases(drawn):
 def test_readers_of_one_slice_and_of_a_structure_at_the_border():
     square = np.zeros((40, 40), int)
     square[:12, 10:30] = 1
-    m = raters(square, number=3, spacing=(3.0, 3.0))
+    m = simulate_readers(square, number=3, spacing=(3.0, 3.0))
     assert m.shape == (3, 40, 40) and all(dice(a, square > 0) > 0.7 for a in m)
-    assert raters(np.ones((4, 8, 8)), number=2).any((1, 2, 3)).all()
+    assert simulate_readers(np.ones((4, 8, 8)), number=2).any((1, 2, 3)).all()
     dot = np.zeros((3, 9, 9))
     dot[1, 4, 4] = 1
-    assert raters(dot, number=8).any((1, 2, 3)).all()  # nobody returns an empty mask
+    assert simulate_readers(dot, number=8).any((1, 2, 3)).all()  # nobody returns an empty mask
 
 
 @pytest.mark.parametrize(
     "call, says",
     [
         (lambda: chest("pet"), "Known: ct, mr"),
-        (lambda: chest_volume("CT"), "unknown modality"),
+        (lambda: draw_chest("CT"), "unknown modality"),
         (lambda: chest("ct", patients=0), "patients=0"),
         (lambda: chest("ct", knobs={"ct_nois": 1}), "ct_noise"),
         (lambda: ChestKnobs(size=8), "at least 32"),
@@ -270,10 +273,10 @@ def test_readers_of_one_slice_and_of_a_structure_at_the_border():
         (lambda: ChestKnobs(radius=(10, 100)), "field of view"),
         (lambda: ReaderKnobs(shake=-1), "shake"),
         (lambda: ReaderKnobs(extent=1.5), "probability"),
-        (lambda: raters(np.zeros((3, 9, 9))), "shows the structure"),
-        (lambda: raters(np.ones(9)), "shape"),
-        (lambda: raters(np.ones((2, 9, 9)), number=0), "number=0"),
-        (lambda: raters(np.ones((2, 9, 9)), spacing=(3.0, 3.0)), "axes"),
+        (lambda: simulate_readers(np.zeros((3, 9, 9))), "shows the structure"),
+        (lambda: simulate_readers(np.ones(9)), "shape"),
+        (lambda: simulate_readers(np.ones((2, 9, 9)), number=0), "number=0"),
+        (lambda: simulate_readers(np.ones((2, 9, 9)), spacing=(3.0, 3.0)), "axes"),
         (lambda: open_collection("phantom:lung", "ct"), "bone, chest"),
         (lambda: open_collection("/no/such/place", "ct"), "phantom:chest"),
     ],

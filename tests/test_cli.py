@@ -1,4 +1,4 @@
-"""The command as users meet it: in a process of its own, with bad input, killed, on a fresh environment."""
+"""The command as users meet it: a process of its own, bad input, kills, a fresh environment."""
 
 import json
 import os
@@ -62,46 +62,21 @@ PARAMETERS = 'steps: int = 2  # how many\nrate: float = 0.5\nname: str = "x"\nru
 
 
 def test_run_in_a_process_of_its_own(tmp_path):
-    "Values reach the notebook with their types; the kernel is this Python; output appears; the record is there."
-    nb = notebook(
-        tmp_path / "a.ipynb",
-        PARAMETERS,
-        'import sys, os\nprint([steps, rate, name], sys.executable, os.environ["OMP_WAIT_POLICY"])\nprint("late", file=sys.stderr)',
-    )
-    done = ukd(
-        "run",
-        nb,
-        "-p",
-        "steps",
-        "3",
-        "-p",
-        "rate",
-        "1e-3",
-        "-p",
-        "name",
-        "no",
-        "--out",
-        "runs/a",
-        cwd=tmp_path,
-    )
+    "Values arrive with their types; the kernel is this Python; output and record are there."
+    body = """import sys, os
+print([steps, rate, name], sys.executable, os.environ["OMP_WAIT_POLICY"])
+print("late", file=sys.stderr)"""
+    nb = notebook(tmp_path / "a.ipynb", PARAMETERS, body)
+    given = "-p steps 3 -p rate 1e-3 -p name no --out runs/a".split()
+    done = ukd("run", nb, *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"[3, 0.001, 'no'] {sys.executable} passive" in done.stdout
-        and "run folder: runs/a" in done.stdout
-    )
+    assert f"[3, 0.001, 'no'] {sys.executable} passive" in done.stdout
+    assert "run folder: runs/a" in done.stdout
     assert done.stderr.strip() == "late"
-    assert json.loads((tmp_path / "runs/a/parameters.json").read_text()) == {
-        "notebook": "a",
-        "steps": 3,
-        "rate": 0.001,
-        "name": "no",
-    }
-    assert (
-        json.loads((tmp_path / "runs/a/notebook.ipynb").read_text())["metadata"]["papermill"][
-            "parameters"
-        ]["run_folder"]
-        == "runs/a"
-    )
+    record = json.loads((tmp_path / "runs/a/parameters.json").read_text())
+    assert record == {"notebook": "a", "steps": 3, "rate": 0.001, "name": "no"}
+    kept = json.loads((tmp_path / "runs/a/notebook.ipynb").read_text())
+    assert kept["metadata"]["papermill"]["parameters"]["run_folder"] == "runs/a"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +149,7 @@ def test_unknown_experiment_names_the_known(monkeypatch, tmp_path):
     ],
 )
 def test_values_take_the_annotated_type(kind, text, value):
-    got = parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
+    got = parameters.parse_parameter(parameters.Parameter("x", kind, None, ""), text)
     assert got == value and type(got) is type(value)
 
 
@@ -198,7 +173,7 @@ def test_values_take_the_annotated_type(kind, text, value):
 )
 def test_values_of_another_type_are_refused(kind, text):
     with pytest.raises(InputError, match="does not fit"):
-        parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
+        parameters.parse_parameter(parameters.Parameter("x", kind, None, ""), text)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +199,11 @@ def test_values_of_another_type_are_refused(kind, text):
 )
 def test_text_is_text(text):
     "As it was typed; in an alternative, whatever the other type does not take; never read as YAML."
-    assert parameters.parse_value(parameters.Parameter("x", "str", "a", ""), text) == text
-    assert parameters.parse_value(parameters.Parameter("x", "str | None", None, ""), text) == (
+    assert parameters.parse_parameter(parameters.Parameter("x", "str", "a", ""), text) == text
+    assert parameters.parse_parameter(parameters.Parameter("x", "str | None", None, ""), text) == (
         None if text == "null" else text
     )
-    assert parameters.parse_value(parameters.Parameter("x", "int | str", 0, ""), text) == text
+    assert parameters.parse_parameter(parameters.Parameter("x", "int | str", 0, ""), text) == text
 
 
 @pytest.mark.parametrize(
@@ -263,9 +238,9 @@ def test_text_is_text(text):
 )
 def test_values_are_what_was_meant(kind, text, value):
     "By hand, from the core schema of YAML 1.2; `repr` tells 1 from 1.0 and from True."
-    assert repr(parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)) == repr(
-        value
-    )
+    assert repr(
+        parameters.parse_parameter(parameters.Parameter("x", kind, None, ""), text)
+    ) == repr(value)
 
 
 @pytest.mark.parametrize(
@@ -290,21 +265,24 @@ def test_what_nobody_can_know_is_refused(text):
     "Without a type, wherever YAML 1.1 and 1.2 disagree; in quotes it is text."
     for place in ("{}", "[{}]", "{{a: {}}}", "{{{}: a}}"):
         with pytest.raises(InputError):
-            parameters.parse_value(
+            parameters.parse_parameter(
                 parameters.Parameter("x", "object", None, ""), place.format(text)
             )
-    assert parameters.parse_value(parameters.Parameter("x", "list", None, ""), f"['{text}']") == [
-        text
-    ]
+    assert parameters.parse_parameter(
+        parameters.Parameter("x", "list", None, ""), f"['{text}']"
+    ) == [text]
 
 
 def test_entries_deep_in_a_dict(tmp_path):
     nb = notebook(
         tmp_path / "a.ipynb",
-        'net: dict = {"width": 8, "inner": {"codes": 4, "tap": None}}\nfree: dict = {}\nlr: dict[str, dict[str, float]] = {"a": {"b": 1.0}}',
+        """net: dict = {"width": 8, "inner": {"codes": 4, "tap": None}}
+free: dict = {}
+lr: dict[str, dict[str, float]] = {"a": {"b": 1.0}}
+""",
     )
     known = parameters.read_parameters(nb)
-    got = parameters.resolve(
+    got = parameters.resolve_parameters(
         nb,
         known,
         [
@@ -327,33 +305,21 @@ def test_entries_deep_in_a_dict(tmp_path):
 
 
 def test_everything_arrives_in_the_notebook_as_it_was_given(tmp_path):
-    "Also keys that are numbers, text that looks like code, and a notebook and a folder with braces; papermill says nothing."
-    body = 'from pathlib import Path\nPath(run_folder, "seen").write_text(repr([text, keys, odd, maybe]))'
-    nb = notebook(
-        tmp_path / "n {x} %s 'é'.ipynb",
-        'text: str = ""\nkeys: dict = {}\nodd: list = []\nmaybe: int | None = None\nrun_folder: str = ""',
-        body,
-    )
+    """Also keys that are numbers, text that looks like code, and a notebook and a folder with
+    braces; papermill says nothing."""
+    cell = """text: str = ""
+keys: dict = {}
+odd: list = []
+maybe: int | None = None
+run_folder: str = ""
+"""
+    body = """from pathlib import Path
+Path(run_folder, "seen").write_text(repr([text, keys, odd, maybe]))"""
+    nb = notebook(tmp_path / "n {x} %s 'é'.ipynb", cell, body)
     text = "\"; import os\n\\\\ {x} %s # \U0001f600'"
-    done = ukd(
-        "run",
-        nb,
-        "-p",
-        "text",
-        text,
-        "-p",
-        "keys",
-        "{1: {2: a}, 3: [.5]}",
-        "-p",
-        "odd",
-        "[.inf, null, true]",
-        "-p",
-        "maybe",
-        "3",
-        "--out",
-        "o {y} %d",
-        cwd=tmp_path,
-    )
+    given = ["-p", "text", text, "-p", "keys", "{1: {2: a}, 3: [.5]}"]
+    given += ["-p", "odd", "[.inf, null, true]", "-p", "maybe", "3"]
+    done = ukd("run", nb, *given, "--out", "o {y} %d", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert (tmp_path / "o {y} %d/seen").read_text(encoding="utf-8") == repr(
         [text, {1: {2: "a"}, 3: [0.5]}, [float("inf"), None, True], 3]
@@ -377,24 +343,29 @@ def test_a_kernel_that_dies_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_command_in_order(number):
     "One line and status 128 + number; a hang-up that was to be ignored (`nohup`) is."
-    script = f"import os, signal, sys\nfrom unpaired_kd.command import cli\ndef wait(args):\n    os.kill(os.getpid(), {int(number)})\n    print('went on')\n    return 0\ncli.COMMANDS['sweep'] = wait\n"
-    end = "sys.exit(cli.main(['sweep', 'x']))"
+    script = f"""import os, signal, sys
+from unpaired_kd.command import cli
+def wait(args):
+    os.kill(os.getpid(), {int(number)})
+    print('went on')
+    return 0
+cli.COMMANDS['sweep'] = wait
+signal.signal({int(number)}, HANDLER)
+sys.exit(cli.main(['sweep', 'x']))
+"""
+
+    def start(handler):
+        command = [sys.executable, "-c", script.replace("HANDLER", handler)]
+        return subprocess.run(command, capture_output=True, text=True)
+
     usual = "signal.default_int_handler" if number == signal.SIGINT else "signal.SIG_DFL"
-    heard = (
-        script + f"signal.signal({int(number)}, {usual})\n"
-    )  # whatever the tests were started with
-    done = subprocess.run([sys.executable, "-c", heard + end], capture_output=True, text=True)
-    assert (
-        done.returncode == 128 + number
-        and done.stdout == ""
-        and done.stderr == "\nukd sweep: stopped. The same command continues.\n"
-    )
-    ignored = subprocess.run(
-        [sys.executable, "-c", script + f"signal.signal({int(number)}, signal.SIG_IGN)\n" + end],
-        capture_output=True,
-        text=True,
-    )
-    assert ignored.returncode == 0 and ignored.stdout == "went on\n"
+    stopped = start(usual)  # whatever the tests were started with
+    assert stopped.returncode == 128 + number
+    assert stopped.stdout == ""
+    assert stopped.stderr == "\nukd sweep: stopped. The same command continues.\n"
+    ignored = start("signal.SIG_IGN")
+    assert ignored.returncode == 0
+    assert ignored.stdout == "went on\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932", "gbk"])
@@ -455,12 +426,15 @@ def test_a_failing_cell_keeps_the_notebook_and_bad_input_has_no_traceback(tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_run_again(tmp_path):
-    "SIGKILL leaves a folder that the same command takes over; another command is refused and told why."
-    nb = notebook(
-        tmp_path / "a.ipynb",
-        PARAMETERS,
-        'from pathlib import Path\nimport time\nmark = Path(run_folder, "mark")\nagain = mark.exists()\nmark.write_text("")\nif not again: time.sleep(900)\nprint("resumed")',
-    )
+    "After SIGKILL the same command takes the folder over; another one is refused with the reason."
+    body = """from pathlib import Path
+import time
+mark = Path(run_folder, "mark")
+again = mark.exists()
+mark.write_text("")
+if not again: time.sleep(900)
+print("resumed")"""
+    nb = notebook(tmp_path / "a.ipynb", PARAMETERS, body)
     command = [sys.executable, "-c", START, "run", str(nb), "--out", "out"]
     first = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -485,7 +459,7 @@ def test_folders_that_are_refused(tmp_path):
     record = {"notebook": "a", "steps": 1}
 
     def claim(folder, record=record, **k):
-        with program.claim(folder, record, **k):
+        with program.claim_folder(folder, record, **k):
             pass
 
     (tmp_path / "file").write_text("")
@@ -511,7 +485,7 @@ def test_folders_that_are_refused(tmp_path):
 def test_unwritable_folder(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(InputError, match="cannot write"):
-        with program.claim(tmp_path / "locked" / "run", {}):
+        with program.claim_folder(tmp_path / "locked" / "run", {}):
             pass
 
 
@@ -554,7 +528,7 @@ def test_rows_of_several_runs_are_counted_once():
 
 
 def study(folder, seed, arms=("alone", "kl"), data="same", base=0.5, **settings):
-    "A run folder as a study leaves it: config.json, a split with the fingerprint of the data, scores."
+    "A run folder as a study leaves it: a record, a split with the data's fingerprint, scores."
     from unpaired_kd.study.rows import save_rows
 
     (folder / "splits").mkdir(parents=True)
@@ -582,7 +556,7 @@ def arms_of(*folders):
 
 
 def test_only_runs_of_the_same_data_and_settings_are_merged(tmp_path, capsys):
-    "More seeds of one study stand side by side, also with other arms or paths; other epochs or images never do."
+    "Seeds of one study stand side by side, also with other arms; other epochs or images never do."
     first = study(tmp_path / "a", 0)
     same = {("alone", 0), ("kl", 0)}
     assert arms_of(first, study(tmp_path / "b", 1, arms=("alone", "ifv"))) == same | {
@@ -661,7 +635,7 @@ def test_what_a_table_lacks_and_what_stands_in_it_twice_is_said(tmp_path, capsys
 
 
 def test_predict(tmp_path, capsys):
-    "`ukd predict` writes a label map of the image's size; a wrong student or image is named, and nothing is written."
+    "`ukd predict` writes a label map of the image's size; a wrong student or image is named."
     import numpy as np
     import tifffile
 
@@ -778,7 +752,7 @@ def test_values_that_look_like_options(given, want):
         n: parameters.Parameter(n, t, d, "")
         for n, t, d in [("n", "int", 1), ("lr", "float", 0.1), ("name", "str", "a")]
     }
-    values = parameters.resolve("x", known, args.given)
+    values = parameters.resolve_parameters("x", known, args.given)
     assert {k: values[k] for k in want} == want and [
         k for k in values if values[k] != known[k].default
     ] == list(want)
@@ -809,7 +783,7 @@ def test_a_parameter_without_its_value_is_told_how(command, given, capsys):
     ],
 )
 def test_nothing_as_people_write_it(kind, text, want):
-    assert parameters.parse_value(parameters.Parameter("x", kind, None, ""), text) == want
+    assert parameters.parse_parameter(parameters.Parameter("x", kind, None, ""), text) == want
 
 
 @pytest.mark.parametrize(
@@ -834,7 +808,7 @@ def test_nothing_as_people_write_it(kind, text, want):
 )
 def test_values_that_are_refused(kind, text, said):
     with pytest.raises(InputError, match=f"'x' takes .*does not fit.*{said}"):
-        parameters.parse_value(parameters.Parameter("x", kind, None, ""), text)
+        parameters.parse_parameter(parameters.Parameter("x", kind, None, ""), text)
 
 
 @pytest.mark.parametrize(
@@ -852,7 +826,7 @@ def test_values_that_are_refused(kind, text, said):
 def test_annotations_of_typing(written, shown):
     import ast
 
-    assert parameters.annotation(ast.parse(written, mode="eval").body) == shown
+    assert parameters.show_annotation(ast.parse(written, mode="eval").body) == shown
 
 
 def test_a_parameters_cell_is_code_and_sets_each_name_once(tmp_path):
@@ -881,7 +855,11 @@ def test_a_run_folder_has_a_name(tmp_path, monkeypatch, out):
 
 @pytest.mark.slow
 def test_after_bad_input_found_by_the_notebook_the_corrected_command_takes_the_folder(tmp_path):
-    check = 'from pathlib import Path\nfrom unpaired_kd.core import InputError\nif n > 2: raise InputError("n: give 2 at most.")\nif n == 2: Path(run_folder, "made").write_text("x")\nif n == 2 and name == "b": raise InputError("b")'
+    check = """from pathlib import Path
+from unpaired_kd.core import InputError
+if n > 2: raise InputError("n: give 2 at most.")
+if n == 2: Path(run_folder, "made").write_text("x")
+if n == 2 and name == "b": raise InputError("b")"""
     nb = notebook(tmp_path / "a.ipynb", OWN, check)
 
     def go(*given):
@@ -929,13 +907,13 @@ def test_a_kernel_that_cannot_start_says_so_in_a_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_papermill_sees_every_parameter(tmp_path):
-    "It says nothing of unknown ones, also where it may speak; its own translator is back afterwards."
+    "It names no unknown ones, also where it may speak; its own translator is back afterwards."
     from papermill import inspect_notebook
 
-    from unpaired_kd.command.parameters import parameters_cell
+    from unpaired_kd.command.parameters import find_parameters_cell
 
     cell = (
-        parameters_cell(program.find_notebook("lotus"))
+        find_parameters_cell(program.find_notebook("lotus"))
         + "\ncells2: bool | None = None\nedge: float = .5  # of x = 1"
     )
     nb = notebook(tmp_path / "dry.ipynb", cell, "print(patch)")
@@ -945,7 +923,7 @@ def test_papermill_sees_every_parameter(tmp_path):
 
     known = set(parameters.read_parameters(nb))
     assert known - seen() == {"cells2", "edge"}  # what papermill cannot read
-    with program.own_translator():
+    with program.exact_translator():
         assert seen() == known
     assert known - seen() == {"cells2", "edge"}
     for debug in ({}, {"UKD_DEBUG": "1"}):
@@ -973,7 +951,11 @@ def test_parameters_from_files(tmp_path):
     "Later files over earlier, -p over all; the run folder is that of the same values typed."
     nb = notebook(
         tmp_path / "a.ipynb",
-        'steps: int = 2\nname: str = "x"\nweights: dict = {"kl": 1.0, "ifv": 1.0}\nrun_folder: str = ""',
+        """steps: int = 2
+name: str = "x"
+weights: dict = {"kl": 1.0, "ifv": 1.0}
+run_folder: str = ""
+""",
         "print([steps, name, weights])",
     )
     (tmp_path / "a.yaml").write_text("steps: 3\nname: 'no'\nweights.kl: 0.5\n")
@@ -1022,4 +1004,4 @@ def test_experiments_and_grids_of_the_installed_package(tmp_path, monkeypatch):
 def test_what_a_run_needs_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(program, "find_spec", lambda name: None if name == "papermill" else name)
     with pytest.raises(InputError, match=r'needs papermill: pip install "unpaired_kd\[run\]"'):
-        program.need("papermill", "ipykernel")
+        program.require_modules("papermill", "ipykernel")

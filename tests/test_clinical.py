@@ -1,4 +1,5 @@
-"""Clinical scans: faults that are named, labels that stay with their slices, contours in millimetres, patients that stay together, folders that are whole or absent."""
+"""Clinical scans: faults that are named, labels that stay with their slices, contours in
+millimetres, patients that stay together, folders that are whole or absent."""
 
 import json
 import shutil
@@ -27,14 +28,14 @@ from unpaired_kd.data.intensity import (
 )
 from unpaired_kd.data.sets.chaos import (
     CHAOS_CLASSES,
-    chaos_label,
-    chaos_scans,
-    grey_classes,
+    greys_to_classes,
+    list_chaos_scans,
     read_chaos,
+    read_chaos_label,
     slice_files,
 )
-from unpaired_kd.data.sets.clinical import NOTE, Scan, prepare_clinical
-from unpaired_kd.data.sets.nsclc import lung_mask, nsclc_scans, read_nsclc
+from unpaired_kd.data.sets.clinical import _NOTE, Scan, prepare_clinical
+from unpaired_kd.data.sets.nsclc import NSCLC_FAULTS, list_nsclc_scans, mask_lungs, read_nsclc
 from unpaired_kd.data.splits import patient_folds
 
 D = 6
@@ -265,18 +266,18 @@ def test_lungs_are_the_air_inside():
     right[1:6, 8:20, 22:33] = True
     v[left | right] = -800
     v[7, 22:24, 10:12] = -700  # a bubble
-    assert np.array_equal(lung_mask(v), left | right)
-    assert np.array_equal(lung_mask(v, keep=1), right)  # the larger one
+    assert np.array_equal(mask_lungs(v), left | right)
+    assert np.array_equal(mask_lungs(v, keep=1), right)  # the larger one
     joined = v.copy()
     joined[
         3, 10, 16:22
     ] = -900  # the windpipe joins both: one piece, and the bubble is not the second lung
-    assert np.array_equal(lung_mask(joined), lung_mask(joined, keep=1))
-    assert lung_mask(joined)[7].sum() == 0 and lung_mask(joined, least=0)[7].sum() == 4
+    assert np.array_equal(mask_lungs(joined), mask_lungs(joined, keep=1))
+    assert mask_lungs(joined)[7].sum() == 0 and mask_lungs(joined, least=0)[7].sum() == 4
     solid = np.where(v == 40, 40, -100)
-    assert not lung_mask(solid).any()
+    assert not mask_lungs(solid).any()
     with pytest.raises(InputError, match=r"\(D,H,W\)"):
-        lung_mask(v[0])
+        mask_lungs(v[0])
 
 
 # The common scale of MR
@@ -378,10 +379,10 @@ def test_ties_and_flat_tops_stay_finite():
 
 def test_greys_at_the_ends_of_their_ranges():
     g = np.array([0, 55, 70, 110, 135, 175, 200, 240, 255])
-    assert grey_classes(g).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert greys_to_classes(g).tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     for wrong in (1, 54, 71, 109, 136, 174, 201, 239):
         with pytest.raises(InputError, match=rf"x.png has the grey values \[{wrong}\]"):
-            grey_classes(np.array([0, wrong]), name="x.png")
+            greys_to_classes(np.array([0, wrong]), name="x.png")
 
 
 def test_labels_follow_their_slices_in_either_numbering(tmp_path):
@@ -399,7 +400,7 @@ def test_labels_follow_their_slices_in_either_numbering(tmp_path):
             )
     flipped = sorted((root / "MR/2/T2SPIR/Ground").iterdir())
     assert not np.array_equal(
-        np.stack([grey_classes(np.array(Pillow.open(f))) for f in flipped]), organs(2)
+        np.stack([greys_to_classes(np.array(Pillow.open(f))) for f in flipped]), organs(2)
     )  # by name alone it would stand on its head
 
 
@@ -407,17 +408,17 @@ def test_equal_names_win_over_order(tmp_path):
     names = list("cafebd")  # letters: no numbers, no order
     s = series(tmp_path / "d", mr(0), names)
     g = ground(tmp_path / "g", organs(), names)
-    assert np.array_equal(chaos_label(read_image(s), s, g), organs())
+    assert np.array_equal(read_chaos_label(read_image(s), s, g), organs())
     (g / "a.png").rename(g / "z.png")
     with pytest.raises(InputError, match="do not tell the slices apart"):
-        chaos_label(read_image(s), s, g)
+        read_chaos_label(read_image(s), s, g)
 
 
 def test_names_that_do_not_follow_the_body_are_refused(tmp_path):
     s = series(tmp_path / "d", mr(0), [f"I{k}" for k in (1, 3, 2, 4, 5, 6)])
     g = ground(tmp_path / "g", organs())
     with pytest.raises(InputError, match="do not follow the positions"):
-        chaos_label(read_image(s), s, g)
+        read_chaos_label(read_image(s), s, g)
     assert [f.stem for f in slice_files(s)] == ["I1", "I3", "I2", "I4", "I5", "I6"]
 
 
@@ -426,7 +427,7 @@ def test_numbers_in_names_are_numbers(tmp_path):
         tmp_path / "d", mr(0), [f"i{k}" for k in range(7, 13)]
     )  # i10 sorts before i7 as text
     g = ground(tmp_path / "g", organs(), [f"liver_GT_{k}" for k in range(7, 13)])
-    assert np.array_equal(chaos_label(read_image(s), s, g), organs())
+    assert np.array_equal(read_chaos_label(read_image(s), s, g), organs())
 
 
 def test_ct_has_a_liver_and_other_people(tmp_path):
@@ -445,7 +446,7 @@ def test_ct_has_a_liver_and_other_people(tmp_path):
     )
     assert np.allclose(c[0].image[0].numpy(), window_hu(hu(2)))
     with pytest.raises(InputError, match="(?s)no case was found.*T2SPIR"):
-        chaos_scans(tmp_path, "t2")
+        list_chaos_scans(tmp_path, "t2")
 
 
 def test_faults_of_a_chaos_case_name_the_place(tmp_path):
@@ -490,9 +491,9 @@ def test_faults_of_a_chaos_case_name_the_place(tmp_path):
     with pytest.raises(InputError, match=r"(?s)MR/2 has no T2SPIR.*skip=\(2,\)"):
         read()
     with pytest.raises(InputError, match="unknown CHAOS sequence 't3'"):
-        chaos_scans(root, "t3")
+        list_chaos_scans(root, "t3")
     with pytest.raises(InputError, match="every case was skipped"):
-        chaos_scans(root, "t2", skip=(1, 2, 3))
+        list_chaos_scans(root, "t2", skip=(1, 2, 3))
 
 
 def test_mixed_series_are_refused(tmp_path):
@@ -739,22 +740,40 @@ def test_nsclc_layout_and_its_faults(tmp_path):
     assert not read_nsclc(root, "").has_labels
     shutil.copytree(root / "LUNG1-002/01-01-2000-study/CT", root / "LUNG1-002/other/CT")
     with pytest.raises(InputError, match="(?s)LUNG1-002 holds 2 series of modality CT"):
-        nsclc_scans(root)
-    assert len(nsclc_scans(root, skip=("LUNG1-002",))) == 1
+        list_nsclc_scans(root)
+    assert len(list_nsclc_scans(root, skip=("LUNG1-002",))) == 1
     shutil.rmtree(root / "LUNG1-002/other")
     shutil.rmtree(root / "LUNG1-002/01-01-2000-study/RTSTRUCT")
     with pytest.raises(
         InputError, match="(?s)LUNG1-002 holds 0 series of modality RTSTRUCT.*CT 1, SEG 1"
     ):
-        nsclc_scans(root)
+        list_nsclc_scans(root)
     with pytest.raises(InputError, match="unknown kind of label"):
-        nsclc_scans(root, "png")
+        list_nsclc_scans(root, "png")
     with pytest.raises(InputError, match="no patient folders"):
-        nsclc_scans(tmp_path / "none")
+        list_nsclc_scans(tmp_path / "none")
     series(root / "LUNG1-003/CT", hu(3), offset=1024, modality="CT", frame="7.7")
     rtstruct(root / "LUNG1-003/RT/1.dcm", [("GTV-1", [circle(0, -10, 8, CORNER[2])])])
     with pytest.raises(InputError, match="frame of reference"):
         read_nsclc(root, skip=("LUNG1-002",))
+
+
+def test_known_faults_of_the_archive_are_named(tmp_path):
+    root, _ = nsclc(tmp_path / "n", 3)
+    assert set(NSCLC_FAULTS) == {
+        f"LUNG1-{n}" for n in ("014", "021", "085", "095", "128", "194", "246")
+    }
+    (root / "LUNG1-002").rename(root / "LUNG1-128")
+    shutil.rmtree(root / "LUNG1-128/01-01-2000-study/RTSTRUCT")
+    with pytest.raises(InputError, match="LUNG1-128 has no contours.*skip=tuple.NSCLC_FAULTS"):
+        list_nsclc_scans(root)
+    (root / "LUNG1-003").rename(root / "LUNG1-014")
+    files = sorted((root / "LUNG1-014/01-01-2000-study/CT").iterdir())
+    files[len(files) // 2].unlink()  # a gap of two steps
+    scans = list_nsclc_scans(root, skip=("LUNG1-128",))
+    with pytest.raises(InputError, match="not evenly spaced.*LUNG1-014 has gaps.*NSCLC_FAULTS"):
+        scans[1].load()
+    assert [s.id for s in list_nsclc_scans(root, skip=tuple(NSCLC_FAULTS))] == ["LUNG1-001"]
 
 
 # Prepared folders
@@ -764,7 +783,7 @@ MR = CHAOS_CLASSES["MR"]
 
 def test_a_prepared_folder_holds_images_labels_and_the_rule(tmp_path):
     root = chaos(tmp_path / "c", 4, down=(2,))
-    scans = {s: chaos_scans(root, s) for s in ("t1in", "t2")}
+    scans = {s: list_chaos_scans(root, s) for s in ("t1in", "t2")}
 
     def go(target, **kw):
         return prepare_clinical(
@@ -772,7 +791,7 @@ def test_a_prepared_folder_holds_images_labels_and_the_rule(tmp_path):
         )
 
     out = go(tmp_path / "out", fit_on=["mr01", "mr02", "mr03"])
-    note = read_json(out / NOTE)
+    note = read_json(out / _NOTE)
     s = HistogramStandard.fit([mr(p, p) for p in (1, 2, 3)])
     assert (
         np.allclose(note["rules"]["t2"]["landmarks"], s.landmarks)
@@ -796,7 +815,7 @@ def test_a_prepared_folder_holds_images_labels_and_the_rule(tmp_path):
     assert np.array_equal(standardise(mr(4, 4), note["rules"]["t2"]), s.apply(mr(4, 4)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out"] and sorted(
         p.name for p in out.iterdir()
-    ) == ["labels", "manifest.csv", NOTE, "t1in", "t2"]
+    ) == ["labels", "manifest.csv", _NOTE, "t1in", "t2"]
     stamp = (out / "manifest.csv").stat().st_mtime_ns
     assert (
         go(out, fit_on=["mr03", "mr01", "mr02"]) == out
@@ -806,7 +825,7 @@ def test_a_prepared_folder_holds_images_labels_and_the_rule(tmp_path):
         go(out)
     assert (
         np.abs(
-            np.array(read_json(go(tmp_path / "all") / NOTE)["rules"]["t2"]["landmarks"])
+            np.array(read_json(go(tmp_path / "all") / _NOTE)["rules"]["t2"]["landmarks"])
             - s.landmarks
         ).max()
         > 0

@@ -1,43 +1,103 @@
-"""CMEDL through the learner: who learns from which term, what a step leaves alone, what a killed run costs, and what leaves the house.
+"""CMEDL through the learner: who learns from which term, what a step leaves alone, what a killed
+run costs, and what leaves with the student.
 
-What a correct implementation must do, and the tests that look (of this file where no file is named):
+What a correct implementation must do, and the tests that look (of this file where no file is
+named):
 
-1  weights are counted                  test_cmedl_networks::test_counts, test_cyclegan::test_counts_and_shapes, test_drit::test_counts
-2  shapes of scores and taps            test_cmedl_networks::test_shapes_at_256
-3  a critic sees 70 px, 30 x 30 scores  test_cyclegan::test_receptive_field_is_70, test_cyclegan::test_counts_and_shapes
-4  range and sides of translations      test_cyclegan::test_generator_keeps_shape_and_range_and_equals_itself_in_eval, test_cyclegan::test_bad_images_are_refused
-5  contextual loss of an image with itself   test_contextual::test_identity_order_and_scale
-6  order and scale do not matter        test_contextual::test_identity_order_and_scale
-7  it grows with noise                  test_the_contextual_loss_grows_with_noise
-8  a collapsed output costs ln N        test_contextual::test_bounds_and_collapse
-9  flat background, and its mask        test_contextual::test_equal_positions_leave_finite_gradients, test_flat_background_is_masked_out
-10 in blocks as in one piece            test_contextual::test_blocks_equal_the_whole_matrix
-11 half precision                       test_contextual::test_half_precision_and_autocast, test_contextual::test_vectors_without_length
-12 little is kept                       test_contextual::test_nothing_of_matrix_size_is_kept
-13 hint between equal networks          test_identical_networks_have_nothing_to_hint
-14 gradients reach whom they should     test_gradient_flow, test_each_critic_teaches_one_generator, test_a_frozen_teacher_gives_hints_and_gets_none,
-                                        test_translation_first_teaches_the_translation_by_its_own_terms_only, test_drit::test_gradient_flow
-15 a step leaves the others alone       test_a_step_leaves_the_others_bit_identical, test_every_pass_moves_the_statistics_once,
-                                        test_the_extractor_passes_gradient_and_never_changes
-16 perfect generators, blind critics    test_perfect_generators_and_blind_critics_pay_nothing
-17 the critics' memory                  test_cyclegan::test_buffer_fills_then_swaps_half, test_cyclegan::test_buffer_half_way_and_size_zero_and_batches_larger_than_it,
-                                        test_cyclegan::test_buffer_restored_from_state_dict_draws_the_same
-18 Dice                                 test_losses::test_limits, test_losses::test_one_logit_is_two, test_losses::test_gradients
-19 soft labels and class means          test_soft_labels_vanish_at_equal_scores, test_a_class_mean_reads_its_own_pixels, test_lessons::test_kl_agrees_with_torch
-20 no weight, no forward pass           test_forward_passes, test_a_term_without_weight_is_not_in_the_history, test_mutual_fusion::test_terms_without_weight_make_no_forward_pass
-21 the student leaves alone             test_the_student_leaves_alone
-22 the same again, also after a kill    test_the_same_seed_gives_the_same_losses, test_resumed_after_every_epoch_it_ends_the_same
-23 four images by heart                 test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken
-24 CMEDL against the student alone      no test: measured over seeds in a chapter of results
-25 no patient on two sides              test_clinical::test_no_patient_is_on_both_sides_in_either_sequence
-26 image and label move together        test_clinical::test_a_warped_disc_and_its_warped_label_agree, test_augment::test_any_motion_keeps_image_and_label_together
-27 scores of shifted spheres            test_agreement::test_shifted_spheres_have_their_analytic_scores, test_agreement::test_a_miss_is_counted_left_out_and_imputed
-28 unpaired images have no PSNR         test_quality::test_unpaired_input_is_refused
-29 Wilcoxon is scipy's                  test_agreement::test_wilcoxon_reproduces_scipys_manual
-30 t-SNE                                test_analysis::test_pixels_are_balanced_bounded_and_the_same_every_time, test_analysis::test_embedding_is_repeatable_names_its_engine_and_keeps_neighbours
-31 DRIT                                 test_drit::test_kl, test_drit::test_undecided_discriminators, test_drit::test_latent_leaves_no_trace_on_the_style_encoder
-32 the share of a translation           test_mutual_fusion::test_alpha_is_a_share_and_starts_in_the_middle, test_mutual_fusion::test_a_share_of_nothing_leaves_the_translation_out
-33 what VGG19 is shown                  test_vgg_is_shown_the_colours_it_was_trained_on, test_contextual::test_vgg_is_torchvisions
+1  weights are counted
+    test_cmedl_networks::test_counts
+    test_cyclegan::test_counts_and_shapes
+    test_drit::test_counts
+2  shapes of scores and taps
+    test_cmedl_networks::test_shapes_at_256
+3  a discriminator sees 70 px, 30 x 30 scores
+    test_cyclegan::test_receptive_field_is_70
+    test_cyclegan::test_counts_and_shapes
+4  range and sides of translations
+    test_cyclegan::test_generator_keeps_shape_and_range_and_equals_itself_in_eval
+    test_cyclegan::test_bad_images_are_refused
+5  contextual loss of an image with itself
+    test_contextual::test_identity_order_and_scale
+6  order and scale do not matter
+    test_contextual::test_identity_order_and_scale
+7  it grows with noise
+    test_the_contextual_loss_grows_with_noise
+8  a collapsed output costs ln N
+    test_contextual::test_bounds_and_collapse
+9  flat background, and its mask
+    test_contextual::test_equal_positions_leave_finite_gradients
+    test_flat_background_is_masked_out
+10 in blocks as in one piece
+    test_contextual::test_blocks_equal_the_whole_matrix
+11 half precision
+    test_contextual::test_half_precision_and_autocast
+    test_contextual::test_vectors_without_length
+12 little is kept
+    test_contextual::test_nothing_of_matrix_size_is_kept
+13 hint between equal networks
+    test_identical_networks_have_nothing_to_hint
+14 gradients reach whom they should
+    test_gradient_flow
+    test_each_discriminator_teaches_one_generator
+    test_a_frozen_teacher_gives_hints_and_gets_none
+    test_translation_first_teaches_the_translation_by_its_own_terms_only
+    test_drit::test_gradient_flow
+15 a step leaves the others alone
+    test_a_step_leaves_the_others_bit_identical
+    test_every_pass_moves_the_statistics_once
+    test_the_extractor_passes_gradient_and_never_changes
+16 perfect generators, blind discriminators
+    test_perfect_generators_and_blind_discriminators_pay_nothing
+17 the discriminators' memory
+    test_cyclegan::test_buffer_fills_then_swaps_half
+    test_cyclegan::test_buffer_half_way_and_size_zero_and_batches_larger_than_it
+    test_cyclegan::test_buffer_restored_from_state_dict_draws_the_same
+18 Dice
+    test_losses::test_limits
+    test_losses::test_one_logit_is_two
+    test_losses::test_gradients
+19 soft labels and class means
+    test_soft_labels_vanish_at_equal_scores
+    test_a_class_mean_reads_its_own_pixels
+    test_lessons::test_kl_agrees_with_torch
+20 no weight, no forward pass
+    test_forward_passes
+    test_a_term_without_weight_is_not_in_the_history
+    test_mutual_fusion::test_terms_without_weight_make_no_forward_pass
+21 the student leaves alone
+    test_the_student_leaves_alone
+22 the same again, also after a kill
+    test_the_same_seed_gives_the_same_losses
+    test_resumed_after_every_epoch_it_ends_the_same
+23 four images by heart
+    test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken
+24 CMEDL against the student alone
+    no test: measured over seeds in a chapter of results
+25 no patient on two sides
+    test_clinical::test_no_patient_is_on_both_sides_in_either_sequence
+26 image and label move together
+    test_clinical::test_a_warped_disc_and_its_warped_label_agree
+    test_augment::test_any_motion_keeps_image_and_label_together
+27 scores of shifted spheres
+    test_agreement::test_shifted_spheres_have_their_analytic_scores
+    test_agreement::test_a_miss_is_counted_left_out_and_imputed
+28 unpaired images have no PSNR
+    test_quality::test_unpaired_input_is_refused
+29 Wilcoxon is scipy's
+    test_agreement::test_wilcoxon_reproduces_scipys_manual
+30 t-SNE
+    test_analysis::test_pixels_are_balanced_bounded_and_the_same_every_time
+    test_analysis::test_embedding_is_repeatable_names_its_engine_and_keeps_neighbours
+31 DRIT
+    test_drit::test_kl
+    test_drit::test_undecided_discriminators
+    test_drit::test_latent_leaves_no_trace_on_the_style_encoder
+32 the share of a translation
+    test_mutual_fusion::test_alpha_is_a_share_and_starts_in_the_middle
+    test_mutual_fusion::test_a_share_of_nothing_leaves_the_translation_out
+33 what VGG19 is shown
+    test_vgg_is_shown_the_colours_it_was_trained_on
+    test_contextual::test_vgg_is_torchvisions
 """
 
 import copy
@@ -86,13 +146,14 @@ FREE = {
     "cross": 0.0,
     "latent": 0.0,
     "cyc": 0.0,
-    "critic": 0.0,
-    "content_critic": 0.0,
+    "discriminator": 0.0,
+    "content_discriminator": 0.0,
 }
 
 
 class Two:
-    "Batches of blocks in noise for each source; the batch is a function of (source, step). The unlabelled source has no labels."
+    """Batches of blocks in noise for each source; the batch is a function of (source, step). The
+    unlabelled source has no labels."""
 
     def __init__(self, side=32, classes=2, sources=("student", "teacher")):
         self.side = side
@@ -173,7 +234,8 @@ def learner(
 
 
 def updates(r, stage=0, step=0):
-    "Run the updates of one batch through the learner's own `_update`; yields each update when it has run, with the values of its terms."
+    """Run the updates of one batch through the learner's own `_update`; yields each update when it
+    has run, with the values of its terms."""
     stage = r.stages[stage]
     set_modes(r.method, stage)
     batch = r.data.batch(step, stage.sources)
@@ -260,7 +322,7 @@ def test_identical_networks_have_nothing_to_hint(name, side, training):
     for level in LEVELS:
         names = hint_layers(student, teacher, level)
 
-        def features(net):
+        def features(net, names=names):
             with Taps(net, names) as taps:
                 net(x)
                 return list(taps.take().values())
@@ -324,7 +386,7 @@ FLOW = [  # options, term, the update that has it, the networks that it reaches
             ("seg_g", {"g_st"}),
         ]
     ],
-    (SMALL, "critic", "critics", D),
+    (SMALL, "discriminator", "discriminators", D),
     *[
         (SMALL, term, "segmentors", who)
         for term, who in [
@@ -374,8 +436,8 @@ FLOW = [  # options, term, the update that has it, the networks that it reaches
         ]
     ],
     (DRIT, "latent", "random style", CODE_G),
-    (DRIT, "critic", "critics", {"d_image"}),
-    (DRIT, "content_critic", "content critic", {"d_content"}),
+    (DRIT, "discriminator", "discriminators", {"d_image"}),
+    (DRIT, "content_discriminator", "content discriminator", {"d_content"}),
     *[
         (DRIT, term, "segmentors", who)
         for term, who in [("hint", BOTH), ("seg_pseudo", {"teacher"}), ("seg_fake", {"student"})]
@@ -384,7 +446,8 @@ FLOW = [  # options, term, the update that has it, the networks that it reaches
 
 
 def alone(folder, options, term, **k):
-    "A learner in which only one term has a weight, without the check that a hint needs a translation."
+    """A learner in which only one term has a weight, without the check that a hint needs a
+    translation."""
     method = CMEDL(*nets(), options, 2, 0, **k)
     method.check_weights = lambda weights: None
     sources = ("student", "teacher") + (("unlabelled",) if options.unlabelled else ())
@@ -398,7 +461,8 @@ def alone(folder, options, term, **k):
 
 
 def flow(r, stage=0):
-    "({update: networks that it gave a gradient}, the networks that changed, the terms that were computed)."
+    """({update: networks that it gave a gradient}, the networks that changed, the terms that were
+    computed)."""
     before = parameters(r)
     reached = {}
     terms = set()
@@ -423,7 +487,7 @@ def test_gradient_flow(tmp_path, options, term, update, who):
 
 
 @pytest.mark.parametrize("silent,who", [("d_s", "g_st"), ("d_t", "g_ts")])
-def test_each_critic_teaches_one_generator(tmp_path, silent, who):
+def test_each_discriminator_teaches_one_generator(tmp_path, silent, who):
     r = alone(tmp_path, SMALL, "adv")
     last = [m for m in r.method.networks[silent].modules() if isinstance(m, nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
@@ -472,7 +536,7 @@ def test_the_extractor_passes_gradient_and_never_changes(tmp_path, monkeypatch):
         "load_vgg19",
         lambda *a, **k: {
             f"features.{k}": 0.05 * torch.randn(v.shape, generator=torch_rng(0, k))
-            for k, v in contextual.vgg19_body().state_dict().items()
+            for k, v in contextual.build_vgg19_body().state_dict().items()
         },
     )
     for options in (SMALL, replace(SMALL, cx_on="vgg19", vgg="not read")):
@@ -579,7 +643,8 @@ def test_every_pass_moves_the_statistics_once(tmp_path, options):
 
 
 def naive(r, batch):
-    "The losses and gradients of one iteration with every forward pass made where it is needed, on copies of the networks."
+    """The losses and gradients of one iteration with every forward pass made where it is needed, on
+    copies of the networks."""
     n = {k: copy.deepcopy(v).requires_grad_(True) for k, v in r.method.networks.items()}
     o = r.method.options
     w = r.weights
@@ -629,8 +694,8 @@ def naive(r, batch):
         ),
         "seg_g": lambda: seg(segment("teacher", st())[0], s.label),
     }
-    critic = {
-        "critic": lambda: sum(
+    discriminator = {
+        "discriminator": lambda: sum(
             discriminator_gan_loss(n[d](real), n[d](fake.detach()))
             for d, real, fake in (("d_t", x_t, st()), ("d_s", x_s, ts()))
         )
@@ -649,7 +714,7 @@ def naive(r, batch):
     }
     values = {}
     gradients = {}
-    for terms, changes in ((first, G), (critic, D), (last, BOTH)):
+    for terms, changes in ((first, G), (discriminator, D), (last, BOTH)):
         for net in n.values():
             net.zero_grad(set_to_none=True)
         found = {k: f() for k, f in terms.items()}
@@ -733,7 +798,7 @@ COUNTS = [  # options, weights, forward passes of an iteration
             "adv": 0.0,
             "cyc": 0.0,
             "cx": 0.0,
-            "critic": 0.0,
+            "discriminator": 0.0,
         },
         dict(student=1),
     ),
@@ -769,10 +834,10 @@ def test_a_term_without_weight_is_not_in_the_history(tmp_path, term):
     assert not values & set(off) and len(values) == 10 - len(off)
 
 
-# ---------------------------------------------------------------- the translation's losses at known places
+# ----------------------------------------------- the translation's losses at known places
 
 
-def test_perfect_generators_and_blind_critics_pay_nothing(tmp_path):
+def test_perfect_generators_and_blind_discriminators_pay_nothing(tmp_path):
     class One(nn.Module):
         def forward(self, x):
             return torch.ones(len(x), 1, 3, 3)
@@ -784,8 +849,8 @@ def test_perfect_generators_and_blind_critics_pay_nothing(tmp_path):
     assert terms["cyc"]() == 0 and terms["adv"]() == 0 and terms["idt"]() == 0
     values = r.stages[0].updates[1].losses(batch, r._noise(0))
     assert (
-        values["critic"]() == 1.0
-    )  # half for real images (right), half for fakes (wrong), two critics
+        values["discriminator"]() == 1.0
+    )  # half for real images (right), half for fakes (wrong), two discriminators
 
 
 def test_the_contextual_loss_grows_with_noise():
@@ -904,7 +969,7 @@ def test_resumed_after_every_epoch_it_ends_the_same(tmp_path, options):
         r = one("broken")
         draw = r.data.batch
 
-        def batch(step, *a, stop=stop):
+        def batch(step, *a, stop=stop, draw=draw):
             if step == stop:
                 raise KeyboardInterrupt
             return draw(step, *a)
@@ -950,11 +1015,11 @@ def test_another_option_or_another_frozen_teacher_is_refused(tmp_path):
 
 def four(modality, side=32):
     "The slice with most tumour of four chest phantoms."
-    from unpaired_kd.data.phantoms.chest import ChestKnobs, chest_volume
+    from unpaired_kd.data.phantoms.chest import ChestKnobs, draw_chest
 
     knobs = ChestKnobs(size=side, slices=5, pixel=192 / side)
     volumes = [
-        [torch.as_tensor(v) for v in chest_volume(modality, 0, p, knobs)[:2]] for p in range(4)
+        [torch.as_tensor(v) for v in draw_chest(modality, 0, p, knobs)[:2]] for p in range(4)
     ]
     at = [int(y.flatten(1).sum(1).argmax()) for _, y in volumes]
     return Batch(
@@ -988,13 +1053,16 @@ def test_four_phantoms_are_learnt_by_heart_and_the_hint_is_taken(tmp_path):
     assert history[-1]["hint"] < 0.5 * max(h["hint"] for h in history[:3])
 
 
-# ---------------------------------------------------------------- what leaves the house
+# ---------------------------------------------------------------- what leaves with the student
 
 ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.translation.cyclegan", "unpaired_kd.translation.drit", "unpaired_kd.translation.contextual", "unpaired_kd.training")): raise ImportError(name)
+        needed_in_training = ("methods", "training", "translation.cyclegan", "translation.drit",
+                              "translation.contextual")
+        if name.startswith(tuple("unpaired_kd." + part for part in needed_in_training)):
+            raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
 from unpaired_kd.inference.student import Student
@@ -1030,7 +1098,7 @@ def test_the_student_leaves_alone(tmp_path):
         "g_ts",
         "generator",
         "d_t",
-        "critic",
+        "discriminator",
         "teacher",
         "extractor",
         "features.",
@@ -1105,9 +1173,9 @@ def test_lessons_need_a_translation(tmp_path, term):
     learner(tmp_path, SMALL, off)
 
 
-def test_generators_need_critics_that_learn(tmp_path):
-    with pytest.raises(InputError, match="critic"):
-        learner(tmp_path, SMALL, {"critic": 0.0})
+def test_generators_need_discriminators_that_learn(tmp_path):
+    with pytest.raises(InputError, match="discriminator"):
+        learner(tmp_path, SMALL, {"discriminator": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -1258,10 +1326,10 @@ def test_every_preset_trains(tmp_path, preset):
         "hint_g",
         "seg",
         "seg_pseudo",
-        "critic",
+        "discriminator",
         "dice_fake",
         "contrast",
-        "critic_right",
+        "discriminator_right",
         "rms_teacher",
     } <= row.keys() and ("idt" in row) == (preset == "released")
 
@@ -1283,7 +1351,7 @@ def test_segmentation_losses_by_name():
 
     dice = soft_dice_loss(logits, label, per_image=True)
     ce = cross_entropy_loss(logits, label)
-    assert of("house") == segmentation_loss(logits, label)
+    assert of("common") == segmentation_loss(logits, label)
     assert of("dice") == dice and of("ce") == ce and torch.isclose(of("dice_ce"), dice + ce)
 
 

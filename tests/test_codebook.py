@@ -1,4 +1,5 @@
-"""Codebooks: identities of the quantiser, faults, determinism, and what codes learn on plain tubes. The names A1..A11 are the checks of the chapter `codebook`."""
+"""Codebooks: identities of the quantiser, faults, determinism, and what codes learn on plain
+tubes. The names A1..A11 are the checks of the chapter `codebook`."""
 
 import copy
 import math
@@ -17,16 +18,16 @@ from unpaired_kd.data.phantoms.vessels import VesselKnobs, vessel_volume
 from unpaired_kd.distillation.codebook import (
     FSQ,
     Codebook,
-    averaged,
+    average_codes,
     code_statistics,
-    code_use,
     codebook_health,
-    kmeans,
+    count_code_use,
     nearest_code,
-    rotated,
-    shuffled,
+    rotate_onto,
+    run_kmeans,
+    shuffle_codes,
     straight_through,
-    unit,
+    unit_vectors,
     vessel_information,
 )
 
@@ -63,7 +64,7 @@ def test_values_are_rows(dtype, limit, cosine):  # A2
     assert (q.values.movedim(1, -1).reshape(-1, 1, 4) - book.table).abs().amax(2).amin(
         1
     ).max() <= limit
-    turned = rotated(normal(9, 4, dtype=dtype), normal(9, 4, seed=3, dtype=dtype))
+    turned = rotate_onto(normal(9, 4, dtype=dtype), normal(9, 4, seed=3, dtype=dtype))
     assert (turned - normal(9, 4, seed=3, dtype=dtype)).abs().max() < limit * 10
 
 
@@ -176,8 +177,8 @@ def test_statistics_equal_one_hot():
 
 
 def test_perplexity():  # A6
-    assert abs(code_use(torch.arange(64).repeat(100), 64)["perplexity"] - 64) < 1e-9
-    assert code_use(torch.full((10,), 3), 64) == dict(active=1 / 64, perplexity=1.0)
+    assert abs(count_code_use(torch.arange(64).repeat(100), 64)["perplexity"] - 64) < 1e-9
+    assert count_code_use(torch.full((10,), 3), 64) == dict(active=1 / 64, perplexity=1.0)
     share = torch.rand(50000, generator=torch_rng(0, "share"))
     assert vessel_information((share * 5).long(), share, 8) == pytest.approx(1)
     assert vessel_information(torch.randint(8, (50000,)), share, 8) < 0.01
@@ -191,20 +192,20 @@ def test_perplexity():  # A6
 def test_kmeans_rows_are_distinct_and_means():
     tokens = normal(60, 3).repeat(5, 1)
     for cosine in (False, True):
-        table, size = kmeans(tokens, 60, cosine)
+        table, size = run_kmeans(tokens, 60, cosine)
         assert len(table.unique(dim=0)) == 60 and size.sum() == 300
     two = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1) + 0.01 * normal(100, 2)
-    table, size = kmeans(two, 2)
+    table, size = run_kmeans(two, 2)
     assert size.tolist() == [50, 50] and torch.allclose(
         table.sort(0).values[:, 0], torch.tensor([-1.0, 1.0]), atol=0.01
     )
-    assert torch.equal(kmeans(tokens, 10, seed=4)[0], kmeans(tokens, 10, seed=4)[0])
-    assert not torch.equal(kmeans(tokens, 10, seed=4)[0], kmeans(tokens, 10, seed=5)[0])
+    assert torch.equal(run_kmeans(tokens, 10, seed=4)[0], run_kmeans(tokens, 10, seed=4)[0])
+    assert not torch.equal(run_kmeans(tokens, 10, seed=4)[0], run_kmeans(tokens, 10, seed=5)[0])
 
 
 def test_kmeans_leaves_no_code_empty():  # in one of these 30 draws, averaging alone loses a code
     for seed in range(30):
-        table, size = kmeans(normal_of("x", seed, 60, 2), 40, seed=seed)
+        table, size = run_kmeans(normal_of("x", seed, 60, 2), 40, seed=seed)
         assert size.min() >= 1 and len(table.unique(dim=0)) == 40
 
 
@@ -233,7 +234,7 @@ def test_restarts_take_tokens_of_the_batch_and_can_be_switched_off():
     assert book.restarted == 15 and len(fresh.unique(dim=0)) == 15
     assert torch.cdist(fresh, z[0].T).amin(1).max() < 1e-3
     drawn = []
-    for step in range(2):  # the same batch, the next step: other tokens
+    for _ in range(2):  # the same batch, the next step: other tokens
         book.table.fill_(100.0)
         book.counts.zero_()
         book(z)
@@ -358,7 +359,7 @@ def test_faults():
         with pytest.raises(InputError, match="not finite"):
             book(z)
         with pytest.raises(InputError, match="not finite"):
-            kmeans(z.movedim(1, -1).reshape(-1, 4), 2)
+            run_kmeans(z.movedim(1, -1).reshape(-1, 4), 2)
         assert torch.equal(before, book.table)
     with pytest.raises(InputError, match="codes=16, dim=4"):
         book.load_state_dict(Codebook(16, 4).state_dict())
@@ -369,9 +370,9 @@ def test_faults():
     with pytest.raises(InputError):
         nearest_code(normal(5, 3), normal(5, 4))
     with pytest.raises(InputError):
-        code_use(torch.tensor([0, 8]), 8)
+        count_code_use(torch.tensor([0, 8]), 8)
     with pytest.raises(InputError):
-        code_use(torch.tensor([]).long(), 8)
+        count_code_use(torch.tensor([]).long(), 8)
     with pytest.raises(InputError):
         vessel_information(torch.zeros(4).long(), torch.zeros(5), 8)
     with pytest.raises(InputError):
@@ -391,7 +392,7 @@ def test_zero_tokens_stay_finite():
         assert q.values.isfinite().all() and z.grad.isfinite().all()
     assert (
         torch.equal(straight_through(z, z + 1).detach(), z.detach() + 1)
-        and (unit(torch.zeros(2, 3)) == 0).all()
+        and (unit_vectors(torch.zeros(2, 3)) == 0).all()
     )
 
 
@@ -472,7 +473,8 @@ def judged(net, held, book=None):
 
 @pytest.fixture(scope="module")
 def learned():
-    "Trained once: healthy, with a skip, textbook (images as they come), one code; with their held-out error, codes, and log of restarts."
+    """Trained once: healthy, with a skip, textbook (images as they come), one code; with their
+    held-out error, codes, and log of restarts."""
     images = cubes(range(12))[0]
     held, mask = cubes(range(100, 106))
     centre = images.mean()
@@ -494,7 +496,7 @@ def learned():
             error=error,
             held=view(held),
             health=codebook_health(index, share, book.codes),
-            factor=judged(net, view(held), shuffled(book))[0] / error,
+            factor=judged(net, view(held), shuffle_codes(book))[0] / error,
         )
         print(
             name,
@@ -534,7 +536,7 @@ def test_textbook_settings_collapse(learned):  # A8, negative control
 def test_the_decoder_reads_the_codes(learned):  # A9
     run = learned["healthy"]
     assert run["factor"] >= 3
-    assert judged(run["net"], run["held"], averaged(run["net"].book))[0] == pytest.approx(
+    assert judged(run["net"], run["held"], average_codes(run["net"].book))[0] == pytest.approx(
         1, abs=0.25
     )
     moved = copy.deepcopy(
@@ -645,13 +647,14 @@ def test_two_processes_are_one_that_sees_the_joint_batch(tmp_path):
 
 
 def test_restarts_of_one_process_are_drawn_as_ever():
-    "By hand: the dead codes take the rows of the permutation of this seed and step, and begin at the threshold."
-    rows = unit(normal(30, 4))
+    """By hand: the dead codes take the rows of the permutation of this seed and step, and begin
+    at the threshold."""
+    rows = unit_vectors(normal(30, 4))
     book = Codebook(6, 4, restart=2.0, decay=0.5, seed=5)
     book.counts.copy_(torch.tensor([9.0, 1, 9, 0, 1, 9]))
     book.steps.fill_(7)
     old = book.table.clone()
-    book._revive(rows)
+    book._restart(rows)
     chosen = torch.randperm(30, generator=torch_rng(5, "restart", 7))[:3]
     assert torch.equal(book.table[[1, 3, 4]], rows[chosen]) and torch.equal(
         book.table[[0, 2, 5]], old[[0, 2, 5]]
@@ -677,7 +680,8 @@ def test_a_restarted_code_is_not_restarted_again():
 
 
 def test_the_start_counts_tokens_by_the_size_of_each_code():
-    "Three clusters of 10, 30 and 60 tokens: counts are 10 a code on average, shared out by size; sums are counts times rows."
+    """Three clusters of 10, 30 and 60 tokens: counts are 10 a code on average, shared out by
+    size; sums are counts times rows."""
     centres = torch.tensor([[0.0, 0], [100, 0], [0, 100]])
     tokens = torch.cat([c + 0.01 * normal(n, 2, seed=n) for c, n in zip(centres, (10, 30, 60))])
     book = Codebook(3, 2, cosine=False).start(tokens)

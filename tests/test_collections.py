@@ -1,4 +1,5 @@
-"Collections: every fault of a folder is named, splits keep patients whole, listing order never matters."
+"""Collections: every fault of a folder is named, splits keep patients whole, listing order never
+matters."""
 
 import csv
 import hashlib
@@ -22,7 +23,7 @@ from unpaired_kd.data.labels import infer_labels
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.matching import match_labels
 from unpaired_kd.data.resampling import prepare
-from unpaired_kd.data.splits import Split, deck, kfold_groups, label_budget, split_groups
+from unpaired_kd.data.splits import Split, _deal_groups, kfold_groups, label_budget, split_groups
 
 
 def picture(k, shape=(20, 24)):
@@ -303,7 +304,7 @@ def test_missing_groups_are_a_warning(ward):
 
 
 def test_instance_labels_are_recognised(ward):
-    "Twenty squares, numbered in steps of 30: more numbers than a picture has classes, each in one piece."
+    "Twenty squares, numbered in steps of 30: too many for classes of a picture, each in one piece."
     y = np.zeros((20, 24), np.uint16)
     for n in range(20):
         y[4 * (n // 5) : 4 * (n // 5) + 3, 4 * (n % 5) : 4 * (n % 5) + 3] = 30 * (n + 1)
@@ -447,7 +448,7 @@ def test_lotus_layout_of_deepliif_keeps_altered_copies_together(tmp_path):
 
 
 def test_listing_order_does_not_matter(ward, monkeypatch):
-    "Acceptance check: group sets are disjoint and the same on a tree whose listing order differs from the sorted one."
+    "Group sets are disjoint, and the same on a tree that is listed in another order."
     before = Collection.from_folders(ward)
     true = Path.iterdir
 
@@ -553,7 +554,9 @@ def test_budgets_are_nested_and_go_round_the_patients(seed):
         assert sorted(chosen[-1]) == sorted(c.ids)
     assert len(set(c.subset(label_budget(c, 8, seed=seed)).groups)) == 8
     assert len({label_budget(c, 1, seed=s)[0] for s in range(20)}) > 3
-    assert sorted(Counter(strata[g] for g in deck(strata, rng(seed, "d"))[:4]).values()) == [2, 2]
+    assert sorted(
+        Counter(strata[g] for g in _deal_groups(strata, rng(seed, "d"))[:4]).values()
+    ) == [2, 2]
 
 
 # what the labels' numbers mean
@@ -1200,7 +1203,7 @@ def test_small_images_are_found_by_name_without_reading(ward, monkeypatch):
 
 
 def test_splits_of_earlier_fingerprints_are_read_with_a_word(ward):
-    "A split saved with 12 digits, made by hand as they were made: ids, groups and sizes in bytes, no labels."
+    "A split saved with 12 digits, as they were made: ids, groups and sizes in bytes, no labels."
     from unpaired_kd.core import digest
 
     c = Collection.from_folders(ward)

@@ -1,4 +1,5 @@
-"""The contextual loss and its feature extractors: what the chapter does not show. Loops for a batch, exact derivatives, ties, precision, broken files."""
+"""The contextual loss and its feature extractors: what the chapter does not show. Loops for a
+batch, exact derivatives, ties, precision, broken files."""
 
 import math
 import warnings
@@ -15,17 +16,17 @@ from unpaired_kd.networks.unet import UNet
 from unpaired_kd.networks.unet_bilinear import BilinearUNet
 from unpaired_kd.translation import contextual
 from unpaired_kd.translation.contextual import (
-    DIRECTIONS,
+    CONTEXT_DIRECTIONS,
     EncoderFeatures,
     FilterBank,
     VGG19Features,
     body_mask,
+    build_vgg19_body,
     contextual_loss,
     encoder_layers,
     feature_extractor,
     load_vgg19,
     naive_contextual,
-    vgg19_body,
 )
 
 
@@ -62,7 +63,7 @@ def loops(f, g, h, direction):
 # ---------------------------------------------------------------- the loss
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", CONTEXT_DIRECTIONS)
 @pytest.mark.parametrize("h", [0.1, 0.5])
 def test_a_batch_of_two_against_loops(direction, h):
     f, g = (
@@ -77,7 +78,7 @@ def test_a_batch_of_two_against_loops(direction, h):
     assert abs(naive_contextual(f, g, h, direction).item() - wanted) < 1e-12
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", CONTEXT_DIRECTIONS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_exact_derivatives(direction, masked):
     f, g = (
@@ -94,7 +95,7 @@ def test_exact_derivatives(direction, masked):
     )
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", CONTEXT_DIRECTIONS)
 @pytest.mark.parametrize(
     "sizes,rows",
     [
@@ -121,7 +122,7 @@ def test_blocks_equal_the_whole_matrix(direction, sizes, rows):
         assert (a - b).abs().max() <= 4e-6 * b.abs().max()
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", CONTEXT_DIRECTIONS)
 @pytest.mark.parametrize("rows", [2, 3, 100])
 def test_ties_go_to_the_first(direction, rows):
     "Vectors of whole numbers about a mean of zero: all products are exact, so equal positions tie."
@@ -167,9 +168,10 @@ def test_ties_go_to_the_first(direction, rows):
     )
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", CONTEXT_DIRECTIONS)
 def test_a_distance_of_zero_has_no_slope(direction):
-    "Exact matches with exact ties: the similarity is shared, and the gradient of a distance that cannot fall is 0, as in the naive form."
+    """Exact matches with exact ties: the similarity is shared, and the gradient of a distance that
+    cannot fall is 0, as in the naive form."""
     eye = torch.eye(4, dtype=torch.float64)
     g = torch.cat([eye, -eye, eye[:2], -eye[:2]]).T[None, :, :, None]
     f = torch.cat([eye, eye[:1] + eye[1:2]]).T[None, :, :, None]
@@ -180,7 +182,7 @@ def test_a_distance_of_zero_has_no_slope(direction):
     for a, b in zip(ours, naive):
         assert (a - b).abs().max() <= 1e-12
     assert (ours[1][0, :, :4] == 0).all()
-    row = contextual._row_gradient(
+    row = contextual._similarity_gradient(
         torch.tensor([[1.0, 1.0, 0.3]]),
         torch.ones(1, 1),
         torch.full((1, 1), 2.0),
@@ -195,12 +197,13 @@ def test_a_distance_of_zero_has_no_slope(direction):
 
 def test_rounding_above_one_is_a_distance_of_zero():
     x = F.normalize(features(0, 6, 4), dim=1) * 1.0001
-    best, _, top, total = contextual._scan(x, x.clone(), 0.5, 4)
+    best, _, top, total = contextual._scan_rows(x, x.clone(), 0.5, 4)
     assert top.max() <= 1 and total.isfinite().all() and (best <= 1).all() and (total >= 1).all()
 
 
 def test_equal_positions_leave_finite_gradients():
-    "Flat background, an image against itself, and single precision: which of the equal positions wins is free, the sum over them is not."
+    """Flat background, an image against itself, and single precision: which of the equal positions
+    wins is free, the sum over them is not."""
     g = features(0, 1, 6, 8, 8)
     g[..., :4, :] = g[..., :1, :1]
     for h in (0.1, 0.5):
@@ -231,7 +234,7 @@ def test_bounds_and_collapse():
         and contextual_loss(constant, g, direction="source").abs() < 1e-5
     )
     for seed in range(4):
-        for d in DIRECTIONS:
+        for d in CONTEXT_DIRECTIONS:
             assert (
                 -1e-6
                 <= contextual_loss(features(seed + 1, 1, 16, 16, 16) * 9, g, direction=d)
@@ -248,7 +251,7 @@ def test_vectors_without_length(which):
         g = torch.full_like(g, 2.5)
     if which == "one position":
         f[..., 0, 0] = g.mean((2, 3))
-    for d in DIRECTIONS:
+    for d in CONTEXT_DIRECTIONS:
         value, df, dg = both(contextual_loss, f, g, direction=d)
         assert (
             value.isfinite()
@@ -448,9 +451,10 @@ def test_body_mask():
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
-    "A file as torchvision's, with random weights, a classifier that nobody needs, and its checksum in its name."
+    """A file as torchvision's, with random weights, a classifier that nobody needs, and its
+    checksum in its name."""
     torch.manual_seed(0)
-    state = {f"features.{k}": v for k, v in vgg19_body().state_dict().items()} | {
+    state = {f"features.{k}": v for k, v in build_vgg19_body().state_dict().items()} | {
         "classifier.6.bias": torch.zeros(1000)
     }
     raw = tmp_path_factory.mktemp("vgg") / "raw.pth"
@@ -609,7 +613,7 @@ def test_download(vgg_file, tmp_path, monkeypatch):
     )
     again = load_vgg19(download=True, url=path.as_uri())
     assert all(torch.equal(v, again[k]) for k, v in weights.items())
-    assert contextual._digits(contextual.VGG19_URL) == "dcbb9e9d"
+    assert contextual._checksum_in_name(contextual._VGG19_URL) == "dcbb9e9d"
 
 
 def test_filter_bank():

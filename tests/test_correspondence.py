@@ -1,4 +1,6 @@
-"""Random partners of the same class: whose label they carry, who has none, what is random, where the gradient goes."""
+"""Random partners of the same class: whose label they carry, who has none, what is random, where
+the gradient goes.
+"""
 
 import pytest
 import torch
@@ -56,7 +58,8 @@ def test_without_a_generator_the_global_one_decides():
 
 
 def test_every_member_is_as_likely_as_any_other():
-    "3000 pixels draw from 10 members spread over two images: each about 300 times (standard deviation 16)."
+    """3000 pixels draw from 10 members spread over two images: each about 300 times (standard
+    deviation 16)."""
     values = torch.arange(20.0).reshape(2, 1, 10)
     y_t = torch.tensor([[1, 0] * 5, [0, 1] * 5])
     out, _ = random_same_class(values, y_t, torch.ones(1, 3000, dtype=torch.long), 2, torch_rng(0))

@@ -1,4 +1,5 @@
-"""Translation networks: what the chapter does not show. Counts, borders, ranges, the memory of the critic, and alarms that must ring."""
+"""Translation networks: what the chapter does not show. Counts, borders, ranges, the memory of the
+discriminator, and alarms that must ring."""
 
 import copy
 
@@ -10,17 +11,17 @@ from unpaired_kd.translation.cyclegan import (
     Generator,
     PatchDiscriminator,
     ReplayBuffer,
-    change,
     contrast_sign,
     cycle_loss,
+    describe_faults,
     discriminator_gan_loss,
     gan_loss,
     generator_gan_loss,
     high_frequency,
     identity_loss,
+    mean_change,
     to_signed,
     to_unit,
-    warn_if_odd,
 )
 
 
@@ -119,7 +120,7 @@ def test_bad_images_are_refused():
     for bad in (1.01 * x / x.abs().max(), x - 0.5 - x.max(), 255 * to_unit(x)):
         with pytest.raises(
             InputError,
-            match=r"images must be in \[-1,1\]; the house's are in \[0,1\]: use `to_signed`",
+            match=r"images must be in \[-1,1\]; for images in \[0,1\] use `to_signed`",
         ):
             net(bad)
     with pytest.raises(InputError, match="to_signed"):
@@ -283,16 +284,16 @@ def test_alarm_inversion():
     assert contrast_sign(x, torch.zeros_like(x)) == 0 and contrast_sign(-torch.ones_like(x), x) == 0
     with pytest.raises(InputError, match="mask"):
         contrast_sign(x, inverted, mask=torch.ones(64, 64, dtype=torch.bool))
-    assert "inverted" in warn_if_odd(
-        contrast_sign(x, inverted), change(x, inverted), high_frequency(inverted)
+    assert "inverted" in describe_faults(
+        contrast_sign(x, inverted), mean_change(x, inverted), high_frequency(inverted)
     )
 
 
 def test_alarm_no_change():
     x = body()
-    assert change(x, x) == 0
-    torch.testing.assert_close(change(x, x + 0.1).item(), 0.1, rtol=1e-4, atol=0)
-    text = warn_if_odd(contrast_sign(x, x), change(x, x), high_frequency(x))
+    assert mean_change(x, x) == 0
+    torch.testing.assert_close(mean_change(x, x + 0.1).item(), 0.1, rtol=1e-4, atol=0)
+    text = describe_faults(contrast_sign(x, x), mean_change(x, x), high_frequency(x))
     assert "does nothing" in text and "inverted" not in text and "\n" not in text
 
 
@@ -307,8 +308,8 @@ def test_alarm_checkerboard(channels):
     ):  # both axes, or one
         fake = 0.5 * x + 0.3 * pattern
         assert high_frequency(x) < 0.02 and high_frequency(fake) > 0.3
-        assert "checkerboard" in warn_if_odd(
-            contrast_sign(x, fake), change(x, fake), high_frequency(fake), high_frequency(x)
+        assert "checkerboard" in describe_faults(
+            contrast_sign(x, fake), mean_change(x, fake), high_frequency(fake), high_frequency(x)
         )
     assert abs(high_frequency(torch.randn(1, channels, 128, 128)) - 0.2) < 0.03  # white noise
     assert high_frequency(torch.ones(1, channels, 8, 8)) == 0
@@ -318,13 +319,13 @@ def test_no_alarm_for_a_good_translation_and_nan_is_named():
     x = body()
     fake = 0.6 * x - 0.1
     assert (
-        warn_if_odd(
-            contrast_sign(x, fake), change(x, fake), high_frequency(fake), high_frequency(x)
+        describe_faults(
+            contrast_sign(x, fake), mean_change(x, fake), high_frequency(fake), high_frequency(x)
         )
         == ""
     )
-    assert "NaN" in warn_if_odd(float("nan"), 0.1, 0.0)
-    assert warn_if_odd(0.9, 0.5, 0.22, 0.2) == ""  # noisy target images are no checkerboard
+    assert "NaN" in describe_faults(float("nan"), 0.1, 0.0)
+    assert describe_faults(0.9, 0.5, 0.22, 0.2) == ""  # noisy target images are no checkerboard
 
 
 def test_networks_run_in_bfloat16_and_losses_stay_float32():

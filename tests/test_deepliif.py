@@ -1,4 +1,6 @@
-"""DeepLIIF tiles: faults named, colours under noise, objects, groups, and the folder that `open_collection` reads."""
+"""DeepLIIF tiles: faults named, colours under noise, objects, groups, and the folder that
+`open_collection` reads.
+"""
 
 import re
 import warnings
@@ -15,15 +17,15 @@ from unpaired_kd.data.sets.deepliif import (
     PANELS,
     base_tile,
     convert_deepliif,
-    organ,
+    find_tiles,
+    organ_of,
+    read_classes,
+    read_colours,
+    read_objects,
     read_panels,
-    seg_classes,
-    seg_colours,
-    seg_objects,
     split_panels,
     student_input,
     teacher_input,
-    tile_files,
     unpair,
 )
 
@@ -33,7 +35,7 @@ S = 40
 def seg(spots):
     "A label with discs (y, x, radius, colour 0 red | 2 blue) inside a green line 2 px wide."
     y, x, out = *np.mgrid[:S, :S], np.zeros((3, S, S), np.uint8)
-    for cy, cx, r, k in spots:
+    for cy, cx, r, _ in spots:
         d = np.hypot(y - cy, x - cx)
         out[1][(d >= r) & (d < r + 2)] = 255
     for cy, cx, r, k in spots:
@@ -134,9 +136,9 @@ def test_colours_have_names():
         ],
         np.uint8,
     ).T[:, None]
-    assert seg_colours(a)[0].tolist() == [0, 1, 2, 3, 1, 2, 0, 1, 2]
-    assert seg_colours(a, 150)[0].tolist()[-2:] == [0, 0]
-    y = seg_classes(seg(SPOTS))
+    assert read_colours(a)[0].tolist() == [0, 1, 2, 3, 1, 2, 0, 1, 2]
+    assert read_colours(a, 150)[0].tolist()[-2:] == [0, 0]
+    y = read_classes(seg(SPOTS))
     assert CLASSES[y[10, 10]] == "positive" and CLASSES[y[10, 28]] == "negative" and y[0, 0] == 0
 
 
@@ -144,13 +146,13 @@ def test_every_panel_but_the_right_one_is_refused_as_label():
     p = split_panels(strip())
     for name in ("IHC", "Hematoxylin", "DAPI", "Marker"):
         with pytest.raises(InputError, match=f"tile.png.*{PANELS[-1]}"):
-            seg_colours(p[name], name="tile.png")
-    assert not seg_colours(np.zeros((3, 5, 5), np.uint8)).any()  # an empty tile is a label
+            read_colours(p[name], name="tile.png")
+    assert not read_colours(np.zeros((3, 5, 5), np.uint8)).any()  # an empty tile is a label
     for bad in (np.zeros((5, 5), np.uint8), np.zeros((3, 5, 5)), np.zeros((1, 5, 5), np.uint8)):
         with pytest.raises(InputError):
-            seg_colours(bad)
+            read_colours(bad)
     with pytest.raises(InputError, match="threshold"):
-        seg_colours(p["Seg"], 255)
+        read_colours(p["Seg"], 255)
 
 
 @pytest.mark.parametrize("quality", [95, 75, 50])
@@ -158,8 +160,8 @@ def test_jpeg_keeps_classes_and_objects(tmp_path, quality):
     clean = seg(SPOTS)
     noisy = jpeg(seg(SPOTS), quality, tmp_path)
     assert not (noisy == 255).all(0).any() and len(np.unique(noisy)) > 20  # the noise is there
-    y, n = seg_objects(clean, "nucleus")
-    z, m = seg_objects(noisy, "nucleus")
+    y, n = read_objects(clean, "nucleus")
+    z, m = read_objects(noisy, "nucleus")
     assert n.max() == m.max() == 4
     for k in (1, 2):
         assert 2 * ((y == k) & (z == k)).sum() / ((y == k).sum() + (z == k).sum()) > 0.93
@@ -167,7 +169,7 @@ def test_jpeg_keeps_classes_and_objects(tmp_path, quality):
 
 def test_objects_and_classes_agree():
     for rule in ("background", "nucleus"):
-        y, n = seg_objects(seg(SPOTS), rule)
+        y, n = read_objects(seg(SPOTS), rule)
         assert (
             y.dtype == np.uint8
             and n.dtype == np.int32
@@ -179,19 +181,19 @@ def test_objects_and_classes_agree():
         ] * 4  # an object has one class
         assert [y[10, 10], y[10, 28], y[28, 12], y[28, 29]] == [1, 2, 2, 1]
     with pytest.raises(InputError, match="boundary"):
-        seg_objects(seg(SPOTS), "ignore")
+        read_objects(seg(SPOTS), "ignore")
 
 
 def test_boundary_goes_to_the_nearest_nucleus_within_reach():
     a = seg([(20, 10, 5, 0), (20, 22, 5, 2)])  # the lines touch at x = 16
-    y, n = seg_objects(a, "nucleus")
-    inner = seg_objects(a)[0]
+    y, n = read_objects(a, "nucleus")
+    inner = read_objects(a)[0]
     assert y[20, 15] == 1 and y[20, 17] == 2 and (y[inner > 0] == inner[inner > 0]).all()
     assert np.array_equal(y > 0, a.max(0) > 0)  # all of the green is given away
     a[1, 2:4, 30:38] = 255  # a stray green line
     assert (
-        not seg_objects(a, "nucleus")[0][2:4, 30:38].any()
-        and seg_objects(a, "nucleus", reach=99.0)[0][2:4, 30:38].all()
+        not read_objects(a, "nucleus")[0][2:4, 30:38].any()
+        and read_objects(a, "nucleus", reach=99.0)[0][2:4, 30:38].all()
     )
 
 
@@ -200,18 +202,18 @@ def test_touching_nuclei_of_two_classes_and_specks():
     a[0, 5:15, 5:15] = 255
     a[2, 5:15, 15:25] = 255  # red beside blue, no line
     a[0, 30, 30] = 255  # one noisy pixel
-    y, n = seg_objects(a)
+    y, n = read_objects(a)
     assert (
         n.max() == 2
         and (y == 1).sum() == (y == 2).sum() == 100
-        and seg_objects(a, min_px=1)[1].max() == 3
+        and read_objects(a, min_px=1)[1].max() == 3
     )
     corner = np.zeros((3, S, S), np.uint8)
     corner[0, 5:15, 5:15] = corner[0, 15:25, 15:25] = 255  # they touch at a corner only
-    assert seg_objects(corner)[1].max() == 2
+    assert read_objects(corner)[1].max() == 2
     only_line = np.zeros((3, S, S), np.uint8)
     only_line[1, 5] = 255
-    assert not seg_objects(only_line, "nucleus")[1].any()
+    assert not read_objects(only_line, "nucleus")[1].any()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_base_tile(id, base):
 
 
 def test_organ_and_nothing_left():
-    assert [organ(i) for i in ("Lung1_neg", "val/Bladder_3", "22_2")] == ["Lung", "Bladder", ""]
+    assert [organ_of(i) for i in ("Lung1_neg", "val/Bladder_3", "22_2")] == ["Lung", "Bladder", ""]
     with pytest.raises(InputError, match="Rename"):
         base_tile("_neg.png")
 
@@ -275,7 +277,7 @@ def test_folder_becomes_two_collections(tmp_path):
     assert (
         np.array_equal(ihc.native(i).image, p["IHC"])
         and np.array_equal(light.native(i).image, student_input(p, "separate"))
-        and np.array_equal(light.native(i).label, seg_classes(p["Seg"]))
+        and np.array_equal(light.native(i).label, read_classes(p["Seg"]))
     )
     with pytest.raises(InputError, match="exists"):
         convert_deepliif(src, out)
@@ -288,7 +290,7 @@ def test_objects_and_boundary_reach_the_files(tmp_path):
     )
     c = open_collection(out, "if", label_kind="instance")
     assert (
-        np.array_equal(c.native(0).instances, seg_objects(seg(SPOTS), "nucleus")[1])
+        np.array_equal(c.native(0).instances, read_objects(seg(SPOTS), "nucleus")[1])
         and c.channels == 1
     )
     with pytest.raises(InputError, match="labels"):
@@ -312,13 +314,13 @@ def test_split_folders_and_torn_tiles(tmp_path):
 def test_nothing_and_twice(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images"):
-        tile_files(tmp_path / "empty")
+        find_tiles(tmp_path / "empty")
     for bad in (tmp_path / "nowhere", save(tmp_path / "t.png", strip())):
         with pytest.raises(InputError, match=re.escape(bad.name)):
             convert_deepliif(bad, tmp_path / "out")
     tree(tmp_path / "two", ["Lung1.png", "Lung1.tif"])
     with pytest.raises(InputError, match="same id 'Lung1'"):
-        tile_files(tmp_path / "two")
+        find_tiles(tmp_path / "two")
 
 
 def test_unpaired_sides_share_no_tile(tmp_path):

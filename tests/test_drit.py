@@ -1,4 +1,5 @@
-"""The two-domain translation DRIT: shapes, which loss reaches which network, noise, bad input, mixed precision."""
+"""The two-domain translation DRIT: shapes, which loss reaches which network, noise, bad input,
+mixed precision."""
 
 import math
 
@@ -16,7 +17,7 @@ from unpaired_kd.translation.drit import (
     StyleEncoder,
     StyleGenerator,
     Translation,
-    drit_networks,
+    build_drit,
     style_kl,
 )
 
@@ -25,7 +26,7 @@ NETWORKS = ("content", "style", "drit_generator", "d_image", "d_content")
 
 def build(**kw):
     with seeded(0, "drit"):
-        return drit_networks(**{"width": 4, **kw})
+        return build_drit(**{"width": 4, **kw})
 
 
 def images(n=2, seed=0, side=64, channels=1):
@@ -54,7 +55,7 @@ def count(*modules):
 
 def test_counts():
     with torch.device("meta"):
-        nets = drit_networks()
+        nets = build_drit()
     assert [count(nets[n]) for n in NETWORKS] == [
         9_005_568,
         2_684_064,
@@ -63,7 +64,7 @@ def test_counts():
         10_683_649,
     ]
     with torch.device("meta"):
-        assert count(drit_networks(res_blocks=6)["drit_generator"]) - 9_564_386 == 2 * 3 * 2 * (
+        assert count(build_drit(res_blocks=6)["drit_generator"]) - 9_564_386 == 2 * 3 * 2 * (
             264 * 264 * 9 + 264
         )
 
@@ -93,7 +94,7 @@ def test_options(kw):
 
 def test_image_discriminator_scales():
     d = ImageDiscriminator(width=4)
-    assert [l.shape[-1] for l in d(torch.zeros(1, 1, 256, 256))] == [16, 8, 4]
+    assert [scale.shape[-1] for scale in d(torch.zeros(1, 1, 256, 256))] == [16, 8, 4]
     with pytest.raises(InputError, match="at least 64"):
         d(torch.zeros(1, 1, 32, 32))
     assert len(ImageDiscriminator(width=4, scales=1)(torch.zeros(1, 1, 16, 16))) == 1
@@ -179,7 +180,8 @@ def test_kl():
 
 
 def test_reconstructions_vanish_for_a_perfect_translator():
-    "Content = the image itself, style = nothing: self-reconstruction, cross-cycle and content code are 0."
+    """Content = the image itself, style = nothing: self-reconstruction, cross-cycle and content
+    code are 0."""
 
     class Content(nn.Module):
         def forward(self, x, domain):
@@ -451,4 +453,4 @@ def test_bad_codes():
         ContentDiscriminator(16)(c[..., :3, :3])
     for kw in (dict(width=0), dict(channels=0), dict(res_blocks=-1), dict(style=2.5)):
         with pytest.raises(InputError, match=next(iter(kw))):
-            drit_networks(**kw)
+            build_drit(**kw)

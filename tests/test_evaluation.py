@@ -9,12 +9,12 @@ from scipy import stats
 
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.instances import instances_of
+from unpaired_kd.study.scoring import evaluate
 from unpaired_kd.study.statistics import (
     FEW,
     UNITS,
     bootstrap_ci,
     compare,
-    evaluate,
     holm,
     p_value,
     pair_rows,

@@ -15,7 +15,10 @@ NAMES = ("pages", "config", "readme", "sources", "house", "measures", "names", "
 pages, config, readme, sources, house, measures, names, stored = (
     pytest.importorskip(n) for n in NAMES
 )
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
+    "AABJRU5ErkJggg=="
+)
 
 
 def md(text):
@@ -57,7 +60,8 @@ def test_a_good_page_passes(tmp_path):
         rendered(
             tmp_path,
             md(
-                "# T\n\nSee @fig-a, $x^2$, @eq-b, [@known] and `@fig-not`. [up](#t)\n\n$$y$$ {#eq-b}\n\n```\n@fig-code\n```"
+                "# T\n\nSee @fig-a, $x^2$, @eq-b, [@known] and `@fig-not`. [up](#t)\n\n"
+                "$$y$$ {#eq-b}\n\n```\n@fig-code\n```"
             ),
             code(FIGURE, picture()),
         )
@@ -100,7 +104,8 @@ def test_the_sidebar_counts(tmp_path):
     for n in "abc":
         (tmp_path / f"nbs/{n}.ipynb").write_text("{}")
     (tmp_path / "nbs/sidebar.yml").write_text(
-        "website: {sidebar: {contents: [a.ipynb, {section: S, contents: [b.ipynb, a.ipynb, d.ipynb]}]}}"
+        "website: {sidebar: {contents: "
+        "[a.ipynb, {section: S, contents: [b.ipynb, a.ipynb, d.ipynb]}]}}"
     )
     assert config.sidebar(tmp_path) == [
         "sidebar.yml names a.ipynb 2 times",
@@ -175,7 +180,8 @@ def test_citation_and_addresses_follow_the_settings(tmp_path):
 def test_imports_are_declared(tmp_path):
     (tmp_path / "unpaired_kd").mkdir()
     (tmp_path / "unpaired_kd/a.py").write_text(
-        "import os, torch\nimport monai\nfrom .b import c\nfrom skimage import io\ndef f():\n    import zarr\n    import nothing_known"
+        "import os, torch\nimport monai\nfrom .b import c\nfrom skimage import io\n"
+        "def f():\n    import zarr\n    import nothing_known"
     )
     project = {
         "name": "p",
@@ -195,7 +201,8 @@ def test_the_readme_is_the_index(tmp_path):
     (tmp_path / "nbs").mkdir()
     cells = [
         md(
-            "# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n```\n[e](f)\n```"
+            "# T\n\n[a](1_data/a.ipynb) [b](https://x.org) [c](#t) ![d](images/d.png){width=50%}\n"
+            "```\n[e](f)\n```"
         ),
         code("#| echo: false\nprint(1)", dict(output_type="stream", name="stdout", text=["1\n"])),
         code("#| hide\n2"),
@@ -294,7 +301,9 @@ def run_cells(folder, *cells):
         [
             sys.executable,
             "-c",
-            f"import notebooks, pathlib; print(*notebooks.run_chapter(pathlib.Path({str(page)!r}), {{'slow'}}), sep='\\n')",
+            "import notebooks, pathlib\n"
+            f"said = notebooks.run_chapter(pathlib.Path({str(page)!r}), {{'slow'}})\n"
+            "print(*said, sep='\\n')",
         ],
         capture_output=True,
         text=True,
@@ -341,7 +350,8 @@ FLOORS = """| floor | folders | hold |
 
 
 def tree(folder, files):
-    """Write {path: text}; a chapter's text is what it exports: "" for none, "=" for its own module."""
+    """Write {path: text}; a chapter's text is what it exports: "" for none, "=" for its own
+    module."""
     for path, text in files.items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +420,8 @@ def test_floors_and_circles_pass(tmp_path):
                 "metrics/dice.py": "from .. import core",
                 "networks/table.py": 'MODULES = ["unpaired_kd.networks.unet"]',
                 "networks/unet.py": "from .table import T",
-                "inference/student.py": 'PACKED = {"net": "unpaired_kd.networks.unet:Net"}\nfrom ..data import a',
+                "inference/student.py": 'PACKED = {"net": "unpaired_kd.networks.unet:Net"}\n'
+                "from ..data import a",
                 "inference/volumes.py": "from .student import S",
                 "study/run.py": "def f():\n    from unpaired_kd.training import learner",
                 "training/learner.py": "",
@@ -499,7 +510,8 @@ def test_the_floors_are_read_from_the_guide():
             2,
         ),  # what is defined inside counts
         (
-            "def f(a):\n    match a:\n        case 1: return 2\n        case [x]: return x\n        case _: return 3",
+            "def f(a):\n    match a:\n        case 1: return 2\n        case [x]: return x\n"
+            "        case _: return 3",
             3,
         ),
         ("def f(a):\n    assert a\n    with a as b: return (lambda x: x or b)(a)", 3),
@@ -513,7 +525,8 @@ def test_methods_are_measured_too():
     found = dict(
         measures.functions(
             ast.parse(
-                "class A:\n    def f(self): return 1\n    class B:\n        def g(self): pass\ndef h(): pass"
+                "class A:\n    def f(self): return 1\n    class B:\n        def g(self): pass\n"
+                "def h(): pass"
             )
         )
     )
@@ -541,8 +554,10 @@ def test_private_names_that_nobody_calls_are_named(tmp_path):
     tree(
         tmp_path,
         {
-            "unpaired_kd/a.py": "class A:\n    def _used(self): return self._idle_too\n    def __len__(self): return 1\ndef _idle(): pass",
-            "unpaired_kd/b.py": "from .a import A\nA()._used()\ndef _own(): return 1\nX = _own\nclass _Gone: pass",
+            "unpaired_kd/a.py": "class A:\n    def _used(self): return self._idle_too\n"
+            "    def __len__(self): return 1\ndef _idle(): pass",
+            "unpaired_kd/b.py": "from .a import A\nA()._used()\ndef _own(): return 1\nX = _own\n"
+            "class _Gone: pass",
             "unpaired_kd/_modidx.py": "_idle",
         },
     )

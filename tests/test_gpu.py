@@ -124,7 +124,7 @@ def test_speed_and_label_maps_and_processes_are_there(small):
 def test_the_table_has_a_line_for_each_row(small):
     done, found = small
     for s in found["steps"]:
-        assert any(l.startswith(s["name"]) for l in done.stdout.splitlines())
+        assert any(line.startswith(s["name"]) for line in done.stdout.splitlines())
     assert f"{len(found['steps'])} rows, 0 failed" in done.stdout
 
 

@@ -1,4 +1,5 @@
-"""Objects from class maps: properties of the cut, decisions about organs and cells, and the road from a student to its instance maps."""
+"""Objects from class maps: properties of the cut, decisions about organs and cells, and the road
+from a student to its instance maps."""
 
 from types import SimpleNamespace
 
@@ -11,13 +12,13 @@ from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image
-from unpaired_kd.data.instances import INSTANCES, instances, instances_of
+from unpaired_kd.data.instances import INSTANCES, instances_of, number_objects
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 from unpaired_kd.inference.files import predict_path
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.metrics.segmentation import components, instance_scores
-from unpaired_kd.study.statistics import evaluate
+from unpaired_kd.study.scoring import evaluate
 
 
 def disc(*centre, radius=10, shape=(48, 64)):
@@ -40,7 +41,7 @@ def random_map(seed, shape=(40, 50), classes=3):
 @pytest.mark.parametrize("seed, shape", [(0, (40, 50)), (1, (33, 7)), (2, (10, 16, 18))])
 def test_every_object_has_one_class_one_number_and_one_piece(method, seed, shape):
     y = random_map(seed, shape)
-    found = instances(y, method)
+    found = number_objects(y, method)
     assert found.dtype == np.int32 and found.shape == y.shape
     assert (np.unique(found) == np.arange(found.max() + 1)).all()  # 1..n without gaps
     assert ((found > 0) == (y > 0)).all()  # no pixel lost or invented
@@ -48,23 +49,25 @@ def test_every_object_has_one_class_one_number_and_one_piece(method, seed, shape
         assert len(np.unique(y[found == n])) == 1
         if method != "none":
             assert components(found == n).max() == 1
-    assert (instances(y.copy(), method) == found).all()  # deterministic
+    assert (number_objects(y.copy(), method) == found).all()  # deterministic
 
 
 def test_the_default_is_what_components_were():
     for seed in range(3):
         y = random_map(seed, classes=2)
-        assert (instances(y) == components(y)).all()
+        assert (number_objects(y) == components(y)).all()
         for size in (0, 1, 2, 30):
-            assert (instances(y, min_size=size) == components(y, size)).all()
+            assert (number_objects(y, min_size=size) == components(y, size)).all()
 
 
 def test_the_watershed_parts_touching_discs_and_components_do_not():
     truth = np.where(disc(24, 20), 1, 2 * disc(24, 38))
-    assert instances(PAIR).max() == 1 and instances(PAIR, "watershed").max() == 2
-    assert instance_scores(instances(PAIR, "watershed"), truth)["aji"] > 0.97
+    assert number_objects(PAIR).max() == 1 and number_objects(PAIR, "watershed").max() == 2
+    assert instance_scores(number_objects(PAIR, "watershed"), truth)["aji"] > 0.97
     p, t = toy_nuclei(60, 320, seed=5)
-    scores = [instance_scores(instances(t > 0, m), t)["aji"] for m in ("components", "watershed")]
+    scores = [
+        instance_scores(number_objects(t > 0, m), t)["aji"] for m in ("components", "watershed")
+    ]
     assert scores[1] > scores[0] + 0.1 and scores[1] > 0.93
 
 
@@ -72,7 +75,7 @@ def test_the_watershed_parts_touching_discs_and_components_do_not():
     "mask", [np.zeros((8, 9), bool), np.ones((8, 9), bool), np.eye(6, dtype=bool), np.array([[1]])]
 )
 def test_the_watershed_on_odd_masks(mask):
-    found = instances(mask, "watershed")
+    found = number_objects(mask, "watershed")
     assert ((found > 0) == (mask > 0)).all()
     if not mask.any():
         assert found.max() == 0 and found.dtype == np.int32
@@ -82,17 +85,17 @@ def test_a_small_cell_beside_a_large_one_keeps_its_marker():
     y = disc(24, 24, radius=14) | disc(
         24, 42, radius=2
     )  # not connected, but closer than the large radius
-    assert components(y).max() == 2 and instances(y, "watershed", min_distance=30).max() == 2
+    assert components(y).max() == 2 and number_objects(y, "watershed", min_distance=30).max() == 2
 
 
 def test_classes_stay_apart_and_can_be_chosen():
     y = np.where(disc(24, 20), 2, np.where(disc(24, 38), 1, 0))
-    found = instances(y)
+    found = number_objects(y)
     assert found.max() == 2 and found[24, 38] == 1 and found[24, 20] == 2  # class 1 first
-    assert (instances(y, classes=(2,)) > 0).sum() == (y == 2).sum()
-    assert instances(y, classes=(7,)).max() == 0
+    assert (number_objects(y, classes=(2,)) > 0).sum() == (y == 2).sum()
+    assert number_objects(y, classes=(7,)).max() == 0
     with pytest.raises(InputError, match="classes"):
-        instances(y, classes=(0, 1))
+        number_objects(y, classes=(0, 1))
 
 
 def test_small_objects_go_and_numbers_close_up():
@@ -101,7 +104,7 @@ def test_small_objects_go_and_numbers_close_up():
     y[1:5, 6:10] = 1
     y[6:8, 12:14] = 2
     y[1:4, 15:19] = 2
-    found = instances(y, min_size=5)
+    found = number_objects(y, min_size=5)
     assert (
         np.unique(found).tolist() == [0, 1, 2]
         and found[2, 7] == 1
@@ -116,8 +119,8 @@ def test_holes_are_filled_only_if_small_and_free():
     y[20:22, 20:22] = 0
     y[26:34, 20:28] = 0
     y[15, 24] = 2
-    assert instances(y)[20, 20] == 0
-    found = instances(y, max_hole=4)
+    assert number_objects(y)[20, 20] == 0
+    found = number_objects(y, max_hole=4)
     assert found[20, 20] == 1 and found[30, 24] == 0  # 4 px filled, 64 px not
     assert found[15, 24] == 2  # another class is no hole
 
@@ -125,8 +128,8 @@ def test_holes_are_filled_only_if_small_and_free():
 def test_probabilities_tensors_and_refusals():
     y = random_map(3)
     p = np.moveaxis(np.eye(3)[y], -1, 0) * 0.8 + 0.2 / 3
-    assert (instances(p) == instances(y)).all() and (
-        instances(torch.tensor(p)) == instances(y)
+    assert (number_objects(p) == number_objects(y)).all() and (
+        number_objects(torch.tensor(p)) == number_objects(y)
     ).all()
     for bad, words in (
         (p[1], "p > 0.5"),
@@ -135,7 +138,7 @@ def test_probabilities_tensors_and_refusals():
         (y.astype(float), "neither"),
     ):
         with pytest.raises(InputError, match=words):
-            instances(bad)
+            number_objects(bad)
     for settings in (
         dict(min_size=-1),
         dict(max_hole=-1),
@@ -145,7 +148,7 @@ def test_probabilities_tensors_and_refusals():
         dict(method="water"),
     ):
         with pytest.raises(InputError):
-            instances(y, **settings)
+            number_objects(y, **settings)
 
 
 def test_thick_slices_are_measured_in_millimetres():
@@ -155,10 +158,10 @@ def test_thick_slices_are_measured_in_millimetres():
         return (z - 20) ** 2 + (y - 20) ** 2 + (x - c) ** 2 <= 14**2
 
     both = ball(20) | ball(45)
-    assert instances(both, "watershed", spacing=(5, 1, 1)).max() == 2
+    assert number_objects(both, "watershed", spacing=(5, 1, 1)).max() == 2
     assert (
-        instances(both, "watershed", spacing=(0.5, 0.1, 0.1))
-        == instances(both, "watershed", spacing=(5, 1, 1))
+        number_objects(both, "watershed", spacing=(0.5, 0.1, 0.1))
+        == number_objects(both, "watershed", spacing=(5, 1, 1))
     ).all()  # only ratios
 
 
@@ -166,8 +169,8 @@ def test_long_cells_are_cut_as_the_chapter_says():
     bar = np.zeros((20, 70), int)
     bar[8:13, 3:67] = 1
     assert (
-        instances(bar, "components").max() == 1
-        and instances(bar, "watershed", min_distance=70).max() == 1
+        number_objects(bar, "components").max() == 1
+        and number_objects(bar, "watershed", min_distance=70).max() == 1
     )
 
 
@@ -337,4 +340,4 @@ def test_the_command_writes_instance_maps(tmp_path):
     student = Student.load(tmp_path / "student", "cpu")
     assert student.recipe.instances == "watershed"
     label, found = (read_label(tmp_path / n).array for n in ("out.tif", "out_instances.tif"))
-    assert label.any() and (found == instances(label, "watershed")).all()
+    assert label.any() and (found == number_objects(label, "watershed")).all()

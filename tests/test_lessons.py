@@ -1,4 +1,6 @@
-"""The lessons: what the chapters do not show. Routing through real networks, volumes, mixed precision, invariances, exact repetition."""
+"""Distillation losses: what their chapters do not show. Routing through real networks, volumes,
+mixed precision, invariances, exact repetition.
+"""
 
 import math
 
@@ -95,7 +97,8 @@ def test_student_narrower_than_teacher():
 
 
 def test_gradient_routing_through_real_networks():
-    "L_diff reaches the noise predictor only. A KL on the denoised features reaches the student up to its tap, never its head, never the teacher."
+    """L_diff reaches the noise predictor only. A KL on the denoised features reaches the student
+    up to its tap, never its head, never the teacher."""
     with seeded(0, "nets"):
         teacher = UNet(3, 2, width=4).eval().requires_grad_(False)
         student = UNet(3, 2, width=4)
@@ -207,7 +210,8 @@ def test_evaluation_does_not_update_statistics():
 
 
 def test_state_dict_holds_no_schedule():
-    "Another schedule may be tried with old weights: alpha_bar is not part of the checkpoint, but moves with the block."
+    """Another schedule may be tried with old weights: alpha_bar is not part of the checkpoint,
+    but moves with the block."""
     assert not any("alpha_bar" in k for k in DiffusionBlock().state_dict())
     DiffusionBlock(schedule=Schedule(500)).load_state_dict(DiffusionBlock().state_dict())
     assert DiffusionBlock(schedule=Schedule(500)).timesteps == [200, 150, 100, 50, 0]
@@ -371,7 +375,8 @@ def test_pixels_of_no_class_do_not_count():
 
 
 def test_share_means_are_the_wasserstein_distance():
-    "With one share a value, the loss is the mean squared difference of sorted values; with 32 it is a lower bound that comes close."
+    """With one share a value, the loss is the mean squared difference of sorted values; with 32
+    it is a lower bound that comes close."""
     a = torch.randn(640, generator=torch_rng(0, "a"))
     b = 1.5 * torch.randn(640, generator=torch_rng(0, "b")) + 0.3
     exact = (a.sort().values - b.sort().values).square().mean()
@@ -478,7 +483,8 @@ def labels(f, classes, low=0, seed=0):
 @pytest.mark.parametrize("block", [1, 40, 10**6])  # one pixel a block, some, all
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 3, 2), (1, 2, 7)])
 def test_backward_by_hand_is_the_derivative(shape, block, monkeypatch):
-    "Finite differences in float64, with pixels of no class (-1), a class that is absent (3), one of a single pixel, and a short vector."
+    """Finite differences in float64, with pixels of no class (-1), a class that is absent (3),
+    one of a single pixel, and a short vector."""
     monkeypatch.setattr(variation, "BLOCK", block)
     f = torch.randn(shape, dtype=torch.float64, generator=torch_rng(0, "f"))
     y = labels(f, 2, low=-1)

@@ -1,4 +1,6 @@
-"""LOTUS beyond its chapter: three dimensions, several taps, every option, number formats, resumption across the change of stage."""
+"""LOTUS beyond its chapter: three dimensions, several taps, every option, number formats,
+resumption across the change of stage.
+"""
 
 import copy
 import math
@@ -10,6 +12,7 @@ import torch
 
 from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
+from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.methods.controls import copy_weights, placebo
 from unpaired_kd.methods.lotus import LOTUS, LotusOptions, Scene
 from unpaired_kd.networks.registry import build, weights_digest
@@ -187,7 +190,7 @@ def test_a_class_that_one_side_lacks_is_skipped_and_counted(tmp_path):
     history = run(tmp_path, LOTUS(student, teacher, epochs=2), Lacks(classes=3)).history
     assert (
         history[0]["skipped"] == 2 and history[1]["skipped"] == 2
-    )  # kl and way, then kl and ifv: class 2 in each
+    )  # kl and projection, then kl and ifv: class 2 in each
     student, teacher = nets(classes=3)
     assert (
         run(tmp_path / "all", LOTUS(student, teacher, epochs=2), Two(classes=3)).history[0][
@@ -325,7 +328,7 @@ def test_the_placebo_differs_from_the_teacher_in_weights_only():
 
 
 @pytest.mark.parametrize("dims,classes", [(2, 2), (3, 3)])
-def test_in_company_the_student_also_segments_the_teachers_images(tmp_path, dims, classes):
+def test_joint_training_the_student_also_segments_the_teachers_images(tmp_path, dims, classes):
     student, teacher = nets(dims, classes)
     m = LOTUS(student, teacher, LotusOptions(joint=True), epochs=3)
     r = run(tmp_path, m, Two(dims, classes), epochs=3)
@@ -350,11 +353,11 @@ def test_the_teachers_features_have_one_scale_at_every_stride(stride):
     assert (z.std((0, 2, 3))[alive] - 1).abs().max() < 0.02 and z.mean((0, 2, 3)).abs().max() < 0.02
 
 
-def test_the_way_is_learnt_by_all_but_the_student():
+def test_the_projection_is_learnt_by_all_but_the_student():
     student, teacher = nets()
     m = LOTUS(student, teacher, LotusOptions(), epochs=2)
     m.begin(m.stages()[0], lambda i: Two().batch(i))
-    m.denoise_losses(Two().batch(0), lambda p: torch_rng(0, p))["way"]().backward()
+    m.denoise_losses(Two().batch(0), lambda p: torch_rng(0, p))["projection"]().backward()
     assert all(p.grad is None for p in student.parameters())
     block = m.part("diffusion", "conv9")
     assert all(
@@ -372,7 +375,7 @@ def test_the_adapted_statistics_reach_the_lesson():
     expected = calibrate(
         copy.deepcopy(teacher), [Two().batch(i)["student"].image for i in range(8)]
     )(batch["student"].image)
-    seen = Scene(m, batch, None).lesson[0]
+    seen = Scene(m, batch, None).reference[0]
     assert torch.allclose(seen, expected, atol=1e-5) and not torch.allclose(
         seen, teacher(batch["student"].image), atol=1e-2
     )
@@ -468,7 +471,7 @@ def test_the_fingerprint_of_a_teacher_knows_weights_only():
     assert weights_digest(teacher) != first
 
 
-# ---------------------------------------------------------------- a teacher and a student of two sizes
+# ---------------------------------------------------------------- two sizes of networks
 
 
 def wide(width=32, **config):
@@ -555,3 +558,55 @@ def test_a_weight_for_the_teachers_images_needs_them():
     m.check_weights(m.weights)
     with pytest.raises(InputError, match="joint"):
         m.check_weights({**m.weights, "seg_teacher": 1.0})
+
+
+# ---------------------------------------------------------------- the release; tau
+
+
+def test_the_second_stage_of_the_release_compares_bare_features():
+    "KL(z_h, conv9 of the student): no projector, no unit length."
+    student, teacher = nets()
+    m = LOTUS(student, teacher, replace(LOTUS.presets["released"], side=32))
+    batch = Two().batch(0)
+    value = m.distil_losses(batch, lambda p: torch_rng(0, p))["kl"]()
+    taken = {}
+    hooks = [
+        net.conv9.register_forward_hook(lambda _, __, f, n=n: taken.update({n: f}))
+        for n, net in (("student", student), ("teacher", teacher))
+    ]
+    with torch.no_grad():
+        student(batch["student"].image)
+        teacher(batch["teacher"].image)
+    for hook in hooks:
+        hook.remove()
+    log_t = (taken["teacher"].double() / 10).log_softmax(1)
+    log_s = (taken["student"].double() / 10).log_softmax(1)
+    terms = log_t.exp() * (log_t - log_s)  # (B,C,H,W)
+    assert value.item() == pytest.approx(terms.sum(-1).mean().item(), rel=1e-4)
+    value.backward()
+    assert all(p.grad is None for p in m.networks["projector"].parameters())
+
+
+def test_bare_features_need_equal_channels():
+    o = LotusOptions(distill_from="denoised_then_raw")
+    with pytest.raises(InputError, match="8 channels in the student and 32 in the teacher"):
+        LOTUS(nets(width=8)[0], wide(), o)
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("correspondence", ["class", "positional"])
+def test_tau_squared_keeps_the_size_of_the_gradient(tau, correspondence):
+    "With the factor the term is that of the chapter on soft labels; without it, 1/tau^2 of that."
+    size = {}
+    for squared in (False, True):
+        student, teacher = nets()
+        o = LotusOptions(correspondence=correspondence, tau=tau, tau_squared=squared)
+        m = LOTUS(student, teacher, o)
+        x = Scene(m, Two().batch(0), lambda p: torch_rng(0, p))
+        size[squared] = torch.autograd.grad(m.kl(x), x.student[0])[0]
+        if correspondence == "positional":
+            logits = x.student[0].detach().requires_grad_()
+            whole = soft_label_kl(logits, x.reference[0], tau, "symmetric", squared)
+            (expected,) = torch.autograd.grad(whole, logits)
+            assert torch.allclose(size[squared], expected, rtol=1e-4, atol=1e-9)
+    assert torch.allclose(size[True], size[False] * tau**2, rtol=1e-4, atol=1e-9)

@@ -1,4 +1,5 @@
-"""Mutual distillation, fusion, the networks that carry their translator, and the parts of a study that these methods need."""
+"""Mutual distillation, fusion, the networks that carry their translator, and the parts of a study
+that these methods need."""
 
 import copy
 import json
@@ -50,9 +51,9 @@ from unpaired_kd.translation.translated import (
     DritTranslator,
     Ensemble,
     Translated,
-    fused,
-    pack,
-    unite,
+    fuse_images,
+    pack_ensemble,
+    pack_translator,
 )
 
 MUTUAL = MutualOptions(side=32, width=4, blocks=1, pool=3)
@@ -152,7 +153,7 @@ def test_terms_without_weight_make_no_forward_pass(tmp_path):
 )
 def test_each_segmentor_learns_from_its_own_terms(tmp_path, term, who):
     r = learner(
-        tmp_path, mutual(), {**ONLY, "adv": 1.0, "critic": 1.0, term: 1.0}
+        tmp_path, mutual(), {**ONLY, "adv": 1.0, "discriminator": 1.0, term: 1.0}
     )  # the translation's terms are of the first stage
     before = parameters(r)
     ((_, values),) = updates(r, 1)
@@ -167,11 +168,11 @@ def test_each_segmentor_learns_from_its_own_terms(tmp_path, term, who):
 def test_the_first_stage_is_translation_and_the_second_leaves_it_alone(tmp_path):
     r = learner(tmp_path, mutual())
     before = parameters(r)
-    for u, _ in updates(r, 0):
+    for _ in updates(r, 0):
         pass
     assert changed(before, now := parameters(r)) == {"g_st", "g_ts", "d_t", "d_s"}
     with Calls(everything(r)) as n:
-        for u, _ in updates(r, 1):
+        for _ in updates(r, 1):
             pass
     assert changed(now, parameters(r)) == {"student", "assistant"} and n == dict(
         g_ts=1, student=2, assistant=2
@@ -271,7 +272,9 @@ def test_a_share_of_nothing_leaves_the_translation_out():
     x, fake = (torch.rand(2, 3, 8, 8, generator=torch_rng(0, n)) for n in ("x", "fake"))
 
     def of(value):
-        return fused(x, fake, "weighted", lambda both: torch.full((len(both), 1, 1, 1), value))
+        return fuse_images(
+            x, fake, "weighted", lambda both: torch.full((len(both), 1, 1, 1), value)
+        )
 
     none = of(0.0)
     all_ = of(1.0)
@@ -284,11 +287,11 @@ def test_a_share_of_nothing_leaves_the_translation_out():
     )
     assert torch.allclose(half, torch.cat([x, fake], 1) / 2)
     assert (
-        torch.equal(fused(x, fake, "concat"), torch.cat([x, fake], 1))
-        and fused(x, fake, "replace") is fake
+        torch.equal(fuse_images(x, fake, "concat"), torch.cat([x, fake], 1))
+        and fuse_images(x, fake, "replace") is fake
     )
     with pytest.raises(InputError, match="fuse"):
-        fused(x, fake, "mean")
+        fuse_images(x, fake, "mean")
 
 
 @pytest.mark.parametrize("fuse", ["concat", "weighted"])
@@ -316,7 +319,7 @@ def test_fusion_learns_on_a_finished_translator(tmp_path, fuse):
     ],
     ids=["mutual", "mutual 3", "concat", "weighted 3"],
 )
-def test_what_leaves_the_house_is_whole_and_comes_back(tmp_path, make, classes, name):
+def test_what_is_saved_is_whole_and_comes_back(tmp_path, make, classes, name):
     r = learner(
         tmp_path / "run",
         make(),
@@ -353,14 +356,18 @@ def test_an_ensemble_averages_probabilities(classes):
     members = [m.eval() for m in members]
     p = (lambda z: z.softmax(1)) if classes > 2 else torch.sigmoid
     with torch.no_grad():
-        assert torch.allclose(p(unite(*members)(x)), sum(p(m(x)) for m in members) / 2, atol=1e-5)
+        assert torch.allclose(
+            p(pack_ensemble(*members)(x)), sum(p(m(x)) for m in members) / 2, atol=1e-5
+        )
     with torch.no_grad():
-        assert torch.allclose(p(unite(members[0], members[0])(x)), p(members[0](x)), atol=1e-5)
+        assert torch.allclose(
+            p(pack_ensemble(members[0], members[0])(x)), p(members[0](x)), atol=1e-5
+        )
 
 
 def test_packing_refuses_what_does_not_fit():
     with pytest.raises(InputError, match="in_channels"):
-        pack(nets()[0], Generator(1, 4, 1), "concat")
+        pack_translator(nets()[0], Generator(1, 4, 1), "concat")
     with pytest.raises(InputError, match="fuse"):
         Translated(fuse="mean")
     with pytest.raises(InputError, match="translator"):
@@ -381,7 +388,7 @@ def test_packing_refuses_what_does_not_fit():
 def test_a_packed_network_is_its_parts_in_a_row(generator, side):
     net = nets()[0].eval()
     x = torch.rand(1, 1, side, side, generator=torch_rng(0, "x"))
-    packed = pack(net, generator.eval()).eval()
+    packed = pack_translator(net, generator.eval()).eval()
     with torch.no_grad():
         assert torch.equal(packed(x), net((generator(2 * x - 1) + 1) / 2))
     twin = build("translated", packed.config)
@@ -392,7 +399,11 @@ def test_a_packed_network_is_its_parts_in_a_row(generator, side):
 
 @pytest.mark.parametrize("kind", ["translated", "ensemble"])
 def test_a_packed_student_opens_where_nobody_has_read_translation(tmp_path, kind):
-    net = pack(nets()[0], Generator(1, 4, 1)) if kind == "translated" else unite(*nets())
+    net = (
+        pack_translator(nets()[0], Generator(1, 4, 1))
+        if kind == "translated"
+        else pack_ensemble(*nets())
+    )
     recipe = dict(channels=1, in_channels=1, network=kind, network_config=net.config, patch=64)
     Student(net, Recipe(**recipe)).save(tmp_path / "s")
     code = f"""import sys
@@ -403,7 +414,7 @@ print(type(Student.load({str(tmp_path / "s")!r}, device="cpu").network).__name__
     assert done.stdout.split() == [type(net).__name__], done.stderr
 
 
-# ---------------------------------------------------------------- a study knows methods by their names
+# ------------------------------------------------------- a study knows methods by their names
 
 
 def test_the_table_makes_every_method():
@@ -452,7 +463,7 @@ def test_the_table_makes_every_method():
         "adv": 1.0,
         "cyc": 10.0,
         "idt": 0.0,
-        "critic": 1.0,
+        "discriminator": 1.0,
         "seg": 1.0,
     }
     with pytest.raises(InputError, match="fuse"):

@@ -65,12 +65,12 @@ def make_data(folder):
 
 def go(data, folder):
     "A whole run, as the notebook of an experiment has it; returns what it found, as text."
-    from unpaired_kd.command.notebook import claim
+    from unpaired_kd.command.notebook import claim_folder
     from unpaired_kd.inference.student import Student
     from unpaired_kd.study.figures import box_plot, save_figure
 
     config = make(CONFIG, data=str(data))
-    with claim(folder, dict(notebook="tiny", parameters={})):
+    with claim_folder(folder, dict(notebook="tiny", parameters={})):
         test = parts(config, 0, folder).student_test
         rows = run_study(folder, config, [0], workers=1)
         history = read_csv(folder / "history.csv")

@@ -1,4 +1,5 @@
-"""16-bit convolutions of short maps on the CPU: torch's gradient of the weights is wrong there and must never be asked for. The values are those of float32."""
+"""16-bit convolutions of short maps on the CPU: torch's gradient of the weights is wrong there
+and must never be asked for. The values are those of float32."""
 
 import copy
 import itertools
@@ -12,7 +13,7 @@ from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, steady
-from unpaired_kd.networks.volumes import SplitConv3d, encoder
+from unpaired_kd.networks.volumes import SplitConv3d, build_encoder
 from unpaired_kd.training.learner import Learner
 from unpaired_kd.training.method import Method, Stage, Update
 from unpaired_kd.training.settings import Settings
@@ -62,7 +63,8 @@ class Watch(TorchDispatchMode):
 
 
 def gradients(conv, x, half):
-    "Output, and gradients of the weights, the bias and the map, with an output gradient that 16 bits hold exactly."
+    """Output, and gradients of the weights, the bias and the map, with an output gradient that
+    16 bits hold exactly."""
     conv.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -192,7 +194,7 @@ def test_no_network_of_the_house_takes_the_broken_path(name):
         net = (
             build(name.split()[0], NETS[name][0])
             if name in NETS
-            else encoder(name, ENCODERS[name][0])
+            else build_encoder(name, ENCODERS[name][0])
         )
     side = (NETS | ENCODERS)[name][1]
     x = torch.rand(

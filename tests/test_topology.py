@@ -1,4 +1,5 @@
-"""Topology: Betti numbers against homology computed from scratch, skeletons, clDice, and the two losses."""
+"""Topology: Betti numbers against homology computed from scratch, skeletons, clDice, and the two
+losses."""
 
 import itertools
 
@@ -11,11 +12,11 @@ from skimage.morphology import skeletonize
 
 from unpaired_kd.core import InputError, rng, torch_rng
 from unpaired_kd.losses.topology import (
-    count_layers,
+    count_erosions,
+    make_tube,
     skeleton_recall_loss,
     soft_cl_dice_loss,
     soft_skeleton,
-    tubed_skeleton,
 )
 from unpaired_kd.metrics import topology
 from unpaired_kd.metrics.segmentation import dice, hausdorff
@@ -23,7 +24,7 @@ from unpaired_kd.metrics.topology import (
     betti_errors,
     betti_numbers,
     cl_dice,
-    skeleton,
+    skeletonise,
     topology_precision,
     topology_scores,
     topology_sensitivity,
@@ -170,7 +171,7 @@ def test_cubes_are_equal_parts(monkeypatch):
 @pytest.mark.parametrize("width", range(1, 7))
 def test_no_bar_vanishes(width):
     m = np.pad(np.ones((width, width, 20), bool), 2)
-    s = skeleton(m)
+    s = skeletonise(m)
     assert s.sum() >= 19 - width and (s <= m).all()
     assert betti_numbers(s)[0] == 1
 
@@ -179,7 +180,7 @@ def test_no_bar_vanishes(width):
 def test_every_piece_has_a_skeleton(shape):
     for k in range(4):
         m = ndimage.gaussian_filter(rng(k, "pieces").normal(size=shape), 1) > 0.35
-        s = skeleton(m)
+        s = skeletonise(m)
         (names, n) = ndimage.label(m, np.ones((3,) * m.ndim))
         assert (s <= m).all() and len(np.unique(names[s])) == n > 3
 
@@ -187,7 +188,7 @@ def test_every_piece_has_a_skeleton(shape):
 @pytest.mark.parametrize("seed", range(3))
 def test_skeleton_keeps_the_topology_and_is_near_the_librarys(seed):
     m = tubes(seed)
-    s = skeleton(m)
+    s = skeletonise(m)
     assert betti_numbers(s) == betti_numbers(m)
     theirs = skeletonize(m)  # most of it within a voxel; what they lose is kept here
     assert (
@@ -195,12 +196,13 @@ def test_skeleton_keeps_the_topology_and_is_near_the_librarys(seed):
         and abs(int(s.sum()) - int(theirs.sum())) < 0.2 * theirs.sum()
     )
     assert np.array_equal(
-        skeleton(np.pad(m, ((5, 0), (0, 9), (3, 3)))), np.pad(s, ((5, 0), (0, 9), (3, 3)))
+        skeletonise(np.pad(m, ((5, 0), (0, 9), (3, 3)))), np.pad(s, ((5, 0), (0, 9), (3, 3)))
     )
 
 
 def simple(n):
-    "Whether the middle of a 3x3x3 (or 3x3) neighbourhood may go without a change of the topology: by Betti numbers, of mask and background."
+    """Whether the middle of a 3x3x3 (or 3x3) neighbourhood may go without a change of the
+    topology: by Betti numbers, of mask and background."""
     with_it = n.copy()
     without = n.copy()
     middle = (1,) * n.ndim
@@ -228,9 +230,9 @@ def test_what_may_go_is_what_changes_no_betti_number(shape):
 def test_every_topology_is_kept_and_the_skeleton_is_thin(shape):
     for k in range(6):
         m = ndimage.gaussian_filter(rng(k, "any topology").normal(size=shape), 0.6) > 0.1 * k
-        s = skeleton(m)
+        s = skeletonise(m)
         assert (s <= m).all() and betti_numbers(s) == betti_numbers(m)
-        assert np.array_equal(skeleton(s), s)  # nothing is left that may go
+        assert np.array_equal(skeletonise(s), s)  # nothing is left that may go
 
 
 AXES = np.eye(3, dtype=int)
@@ -253,7 +255,8 @@ ARMS = {
 
 
 def bars(directions, width, length=16):
-    "Bars from one point: square ones along the axes, round ones in other directions; each bar as a mask, and the directions as unit vectors."
+    """Bars from one point: square ones along the axes, round ones in other directions; each bar
+    as a mask, and the directions as unit vectors."""
     dims = len(directions[0])
     n = 2 * (length + 4) + width
     at = np.moveaxis(np.indices((n,) * dims), 0, -1) - (n - 1) / 2
@@ -279,7 +282,7 @@ def bars(directions, width, length=16):
 def test_every_arm_of_a_thick_tree_has_a_skeleton_to_its_end(name, width):
     arms, units = bars(ARMS[name], width)
     whole = np.any(arms, 0)
-    s = skeleton(whole)
+    s = skeletonise(whole)
     assert betti_numbers(s) == betti_numbers(whole) == (1, 0, 0)
     shares = []
     for k, (arm, u) in enumerate(zip(arms, units)):
@@ -302,12 +305,13 @@ def test_thin_diagonals_keep_their_length(slope):
     for more in ((0, 1), (1, 0)):
         m = np.zeros((90, 90), bool)
         m[tuple(line.T)] = m[tuple((line + more).T)] = True
-        s = skeleton(m)
+        s = skeletonise(m)
         assert s.sum() >= 15 * max(map(abs, slope)) - 1 and betti_numbers(s) == (1, 0, 0)
 
 
 def test_cl_dice_is_the_harmonic_mean():
-    "A line of ten, of which six are found, and three wrong ones: precision 2/3, sensitivity 6/10, harmonic mean 12/19."
+    """A line of ten, of which six are found, and three wrong ones: precision 2/3, sensitivity
+    6/10, harmonic mean 12/19."""
     t, p = np.zeros((2, 9, 30), bool)
     t[1, 2:12] = True
     p[1, 2:8] = True
@@ -321,11 +325,11 @@ def test_cl_dice_is_the_harmonic_mean():
 
 
 def test_skeleton_of_odd_inputs():
-    assert skeleton(np.ones((1, 1))).sum() == 1 and skeleton(np.ones((2, 2, 2))).sum() >= 1
-    assert skeleton(np.zeros((3, 4, 5))).shape == (3, 4, 5)
+    assert skeletonise(np.ones((1, 1))).sum() == 1 and skeletonise(np.ones((2, 2, 2))).sum() >= 1
+    assert skeletonise(np.zeros((3, 4, 5))).shape == (3, 4, 5)
     m = tubes(0)
-    assert np.array_equal(skeleton(np.asfortranarray(m)), skeleton(m))
-    assert np.array_equal(skeleton(torch.tensor(m)), skeleton(m.astype(np.uint8) * 3))
+    assert np.array_equal(skeletonise(np.asfortranarray(m)), skeletonise(m))
+    assert np.array_equal(skeletonise(torch.tensor(m)), skeletonise(m.astype(np.uint8) * 3))
 
 
 def test_cl_dice_of_identical_masks_is_one():
@@ -371,7 +375,7 @@ def test_table_is_the_single_scores_with_each_skeleton_once(monkeypatch):
         **{"betti" + k[1]: v for k, v in betti_errors(p, t, 16).items()},
     )
     calls = []
-    real = topology.skeleton
+    real = topology.skeletonise
     monkeypatch.setattr(topology, "skeleton", lambda m: calls.append(1) or real(m))
     assert topology_scores(p, t, 16) == expected and len(calls) == 2
 
@@ -537,7 +541,7 @@ def test_iterations_reach_the_radius():
     y[:, 9:22] = 1  # a band of half-width 6
     m = y[:, None].float()
     assert soft_skeleton(m, 3).sum() == 0 and soft_skeleton(m, 6).sum() >= 25
-    assert count_layers(m) == 7 and count_layers(torch.ones(1, 1, 8, 8)) == 16
+    assert count_erosions(m) == 7 and count_erosions(torch.ones(1, 1, 8, 8)) == 16
     x = torch.where(m > 0, 50.0, -50.0)
     assert soft_cl_dice_loss(x, y).item() == soft_cl_dice_loss(x, y, 7).item()
     with pytest.raises(InputError, match="iterations"):
@@ -546,21 +550,21 @@ def test_iterations_reach_the_radius():
 
 def test_tube():
     y = batch(3)
-    tube = tubed_skeleton(y)
+    tube = make_tube(y)
     assert tube.dtype == torch.bool and tube.shape == y.shape and (tube <= (y > 0)).all()
     cross = ndimage.generate_binary_structure(3, 1)
     for u, m in zip(tube.numpy(), y.numpy() > 0):
         assert np.array_equal(
-            u, ndimage.binary_dilation(ndimage.binary_dilation(skeleton(m), cross), cross) & m
+            u, ndimage.binary_dilation(ndimage.binary_dilation(skeletonise(m), cross), cross) & m
         )
-    assert np.array_equal(tubed_skeleton(y.numpy() * 2), tube.numpy())
-    assert np.array_equal(tubed_skeleton(y, 0)[0], skeleton(y[0]))
+    assert np.array_equal(make_tube(y.numpy() * 2), tube.numpy())
+    assert np.array_equal(make_tube(y, 0)[0], skeletonise(y[0]))
     x = torch.randn(2, 1, *y.shape[1:], generator=torch_rng(0, "tube"))
     assert skeleton_recall_loss(x, y, tube) == skeleton_recall_loss(x, y)
     with pytest.raises(InputError, match="tube"):
         skeleton_recall_loss(x, y, tube[:1])
     with pytest.raises(InputError, match="batch"):
-        tubed_skeleton(y[0, 0])
+        make_tube(y[0, 0])
 
 
 def test_recall_sees_misses_and_not_additions():
@@ -593,12 +597,12 @@ def test_how_an_array_lies_in_memory_does_not_matter(shape, lay):
     other = lay((noise > 0.4).astype(np.uint8))
     rows = np.array(mask, order="C")
     others = np.array(other, order="C")
-    assert np.array_equal(skeleton(mask), skeleton(rows))
+    assert np.array_equal(skeletonise(mask), skeletonise(rows))
     assert topology_scores(mask, other) == topology_scores(rows, others)
     assert betti_numbers(mask) == betti_numbers(rows)
 
 
-@pytest.mark.parametrize("what", [skeleton, betti_numbers])
+@pytest.mark.parametrize("what", [skeletonise, betti_numbers])
 def test_an_array_without_pixels_is_refused(what):
     with pytest.raises(InputError, match=r"shape \(0, 5\): it holds no pixel"):
         what(np.zeros((0, 5)))

@@ -1,4 +1,4 @@
-"""UMMKD: what is shared, what is not, and what leaves the house."""
+"""UMMKD: what is shared, what is not, and what is exported."""
 
 import copy
 

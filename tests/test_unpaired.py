@@ -112,7 +112,10 @@ def sums(seed="0"):
 
 
 def test_batches_do_not_depend_on_the_process_or_on_history():
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_unpaired import sums; print(sums())"
+    folder = str(Path(__file__).parent)
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); from test_unpaired import sums; print(sums())"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -223,7 +226,8 @@ def test_unlabelled_collections_never_open_labels(tmp_path, monkeypatch):
 
 
 def test_every_partner_has_the_label_group_and_nobody_is_held_out():
-    "Acceptance check: same label group for every pair, no held-out patient, same pairs for the same seed."
+    """Acceptance check: same label group for every pair, no held-out patient, same pairs for the
+    same seed."""
     student = made(12, name="student")
     teacher = made(15, name="teacher")
     split = split_groups(teacher, dict(train=5, test="rest"))

@@ -1,4 +1,5 @@
-"Vessel phantoms, patches without labels, labels of any value, volumes on disk: purity, distances, difficulty, isolation of labels, lost chunks."
+"""Vessel phantoms, patches without labels, labels of any value, volumes on disk: purity,
+distances, difficulty, isolation of labels, lost chunks."""
 
 import subprocess
 import sys
@@ -21,12 +22,12 @@ from unpaired_kd.data.patches import Patches
 from unpaired_kd.data.phantoms.vessels import (
     MICROSCOPES,
     VesselKnobs,
-    animal,
+    draw_animal,
     render_mask,
-    stamp,
+    smooth_noise,
+    stamp_balls,
     vessel_volume,
     vessels,
-    waves,
 )
 from unpaired_kd.data.splits import label_budget, split_groups
 
@@ -70,8 +71,10 @@ def test_a_volume_is_a_function_of_the_address(modality, drawn):
 def test_another_process_draws_the_same_and_the_import_is_light(drawn):
     code = """import sys, zlib
 from unpaired_kd.data.phantoms.vessels import vessel_volume
-print(*[m for m in ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections") if m in sys.modules])
-print(*[zlib.crc32(vessel_volume(m, number=1)[0].tobytes()) for m in ("lightsheet", "twophoton")])"""
+heavy = ("scipy", "matplotlib", "monai", "skimage", "unpaired_kd.data.collections")
+print(*[m for m in heavy if m in sys.modules])
+images = [vessel_volume(m, number=1)[0] for m in ("lightsheet", "twophoton")]
+print(*[zlib.crc32(image.tobytes()) for image in images])"""
     heavy, found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -116,7 +119,10 @@ def test_hard_for_a_threshold_yet_not_impossible(modality, drawn):
 def test_animals_differ_and_can_be_made_alike(modality):
     def of(scale):
         return np.array(
-            [astuple(animal(modality, rng(0, n), VesselKnobs(animal=scale))) for n in range(40)]
+            [
+                astuple(draw_animal(modality, rng(0, n), VesselKnobs(animal=scale)))
+                for n in range(40)
+            ]
         )
 
     assert np.allclose(of(0.0), of(0.0)[0])
@@ -163,7 +169,7 @@ def test_distance_against_every_sample():
         r.uniform(-2, 14, (20, 3)), r.uniform(0.5, 4, 20)
     ]  # also outside the box and across its border
     value = r.uniform(1, 2, 20)
-    d, v = stamp((12, 10, 13), points, value)
+    d, v = stamp_balls((12, 10, 13), points, value)
     at = np.stack(np.meshgrid(*[np.arange(n) + 0.5 for n in (12, 10, 13)], indexing="ij"), -1)
     s = np.sqrt(((at[..., None, :] - points[:, :3]) ** 2).sum(-1)) - points[:, 3]
     np.testing.assert_allclose(d, np.minimum(s.min(-1), 1.5), atol=1e-5)
@@ -172,7 +178,7 @@ def test_distance_against_every_sample():
 
 
 def test_waves_have_unit_spread():
-    x = np.stack([waves(rng(0, n), (20, 20, 20), 6.0) for n in range(60)])
+    x = np.stack([smooth_noise(rng(0, n), (20, 20, 20), 6.0) for n in range(60)])
     assert (
         abs(x.mean()) < 0.1
         and abs(x.std(0).mean() - 1) < 0.1

@@ -11,16 +11,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from unpaired_kd.analysis.volume_views import (
-    ERRORS,
+    ERROR_COLOURS,
     _plan,
-    browse,
-    error_classes,
-    error_overlay,
-    error_projections,
-    orthogonal,
-    projections,
+    browse_slices,
+    classify_errors,
+    colour_errors,
+    project_errors,
+    project_volume,
     show_errors,
     show_projections,
+    show_slices,
 )
 from unpaired_kd.core import InputError, rng
 
@@ -70,7 +70,7 @@ def test_projections_are_maxima(volume, slab):
         torch.from_numpy(volume),
         torch.from_numpy(volume)[None].bfloat16(),
     ):
-        p = projections(v, slab=slab)
+        p = project_volume(v, slab=slab)
         a = v.float().numpy() if isinstance(v, torch.Tensor) else v
         for axis, k in enumerate(AXES):
             assert np.array_equal(p[k], a.reshape(volume.shape).max(axis))
@@ -78,41 +78,41 @@ def test_projections_are_maxima(volume, slab):
 
 def test_projections_keep_the_type(volume):
     assert (
-        projections(volume)["y"].dtype == np.uint8
-        and projections(volume.astype(np.uint16))["z"].dtype == np.uint16
+        project_volume(volume)["y"].dtype == np.uint8
+        and project_volume(volume.astype(np.uint16))["z"].dtype == np.uint16
     )
 
 
 def test_square_pixels(volume):
-    p = projections(volume)
-    q = projections(volume, (5, 1, 1))
+    p = project_volume(volume)
+    q = project_volume(volume, (5, 1, 1))
     assert q["z"].shape == (7, 9) and q["y"].shape == (25, 9) and q["x"].shape == (25, 7)
     assert np.array_equal(q["y"], p["y"].repeat(5, 0)) and np.array_equal(q["z"], p["z"])
-    odd = projections(volume, (0.3, 0.2, 0.2))
+    odd = project_volume(volume, (0.3, 0.2, 0.2))
     assert odd["x"].shape == (8, 7) and set(map(tuple, odd["x"])) == set(map(tuple, p["x"]))
-    assert projections(volume, (1, 1, 2))["z"].shape == (7, 18)
+    assert project_volume(volume, (1, 1, 2))["z"].shape == (7, 18)
 
 
 def test_slabs_are_read_not_the_volume(volume):
     disk = Disk(volume)
-    projections(disk, slab=2)
+    project_volume(disk, slab=2)
     assert disk.asked == [(2, 7, 9), (2, 7, 9), (1, 7, 9)]
     wide = Disk(np.zeros((40, 1024, 1024), np.uint8), chunks=(3, 64, 64))
-    assert projections(wide)["z"].shape == (1024, 1024) and {s[0] for s in wide.asked[:-1]} == {
+    assert project_volume(wide)["z"].shape == (1024, 1024) and {s[0] for s in wide.asked[:-1]} == {
         15
     }  # whole chunks, at most 16 million voxels
     disk = Disk(volume)
-    orthogonal(disk, (1, 2, 3))
+    show_slices(disk, (1, 2, 3))
     assert disk.asked == [(7, 9), (5, 9), (5, 7)]
     four = Disk(volume[None])
     assert (
-        np.array_equal(projections(four, slab=3)["x"], volume.max(2))
+        np.array_equal(project_volume(four, slab=3)["x"], volume.max(2))
         and max(map(len, four.asked)) == 3
     )
     p, t = masks()
     dp = Disk(p.astype(np.uint8), chunks=(2, 7, 8))
     dt = Disk(t)
-    assert error_projections(dp, dt)[1] == error_projections(p, t)[1] and dp.asked
+    assert project_errors(dp, dt)[1] == project_errors(p, t)[1] and dp.asked
 
 
 def test_zarr(volume, tmp_path):
@@ -122,11 +122,11 @@ def test_zarr(volume, tmp_path):
     )
     z[:] = volume[None]
     for axis, k in enumerate(AXES):
-        assert np.array_equal(projections(z)[k], volume.max(axis))
+        assert np.array_equal(project_volume(z)[k], volume.max(axis))
     assert (
         show_projections(z, z, (5, 1, 1)) is not None
-        and orthogonal(z, (4, 6, 8)) is not None
-        and browse(z) is not None
+        and show_slices(z, (4, 6, 8)) is not None
+        and browse_slices(z) is not None
     )
     assert show_errors(z, z, volume) is not None
 
@@ -139,7 +139,7 @@ def images(fig):
 def test_drawings_have_the_proportions_of_the_tissue(volume, spacing):
     fig = show_projections(volume, volume > 200, spacing, width=4)
     for shown, p in zip(images(fig), ("z", "y", "x")):
-        m = projections(volume)[p]
+        m = project_volume(volume)[p]
         assert np.array_equal(shown, m.T if p == "x" else m)
     d, h, w = np.array(volume.shape) * (spacing or (1, 1, 1))
     inches = fig.get_size_inches()
@@ -153,7 +153,7 @@ def test_drawings_have_the_proportions_of_the_tissue(volume, spacing):
 def test_thin_volumes_can_be_drawn():
     for shape in ((1, 8, 8), (8, 8, 1), (1, 1, 1), (2, 400, 3)):
         v = np.ones(shape, np.uint8)
-        for fig in (orthogonal(v, label=v), show_errors(None, v, v)):
+        for fig in (show_slices(v, label=v), show_errors(None, v, v)):
             fig.set_dpi(10)
             fig.draw_without_rendering()
     (w, d), (h, _) = _plan((10, 20, 40), (1, 1, 1), 4)
@@ -175,7 +175,7 @@ def test_a_thin_stack_keeps_its_legend_apart():
 
 
 def test_orthogonal_slices(volume):
-    fig = orthogonal(volume, (4, 0, 8), volume > 100)
+    fig = show_slices(volume, (4, 0, 8), volume > 100)
     for shown, m in zip(images(fig), (volume[4], volume[:, 0], volume[:, :, 8].T)):
         assert np.array_equal(shown, m)
     z = fig.axes[0]
@@ -183,37 +183,39 @@ def test_orthogonal_slices(volume):
         round(float(line.get_ydata()[0]), 3) for line in z.lines
     } >= {0.5}
     assert [a.get_title() for a in fig.axes[:3]] == ["slice z = 4", "slice y = 0", "slice x = 8"]
-    assert np.array_equal(images(orthogonal(volume))[0], volume[2])
-    assert images(orthogonal(np.zeros((3, 3, 3)), window=(0, 1)))[0].max() == 0
+    assert np.array_equal(images(show_slices(volume))[0], volume[2])
+    assert images(show_slices(np.zeros((3, 3, 3)), window=(0, 1)))[0].max() == 0
 
 
 def test_errors_have_one_colour_each():
     pred = np.array([[0, 1], [1, 0]])
     target = np.array([[0, 1], [0, 1]])
-    rgb = error_overlay(pred, target)
+    rgb = colour_errors(pred, target)
     assert rgb.shape == (2, 2, 3) and rgb.dtype == np.float32 and 0 <= rgb.min() and rgb.max() <= 1
     assert (
         rgb[0, 0].tolist() == [0, 0, 0]
-        and np.allclose(rgb[0, 1], ERRORS["correct"])
-        and np.allclose(rgb[1, 0], ERRORS["extra"])
-        and np.allclose(rgb[1, 1], ERRORS["missed"])
+        and np.allclose(rgb[0, 1], ERROR_COLOURS["correct"])
+        and np.allclose(rgb[1, 0], ERROR_COLOURS["extra"])
+        and np.allclose(rgb[1, 1], ERROR_COLOURS["missed"])
     )
     assert np.array_equal(
-        error_overlay(torch.tensor(pred), torch.tensor(target) > 0), rgb
-    ) and np.array_equal(error_overlay(pred.astype(float), target * 254), rgb)
-    light = sorted(np.dot(c, (0.2126, 0.7152, 0.0722)) for c in (*ERRORS.values(), (0, 0, 0)))
+        colour_errors(torch.tensor(pred), torch.tensor(target) > 0), rgb
+    ) and np.array_equal(colour_errors(pred.astype(float), target * 254), rgb)
+    light = sorted(
+        np.dot(c, (0.2126, 0.7152, 0.0722)) for c in (*ERROR_COLOURS.values(), (0, 0, 0))
+    )
     assert min(np.diff(light)) > 0.15  # told apart without colour
     p, t = masks()
     assert (
-        error_overlay(p, t).shape == (6, 7, 8, 3)
-        and not (error_overlay(t, t) != error_overlay(t, t)[..., :1]).any()
+        colour_errors(p, t).shape == (6, 7, 8, 3)
+        and not (colour_errors(t, t) != colour_errors(t, t)[..., :1]).any()
     )
 
 
 def test_error_projections_show_the_most_frequent_kind():
     p, t = masks((6, 5, 4))
-    c = error_classes(p, t)
-    maps, counts = error_projections(p[None], torch.from_numpy(t))
+    c = classify_errors(p, t)
+    maps, counts = project_errors(p[None], torch.from_numpy(t))
     for axis, k in enumerate(AXES):
         n = np.stack([(c == i).sum(axis) for i in (3, 2, 1)])
         want = np.where(n.sum(0) > 0, np.array([3, 2, 1])[n.argmax(0)], 0)
@@ -238,7 +240,7 @@ def test_error_projections_show_the_most_frequent_kind():
         for i, kind in enumerate(kinds):
             pred[i] = kind in (1, 2)
             target[i] = kind in (1, 3)
-        assert error_projections(pred, target)[0]["z"].item() == want
+        assert project_errors(pred, target)[0]["z"].item() == want
 
 
 def test_show_errors(volume):
@@ -257,7 +259,7 @@ def test_show_errors(volume):
         ]
     flat = show_errors(volume[0], p[0], t[0])
     assert (
-        np.array_equal(images(flat)[1], error_overlay(p[0], t[0]))
+        np.array_equal(images(flat)[1], colour_errors(p[0], t[0]))
         and len(images(show_errors(None, torch.from_numpy(p[0]), t[0]))) == 1
     )
     flat.canvas.draw()
@@ -265,7 +267,7 @@ def test_show_errors(volume):
 
 def test_browse(volume):
     pytest.importorskip("ipywidgets")
-    axis, place, picture = browse(volume, volume > 200, (5, 1, 1)).children
+    axis, place, picture = browse_slices(volume, volume > 200, (5, 1, 1)).children
     seen = {picture.value}
     for k, n in zip(("x", "y", "z"), (9, 7, 5)):
         axis.value = k
@@ -279,7 +281,7 @@ def test_browse(volume):
 
 def test_browse_without_widgets(volume, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert isinstance(browse(volume), plt.Figure)
+    assert isinstance(browse_slices(volume), plt.Figure)
 
 
 def bad(volume):
@@ -287,31 +289,31 @@ def bad(volume):
     nan[1, 2, 3] = np.nan
     p, t = masks(volume.shape)
     return {
-        "give one volume": lambda: projections(volume[0]),
-        "give one volume ": lambda: projections(np.stack([volume, volume])),
-        "empty": lambda: projections(volume[:0]),
-        "volume holds NaN": lambda: projections(nan),
-        "volume holds NaN ": lambda: projections(torch.from_numpy(nan)),
-        "volume holds NaN  ": lambda: orthogonal(nan, (1, 0, 0)),
+        "give one volume": lambda: project_volume(volume[0]),
+        "give one volume ": lambda: project_volume(np.stack([volume, volume])),
+        "empty": lambda: project_volume(volume[:0]),
+        "volume holds NaN": lambda: project_volume(nan),
+        "volume holds NaN ": lambda: project_volume(torch.from_numpy(nan)),
+        "volume holds NaN  ": lambda: show_slices(nan, (1, 0, 0)),
         "image holds NaN": lambda: show_errors(nan, p, t),
-        "spacing=.*three numbers": lambda: projections(volume, (5, 1)),
-        "spacing=": lambda: projections(volume, (0, 1, 1)),
+        "spacing=.*three numbers": lambda: project_volume(volume, (5, 1)),
+        "spacing=": lambda: project_volume(volume, (0, 1, 1)),
         "spacing": lambda: show_projections(volume, spacing=(1, 1, float("nan"))),
-        "slab": lambda: projections(volume, slab=0),
+        "slab": lambda: project_volume(volume, slab=0),
         "label has shape": lambda: show_projections(volume, volume[1:]),
-        "at=": lambda: orthogonal(volume, (5, 0, 0)),
-        "at=.*counted from 0": lambda: orthogonal(volume, (0, -1, 0)),
-        "at=.": lambda: orthogonal(volume, (0, 0)),
-        "pred has shape": lambda: error_overlay(p, t[1:]),
-        "threshold": lambda: error_overlay(volume / 255, t),
-        "threshold ": lambda: error_overlay(p, np.where(t, np.nan, 0)),
-        "are empty": lambda: error_overlay(p[:0], t[:0]),
+        "at=": lambda: show_slices(volume, (5, 0, 0)),
+        "at=.*counted from 0": lambda: show_slices(volume, (0, -1, 0)),
+        "at=.": lambda: show_slices(volume, (0, 0)),
+        "pred has shape": lambda: colour_errors(p, t[1:]),
+        "threshold": lambda: colour_errors(volume / 255, t),
+        "threshold ": lambda: colour_errors(p, np.where(t, np.nan, 0)),
+        "are empty": lambda: colour_errors(p[:0], t[:0]),
         "pred has shape.*target": lambda: show_errors(volume, p[1:], t),
         "image has shape": lambda: show_errors(volume[1:], p, t),
         "image has shape ": lambda: show_errors(volume[0, 1:], p[0], t[0]),
-        "give numbers": lambda: projections(volume.astype(str)),
-        "give a mask": lambda: error_overlay(p.astype(str), t),
-        "label has shape.": lambda: browse(volume, volume[1:]),
+        "give numbers": lambda: project_volume(volume.astype(str)),
+        "give a mask": lambda: colour_errors(p.astype(str), t),
+        "label has shape.": lambda: browse_slices(volume, volume[1:]),
     }
 
 

@@ -16,13 +16,13 @@ from unpaired_kd.networks.taps import Taps
 from unpaired_kd.networks.unet import check_input
 from unpaired_kd.networks.volumes import (
     ENCODERS,
-    Block,
     GridDecoder,
     HybridEncoder,
     LightUNet,
+    TransformerBlock,
     UnetrEncoder,
-    encoder,
-    network_cost,
+    build_encoder,
+    count_cost,
 )
 
 CUBE = (1, 1, 96, 96, 96)
@@ -66,7 +66,7 @@ def kernels(f):
     ],
 )
 def test_cost_of_the_students(width, parameters, gflop):
-    cost = network_cost(LightUNet(width=width), CUBE)
+    cost = count_cost(LightUNet(width=width), CUBE)
     assert cost["parameters"] == parameters
     assert cost["flop"] / 1e9 == pytest.approx(gflop, abs=1e-3)
 
@@ -78,7 +78,7 @@ def test_counter_agrees_with_a_run_on_real_numbers():
     shape = (2, 1, 8, 16, 24)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.rand(shape))
-    assert counter.get_total_flops() == network_cost(net, shape)["flop"]
+    assert counter.get_total_flops() == count_cost(net, shape)["flop"]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_cost_of_the_teachers(config, parameters, gflop):
         enc = HybridEncoder(**config)
         parts = [
             enc,
-            V.same_conv(enc.channels, 16, kernel=1),
-            V.same_conv(16, 128, kernel=1),
+            V.build_conv(enc.channels, 16, kernel=1),
+            V.build_conv(16, 128, kernel=1),
             GridDecoder(128, skips=enc.skips),
         ]
 
@@ -104,16 +104,16 @@ def test_cost_of_the_teachers(config, parameters, gflop):
             z, skips = parts[0](x)
             return parts[3](parts[2](parts[1](z)), skips)
 
-    cost = network_cost(Teacher(), CUBE)
+    cost = count_cost(Teacher(), CUBE)
     assert cost["parameters"] == parameters and cost["flop"] / 1e9 == pytest.approx(gflop, abs=0.06)
 
 
 def test_attention_is_in_the_count_and_modes_survive():
     n = 27
     d = 24
-    net = nn.Sequential(Block(d, 2), nn.Dropout(0.5)).train()
+    net = nn.Sequential(TransformerBlock(d, 2), nn.Dropout(0.5)).train()
     net[0].mlp.eval()
-    assert network_cost(net, (1, n, d))["flop"] == 2 * n * 12 * d * d + 4 * n * n * d
+    assert count_cost(net, (1, n, d))["flop"] == 2 * n * 12 * d * d + 4 * n * n * d
     assert net.training and net[1].training and not net[0].mlp.training and net[0].training
 
 
@@ -308,9 +308,9 @@ def test_every_weight_learns():
         (lambda: HybridEncoder(dim=100), "heads=6"),
         (lambda: UnetrEncoder(size=40), "multiple of 16"),
         (lambda: UnetrEncoder(hidden=25), "heads=12"),
-        (lambda: encoder("swin", dict(feature_size=10)), "multiple of 12"),
-        (lambda: encoder("swim", {}), "Did you mean 'swin'"),
-        (lambda: encoder("swin", dict(flat=2)), "flat"),
+        (lambda: build_encoder("swin", dict(feature_size=10)), "multiple of 12"),
+        (lambda: build_encoder("swim", {}), "Did you mean 'swin'"),
+        (lambda: build_encoder("swin", dict(flat=2)), "flat"),
         (lambda: GridDecoder(skips={8: 4}), "skips at strides"),
         (lambda: GridDecoder(stride=6), "stride=6"),
         (lambda: GridDecoder(stride=1), "stride=1"),
@@ -360,15 +360,15 @@ def test_student_never_takes_the_slow_path(config, shape):
 
 
 LAYERS = [
-    V.same_conv(8, 6),
-    V.same_conv(8, 6, bias=False),
-    V.same_conv(8, 6, flat=True),
-    V.same_conv(8, 6, kernel=1),
-    V.same_conv(8, 6, kernel=5),
-    V.same_conv(8, 6, step=2),
-    V.same_conv(8, 6, step=(1, 2, 2), flat=True),
-    V.double_up(8, 6),
-    V.double_up(8, 6, flat=True),
+    V.build_conv(8, 6),
+    V.build_conv(8, 6, bias=False),
+    V.build_conv(8, 6, flat=True),
+    V.build_conv(8, 6, kernel=1),
+    V.build_conv(8, 6, kernel=5),
+    V.build_conv(8, 6, step=2),
+    V.build_conv(8, 6, step=(1, 2, 2), flat=True),
+    V.build_up_conv(8, 6),
+    V.build_up_conv(8, 6, flat=True),
 ]
 
 
@@ -393,7 +393,7 @@ def test_halves_give_the_same_sums_and_gradients(n, depth):
 
 
 def test_halves_leave_other_cases_to_torch(monkeypatch):
-    net = V.same_conv(8, 6)
+    net = V.build_conv(8, 6)
     monkeypatch.setattr(net, "_plain", lambda x: pytest.fail("cut in two"))
     with pytest.raises(pytest.fail.Exception):
         net(torch.rand(1, 8, 4, 4, 4))
@@ -422,8 +422,8 @@ def test_half_precision_and_autocast_keep_their_dtype():
 def test_every_encoder_keeps_the_contract(name, dims):
     assert set(ENCODERS) == set(TINY)
     torch.manual_seed(0)
-    enc = encoder(name, dict(TINY[name], dims=dims)).eval()
-    twin = encoder(name, json.loads(json.dumps(enc.config))).eval()
+    enc = build_encoder(name, dict(TINY[name], dims=dims)).eval()
+    twin = build_encoder(name, json.loads(json.dumps(enc.config))).eval()
     twin.load_state_dict(enc.state_dict())
     shape = [2 * enc.stride, enc.stride, 3 * enc.stride][-dims:]  # not the grid of the table
     x = torch.rand(2, 1, *shape)
@@ -453,7 +453,7 @@ def test_every_encoder_keeps_the_contract(name, dims):
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_every_weight_of_an_encoder_learns(name):
-    enc = encoder(name, TINY[name])
+    enc = build_encoder(name, TINY[name])
     x = torch.rand(2, 1, *[32] * 3)
     z, skips = enc(x)
     (z.square().mean() + sum(s.square().mean() for s in skips.values())).backward()
@@ -474,8 +474,8 @@ def test_tokens_know_their_place():
         enc.position.normal_()
         z = enc(torch.zeros(1, 1, 32, 32, 32))[0].flatten(2)[0].T
     assert torch.pdist(z).min() > 1e-4  # 64 tokens of an empty image, all different
-    assert V.at_grid(enc.position, (4, 4, 4)) is enc.position
-    assert V.at_grid(enc.position, (2, 3, 8)).shape == (1, 12, 2, 3, 8)
+    assert V.resize_table(enc.position, (4, 4, 4)) is enc.position
+    assert V.resize_table(enc.position, (2, 3, 8)).shape == (1, 12, 2, 3, 8)
 
 
 def test_decoder_config_survives_json():

@@ -1,4 +1,5 @@
-"""VpbSD through the learner and the study: what stays frozen, what never sees a label, what a killed run costs, what leaves the house, and what is refused."""
+"""VpbSD through the learner and the study: what stays frozen, what never sees a label, what a
+killed run costs, what is exported, and what is refused."""
 
 import copy
 import math
@@ -16,28 +17,28 @@ from unpaired_kd.core import InputError, digest, read_csv, read_json, seeded, to
 from unpaired_kd.data.formats.images import Image
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.distillation.codebook import kmeans, unit
+from unpaired_kd.distillation.codebook import run_kmeans, unit_vectors
 from unpaired_kd.losses.segmentation import segmentation_loss
 from unpaired_kd.methods import vpbsd as vpbsd_module
 from unpaired_kd.methods.registry import make_method, options_of
 from unpaired_kd.methods.single import Single
 from unpaired_kd.methods.vpbsd import (
     VPBSD,
-    Frozen,
-    Painted,
+    FrozenNetwork,
     PatternTeacher,
+    Reconstruction,
     VpbsdOptions,
+    build_teacher_training,
+    draw_random_codes,
     gather_tokens,
-    hidden,
-    occupancy,
+    mask_blocks,
+    measure_occupancy,
     pattern_health,
-    pattern_learning,
     pseudo_loss,
-    random_table,
-    teacher_options,
+    select_teacher_options,
 )
 from unpaired_kd.networks.registry import weights_digest
-from unpaired_kd.networks.volumes import LightUNet, network_cost
+from unpaired_kd.networks.volumes import LightUNet, count_cost
 from unpaired_kd.study import run as study_module
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.folder import collect, pretrain_tasks
@@ -91,8 +92,9 @@ def light(dims=3, classes=2, seed=0, **k):
 
 
 def taught(student, options=TINY, data=None, seed=0):
-    "A teacher whose codes are those of k-means on real tokens: as good as a trained one for most questions."
-    m = pattern_learning(student, options, 2, seed)
+    """A teacher whose codes are those of k-means on real tokens: as good as a trained one for
+    most questions."""
+    m = build_teacher_training(student, options, 2, seed)
     m.begin(m.stages()[0], (data or Tubes(student.config["dims"])).batch)
     return m.student.eval()
 
@@ -149,7 +151,7 @@ class Tyrant(Tubes):
 
 
 def before_and_after(tmp_path, monkeypatch, dims, tyrant, wrapper):
-    monkeypatch.setattr(vpbsd_module, "Frozen", wrapper)
+    monkeypatch.setattr(vpbsd_module, "FrozenNetwork", wrapper)
     m = method(dims=dims)
     data = Tyrant(dims)
     data.all = nn.ModuleList([*m.networks.values(), *m.frozen.values()]) if tyrant else None
@@ -171,7 +173,7 @@ def before_and_after(tmp_path, monkeypatch, dims, tyrant, wrapper):
 @pytest.mark.parametrize("tyrant", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_teacher_and_its_codebook_stay(tmp_path, monkeypatch, dims, tyrant):
-    before, after, m = before_and_after(tmp_path, monkeypatch, dims, tyrant, Frozen)
+    before, after, m = before_and_after(tmp_path, monkeypatch, dims, tyrant, FrozenNetwork)
     assert before == after
     assert not any(x.training for x in m.pattern_teacher.modules()) and not any(
         p.requires_grad or p.grad is not None for p in m.pattern_teacher.parameters()
@@ -196,7 +198,7 @@ def test_no_container_unfreezes():
     assert not m.frozen["teacher"].training
 
 
-# ---------------------------------------------------------------- without lessons it is `Single` (A13)
+# ------------------------------------ without the new terms it is `Single` (A13)
 
 
 def test_without_semi_and_dis_it_is_single_to_the_bit(tmp_path):
@@ -217,7 +219,7 @@ def test_without_semi_and_dis_it_is_single_to_the_bit(tmp_path):
 def finished_teacher(folder, options=TINY, epochs=4, steps=2, data=None, dims=3, **k):
     r = runner(
         folder,
-        pattern_learning(light(dims), options, epochs),
+        build_teacher_training(light(dims), options, epochs),
         data or Tubes(dims),
         epochs,
         steps,
@@ -227,7 +229,7 @@ def finished_teacher(folder, options=TINY, epochs=4, steps=2, data=None, dims=3,
 
 
 def test_two_stages_each_with_its_own_networks_sources_and_rates(tmp_path):
-    m = pattern_learning(light(), TINY, 10)
+    m = build_teacher_training(light(), TINY, 10)
     first, second = m.stages()
     assert (first.name, first.epochs, first.sources) == ("pretrain", 7, ("unlabelled",)) and (
         second.name,
@@ -264,7 +266,9 @@ def test_two_stages_each_with_its_own_networks_sources_and_rates(tmp_path):
     [(2, 0.7, (1, 1)), (2, 0.01, (1, 1)), (3, 0.99, (2, 1)), (10, 0.7, (7, 3))],
 )
 def test_both_stages_have_at_least_one_epoch(epochs, share, lengths):
-    first = pattern_learning(light(), replace(TINY, pretrain=share), epochs).stages()[0].epochs
+    first = (
+        build_teacher_training(light(), replace(TINY, pretrain=share), epochs).stages()[0].epochs
+    )
     assert (first, epochs - first) == lengths
 
 
@@ -301,7 +305,7 @@ def test_codes_learn_in_stage_1_and_never_again(tmp_path, dims):
 
     r = runner(
         tmp_path,
-        pattern_learning(light(dims), replace(TINY, pretrain=0.5), 4),
+        build_teacher_training(light(dims), replace(TINY, pretrain=0.5), 4),
         Tubes(dims),
         epochs=4,
         tell=tell,
@@ -314,10 +318,13 @@ def test_codes_learn_in_stage_1_and_never_again(tmp_path, dims):
 
 @pytest.mark.parametrize("epochs", [4, 10, 20])
 def test_restarts_end_before_the_stage_does(tmp_path, epochs):
-    "A decay that forgets at once restarts codes in every step while it may; in the last tenth of stage 1, and in stage 2, nothing restarts."
+    """A decay that forgets at once restarts codes in every step while it may; in the last tenth
+    of stage 1, and in stage 2, nothing restarts."""
     steps = {4: 21, 10: 4, 20: 2}[epochs]
     counts = []
-    m = pattern_learning(light(), replace(TINY, decay=0.5, pretrain=(epochs - 1) / epochs), epochs)
+    m = build_teacher_training(
+        light(), replace(TINY, decay=0.5, pretrain=(epochs - 1) / epochs), epochs
+    )
     inner = m.pretrain_losses
     m.pretrain_losses = lambda b, n: (counts.append(int(m.codebook.restarted)), inner(b, n))[1]
     history = runner(tmp_path, m, epochs=epochs, steps=steps).fit()
@@ -337,13 +344,13 @@ def test_the_monitor_counts_use_error_and_restarts(tmp_path):
 
 
 def test_the_first_codes_are_tokens_and_the_input_is_standardised():
-    m = pattern_learning(light(), TINY, 2)
+    m = build_teacher_training(light(), TINY, 2)
     data = Tubes()
     m.begin(m.stages()[0], data.batch)
     seen = torch.cat([data.batch(i)["unlabelled"].image.flatten() for i in range(8)])
     t = m.pattern_teacher.tokens
     assert torch.allclose(t.mean, seen.mean()) and torch.allclose(t.std, seen.std())
-    x = t.standard(seen.view(16, 1, 16, 16, 16))
+    x = t.standardise(seen.view(16, 1, 16, 16, 16))
     assert abs(x.mean()) < 1e-3 and abs(x.std() - 1) < 1e-3
     assert torch.allclose(m.codebook.table.norm(dim=1), torch.ones(16), atol=1e-5)
     before = {k: v.clone() for k, v in m.student.state_dict().items()}
@@ -355,12 +362,12 @@ def test_the_first_codes_are_tokens_and_the_input_is_standardised():
 
 
 def test_the_codebook_starts_from_k_means_of_the_tokens():
-    m = pattern_learning(light(), TINY, 2)
+    m = build_teacher_training(light(), TINY, 2)
     t = copy.deepcopy(m.pattern_teacher.tokens)
     m.begin(m.stages()[0], Tubes().batch)
     t.mean.copy_(m.pattern_teacher.tokens.mean)
     t.std.copy_(m.pattern_teacher.tokens.std)
-    expected, _ = kmeans(
+    expected, _ = run_kmeans(
         gather_tokens(t, lambda i: Tubes().batch(i)["unlabelled"].image, 160),
         16,
         cosine=True,
@@ -370,7 +377,7 @@ def test_the_codebook_starts_from_k_means_of_the_tokens():
 
 
 def test_tokens_have_mean_0_and_deviation_1_in_every_channel():
-    m = pattern_learning(light(), TINY, 2)
+    m = build_teacher_training(light(), TINY, 2)
     m.begin(m.stages()[0], Tubes().batch)
     z = (
         m.pattern_teacher.tokens.train()(Tubes().batch(3)["unlabelled"].image)[0]
@@ -381,7 +388,7 @@ def test_tokens_have_mean_0_and_deviation_1_in_every_channel():
 
 
 def test_stage_2_moves_the_statistics_and_pays_for_the_way_to_the_codes():
-    m = pattern_learning(light(), TINY, 2)
+    m = build_teacher_training(light(), TINY, 2)
     batch = Tubes().batch(5)
     for stage in m.stages():
         m.begin(stage, Tubes().batch)
@@ -392,7 +399,7 @@ def test_stage_2_moves_the_statistics_and_pays_for_the_way_to_the_codes():
     terms["seg"]()
     assert spread.training and (spread.running_mean - before).abs().max() > 1e-4
     loss = terms["cb"]()
-    z = unit(m.pattern_teacher.tokens(batch["student"].image)[0])
+    z = unit_vectors(m.pattern_teacher.tokens(batch["student"].image)[0])
     near = (
         z.movedim(1, -1).flatten(0, -2) @ m.codebook.table.T
     )  # by hand: |z - e|^2 = 2 - 2 cos, mean over channels
@@ -413,7 +420,7 @@ def test_stage_2_moves_the_statistics_and_pays_for_the_way_to_the_codes():
 
 
 def test_tokens_are_gathered_until_they_are_enough():
-    m = pattern_learning(light(), TINY, 2)
+    m = build_teacher_training(light(), TINY, 2)
     asked = []
     out = gather_tokens(
         m.pattern_teacher.tokens.train(),
@@ -430,11 +437,11 @@ def test_tokens_are_gathered_until_they_are_enough():
 
 def test_blocks_are_hidden():
     x = torch.rand(4, 1, 32, 32, 32, generator=torch_rng(0, "x"))
-    y = hidden(x, (8, 8, 8), 0.5, 7.0, torch_rng(0, "h"))
+    y = mask_blocks(x, (8, 8, 8), 0.5, 7.0, torch_rng(0, "h"))
     blocks = (y == 7).view(4, 4, 8, 4, 8, 4, 8).float().mean((2, 4, 6))
     assert set(blocks.unique().tolist()) == {0.0, 1.0} and 0.35 < blocks.mean() < 0.65
     assert torch.equal(y[y != 7], x[y != 7]) and torch.equal(
-        hidden(x, (8, 8, 8), 0.0, 7.0, torch_rng(0, "h")), x
+        mask_blocks(x, (8, 8, 8), 0.0, 7.0, torch_rng(0, "h")), x
     )
 
 
@@ -463,14 +470,15 @@ def test_every_teacher_trains_and_teaches(tmp_path, change):
 
 
 def killed(build, whole_folder, folder, stops):
-    "Fit once in one piece; fit again, stopped before each of the batches `stops`; compare weights, history and optimisers."
+    """Fit once in one piece; fit again, stopped before each of the batches `stops`; compare
+    weights, history and optimisers."""
     whole = build(whole_folder)
     history = whole.fit()
     for stop in stops:
         r = build(folder)
         draw = r.data.batch
 
-        def batch(step, *a, stop=stop):
+        def batch(step, *a, stop=stop, draw=draw):
             if step == stop:
                 raise KeyboardInterrupt
             return draw(step, *a)
@@ -491,10 +499,11 @@ def killed(build, whole_folder, folder, stops):
     "options", [TINY, replace(TINY, mask=0.5, decay=0.5)], ids=["plain", "masked, restarting"]
 )
 def test_a_killed_teacher_ends_the_same(tmp_path, options):
-    "Four epochs of two steps, two in each stage: killed in the second epoch of both, and at the change of stage."
+    """Four epochs of two steps, two in each stage: killed in the second epoch of both, and at
+    the change of stage."""
     options = replace(options, pretrain=0.5)
     killed(
-        lambda f: runner(f, pattern_learning(light(), options, 4), epochs=4),
+        lambda f: runner(f, build_teacher_training(light(), options, 4), epochs=4),
         tmp_path / "a",
         tmp_path / "b",
         (2, 3, 4, 6),
@@ -518,18 +527,18 @@ def test_a_student_does_not_go_on_with_another_teacher(tmp_path):
         runner(tmp_path, other, epochs=1).fit()
 
 
-# ---------------------------------------------------------------- lessons
+# ---------------------------------------------------------------- what the student learns
 
 
-@pytest.mark.parametrize("lesson", ["cosine", "code_ce", "channel", "hint"])
+@pytest.mark.parametrize("kind", ["cosine", "code_ce", "channel", "hint"])
 @pytest.mark.parametrize("target", ["quantised", "unquantised", "random"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_every_lesson_teaches_the_student_and_only_the_student(dims, target, lesson):
-    if lesson == "code_ce" and target == "unquantised":
+def test_every_pattern_loss_teaches_the_student_and_only_the_student(dims, target, kind):
+    if kind == "code_ce" and target == "unquantised":
         with pytest.raises(InputError, match="code_ce"):
-            replace(TINY, lesson=lesson, target=target)
+            replace(TINY, pattern_loss=kind, target=target)
         return
-    options = replace(TINY, lesson=lesson, target=target)
+    options = replace(TINY, pattern_loss=kind, target=target)
     m = method(options, dims)
     data = Tubes(dims)
     loss = m.losses(data.batch(0), noise)["dis"]()
@@ -540,7 +549,7 @@ def test_every_lesson_teaches_the_student_and_only_the_student(dims, target, les
         return sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None)
 
     assert grad(m.student.bottom) > 0 and grad(m.networks["projector"]) > 0
-    assert grad(m.student.head) == 0  # the lesson ends at the tap
+    assert grad(m.student.head) == 0  # the term ends at the tap
     assert all(p.grad is None for p in m.pattern_teacher.parameters())
 
 
@@ -578,8 +587,8 @@ def test_dis_weighs_labelled_and_unlabelled_patches_alike():
     m = method()
     b = Tubes().batch(0)
     b["unlabelled"] = replace(b["unlabelled"], image=b["unlabelled"].image[:1])
-    x = vpbsd_module.Lesson(m, b, noise)
-    parts = [m.pattern(x.student(w)[1], x.teacher(w)) for w in ("labelled", "unlabelled")]
+    x = vpbsd_module.BatchOutputs(m, b, noise)
+    parts = [m.pattern_term(x.student(w)[1], x.teacher(w)) for w in ("labelled", "unlabelled")]
     x2 = m.losses(b, noise)["dis"]()
     assert torch.allclose(x2, (2 * parts[0] + parts[1]) / 3, atol=1e-6)
 
@@ -587,12 +596,10 @@ def test_dis_weighs_labelled_and_unlabelled_patches_alike():
 def test_a_student_that_says_the_code_has_nothing_to_learn():
     m = method()
     m.networks["projector"] = nn.Identity()
-    _, q, z, raw = vpbsd_module.Lesson(m, Tubes().batch(0), noise).teacher("unlabelled")
-    assert (
-        m.pattern(3 * q.codes, (None, q, z, raw)).abs()
-        < 1e-6
-        < m.pattern(q.codes.flip(1), (None, q, z, raw))
-    )
+    taught = vpbsd_module.BatchOutputs(m, Tubes().batch(0), noise).teacher("unlabelled")
+    codes = taught.quantised.codes
+    assert m.pattern_term(3 * codes, taught).abs() < 1e-6
+    assert m.pattern_term(codes.flip(1), taught) > 1e-6
 
 
 def test_a_finer_student_is_averaged_to_the_teachers_grid():
@@ -604,9 +611,9 @@ def test_a_finer_student_is_averaged_to_the_teachers_grid():
 
 def test_the_random_codebook_is_a_function_of_the_seed():
     table = torch.nn.functional.normalize(torch.randn(16, 4, generator=torch_rng(0, "t"))) * 3
-    a = random_table(table, 0)
-    b = random_table(table, 0)
-    c = random_table(table, 1)
+    a = draw_random_codes(table, 0)
+    b = draw_random_codes(table, 0)
+    c = draw_random_codes(table, 1)
     assert (
         torch.equal(a, b)
         and not torch.equal(a, c)
@@ -615,24 +622,25 @@ def test_the_random_codebook_is_a_function_of_the_seed():
     )
     assert torch.allclose(a.norm(dim=1), torch.full((16,), 3.0), atol=1e-5)
     m = [method(replace(TINY, target="random"), seed=s) for s in (0, 0, 1)]
-    assert torch.equal(m[0].random, m[1].random) and not torch.equal(m[0].random, m[2].random)
+    assert torch.equal(m[0].random_codes, m[1].random_codes) and not torch.equal(
+        m[0].random_codes, m[2].random_codes
+    )
 
 
 def test_the_table_is_where_the_teacher_is(monkeypatch):
     "A learner moves the teacher to its device after the method was made."
-    m = method(replace(TINY, lesson="code_ce"))
+    m = method(replace(TINY, pattern_loss="code_ce"))
     seen = {}
-    _, q, z, raw = vpbsd_module.Lesson(m, Tubes().batch(0), noise).teacher("unlabelled")
+    taught = vpbsd_module.BatchOutputs(m, Tubes().batch(0), noise).teacher("unlabelled")
     monkeypatch.setattr(
         vpbsd_module, "pattern_loss", lambda u, codes, kind, **k: seen.update(u=u, **k)
     )
     monkeypatch.setattr(vpbsd_module, "to_grid", lambda f, size: f)
     m.networks["projector"] = nn.Identity()
     m.frozen["teacher"].to("meta")
-    m.pattern(
-        torch.empty_like(z, device="meta"),
-        (None, type(q)(*(t.to("meta") for t in q)), z.to("meta"), raw.to("meta")),
-    )
+    z = taught.tokens.to("meta")
+    quantised = type(taught.quantised)(*(t.to("meta") for t in taught.quantised))
+    m.pattern_term(torch.empty_like(z), taught._replace(tokens=z, quantised=quantised))
     assert seen["table"].device == seen["u"].device
 
 
@@ -641,10 +649,10 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
     "change",
     [
         {},
-        dict(lesson="code_ce"),
-        dict(lesson="code_ce", target="random"),
+        dict(pattern_loss="code_ce"),
+        dict(pattern_loss="code_ce", target="random"),
         dict(target="random"),
-        dict(lesson="hint"),
+        dict(pattern_loss="hint"),
         dict(target="unquantised"),
     ],
     ids=str,
@@ -653,7 +661,7 @@ def test_teacher_and_student_train_on_a_gpu(tmp_path, change):
     options = replace(TINY, **change)
     settings = Settings(epochs=2, steps=2, bars=False, precision="bf16")
     teacher = Learner(
-        pattern_learning(light(), options, 2), Tubes(), tmp_path / "t", settings=settings
+        build_teacher_training(light(), options, 2), Tubes(), tmp_path / "t", settings=settings
     )
     teacher.fit()
     h = Learner(
@@ -668,7 +676,7 @@ def test_half_precision_trains_close_to_full(tmp_path, precision):
     for p in (precision, "fp32"):
         settings = Settings(epochs=2, steps=2, bars=False, device="cpu", precision=p)
         r = Learner(
-            pattern_learning(light(), TINY, 2), Tubes(), tmp_path / p / "t", settings=settings
+            build_teacher_training(light(), TINY, 2), Tubes(), tmp_path / p / "t", settings=settings
         )
         h[p] = (
             r.fit()
@@ -774,11 +782,11 @@ def test_half_precision_pseudo_labels():
 
 def test_the_defaults_cost_what_the_documentation_says():
     cube = (1, 1, 96, 96, 96)
-    student = network_cost(LightUNet(), cube)
+    student = count_cost(LightUNet(), cube)
     assert student["parameters"] == 350_809 and abs(student["flop"] / 1e9 - 23.9) < 0.05
     with seeded(0, "t"):
         teacher = PatternTeacher().eval()
-    cost = network_cost(Bypass(teacher), cube)
+    cost = count_cost(Bypass(teacher), cube)
     assert (
         cost["parameters"] == sum(p.numel() for p in teacher.parameters())
         and abs(cost["parameters"] / 1e6 - 23.25) < 0.3
@@ -804,7 +812,7 @@ class Bypass(nn.Module):
 def test_a_whole_teacher_can_be_counted():
     teacher = taught(light())
     before = weights_digest(teacher)
-    whole, bypass = (network_cost(n, (1, 1, 16, 16, 16)) for n in (teacher, Bypass(teacher)))
+    whole, bypass = (count_cost(n, (1, 1, 16, 16, 16)) for n in (teacher, Bypass(teacher)))
     assert (
         whole["parameters"] == bypass["parameters"]
         and bypass["flop"] <= whole["flop"] < 1.1 * bypass["flop"]
@@ -819,9 +827,9 @@ def test_occupancy_is_the_share_of_foreground():
     label = torch.zeros(1, 16, 16, 16, dtype=torch.long)
     label[0, :8, :8, :4] = 1
     label[0, 8:, 8:, 8:] = 2
-    o = occupancy(label, (2, 2, 2))
+    o = measure_occupancy(label, (2, 2, 2))
     assert o[0, 0, 0, 0] == 0.5 and o[0, 1, 1, 1] == 1 and o.sum() == 1.5
-    assert occupancy(label[:, 0], (2, 2)).shape == (1, 2, 2)
+    assert measure_occupancy(label[:, 0], (2, 2)).shape == (1, 2, 2)
 
 
 def test_health_changes_nothing_and_counts_all_tokens():
@@ -889,9 +897,9 @@ ARMS = with_arms(
     VESSELS,
     vpbsd={},
     silent=dict(weights={"semi": 0, "dis": 0}),
-    hint=dict(options={**T, "lesson": "hint"}),
+    hint=dict(options={**T, "pattern_loss": "hint"}),
     untrained=dict(teacher="placebo"),
-    painted=dict(method="painted"),
+    reconstruction=dict(method="reconstruction"),
     recalibrated=dict(method="recalibrated"),
     warm=dict(start="teacher"),
     lotus=dict(method="lotus", start="teacher", options={"taps": ["join1"], "head": "head"}),
@@ -932,7 +940,7 @@ def test_every_arm_ends_with_scores(study):
         "silent",
         "hint",
         "untrained",
-        "painted",
+        "reconstruction",
         "recalibrated",
         "warm",
         "lotus",
@@ -943,7 +951,9 @@ def test_every_arm_ends_with_scores(study):
     )
     stages = {r["arm"]: r["stage"] for r in read_csv(folder / "history.csv")}
     assert (
-        stages["vpbsd"] == "distil" and stages[name] == "finetune" and stages["painted"] == "train"
+        stages["vpbsd"] == "distil"
+        and stages[name] == "finetune"
+        and stages["reconstruction"] == "train"
     )
 
 
@@ -974,7 +984,7 @@ def test_one_teacher_for_all_arms_that_want_the_same(study):
     assert first_name(wide, "a") != first_name(wide, "b")
 
 
-def test_without_lessons_an_arm_is_the_arm_alone(study):
+def test_without_the_new_terms_an_arm_is_the_arm_alone(study):
     assert equal(state(study[0], "silent")["student"], state(study[0], "alone")["student"])
     assert not equal(state(study[0], "vpbsd")["student"], state(study[0], "alone")["student"])
     assert not equal(state(study[0], "vpbsd")["student"], state(study[0], "hint")["student"])
@@ -1044,19 +1054,27 @@ def test_the_teacher_of_an_arm_is_the_trained_one(study):
     assert not torch.equal(untrained.codebook.table, saved["codebook"]["table"])
 
 
-# ---------------------------------------------------------------- what leaves the house (A16)
+# ---------------------------------------------------------------- what is exported (A16)
 
 ALONE = """
 import sys
 class Wall:
     def find_spec(self, name, *a):
-        if name.startswith(("unpaired_kd.methods", "unpaired_kd.distillation.codebook", "unpaired_kd.distillation.patterns", "unpaired_kd.training", "unpaired_kd.study.run")): raise ImportError(name)
+        for room in (
+            "methods",
+            "distillation.codebook",
+            "distillation.patterns",
+            "training",
+            "study.run",
+        ):
+            if name.startswith("unpaired_kd." + room): raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 import numpy as np, torch
 from unpaired_kd.inference.student import Student
 s = Student.load(sys.argv[1], device="cpu")
 np.save(sys.argv[3], s.predict(np.load(sys.argv[2])))
-with torch.no_grad(): np.save(sys.argv[4], s.network.eval()(s.prepare(np.load(sys.argv[2])[:16, :, :24]).contiguous()).numpy())
+part = s.prepare(np.load(sys.argv[2])[:16, :, :24]).contiguous()
+with torch.no_grad(): np.save(sys.argv[4], s.network.eval()(part).numpy())
 """
 
 
@@ -1103,7 +1121,7 @@ def test_the_student_leaves_alone(study, tmp_path):
     )
 
 
-# ---------------------------------------------------------------- no label of an unlabelled volume is read (A14)
+# ------------------------------------ no label of an unlabelled volume is read (A14)
 
 
 def folders(place, n=8, size=16):
@@ -1142,7 +1160,8 @@ def on_folders(data, **k):
 
 @pytest.mark.filterwarnings("ignore:.*groups.csv")
 def test_labels_of_unlabelled_volumes_are_never_read(tmp_path, monkeypatch):
-    "They are there, as a data set has them, and hold nothing that could be read; opening looks at the first volume only."
+    """They are there, as a data set has them, and hold nothing that could be read; opening looks
+    at the first volume only."""
     from unpaired_kd.data.formats import images
 
     data = folders(tmp_path / "data")
@@ -1294,7 +1313,8 @@ def test_a_shared_patient_is_kept_from_the_teacher_and_unlabelled_volumes_stay_o
 
 
 def test_scores_do_not_change_sides_when_an_arm_is_added(tmp_path):
-    "With score_on=validation, an arm that learns without labels must not move the scored volumes of a run folder that has scores already, or be refused."
+    """With score_on=validation, an arm that learns without labels must not move the scored
+    volumes of a run folder that has scores already, or be refused."""
     alone = dict(VESSELS, score_on="validation")
     before = parts(make(alone), 0, tmp_path)
     try:
@@ -1305,7 +1325,8 @@ def test_scores_do_not_change_sides_when_an_arm_is_added(tmp_path):
 
 
 def test_all_parts_of_a_seed_are_on_record(study):
-    "From the run folder alone one can tell which volumes were labelled, which were unlabelled and which were tested."
+    """From the run folder alone one can tell which volumes were labelled, which were unlabelled
+    and which were tested."""
     d = parts(make(ARMS), 0)
     found = {}
     for f in (study[0] / "splits").glob("student-*.json"):
@@ -1315,7 +1336,7 @@ def test_all_parts_of_a_seed_are_on_record(study):
         assert tuple(sorted(part.ids)) in found
 
 
-# ---------------------------------------------------------------- two dimensions, thin stacks, other encoders
+# ------------------------------------ two dimensions, thin stacks, other encoders
 
 
 def finish(folder, config, monkeypatch):
@@ -1327,7 +1348,9 @@ def finish(folder, config, monkeypatch):
 
 def test_a_codebook_and_a_hint_in_two_dimensions(tmp_path, monkeypatch):
     arms = finish(
-        tmp_path, with_arms(BONE, vpbsd={}, hint=dict(options={**T, "lesson": "hint"})), monkeypatch
+        tmp_path,
+        with_arms(BONE, vpbsd={}, hint=dict(options={**T, "pattern_loss": "hint"})),
+        monkeypatch,
     )
     assert {"alone", "vpbsd", "hint"} < arms
 
@@ -1349,7 +1372,7 @@ def test_thin_stacks(tmp_path, monkeypatch):
     net = Study(make(config)).network(make(config).student, 0, "student")
     teacher = teacher_of(tmp_path, config, "vpbsd")
     assert tuple(net.strides) == tuple(teacher.strides) == (2, 8, 8)
-    assert teacher.say(torch.rand(1, 1, 16, 32, 32))[1].index.shape == (1, 8, 4, 4)
+    assert teacher.outputs(torch.rand(1, 1, 16, 32, 32)).quantised.index.shape == (1, 8, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -1384,9 +1407,9 @@ def test_the_best_epoch_by_validation(tmp_path, monkeypatch):
     assert len(set(parts(make(config), 0, tmp_path).student_rest.groups)) == 1
 
 
-def test_the_painted_student_paints_without_labels_then_learns(tmp_path):
+def test_the_control_reconstructs_without_labels_then_learns(tmp_path):
     def build(folder):
-        return runner(folder, Painted(light(), epochs=4), epochs=4)
+        return runner(folder, Reconstruction(light(), epochs=4), epochs=4)
 
     asked = []
     r = build(tmp_path / "a")
@@ -1396,7 +1419,7 @@ def test_the_painted_student_paints_without_labels_then_learns(tmp_path):
     ]
     history = r.fit()
     assert (
-        [h["stage"] for h in history] == ["paint", "paint", "train", "train"]
+        [h["stage"] for h in history] == ["reconstruct", "reconstruct", "train", "train"]
         and "seg" not in history[0]
         and "rec" not in history[-1]
     )
@@ -1408,7 +1431,7 @@ def test_the_painted_student_paints_without_labels_then_learns(tmp_path):
 def test_more_classes(tmp_path):
     data = Tubes(classes=3)
     student = light(classes=3)
-    r = runner(tmp_path / "t", pattern_learning(student, TINY, 2), data, 2)
+    r = runner(tmp_path / "t", build_teacher_training(student, TINY, 2), data, 2)
     r.fit()
     h = runner(tmp_path / "s", VPBSD(student, r.method.student, TINY), data, 1).fit()
     assert (
@@ -1425,7 +1448,7 @@ def test_more_classes(tmp_path):
         (dict(encoder="resnet"), "encoder"),
         (dict(codebook="vq"), "codebook"),
         (dict(gradient="reinforce"), "gradient"),
-        (dict(lesson="cosin"), "lesson"),
+        (dict(pattern_loss="cosin"), "pattern_loss"),
         (dict(target="teacher"), "target"),
         (dict(pseudo="firm"), "pseudo"),
         (dict(pretrain=0.0), "pretrain"),
@@ -1434,7 +1457,7 @@ def test_more_classes(tmp_path):
         (dict(mask=-0.1), "mask"),
         (dict(doubt=0.5), "doubt"),
         (dict(unlabelled=False), "unlabelled"),
-        (dict(codebook="fsq", lesson="code_ce"), "fsq"),
+        (dict(codebook="fsq", pattern_loss="code_ce"), "fsq"),
         (dict(strong={"elastic": 1.0}), "strong"),
         (dict(codes=0), "codes"),
         (dict(code_dim=0), "dim"),
@@ -1465,7 +1488,12 @@ def test_a_teacher_of_other_options_or_another_kind():
     ):
         with pytest.raises(InputError, match="other options"):
             VPBSD(student, teacher, replace(TINY, **change))
-    for change in (dict(lesson="channel"), dict(doubt=0.1), dict(strong={}), dict(pseudo="soft")):
+    for change in (
+        dict(pattern_loss="channel"),
+        dict(doubt=0.1),
+        dict(strong={}),
+        dict(pseudo="soft"),
+    ):
         VPBSD(student, teacher, replace(TINY, **change))
     for wrong in (light(), None):  # a network of labels alone, and none at all
         with pytest.raises(InputError, match="PatternTeacher"):
@@ -1540,8 +1568,8 @@ def test_a_student_and_a_teacher_that_do_not_fit_are_refused_before_training(cha
     "arm,word",
     [
         (dict(teacher="shuffled"), "shuffled"),
-        (dict(method="painted", teacher="placebo"), "placebo"),
-        (dict(method="painted", start="teacher"), "start"),
+        (dict(method="reconstruction", teacher="placebo"), "placebo"),
+        (dict(method="reconstruction", start="teacher"), "start"),
         (dict(preset="released"), "preset"),
         (dict(options=[]), "options|dict"),
         (dict(options={"code": 3}), "code"),
@@ -1555,10 +1583,10 @@ def test_arms_that_mean_nothing(arm, word):
 
 
 def test_the_paper_preset_and_its_teacher():
-    assert options_of("vpbsd", "paper", {}, 96).bce == 1.0 and teacher_options(
+    assert options_of("vpbsd", "paper", {}, 96).bce == 1.0 and select_teacher_options(
         VpbsdOptions()
-    ) != teacher_options(options_of("vpbsd", "paper", {}, 96))
-    assert set(teacher_options(VpbsdOptions())) == {
+    ) != select_teacher_options(options_of("vpbsd", "paper", {}, 96))
+    assert set(select_teacher_options(VpbsdOptions())) == {
         "encoder",
         "encoder_config",
         "inner",

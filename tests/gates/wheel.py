@@ -149,7 +149,7 @@ def use(programs, folder, env):
 
     call([ukd, "run", "lotus", "--out", "runs/lotus", *options(small["lotus"])], folder, env)
     row = {k: v for k, v in small["lotus_ablation"].items() if k != "seeds"}  # which the grid sets
-    grid = ["lotus_ablation", "--cells", "seeds=[0]", "--workers", "1", "--out", "runs/sweep"]
+    grid = ["lotus_ablation", "--rows", "seeds=[0]", "--workers", "1", "--out", "runs/sweep"]
     call([ukd, "sweep", *grid, *options(row)], folder, env)
     draw(folder / "image.png")
     files = ["runs/lotus/student", "image.png", "labels.png"]

@@ -20,6 +20,15 @@ GRACE = 15  # s: so long before the end a step is stopped; at the end its proces
 SPOILED = 3  # exit code of a process that said all it can: another goes on
 
 
+def relative_differences(
+    losses: dict,  # term -> value
+    full: dict,  # term -> value in float32
+) -> dict:  # term -> difference as a share of the value in float32
+    "Of the terms that both have."
+    both = {k: full[k] for k in losses if k in full}
+    return {k: abs(losses[k] - v) / max(abs(v), LEAST) for k, v in both.items()}
+
+
 def differences(
     records: list,  # all records, in their order
 ):
@@ -33,11 +42,7 @@ def differences(
         if r["precision"] == "fp32":
             full[key] = r["first_losses"]
         elif key in full:
-            away = {
-                k: abs(v - full[key][k]) / max(abs(full[key][k]), LEAST)
-                for k, v in r["first_losses"].items()
-                if k in full[key]
-            }
+            away = relative_differences(r["first_losses"], full[key])
             r["difference"] = max(away.values(), default=None)
             far = [k for k, v in away.items() if v > FAR]
             if far:
@@ -45,7 +50,7 @@ def differences(
 
 
 class Collected:
-    "What the working processes have said so far."
+    "Records of the working processes so far."
 
     def __init__(
         self,
@@ -60,7 +65,7 @@ class Collected:
         self.now = None
         self.next = 0  # number of the step that runs; of the one after it
 
-    def hear(
+    def add(
         self,
         what: str,  # begin | end | record
         value,  # see `work.send`
@@ -87,7 +92,7 @@ class Collected:
         name, kind = self.names[at]
         self.now = None
         self.next = at + 1
-        self.hear(
+        self.add(
             "record",
             {
                 **dict.fromkeys(self.fields),
@@ -101,13 +106,13 @@ class Collected:
 
 def run_once(
     command: list,  # the working process; the number of its first step is added
-    heard: Collected,  # where its messages go
+    collected: Collected,  # where its messages go
     until: float,  # end of the time, as `time.monotonic` counts
     mark: str,  # that begins its messages
 ) -> int:  # exit code
     "Start a process and listen until it ends; other lines go to standard error."
     process = subprocess.Popen(
-        [*command, "--first", str(heard.next)], stdout=subprocess.PIPE, text=True
+        [*command, "--first", str(collected.next)], stdout=subprocess.PIPE, text=True
     )
     clock = threading.Timer(max(0, until - time.monotonic()) + GRACE - 1, process.kill)
     clock.start()
@@ -115,7 +120,7 @@ def run_once(
         for line in process.stdout:
             other, found, message = line.partition(mark)
             if found:
-                heard.hear(*json.loads(message))
+                collected.add(*json.loads(message))
             if other:
                 print(other, end="", file=sys.stderr)
     finally:
@@ -125,22 +130,22 @@ def run_once(
 
 def run_all(
     command: list,  # as in `run_once`
-    heard: Collected,  # as in `run_once`
+    collected: Collected,  # as in `run_once`
     until: float,
     mark: str,  # as in `run_once`
 ):
     "Start processes until every step has a record. One that dies loses its own step, no other."
-    while heard.next < len(heard.names):
+    while collected.next < len(collected.names):
         if time.monotonic() > until:
-            heard.lost("left out", "the time was over")
+            collected.lost("left out", "the time was over")
             continue
-        code = run_once(command, heard, until, mark)
+        code = run_once(command, collected, until, mark)
         over = time.monotonic() > until
-        within = heard.now is not None  # it was in the middle of a step
+        within = collected.now is not None  # it was in the middle of a step
         if over and within:
-            heard.lost("left out", "stopped: the time was over")
+            collected.lost("left out", "stopped: the time was over")
         elif not over and (within or code not in (0, SPOILED)):
-            heard.lost("failed", f"the process ended with {code}")
+            collected.lost("failed", f"the process ended with {code}")
 
 
 def table(
@@ -171,10 +176,9 @@ def arguments(argv=None):
     p.add_argument("--small", action="store_true", help="tiny sizes, on the CPU: does it all run?")
     p.add_argument("--out", default="runs/gpu.json", help="where the record goes")
     p.add_argument("--seconds", type=float, default=360, help="time for everything, s")
-    p.add_argument(
-        "--first", type=int, help=argparse.SUPPRESS
-    )  # a working process: its first step,
-    p.add_argument("--until", type=float, help=argparse.SUPPRESS)  # and the end of its time
+    # a working process: its first step, and the end of its time
+    p.add_argument("--first", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 
@@ -232,14 +236,16 @@ def whole(
         os.replace(part, out)
         print(f"{took:6.1f} s  {records[-1]['name']}  {records[-1]['status']}", file=sys.stderr)
 
-    heard = Collected([(s.name, s.kind) for s in work.all_steps(args.small)], work.FIELDS, keep)
+    collected = Collected([(s.name, s.kind) for s in work.all_steps(args.small)], work.FIELDS, keep)
     command = [sys.executable, str(HERE), "--until", str(end), *["--small"] * args.small]
-    run_all(command, heard, end, work.MARK)
-    differences(heard.records)
-    keep(heard.records)
-    failed = sum(r["status"] == "failed" for r in heard.records)
-    print(f"{head['device']['name']}, torch {head['versions']['torch']}\n{table(heard.records)}")
-    print(f"{len(heard.records)} rows, {failed} failed; {out}")
+    run_all(command, collected, end, work.MARK)
+    differences(collected.records)
+    keep(collected.records)
+    failed = sum(r["status"] == "failed" for r in collected.records)
+    print(
+        f"{head['device']['name']}, torch {head['versions']['torch']}\n{table(collected.records)}"
+    )
+    print(f"{len(collected.records)} rows, {failed} failed; {out}")
     return int(failed > 0)
 
 

@@ -50,7 +50,7 @@ FULL = {
     "mutual": SLICES,
     "fusion": SLICES,
     "vpbsd": CUBES,
-    "painted": CUBES,
+    "reconstruction": CUBES,
     "recalibrated": CUBES,
 }
 
@@ -71,7 +71,7 @@ SMALL = {
     "mutual": SMALL_SLICES,
     "fusion": SMALL_SLICES,
     "vpbsd": replace(SMALL_CUBES, options=SMALL_TEACHER),
-    "painted": SMALL_CUBES,
+    "reconstruction": SMALL_CUBES,
     "recalibrated": SMALL_CUBES,
 }
 

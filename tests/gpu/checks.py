@@ -150,13 +150,14 @@ def outcomes(
     said = []
     for case in ElementTree.parse(report).iter("testcase"):
         wrong = [c for c in case if c.tag in ("failure", "error")]
-        skipped = case.find("skipped") is not None
-        counts["failed" if wrong else "skipped" if skipped else "passed"] += 1
-        said += [
-            f"{case.get('name')}: {c.get('message', '').splitlines()[0][:200]}"
-            for c in wrong
-            if c.get("message")
-        ]
+        if wrong:
+            counts["failed"] += 1
+        elif case.find("skipped") is not None:
+            counts["skipped"] += 1
+        else:
+            counts["passed"] += 1
+        messages = [c.get("message") for c in wrong if c.get("message")]
+        said += [f"{case.get('name')}: {m.splitlines()[0][:200]}" for m in messages]
     return counts, said
 
 
@@ -222,9 +223,18 @@ def two_processes(
             print(errors[-8000:], file=sys.stderr)
         assert code == 0, f"ended with {code}: {errors[-300:]}"
         first, second = (json.loads((Path(folder) / f"{k}.json").read_text()) for k in (0, 1))
+    check_pair(first, second, device)
+    for name, took in first["seconds_per_step"].items():
+        say(stage=name, status="ok", seconds_per_step=took)
+
+
+def check_pair(
+    first: dict,  # what one process has found
+    second: dict,  # what the other one has
+    device: str,  # cpu | cuda
+):
+    "`AssertionError` unless two processes trained together and ended with the same weights."
     assert first["processes"] == second["processes"] == 2, "the processes did not find each other"
     assert first["device"] != second["device"] or device == "cpu", "both took the same device"
     for name, digest in first["weights"].items():
         assert digest == second["weights"][name], f"{name}: the two ended with other weights"
-    for name, took in first["seconds_per_step"].items():
-        say(stage=name, status="ok", seconds_per_step=took)

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,12 @@ def measured_here(
 ) -> dict:  # name -> object
     "What the notebook `speed` measures with, its learner on this device."
     space = notebook_names(NOTEBOOK)
-    space["Settings"] = lambda **k: Settings(**{**k, "device": device})
+
+    def settings(**k):
+        "Settings of the learner on this device."
+        return Settings(**{**k, "device": device})
+
+    space["Settings"] = settings
     return space
 
 
@@ -132,15 +138,15 @@ def variation(
     for classes in (2, 8):
         y = torch.randint(classes, w.shape, generator=torch_rng(0, "y")).to(device)
 
-        def gradient(way):
+        def gradient(way, y=y, classes=classes):
             return torch.autograd.grad((way(f, y, classes) * w).sum(), f)[0]
 
         close(gradient(variation_map), gradient(usual))
         compared(
             say,
             f"variation map, {classes} classes, {side}²",
-            lambda: gradient(usual),
-            lambda: gradient(variation_map),
+            partial(gradient, usual),
+            partial(gradient, variation_map),
             2 if small else 20,
             until,
             1,
@@ -213,16 +219,9 @@ def sliding(
             source = Path(folder) / "volume.tif"
             tifffile.imwrite(source, raw)
 
-            def job():
-                predict_volume(
-                    student,
-                    source,
-                    Path(folder) / "out.tif",
-                    device=device,
-                    spacing=1,
-                    overwrite=True,
-                )
-
+            out = Path(folder) / "out.tif"
+            how = dict(device=device, spacing=1, overwrite=True)
+            job = partial(predict_volume, student, source, out, **how)
             took, most = alone(job, 1 if small else 3, until)
         say(
             stage=f"volume in blocks, {side}³",

@@ -115,20 +115,24 @@ def copies(
     }
 
 
-def unmoved(
+def has_moved(
+    before: list,  # of tensors
+    now: list,  # the same after training
+) -> bool:  # whether some changed, and all are finite
+    "Whether training did what it should to the parameters of a network."
+    changed = any(not torch.equal(a, b) for a, b in zip(before, now))
+    return changed and all(p.isfinite().all() for p in now)
+
+
+def find_unmoved(
     before: dict,  # from `copies`
     learner,  # after training
 ) -> list:  # names of networks
     "Networks that some update may change and whose parameters are all as before, or not finite."
-    may = {n for stage in learner.stages for u in stage.updates for n in u.changes}
-    found = []
-    for name, new in copies(learner.method).items():
-        if name not in may or not new:
-            continue
-        same = all(torch.equal(a, b) for a, b in zip(before[name], new))
-        if same or not all(p.isfinite().all() for p in new):
-            found.append(name)
-    return found
+    updates = [update for stage in learner.stages for update in stage.updates]
+    may = {name for update in updates for name in update.changes}
+    now = {name: p for name, p in copies(learner.method).items() if name in may and p}
+    return [name for name, p in now.items() if not has_moved(before[name], p)]
 
 
 def learner_of(
@@ -181,7 +185,7 @@ class Training:
                 ]
             learner.fit()
             method.finish(lambda i: self.watch.batch(FIXED + i))
-        still = unmoved(before, learner)
+        still = find_unmoved(before, learner)
         assert not still, f"weights that should have moved did not: {', '.join(still)}"
 
     def tell(

@@ -18,7 +18,7 @@ from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, NoTeacher
 from ..training.method import Update
 from ..translation.cyclegan import to_unit
-from ..translation.translated import AlphaNet, fused, pack
+from ..translation.translated import AlphaNet, fuse_images, pack_translator
 
 # %% ../../nbs/methods/fusion.ipynb #a995c892
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def __init__(
 @patch(as_prop=True)
 def student(self: Fusion) -> nn.Module:
     "Translator, balance and segmentor in one."
-    return pack(
+    return pack_translator(
         self.networks["student"],
         self.networks["g_st"],
         self.options.fuse,
@@ -109,7 +109,7 @@ def losses(
     x = self.now(batch, noise)
 
     def both():
-        return fused(
+        return fuse_images(
             to_unit(x.x_s),
             to_unit(x.tr.fake.detach()),
             self.options.fuse,

@@ -19,7 +19,7 @@ from ..distillation.soft_labels import soft_label_kl
 from .cmedl import SegmentorOptions, Translating, TranslatorOptions
 from .registry import METHODS, Peer
 from ..training.method import Update
-from ..translation.translated import unite
+from ..translation.translated import pack_ensemble
 
 # %% ../../nbs/methods/mutual.ipynb #05279950
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MutualOptions(SegmentorOptions, TranslatorOptions, Checked):
 @METHODS.register("mutual")
 class Mutual(Translating):
     """Online mutual distillation (Li et al. 2020) on CycleGAN translations of the teacher's images.
-    What leaves the house is the mean of both segmentors."""
+    What is used after training is the mean of both segmentors."""
 
     Options = MutualOptions
     presets = {"recommended": MutualOptions()}
@@ -55,13 +55,13 @@ class Mutual(Translating):
         preset: str = "recommended",  # the only one
     ) -> dict:  # term -> weight
         "The translator's, and one half for each divergence."
-        lessons = {"seg": 1.0, "seg_assistant": 1.0, "kl": 0.5, "kl_assistant": 0.5}
-        return cls.translator_weights(options) | lessons
+        learned = {"seg": 1.0, "seg_assistant": 1.0, "kl": 0.5, "kl_assistant": 0.5}
+        return cls.translator_weights(options) | learned
 
     @property
     def student(self) -> nn.Module:
         "Both segmentors, averaged."
-        return unite(self.networks["student"], self.networks["assistant"])
+        return pack_ensemble(self.networks["student"], self.networks["assistant"])
 
 # %% ../../nbs/methods/mutual.ipynb #8ca782cc
 @patch
@@ -99,10 +99,10 @@ def losses(
 ) -> dict:  # {"seg", "seg_assistant", "kl", "kl_assistant"}
     "Labels of its own modality for each, soft labels of the other."
     x = self.now(batch, noise)
-    x.let_go()
+    x.release_statistics()
     fake = cache(lambda: x.tr.fake_s.detach())
     images = {"real": lambda: x.x_s, "fake": fake}
-    says = cache(lambda who, what: x.run(who, images[what]())[0])
+    scores_of = cache(lambda who, what: x.run(who, images[what]())[0])
 
     @torch.no_grad()
     def guide(who, what):
@@ -111,12 +111,12 @@ def losses(
         ]  # at test both see real images
 
     return {
-        "seg": lambda: self.segmentation(says("student", "real"), x.y_s),
-        "seg_assistant": lambda: self.segmentation(says("assistant", "fake"), x.y_t),
+        "seg": lambda: self.segmentation(scores_of("student", "real"), x.y_s),
+        "seg_assistant": lambda: self.segmentation(scores_of("assistant", "fake"), x.y_t),
         "kl": lambda: soft_label_kl(
-            says("student", "real"), guide("assistant", "real"), self.options.kd_tau
+            scores_of("student", "real"), guide("assistant", "real"), self.options.kd_tau
         ),
         "kl_assistant": lambda: soft_label_kl(
-            says("assistant", "fake"), guide("student", "fake"), self.options.kd_tau
+            scores_of("assistant", "fake"), guide("student", "fake"), self.options.kd_tau
         ),
     }

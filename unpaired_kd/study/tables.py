@@ -6,55 +6,44 @@
 __all__ = ['summarise', 'evidence', 'results_table', 'rank_agreement', 'published_table']
 
 # %% ../../nbs/study/tables.ipynb #5417def7
-import textwrap
-from collections import Counter
-
 import numpy as np
 
 from ..core import InputError, rng, unknown
-from .rows import arrange, counted, guests
-from .statistics import (ALARMS_OF_TWO, FEW, compare, pair_rows, sign_of,
-                                          units_of, without_noise)
+from .footnotes import describe_intervals, explain_table, has_misses
+from .rows import arrange_arms, comparable_rows, count_noun, find_guests, units_of
+from .statistics import FEW, compare, pair_rows, without_noise
 from .typesetting import interval_text, markdown_table, name_of, p_text
 
 # %% ../../nbs/study/tables.ipynb #aaada762
 def summarise(
-    rows:list,  # rows of one arm
-    metric:str, # column
-)->tuple: # (mean, standard deviation, number) over cases; a case is first averaged over its seeds
+    rows: list,  # rows of one arm
+    metric: str,  # column
+) -> (
+    tuple
+):  # (mean, standard deviation, number) over cases; a case is first averaged over its seeds
     "Mean and spread of one arm over its cases; values that are not finite are left out."
     cases = {}
     for r in rows:
-        if np.isfinite(r.get(metric, np.nan)): cases.setdefault(r["case"], []).append(r[metric])
+        if np.isfinite(r.get(metric, np.nan)):
+            cases.setdefault(r["case"], []).append(r[metric])
     x = np.array([np.mean(v) for v in cases.values()])
     mean = float(x.mean()) if len(x) else np.nan
     sd = float(x.std(ddof=1)) if len(x) > 1 else np.nan
     return mean, sd, len(x)
 
 # %% ../../nbs/study/tables.ipynb #8a946d2b
-def _shared(rows, reference, metric):
-    "Rows of arms with finite values; (seed, case, patient) where all have one; where one lacks it."
-    def finite(r):
-        return np.isfinite(r.get(metric, 0)) # an absent column is for `compare` to refuse
-    def key(r):
-        return r["seed"], str(r["case"]), str(r["group"])
-    arms = {r["arm"] for r in rows if finite(r)}
-    some = [r for r in rows if r["arm"] in arms]
-    holes = {key(r) for r in some if not finite(r)}
-    return some, {key(r) for r in some if r["arm"] == reference} - holes, holes
-
 def evidence(
-    rows:list,                             # rows of `evaluate`, all arms
-    reference:str,                         # the arm the others are compared with
+    rows: list,  # rows of `evaluate`, all arms
+    reference: str,  # the arm the others are compared with
     metrics=("dsc", "hd95", "aji", "pq"),  # columns
-)->list: # dicts of `compare` (reference left out), each with `p_both` and `p_both_holm`
+) -> list:  # dicts of `compare` (reference left out), each with `p_both` and `p_both_holm`
     """Every arm against the reference over patients, and patients and seeds; two patients at least.
     With one seed `p_both` is NaN."""
-    away = guests(rows, reference)
+    away = find_guests(rows, reference)
     rows = [r for r in rows if r["arm"] not in away]
     out = []
     for metric in metrics:
-        some, shared, _ = _shared(rows, reference, metric)
+        some, shared, _ = comparable_rows(rows, reference, metric)
         if len({patient for *_, patient in shared}) < 2:
             continue
         both = {}
@@ -71,19 +60,18 @@ def _of_one_unit(rows, metric, away):
     units = units_of([r for r in rows if r["arm"] not in away], metric)
     return [r for r in rows if not units or str(r.get("hd95_unit")) in units]
 
-def _lost(rows, metrics):
-    "Is HD95 shown, and was a structure missed in any image?"
-    return "hd95" in metrics and any(r.get("missed", 0) > 0 for r in rows)
 
 def _mean_text(mine, metric, home):
     "Mean and spread of one arm; where it (a guest) has another unit than the `home` rows, with it."
     mean, sd, _ = summarise(mine, metric)
     own = units_of(mine, metric)
-    if len(own) > 1: return "–"
+    if len(own) > 1:
+        return "–"
     foreign = own and own != units_of(home, metric)
     k = 1 if foreign else name_of(metric, home)[2]
     text = f"{k * mean:.1f} ± {k * sd:.1f}".replace("nan", "–")
     return f"{text} {own[0]}" if foreign else text
+
 
 def _missed_texts(mine, home):
     "HD95 of one arm without the images in which it missed a structure; how many it missed."
@@ -95,7 +83,7 @@ def _missed_texts(mine, home):
 def _means(rows, metrics, arms, away):
     "First table: mean and standard deviation over cases."
     home = {m: _of_one_unit(rows, m, away) for m in metrics}
-    lost = _lost(rows, metrics)
+    lost = has_misses(rows, metrics)
     lines = []
     for arm in arms:
         mine = [r for r in rows if r["arm"] == arm]
@@ -103,9 +91,11 @@ def _means(rows, metrics, arms, away):
         line += [len({r[k] for r in mine}) for k in ("case", "seed")]
         for m in metrics:
             line.append(_mean_text(mine, m, home[m]))
-            if lost and m == "hd95": line += _missed_texts(mine, home[m])
+            if lost and m == "hd95":
+                line += _missed_texts(mine, home[m])
         lines.append(line)
     return markdown_table(["arm", "cases", "seeds", *_headings(home, lost)], lines)
+
 
 def _headings(home, lost):
     "Names of the columns of scores."
@@ -113,203 +103,126 @@ def _headings(home, lost):
     for m, rows in home.items():
         name, unit, _ = name_of(m, rows)
         head.append(f"{name}, {unit}".rstrip(", "))
-        if lost and m == "hd95": head += ["found only", "missed"]
+        if lost and m == "hd95":
+            head += ["found only", "missed"]
     return head
 
+# %% ../../nbs/study/tables.ipynb #c61b93f0
 def _differences(found, arms, reference, rows):
     "Second table: the evidence for each arm and metric."
-    away = guests(rows, reference)
+    away = find_guests(rows, reference)
     shown = [c for c in found if c["arm"] in arms]
     lines = []
     for c in sorted(shown, key=lambda c: arms.index(c["arm"])):
         name, _, k = name_of(c["metric"], _of_one_unit(rows, c["metric"], away))
         p = [p_text(c[test + "_holm"]) for test in ("p_t", "p_wilcoxon", "p_both")]
-        lines.append([c["arm"], name, f"{k * c['difference']:+.1f}", interval_text(c, k), *p,
-                      f"{c['seeds_won']}/{c['n_seeds']}"])
-    head = [f"against {reference}", "metric", "difference", "95 % interval", "p (t)",
-            "p (Wilcoxon)", "p (with seeds)", "seeds won"]
+        lines.append(
+            [
+                c["arm"],
+                name,
+                f"{k * c['difference']:+.1f}",
+                interval_text(c, k),
+                *p,
+                f"{c['seeds_won']}/{c['n_seeds']}",
+            ]
+        )
+    head = [
+        f"against {reference}",
+        "metric",
+        "difference",
+        "95 % interval",
+        "p (t)",
+        "p (Wilcoxon)",
+        "p (with seeds)",
+        "seeds won",
+    ]
     return markdown_table(head, lines)
-
-# %% ../../nbs/study/tables.ipynb #5a7d20b2
-def _span(numbers, noun):
-    "The smallest and the largest of some numbers of things, in words."
-    low, high = min(numbers), max(numbers)
-    return counted(low, noun) if low == high else f"{low} to {counted(high, noun)}"
-
-def _intervals(found):
-    "Which intervals a table holds, in words."
-    kinds = {c["interval"] for c in found}
-    if "Student's t" not in kinds: return "bootstrap over patients"
-    if "bootstrap" in kinds:
-        return f"bootstrap over patients, Student's t over fewer than {FEW}"
-    return f"Student's t over {_span([c['n_groups'] for c in found], 'patient')}"
-
-def _tests(found):
-    "What the intervals and p-values of a table are, in words."
-    text = "Differences are means over patients, in points or the metric's unit; "
-    tested = Counter(c["metric"] for c in found if c["interval"] != "none").values()
-    if not tested:
-        return (text + "each is the same in every patient, so there is neither an interval nor "
-                "a p. ")
-    text += (f"intervals: {_intervals(found)}. p: paired, two-sided, Holm-corrected over "
-             f"{_span(tested, 'arm')}; t and Wilcoxon over patients, speaking of these trained "
-             "networks; 'with seeds' over patients and seeds, speaking of the method with the "
-             "teachers used. ")
-    text += _limits(found, max(tested))
-    if any(c["interval"] == "none" for c in found):
-        text += ("Where the difference is the same in every patient there is neither an "
-                 "interval nor a p. ")
-    return text
-
-def _limits(found, questions):
-    "What so few patients or seeds can show, at `questions` tests of one metric, in words."
-    text = ""
-    fewest = min(c["n_groups"] for c in found)
-    smallest = 2 / 2**fewest
-    if questions * smallest > .05:
-        text += (f"Over {counted(fewest, 'patient')} Wilcoxon's p, before Holm's correction, is "
-                 f"never below {smallest:.3g}. ")
-    pairs = [(c["n_seeds"], c["n_groups"]) for c in found if not np.isnan(c["p_both"])]
-    if any(2 in pair for pair in pairs):
-        two = "seeds" if any(n == 2 for n, _ in pairs) else "patients"
-        text += (f"With two {two} 'with seeds' may give a p below 0.05 in up to "
-                 f"{ALARMS_OF_TWO} of 100 studies in which there is no difference. ")
-    return text
-
-# %% ../../nbs/study/tables.ipynb #5a7d20b3
-def _without_value(rows, metrics):
-    "The most cases that an arm lacks in the mean of a metric that it has."
-    most = 0
-    for arm in {r["arm"] for r in rows}:
-        mine = [r for r in rows if r["arm"] == arm]
-        cases = len({r["case"] for r in mine})
-        there = [summarise(mine, m)[2] for m in metrics]
-        most = max([most, *[cases - n for n in there if n]])
-    return most
-
-def _dropped(home, metrics, reference):
-    "The most cases that the difference of a metric lacks, because an arm has no value there."
-    holes = [_shared(home, reference, m)[2] for m in metrics]
-    return max([len({case for _, case, _ in h}) for h in holes], default=0)
-
-def _untested(home, metrics, reference, tested):
-    "Which (arm, metric) were not tested, in words; nothing where there is one patient only."
-    if len({str(r["group"]) for r in home if r["arm"] == reference}) < 2: return ""
-    arms = [a for a in dict.fromkeys(r["arm"] for r in home) if a != reference]
-    names = [f"{a} ({name_of(m)[0]})" for m in metrics for a in arms if (a, m) not in tested]
-    if not names: return ""
-    return ("Not tested, because fewer than two patients have finite values: "
-            f"{', '.join(names)}. ")
-
-def _left_out(rows, metrics, reference, found):
-    "How many cases and which tests are missing for want of finite values, in words."
-    away = guests(rows, reference)
-    home = [r for r in rows if r["arm"] not in away]
-    tested = {(c["arm"], c["metric"]) for c in found}
-    asked = {metric for _, metric in tested}
-    lacking = {"difference": _dropped(home, [m for m in metrics if m in asked], reference),
-               "mean": _without_value(rows, metrics)}
-    text = ""
-    for what, cases in lacking.items():
-        if cases:
-            verb = "is" if cases == 1 else "are"
-            text += (f"Up to {counted(cases, 'case')} without a finite value {verb} left out of "
-                     f"a {what}. ")
-    return text + _untested(home, metrics, reference, tested)
 
 # %% ../../nbs/study/tables.ipynb #3fbb2e76
 def results_table(
-    rows:list,                            # rows of `evaluate`: all arms, seeds and cases
-    reference:str="alone",                # the arm the others are compared with
-    metrics=("dsc", "hd95", "aji", "pq"), # columns
-    order:list=None,                      # arms to show, in order; all count in Holm's correction
-)->str: # Markdown, aligned: means, then differences with p-values, then what the numbers are
+    rows: list,  # rows of `evaluate`: all arms, seeds and cases
+    reference: str = "alone",  # the arm the others are compared with
+    metrics=("dsc", "hd95", "aji", "pq"),  # columns
+    order: list = None,  # arms to show, in order; all count in Holm's correction
+) -> str:  # Markdown, aligned: means, then differences with p-values, then what the numbers are
     """The results of an experiment. Arms on other images than the reference (the teacher) have no
     p-value; a metric in mm for some cases and in px for others is left out, and that is said."""
-    arms = arrange(rows, reference, order)
-    away = guests(rows, reference)
+    arms = arrange_arms(rows, reference, order)
+    away = find_guests(rows, reference)
     home = [r for r in rows if r["arm"] not in away]
     mixed = [m for m in metrics if len(units_of(home, m)) > 1]
     metrics = [m for m in metrics if m not in mixed]
     found = evidence(rows, reference, metrics)
     parts = [_means(rows, metrics, arms, away)]
-    if found: parts.append(_differences(found, arms, reference, rows))
-    note = _asked(rows, reference, found) + _left_out(rows, metrics, reference, found)
-    note += _about_distances(rows, metrics, mixed)
-    return "\n\n".join([*parts, textwrap.fill(note.strip(), 110)])
+    if found:
+        parts.append(_differences(found, arms, reference, rows))
+    note = explain_table(rows, reference, metrics, found, mixed)
+    return "\n\n".join([*parts, note])
 
-def _asked(rows, reference, found):
-    "Who was asked, and how, in words."
-    base = [r for r in rows if r["arm"] == reference]
-    cases, patients, seeds = (len({r[k] for r in base}) for k in ("case", "group", "seed"))
-    note = (f"{counted(cases, 'case')} of {counted(patients, 'patient')}, "
-            f"{counted(seeds, 'seed')}. Mean ± standard deviation over cases, each averaged over "
-            "its seeds. ")
-    if found: return note + _tests(found)
-    if patients < 2: return note + "One patient only: no interval and no p-value. "
-    return note
+# %% ../../nbs/study/tables.ipynb #2e2642aa
+def _rank_correlation(means, published):
+    "Spearman's correlation of two lists of means; 0 if all are equal but for rounding."
+    from scipy.stats import spearmanr
 
-def _about_distances(rows, metrics, mixed):
-    "What is to be known of distances and misses, in words; `mixed` are metrics in two units."
-    note = ""
-    if mixed:
-        names = ", ".join(name_of(m)[0] for m in mixed)
-        note += (f"Not shown: {names}, in mm for some cases and in px for others, because not "
-                 "every image states its spacing. ")
-    if _lost(rows, metrics):
-        note += ("Missed: structures of the labels that the predictions lack, over all cases and "
-                 "seeds; each counts in HD95 with the diagonal of its image. 'Found only' is HD95 "
-                 "over the images without one. ")
-    if any(sign_of(m) < 0 for m in metrics): note += "Distances: smaller is better."
-    return note
+    means = without_noise(means)
+    if not np.ptp(means) or not np.ptp(published):
+        return 0.0
+    return float(spearmanr(means, published).statistic)
+
+
+def _draw_weights(paired, draws):
+    "How often each row of `Paired` is drawn when patients and seeds are drawn anew."
+    weights = 1
+    for names in (paired.groups, paired.seeds):
+        unique, index = np.unique(names, return_inverse=True)
+        drawn = draws.integers(len(unique), size=len(unique))
+        weights = weights * np.bincount(drawn, minlength=len(unique))[index]
+    return weights
 
 # %% ../../nbs/study/tables.ipynb #56afb5ee
 def rank_agreement(
-    rows:list,        # rows of `evaluate`, with every published arm
-    published:dict,   # arm -> published mean
-    metric:str="dsc", # column
-    n:int=500,        # bootstrap draws
-    seed:int=0,       # of the draws
-)->tuple: # (Spearman's correlation of the arms' means, share of draws in which it is positive)
+    rows: list,  # rows of `evaluate`, with every published arm
+    published: dict,  # arm -> published mean
+    metric: str = "dsc",  # column
+    n: int = 500,  # bootstrap draws
+    seed: int = 0,  # of the draws
+) -> tuple:  # (Spearman's correlation of the arms' means, share of draws in which it is positive)
     """Do the arms come in the published order? Draws take groups and seeds anew, the same in all
     arms."""
-    from scipy.stats import spearmanr
     some = [r for r in rows if r["arm"] in published]
     paired = pair_rows(some, next(iter(published)), metric, "drop")
     theirs = [published[a] for a in paired.arms]
-    def agree(means):
-        "Rank correlation with the published means; 0 if all are equal but for rounding."
-        means = without_noise(means)
-        if not np.ptp(means) or not np.ptp(theirs): return 0.
-        return float(spearmanr(means, theirs).statistic)
-    groups, g = np.unique(paired.groups, return_inverse=True)
-    seeds, s = np.unique(paired.seeds, return_inverse=True)
     draws = rng(seed, "rank agreement")
-    def times(k):
-        "How often each of `k` things was drawn, in `k` draws."
-        return np.bincount(draws.integers(k, size=k), minlength=k)
     signs = []
     for _ in range(n):
-        weights = times(len(groups))[g] * times(len(seeds))[s]
-        if weights.sum(): # else no patient of this draw was tested by a seed of it
-            signs.append(agree(np.average(paired.values, axis=1, weights=weights)) > 0)
-    return agree(paired.values.mean(1)), sum(signs) / max(len(signs), 1)
+        weights = _draw_weights(paired, draws)
+        if weights.sum():  # else no patient of this draw was tested by a seed of it
+            means = np.average(paired.values, axis=1, weights=weights)
+            signs.append(_rank_correlation(means, theirs) > 0)
+    share = sum(signs) / max(len(signs), 1)
+    return _rank_correlation(paired.values.mean(1), theirs), share
 
 # %% ../../nbs/study/tables.ipynb #e406c1cc
 def published_table(
-    rows:list,        # rows of `evaluate`
-    published:dict,   # arm -> {metric: published mean}, the reference first; as printed (%, px, mm)
-    metric:str="dsc", # column
-)->str: # Markdown
+    rows: list,  # rows of `evaluate`
+    published: dict,  # arm -> {metric: published mean}, the reference first; as printed (%, px, mm)
+    metric: str = "dsc",  # column
+) -> str:  # Markdown
     """Our means and gains over the first published arm, beside the published ones, with the
     agreement of the order."""
     theirs = _published_means(rows, published, metric)
     reference = next(iter(theirs))
     found = {c["arm"]: c for c in evidence(rows, reference, (metric,))}
     name, unit, k = name_of(metric, rows)
-    head = ["arm", f"{name} {unit}", f"against {reference} [95 % interval]", "p",
-            "published", "gain"]
-    away = guests(rows, reference)
+    head = [
+        "arm",
+        f"{name} {unit}",
+        f"against {reference} [95 % interval]",
+        "p",
+        "published",
+        "gain",
+    ]
+    away = find_guests(rows, reference)
     ours = [r["arm"] for r in rows if r["arm"] not in away]
     lines = []
     for a in dict.fromkeys([*theirs, *ours]):
@@ -322,20 +235,25 @@ def published_table(
     notes = [_agreement(rows, theirs, metric), _gains(found)]
     return "\n".join([markdown_table(head, lines), "", *notes])
 
+# %% ../../nbs/study/tables.ipynb #9b6c2f08
 def _published_means(rows, published, metric):
     "{arm: published mean}, the reference first. `InputError` for an arm without one, or not ours."
-    if not published: raise InputError("published holds no arm: give at least the reference.")
+    if not published:
+        raise InputError("published holds no arm: give at least the reference.")
     if lacking := [a for a, v in published.items() if metric not in v]:
         raise InputError(f"published: {lacking[0]!r} has no {metric}. Give one for every arm.")
-    away = guests(rows, next(iter(published)))
+    away = find_guests(rows, next(iter(published)))
     ours = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] not in away))
     for a in published:
-        if a not in ours: raise InputError(unknown("arm", a, ours))
+        if a not in ours:
+            raise InputError(unknown("arm", a, ours))
     return {a: v[metric] for a, v in published.items()}
+
 
 def _published_texts(arm, theirs):
     "The published mean and gain of an arm; empty where there is none."
-    if arm not in theirs: return ["", ""]
+    if arm not in theirs:
+        return ["", ""]
     reference = next(iter(theirs))
     gain = "" if arm == reference else f"{theirs[arm] - theirs[reference]:+.2f}"
     return [f"{theirs[arm]:.2f}", gain]
@@ -345,18 +263,23 @@ def _agreement(rows, theirs, metric):
     "How the order of the rows agrees with the published one, in words."
     rho, share = rank_agreement(rows, theirs, metric)
     patients = len({r["group"] for r in rows if r["arm"] in theirs})
-    sure = f"positive in {share:.0%} of the draws"
-    if patients < FEW: sure = f"no draws of {counted(patients, 'patient')} only"
-    return f"Rank correlation of the {counted(len(theirs), 'published row')}: {rho:+.2f}, {sure}."
+    sure = f"positive in {share:.0%} of the draws of other patients and seeds"
+    if patients < FEW:
+        sure = f"no draws of {count_noun(patients, 'patient')} only"
+    rows = count_noun(len(theirs), "published row")
+    return f"Rank correlation of the {rows} (1: the same order): {rho:+.2f}, {sure}."
+
 
 def _gains(found):
     "What the gains of a published table are, in words."
-    text = "Means are over cases, differences over patients (equal weight for each)"
-    if not found: return text + "; fewer than two patients: no interval and no p."
+    text = "Scores are means over cases, differences means over patients, each counted once"
+    if not found:
+        return text + "; fewer than two patients: no interval and no p."
     tested = [c for c in found.values() if c["interval"] != "none"]
     if not tested:
-        return text + "; equal in every patient: no interval and no p (t, Holm-corrected)."
-    kind = _intervals(tested)
-    if "Student" in kind: text += f"; intervals: {kind}"
-    arms = counted(len(tested), "arm")
-    return f"{text}; p: paired t over patients, Holm-corrected over {arms}."
+        return text + "; equal in every patient: no interval and no p."
+    kind = describe_intervals(tested)
+    if "Student" in kind:
+        text += f"; intervals: {kind}"
+    comparisons = count_noun(len(tested), "comparison")
+    return f"{text}; p: paired t-test over patients, corrected for {comparisons} (Holm)."

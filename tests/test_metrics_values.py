@@ -238,11 +238,18 @@ def test_objects_by_hand():
 
 
 def test_a_tie_goes_to_the_prediction_that_appears_first():
-    target = np.array([1, 1, 1, 1, 0, 0])
-    pred = np.array([8, 8, 3, 3, 3, 0])  # IoU 2/4 and 2/5
-    assert metrics.aji(pred, target) == pytest.approx(2 / (4 + 3))
-    pred = np.array([8, 8, 3, 3, 0, 0])  # 2/4 both
-    assert metrics.aji(pred, target) == pytest.approx(2 / (4 + 2))
+    "IoU 1/4 with prediction 8 (1 pixel) and 2/8 with 3 (6 pixels): 8 is taken, 3 is left over."
+    target = np.repeat([1, 0], [4, 4])
+    pred = np.array([8, 3, 3, 0, 3, 3, 3, 3])
+    assert metrics.aji(pred, target) == pytest.approx(1 / (4 + 6))
+
+
+def test_the_best_partner_has_the_largest_iou_not_the_largest_intersection():
+    "IoU 1/4 with prediction 8 (1 pixel) and 2/12 with 3 (10 pixels)."
+    target = np.repeat([1, 0], [4, 8])
+    pred = np.array([3, 3, 8, 0] + [3] * 8)
+    assert metrics.aji(pred, target) == pytest.approx(1 / (4 + 10))
+    assert metrics.aji_plus(pred, target) == pytest.approx(1 / (4 + 10))
 
 
 def test_the_best_pairs_together():
@@ -426,6 +433,9 @@ def test_a_tolerance_by_hand():
         assert found == pytest.approx(percentile(doubled, q))
     found = agreement.tolerance_from_raters(CASES, [(1, 2.0), (1, 1.0)])
     assert found == pytest.approx(percentile(every, 95))
+    long = [np.stack([line(*range(20), length=24), line(*range(21), length=24)])]
+    assert agreement.tolerance_from_raters(long) == 0  # 40 distances of 0, one of 1
+    assert agreement.tolerance_from_raters(long, percentile=100) == 1
     assert agreement.tolerance_from_raters(None) == 3.0
     assert agreement.tolerance_from_raters([c[:1] for c in CASES], default=2.5) == 2.5
 

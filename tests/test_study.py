@@ -482,23 +482,6 @@ def test_settings_of_the_learner_are_settings_of_a_study():
     assert "save_every" not in study.common() and study.common()["accumulate"] == 2
 
 
-def test_what_earlier_versions_wrote_is_read(tmp_path):
-    for path in sorted((ROOT / "nbs/results").glob("*/*/config.json")):
-        record = json.loads(path.read_text())
-        if "arms" not in record:
-            continue
-        config = read_study(record["study"], record["arms"])
-        assert {a.name for a in config.arms} == set(
-            record["arms"]
-        ) and config.patches.patch == record["study"]["patch"]
-        for arm in config.arms:
-            old = record["arms"][arm.name]
-            assert (arm.start == "scratch") == (old["init"] == "scratch") and arm.reuses == old.get(
-                "shares", ""
-            )
-            assert arm.options == old["options"] and arm.weights == old["weights"]
-
-
 def test_a_training_trains_what_it_needs_first(tmp_path):
     study = Study(make(TINY), tmp_path)
     train(study, ArmTask("distilled", 0), "cpu")

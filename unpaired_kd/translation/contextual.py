@@ -125,7 +125,7 @@ class BestMatches(torch.autograd.Function):
         h: float,  # bandwidth
         rows: int,  # rows of a block
     ) -> tuple:  # column maxima (M,), row maxima (N,)
-        "One pass; see `_scan`."
+        "One pass; see `_scan_rows`."
         x, y, _, _ = _unit_vectors(
             f, g, torch.promote_types(torch.promote_types(f.dtype, g.dtype), torch.float32)
         )

@@ -142,7 +142,7 @@ class Generator(nn.Module):
         channels: int = 1,  # channels of the images, in and out
         width: int = 64,  # channels of the first layer; the blocks have four times as many
         blocks: int = 9,  # residual blocks: 9 for 256 px, 6 for 128 px
-        upsample: str = "transposed",  # transposed | resize_conv, see `upsampler`
+        upsample: str = "transposed",  # transposed | resize_conv, how the size is doubled
     ):
         super().__init__()
         self.channels = channels

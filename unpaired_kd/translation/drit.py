@@ -462,7 +462,7 @@ class Translation(_NetworkPasses):
 
     def __init__(
         self,
-        networks: dict,  # from `drit_networks`; may hold other networks too
+        networks: dict,  # from `build_drit`; may hold other networks too
         x_s: Tensor,  # images of the student's modality, (B,C,H,W) in [-1,1]
         x_t: Tensor,  # images of the teacher's modality, unrelated, (B,C,H',W') in [-1,1]
         noise,  # purpose (str) -> CPU torch.Generator; equal purposes give equal generators

@@ -22,8 +22,8 @@ class DritTranslator(nn.Module):
     def __init__(
         self,
         channels: int = 1,  # channels of the images
-        width: int = 64,  # of `drit_networks`
-        res_blocks: int = 3,  # of `drit_networks`
+        width: int = 64,  # of `build_drit`
+        res_blocks: int = 3,  # of `build_drit`
         style: int = 8,  # numbers in a style
     ):
         super().__init__()

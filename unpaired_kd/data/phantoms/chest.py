@@ -106,7 +106,7 @@ def voxel_positions(
 
 
 def ellipsoid(
-    at: tuple,  # z, y, x, see `places`
+    at: tuple,  # z, y, x, see `voxel_positions`
     centre: tuple,  # z, y, x, mm
     axes: tuple,  # semi-axes along z, y, x, mm; `np.inf` along z makes a cylinder
     angle: float = 0.0,  # turn in the slice, radians
@@ -122,7 +122,7 @@ def ellipsoid(
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #0f40e57f
 def _tube(
-    at: tuple,  # z, y, x, see `places`
+    at: tuple,  # z, y, x, see `voxel_positions`
     start: np.ndarray,  # one end (3,), mm
     end: np.ndarray,  # the other end (3,), mm
     radius: float,  # at the start; half of it at the end, mm

@@ -249,7 +249,7 @@ def _plan_preparation(
 
 # %% ../../../nbs/data/sets/clinical.ipynb #ac1d2b20
 def _check_shown(
-    rows: list,  # what `write_scan` returned
+    rows: list,  # what `_write_scan` returned
     classes: dict,  # modality -> class names
 ):
     "Raise `InputError` for a class that no label of its modality shows."

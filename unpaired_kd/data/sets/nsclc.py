@@ -77,7 +77,7 @@ def _find_series(
 
 # %% ../../../nbs/data/sets/nsclc.ipynb #a272106a
 def _explain_mixed_folder(
-    series: dict,  # of `series_of`
+    series: dict,  # of `_find_series`
 ) -> str:  # what to do about the first folder of more than one modality; "": there is none
     "Look at every file, where the first ones of the folders do not explain what is missing."
     for d in sorted({d for folders in series.values() for d in folders}):
@@ -90,7 +90,7 @@ def _explain_mixed_folder(
 
 def _only_series(
     patient: Path,  # its folder
-    series: dict,  # of `series_of`
+    series: dict,  # of `_find_series`
     kind: str,  # modality: CT | RTSTRUCT | SEG
 ) -> Path:  # folder of the series
     "The only series of a modality. `InputError` for none and for two."

@@ -123,7 +123,9 @@ def _read_line(
     default = ast.literal_eval(node.value)
     json.dumps(default)  # only what a record can hold
     kind = show_annotation(node.annotation) if typed else type(default).__name__
-    return Parameter(target.id, kind, default, notes.get(node.end_lineno, ""))
+    lines = range(node.lineno, node.end_lineno + 1)
+    comments = [notes[line] for line in lines if line in notes]
+    return Parameter(target.id, kind, default, " ".join(comments))
 
 # %% ../../nbs/command/parameters.ipynb #5d1c0005
 def _read_comments(

@@ -30,7 +30,7 @@ from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.inference.files import predict_path
 from unpaired_kd.inference.student import Recipe, Student
 from unpaired_kd.inference.volumes import predict_volume
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 START = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
 PARAMETERS = '''steps: int = 2  # how many
@@ -1147,8 +1147,8 @@ def stock():
     r = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as home, seeded(0, "bad inputs"):
         home = Path(home)
-        flat = build("unet", dict(in_channels=1, classes=1, width=2))
-        deep = build("light_unet", dict(width=2, levels=2))
+        flat = make_network("unet", dict(in_channels=1, classes=1, width=2))
+        deep = make_network("light_unet", dict(width=2, levels=2))
         Student(flat, Recipe(channels=1, in_channels=1, patch=64)).save(home / "flat")
         Student(deep, Recipe(in_channels=1, dims=3, patch=512)).save(home / "deep")
         for name in ("im/a.png", "im/b.png", "wide.tif"):

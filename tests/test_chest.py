@@ -12,7 +12,7 @@ import pytest
 from unpaired_kd.core import InputError
 from unpaired_kd.data.collections import open_collection
 from unpaired_kd.data.phantoms.chest import (
-    CHEST_PAINT,
+    CHEST_RENDERERS,
     TISSUES,
     ChestKnobs,
     Person,
@@ -30,14 +30,14 @@ PATIENTS = 12
 
 @pytest.fixture(scope="module")
 def drawn():
-    return {m: [draw_chest(m, patient=p) for p in range(PATIENTS)] for m in CHEST_PAINT}
+    return {m: [draw_chest(m, patient=p) for p in range(PATIENTS)] for m in CHEST_RENDERERS}
 
 
 def dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-@pytest.mark.parametrize("modality", CHEST_PAINT)
+@pytest.mark.parametrize("modality", CHEST_RENDERERS)
 def test_a_patient_is_a_function_of_the_address(modality, drawn):
     np.random.seed(1)  # the global state plays no part
     image, label, _ = draw_chest(modality, patient=2)
@@ -81,7 +81,7 @@ def test_the_modalities_have_no_patient_in_common(drawn):
     assert not set(chest("ct", 2).groups) & set(chest("mr", 2).groups)
 
 
-@pytest.mark.parametrize("modality", CHEST_PAINT)
+@pytest.mark.parametrize("modality", CHEST_RENDERERS)
 def test_values_and_tumours(modality, drawn):
     for image, label, parts in drawn[modality]:
         assert (

@@ -15,14 +15,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from unpaired_kd.core import InputError, read_json, torch_rng
 from unpaired_kd.data.augment import Augment
 from unpaired_kd.data.collections import Collection, open_collection
-from unpaired_kd.data.formats.dicom import dicom_header
+from unpaired_kd.data.formats.dicom import read_header
 from unpaired_kd.data.formats.images import Image, read_image
 from unpaired_kd.data.formats.regions import fill_contours, rtstruct_mask, seg_mask
 from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.data.intensity import (
     HistogramStandard,
     check_hu,
-    mr_landmarks,
+    measure_landmarks,
     standardise,
     window_hu,
 )
@@ -36,7 +36,7 @@ from unpaired_kd.data.sets.chaos import (
 )
 from unpaired_kd.data.sets.clinical import _NOTE, Scan, prepare_clinical
 from unpaired_kd.data.sets.nsclc import NSCLC_FAULTS, list_nsclc_scans, mask_lungs, read_nsclc
-from unpaired_kd.data.splits import patient_folds
+from unpaired_kd.data.splits import fold_patients
 
 D = 6
 H = 20
@@ -297,7 +297,7 @@ def test_gain_and_offset_cannot_be_seen_afterwards():
 def test_landmarks_go_to_their_places_and_order_is_kept():
     s = HistogramStandard.fit([mr(k, 1 + k) for k in range(4)])
     v = mr(7, 3)
-    m = mr_landmarks(v)
+    m = measure_landmarks(v)
     y = s.apply(v).astype(float) * s.clip
     assert len(m) == 12 and (np.diff(m) >= 0).all()
     flat = np.argsort(v, axis=None, kind="stable")
@@ -532,7 +532,7 @@ def test_no_patient_is_on_both_sides_in_either_sequence(seed, valid):
         "t1": arrays([f"p{k}" for k in range(12)], "t1"),
         "t2": arrays([f"p{k // 2}" for k in range(20)], "t2"),
     }  # 10 of 12 patients have two T2 scans
-    folds = patient_folds(both, 4, seed, valid)
+    folds = fold_patients(both, 4, seed, valid)
     tested = []
     for fold in folds:
         parts = {
@@ -551,18 +551,18 @@ def test_no_patient_is_on_both_sides_in_either_sequence(seed, valid):
             assert sorted(i for ids in fold[n].parts.values() for i in ids) == sorted(c.ids)
         tested += sorted(set.union(*parts["test"]))
     assert sorted(tested) == sorted(f"p{k}" for k in range(12))  # each patient is tested once
-    assert patient_folds(both, 4, seed, valid)[0]["t2"].hash == folds[0]["t2"].hash
+    assert fold_patients(both, 4, seed, valid)[0]["t2"].hash == folds[0]["t2"].hash
 
 
 def test_folds_that_cannot_be_are_refused():
     a = arrays([f"p{k}" for k in range(6)], "a")
     b = arrays(["p0", "p0", "p1"], "b")
     with pytest.raises(InputError, match="collection 'b' has no image in part test"):
-        patient_folds({"a": a, "b": b}, 3)
+        fold_patients({"a": a, "b": b}, 3)
     with pytest.raises(InputError, match="k=9"):
-        patient_folds({"a": a}, 9)
+        fold_patients({"a": a}, 9)
     with pytest.raises(InputError, match="empty"):
-        patient_folds({}, 3)
+        fold_patients({}, 3)
 
 
 # Contours and segments
@@ -988,10 +988,10 @@ def test_a_warped_disc_and_its_warped_label_agree():
 
 def test_headers_are_read_without_pixels(tmp_path):
     s = series(tmp_path / "d", mr(0))
-    h = dicom_header(s / "IMG-001.dcm")
+    h = read_header(s / "IMG-001.dcm")
     assert h.Modality == "MR" and "PixelData" not in h
     with pytest.raises(InputError, match="gone.dcm"):
-        dicom_header(tmp_path / "gone.dcm")
+        read_header(tmp_path / "gone.dcm")
 
 
 def test_real_scans(real_data):

@@ -108,7 +108,7 @@ import pytest
 import torch
 from torch import nn
 
-from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
+from unpaired_kd.core import InputError, get_annotations, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.distillation.class_means import class_mean_kl
 from unpaired_kd.distillation.hints import LEVELS, feature_rms, hint_layers, hint_loss
@@ -116,7 +116,7 @@ from unpaired_kd.distillation.soft_labels import soft_label_kl
 from unpaired_kd.losses.segmentation import cross_entropy_loss, segmentation_loss, soft_dice_loss
 from unpaired_kd.methods.cmedl import CMEDL, CmedlOptions
 from unpaired_kd.methods.registry import make_method, options_of
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.training.checkpoints import load_checkpoint
 from unpaired_kd.training.learner import Learner
@@ -133,7 +133,7 @@ from unpaired_kd.translation.cyclegan import (
 
 CHOICES = {
     k: get_args(kind)
-    for k, kind in annotations_of(CmedlOptions).items()
+    for k, kind in get_annotations(CmedlOptions).items()
     if get_origin(kind) is Literal
 }
 SMALL = CmedlOptions(side=32, width=4, blocks=1, pool=3, cx_on="filters")
@@ -187,9 +187,9 @@ class Two:
 def nets(name="unet", classes=2, width=4):
     config = dict(in_channels=1, classes=1 if classes == 2 else classes, width=width)
     with seeded(0, "s"):
-        student = build(name, config)
+        student = make_network(name, config)
     with seeded(0, "t"):
-        teacher = build(name, config)
+        teacher = make_network(name, config)
     return student, teacher
 
 
@@ -1223,10 +1223,10 @@ def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="classes"):
         CMEDL(student, nets(classes=3)[1], SMALL, 2)
     with pytest.raises(InputError, match="in_channels=3, the student 1"):
-        CMEDL(student, build("unet", dict(in_channels=3, classes=1, width=4)), SMALL, 2)
+        CMEDL(student, make_network("unet", dict(in_channels=3, classes=1, width=4)), SMALL, 2)
     with pytest.raises(InputError, match="2-D"):
         CMEDL(
-            *[build("unet", dict(in_channels=1, classes=1, width=4, dims=3)) for _ in "st"],
+            *[make_network("unet", dict(in_channels=1, classes=1, width=4, dims=3)) for _ in "st"],
             SMALL,
             2,
         )

@@ -7,7 +7,7 @@ from torch import nn
 from unpaired_kd.core import InputError, seeded
 from unpaired_kd.networks.densefcn import DenseBlock, DenseFCN
 from unpaired_kd.networks.mrrn import MRRN, RCU
-from unpaired_kd.networks.registry import build, load_weights, name_of
+from unpaired_kd.networks.registry import make_network, load_weights, network_name
 from unpaired_kd.networks.taps import Taps, tap_channels
 from unpaired_kd.networks.unet import UNet
 from unpaired_kd.networks.unet_bilinear import BilinearUNet
@@ -265,8 +265,8 @@ def test_wrong_arguments():
 @pytest.mark.parametrize("name", NAMES)
 def test_registry_round_trip(name):
     net = small(NAMES[name], classes=2).eval()
-    assert name_of(net) == name and net.config["dims"] == 2 and net.config["in_channels"] == 1
-    twin = build(name, net.config).eval()
+    assert network_name(net) == name and net.config["dims"] == 2 and net.config["in_channels"] == 1
+    twin = make_network(name, net.config).eval()
     assert type(twin) is NAMES[name] and twin.config == net.config
     x = image(1)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_registry_round_trip(name):
         load_weights(twin, net.state_dict(), "the twin")
         assert torch.equal(twin(x), net(x))
     with pytest.raises(InputError, match="widht"):
-        build(name, dict(widht=8))
+        make_network(name, dict(widht=8))
 
 
 @pytest.mark.parametrize("cls", ALL)

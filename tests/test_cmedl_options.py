@@ -10,7 +10,7 @@ from test_cmedl_values import PAPER, REACHES, SIDE, gradients, method, noise, sc
 
 from unpaired_kd.core import InputError, seeded, torch_rng
 from unpaired_kd.methods.cmedl import CMEDL, CmedlOptions
-from unpaired_kd.training.method import only
+from unpaired_kd.training.method import set_trainable
 
 TERMS = (*REACHES, "after the generators' step")
 WITH_FAKE = {"adv", "cyc", "cx", "hint", "hint_g", "kd", "seg_g", "seg_pseudo", "discriminator"}
@@ -58,18 +58,18 @@ def values_of(m, batch):
     found = dict.fromkeys(TERMS)
     for stage in m.stages():
         for update in stage.updates:
-            only(m.networks, update.changes)
+            set_trainable(m.networks, update.changes)
             for term, f in update.losses({**batch}, noise).items():
                 if term in found:
                     found[term] = round(f().item(), 7)
-    only(m.networks, m.learning)
+    set_trainable(m.networks, m.learning)
     for net in m.networks.values():
         net.zero_grad(set_to_none=True)
     m.segmentor_losses({**batch}, noise)["hint"]().backward()
     moved = [n for n in m.learning if any(g is not None for g in gradients(m.networks[n]).values())]
     same = {**batch}
     generators = m.stages()[0].updates[0]
-    only(m.networks, generators.changes)
+    set_trainable(m.networks, generators.changes)
     for term in generators.losses(same, noise).values():
         term()  # the passes of this update
     if not m.options.translate_first:

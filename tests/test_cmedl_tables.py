@@ -7,7 +7,7 @@ from test_cmedl_values import PAPER, method
 
 from unpaired_kd.core import seeded
 from unpaired_kd.methods.cmedl import CMEDL, CmedlOptions
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 
 def test_the_stages_are_who_changes_in_which_order():
@@ -43,7 +43,7 @@ def test_the_stages_are_who_changes_in_which_order():
 def segmentor_pair():
     config = dict(in_channels=1, classes=1, width=2)
     with seeded(0, "pair"):
-        return build("unet", config), build("unet", config)
+        return make_network("unet", config), make_network("unet", config)
 
 
 # ----------------------------------------------------------------- presets and weights as tables

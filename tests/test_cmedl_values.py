@@ -10,8 +10,8 @@ import torch
 from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.methods.cmedl import CMEDL
-from unpaired_kd.networks.registry import build
-from unpaired_kd.training.method import only
+from unpaired_kd.networks.registry import make_network
+from unpaired_kd.training.method import set_trainable
 from unpaired_kd.translation.contextual import FilterBank
 
 SIDE = 32
@@ -50,9 +50,9 @@ def scene(options=PAPER, classes=2):
 def method(options=PAPER, classes=2, **more):
     config = dict(in_channels=1, classes=1 if classes == 2 else classes, width=2)
     with seeded(0, "student"):
-        student = build("unet", config)
+        student = make_network("unet", config)
     with seeded(0, "teacher"):
-        teacher = build("unet", config)
+        teacher = make_network("unet", config)
     m = CMEDL(student, teacher, options, 2, seed=0, **more)
     with torch.no_grad():  # generators that draw something: their small weights give grey
         for name in ("g_st", "g_ts"):
@@ -183,7 +183,7 @@ def gradients(net):
 
 def compare(m, options, batch, update, term, reaches, formulas=ByHand):
     "The value of a term and its gradient in every network, beside those by hand."
-    only(m.networks, update.changes)
+    set_trainable(m.networks, update.changes)
     for net in m.networks.values():
         net.zero_grad(set_to_none=True)
     value = update.losses({**batch}, noise)[term]()

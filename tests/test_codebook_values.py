@@ -25,7 +25,7 @@ from unpaired_kd.distillation.patterns import (
     PatternProjector,
     channel_kl,
     pattern_loss,
-    to_grid,
+    average_to_grid,
     token_code_ce,
     token_cosine,
 )
@@ -315,11 +315,11 @@ def test_projector_and_grid_by_hand():
     expected = v / v.norm(dim=1, keepdim=True)
     assert torch.allclose(phi(f), expected, atol=1e-6) and phi.phi.bias is None
     x = torch.arange(6.0)[None, None, None]
-    got = to_grid(x, (1, 4))[0, 0, 0]
+    got = average_to_grid(x, (1, 4))[0, 0, 0]
     shares = [(0 + 0.5 * 1) / 1.5, (0.5 * 1 + 2) / 1.5, (3 + 0.5 * 4) / 1.5, (0.5 * 4 + 5) / 1.5]
     assert torch.allclose(got, torch.tensor(shares), atol=1e-6)
     y = normal(1, 2, 4, 6)
-    coarse = to_grid(y, (2, 3))
+    coarse = average_to_grid(y, (2, 3))
     assert torch.allclose(coarse, y.reshape(1, 2, 2, 2, 3, 2).mean((3, 5)))
 
 

@@ -23,7 +23,7 @@ from unpaired_kd.data.labels import infer_labels
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.matching import match_labels
 from unpaired_kd.data.resampling import prepare
-from unpaired_kd.data.splits import Split, _deal_groups, kfold_groups, label_budget, split_groups
+from unpaired_kd.data.splits import Split, _deal_groups, kfold_groups, choose_labelled, split_groups
 
 
 def picture(k, shape=(20, 24)):
@@ -462,7 +462,7 @@ def test_listing_order_does_not_matter(ward, monkeypatch):
     assert [p.name for p in (ward / "images").iterdir()] != sorted(os.listdir(ward / "images"))
     assert before.ids == after.ids and before.fingerprint() == after.fingerprint()
     assert [f.hash for f in kfold_groups(before, 3)] == [f.hash for f in kfold_groups(after, 3)]
-    assert label_budget(before, 4) == label_budget(after, 4)
+    assert choose_labelled(before, 4) == choose_labelled(after, 4)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -548,12 +548,12 @@ def test_budgets_are_nested_and_go_round_the_patients(seed):
     strata = {f"g{i}": "ab"[i % 2] for i in range(8)}
     c = arrays({g: 1 + i % 4 for i, g in enumerate(strata)}, strata)
     for unit, most in (("images", len(c)), ("groups", 8)):
-        chosen = [label_budget(c, n, unit, seed) for n in range(1, most + 1)]
+        chosen = [choose_labelled(c, n, unit, seed) for n in range(1, most + 1)]
         for a, b in zip(chosen, chosen[1:]):
             assert b[: len(a)] == a
         assert sorted(chosen[-1]) == sorted(c.ids)
-    assert len(set(c.subset(label_budget(c, 8, seed=seed)).groups)) == 8
-    assert len({label_budget(c, 1, seed=s)[0] for s in range(20)}) > 3
+    assert len(set(c.subset(choose_labelled(c, 8, seed=seed)).groups)) == 8
+    assert len({choose_labelled(c, 1, seed=s)[0] for s in range(20)}) > 3
     assert sorted(
         Counter(strata[g] for g in _deal_groups(strata, rng(seed, "d"))[:4]).values()
     ) == [2, 2]

@@ -11,13 +11,13 @@ import pytest
 
 from unpaired_kd import core
 from unpaired_kd.core import (
-    OLD,
-    PART,
+    OLD_PREFIX,
+    PART_PREFIX,
     InputError,
     atomic,
     atomic_folder,
     clear_parts,
-    hold,
+    lock_folder,
     read_csv,
     read_json,
     read_text,
@@ -110,19 +110,19 @@ def test_a_killed_folder_is_the_old_one_or_the_new_one_after_the_next_start(tmp_
 def test_clearing_spares_writers_at_work_and_everybody_elses_files(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".download.part").write_text("not ours")
-    (tmp_path / (PART + "dead.pt")).write_text("left by a kill")
-    (tmp_path / "sub" / (PART + "dead.pt")).write_text("left by a kill")
+    (tmp_path / (PART_PREFIX + "dead.pt")).write_text("left by a kill")
+    (tmp_path / "sub" / (PART_PREFIX + "dead.pt")).write_text("left by a kill")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "keep").write_text("x")
     (tmp_path / "sub" / "link").symlink_to(outside)
-    (tmp_path / (PART + "link")).symlink_to(outside / "keep")
+    (tmp_path / (PART_PREFIX + "link")).symlink_to(outside / "keep")
     with atomic(tmp_path / "live.pt") as t:
         clear_parts(tmp_path)
-        assert t.exists() and not (tmp_path / (PART + "dead.pt")).exists()
-        assert (tmp_path / "sub" / (PART + "dead.pt")).exists()
+        assert t.exists() and not (tmp_path / (PART_PREFIX + "dead.pt")).exists()
+        assert (tmp_path / "sub" / (PART_PREFIX + "dead.pt")).exists()
         clear_parts(tmp_path, deep=True)
-        assert t.exists() and not (tmp_path / "sub" / (PART + "dead.pt")).exists()
+        assert t.exists() and not (tmp_path / "sub" / (PART_PREFIX + "dead.pt")).exists()
         t.write_text("alive")
     assert (outside / "keep").read_text() == "x" and (tmp_path / ".download.part").exists()
 
@@ -199,11 +199,11 @@ with hold({str(tmp_path)!r}):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"another run is at work in {tmp_path}"):
-        with hold(tmp_path, "another run"):
+        with lock_folder(tmp_path, "another run"):
             pass
     other.kill()
     other.wait()
-    with hold(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -392,7 +392,7 @@ def test_what_a_replaced_folder_leaves_is_named(tmp_path, monkeypatch):
         write_folder(t, "old")
     monkeypatch.setattr(core, "_remove", lambda path: None)
     with (
-        pytest.warns(UserWarning, match=f"{OLD}v.zarr, which .*v.zarr has replaced"),
+        pytest.warns(UserWarning, match=f"{OLD_PREFIX}v.zarr, which .*v.zarr has replaced"),
         atomic_folder(tmp_path / "v.zarr") as t,
     ):
         write_folder(t, "new")
@@ -410,7 +410,7 @@ def test_a_lock_is_a_plain_file(tmp_path, make):
     before = sorted(p.name for p in tmp_path.iterdir())
     with (
         pytest.raises(InputError, match="ukd.lock is there and is no file of ours"),
-        hold(tmp_path),
+        lock_folder(tmp_path),
     ):
         pass
     assert (

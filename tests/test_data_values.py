@@ -19,7 +19,7 @@ from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.patches import Patches, Unpaired
 from unpaired_kd.data.phantoms.bone import BoneKnobs, bone_image
 from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoom_spacing
-from unpaired_kd.data.splits import Split, kfold_groups, label_budget, patient_folds, split_groups
+from unpaired_kd.data.splits import Split, kfold_groups, choose_labelled, fold_patients, split_groups
 
 OFF = {name: 0 for name in Augment.__dataclass_fields__}
 
@@ -232,7 +232,7 @@ def test_a_patient_is_in_one_part(seed):
         check_disjoint(*fold.parts.values())
         assert len(patients(fold["val"])) == 2 and len(patients(fold["test"])) == 3
         assert {c.label_groups[c.ids.index(i)] for i in fold["test"]} == set("abc")
-    for fold in patient_folds({"mr": c, "ct": c.subset(c.ids[3:33])}, 3, seed, valid=1):
+    for fold in fold_patients({"mr": c, "ct": c.subset(c.ids[3:33])}, 3, seed, valid=1):
         for part in ("train", "val"):
             both = patients(fold["mr"][part]) | patients(fold["ct"][part])
             assert not both & (patients(fold["mr"]["test"]) | patients(fold["ct"]["test"]))
@@ -254,10 +254,10 @@ def test_fractions_are_rounded_by_the_largest_remainder():
 def test_a_budget_goes_round_the_patients():
     c = people()
     for n in (1, 5, 12, 20, 36):
-        counts = Counter(i.split("-")[0] for i in label_budget(c, n))
+        counts = Counter(i.split("-")[0] for i in choose_labelled(c, n))
         assert sum(counts.values()) == n
         assert max(counts.values()) == -(-n // 12)
-    assert set(label_budget(c, 5)) < set(label_budget(c, 6))
+    assert set(choose_labelled(c, 5)) < set(choose_labelled(c, 6))
 
 
 # ---------------------------------------------------------------- intensity

@@ -15,8 +15,8 @@ from skimage.draw import polygon2mask
 from test_clinical import CORNER, PX, STEP, D, H, W, base, circle, put, rtstruct, scan_image, seg
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.dicom import _split_folder, dicom_files
-from unpaired_kd.data.formats.geometry import lay_on, measure_shear, measure_spacing
+from unpaired_kd.data.formats.dicom import _split_folder, find_dicom_files
+from unpaired_kd.data.formats.geometry import align_label, measure_shear, measure_spacing
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.regions import (
     _is_same_contour,
@@ -129,7 +129,7 @@ def test_contours_and_labels_follow_a_tilt(tmp_path):
     assert np.array_equal(m, truth)
     write_label(tmp_path / "y.nii.gz", truth.astype(np.uint8), im)
     y = read_label(tmp_path / "y.nii.gz")
-    assert np.allclose(y.affine, im.affine, atol=1e-5) and np.array_equal(lay_on(y, im), truth)
+    assert np.allclose(y.affine, im.affine, atol=1e-5) and np.array_equal(align_label(y, im), truth)
 
 
 def test_positions_that_do_not_fit_are_named(tmp_path):
@@ -299,12 +299,12 @@ def test_a_single_slice_of_unknown_thickness(tmp_path):
     assert np.allclose(im.affine, [[-0.25, 0, 0, -1], [0, -0.5, 0, -2], [0, 0, 1, 3], [0, 0, 0, 1]])
     assert read_image(p).spacing == (0.5, 0.25)
     write_label(tmp_path / "y.nii.gz", HEAD[:1] % 3, im)  # its place is still compared
-    assert np.array_equal(lay_on(read_label(tmp_path / "y.nii.gz"), im), HEAD[:1] % 3)
+    assert np.array_equal(align_label(read_label(tmp_path / "y.nii.gz"), im), HEAD[:1] % 3)
     mirrored = read_image(
         one(tmp_path / "g/x.dcm", HEAD[0], (3.25, 2, 3), (-1, 0, 0, 0, 1, 0)).parent
     )
     assert np.array_equal(
-        lay_on(read_label(tmp_path / "y.nii.gz"), mirrored), HEAD[:1, :, ::-1] % 3
+        align_label(read_label(tmp_path / "y.nii.gz"), mirrored), HEAD[:1, :, ::-1] % 3
     )
 
 
@@ -337,7 +337,7 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
     (folder / "README.txt").write_text("a scan of a head, exported on a Monday " * 9)
     (folder / ".hidden").write_bytes(b"\0" * 128 + b"DICM")
-    assert [f.name for f in dicom_files(folder)] == [f"IM{k}" for k in range(6)]
+    assert [f.name for f in find_dicom_files(folder)] == [f"IM{k}" for k in range(6)]
     assert np.array_equal(read_image(folder).array[0], HEAD)
     bare = Dataset()  # no mark, no header: implicit little endian, as old files are
     bare.update(pydicom.dcmread(folder / "IM0"))
@@ -364,7 +364,7 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
 def test_what_may_be_a_slice_is_not_left_out(tmp_path, name, content):
     folder = scan(tmp_path / "s")
     (folder / name).write_bytes(content((folder / "0.dcm").read_bytes()))
-    for road in (read_image, dicom_files, slice_files, _is_one_series):
+    for road in (read_image, find_dicom_files, slice_files, _is_one_series):
         with pytest.raises(InputError, match=f"(?s){name}.*out of the folder"):
             road(folder)
 
@@ -376,7 +376,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     (folder / "note.txt").write_text("n" * size)
     (folder / "big.bin").write_bytes(bytes(2 * size))
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * size)
-    assert len(dicom_files(folder)) == 6 and _split_folder(folder)[1] == [
+    assert len(find_dicom_files(folder)) == 6 and _split_folder(folder)[1] == [
         folder / n for n in ("S.seg.nrrd", "big.bin", "note.txt")
     ]
     for road in (
@@ -1213,4 +1213,4 @@ def test_a_segment_file_is_a_label_of_its_own(tmp_path):
         (STEP, PX, PX),
         y.affine @ np.array([[1, 0, 0, 0], [0, -1, 0, H - 1], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
     )
-    assert np.array_equal(lay_on(y, turned), whole[:, ::-1])
+    assert np.array_equal(align_label(y, turned), whole[:, ::-1])

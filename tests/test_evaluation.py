@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.data.instances import instances_of
+from unpaired_kd.data.instances import find_instances
 from unpaired_kd.study.scoring import evaluate
 from unpaired_kd.study.statistics import (
     FEW,
@@ -589,10 +589,10 @@ def test_topology_is_an_option_and_its_columns_know_what_is_better():
 
 def test_cells_are_components_and_organs_are_regions():
     label = toy().native(0)[1]
-    assert instances_of(label, ("background", "cell")).max() == 2
-    assert (instances_of(label, ("background", "a", "b")) == label).all()
+    assert find_instances(label, ("background", "cell")).max() == 2
+    assert (find_instances(label, ("background", "a", "b")) == label).all()
     drawn = label * 7
-    assert instances_of(label, ("background", "cell"), drawn) is drawn
+    assert find_instances(label, ("background", "cell"), drawn) is drawn
     merged = SimpleNamespace(predict=lambda image: np.ones((32, 32), int))
     assert evaluate(merged, toy(), "merged", 0)[0]["pq"] == 0  # one blob is not two cells
     organs = evaluate(perfect(None), toy(classes=("background", "a", "b")), "oracle", 0)[0]

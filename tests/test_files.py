@@ -15,15 +15,15 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats import files
 from unpaired_kd.data.formats.files import (
     _locate_cache,
-    array_hash,
+    hash_array,
     find_file,
-    hashes_of,
-    header_size,
-    name_key,
-    plain_key,
+    hash_files,
+    read_plane_size,
+    normalise_name,
+    simplify_name,
     read_table,
-    stem,
-    table_in,
+    name_stem,
+    find_table,
 )
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
@@ -101,14 +101,14 @@ def test_lines_are_counted_as_an_editor_does(tmp_path, before):
 
 
 def test_a_table_in_capitals_is_refused(tmp_path):
-    assert table_in(tmp_path, "groups.csv") is None
+    assert find_table(tmp_path, "groups.csv") is None
     (tmp_path / "groups.csv").symlink_to("gone.csv")
     (tmp_path / "my groups.csv").touch()
-    assert table_in(tmp_path, "groups.csv") == tmp_path / "groups.csv"
+    assert find_table(tmp_path, "groups.csv") == tmp_path / "groups.csv"
     for name in ("Groups.csv", "GROUPS.CSV"):
         (tmp_path / name).touch()
         with pytest.raises(InputError, match=f"{name} is not read.*small letters, groups.csv"):
-            table_in(tmp_path, "groups.csv")
+            find_table(tmp_path, "groups.csv")
         (tmp_path / name).unlink()
 
 
@@ -126,19 +126,19 @@ def test_a_table_that_is_no_file(tmp_path, made):
 
 
 def test_names(tmp_path):
-    assert NFC != NFD and name_key(NFC) == name_key(NFD) == name_key(f" {NFD}\u00a0") == NFC
-    assert name_key("a") != name_key("A")
+    assert NFC != NFD and normalise_name(NFC) == normalise_name(NFD) == normalise_name(f" {NFD}\u00a0") == NFC
+    assert normalise_name("a") != normalise_name("A")
     assert (
-        len({plain_key(n) for n in ("P-01", "p1", "p_001", " P 1")}) == 1
-        and len({plain_key(n) for n in ("p1", "p10", "p", "q1", "1p")}) == 5
+        len({simplify_name(n) for n in ("P-01", "p1", "p_001", " P 1")}) == 1
+        and len({simplify_name(n) for n in ("p1", "p10", "p", "q1", "1p")}) == 5
     )
-    assert stem(Path(f"x/{NFD} .nii.gz")) == NFC and stem(Path("a.b.png")) == "a.b"
+    assert name_stem(Path(f"x/{NFD} .nii.gz")) == NFC and name_stem(Path("a.b.png")) == "a.b"
     with pytest.raises(InputError, match="not UTF-8"):
-        stem(Path(os.fsdecode(b"\xfc.png")))
+        name_stem(Path(os.fsdecode(b"\xfc.png")))
     for name in ("a.ome.tif", "a.ome.tiff", "a.OME.TIF", "a.ome.zarr", "a.ome.png", "a.ome"):
-        assert stem(Path(name)) == "a"
+        assert name_stem(Path(name)) == "a"
     for name, want in ((".ome.tif", ".ome"), ("rome.tif", "rome"), ("a.ome.b.tif", "a.ome.b")):
-        assert stem(Path(name)) == want
+        assert name_stem(Path(name)) == want
 
 
 # the file that a table means
@@ -236,23 +236,23 @@ def test_a_hash_is_remembered_and_never_trusted_too_long(tmp_path, monkeypatch):
     a.write_bytes(b"one")
     want = {str(a): hashlib.sha256(b"one").hexdigest()}
     assert (
-        hashes_of([a]) == want and not _locate_cache(a.parent).exists()
+        hash_files([a]) == want and not _locate_cache(a.parent).exists()
     )  # too fresh to be remembered
     monkeypatch.setattr(files, "_FRESH", -60.0)
-    assert hashes_of([a]) == want and _locate_cache(a.parent).exists()
+    assert hash_files([a]) == want and _locate_cache(a.parent).exists()
     reads = []
     true = files.file_sha256
     monkeypatch.setattr(files, "file_sha256", lambda p: reads.append(p) or true(p))
-    assert hashes_of([a]) == want and not reads  # not read again
+    assert hash_files([a]) == want and not reads  # not read again
     s = a.stat()
     a.write_bytes(b"two")  # same size
     os.utime(a, ns=(s.st_atime_ns, s.st_mtime_ns))  # and the old time
-    assert hashes_of([a]) == {str(a): hashlib.sha256(b"two").hexdigest()} and len(reads) == 1
+    assert hash_files([a]) == {str(a): hashlib.sha256(b"two").hexdigest()} and len(reads) == 1
     other = tmp_path / "d/new"
     other.write_bytes(b"one")
     os.utime(other, ns=(s.st_atime_ns, s.st_mtime_ns))
     os.replace(other, a)  # another inode
-    assert hashes_of([a]) == want
+    assert hash_files([a]) == want
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,9 @@ def test_a_damaged_memory_is_no_memory(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(files, "_FRESH", -60.0)
     a = tmp_path / "a.bin"
     a.write_bytes(b"one")
-    hashes_of([a])
+    hash_files([a])
     _locate_cache(tmp_path).write_bytes(broken)
-    assert hashes_of([a]) == {str(a): hashlib.sha256(b"one").hexdigest()}
+    assert hash_files([a]) == {str(a): hashlib.sha256(b"one").hexdigest()}
     assert (
         json.loads(_locate_cache(tmp_path).read_text())["a.bin"][1]
         == hashlib.sha256(b"one").hexdigest()
@@ -286,7 +286,7 @@ def test_no_place_for_a_memory(tmp_path, monkeypatch, cache):
     a = tmp_path / "a.bin"
     a.write_bytes(b"one")
     for _ in range(2):
-        assert hashes_of([a]) == {str(a): hashlib.sha256(b"one").hexdigest()}
+        assert hash_files([a]) == {str(a): hashlib.sha256(b"one").hexdigest()}
 
 
 def test_folders_are_their_files(tmp_path):
@@ -294,22 +294,22 @@ def test_folders_are_their_files(tmp_path):
     for name in ("0/c/0", "0/zarr.json", ".zattrs"):
         (z / name).parent.mkdir(parents=True, exist_ok=True)
         (z / name).write_text(name)
-    first = hashes_of([z])
+    first = hash_files([z])
     (z / "0/c/0").write_text("0/c/1")
-    second = hashes_of([z])
+    second = hash_files([z])
     (z / "0/c/0").rename(z / "0/c/1")
-    third = hashes_of([z])
+    third = hash_files([z])
     assert len({h[str(z)] for h in (first, second, third)}) == 3
     with pytest.raises(InputError, match="gone.png cannot be read"):
-        hashes_of([tmp_path / "gone.png"])
+        hash_files([tmp_path / "gone.png"])
 
 
 def test_arrays():
     a = np.arange(12, dtype=np.uint8).reshape(3, 4)
     same = [a.copy(), np.asfortranarray(a), np.arange(24, dtype=np.uint8)[::2].reshape(3, 4) // 2]
-    assert {array_hash(b) for b in same} == {array_hash(a)}
+    assert {hash_array(b) for b in same} == {hash_array(a)}
     others = [a.T, a.astype(np.int8), a.reshape(4, 3), a + 1, a[:0]]
-    assert len({array_hash(b) for b in [a, *others]}) == 6
+    assert len({hash_array(b) for b in [a, *others]}) == 6
 
 
 def test_sizes_of_headers(tmp_path):
@@ -321,9 +321,9 @@ def test_sizes_of_headers(tmp_path):
     for ending in (".png", ".jpg", ".tif", ".nii.gz", ".zarr"):
         shape = (1, 12, 34) if ending in (".png", ".jpg") else (1, 5, 12, 34)
         write_image(tmp_path / f"a{ending}", Ours(np.zeros(shape, np.uint8)))
-        assert header_size(tmp_path / f"a{ending}") == (12, 34), ending
+        assert read_plane_size(tmp_path / f"a{ending}") == (12, 34), ending
     Image.new("RGB", (34, 12)).save(tmp_path / "c.png")
-    assert header_size(tmp_path / "c.png") == (12, 34)
+    assert read_plane_size(tmp_path / "c.png") == (12, 34)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     for name in ("bad.png", "gone.tif", "gone"):
-        assert header_size(tmp_path / name) is None
+        assert read_plane_size(tmp_path / name) is None

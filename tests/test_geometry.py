@@ -22,12 +22,12 @@ from unpaired_kd.data.formats.geometry import (
     add_steps,
     describe_grid,
     find_turn,
-    lay_on,
+    align_label,
     measure_shear,
     measure_spacing,
     orientation_letters,
-    usable,
-    without_axis,
+    is_affine,
+    drop_axis,
 )
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.writing import write_image, write_label
@@ -181,14 +181,14 @@ def test_one_slice_and_two_dimensions():
 
 def test_what_says_nothing_is_compared_by_shape_and_a_tiff_by_spacing(tmp_path):
     image = Image(SCAN[None], (2.5, 0.9, 0.8), SPL, "i.nii.gz")
-    assert lay_on(Image(LABEL), image) is LABEL
-    assert lay_on(Image(LABEL, (2.5, 0.9, 0.8)), image) is LABEL
-    assert lay_on(Image(LABEL, (2.5, 0.9, 0.8)), Image(SCAN[None])) is LABEL
+    assert align_label(Image(LABEL), image) is LABEL
+    assert align_label(Image(LABEL, (2.5, 0.9, 0.8)), image) is LABEL
+    assert align_label(Image(LABEL, (2.5, 0.9, 0.8)), Image(SCAN[None])) is LABEL
     with pytest.raises(InputError, match="(?s)another spacing.*1 x 1 x 1 mm.*2.5 x 0.9 x 0.8"):
-        lay_on(Image(LABEL, (1.0, 1.0, 1.0)), image)
+        align_label(Image(LABEL, (1.0, 1.0, 1.0)), image)
     with pytest.raises(InputError, match="has shape"):
-        lay_on(Image(LABEL.transpose(1, 0, 2)), image)
-    assert lay_on(Image(LABEL, None, np.zeros((4, 4))), image) is LABEL  # no place: not trusted
+        align_label(Image(LABEL.transpose(1, 0, 2)), image)
+    assert align_label(Image(LABEL, None, np.zeros((4, 4))), image) is LABEL  # no place: not trusted
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     write_image(tmp_path / "images/a.tif", Image(SCAN[None, 0], (0.5, 0.5)))
@@ -223,9 +223,9 @@ def test_words():
         (0.9, 0.8)
     )
     assert (
-        not usable(np.full((4, 4), np.inf))
-        and not usable(np.diag([1.0, 1, 0, 1]))
-        and usable(np.diag([1e-6, 1e-6, 1e-3, 1]))
+        not is_affine(np.full((4, 4), np.inf))
+        and not is_affine(np.diag([1.0, 1, 0, 1]))
+        and is_affine(np.diag([1e-6, 1e-6, 1e-3, 1]))
     )
 
 
@@ -326,10 +326,10 @@ def test_a_spacing_with_angles_is_a_tuple_that_survives():
     assert s == (5**0.5, 3, 4) and np.allclose(np.asarray(s) * 2, [20**0.5, 6, 8])
     for again in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s), copy.copy(s)):
         assert type(again) is Spacing and np.array_equal(again.steps, s.steps)
-    assert without_axis(s, 0) == (3, 4) and np.array_equal(
-        without_axis(s, 1).steps, s.steps[[0, 2]]
+    assert drop_axis(s, 0) == (3, 4) and np.array_equal(
+        drop_axis(s, 1).steps, s.steps[[0, 2]]
     )
-    assert without_axis((1.0, 2.0, 3.0), 1) == (1, 3) and without_axis(None, 0) is None
+    assert drop_axis((1.0, 2.0, 3.0), 1) == (1, 3) and drop_axis(None, 0) is None
     half = zoom_spacing(s, (5, 8, 10), 0.5)
     assert np.array_equal(half.steps, [[0, 1, 2], [0, 6, 0], [8, 0, 0]])
     assert add_steps(None, SPL, "x") is None and add_steps((1, 2), None, "x") == (1, 2)
@@ -421,7 +421,7 @@ def test_units(tmp_path, unit, mm):
     write_label(tmp_path / "y.nii", LABEL, im)
     assert nib.load(tmp_path / "y.nii").header.get_xyzt_units()[0] == unit
     assert np.allclose(read_label(tmp_path / "y.nii").affine, im.affine) and np.array_equal(
-        lay_on(read_label(tmp_path / "y.nii"), im), LABEL
+        align_label(read_label(tmp_path / "y.nii"), im), LABEL
     )
 
 
@@ -537,7 +537,7 @@ def test_rounded_cosines_still_get_a_qform(tmp_path, digits):
     q /= np.linalg.norm(q, axis=0)
     assert np.allclose(q.T @ q, np.eye(3), atol=1e-6) and np.allclose(q, turn, atol=0.02)
     assert np.array_equal(
-        lay_on(quiet_label(tmp_path / "x.nii"), Image(SCAN[None], None, affine)), LABEL
+        align_label(quiet_label(tmp_path / "x.nii"), Image(SCAN[None], None, affine)), LABEL
     )
 
 
@@ -570,7 +570,7 @@ def laid(folder, image, label):
     place, drawn = ((a, 2, b, 1) for a, b in (image, label))
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        found = lay_on(
+        found = align_label(
             read_label(save(folder / "y.nii", *drawn, a=LABEL)),
             read_image(save(folder / "x.nii", *place)),
         )
@@ -830,19 +830,19 @@ def test_a_volume_of_one_slice_is_a_picture(tmp_path):
         (LABEL[:1], None, None),
     ):
         for image in (flat, thick):
-            got = lay_on(Image(label, spacing, affine, "l.nii.gz"), image)
+            got = align_label(Image(label, spacing, affine, "l.nii.gz"), image)
             assert got.shape == image.array.shape[1:] and np.array_equal(got.squeeze(), LABEL[0])
     for image in (flat, thick):
         for label in (LABEL[:2], LABEL[0, 1:], LABEL[:1, :, :-1]):
             with pytest.raises(InputError, match="(?s)l.nii.gz.*has shape"):
-                lay_on(Image(label, None, None, "l.nii.gz"), image)
+                align_label(Image(label, None, None, "l.nii.gz"), image)
         far = SPL.copy()
         far[1, 3] += 3
         for label in (LABEL[0], LABEL[:1]):
             with pytest.raises(InputError, match="elsewhere"):
-                lay_on(Image(label, None, far), image)
+                align_label(Image(label, None, far), image)
     with pytest.raises(InputError, match="another spacing"):
-        lay_on(Image(LABEL[:1], (2.5, 0.9, 0.9)), flat)
+        align_label(Image(LABEL[:1], (2.5, 0.9, 0.9)), flat)
 
 
 def test_a_collection_of_pictures_with_labels_of_one_slice(tmp_path):

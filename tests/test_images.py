@@ -23,7 +23,7 @@ from unpaired_kd.data.formats.images import (
 from unpaired_kd.data.formats.pictures import arrange
 from unpaired_kd.data.formats.writing import WRITERS, write_image, write_label
 from unpaired_kd.data.intensity import to_unit
-from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoomed_size
+from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoom_size
 
 R = np.random.default_rng(0)
 GREY = R.integers(0, 256, (20, 30), np.uint8)
@@ -494,15 +494,15 @@ def test_image_and_label_keep_the_same_size(zoom, size):
     a = R.integers(0, 256, (1, 3, *size), np.uint8)
     x = prepare(a, zoom=zoom)
     y = zoom_label(a[0], zoom)
-    assert x.shape[1:] == y.shape == (3, *zoomed_size(size, zoom)) and set(np.unique(y)) <= set(
+    assert x.shape[1:] == y.shape == (3, *zoom_size(size, zoom)) and set(np.unique(y)) <= set(
         np.unique(a)
     )
     assert np.allclose(
-        resize(np.full((2, *size), 0.3, np.float32), zoomed_size(size, zoom)), 0.3, atol=1e-6
+        resize(np.full((2, *size), 0.3, np.float32), zoom_size(size, zoom)), 0.3, atol=1e-6
     )
     for bad in (0, -1, np.nan, np.inf):
         with pytest.raises(InputError, match="zoom"):
-            zoomed_size(size, bad)
+            zoom_size(size, bad)
 
 
 def test_invert_and_prepare_commute():

@@ -24,7 +24,7 @@ from unpaired_kd.inference.student import (
     pad_to,
     probabilities,
 )
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 R = np.random.default_rng(0)
 
@@ -34,7 +34,7 @@ def student(
 ):
     "A small student with random weights and settled BatchNorm."
     with seeded(0, "student"):
-        net = build(
+        net = make_network(
             "unet",
             dict(
                 in_channels=in_channels,

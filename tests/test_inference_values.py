@@ -517,7 +517,7 @@ def test_an_empty_block_has_a_file(tmp_path):
 def test_a_block_and_its_folders_are_forced_to_the_disk(tmp_path, monkeypatch):
     "For Zarr the file and every folder up to the array."
     seen = []
-    monkeypatch.setattr(volume_files, "sync", lambda p: seen.append(Path(p)))
+    monkeypatch.setattr(volume_files, "sync_to_disk", lambda p: seen.append(Path(p)))
     create_output(tmp_path / "p.zarr", (8, 8, 8), (8, 8, 8))
     (block,) = cut_blocks((8, 8, 8), (8, 8, 8), (0,) * 3, (8,) * 3)
     write_block(tmp_path / "p.zarr", block, np.ones((8, 8, 8), np.uint8), (8, 8, 8))

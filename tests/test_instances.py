@@ -12,7 +12,7 @@ from unpaired_kd.core import InputError, rng
 from unpaired_kd.data.collections import Collection
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.writing import write_image
-from unpaired_kd.data.instances import INSTANCES, instances_of, number_objects
+from unpaired_kd.data.instances import INSTANCES, find_instances, number_objects
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.phantoms.nuclei import toy_nuclei
 from unpaired_kd.inference.files import predict_path
@@ -179,18 +179,18 @@ def test_long_cells_are_cut_as_the_chapter_says():
 
 def test_organs_and_cells():
     y = np.array([[1, 1, 0, 1, 0, 2]])
-    assert instances_of(y, KINDS) is y  # organs, as always
+    assert find_instances(y, KINDS) is y  # organs, as always
     assert (
-        instances_of(y, KINDS, cells=True).max() == 3
-        and instances_of(y, KINDS, method="watershed").max() == 3
+        find_instances(y, KINDS, cells=True).max() == 3
+        and find_instances(y, KINDS, method="watershed").max() == 3
     )
-    assert instances_of(y, KINDS, method="watershed", cells=False) is y
+    assert find_instances(y, KINDS, method="watershed", cells=False) is y
     assert (
-        instances_of(y > 0, KINDS[:2]).max() == 3
-        and instances_of((y > 0) * 1, KINDS[:2], method="none").max() == 1
+        find_instances(y > 0, KINDS[:2]).max() == 3
+        and find_instances((y > 0) * 1, KINDS[:2], method="none").max() == 1
     )
     assert (
-        instances_of((y > 0) * 1, KINDS[:2], cells=False).max() == 3
+        find_instances((y > 0) * 1, KINDS[:2], cells=False).max() == 3
     )  # two classes: always objects
 
 

@@ -18,7 +18,7 @@ from unpaired_kd.core import seeded
 from unpaired_kd.data.formats.images import Image
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference.student import Recipe, Student
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 KILLS = int(os.environ.get("UKD_KILLS", 12))
 ROADS = ("folder", "folder replaced", "p.zarr", "p.tif", "p.zarr replaced")
@@ -115,8 +115,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("kills")
     r = np.random.default_rng(0)
     with seeded(0, "kills"):
-        flat = build("unet", dict(in_channels=1, classes=1, width=2))
-        deep = build("light_unet", dict(width=2, levels=2))
+        flat = make_network("unet", dict(in_channels=1, classes=1, width=2))
+        deep = make_network("light_unet", dict(width=2, levels=2))
     Student(flat, Recipe(channels=1, in_channels=1, patch=64)).save(home / "flat")
     Student(deep, Recipe(in_channels=1, dims=3, patch=512)).save(home / "deep")
     (home / "images").mkdir()

@@ -10,14 +10,14 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 
-from unpaired_kd.core import InputError, annotations_of, seeded, torch_rng
+from unpaired_kd.core import InputError, get_annotations, seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.distillation.soft_labels import soft_label_kl
-from unpaired_kd.methods.controls import copy_weights, placebo
+from unpaired_kd.methods.controls import copy_weights, make_placebo
 from unpaired_kd.methods.lotus import LOTUS, LotusOptions, Scene
-from unpaired_kd.networks.registry import build, weights_digest
+from unpaired_kd.networks.registry import make_network, weights_digest
 from unpaired_kd.networks.unet import UNet
-from unpaired_kd.training.calibrate import calibrate
+from unpaired_kd.training.calibrate import recalibrate_batchnorm
 from unpaired_kd.training.checkpoints import load_checkpoint
 from unpaired_kd.training.learner import Learner
 from unpaired_kd.training.rules import NotSettled
@@ -26,7 +26,7 @@ from unpaired_kd.training.settings import Settings
 # option -> the words that it may be
 CHOICES = {
     k: get_args(kind)
-    for k, kind in annotations_of(LotusOptions).items()
+    for k, kind in get_annotations(LotusOptions).items()
     if get_origin(kind) is Literal
 }
 
@@ -64,7 +64,7 @@ def nets(dims=2, classes=2, width=4):
         student = UNet(
             in_channels=1, classes=1 if classes == 2 else classes, width=width, dims=dims
         )
-    return student, calibrate(
+    return student, recalibrate_batchnorm(
         teacher, [Two(dims, classes).batch(i)["teacher"].image for i in range(2)]
     )
 
@@ -217,7 +217,7 @@ def test_adapted_statistics_are_those_of_the_students_images_and_are_saved(tmp_p
     student, teacher = nets()
     m = LOTUS(student, teacher, o, epochs=2)
     r = run(tmp_path, m, Two())
-    expected = calibrate(
+    expected = recalibrate_batchnorm(
         copy.deepcopy(teacher), [r._fixed(i)["student"].image for i in range(8)]
     ).state_dict()
     assert all(torch.allclose(v, expected[k]) for k, v in m.adapted().items())
@@ -318,7 +318,7 @@ def test_a_term_without_weight_never_runs_the_teacher(tmp_path):
 
 def test_the_placebo_differs_from_the_teacher_in_weights_only():
     student, teacher = nets()
-    fake = placebo(teacher, [Two().batch(i)["teacher"].image for i in range(4)], seed=1)
+    fake = make_placebo(teacher, [Two().batch(i)["teacher"].image for i in range(4)], seed=1)
     assert fake.config == teacher.config and not torch.equal(
         fake.conv1[0].weight, teacher.conv1[0].weight
     )
@@ -372,7 +372,7 @@ def test_the_adapted_statistics_reach_the_lesson():
     m = LOTUS(student, teacher, o)
     m.begin(m.stages()[0], lambda i: Two().batch(i))
     batch = Two().batch(0)
-    expected = calibrate(
+    expected = recalibrate_batchnorm(
         copy.deepcopy(teacher), [Two().batch(i)["student"].image for i in range(8)]
     )(batch["student"].image)
     seen = Scene(m, batch, None).reference[0]
@@ -476,7 +476,7 @@ def test_the_fingerprint_of_a_teacher_knows_weights_only():
 
 def wide(width=32, **config):
     with seeded(1, "wide"):
-        return calibrate(
+        return recalibrate_batchnorm(
             UNet(**{**dict(in_channels=1, classes=1, width=width), **config}),
             [Two().batch(i)["teacher"].image for i in range(2)],
         )
@@ -516,16 +516,16 @@ def test_a_wide_teacher_teaches_a_narrow_student(tmp_path, options):
 
 def test_a_teacher_of_another_network_teaches_where_layers_have_one_name(tmp_path):
     with seeded(2, "other"):
-        teacher = calibrate(
-            build("unet_bilinear", dict(in_channels=1, classes=1, width=8)),
+        teacher = recalibrate_batchnorm(
+            make_network("unet_bilinear", dict(in_channels=1, classes=1, width=8)),
             [Two().batch(0)["teacher"].image],
         )
     r = run(tmp_path, LOTUS(nets()[0], teacher, epochs=2), Two())
     assert all(math.isfinite(h["kl"]) for h in r.history) and r.history[0]["kl"] > 0
     with pytest.raises(InputError, match="the teacher, a DenseFCN: .*both networks"):
-        LOTUS(nets()[0], build("densefcn", dict(in_channels=1, classes=1, width=8)))
+        LOTUS(nets()[0], make_network("densefcn", dict(in_channels=1, classes=1, width=8)))
     with pytest.raises(InputError, match="the student, a DenseFCN: .*both networks"):
-        LOTUS(build("densefcn", dict(in_channels=1, classes=1, width=8)), teacher)
+        LOTUS(make_network("densefcn", dict(in_channels=1, classes=1, width=8)), teacher)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from unpaired_kd.methods.registry import (
     make_method,
     options_of,
 )
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 from unpaired_kd.study.rows import load_rows
 from unpaired_kd.study.run import run_study
 from unpaired_kd.study.study import Study
@@ -232,7 +232,7 @@ def test_mutual_and_fusion_refuse_what_they_cannot(change):
 
 def test_the_assistant_may_be_wider_but_reads_and_scores_the_same(tmp_path):
     with seeded(3, "wide"):
-        other = build("unet", dict(in_channels=1, classes=1, width=8))
+        other = make_network("unet", dict(in_channels=1, classes=1, width=8))
     m = Mutual(nets()[0], other, MUTUAL, 2)
     assert math.isfinite(learner(tmp_path, m).fit()[-1]["kl_assistant"]) and m.student(
         Two().batch(0)["student"].image
@@ -241,7 +241,7 @@ def test_the_assistant_may_be_wider_but_reads_and_scores_the_same(tmp_path):
         with pytest.raises(
             InputError, match="the assistant has (in_channels|classes)=3, the student 1"
         ):
-            Mutual(nets()[0], build("unet", dict(width=4, **odd)), MUTUAL, 2)
+            Mutual(nets()[0], make_network("unet", dict(width=4, **odd)), MUTUAL, 2)
 
 
 def test_more_refusals(tmp_path):
@@ -391,7 +391,7 @@ def test_a_packed_network_is_its_parts_in_a_row(generator, side):
     packed = pack_translator(net, generator.eval()).eval()
     with torch.no_grad():
         assert torch.equal(packed(x), net((generator(2 * x - 1) + 1) / 2))
-    twin = build("translated", packed.config)
+    twin = make_network("translated", packed.config)
     twin.load_state_dict(packed.state_dict())
     with torch.no_grad():
         assert torch.equal(twin.eval()(x), packed(x))

@@ -11,8 +11,8 @@ from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.methods.fusion import Fusion, FusionOptions
 from unpaired_kd.methods.mutual import Mutual, MutualOptions
-from unpaired_kd.networks.registry import build
-from unpaired_kd.training.method import only
+from unpaired_kd.networks.registry import make_network
+from unpaired_kd.training.method import set_trainable
 
 SIDE = 32
 SMALL = dict(side=SIDE, width=2, blocks=1)
@@ -41,7 +41,7 @@ def scene(classes=2):
 def segmentor(stream, classes, **more):
     logits = 1 if classes == 2 else classes
     with seeded(0, stream):
-        return build("unet", dict(in_channels=1, classes=logits, width=2) | more)
+        return make_network("unet", dict(in_channels=1, classes=logits, width=2) | more)
 
 
 def ready(m):
@@ -73,7 +73,7 @@ def gradient_sizes(m):
 
 
 def check(m, update, term, by_formula, reaches, batch):
-    only(m.networks, update.changes)
+    set_trainable(m.networks, update.changes)
     for net in m.networks.values():
         net.zero_grad(set_to_none=True)
     value = update.losses({**batch}, noise)[term]()

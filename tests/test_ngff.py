@@ -10,7 +10,7 @@ import pytest
 zarr = pytest.importorskip("zarr")
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.geometry import lay_on
+from unpaired_kd.data.formats.geometry import align_label
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.ngff import _list_chunks, _read_spacing, open_zarr, split_zarr_path
 from unpaired_kd.data.formats.writing import write_image, write_label
@@ -450,15 +450,15 @@ def test_a_label_at_another_translation_is_refused(tmp_path):
     ):
         p = save(tmp_path / "l.zarr", y.T, axes_of("xyz"), [0.5, 2, 4], more=move(*by[::-1]))
         if lies:
-            assert np.array_equal(lay_on(read_label(p), image), y)
+            assert np.array_equal(align_label(read_label(p), image), y)
         else:
             with pytest.raises(InputError, match="(?s)l.zarr.*elsewhere.*0.005 x 0.006 x 0.007"):
-                lay_on(read_label(p), image)
+                align_label(read_label(p), image)
     bare = save(tmp_path / "b.zarr", y)  # says nothing of place
-    assert np.array_equal(lay_on(read_label(bare), image), y)
+    assert np.array_equal(align_label(read_label(bare), image), y)
     p = save(tmp_path / "s.zarr", y, axes_of("zyx"), [4, 2, 0.5])  # no translation: at zero
     with pytest.raises(InputError, match="elsewhere"):
-        lay_on(read_label(p), image)
+        align_label(read_label(p), image)
 
 
 def test_scales_after_a_translation_move_it():
@@ -477,7 +477,7 @@ def test_a_translation_is_written_back(tmp_path):
     write_label(tmp_path / "l.zarr", y, like=image)
     label = read_label(tmp_path / "l.zarr")
     assert label.header.origin == pytest.approx((0.005, 0.006, 0.007))
-    assert np.array_equal(lay_on(label, image), y)
+    assert np.array_equal(align_label(label, image), y)
     two = Image(np.stack([V, V]), image.spacing, None, "", image.header)
     write_image(tmp_path / "c.zarr", two)
     note = json.loads((tmp_path / "c.zarr/zarr.json").read_text())["attributes"]["ome"]

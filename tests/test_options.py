@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 
-from unpaired_kd.core import Checked, InputError, Range, as_python
+from unpaired_kd.core import Checked, InputError, Range, to_python
 from unpaired_kd.methods.registry import all_methods, options_of
 
 WITH = {
@@ -141,6 +141,6 @@ def test_python_of_numpy():
         "c": np.eye(2, dtype=int),
         "d": None,
     }
-    plain = as_python(given)
+    plain = to_python(given)
     assert plain == {"a": 0.5, "b": [1, (False, "t")], "c": [[1, 0], [0, 1]], "d": None}
     assert [type(plain["a"]), type(plain["b"][0]), type(plain["b"][1][0])] == [float, int, bool]

@@ -38,7 +38,7 @@ from unpaired_kd.inference import student as inference
 from unpaired_kd.inference.files import PartlyDone, predict_path
 from unpaired_kd.inference.student import FILES, Recipe, Student, resolve_device
 from unpaired_kd.inference.volumes import predict_volume
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 R = np.random.default_rng(0)
 
@@ -50,14 +50,14 @@ def noise(*shape):
 def flat(**recipe):
     "A small 2-D student with random weights."
     with seeded(0, "flat"):
-        net = build("unet", dict(in_channels=1, classes=1, width=2))
+        net = make_network("unet", dict(in_channels=1, classes=1, width=2))
     return Student(net, Recipe(channels=1, in_channels=1, patch=64, **recipe))
 
 
 def deep():
     "A small 3-D student that works in blocks."
     with seeded(0, "deep"):
-        net = build("light_unet", dict(width=2, levels=2))
+        net = make_network("light_unet", dict(width=2, levels=2))
     return Student(net, Recipe(in_channels=1, dims=3, patch=512))
 
 
@@ -758,10 +758,10 @@ def test_notes_survive_a_torn_line(tmp_path):
 
 
 def test_parts_of_a_killed_writer_go_and_those_of_a_live_one_stay(home):
-    from unpaired_kd.core import PART, atomic
+    from unpaired_kd.core import PART_PREFIX, atomic
 
     (home / "new").mkdir()
-    (home / "new" / f"{PART}old.png").write_bytes(b"half")
+    (home / "new" / f"{PART_PREFIX}old.png").write_bytes(b"half")
     with atomic(home / "new" / "live.png") as part:
         part.write_bytes(b"at work")
         predict_path(flat(), home / "images" / "a.png", home / "new" / "a.png")
@@ -769,7 +769,7 @@ def test_parts_of_a_killed_writer_go_and_those_of_a_live_one_stay(home):
             sorted(os.listdir(home / "new")) == [part.name, "a.png"]
             and part.read_bytes() == b"at work"
         )
-    (home / "flat" / f"{PART}weights.safetensors").write_bytes(b"half")
+    (home / "flat" / f"{PART_PREFIX}weights.safetensors").write_bytes(b"half")
     flat().save(home / "flat")
     assert sorted(os.listdir(home / "flat")) == sorted(FILES)
 
@@ -933,9 +933,9 @@ def test_a_student_behind_links_is_read(home):
 
 def test_left_over_parts_are_no_inputs(home):
     "They would be cleared away, or put back to where they were, while they are read."
-    from unpaired_kd.core import OLD, PART
+    from unpaired_kd.core import OLD_PREFIX, PART_PREFIX
 
-    for name in (f"{PART}a.png", f"{OLD}exp.zarr/raw.zarr"):
+    for name in (f"{PART_PREFIX}a.png", f"{OLD_PREFIX}exp.zarr/raw.zarr"):
         (home / name).parent.mkdir(exist_ok=True)
         shutil.copytree(home / "exp.zarr" / "raw.zarr", home / name) if name.endswith(
             "zarr"
@@ -952,8 +952,8 @@ def test_a_device_without_memory_is_named(home, monkeypatch):
 
     monkeypatch.setattr(
         inference,
-        "build",
-        lambda *a, real=inference.build: (
+        "make_network",
+        lambda *a, real=inference.make_network: (
             real(*a) if torch.get_default_device().type == "meta" else full()
         ),
     )
@@ -1025,10 +1025,10 @@ def test_writers_leave_the_settings_of_zarr(home):
 def test_what_continues_is_said(home):
     "A stopped command says so where a folder's notes or the blocks of a volume lie."
     from unpaired_kd.command.arguments import read_arguments
-    from unpaired_kd.command.cli import continues
+    from unpaired_kd.command.cli import can_continue
 
     def stopped(out):
-        return continues(read_arguments(["predict", "flat", "v.tif", out]))
+        return can_continue(read_arguments(["predict", "flat", "v.tif", out]))
 
     (home / "o.zarr.part").mkdir()
     (home / "folder").mkdir()

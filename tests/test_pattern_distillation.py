@@ -12,7 +12,7 @@ from unpaired_kd.distillation.patterns import (
     check_same_codebook,
     codebook_digest,
     pattern_loss,
-    to_grid,
+    average_to_grid,
     token_code_ce,
     token_cosine,
 )
@@ -266,22 +266,22 @@ def test_projector():
 
 def test_to_grid():
     f = torch.randn(2, 3, 8, 6, 4, dtype=torch.float64)
-    assert torch.allclose(to_grid(f, (4, 3, 1)), F.avg_pool3d(f, (2, 2, 4)), atol=1e-12)
-    assert torch.equal(to_grid(f, (8, 6, 4)), f)
-    odd = to_grid(f, [5, 4, 3])
+    assert torch.allclose(average_to_grid(f, (4, 3, 1)), F.avg_pool3d(f, (2, 2, 4)), atol=1e-12)
+    assert torch.equal(average_to_grid(f, (8, 6, 4)), f)
+    odd = average_to_grid(f, [5, 4, 3])
     assert torch.allclose(odd.mean((2, 3, 4)), f.mean((2, 3, 4)), atol=1e-12)
     assert torch.allclose(
-        to_grid(torch.ones(1, 1, 13, 7), (12, 5)), torch.ones(1, 1, 12, 5), atol=1e-6
+        average_to_grid(torch.ones(1, 1, 13, 7), (12, 5)), torch.ones(1, 1, 12, 5), atol=1e-6
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(
-            to_grid(f.float(), (5, 4, 3)), to_grid(f.float(), (5, 4, 3)).float()
-        ) and torch.allclose(to_grid(f.float(), (5, 4, 3)).double(), odd, atol=1e-6)
+            average_to_grid(f.float(), (5, 4, 3)), average_to_grid(f.float(), (5, 4, 3)).float()
+        ) and torch.allclose(average_to_grid(f.float(), (5, 4, 3)).double(), odd, atol=1e-6)
     for bad in ((9, 6, 4), (8, 6), (0, 6, 4), (8, 6, 4, 1)):
         with pytest.raises(InputError):
-            to_grid(f, bad)
+            average_to_grid(f, bad)
     assert torch.autograd.gradcheck(
-        lambda v: to_grid(v, (2, 2)),
+        lambda v: average_to_grid(v, (2, 2)),
         torch.randn(1, 1, 3, 5, dtype=torch.float64, requires_grad=True),
     )
 

@@ -17,7 +17,7 @@ from unpaired_kd.data.phantoms.bone import (
     bone,
     bone_image,
     coverage,
-    place,
+    place_shapes,
     signed_distance,
 )
 
@@ -124,11 +124,11 @@ def test_knobs_at_their_limits_still_draw():
 def test_place_keeps_clear_of_what_is_there_and_stops_in_time():
     row = np.array([[20.0, x, 4.0, 3.0, 0.0, 0.0, 0.0] for x in (10, 18, 26, 34)])
     free = np.full((40, 40), FAR, np.float32)
-    assert len(place(row, free, 2.0, 99)[2]) == 2  # neighbours are 8 px apart, and touch
-    assert len(place(row, free, 2.0, 1)[2]) == 1
+    assert len(place_shapes(row, free, 2.0, 99)[2]) == 2  # neighbours are 8 px apart, and touch
+    assert len(place_shapes(row, free, 2.0, 1)[2]) == 1
     free[:, :16] = -1
-    assert place(row, free, 2.0, 99)[2][0, 1] == 26
-    near, number, kept = place(row[:0], free, 2.0, 99)
+    assert place_shapes(row, free, 2.0, 99)[2][0, 1] == 26
+    near, number, kept = place_shapes(row[:0], free, 2.0, 99)
     assert (near == FAR).all() and not number.any() and not len(kept)
 
 

@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.dicom import dicom_files
+from unpaired_kd.data.formats.dicom import find_dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
     _is_series,
@@ -29,9 +29,9 @@ from unpaired_kd.data.formats.images import (
 )
 from unpaired_kd.data.formats.pictures import (
     arrange,
-    companions,
+    list_companions,
     detect_format,
-    one_of_each_set,
+    keep_first_of_sets,
     turn_upright,
     unit_length,
 )
@@ -1342,17 +1342,17 @@ def dicom(path, name="1.2.3"):
 
 def test_a_series_and_what_lies_beside_it(tmp_path):
     dicom(tmp_path / "1.dcm")
-    assert _is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
+    assert _is_series(tmp_path) and find_dicom_files(tmp_path) == [tmp_path / "1.dcm"]
     (tmp_path / "notes.txt").write_text("a note")
     assert _is_series(tmp_path)
     os.symlink("/nowhere/2.dcm", tmp_path / "2.dcm")  # it may be a slice
-    for read in (dicom_files, read_image):
+    for read in (find_dicom_files, read_image):
         with pytest.raises(InputError, match="(?s)2.dcm.*link"):
             read(tmp_path)
     (tmp_path / "2.dcm").unlink()
     (tmp_path / "2.dcm").write_bytes(b"")  # cut to nothing
     with pytest.raises(InputError, match="(?s)2.dcm.*cut short"):
-        dicom_files(tmp_path)
+        find_dicom_files(tmp_path)
     (tmp_path / "2.dcm").unlink()
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
     assert not _is_series(tmp_path)
@@ -1432,7 +1432,7 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     from unpaired_kd.inference.files import _plan_outputs, predict_path
     from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.inference.volumes import predict_volume
-    from unpaired_kd.networks.registry import build
+    from unpaired_kd.networks.registry import make_network
 
     images = tmp_path / "images"
     labels = tmp_path / "labels"
@@ -1441,11 +1441,11 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     first, a = pair(images, {})
     second = images / "b.ome.tif"
     tifffile.imwrite(labels / "a.tif", (a > 128).astype(np.uint8), photometric="minisblack")
-    assert companions(first) == [second] and companions(second) == [first]
+    assert list_companions(first) == [second] and list_companions(second) == [first]
     assert (
-        companions(labels / "a.tif") == companions(images) == companions(tmp_path / "c.tif") == []
+        list_companions(labels / "a.tif") == list_companions(images) == list_companions(tmp_path / "c.tif") == []
     )
-    assert one_of_each_set([first, second, labels / "a.tif"]) == [first, labels / "a.tif"]
+    assert keep_first_of_sets([first, second, labels / "a.tif"]) == [first, labels / "a.tif"]
 
     def seen():
         c = Collection.from_folders(tmp_path, group="(.*)")
@@ -1461,7 +1461,7 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
         ("light_unet", dict(levels=2), 3, predict_volume),
     )
     for name, config, dims, predict in kinds:
-        net = build(name, dict(config, width=2))
+        net = make_network(name, dict(config, width=2))
         student = Student(net.eval(), Recipe(in_channels=1, dims=dims, patch=512))
         with pytest.raises(InputError, match="b.ome.tif is the input itself"):
             predict(student, first, second, overwrite=True)

@@ -17,7 +17,7 @@ from studies import STANDARD, learner_of, make, parts, train_arm, train_teacher
 
 from unpaired_kd.core import InputError, read_csv, write_json
 from unpaired_kd.study.checks import check_study
-from unpaired_kd.study.folder import environment
+from unpaired_kd.study.folder import describe_environment
 from unpaired_kd.study.rows import load_rows
 from unpaired_kd.study.run import export_student, run_study
 from unpaired_kd.study.study import Study
@@ -646,10 +646,10 @@ def test_workers_are_a_number(data, tmp_path, workers):
 
 
 def test_two_studies_do_not_write_to_one_folder(run, tmp_path):
-    from unpaired_kd.study.folder import holding
+    from unpaired_kd.study.folder import lock_run_folder
 
     shutil.copytree(run[1], tmp_path / "run")
-    with holding(tmp_path / "run"):
+    with lock_run_folder(tmp_path / "run"):
         with pytest.raises(InputError, match="at work") as e:
             run_study(tmp_path / "run", study(run[0]), [0], workers=1)
     assert str(e.value).count("\n") == 0
@@ -724,11 +724,11 @@ def test_a_machine_without_git_home_or_name(run, tmp_path):
         tmp_path,
         "import os\n"
         "from test_runs import study\n"
-        "from unpaired_kd.study.folder import environment\n"
+        "from unpaired_kd.study.folder import describe_environment\n"
         "from unpaired_kd.study.run import run_study\n"
         "os.environ['PATH'] = '/nonexistent'\n"
         "os.environ.pop('HOME', None)\n"
-        "assert environment()['commit'] == ''\n"
+        "assert describe_environment()['commit'] == ''\n"
         f"print(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n",
         TMPDIR="/proc/nothing",
     )
@@ -754,8 +754,8 @@ def test_the_commit_is_that_of_this_checkout_only(tmp_path):
         [
             sys.executable,
             "-c",
-            "from unpaired_kd.study.folder import environment; "
-            "print(repr(environment()['commit']))",
+            "from unpaired_kd.study.folder import describe_environment; "
+            "print(repr(describe_environment()['commit']))",
         ],
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
@@ -764,7 +764,7 @@ def test_the_commit_is_that_of_this_checkout_only(tmp_path):
     )
     assert done.stdout.strip() == "''", done
     if (ROOT / ".git").exists():
-        assert environment()["commit"]
+        assert describe_environment()["commit"]
 
 
 def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):

@@ -24,7 +24,7 @@ from test_clinical import (
 from unpaired_kd.core import InputError
 from unpaired_kd.data.check import check_data
 from unpaired_kd.data.collections import Collection
-from unpaired_kd.data.formats.geometry import lay_on
+from unpaired_kd.data.formats.geometry import align_label
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.nifti import NiftiPlace
 from unpaired_kd.data.formats.regions import rtstruct_mask, seg_mask
@@ -103,7 +103,7 @@ def test_the_class_is_the_number_of_the_segment(tmp_path, kind, every):
     y = read_label(write(tmp_path / "s.dcm", frames_of(TRUTH, kind, every), kind))
     stored = range(D) if every else (1, 2, 3, 4)
     assert y.array.dtype == np.uint8 and np.array_equal(y.array, TRUTH[list(stored)])
-    assert np.array_equal(lay_on(y, image), TRUTH)
+    assert np.array_equal(align_label(y, image), TRUTH)
     for number, (name, _) in NAMES.items():
         assert np.array_equal(seg_mask(tmp_path / "s.dcm", image, name), TRUTH == number)
 
@@ -115,7 +115,7 @@ def test_slices_that_are_left_out(tmp_path, slices, even):
         label[k, 3:6, 4 : 9 + k] = 2
     y = read_label(write(tmp_path / "s.dcm", frames_of(label)))
     assert (y.affine is not None) == even and len(y.array) == len(slices)
-    assert np.array_equal(lay_on(y, scan_image(tmp_path)), label)
+    assert np.array_equal(align_label(y, scan_image(tmp_path)), label)
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -139,11 +139,11 @@ def test_segments_on_a_nifti_and_on_one_slice(tmp_path):
     image.affine[:3, 3] += image.affine[:3, 1] * (H - 1)  # rows upwards, as converters do
     image.affine[:3, 1] *= -1
     write_image(tmp_path / "x.nii.gz", image)
-    assert np.array_equal(lay_on(y, read_image(tmp_path / "x.nii.gz")), TRUTH[:, ::-1])
+    assert np.array_equal(align_label(y, read_image(tmp_path / "x.nii.gz")), TRUTH[:, ::-1])
     one = read_image(sorted((tmp_path / "ct").iterdir())[4])
     y = read_label(write(tmp_path / "s.dcm", frames_of(TRUTH)[:1]))
     assert one.array.shape == (1, H, W)
-    assert np.array_equal(lay_on(y, one), TRUTH[4] * (TRUTH[4] == 7))
+    assert np.array_equal(align_label(y, one), TRUTH[4] * (TRUTH[4] == 7))
 
 
 def test_segments_on_a_nifti_of_two_places(tmp_path):
@@ -159,16 +159,16 @@ def test_segments_on_a_nifti_of_two_places(tmp_path):
         header = NiftiPlace({}, image.spacing, sform, qform)
         return Image(image.array, image.spacing, sform, "x.nii.gz", header)
 
-    assert np.array_equal(lay_on(y, stored(template, image.affine)), TRUTH)
-    assert np.array_equal(lay_on(y, stored(template, upwards)), TRUTH[:, ::-1])
-    refused(lambda: lay_on(y, stored(image.affine, upwards)), "in two ways", "qform")
+    assert np.array_equal(align_label(y, stored(template, image.affine)), TRUTH)
+    assert np.array_equal(align_label(y, stored(template, upwards)), TRUTH[:, ::-1])
+    refused(lambda: align_label(y, stored(image.affine, upwards)), "in two ways", "qform")
 
 
 def test_sagittal_segments_on_an_axial_scan(tmp_path):
     found = [(k, c) for k in NAMES for c in range(W) if (TRUTH[:, :, c] == k).any()]
     frames = [(k, (CORNER[0] + PX * c, *CORNER[1:]), 1 * (TRUTH[:, :, c] == k)) for k, c in found]
     f = write(tmp_path / "s.dcm", frames, turn=(0, 1, 0, 0, 0, 1), size=(STEP, PX))
-    assert np.array_equal(lay_on(read_label(f), scan_image(tmp_path)), TRUTH)
+    assert np.array_equal(align_label(read_label(f), scan_image(tmp_path)), TRUTH)
 
 
 def test_half_or_less_of_a_fraction_is_background(tmp_path):
@@ -220,7 +220,7 @@ def test_slices_of_another_scan_are_refused(tmp_path, move):
     frames = [(k, np.add(corner, move), a) for k, corner, a in frames_of(TRUTH)]
     f = write(tmp_path / "s.dcm", frames)
     image = scan_image(tmp_path)
-    for read in (lambda: lay_on(read_label(f), image), lambda: seg_mask(f, image, "node")):
+    for read in (lambda: align_label(read_label(f), image), lambda: seg_mask(f, image, "node")):
         refused(read, str(f), "does not lie on a slice", str(tmp_path / "ct"))
 
 
@@ -231,7 +231,7 @@ def test_two_slices_for_one_of_the_image_are_refused(tmp_path):
     f = write(tmp_path / "s.dcm", frames)
     assert len(read_label(f).array) == 5  # for four slices
     image = scan_image(tmp_path)
-    refused(lambda: lay_on(read_label(f), image), str(f), "or another one lies there")
+    refused(lambda: align_label(read_label(f), image), str(f), "or another one lies there")
 
 
 def test_a_name_means_one_segment(tmp_path):
@@ -251,7 +251,7 @@ def test_one_frame_without_a_place_goes_by_its_shape(tmp_path):
     assert y.affine is None and y.header.planes == () and y.array.shape == (1, H, W)
     image = scan_image(tmp_path)
     one = read_image(sorted((tmp_path / "ct").iterdir())[2])
-    assert np.array_equal(lay_on(y, one), 2 * (TRUTH[2] == 2))
+    assert np.array_equal(align_label(y, one), 2 * (TRUTH[2] == 2))
     refused(lambda: seg_mask(f, image, "tumour"), str(f), f"has shape (1, {H}, {W})")
 
 
@@ -268,10 +268,10 @@ def test_a_label_of_another_frame_of_reference_is_refused(tmp_path):
         rtstruct(tmp_path / "r.dcm", ball, frame)
         series(tmp_path / f"y{frame}", TRUTH, uid="1.2.4", frame=frame)
         tries = {
-            lambda: lay_on(read_label(f), image): TRUTH,
+            lambda: align_label(read_label(f), image): TRUTH,
             lambda: seg_mask(f, image, "node"): TRUTH == 7,
             lambda: rtstruct_mask(tmp_path / "r.dcm", image): drawn,
-            lambda y=tmp_path / f"y{frame}": lay_on(read_label(y), image): TRUTH,
+            lambda y=tmp_path / f"y{frame}": align_label(read_label(y), image): TRUTH,
         }
         for read, truth in tries.items():
             if sound:
@@ -280,7 +280,7 @@ def test_a_label_of_another_frame_of_reference_is_refused(tmp_path):
                 refused(read, str(tmp_path), "another frame of reference (1.2.8)", "(1.2.9)")
     write_image(tmp_path / "x.nii.gz", image)  # NIfTI names no frame
     nifti = read_image(tmp_path / "x.nii.gz")
-    assert np.array_equal(lay_on(read_label(f), nifti), TRUTH)
+    assert np.array_equal(align_label(read_label(f), nifti), TRUTH)
     refused(lambda: seg_mask(f, nifti, "node", frame=FRAME), "another frame of reference")
     refused(lambda: rtstruct_mask(tmp_path / "r.dcm", nifti, frame=FRAME), "another frame")
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
-from unpaired_kd.networks.registry import build
-from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, steady
+from unpaired_kd.networks.registry import make_network
+from unpaired_kd.networks.unet import Conv3d, ConvTranspose3d, use_own_convolutions
 from unpaired_kd.networks.volumes import SplitConv3d, build_encoder
 from unpaired_kd.training.learner import Learner
 from unpaired_kd.training.method import Method, Stage, Update
@@ -108,7 +108,7 @@ UP = [
 @pytest.mark.parametrize("shape", UP, ids=str)
 def test_transposed_gradients_are_those_of_float32(shape):
     with seeded(0, "short"):
-        conv = steady(nn.ConvTranspose3d(16, 16, **shape))
+        conv = use_own_convolutions(nn.ConvTranspose3d(16, 16, **shape))
     assert type(conv) is ConvTranspose3d
     with torch.no_grad():
         for p in conv.parameters():
@@ -125,7 +125,7 @@ def test_transposed_gradients_are_those_of_float32(shape):
 
 def test_a_transposed_layer_keeps_its_size_and_number_format():
     plain = nn.ConvTranspose3d(4, 6, 3, stride=2, padding=1)
-    ours = steady(copy.deepcopy(plain))
+    ours = use_own_convolutions(copy.deepcopy(plain))
     x = torch.randn(1, 4, 2, 4, 4, generator=torch_rng(0, "x"))
     for size in ((3, 7, 7), (4, 8, 8)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -145,7 +145,7 @@ def test_no_network_of_monai_takes_the_broken_path(name):
         "AttentionUnet": ((4, 8, 16), (2, 2)),
     }
     with seeded(0, name):
-        net = steady(getattr(nets, name)(3, 1, 2, *options[name]))
+        net = use_own_convolutions(getattr(nets, name)(3, 1, 2, *options[name]))
     for depth in (4, 8, 12):  # the bottom is 1, 2 and 3 deep
         with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
             net(
@@ -192,7 +192,7 @@ ENCODERS = {
 def test_no_network_of_the_house_takes_the_broken_path(name):
     with seeded(0, name):
         net = (
-            build(name.split()[0], NETS[name][0])
+            make_network(name.split()[0], NETS[name][0])
             if name in NETS
             else build_encoder(name, ENCODERS[name][0])
         )
@@ -226,7 +226,7 @@ def test_steady_changes_nothing_else():
         SplitConv3d(4, 4, 3, padding=1),
     )
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    assert steady(net) is net and [type(m) for m in (net[0], net[1][0], net[2], net[3])] == [
+    assert use_own_convolutions(net) is net and [type(m) for m in (net[0], net[1][0], net[2], net[3])] == [
         Conv3d,
         Conv3d,
         nn.Conv2d,

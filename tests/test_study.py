@@ -122,7 +122,7 @@ def test_a_training_goes_on_when_nobody_passes_its_reports_on(monkeypatch):
         told.append(task.name)
 
     monkeypatch.setattr(study, "_run_task", run)
-    study.do_in_worker(ArmTask("alone", 0), make(TINY), "", Gone())
+    study._run_in_worker(ArmTask("alone", 0), make(TINY), "", Gone())
     assert told == ["alone"] and list(study._read_reports(Gone())) == []
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from unpaired_kd import core
 from unpaired_kd.core import InputError, resolve_precision, seeded, torch_rng
 from unpaired_kd.training import learner as learner_module
-from unpaired_kd.training.calibrate import calibrate
+from unpaired_kd.training.calibrate import recalibrate_batchnorm
 from unpaired_kd.training.checkpoints import get_random_state, load_checkpoint, set_random_state
 from unpaired_kd.training.learner import Learner
-from unpaired_kd.training.method import Method, Stage, Update, set_modes, weight_table, weighted_sum
+from unpaired_kd.training.method import Method, Stage, Update, set_modes, merge_weights, weighted_sum
 from unpaired_kd.training.processes import average_buffers, average_gradients
 from unpaired_kd.training.rules import Improvements, NoBetter, NotSettled, Plateau
 from unpaired_kd.training.settings import Settings, learning_rate, select_deciding
@@ -216,7 +216,7 @@ def check_precision(folder, monkeypatch):
         assert run.precision == word and seen["kind"] == kind
         assert run.scaler.is_enabled() == (word == "fp16")
     for has, word in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(core, "bf16_supported", lambda device, has=has: has)
+        monkeypatch.setattr(core, "supports_bf16", lambda device, has=has: has)
         run = Learner(Layer(), Data(), folder / f"auto {has}", settings=quiet(precision="auto"))
         assert run.precision == word
 
@@ -283,7 +283,7 @@ def check_tensorboard(folder, monkeypatch):
 def check_bars(folder, monkeypatch):
     asked = []
     bar = SimpleNamespace(update=lambda: None, set_postfix_str=asked.append, close=lambda: None)
-    monkeypatch.setattr(learner_module, "progress", lambda *a: asked.append(a) or bar)
+    monkeypatch.setattr(learner_module, "make_progress_bar", lambda *a: asked.append(a) or bar)
     for shown in (False, True):
         asked.clear()
         s = replace(quiet(epochs=2), bars=shown)
@@ -590,8 +590,8 @@ def test_a_row_of_the_history_by_hand(tmp_path):
 
 
 def test_weights_of_terms():
-    assert weight_table({"a": 1.0, "b": 2.0}, {"b": 0}) == {"a": 1.0, "b": 0}
-    assert weight_table({"a": 1.0}, None) == {"a": 1.0}
+    assert merge_weights({"a": 1.0, "b": 2.0}, {"b": 0}) == {"a": 1.0, "b": 0}
+    assert merge_weights({"a": 1.0}, None) == {"a": 1.0}
     terms = {"a": lambda: torch.tensor(3.0), "b": lambda: torch.tensor(5.0), "c": pytest.fail}
     total, values = weighted_sum(terms, {"a": 2.0, "b": -1.0, "c": 0})
     assert total.item() == 1.0 and values == {"a": 3.0, "b": 5.0}
@@ -704,7 +704,7 @@ def test_recalibration_by_hand(n):
     images = [5 + torch.randn(3, 1, 4, 4, generator=gen, dtype=torch.float64) for _ in range(n)]
     for x in old:
         net(x)
-    assert calibrate(net, images) is net
+    assert recalibrate_batchnorm(net, images) is net
     first, second = [], []
     for x in images:
         y = net[0](x)
@@ -766,6 +766,6 @@ def test_validation_of_three_classes_by_hand():
 
 def test_number_formats(monkeypatch):
     for has, word in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(core, "bf16_supported", lambda device, has=has: has)
+        monkeypatch.setattr(core, "supports_bf16", lambda device, has=has: has)
         assert resolve_precision("auto", "cpu") == word
         assert [resolve_precision(p) for p in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from unpaired_kd.core import seeded, torch_rng
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 from unpaired_kd.translation.contextual import (
     FilterBank,
     VGG19Features,
@@ -421,7 +421,7 @@ def test_features_of_an_encoder_are_those_at_a_quarter_and_an_eighth():
         "mrrn": ("enc2.2.body", "enc3.3.body"),
     }
     for network, layers in names.items():
-        net = build(
+        net = make_network(
             network, dict(in_channels=1, classes=1, width=8 if network == "densefcn" else 4)
         )
         assert encoder_layers(net) == layers
@@ -460,7 +460,7 @@ def test_how_image_and_translation_meet():
 
 def test_a_packed_translator_reads_the_unit_range():
     with seeded(0, "pack"):
-        segmentor = build("unet", dict(in_channels=1, classes=1, width=2)).eval()
+        segmentor = make_network("unet", dict(in_channels=1, classes=1, width=2)).eval()
         packed = pack_translator(segmentor, Generator(1, 2, 1))
     assert type(packed) is Translated and packed.stride == segmentor.stride
     x = torch.rand(1, 1, 32, 32, generator=torch_rng(0, "x"))
@@ -471,7 +471,7 @@ def test_a_packed_translator_reads_the_unit_range():
 @pytest.mark.parametrize("classes", [1, 3])
 def test_an_ensemble_is_the_mean_probability(classes):
     with seeded(0, "ensemble"):
-        nets = [build("unet", dict(in_channels=1, classes=classes, width=2)).eval() for _ in "abc"]
+        nets = [make_network("unet", dict(in_channels=1, classes=classes, width=2)).eval() for _ in "abc"]
     packed = pack_ensemble(*nets)
     assert type(packed) is Ensemble
     x = torch.rand(2, 1, 32, 32, generator=torch_rng(0, "x"))

@@ -8,7 +8,7 @@ from test_lotus import Two, nets, run
 
 from unpaired_kd.core import InputError
 from unpaired_kd.methods.ummkd import UMMKD, OtherNorms, UmmkdOptions, rarity_weighted_cross_entropy
-from unpaired_kd.networks.registry import build, load_weights
+from unpaired_kd.networks.registry import make_network, load_weights
 from unpaired_kd.networks.unet import UNet
 from unpaired_kd.training.checkpoints import load_checkpoint
 
@@ -92,7 +92,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path):
 def test_the_student_is_a_plain_network(tmp_path):
     student, _ = nets()
     run(tmp_path, UMMKD(student), Two())
-    fresh = build("unet", student.config)
+    fresh = make_network("unet", student.config)
     x = Two().batch(0)["student"].image
     student.eval(), fresh.eval()
     assert not torch.allclose(fresh(x), student(x), atol=1e-3)  # so that the last line can fail

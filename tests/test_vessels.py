@@ -29,7 +29,7 @@ from unpaired_kd.data.phantoms.vessels import (
     vessel_volume,
     vessels,
 )
-from unpaired_kd.data.splits import label_budget, split_groups
+from unpaired_kd.data.splits import choose_labelled, split_groups
 
 SMALL = VesselKnobs(size=32, radius=(1.0, 3.0))
 
@@ -356,7 +356,7 @@ def test_unlabelled_never_opens_a_label(ward, monkeypatch):
     assert (
         c.has_labels and c.label_kind == "semantic" and set(c[0].label.unique().tolist()) == {0, 1}
     )
-    some = label_budget(c, 1)
+    some = choose_labelled(c, 1)
     silent = Collection.from_folders(ward).subset([i for i in c.ids if i not in some]).unlabelled()
     for f in (ward / "labels").iterdir():
         f.unlink()

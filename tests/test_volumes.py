@@ -38,7 +38,7 @@ from unpaired_kd.inference.volumes import (
     read_triple,
     run_pipeline,
 )
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 from unpaired_kd.networks.volumes import LightUNet
 
 R = np.random.default_rng(0)
@@ -754,7 +754,7 @@ def test_recipes_that_need_the_whole_volume(tmp_path, change, said):
 
 
 def test_a_2d_student_keeps_its_way(tmp_path):
-    s = Student(build("unet", dict(in_channels=3, width=4)).eval(), Recipe(patch=32))
+    s = Student(make_network("unet", dict(in_channels=3, width=4)).eval(), Recipe(patch=32))
     s.save(tmp_path / "student")
     write_image(tmp_path / "v.zarr", Image(noise(4, 32, 32)[None]))
     with pytest.raises(InputError, match="2-D"):

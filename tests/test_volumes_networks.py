@@ -11,7 +11,7 @@ from torch import nn
 os.environ["KINETO_LOG_LEVEL"] = "99"
 from unpaired_kd.core import InputError
 from unpaired_kd.networks import volumes as V
-from unpaired_kd.networks.registry import build, name_of
+from unpaired_kd.networks.registry import make_network, network_name
 from unpaired_kd.networks.taps import Taps
 from unpaired_kd.networks.unet import check_input
 from unpaired_kd.networks.volumes import (
@@ -121,7 +121,7 @@ def test_attention_is_in_the_count_and_modes_survive():
 
 
 def positive(net):
-    twin = build("light_unet", net.config).eval()
+    twin = make_network("light_unet", net.config).eval()
     for p in twin.parameters():
         p.data.abs_()
     for k in range(1, net.config["levels"]):
@@ -267,8 +267,8 @@ def test_decode_leaves_the_skips_alone_and_is_the_forward_pass():
 )
 def test_name_arguments_state_and_tap(config):
     net = LightUNet(**config).eval()
-    assert name_of(net) == "light_unet"
-    twin = build("light_unet", json.loads(json.dumps(net.config))).eval()
+    assert network_name(net) == "light_unet"
+    twin = make_network("light_unet", json.loads(json.dumps(net.config))).eval()
     twin.load_state_dict(net.state_dict())
     x = torch.rand(1, net.config["in_channels"], *[16] * net.config["dims"])
     names = [n for level in net.hint_layers.values() for n in level]
@@ -304,7 +304,7 @@ def test_every_weight_learns():
         (lambda: LightUNet(flat=-1), "flat=-1"),
         (lambda: LightUNet(dims=2, flat=1), "depth axis"),
         (lambda: LightUNet(levels=1), "2 levels"),
-        (lambda: build("light_unet", dict(norm="batch")), "norm"),
+        (lambda: make_network("light_unet", dict(norm="batch")), "norm"),
         (lambda: HybridEncoder(dim=100), "heads=6"),
         (lambda: UnetrEncoder(size=40), "multiple of 16"),
         (lambda: UnetrEncoder(hidden=25), "heads=12"),

@@ -635,7 +635,7 @@ def test_the_table_is_where_the_teacher_is(monkeypatch):
     monkeypatch.setattr(
         vpbsd_module, "pattern_loss", lambda u, codes, kind, **k: seen.update(u=u, **k)
     )
-    monkeypatch.setattr(vpbsd_module, "to_grid", lambda f, size: f)
+    monkeypatch.setattr(vpbsd_module, "average_to_grid", lambda f, size: f)
     m.networks["projector"] = nn.Identity()
     m.frozen["teacher"].to("meta")
     z = taught.tokens.to("meta")
@@ -888,8 +888,8 @@ def here(monkeypatch):
     "Let studies run in this process: the processes are tested elsewhere."
     monkeypatch.setattr(
         study_module,
-        "in_processes",
-        lambda tasks, study, tell, workers: study_module.here(tasks, study, tell),
+        "_run_in_processes",
+        lambda tasks, study, tell, workers: study_module._run_here(tasks, study, tell),
     )
 
 
@@ -969,7 +969,7 @@ def test_a_worker_can_train_and_load_the_teacher(study, monkeypatch):
     queue = Queue()
     name = first_name(make(ARMS), "vpbsd")
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    study_module.do_in_worker(PretrainTask(name, 0), make(ARMS), study[0], queue)
+    study_module._run_in_worker(PretrainTask(name, 0), make(ARMS), study[0], queue)
     assert queue.empty() and finished(study[0], PretrainTask(name, 0))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from unpaired_kd.core import seeded, torch_rng
 from unpaired_kd.data.patches import Batch
 from unpaired_kd.methods.registry import all_methods, make_method, method_class, options_of
-from unpaired_kd.networks.registry import build
+from unpaired_kd.networks.registry import make_network
 
 EPOCHS = 2  # what a method is told: enough for every stage, one epoch each
 SEED = 0
@@ -117,7 +117,7 @@ def network(
 ):
     "A network with weights of its own."
     with seeded(SEED, name):
-        return build(size.network, size.config)
+        return make_network(size.network, size.config)
 
 
 class School:

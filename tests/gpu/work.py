@@ -14,7 +14,7 @@ import torch
 from cases import cases
 from timed import OutOfTime, Plan, release, train
 
-from unpaired_kd.core import bf16_supported
+from unpaired_kd.core import supports_bf16
 
 MARK = "\x1eGPU "  # begins each line that is for the main program
 SPOILED = 3  # exit code: the device answers no more in this process
@@ -166,7 +166,7 @@ def work(
     warnings.filterwarnings("ignore", "stage .* ended at its cap")
     warnings.filterwarnings("ignore", "no weights of VGG19")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not bf16_supported(device):
+    if device == "cuda" and not supports_bf16(device):
         print("bf16 is emulated on this device", file=sys.stderr)
     for i, step in enumerate(all_steps(small)):
         if i < first:

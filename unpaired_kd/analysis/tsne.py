@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import PALETTE, InputError, rng, unknown
+from ..core import PALETTE, InputError, rng, describe_unknown
 from ..networks.taps import Taps
 from ..study.statistics import bootstrap_ci
 
@@ -191,7 +191,7 @@ def _find_engine(
     from importlib.util import find_spec
 
     if engine not in _ENGINES:
-        raise InputError(unknown("engine", engine, _ENGINES))
+        raise InputError(describe_unknown("engine", engine, _ENGINES))
     installed = find_spec("openTSNE") is not None
     if engine == "opentsne" and not installed:
         raise InputError(

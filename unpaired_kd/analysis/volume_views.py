@@ -9,7 +9,7 @@ __all__ = ['project_volume', 'show_projections', 'show_slices', 'browse_slices',
 import numpy as np
 import torch
 
-from ..core import PALETTE, InputError, outlined
+from ..core import PALETTE, InputError, outline_regions
 
 # %% ../../nbs/analysis/volume_views.ipynb #6c984647
 class _Volume:
@@ -197,7 +197,7 @@ class _Drawing:
         for k, mask in masks.items():
             if mask.any() and min(mask.shape) > 1:
                 how = dict(colors=PALETTE[1], linewidths=0.8, levels=[0.5], origin="upper")
-                self.axes[k].contour(outlined(_turn(mask, k)), extent=self.extent(k), **how)
+                self.axes[k].contour(outline_regions(_turn(mask, k)), extent=self.extent(k), **how)
 
     def cross(self, at):
         "Dashed lines through a voxel (z,y,x)."
@@ -308,7 +308,7 @@ def _draw_slice(v, y, axis, i, size, width, **how):
     ax.axis("off")
     mask = None if y is None else y.plane(axis, i) != 0
     if mask is not None and mask.any() and min(mask.shape) > 1:
-        ax.contour(outlined(mask), levels=[0.5], colors=PALETTE[1], linewidths=1)
+        ax.contour(outline_regions(mask), levels=[0.5], colors=PALETTE[1], linewidths=1)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     plt.close(fig)

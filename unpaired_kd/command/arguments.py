@@ -39,9 +39,9 @@ def _one_of(
     def check(text):
         if text in known:
             return text
-        from unpaired_kd.core import unknown
+        from unpaired_kd.core import describe_unknown
 
-        raise argparse.ArgumentTypeError(unknown(kind, text, known))
+        raise argparse.ArgumentTypeError(describe_unknown(kind, text, known))
 
     return check
 
@@ -334,14 +334,14 @@ def _describe_unknown_word(
     left: list,  # the words that it did not take
 ) -> str:  # a sentence
     "Which option is not known, and the nearest that is; else which word is too many."
-    from unpaired_kd.core import unknown
+    from unpaired_kd.core import describe_unknown
 
     options = [w.partition("=")[0] for w in left if w.startswith("-")]
     if not options:
         return f"{left[0]!r} is one word too many"
     known = _list_options(one)
     hint = " Parameters are given with -p NAME VALUE." if "-p" in known else ""
-    return unknown("option", options[0], known) + hint
+    return describe_unknown("option", options[0], known) + hint
 
 # %% ../../nbs/command/arguments.ipynb #5d230005
 def _check_first_word(
@@ -353,11 +353,11 @@ def _check_first_word(
     options = _list_options(made[""])
     if first in (*commands, *options):
         return
-    from unpaired_kd.core import unknown
+    from unpaired_kd.core import describe_unknown
 
     if first.startswith("-"):
-        made[""].error(unknown("option", first, options))
-    made[""].error(unknown("command", first, commands))
+        made[""].error(describe_unknown("option", first, options))
+    made[""].error(describe_unknown("command", first, commands))
 
 # %% ../../nbs/command/arguments.ipynb #4e220007
 def read_arguments(

@@ -134,13 +134,13 @@ def _choose_columns(
     asked,  # names of columns, or None
 ) -> tuple:  # names of those to print
     "What was asked for, or those of `METRICS` that are there. Raises `InputError` for others."
-    from unpaired_kd.core import InputError, unknown
-    from unpaired_kd.study.rows import TEXT
+    from unpaired_kd.core import InputError, describe_unknown
+    from unpaired_kd.study.rows import TEXT_COLUMNS
 
-    known = {k for r in rows for k in r} - {"seed", *TEXT}
+    known = {k for r in rows for k in r} - {"seed", *TEXT_COLUMNS}
     for name in asked or ():
         if name not in known:
-            raise InputError(f"--metrics: {unknown('column', name, known)}")
+            raise InputError(f"--metrics: {describe_unknown('column', name, known)}")
     found = tuple(asked or [m for m in METRICS if m in known])
     if found:
         return found
@@ -155,7 +155,7 @@ def _run_report(
     "`ukd report`: the table of one or more run folders."
     from unpaired_kd.core import InputError
     from unpaired_kd.data.formats.outputs import check_path
-    from unpaired_kd.study.joined import join_runs, remarks
+    from unpaired_kd.study.joined import join_runs, explain_differences
     from unpaired_kd.study.rows import load_rows
     from unpaired_kd.study.tables import results_table
 
@@ -169,13 +169,13 @@ def _run_report(
     except InputError as e:
         known = {row["arm"] for row in rows}
         hint = "" if args.reference in known else " Give --reference ARM."
-        raise InputError("\n".join([f"{e}{hint}", *remarks(runs)])) from e
+        raise InputError("\n".join([f"{e}{hint}", *explain_differences(runs)])) from e
     twice = sum(map(len, runs.values())) - len(rows)
     if twice:
         print_message(
             f"ukd report: {twice} rows stand in the tables twice, the same; each is counted once."
         )
-    for line in remarks(runs):
+    for line in explain_differences(runs):
         print(f"\n{line}")
     return 0
 
@@ -203,7 +203,7 @@ def _describe_bad_input(
         return describe_system_error(e)
 
 # %% ../../nbs/command/cli.ipynb #5d240001
-def continues(
+def can_continue(
     args,  # what `read_arguments` gives
 ) -> bool:  # whether the same command goes on where this one stopped
     "Runs and sweeps continue, and a prediction that has finished a block, or an image of a folder."
@@ -221,7 +221,7 @@ def _run_command(
         with stop_on_signals():
             return COMMANDS[args.command](args)
     except KeyboardInterrupt as e:
-        more = " The same command continues." if continues(args) else ""
+        more = " The same command continues." if can_continue(args) else ""
         print_message(f"\nukd {args.command}: stopped.{more}")
         return 128 + (e.number if isinstance(e, Stopped) else 2)
     except Exception as e:

@@ -24,7 +24,7 @@ from unpaired_kd.command.yaml_nodes import (
     read_yaml,
     source_of_node,
 )
-from ..core import InputError, digest, read_text, unknown
+from ..core import InputError, digest, read_text, describe_unknown
 
 # %% ../../nbs/command/grid.ipynb #fda7f0bb
 def _read_notebook_name(
@@ -108,7 +108,7 @@ def read_grid(
     for key in found:
         if key not in _SECTIONS:
             raise InputError(
-                f"{path}: {unknown('section', key, _SECTIONS)} Parameters of every row go under "
+                f"{path}: {describe_unknown('section', key, _SECTIONS)} Parameters of every row go under "
                 "`base`."
             )
     grid = {k: read_entries(f"{path}: `{k}`", found.get(k)) for k in _SECTIONS[1:]}
@@ -139,7 +139,7 @@ def find_grid(
         return known[name]
     if Path(name).exists():
         return Path(name)
-    raise InputError(unknown("grid", name, known) + " Or give the path of a grid file.")
+    raise InputError(describe_unknown("grid", name, known) + " Or give the path of a grid file.")
 
 # %% ../../nbs/command/grid.ipynb #3c7fbe71
 def _hint_at_lists(
@@ -241,7 +241,7 @@ def expand_grid(
     notebook = _find_notebook_of(path, grid)
     parameters = read_experiment(notebook)
     if scale is not None and scale not in grid["scales"]:
-        raise InputError(f"{path}: {unknown('scale', scale, grid['scales'])}")
+        raise InputError(f"{path}: {describe_unknown('scale', scale, grid['scales'])}")
     base = list(grid["base"].items())
     overlay = list(grid["scales"].get(scale, {}).items())
     rows = {}

@@ -22,7 +22,7 @@ from unpaired_kd.command.parameters import (
 )
 from .process import describe_system_error, print_message
 from .run_folder import KERNEL_LOG, claim_folder, name_run_folder
-from ..core import InputError, unknown, watched
+from ..core import InputError, describe_unknown, is_watched
 
 # %% ../../nbs/command/notebook.ipynb #1c06b993
 def _experiment_folders() -> list:  # folders, there or not; the first counts most
@@ -50,7 +50,7 @@ def find_notebook(
     known = list_experiment_files(".ipynb")
     if name in known:
         return known[name]
-    raise InputError(unknown("experiment", name, known) + " Or give the path of a notebook.")
+    raise InputError(describe_unknown("experiment", name, known) + " Or give the path of a notebook.")
 
 # %% ../../nbs/command/notebook.ipynb #4ae35230
 def check_notebook(
@@ -193,7 +193,7 @@ def _print_failed_cell(
 ):
     "Say what a cell has raised. Bad input needs no traceback, and a file no colours."
     trace = "\n".join(e.traceback)
-    if not watched():
+    if not is_watched():
         trace = re.sub(r"\x1b\[[\d;]*m", "", trace)
     print_message(f"\n{e.evalue if e.ename == 'InputError' else trace}")
     print_message(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .values import fit_text, fit_value
 from .yaml_nodes import Misfit, quote_given, read_entries, read_yaml
-from ..core import InputError, read_text, unknown
+from ..core import InputError, read_text, describe_unknown
 
 # %% ../../nbs/command/parameters.ipynb #9d9858e0
 @dataclass(frozen=True, eq=False)
@@ -246,7 +246,7 @@ def _find_entry(
     `InputError` for a key that is not there."""
     default = parameter.default if isinstance(parameter.default, dict) else {}
     if not key or default and key not in default:
-        raise InputError(unknown(f"entry of {parameter.name!r}", key, default))
+        raise InputError(describe_unknown(f"entry of {parameter.name!r}", key, default))
     kind = ast.parse(parameter.type, mode="eval").body
     typed = isinstance(kind, ast.Subscript) and isinstance(kind.slice, ast.Tuple)
     named = ast.unparse(kind.slice.elts[1]) if typed else type(default.get(key)).__name__
@@ -278,7 +278,7 @@ def _set_parameter(
     "Set one parameter, wholly or in part. Raises `InputError`."
     base, *entry = name.split(".")
     if base not in parameters:
-        raise InputError(unknown("parameter", base, parameters))
+        raise InputError(describe_unknown("parameter", base, parameters))
     values[base] = _set_entry(parameters[base], values[base], entry, given)
 
 # %% ../../nbs/command/parameters.ipynb #5d1c0008

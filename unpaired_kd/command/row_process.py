@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .notebook import execute_notebook
 from .run_folder import claim_folder
-from ..core import InputError, cluster_client, end_with_parent, write_json
+from ..core import InputError, connect_cluster, end_with_parent, write_json
 
 # %% ../../nbs/command/row_process.ipynb #5d210007
 def row_state(
@@ -164,7 +164,7 @@ def cluster_workers(
     address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
 ):
     "The same for a Dask cluster. `InputError` if no scheduler answers."
-    client = cluster_client(address, "--scheduler")
+    client = connect_cluster(address, "--scheduler")
     from dask import distributed
 
     with client, client.as_current():

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from .yaml_nodes import is_text
 from unpaired_kd.core import (
-    OLD,
-    PART,
+    OLD_PREFIX,
+    PART_PREFIX,
     InputError,
     clear_parts,
     digest,
-    given,
-    hold,
+    has_file,
+    lock_folder,
     read_json,
     write_json,
 )
-from ..study.joined import equal, is_study
+from ..study.joined import equal_data, is_study
 
 # %% ../../nbs/command/run_folder.ipynb #2c15aa65
 def name_run_folder(
@@ -41,7 +41,7 @@ def _compare_records(
     """Where the record of an earlier run in this folder differs. Raises `InputError` for the record
     of another program."""
     path = Path(folder) / "parameters.json"
-    if not given(path):
+    if not has_file(path):
         return None
     before = read_json(path)
     now = json.loads(json.dumps(asked))
@@ -52,7 +52,7 @@ def _compare_records(
     return [
         f"  {name}: {before.get(name, 'absent')!r} there, {now.get(name, 'absent')!r} now"
         for name in names
-        if not equal(before.get(name), now.get(name))
+        if not equal_data(before.get(name), now.get(name))
     ]
 
 # %% ../../nbs/command/run_folder.ipynb #5d1e0007
@@ -100,7 +100,7 @@ def check_run_folder(
     names = _list_names(folder)
     if _was_refused(folder, names):
         return
-    strangers = [n for n in names if n != _LOCK and not n.startswith((PART, OLD))]
+    strangers = [n for n in names if n != _LOCK and not n.startswith((PART_PREFIX, OLD_PREFIX))]
     if strangers and "parameters.json" not in names and not is_study(folder):
         raise InputError(
             f"--out: {folder} is not empty and holds no run ({strangers[0]} lies there). "
@@ -146,7 +146,7 @@ def claim_folder(
     except OSError as e:
         raise InputError(f"--out: cannot write to {folder}: {e.strerror}. {_MAY_WRITE}") from e
     _make_folder(folder)
-    with hold(folder, "--out: another `ukd run`"):
+    with lock_folder(folder, "--out: another `ukd run`"):
         clear_parts(folder)  # of one that was killed
         check_run_folder(folder, asked, extend)  # again: somebody else may have been faster
         write_json(folder / "parameters.json", asked)

@@ -16,7 +16,7 @@ from .grid import check_given, choose_rows, expand_grid, find_grid
 from .notebook import check_notebook, require_modules
 from .row_process import cluster_workers, local_workers, row_state, run_rows
 from .run_folder import check_run_folder, claim_folder
-from ..core import InputError, cores, digest, write_csv
+from ..core import InputError, count_cores, digest, write_csv
 from ..study.joined import data_of
 
 # %% ../../nbs/command/sweep.ipynb #e2847867
@@ -143,7 +143,7 @@ def _choose_workers(
     "Where the rows run. With nothing to do, no cluster is asked."
     if scheduler and number:
         return cluster_workers(scheduler)
-    return local_workers(min(workers or cores(), max(1, number)))
+    return local_workers(min(workers or count_cores(), max(1, number)))
 
 
 def _make_job(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, atomic, progress, show_images, unknown, watched
+from ..core import InputError, atomic, make_progress_bar, show_images, describe_unknown, is_watched
 from .collections import open_collection
 from unpaired_kd.data.examine import (
     ModalityReport,
@@ -24,9 +24,9 @@ from unpaired_kd.data.examine import (
     list_cases,
     list_modalities,
 )
-from .formats.files import name_key, table_in
+from .formats.files import normalise_name, find_table
 from .formats.images import suffix_of
-from .formats.pictures import companions
+from .formats.pictures import list_companions
 from .intensity import to_unit
 from .labels import spell_numbers
 
@@ -56,7 +56,7 @@ def _find_unused(
 def _list_used(cases, tables):
     "Full paths of the files of cases, with those that belong to them, and of tables."
     files = [x for c in cases for x in (c.image, c.label) if isinstance(x, (str, Path))]
-    others = [p for x in files for p in companions(x)]
+    others = [p for x in files for p in list_companions(x)]
     return {os.path.abspath(x) for x in (*files, *others, *tables)}
 
 
@@ -204,10 +204,10 @@ def check_data(
 ) -> int:  # number of faults
     "Read a whole data set, print what is in it and what is wrong. `InputError` if there is none."
     known = list_modalities(data)
-    chosen = [name_key(m) for m in modalities] or known
+    chosen = [normalise_name(m) for m in modalities] or known
     for m in chosen:
         if m not in known:
-            raise InputError(f"{data}: " + unknown("modality", m, known))
+            raise InputError(f"{data}: " + describe_unknown("modality", m, known))
     pictures = _plan_pictures(out, data, chosen)
     kw = dict(classes=classes, label_kind=label_kind, some=some)
     findings = [_check_modality(data, m, group, **kw) for m in chosen]
@@ -293,7 +293,7 @@ def _check_modality(
             if str(data).startswith("phantom:"):
                 c = open_collection(data, modality)
                 kw = dict(classes=c.classes, label_kind=c.label_kind)
-            with progress(len(cases), modality, enabled=watched()) as bar:
+            with make_progress_bar(len(cases), modality, enabled=is_watched()) as bar:
                 f = examine(modality, cases, faults, some, bar, **kw)
     except InputError as e:
         return ModalityReport(modality, faults=[str(e)])
@@ -329,7 +329,7 @@ def _list_searched(folder, findings, known):
     "All cases whose files are used, and the folders to search."
     names = {f.name for f in findings}
     cases = [c for f in findings for c in f.cases]
-    if table_in(folder, "manifest.csv") is not None:  # it lists the files of all modalities
+    if find_table(folder, "manifest.csv") is not None:  # it lists the files of all modalities
         others = [m for m in known if m not in names]
         return cases + [c for m in others for c in list_cases(folder, m)[0]], [folder]
     return cases, [folder] if names == set(known) else [folder / m for m in names]

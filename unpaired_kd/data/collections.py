@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch_to
 
 # %% ../../nbs/data/collections.ipynb #45600751
-from ..core import InputError, check_there, digest, unknown
+from ..core import InputError, check_readable, digest, describe_unknown
 from unpaired_kd.data.decoding import (
     Decoded,
     Native,
@@ -31,9 +31,9 @@ from unpaired_kd.data.decoding import (
     source_key,
     where_is,
 )
-from .formats.files import array_hash, hashes_of, header_size
-from .formats.pictures import companions
-from .formats.writing import smallest
+from .formats.files import hash_array, hash_files, read_plane_size
+from .formats.pictures import list_companions
+from .formats.writing import smallest_type
 from unpaired_kd.data.labels import (
     FOREGROUND_MARKS,
     MIXED_MARKS,
@@ -47,7 +47,7 @@ from unpaired_kd.data.labels import (
 )
 from .layouts import Case, find_layout, list_folder, list_lotus, list_manifest
 from .matching import raise_first
-from .resampling import prepare, zoom_label, zoom_spacing, zoomed_size
+from .resampling import prepare, zoom_label, zoom_spacing, zoom_size
 
 # %% ../../nbs/data/collections.ipynb #40d4d665
 class Collection:
@@ -70,7 +70,7 @@ class Collection:
         self.name = name
         self._check_ids()
         if label_kind not in (None, "semantic", "instance"):
-            raise InputError(unknown("label_kind", label_kind, ("semantic", "instance")))
+            raise InputError(describe_unknown("label_kind", label_kind, ("semantic", "instance")))
         self.intensity = tuple(intensity) if isinstance(intensity, list) else intensity
         self.zoom = float(zoom)
         self.invert = bool(invert)
@@ -245,7 +245,7 @@ def subset(
     at = {c.id: c for c in self.cases}
     for i in ids:
         if i not in at:
-            raise InputError(f"collection {self.name!r}: " + unknown("id", i, list(at)[:20]))
+            raise InputError(f"collection {self.name!r}: " + describe_unknown("id", i, list(at)[:20]))
     return self._with([at[i] for i in ids])
 
 
@@ -257,7 +257,7 @@ def of_groups(
     "All cases of these groups. Raises `InputError` for a group that is not there."
     for g in groups:
         if g not in set(self.groups):
-            raise InputError(f"collection {self.name!r}: " + unknown("group", g, set(self.groups)))
+            raise InputError(f"collection {self.name!r}: " + describe_unknown("group", g, set(self.groups)))
     return self._with([c for c in self.cases if c.group in set(groups)])
 
 # %% ../../nbs/data/collections.ipynb #f88cd14e
@@ -336,7 +336,7 @@ def _whole_numbers(label, id):
     if y.dtype.kind in "iu":
         return y
     try:
-        return smallest(y)
+        return smallest_type(y)
     except InputError as e:
         raise InputError(f"label of image {id!r}: {e}") from None
 
@@ -409,14 +409,14 @@ def open_collection(
     known -= {"folder", "modality", "cases", "kw"}
     for k in kw:
         if k not in known:
-            raise InputError(f"{folder}: " + unknown("option", k, known))
+            raise InputError(f"{folder}: " + describe_unknown("option", k, known))
     return opener(*place, **kw)
 
 
 def _open_phantom(kind, modality, classes=None, **kw):
     "The collection of a phantom; other names for its classes are taken over."
     if kind not in PHANTOMS:
-        raise InputError("data: " + unknown("phantom", kind, PHANTOMS))
+        raise InputError("data: " + describe_unknown("phantom", kind, PHANTOMS))
     phantom = getattr(importlib.import_module(PHANTOMS[kind]), kind)
     settings = {k: kw.pop(k) for k in ("zoom", "invert", "intensity") if k in kw}
     c = phantom(modality, **kw).resampled(**settings)
@@ -457,7 +457,7 @@ def _check_slicing(self, axis, keep):
             f"collection {self.name!r} is {self.dims}-D: only volumes can be cut into slices."
         )
     if keep not in ("labelled", "all"):
-        raise InputError(unknown("keep", keep, ("labelled", "all")))
+        raise InputError(describe_unknown("keep", keep, ("labelled", "all")))
     if keep == "labelled" and not self.has_labels:
         raise InputError(
             f"collection {self.name!r} has no labels, so no labelled slices. Pass keep='all'."
@@ -474,10 +474,10 @@ def hashes(self) -> dict:
     for c in self.cases:
         for x in (c.image, c.label):
             if isinstance(x, np.ndarray):
-                arrays[source_key(x)] = array_hash(x)
+                arrays[source_key(x)] = hash_array(x)
             elif x is not None:
-                files |= dict.fromkeys(map(str, [x, *companions(x)]))
-    return arrays | hashes_of(files)
+                files |= dict.fromkeys(map(str, [x, *list_companions(x)]))
+    return arrays | hash_files(files)
 
 
 @patch_to(Collection)
@@ -492,7 +492,7 @@ def contents(self) -> dict:
             if isinstance(x, np.ndarray):
                 named[f"{whole} ({what})"] = found[source_key(x)]
             elif x is not None:
-                paths.update(map(str, [x, *companions(x)]))
+                paths.update(map(str, [x, *list_companions(x)]))
     root = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["/"])
     named |= {Path(os.path.relpath(p, root)).as_posix(): found[p] for p in paths}
     return {name: named[name][:16] for name in sorted(named)}
@@ -507,7 +507,7 @@ def fingerprint(self) -> str:
         own = found["" if source is None else source_key(source)]
         if source is None or isinstance(source, np.ndarray):
             return own
-        others = [found[str(p)] for p in companions(source)]
+        others = [found[str(p)] for p in list_companions(source)]
         return digest([own, *others], 64) if others else own
 
     rows = [[c.id, c.group, c.label_group, mark(c.image), mark(c.label)] for c in self.cases]
@@ -654,13 +654,13 @@ def checksum_faults(
 def _hash_files(files):
     "File -> SHA-256, and file -> fault for those that cannot be read."
     try:
-        return hashes_of(files), {}
+        return hash_files(files), {}
     except InputError:  # one file cannot be read: the others still can
         found = {}
         faults = {}
     for f in files:
         try:
-            found |= hashes_of([f])
+            found |= hash_files([f])
         except InputError as e:
             faults[f] = str(e)
     return found, faults
@@ -673,7 +673,7 @@ def verify(self):
     sources = [x for c in self.cases for x in (c.image, c.label)]
     for f in dict.fromkeys(str(x) for x in sources if isinstance(x, (str, Path))):
         try:
-            check_there(f)
+            check_readable(f)
         except InputError as e:
             faults[f] = str(e)
     self.refuse(list(faults.values()))
@@ -687,10 +687,10 @@ def check_sizes(
     "Raise one `InputError` that lists the images which are smaller. Reads headers only."
     faults = []
     for c in {source_key(c.image): c for c in self.cases}.values():
-        size = c.image.shape[-2:] if isinstance(c.image, np.ndarray) else header_size(c.image)
+        size = c.image.shape[-2:] if isinstance(c.image, np.ndarray) else read_plane_size(c.image)
         if size is None:
             continue  # reading it says what is wrong
-        h, w = zoomed_size(size, self.zoom)
+        h, w = zoom_size(size, self.zoom)
         if min(h, w) >= least:
             continue
         faults.append(

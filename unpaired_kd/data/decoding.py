@@ -17,8 +17,8 @@ import torch
 
 from ..core import InputError
 from .formats import images
-from .formats.geometry import lay_on, without_axis
-from .formats.writing import smallest
+from .formats.geometry import align_label, drop_axis
+from .formats.writing import smallest_type
 
 # %% ../../nbs/data/decoding.ipynb #a7af2db9
 @dataclass
@@ -63,7 +63,7 @@ def read_drawn(
 ):  # `Image` of whole numbers
     "A label as it is stored, in the smallest type that holds its numbers."
     found = images.read_label(label)
-    return replace(found, array=np.ascontiguousarray(smallest(found.array)))
+    return replace(found, array=np.ascontiguousarray(smallest_type(found.array)))
 
 # %% ../../nbs/data/decoding.ipynb #f08b91ff
 class Placed(NamedTuple):
@@ -93,7 +93,7 @@ def read_files(
         affine = grid.affine
     if label is not None and not isinstance(label, np.ndarray):
         drawn = read_drawn(label)
-        label = drawn.array if grid is None else np.ascontiguousarray(lay_on(drawn, grid))
+        label = drawn.array if grid is None else np.ascontiguousarray(align_label(drawn, grid))
     _check_shapes(case, image, label, channels, name)
     return Placed(image, label, spacing, affine)
 
@@ -161,7 +161,7 @@ class Decoded:
         def cut(a, first=0):
             return None if a is None else a[(slice(None),) * (axis + first) + (index,)]
 
-        spacing = without_axis(self.spacing, axis)
+        spacing = drop_axis(self.spacing, axis)
         return replace(
             self,
             pixels=cut(self.pixels, 1),

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 from .collections import PHANTOMS, Collection, checksum_faults, open_collection
 from .decoding import read_files, where_is
-from .formats.files import array_hash, read_table, table_in
-from .formats.geometry import Spacing, usable
-from .formats.pictures import visible
+from .formats.files import hash_array, read_table, find_table
+from .formats.geometry import Spacing, is_affine
+from .formats.pictures import list_visible
 from unpaired_kd.data.labels import (
     FOREGROUND_MARKS,
     MIXED_MARKS,
@@ -36,7 +36,7 @@ from unpaired_kd.data.layouts import (
     list_lotus,
     list_manifest,
 )
-from .splits import near_groups
+from .splits import find_near_groups
 
 # %% ../../nbs/data/examine.ipynb #10bd7318
 _MODALITY_TABLES = {"bone": "PAINT", "chest": "CHEST_PAINT", "vessels": "MICROSCOPES"}  # names
@@ -49,12 +49,12 @@ def list_modalities(
     if str(data).startswith("phantom:"):
         kind = str(data).split(":", 1)[1]
         if kind not in PHANTOMS:
-            raise InputError("data: " + unknown("phantom", kind, PHANTOMS))
+            raise InputError("data: " + describe_unknown("phantom", kind, PHANTOMS))
         return list(getattr(importlib.import_module(PHANTOMS[kind]), _MODALITY_TABLES[kind]))
     folder = Path(data)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder. Give a folder of images.")
-    table = table_in(folder, "manifest.csv")
+    table = find_table(folder, "manifest.csv")
     if table:
         rows = read_table(table, ("modality", "id", "image"))
         return sorted({r["modality"] for r in rows} - {""})
@@ -83,14 +83,14 @@ def _list_folders(folder):
 # %% ../../nbs/data/examine.ipynb #944daaae
 def _list_inside(folder):
     "Folders that may be modalities. `InputError` for a file in the place of the images' folder."
-    for p in visible(folder):
+    for p in list_visible(folder):
         if p.name.lower() in IMAGE_DIRS:
             raise InputError(
                 f"{p} should be the folder of the images, but it is none. Copy the "
                 "data again (a link may have become a file), or remove it."
             )
     beside = ("__MACOSX", *LABEL_DIRS)  # what a Mac's zip holds besides, and labels
-    return [p for p in visible(folder) if p.is_dir() and p.name not in beside]
+    return [p for p in list_visible(folder) if p.is_dir() and p.name not in beside]
 
 
 def _shows_images(folder, unreadable):
@@ -166,7 +166,7 @@ def _orient_to_patient(
     "The same array for one volume, however its voxels are stored. Without a place it stays."
     from nibabel.orientations import apply_orientation, io_orientation
 
-    if affine is None or not usable(affine):
+    if affine is None or not is_affine(affine):
         return a
     axes = io_orientation(affine)
     lies_so = (axes == [[0, 1], [1, 1], [2, 1]]).all()
@@ -184,7 +184,7 @@ def _hash_pixels(
     stored = _simplify_numbers(image)
     lying = _orient_to_patient(stored, affine)
     arrays = [stored] if lying is stored else [stored, lying]
-    return tuple(array_hash(np.squeeze(a)) for a in arrays)
+    return tuple(hash_array(np.squeeze(a)) for a in arrays)
 
 # %% ../../nbs/data/examine.ipynb #44df6c51
 @dataclass
@@ -436,7 +436,7 @@ def _find_near_names(
     "Groups of one modality or of several whose names are nearly the same."
     groups = {f.name: {c.group for c in f.cases} for f in findings}
     notes = []
-    for gs in near_groups(*(sorted(names) for names in groups.values())):
+    for gs in find_near_groups(*(sorted(names) for names in groups.values())):
         where = ", ".join(m for m, names in groups.items() if names & set(gs))
         notes.append(
             f"{where}: groups {', '.join(map(repr, gs))} have nearly the same name; are "

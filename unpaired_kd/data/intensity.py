@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from fastcore.basics import patch_to
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 
 # %% ../../nbs/data/intensity.ipynb #44c8f54f
 def check_finite(
@@ -34,7 +34,7 @@ def check_finite(
         )
 
 
-def window(
+def check_window(
     rule,  # two numbers (low, high)
 ) -> tuple:  # (low, high) as floats
     "Check an intensity window. `InputError` for what is none, and for one that is upside down."
@@ -58,9 +58,9 @@ def _find_window(
 ) -> tuple:  # (low, high): values that become 0 and 1
     "The window that a rule means for one image. `InputError` where the rule cannot place a value."
     if not isinstance(rule, str):
-        return window(rule)
+        return check_window(rule)
     if rule not in _RULES:
-        raise InputError(unknown("intensity rule", rule, _RULES) + " Or give a window (low, high).")
+        raise InputError(describe_unknown("intensity rule", rule, _RULES) + " Or give a window (low, high).")
     if rule == "percentile":
         return tuple(np.percentile(a, (0.5, 99.5)))
     if a.dtype.kind == "u":
@@ -198,7 +198,7 @@ def window_hu(
 _PERCENTILES = (1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 99.0)
 
 # %% ../../nbs/data/intensity.ipynb #350dbe20
-def mr_landmarks(
+def measure_landmarks(
     volume: np.ndarray,  # MR of one patient, any shape
     percentiles=_PERCENTILES,  # of the voxels above the mean
     name: str = "the volume",  # file or argument, for the message
@@ -284,7 +284,7 @@ class HistogramStandard:
     ) -> np.ndarray:  # float32, same shape, in [0,1]
         "Standardise, cut to [0, clip], divide by clip. `InputError` for NaN and constant volumes."
         a = np.asarray(volume)
-        m = mr_landmarks(a, self.percentiles, name)
+        m = measure_landmarks(a, self.percentiles, name)
         y = _map_piecewise(a.astype(np.float64), m, self.landmarks)
         return (np.clip(y, 0, self.clip) / self.clip).astype(np.float32)
 
@@ -324,7 +324,7 @@ def fit(
     mu = []
     tops = []
     for i, v in enumerate(volumes):
-        m = mr_landmarks(v, asked, names[i] if names else f"volume {i}")
+        m = measure_landmarks(v, asked, names[i] if names else f"volume {i}")
         m = scale * (m - m[0]) / (m[k - 1] - m[0])
         mu.append(m[:k])
         tops.append(m[-1])
@@ -349,4 +349,4 @@ def standardise(
         return window_hu(volume, **settings, name=name)
     if kind == "histogram":
         return HistogramStandard.from_dict(settings).apply(volume, name)
-    raise InputError(unknown("kind of rule", kind, ("window_hu", "histogram")))
+    raise InputError(describe_unknown("kind of rule", kind, ("window_hu", "histogram")))

@@ -15,10 +15,10 @@ from difflib import get_close_matches
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
-from ..core import InputError, check_there, unknown
-from .formats.files import find_file, name_key, read_table, stem, table_in
+from ..core import InputError, check_readable, describe_unknown
+from .formats.files import find_file, normalise_name, read_table, name_stem, find_table
 from .formats.images import is_image, suffix_of
-from .formats.pictures import one_of_each_set, visible
+from .formats.pictures import keep_first_of_sets, list_visible
 from .matching import pair_labels
 
 # %% ../../nbs/data/layouts.ipynb #10a63f47
@@ -83,10 +83,10 @@ def _read_row(folder, table, r, wanted, grouped):
 # %% ../../nbs/data/layouts.ipynb #ac27d45b
 def _choose_rows(table, rows, modality, split):
     "The rows of one modality, and of one split if it is named."
-    mine = [r for r in rows if r["modality"] == name_key(modality)]
+    mine = [r for r in rows if r["modality"] == normalise_name(modality)]
     if not mine:
         known = {r["modality"] for r in rows}
-        raise InputError(f"{table}: " + unknown("modality", modality, known))
+        raise InputError(f"{table}: " + describe_unknown("modality", modality, known))
     mine = [r for r in mine if split in (None, r.get("split"))]
     if not mine:
         raise InputError(f"{table}: no row of modality {modality!r} has split {split!r}.")
@@ -186,7 +186,7 @@ def find_images(
     def counts(p):
         return is_image(p) or suffix_of(p) not in ("", ".zarr")
 
-    return [p for p in visible(folder) if counts(p)]
+    return [p for p in list_visible(folder) if counts(p)]
 
 
 def find_sub_folder(
@@ -194,7 +194,7 @@ def find_sub_folder(
     names,  # in lower case
 ) -> Path | None:
     "The sub-folder that has one of these names, or None. `InputError` if there are several."
-    found = [p for p in visible(folder) if p.is_dir() and p.name.lower() in names]
+    found = [p for p in list_visible(folder) if p.is_dir() and p.name.lower() in names]
     if len(found) > 1:
         names = " and ".join(p.name for p in found)
         raise InputError(
@@ -213,7 +213,7 @@ def _find_absent(
         if p is None:
             continue
         try:
-            check_there(p)
+            check_readable(p)
         except InputError as e:
             faults.append(str(e))
         if p.is_dir() and not is_image(p):
@@ -230,9 +230,9 @@ def _list_entries(
     "Old disks and archives hold names that are not UTF-8; no id can be made of them."
     good = []
     faults = []
-    for p in one_of_each_set(find_images(folder)):
+    for p in keep_first_of_sets(find_images(folder)):
         try:
-            good.append((stem(p), p))
+            good.append((name_stem(p), p))
         except InputError as e:
             faults.append(str(e))
     return [p for _, p in good], faults
@@ -244,7 +244,7 @@ def _find_groups(folder, ids, group):
         return {i: (str(group(i)), "") for i in ids}, []
     if group is not None:
         return _match_groups(group, ids)
-    table = table_in(folder, "groups.csv")
+    table = find_table(folder, "groups.csv")
     if table:
         return _read_groups(table, ids)
     if len(ids) > 1:
@@ -285,7 +285,7 @@ def _read_groups(table, ids):
     rows = read_table(table, ("id", "group"))
     _check_columns(table, rows[0], ("id", "group", "label_group"))
     for r in rows:
-        i = r["id"] if r["id"] in ids else stem(Path(r["id"]))
+        i = r["id"] if r["id"] in ids else name_stem(Path(r["id"]))
         new = (r["group"], r.get("label_group", ""))
         if who.setdefault(i, new) != new:
             faults.append(
@@ -337,13 +337,13 @@ def list_folder(
         raise InputError(
             f"{folder} has no label folder. Name it {LABEL_DIRS[0]!r}, or pass labels=False."
         )
-    ids = Counter(stem(image) for image, _ in pairs)
+    ids = Counter(name_stem(image) for image, _ in pairs)
     who, no_group = _find_groups(folder, list(ids), group)
     twins = _find_twins(at, pairs, ids)
     faults += twins.values()
     cases = []
     for image, label in pairs:
-        i = stem(image)
+        i = name_stem(image)
         more, sound = _check_pair(image, label, wrong, no_label)
         faults += more
         if sound and i in who and i not in twins:
@@ -364,7 +364,7 @@ def _find_twins(at, pairs, ids):
     faults = {}
     for i, n in ids.items():
         if n > 1:
-            names = ", ".join(image.name for image, _ in pairs if stem(image) == i)
+            names = ", ".join(image.name for image, _ in pairs if name_stem(image) == i)
             faults[i] = (
                 f"{at} holds {n} images of one name: {names}. Their id would be {i!r} "
                 "for each: rename, or keep one."
@@ -395,11 +395,11 @@ def list_lotus(
     root = Path(folder) / modality
     if not root.is_dir():
         there = [p.name for p in Path(folder).iterdir() if p.is_dir()]
-        raise InputError(f"{folder}: " + unknown("modality", modality, there))
+        raise InputError(f"{folder}: " + describe_unknown("modality", modality, there))
     cases = []
     faults = []
     for at in _find_image_dirs(root):
-        parts = tuple(map(name_key, at.parent.relative_to(root).parts))
+        parts = tuple(map(normalise_name, at.parent.relative_to(root).parts))
         label_dir = None if labels is False else find_sub_folder(at.parent, LABEL_DIRS)
         if split in (None, "", *parts):
             found, more = _list_sample(at, label_dir, parts, labels)
@@ -431,7 +431,7 @@ def _list_sample(at, label_dir, parts, labels):
         more, sound = _check_pair(image, label, wrong, no_label)
         faults += more
         if sound:
-            i = stem(image)
+            i = name_stem(image)
             cases.append(Case("/".join((*parts, i)), image, label, *_name_groups(parts, i)))
     return cases, faults
 
@@ -441,7 +441,7 @@ def find_layout(
     modality: str,  # which modality of it
 ) -> tuple:  # name of the way in, and its arguments
     "Which of the three ways into a folder fits. `InputError` where none does."
-    if table_in(folder, "manifest.csv"):
+    if find_table(folder, "manifest.csv"):
         return "from_manifest", (folder, modality)
     if (folder / "imagesTr").is_dir():
         raise InputError(
@@ -458,8 +458,8 @@ def find_layout(
 def _find_modality(folder, modality):
     "The folder of a modality, in whatever way its name is spelt in Unicode."
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-    name = name_key(Path(modality).name)
+    name = normalise_name(Path(modality).name)
     for p in (folder / modality, *inside):
-        if p.is_dir() and name_key(p.name) == name:
+        if p.is_dir() and normalise_name(p.name) == name:
             return p
-    raise InputError(f"{folder}: " + unknown("modality", modality, [p.name for p in inside]))
+    raise InputError(f"{folder}: " + describe_unknown("modality", modality, [p.name for p in inside]))

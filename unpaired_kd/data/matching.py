@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from ..core import InputError
-from .formats.files import stem
+from .formats.files import name_stem
 from .formats.images import suffix_of
 
 # %% ../../nbs/data/matching.ipynb #68209923
@@ -36,7 +36,7 @@ def _image_names(
     path: Path,  # label file
 ) -> set:  # names of the images that it may belong to
     "Its own name, and that without _mask, gt- and the like at its ends."
-    names = {stem(path)}
+    names = {name_stem(path)}
     words = "|".join(_LABEL_WORDS)
     for end in (rf"[ _.-]+({words})$", rf"^({words})[ _.-]+"):
         names |= {re.sub(end, "", name, flags=re.I) for name in names}
@@ -47,7 +47,7 @@ def _name_parts(
     path: Path,  # image or label
 ) -> tuple:  # words and numbers, such as ("p", "1", "left") of p01_img_Left.png
     "A name without case, signs, zeros in front, and words that say what a file is, not whose."
-    parts = re.findall(r"\d+|[^\d\s_.,()-]+", stem(path).casefold())
+    parts = re.findall(r"\d+|[^\d\s_.,()-]+", name_stem(path).casefold())
     plain = [str(int(p)) if p.isdecimal() else p for p in parts]
     return tuple(p for p in plain if p not in (*_IMAGE_WORDS, *_LABEL_WORDS))
 
@@ -121,12 +121,12 @@ def pair_labels(
 def _pair_by_name(images, labels):
     "Labels of each image by the whole name; in another case too, if the label has no other image."
     exact = _index(labels, _image_names)
-    found = [exact.get(stem(p), []) for p in images]
+    found = [exact.get(name_stem(p), []) for p in images]
     if not any(found):
         return found
     used = {p for ps in found for p in ps}
     loose = _index(labels, lambda p: {name.casefold() for name in _image_names(p)})
-    more = [loose.get(stem(p).casefold(), []) for p in images]
+    more = [loose.get(name_stem(p).casefold(), []) for p in images]
     return [ps + [q for q in qs if q not in used] for ps, qs in zip(found, more)]
 
 # %% ../../nbs/data/matching.ipynb #2af9ea0d
@@ -149,14 +149,14 @@ def _find_doubts(
             continue
         faults[p] = (
             f"{p} and {q} may belong together, but their names do not say so. If they "
-            f"do, call the label {stem(p)}{suffix_of(q)}, or list both in a manifest.csv; else "
+            f"do, call the label {name_stem(p)}{suffix_of(q)}, or list both in a manifest.csv; else "
             "move it away."
         )
     return faults
 
 
 def _numbers(path):
-    return tuple(map(int, re.findall(r"\d+", stem(path))))
+    return tuple(map(int, re.findall(r"\d+", name_stem(path))))
 
 # %% ../../nbs/data/matching.ipynb #2c08ad4c
 def match_labels(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch_to
 
-from ..core import InputError, rng, torch_rng, unknown
+from ..core import InputError, rng, torch_rng, describe_unknown
 
 # %% ../../nbs/data/patches.ipynb #708b5cd3
 @dataclass
@@ -157,7 +157,7 @@ def plan(
 ) -> Plan:
     "Decide which patches batch `step` holds. Reads label maps (once), no images."
     if pairing not in _PAIRINGS:
-        raise InputError(unknown("pairing", pairing, _PAIRINGS))
+        raise InputError(describe_unknown("pairing", pairing, _PAIRINGS))
     if pairing == "index" and like is not None:
         return self._same(like)
     r = rng(self.seed, "patches", self.stream, step, rank)
@@ -430,9 +430,9 @@ class Unpaired:
         lead="student",  # the name that the others follow
     ):
         if pairing not in _PAIRINGS:
-            raise InputError(unknown("pairing", pairing, _PAIRINGS))
+            raise InputError(describe_unknown("pairing", pairing, _PAIRINGS))
         if pairing != "random" and lead not in sources:
-            raise InputError(unknown("lead source", lead, sources))
+            raise InputError(describe_unknown("lead source", lead, sources))
         counts = {k: len(p.collection.classes) for k, p in sources.items()}
         if len(set(counts.values())) > 1:
             raise InputError(
@@ -452,7 +452,7 @@ class Unpaired:
         """Batch number `step` of each of them. `InputError` for a name that is not there."""
         for n in names or ():
             if n not in self.sources:
-                raise InputError(unknown("source", n, self.sources))
+                raise InputError(describe_unknown("source", n, self.sources))
         lead = None if self.pairing == "random" else self.sources[self.lead].plan(step, rank)
         batches = {}
         for n in self.sources if names is None else names:

@@ -14,7 +14,7 @@ from .formats.geometry import Spacing
 from .intensity import to_unit
 
 # %% ../../nbs/data/resampling.ipynb #748e8c62
-def zoomed_size(
+def zoom_size(
     size: tuple,  # shape (..., H, W)
     zoom: float,  # in-plane factor; 0.5 halves H and W
 ) -> tuple:  # (H', W')
@@ -51,7 +51,7 @@ def prepare(
     x = to_unit(array, intensity)
     if invert:
         x = 1 - x
-    return np.clip(resize(x, zoomed_size(x.shape, zoom)), 0, 1)
+    return np.clip(resize(x, zoom_size(x.shape, zoom)), 0, 1)
 
 
 def zoom_label(
@@ -59,7 +59,7 @@ def zoom_label(
     zoom: float = 1.0,  # in-plane factor
 ) -> np.ndarray:  # (*s'), same type; only values that were there
     "The nearest pixel of the label map, in the plane; sizes agree with `prepare`."
-    size = zoomed_size(label.shape, zoom)
+    size = zoom_size(label.shape, zoom)
     if size == tuple(label.shape[-2:]):
         return label
     y, x = (((np.arange(n) + 0.5) * s / n).astype(int) for n, s in zip(size, label.shape[-2:]))
@@ -74,7 +74,7 @@ def zoom_spacing(
     "The pixel size that belongs to a zoomed image: the extent in mm stays the same."
     if spacing is None:
         return None
-    size = zoomed_size(shape, zoom)
+    size = zoom_size(shape, zoom)
     if isinstance(spacing, Spacing):
         steps = spacing.steps.copy()
         steps[-2:] *= np.divide(shape[-2:], size)[:, None]

@@ -9,7 +9,7 @@ __all__ = ['class_mean_scores', 'class_mean_kl']
 import torch
 from torch import Tensor
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 from .soft_labels import directed_kl, log_probs
 from .variation import one_hot
 
@@ -25,7 +25,7 @@ def class_mean_scores(
 ) -> tuple:  # means $\bar x$ (R,K,C) float32, presence (R,K) bool; R is 1 (batch) or B (image)
     "Mean scores over the pixels of each class. An absent class has zeros, and presence False."
     if per not in PER:
-        raise InputError(unknown("per", per, PER))
+        raise InputError(describe_unknown("per", per, PER))
     if label.shape != (len(logits), *logits.shape[2:]):
         raise InputError(
             f"label has shape {tuple(label.shape)}, but scores {tuple(logits.shape)} need "

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import InputError, torch_rng, unknown
+from ..core import InputError, torch_rng, describe_unknown
 
 # %% ../../nbs/distillation/codebook.ipynb #38d5ba6f
 def _full_precision(device: torch.device):
@@ -243,9 +243,9 @@ class Codebook(nn.Module):
         "`InputError` for settings that cannot work."
         s = self.config
         if s["update"] not in _UPDATES:
-            raise InputError(unknown("update", s["update"], _UPDATES))
+            raise InputError(describe_unknown("update", s["update"], _UPDATES))
         if s["gradient"] not in _GRADIENTS:
-            raise InputError(unknown("gradient", s["gradient"], _GRADIENTS))
+            raise InputError(describe_unknown("gradient", s["gradient"], _GRADIENTS))
         counted = s["codes"] >= 1 and s["dim"] >= 1
         in_range = 0 <= s["decay"] < 1 and s["eps"] > 0 and s["restart"] >= 0 and s["beta"] >= 0
         if not (counted and in_range):

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as rerun
 
-from ..core import InputError, Registry, unknown
-from ..networks.unet import layer
+from ..core import InputError, Registry, describe_unknown
+from ..networks.unet import layer_class
 
 # %% ../../nbs/distillation/diffusion.ipynb #0f87cc87
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def make_norm(
 ) -> nn.Module:  # the layer
     "Batch normalisation, or group normalisation with one group, which keeps no running statistics."
     if kind not in ("batch", "group"):
-        raise InputError(unknown("norm", kind, ("batch", "group")))
-    return layer("BatchNorm", dims)(c) if kind == "batch" else nn.GroupNorm(1, c)
+        raise InputError(describe_unknown("norm", kind, ("batch", "group")))
+    return layer_class("BatchNorm", dims)(c) if kind == "batch" else nn.GroupNorm(1, c)
 
 # %% ../../nbs/distillation/diffusion.ipynb #01efb6e2
 class Bottleneck(nn.Module):
@@ -89,7 +89,7 @@ class Bottleneck(nn.Module):
     ):
         super().__init__()
         r = max(1, c // reduction)
-        conv = layer("Conv", dims)
+        conv = layer_class("Conv", dims)
         self.body = nn.Sequential(
             conv(c, r, 1),
             make_norm(norm, r, dims),
@@ -125,7 +125,7 @@ class Phi(nn.Module):
         self.body = nn.Sequential(
             Bottleneck(channels, 4, dims, norm),
             Bottleneck(channels, 4, dims, norm),
-            layer("Conv", dims)(channels, channels, 1),
+            layer_class("Conv", dims)(channels, channels, 1),
             make_norm(norm, channels, dims),
         )
 
@@ -230,7 +230,7 @@ def channel_mlp(
     side: int,  # not used
 ) -> nn.Module:  # (B,c_in,*s) -> (B,c_out,*s)
     "A two-layer perceptron per pixel."
-    conv = layer("Conv", dims)
+    conv = layer_class("Conv", dims)
     return nn.Sequential(conv(c_in, 2 * c_out, 1), nn.ReLU(), conv(2 * c_out, c_out, 1))
 
 
@@ -354,7 +354,7 @@ class DiffusionBlock(nn.Module):
     ):
         super().__init__()
         if statistics not in STATISTICS:
-            raise InputError(unknown("statistics", statistics, STATISTICS))
+            raise InputError(describe_unknown("statistics", statistics, STATISTICS))
         if statistics == "all" and checkpoint:
             raise InputError(
                 "statistics='all' with checkpoint=True would count every pass twice. Choose "
@@ -367,7 +367,7 @@ class DiffusionBlock(nn.Module):
         self.statistics = statistics
         self.timesteps = ddim_timesteps(schedule.steps, uniform, evaluations)
         self.register_buffer("alpha_bar", schedule.alpha_bar.clone(), persistent=False)
-        conv = layer("Conv", dims)
+        conv = layer_class("Conv", dims)
         self.trans = conv(channels, channels, 1)
         self.phi = Phi(channels, dims, norm, max(1280, schedule.steps))
         self.adapter = NoiseAdapter(channels, dims, norm)

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'hint_loss', 'hint_layers', 'feature_rms']
 # %% ../../nbs/distillation/hints.ipynb #10803a8d
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 from ..networks.taps import tap_channels
 
 # %% ../../nbs/distillation/hints.ipynb #2f4787c3
@@ -24,7 +24,7 @@ def hint_loss(
     `InputError`, with the name of the layer, for different numbers of layers or different
     shapes."""
     if reduction not in _REDUCTIONS:
-        raise InputError(unknown("reduction", reduction, _REDUCTIONS))
+        raise InputError(describe_unknown("reduction", reduction, _REDUCTIONS))
     if len(student) != len(teacher) or not student:
         raise InputError(
             f"the student gives {len(student)} layers, the teacher {len(teacher)}: a hint "
@@ -54,7 +54,7 @@ def hint_layers(
     """The layers of a level. `InputError` when the networks have none, have other names, or other
     numbers of channels."""
     if level not in LEVELS:
-        raise InputError(unknown("hint level", level, LEVELS))
+        raise InputError(describe_unknown("hint level", level, LEVELS))
     names = getattr(student, "hint_layers", {}).get(level)
     if not names:
         raise InputError(

@@ -9,7 +9,7 @@ __all__ = ['log_probs', 'kl', 'directed_kl', 'soft_label_kl']
 import torch
 from torch import Tensor
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 
 # %% ../../nbs/distillation/soft_labels.ipynb #0ef6e4db
 def log_probs(
@@ -50,7 +50,7 @@ def directed_kl(
 ) -> Tensor:  # (B,*s), at least 0
     "The divergence in the chosen direction, pixel by pixel."
     if direction not in DIRECTIONS:
-        raise InputError(unknown("direction", direction, DIRECTIONS))
+        raise InputError(describe_unknown("direction", direction, DIRECTIONS))
     return DIRECTIONS[direction](log_s, log_t)
 
 # %% ../../nbs/distillation/soft_labels.ipynb #a9830ae1

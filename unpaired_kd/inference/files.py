@@ -13,9 +13,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core import InputError, digest, file_sha256, progress, resolve_precision
-from ..data.formats.dicom import dicom_files, is_dicom, is_scan
-from ..data.formats.files import header_size
+from ..core import InputError, digest, file_sha256, make_progress_bar, resolve_precision
+from ..data.formats.dicom import find_dicom_files, is_dicom, is_scan
+from ..data.formats.files import read_plane_size
 from ..data.formats.images import read_image, stem_of, suffix_of
 from ..data.formats.ngff import is_zarr
 from unpaired_kd.data.formats.outputs import (
@@ -34,7 +34,7 @@ from unpaired_kd.data.formats.outputs import (
     keep_notes,
     mark_files,
 )
-from ..data.formats.pictures import companions, one_of_each_set, visible
+from ..data.formats.pictures import list_companions, keep_first_of_sets, list_visible
 from ..data.formats.writing import WRITERS, write_label
 from .student import Student, find_student, name_faults, resolve_device
 
@@ -56,7 +56,7 @@ def _is_image(
     if suffix_of(path) == ".zarr" or not os.path.isdir(path):
         return bool(suffix_of(path)) or is_dicom(path)
     try:
-        return is_zarr(path) or bool(dicom_files(path))
+        return is_zarr(path) or bool(find_dicom_files(path))
     except (OSError, InputError):
         return True  # something is wrong in it: reading it will say what
 
@@ -65,10 +65,10 @@ def _is_one_series(
     folder: Path,  # an input
 ) -> bool:  # True: a DICOM series; False: a folder of images
     "Whether a folder is one image. `InputError` if it holds a series and images beside it."
-    series = [p for p in visible(folder) if is_dicom(p)]
+    series = [p for p in list_visible(folder) if is_dicom(p)]
     if not is_scan(series):
         return False
-    inside = [p for p in visible(folder) if p not in series]
+    inside = [p for p in list_visible(folder) if p not in series]
     images = [p.name for p in inside if _is_image(p) and suffix_of(p) != ".dcm"]
     if images:
         raise InputError(
@@ -76,7 +76,7 @@ def _is_one_series(
             f"{', '.join(images[:5])}{' ...' if len(images) > 5 else ''}. "
             "Put the series into a folder of its own."
         )
-    dicom_files(folder)  # says what may be a slice and cannot be read
+    find_dicom_files(folder)  # says what may be a slice and cannot be read
     return True
 
 # %% ../../nbs/inference/files.ipynb #a7c10006
@@ -115,7 +115,7 @@ def _plan_outputs(
     if os.path.isfile(source) or zarr or _is_one_series(source):
         return [(source, _plan_one(source, target))], []
     _check_no_file(target)
-    inside = one_of_each_set(visible(source))
+    inside = keep_first_of_sets(list_visible(source))
     images = {p: _is_image(p) for p in inside}
     if not any(images.values()):
         raise InputError(f"{source} holds no images that we can read.")
@@ -199,7 +199,7 @@ def _check_outputs(
     "All that can be known before any work. Raises `InputError`."
     pairs = [(job.source, o) for job in jobs for o in job.outputs]
     outputs = [o for _, o in pairs]
-    kept = [(p, "the input") for job in jobs for p in (job.source, *companions(job.source))]
+    kept = [(p, "the input") for job in jobs for p in (job.source, *list_companions(job.source))]
     if os.path.isdir(source):
         kept.append((source, "the input"))
     if not isinstance(student, Student):
@@ -221,7 +221,7 @@ def _count_unpacked(
         warnings.simplefilter("ignore")  # reading the image will say it
         for job in jobs:
             if os.path.isfile(job.source) or os.path.isdir(job.source):
-                size = header_size(job.source) or (0, 0)
+                size = read_plane_size(job.source) or (0, 0)
                 total += math.prod(size) * (5 if len(job.outputs) > 1 else 1)
     return total
 
@@ -309,7 +309,7 @@ def predict_path(
     fresh = 0
     with contextlib.ExitStack() as stack:
         notes = stack.enter_context(keep_notes(notes_path))
-        shown = stack.enter_context(progress(len(jobs), "images", enabled=bars and not alone))
+        shown = stack.enter_context(make_progress_bar(len(jobs), "images", enabled=bars and not alone))
         for job in jobs:
             try:
                 with name_faults(job.source):

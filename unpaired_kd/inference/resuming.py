@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..core import PART, InputError, clear_parts, read_json, sync, write_json
+from ..core import PART_PREFIX, InputError, clear_parts, read_json, sync_to_disk, write_json
 from ..data.formats.outputs import file_identity, lock_file, make_folder
 from .blocks import Block
 
@@ -28,7 +28,7 @@ def _list_strangers(work):
     return sorted(
         p.name
         for p in work.iterdir()
-        if p.is_symlink() or p.is_fifo() or not (p.name in _OURS or p.name.startswith(PART))
+        if p.is_symlink() or p.is_fifo() or not (p.name in _OURS or p.name.startswith(PART_PREFIX))
     )
 
 
@@ -120,7 +120,7 @@ def _begin_job(work, data, record, create):
             old.unlink(missing_ok=True)
     create()
     for p in (*data.rglob("*"), data):
-        sync(p)
+        sync_to_disk(p)
     write_json(work / "job.json", _as_json(record))
 
 

@@ -26,19 +26,19 @@ from unpaired_kd.core import (
     atomic,
     digest,
     file_sha256,
-    given,
-    progress,
+    has_file,
+    make_progress_bar,
     read_json,
     resolve_precision,
-    unknown,
+    describe_unknown,
     write_json,
 )
 from ..data.formats.images import Image, match_channels, read_image
 from ..data.formats.outputs import check_path
-from ..data.instances import INSTANCES, instances_of
-from ..data.intensity import window
+from ..data.instances import INSTANCES, find_instances
+from ..data.intensity import check_window
 from ..data.resampling import prepare, resize
-from ..networks.registry import build, load_weights, name_of
+from ..networks.registry import make_network, load_weights, network_name
 from ..networks.unet import best_layout
 
 # %% ../../nbs/inference/student.ipynb #a7c10001
@@ -50,7 +50,7 @@ def _has_type(entry, value):
         return True  # checked for itself
     if entry.name == "intensity":
         ends = isinstance(value, (list, tuple))
-        return bool(window(value)) if ends else value in ("dtype", "percentile")
+        return bool(check_window(value)) if ends else value in ("dtype", "percentile")
     if isinstance(value, bool):
         return entry.type in (bool, bool | None)
     kind = {int: numbers.Integral, float: numbers.Real}.get(entry.type, entry.type)
@@ -105,7 +105,7 @@ class Recipe:
             "min_size": self.min_size >= 0,
         }
         if self.instances not in INSTANCES:
-            raise InputError(f"recipe: {unknown('instance method', self.instances, INSTANCES)}")
+            raise InputError(f"recipe: {describe_unknown('instance method', self.instances, INSTANCES)}")
         if bad := [name for name, good in rules.items() if not good]:
             raise InputError(
                 f"recipe: {bad[0]}={getattr(self, bad[0])!r} is not possible. "
@@ -124,7 +124,7 @@ class Recipe:
         `InputError`."""
         known = {f.name: f for f in fields(cls)}
         if odd := [k for k in data if k not in known]:
-            raise InputError(f"{name}: {unknown('recipe entry', odd[0], known)}")
+            raise InputError(f"{name}: {describe_unknown('recipe entry', odd[0], known)}")
         try:
             return cls(**data)
         except InputError as e:
@@ -150,7 +150,7 @@ def _check_standard(recipe):
             f"intensity=({rule.get('low')}, {rule.get('high')})."
         )
     if kind != "histogram":
-        raise InputError(f"recipe: standard: {unknown('kind of rule', kind, ('histogram',))}")
+        raise InputError(f"recipe: standard: {describe_unknown('kind of rule', kind, ('histogram',))}")
     if recipe.intensity != "dtype":
         raise InputError(
             f"recipe: a standard gives values in [0,1], so intensity={recipe.intensity!r} would "
@@ -395,7 +395,7 @@ def blocks(
         evaluating(self.network),
         torch.inference_mode(),
         cast,
-        contextlib.closing(progress(len(x), "slices", enabled=bar)) as shown,
+        contextlib.closing(make_progress_bar(len(x), "slices", enabled=bar)) as shown,
     ):
         for part in x.split(n):
             part = part.to(device).contiguous(memory_format=layout)
@@ -433,7 +433,7 @@ def instances(
     found = self.predict(image) if label is None else label
     cells = r.cells if cells is None else cells
     spacing = getattr(image, "spacing", None)
-    objects = instances_of(found, r.classes, None, r.min_size, r.instances, cells, spacing)
+    objects = find_instances(found, r.classes, None, r.min_size, r.instances, cells, spacing)
     return objects.astype(np.int32)
 
 # %% ../../nbs/inference/student.ipynb #be99ce46
@@ -509,7 +509,7 @@ def _check_fit(net, recipe):
             f"the recipe says network_config={recipe.network_config}, "
             f"the network was built with {c}."
         )
-    return replace(recipe, network=name_of(net), network_config=dict(c)) if c else recipe
+    return replace(recipe, network=network_name(net), network_config=dict(c)) if c else recipe
 
 # %% ../../nbs/inference/student.ipynb #97679ac7
 FILES = ("weights.safetensors", "README.md", "config.json")
@@ -625,7 +625,7 @@ def load(
             "Copy the whole folder again, or save the student again."
         )
     with name_faults(weights):
-        net = build(recipe.network, recipe.network_config)
+        net = make_network(recipe.network, recipe.network_config)
         net = load_weights(net, state, weights).to(device).eval()
     if recipe.dims == 2:
         net = net.to(memory_format=best_layout(net))
@@ -639,9 +639,9 @@ def find_student(
     "Where its files are. `InputError` if one is missing."
     check_path("student", folder)
     found = Path(folder) / FILES[0], Path(folder) / FILES[2]
-    given(folder)
+    has_file(folder)
     for f in found:
-        if not given(f):
+        if not has_file(f):
             raise InputError(
                 f"{f} does not exist. Give the folder of a saved student; "
                 f"it holds {', '.join(FILES)}."
@@ -692,9 +692,9 @@ def _draft_network(recipe, path):
         import_module(_PACKED[recipe.network])
     try:
         with torch.device("meta"):
-            return build(recipe.network, recipe.network_config)
+            return make_network(recipe.network, recipe.network_config)
     except NotImplementedError:  # a network of the user's own that computes while it is built
-        return build(recipe.network, recipe.network_config)
+        return make_network(recipe.network, recipe.network_config)
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
     except Exception as e:

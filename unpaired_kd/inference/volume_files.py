@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError, check_there, digest, extra, sync, unknown
+from ..core import InputError, check_readable, digest, import_extra, sync_to_disk, describe_unknown
 from ..data.formats.images import suffix_of
 from unpaired_kd.data.formats.ngff import (
     ABSENT,
@@ -158,12 +158,12 @@ def open_volume(
 ) -> Volume:  # opened, not loaded
     "Open a volume to read boxes from. Every fault is an `InputError` that names the file."
     path = Path(path)
-    check_there(path)
+    check_readable(path)
     check_zarr_name(path)
     if (suffix := suffix_of(path)) not in OPENERS:
         raise InputError(f"{path}: blocks are read from {', '.join(OPENERS)}. Convert the volume.")
     if absent not in ABSENT:
-        raise InputError(unknown("absent", absent, ABSENT))
+        raise InputError(describe_unknown("absent", absent, ABSENT))
     options = (absent,) if suffix == ".zarr" else ()
     try:
         volume = OPENERS[suffix](path, *options)
@@ -214,7 +214,7 @@ def _create_zarr(path, shape, tile, spacing, affine, origin):
     axes = [{"name": n, "type": "space", **unit} for n in "zyx"]
     axes = [{"name": "c", "type": "channel"}] * (len(shape) - 3) + axes
     chunk = [next((c for c in (64, 32, 16, 8) if t % c == 0), t) for t in tile]
-    group = extra("zarr", "volumes").open_group(str(path), mode="w", zarr_format=3)
+    group = import_extra("zarr", "volumes").open_group(str(path), mode="w", zarr_format=3)
     group.create_array(
         "0",
         shape=shape,
@@ -281,7 +281,7 @@ _OPENING = threading.Lock()  # zarr's settings belong to the process, and severa
 def _open_to_write(folder):
     """Open an array of `create_output` for writing; zarr's settings are as before. Empty chunks
     get their files, too."""
-    zarr = extra("zarr", "volumes")
+    zarr = import_extra("zarr", "volumes")
     with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
         return zarr.open_array(str(folder), mode="r+")
 
@@ -294,7 +294,7 @@ def _write_shard(folder, block, values):
     file.unlink(missing_ok=True)  # what a killed process may have left is not read
     array[(..., *(slice(*c) for c in block.core))] = values
     for p in (file, *file.parents):
-        sync(p)
+        sync_to_disk(p)
         if p == folder:
             break
 

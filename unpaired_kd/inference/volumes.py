@@ -24,13 +24,13 @@ import torch
 from unpaired_kd.core import (
     InputError,
     clear_parts,
-    cluster_client,
+    connect_cluster,
     digest,
-    extra,
+    import_extra,
     file_sha256,
-    progress,
+    make_progress_bar,
     resolve_precision,
-    swap_folder,
+    replace_folder,
 )
 from ..data.formats.images import match_channels, suffix_of
 
@@ -44,7 +44,7 @@ from unpaired_kd.data.formats.outputs import (
     check_place,
     check_room,
 )
-from ..data.formats.pictures import companions
+from ..data.formats.pictures import list_companions
 from ..data.intensity import to_unit, volume_window
 from unpaired_kd.inference.blocks import (
     Block,
@@ -276,7 +276,7 @@ def remote_block(
 # %% ../../nbs/inference/volumes.ipynb #7ebcecad
 def _start_cluster(workers):
     "Processes of this machine. What fails in one is raised here, so they do not print it."
-    return extra("distributed", "scale").LocalCluster(
+    return import_extra("distributed", "scale").LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
@@ -287,7 +287,7 @@ def _start_cluster(workers):
 def _run_on_cluster(address, folder, device, job, blocks, done):
     """Give the blocks to a Dask cluster and call `done(block, skipped)` as they come in. Seconds of
     all workers together; `InputError` if `distributed` is missing or nobody answers."""
-    client = cluster_client(address, "--scheduler")
+    client = connect_cluster(address, "--scheduler")
     from dask import distributed
 
     spent = dict(read=0.0, compute=0.0, write=0.0)
@@ -430,7 +430,7 @@ def _place_output(input, output, student, overwrite=False):
         )
     work = output.with_name(output.name + ".part")
     data = work / f"data{suffix}"
-    kept = [(p, "the input") for p in (Path(input), *companions(input))]
+    kept = [(p, "the input") for p in (Path(input), *list_companions(input))]
     if not isinstance(student, Student):
         kept.append((Path(student), "the student's folder"))
     check_apart([output, work], kept)
@@ -555,7 +555,7 @@ def _run_blocks(plan, todo, device, scheduler, workers, bars):
     skipped = []
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(plan.work / "blocks.log", "a", encoding="utf-8"))
-        shown = progress(len(todo), "blocks", enabled=bars)
+        shown = make_progress_bar(len(todo), "blocks", enabled=bars)
         stack.enter_context(contextlib.closing(shown))
 
         def done(block, empty):
@@ -588,7 +588,7 @@ def _finish_plan(plan, overwrite, **how):
             todo = [b for b in plan.blocks if b.at not in ready]
             spent, skipped = _run_blocks(plan, todo, **how)
             check_new([plan.output], overwrite)  # another program may have been quicker
-            swap_folder(data, plan.output, overwrite)
+            replace_folder(data, plan.output, overwrite)
         (plan.work / "job.json").unlink()
     return todo, spent, skipped
 

@@ -25,7 +25,7 @@ from ..losses.segmentation import cross_entropy_loss, segmentation_loss, soft_di
 from .registry import METHODS, Peer
 from ..networks.registry import weights_digest
 from ..networks.taps import Taps
-from ..training.calibrate import calibrate
+from ..training.calibrate import recalibrate_batchnorm
 from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/cmedl.ipynb #28536a8e
@@ -891,7 +891,7 @@ def finish(
     translate = find_translator(self.networks).eval()
     with torch.no_grad():
         images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
-    calibrate(self.part("teacher"), images)
+    recalibrate_batchnorm(self.part("teacher"), images)
 
 
 @patch

@@ -25,9 +25,9 @@ from unpaired_kd.core import (
     NonNegative,
     Positive,
     Range,
-    Share,
+    Fraction,
     seeded,
-    unknown,
+    describe_unknown,
 )
 from ..distillation.class_means import class_mean_kl
 from ..distillation.correspondence import random_same_class
@@ -45,7 +45,7 @@ from .registry import METHODS, Expert
 from .ummkd import OtherNorms
 from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
-from ..training.calibrate import calibrate
+from ..training.calibrate import recalibrate_batchnorm
 from ..training.method import Method, Stage, Update
 from ..training.rules import Improvements, NoBetter, Plateau
 
@@ -87,7 +87,7 @@ class DenoisingOptions:
     distill_from: Literal["denoised", "raw", "denoised_then_raw"] = "denoised"  # ... by stage
     phi_grad: bool = True  # whether losses on denoised features also train Phi
     statistics: Literal["running", "batch", "all"] = "running"  # what Phi normalises the way by
-    eta: Share = 0.0  # noise of the sampler
+    eta: Fraction = 0.0  # noise of the sampler
     checkpoint: bool = False  # recompute the denoising in the backward pass: less memory, more time
     rule: Literal["plateau", "no_better", "improvements"] = "plateau"  # end of the stage, by gamma
     patience: Count = 30  # epochs (rule="improvements": their number)
@@ -369,7 +369,7 @@ class NormStatistics(nn.Module):
         images: list,  # of (B,C,*s)
     ):
         "Set the statistics from images."
-        for name, b in calibrate(copy.deepcopy(net), images).named_buffers():
+        for name, b in recalibrate_batchnorm(copy.deepcopy(net), images).named_buffers():
             self.get_buffer(name.replace(".", "/")).copy_(b)
 
     def state(self) -> dict:
@@ -420,7 +420,7 @@ def check_head(
     "`InputError` if the teacher has no such layer, or it does not read the last tap."
     layers = dict(teacher.named_modules())
     if options.head not in layers:
-        raise InputError(unknown("layer of the teacher", options.head, layers))
+        raise InputError(describe_unknown("layer of the teacher", options.head, layers))
     head = layers[options.head]
     last = options.taps[-1]
     reads = getattr(head, "in_channels", channels[last])

@@ -8,7 +8,7 @@ __all__ = ['TABLES', 'Row', 'row_of', 'table_of', 'arm_of']
 # %% ../../nbs/methods/published.ipynb #b9ec4a13
 from dataclasses import dataclass, field, fields, is_dataclass
 
-from ..core import InputError, change, unknown
+from ..core import InputError, change_settings, describe_unknown
 from .registry import method_class
 
 # %% ../../nbs/methods/published.ipynb #8d39ebda
@@ -411,10 +411,10 @@ def row_of(
 ) -> Row:  # the row
     "A row by its name. `InputError`, with the nearest, for an unknown paper or row."
     if paper not in TABLES:
-        raise InputError(unknown("paper", paper, TABLES))
+        raise InputError(describe_unknown("paper", paper, TABLES))
     table = {row.name: row for row in TABLES[paper]}
     if name not in table:
-        raise InputError(unknown(f"row of {paper}", name, table))
+        raise InputError(describe_unknown(f"row of {paper}", name, table))
     return table[name]
 
 # %% ../../nbs/methods/published.ipynb #acb6abcc
@@ -436,7 +436,7 @@ def table_of(
 ) -> str:  # Markdown
     "The rows of a table, with what was printed."
     if paper not in TABLES:
-        raise InputError(unknown("paper", paper, TABLES))
+        raise InputError(describe_unknown("paper", paper, TABLES))
     table = TABLES[paper]
     metrics = list(dict.fromkeys(m for row in table for m in row.published))
     changes = any(row.study for row in table)
@@ -464,10 +464,10 @@ def _shared_weights(
     "`InputError` for a term that the method does not have, with these options or without."
     cls = method_class(method)
     usual = cls.default_weights(cls.Options())
-    here = cls.default_weights(change(cls.Options(), options, "option"))
+    here = cls.default_weights(change_settings(cls.Options(), options, "option"))
     for term in weights:
         if term not in usual | here:
-            raise InputError(unknown("loss term", term, usual | here))
+            raise InputError(describe_unknown("loss term", term, usual | here))
     return {term: w for term, w in weights.items() if term in here}
 
 
@@ -499,7 +499,7 @@ def arm_of(
     known = shared_options(paper, paper)
     for name in options:
         if name not in known:
-            raise InputError(f"{paper}: {unknown('option', name, known)}")
+            raise InputError(f"{paper}: {describe_unknown('option', name, known)}")
     arm = row.arm
     if not arm:
         raise InputError(f"row {row.name!r} of {row.paper} is not in this book.")

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from torch import nn
 
-from ..core import InputError, Registry, change, unknown
+from ..core import InputError, Registry, change_settings, describe_unknown
 from ..training.method import Method
 
 # %% ../../nbs/methods/registry.ipynb #3d9830f9
@@ -115,7 +115,7 @@ def _preset_of(
     if len(known) < 2:
         known = {"recommended"}.union(*(c.presets for c in all_methods().values()))
     if preset not in known:
-        raise InputError(unknown("preset", preset, known))
+        raise InputError(describe_unknown("preset", preset, known))
     return cls.presets.get(preset, cls.presets.get("recommended"))
 
 
@@ -131,11 +131,11 @@ def options_of(
     try:
         base = _preset_of(cls, preset)
         if base is None and changes:
-            raise InputError(unknown("option", next(iter(changes)), ()))
+            raise InputError(describe_unknown("option", next(iter(changes)), ()))
         if base is None:
             return None
-        fitted = cls.fit(change(base, changes, "option"), side)
-        return change(fitted, changes, "option")  # what was asked for stays
+        fitted = cls.fit(change_settings(base, changes, "option"), side)
+        return change_settings(fitted, changes, "option")  # what was asked for stays
     except InputError as e:
         raise InputError(f"{name}: {e}") from None
 

@@ -25,7 +25,7 @@ from unpaired_kd.core import (
     Range,
     seeded,
     torch_rng,
-    unknown,
+    describe_unknown,
 )
 from ..data.augment import Augment, recolour
 from unpaired_kd.distillation.codebook import (
@@ -44,16 +44,16 @@ from unpaired_kd.distillation.patterns import (
     PatternProjector,
     codebook_digest,
     pattern_loss,
-    to_grid,
+    average_to_grid,
 )
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher, Pretrained
 from .single import Single
 from ..networks.registry import weights_digest
 from ..networks.taps import Taps, tap_channels
-from ..networks.unet import layer
+from ..networks.unet import layer_class
 from ..networks.volumes import GridDecoder, build_encoder
-from ..training.calibrate import calibrate
+from ..training.calibrate import recalibrate_batchnorm
 from ..training.method import Method, Stage, Update
 
 # %% ../../nbs/methods/vpbsd.ipynb #b47fcc37
@@ -126,7 +126,7 @@ class VpbsdOptions(PatternStudentOptions, PatternTeacherOptions, Checked):
         known = ("brightness", "contrast", "gamma", "noise", "blur", "hue")
         for name in self.strong:
             if name not in known:
-                raise InputError(f"strong: {unknown('change of intensity', name, known)}")
+                raise InputError(f"strong: {describe_unknown('change of intensity', name, known)}")
 
 # %% ../../nbs/methods/vpbsd.ipynb #d9dcee7b
 def select_teacher_options(
@@ -149,8 +149,8 @@ class TokenEncoder(nn.Module):
     ):
         super().__init__()
         self.encoder = net
-        self.pi_in = layer("Conv", dims)(net.channels, dim, 1)
-        self.spread = layer("BatchNorm", dims)(dim, affine=False)
+        self.pi_in = layer_class("Conv", dims)(net.channels, dim, 1)
+        self.spread = layer_class("BatchNorm", dims)(dim, affine=False)
         self.stride = net.stride
         self.strides = net.strides
         self.register_buffer("mean", torch.zeros(channels))
@@ -188,7 +188,7 @@ class PatternDecoder(nn.Module):
     ):
         super().__init__()
         self.skips = skips
-        self.pi_out = layer("Conv", dims)(dim, options.inner, 1)
+        self.pi_out = layer_class("Conv", dims)(dim, options.inner, 1)
         joined = net.skips if skips else None
         self.decoder = GridDecoder(
             options.inner, out, net.stride, joined, options.decoder, dims, flat
@@ -669,7 +669,7 @@ def __init__(
     channels = tap_channels(student, (self.tap,))[self.tap]
     with seeded(seed, "vpbsd"):
         if o.pattern_loss == "hint":
-            projector = layer("Conv", dims)(channels, teacher.tokens.encoder.channels, 1)
+            projector = layer_class("Conv", dims)(channels, teacher.tokens.encoder.channels, 1)
         else:
             projector = PatternProjector(channels, teacher.codebook.dim, dims)
     self.networks = {"student": student, "projector": projector}
@@ -810,8 +810,8 @@ def pattern_term(
     kind = self.options.pattern_loss
     phi = self.networks["projector"]
     if kind == "hint":
-        return hint_loss([phi(to_grid(f, taught.features.shape[2:]))], [taught.features])
-    u = phi(to_grid(f, taught.tokens.shape[2:]))
+        return hint_loss([phi(average_to_grid(f, taught.features.shape[2:]))], [taught.features])
+    u = phi(average_to_grid(f, taught.tokens.shape[2:]))
     codes, index, table = self.pattern_target(taught)
     if kind == "code_ce":
         return pattern_loss(u, codes, kind, index=index, table=table)
@@ -966,7 +966,7 @@ class Recalibrated(Single):
     ):
         "Measure the statistics again."
         seen = [batches(i)["unlabelled"].image for i in range(self.options.batches)]
-        calibrate(self.student, seen)
+        recalibrate_batchnorm(self.student, seen)
 
 # %% ../../nbs/methods/vpbsd.ipynb #7133ac23
 def measure_occupancy(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 from .masks import as_labels, as_mask, as_pair, axis_lengths
 from .topology import topology_scores
 
@@ -21,7 +21,7 @@ def _both_empty(empty):
     "The score of two empty masks under a policy."
     known = {"one": 1.0, "nan": float("nan")}
     if empty not in known:
-        raise InputError(unknown("policy for empty masks", empty, known))
+        raise InputError(describe_unknown("policy for empty masks", empty, known))
     return known[empty]
 
 
@@ -109,7 +109,7 @@ def _no_surface(p, t, spacing, empty):
     "The distance of two masks of which one is empty, under a policy."
     known = ("diagonal", "nan", "zero")
     if empty not in known:
-        raise InputError(unknown("policy for empty masks", empty, known))
+        raise InputError(describe_unknown("policy for empty masks", empty, known))
     if empty == "nan":
         return float("nan")
     if empty == "zero" or not (p.any() or t.any()):

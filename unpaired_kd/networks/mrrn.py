@@ -9,7 +9,7 @@ __all__ = ['RCU', 'MRRN']
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 from .registry import NETWORKS
 from .unet import check_input
 
@@ -146,7 +146,7 @@ class MRRN(nn.Module):
                 f"dims={dims}: the MRRN is 2-D only. Use dims=2, or network 'unet' for volumes."
             )
         if link not in LINKS:
-            raise InputError(unknown("link", link, LINKS))
+            raise InputError(describe_unknown("link", link, LINKS))
         self.config = dict(
             in_channels=in_channels,
             classes=classes,

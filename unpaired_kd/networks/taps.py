@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 
 # %% ../../nbs/networks/taps.ipynb #f35fba4b
 class Taps:
@@ -26,7 +26,7 @@ class Taps:
         layers = {name: m for name, m in net.named_modules() if name}
         for n in names:
             if n not in layers:
-                raise InputError(unknown(f"layer of {type(net).__name__}", n, list(layers)))
+                raise InputError(describe_unknown(f"layer of {type(net).__name__}", n, list(layers)))
         self.names = tuple(names)
         self.seen = {}
         self.versions = {}
@@ -56,7 +56,7 @@ class Taps:
         """The latest output of a tapped layer. `InputError` when the network has overwritten it
         since."""
         if name not in self.names:
-            raise InputError(unknown("tap", name, self.names))
+            raise InputError(describe_unknown("tap", name, self.names))
         if name not in self.seen:
             raise InputError(f"tap {name!r} has seen nothing yet: run the network first.")
         if _count_changes(self.seen[name]) != self.versions[name]:

@@ -79,7 +79,7 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 OWN_CONVOLUTIONS = {nn.Conv3d: Conv3d, nn.ConvTranspose3d: ConvTranspose3d}
 
 
-def steady(
+def use_own_convolutions(
     net: nn.Module,  # any network, also another library's
 ) -> nn.Module:  # the same network
     """Let every plain 3-D convolution of a network compute as `Conv3d` and `ConvTranspose3d` here
@@ -90,7 +90,7 @@ def steady(
     return net
 
 # %% ../../nbs/networks/unet.ipynb #b562d36a
-def layer(
+def layer_class(
     name: str,  # torch.nn name without its number, e.g. "Conv"
     dims: int,  # 2 or 3
 ):  # the class, e.g. torch.nn.Conv2d
@@ -107,7 +107,7 @@ def make_normalisation(
     """A normalisation layer. `instance` is `GroupNorm` with one channel a group: the same formula,
     faster on the CPU. `InputError` for another word."""
     if kind == "batch":
-        return layer("BatchNorm", dims)(channels)
+        return layer_class("BatchNorm", dims)(channels)
     if kind == "instance":
         return nn.GroupNorm(channels, channels)
     raise InputError(f"norm={kind!r} is not known. Use 'batch' or 'instance'.")
@@ -120,7 +120,7 @@ def double_conv(
     norm: str = "batch",  # batch | instance
 ) -> nn.Sequential:  # (B,i,*s) -> (B,o,*s)
     "$D(i,o)$: twice [3x3 convolution, normalisation, ReLU]."
-    conv = layer("Conv", dims)
+    conv = layer_class("Conv", dims)
     return nn.Sequential(
         conv(i, o, 3, padding=1),
         make_normalisation(norm, o, dims),
@@ -139,7 +139,7 @@ def up_conv(
 ) -> nn.Sequential:  # (B,i,*s) -> (B,o,*2s)
     "$U(i,o)$: 2x2 transposed convolution of stride 2, normalisation, ReLU."
     return nn.Sequential(
-        layer("ConvTranspose", dims)(i, o, 2, stride=2),
+        layer_class("ConvTranspose", dims)(i, o, 2, stride=2),
         make_normalisation(norm, o, dims),
         nn.ReLU(inplace=True),
     )
@@ -172,8 +172,8 @@ class UNet(nn.Module):
         for n, (i, o) in enumerate(zip(w[:0:-1], w[-2::-1]), 6):
             self.add_module(f"up{n}", up_conv(i, o, dims, norm))
             self.add_module(f"conv{n}", double_conv(2 * o, o, dims, norm))
-        self.conv10 = layer("Conv", dims)(width, classes, 1)
-        self.pool = layer("MaxPool", dims)(2)
+        self.conv10 = layer_class("Conv", dims)(width, classes, 1)
+        self.pool = layer_class("MaxPool", dims)(2)
 
     def forward(
         self,

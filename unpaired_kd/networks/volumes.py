@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import InputError, Registry
 from .registry import NETWORKS
-from .unet import Conv3d, check_input, layer, steady
+from .unet import Conv3d, check_input, layer_class, use_own_convolutions
 
 # %% ../../nbs/networks/volumes.ipynb #5df803a1
 SLOW = 20480  # B C D H (2-D: B C H W) up to which torch takes its slow kernel for one sample
@@ -157,7 +157,7 @@ def _strides(dims, flat, steps):
 # %% ../../nbs/networks/volumes.ipynb #a361384d
 def _double(i, o, dims, flat):
     "Twice [convolution without bias, BatchNorm, ReLU]."
-    norm = layer("BatchNorm", dims)
+    norm = layer_class("BatchNorm", dims)
     return nn.Sequential(
         build_conv(i, o, dims, flat, bias=False),
         norm(o),
@@ -270,7 +270,7 @@ class LightUNet(_Paths):
         for k in range(levels - 1):
             before = w[k - 1] if k else in_channels
             self.add_module(f"down{k + 1}", _double(before, w[k], dims, k < flat))
-            self.add_module(f"pool{k + 1}", layer("MaxPool", dims)(per_axis(2, dims, k < flat)))
+            self.add_module(f"pool{k + 1}", layer_class("MaxPool", dims)(per_axis(2, dims, k < flat)))
         self.bottom = _double(w[-2], w[-1], dims, levels - 1 < flat)
         for k in reversed(range(levels - 1)):
             self.add_module(f"up{k + 1}", build_up_conv(w[k + 1], w[k], dims, k < flat))
@@ -439,7 +439,7 @@ class SwinEncoder(nn.Module):
             num_heads=(3, 6),
             spatial_dims=dims,
         )
-        self.swin = steady(swin)
+        self.swin = use_own_convolutions(swin)
 
     def forward(
         self,
@@ -484,7 +484,7 @@ class UnetrEncoder(nn.Module):
         self.stride = 16
         self.strides = (16,) * dims
         shape = ((size,) * dims, feature_size, hidden, 4 * hidden, heads)
-        net = steady(UNETR(in_channels, 1, *shape, spatial_dims=dims))
+        net = use_own_convolutions(UNETR(in_channels, 1, *shape, spatial_dims=dims))
         self.vit = net.vit
         self.encoder2 = net.encoder2
         self.encoder3 = net.encoder3

@@ -10,9 +10,9 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Literal
 
-from ..core import Checked, InputError, unknown
-from ..data.formats.files import name_key
-from ..methods.controls import placebo_of
+from ..core import Checked, InputError, describe_unknown
+from ..data.formats.files import normalise_name
+from ..methods.controls import make_placebo_arm
 from ..methods.registry import all_methods, method_class
 from .earlier import arm_in_todays_words
 
@@ -69,7 +69,7 @@ def _make_arm(
         )
     for key in given:
         if key not in _FIELDS:
-            raise InputError(f"arm {name!r}: {unknown('key', key, _FIELDS)}")
+            raise InputError(f"arm {name!r}: {describe_unknown('key', key, _FIELDS)}")
     for key in ("options", "weights"):
         if not isinstance(given.get(key) or {}, dict):
             raise InputError(f"arm {name!r}: {key}={given[key]!r}: give names and values (a dict).")
@@ -95,7 +95,7 @@ def _reuse_arm(
     trained = {n: arm for n, arm in above.items() if not arm.reuses}
     if given["reuses"] not in trained:
         raise InputError(
-            f"arm {name!r}: {unknown('arm to reuse', given['reuses'], trained)} It must "
+            f"arm {name!r}: {describe_unknown('arm to reuse', given['reuses'], trained)} It must "
             "stand above, and be trained itself."
         )
     source = trained[given["reuses"]]
@@ -185,7 +185,7 @@ def _check_names(
                 f"arm {name[:20] + '...'!r}: the name is too long for a folder. Choose "
                 "one of at most 50 letters."
             )
-        key = name_key(name).casefold()
+        key = normalise_name(name).casefold()
         if key in taken:
             raise InputError(
                 f"arm {name!r}: {taken[key]!r} is taken, and a disk may ignore case and "
@@ -219,5 +219,5 @@ def inherit(
         if same and isinstance(given.get(key, {}), dict):
             whole[key] = {**base.get(key, {}), **given.get(key, {})}
     if given.get("teacher") == "placebo" and "start" not in given:
-        whole = placebo_of(whole)
+        whole = make_placebo_arm(whole)
     return whole

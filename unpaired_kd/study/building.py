@@ -13,7 +13,7 @@ from ..data.augment import Augment
 from ..data.collections import Collection
 from ..data.patches import Patches
 from ..inference.student import Recipe
-from ..networks.registry import build, load_weights
+from ..networks.registry import make_network, load_weights
 from .config import NetworkConfig, PatchConfig, ScoreConfig
 from ..training.checkpoints import load_checkpoint
 
@@ -72,7 +72,7 @@ def build_network(
     if patches.dims == 3:
         asked["dims"] = 3
     with seeded(seed, stream):
-        net = build(config.network, {**asked, **config.network_options})
+        net = make_network(config.network, {**asked, **config.network_options})
     _check_sides(config.network, net, patches)
     return net
 

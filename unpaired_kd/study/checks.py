@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import InputError, as_python, extra, progress, resolve_precision, unknown
+from ..core import InputError, to_python, import_extra, make_progress_bar, resolve_precision, describe_unknown
 from ..data.augment import Augment
 from ..methods.registry import Pretrained, make_method, method_class
 from .arms import Arm
@@ -27,7 +27,7 @@ from .school import School
 from .study import Study
 from .tasks import needs_expert
 from .trainings import make_pretraining, teacher_of
-from ..training.method import weight_table
+from ..training.method import merge_weights
 from ..training.settings import check_accumulation
 
 # %% ../../nbs/study/checks.ipynb #88ca93d5
@@ -35,7 +35,7 @@ def check_seeds(
     seeds,  # what was given as seeds
 ) -> list:  # the seeds
     "`InputError` unless they are different whole numbers from 0 on."
-    seeds = as_python(seeds)
+    seeds = to_python(seeds)
     if not isinstance(seeds, (list, tuple, range)) or not len(seeds):
         raise InputError(f"seeds={seeds!r}: give a list of at least one, e.g. [0].")
     for s in seeds:
@@ -96,14 +96,14 @@ def _check_training(
     known = [f.name for f in fields(Augment)]
     for name in config.patches.augment:
         if name not in known:
-            raise InputError(f"augment: {unknown('change', name, known)}")
+            raise InputError(f"augment: {describe_unknown('change', name, known)}")
     try:
         Augment(**config.patches.augment)
     except TypeError as e:
         raise InputError(f"augment: {e}. See `Augment` for what can be changed.") from e
     resolve_precision(config.training.precision)
     if config.training.tensorboard:
-        extra("tensorboard", "log")
+        import_extra("tensorboard", "log")
     if config.training.early_stop and not config.split.validation:
         raise InputError(
             "early_stop needs validation: give a number of labelled units to choose "
@@ -251,7 +251,7 @@ def _check_arm(
                 arm.teacher != "placebo",
             )
             check_accumulation(method, method.stages(), study.config.training)
-        method.check_weights(weight_table(method.weights, arm.weights))
+        method.check_weights(merge_weights(method.weights, arm.weights))
     except InputError as e:
         raise InputError(f"arm {arm.name!r}: {e}") from None
 
@@ -271,7 +271,7 @@ def _check_images(
             ]
     faults = []
     on_disk = any(isinstance(case.image, (str, Path)) for c in both for case in c.cases)
-    with contextlib.closing(progress(len(checks), "reading the data", enabled=on_disk)) as bar:
+    with contextlib.closing(make_progress_bar(len(checks), "reading the data", enabled=on_disk)) as bar:
         for check in checks:
             try:
                 check()

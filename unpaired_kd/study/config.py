@@ -10,7 +10,7 @@ __all__ = ['ImagesConfig', 'SplitConfig', 'PatchConfig', 'NetworkConfig', 'Teach
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from ..core import Checked, Count, InputError, Natural, Positive, Range, Share, unknown
+from ..core import Checked, Count, InputError, Natural, Positive, Range, Fraction, describe_unknown
 from .arms import list_arms, record_now
 from .earlier import settings_in_todays_words
 from ..training.settings import Settings
@@ -60,8 +60,8 @@ class PatchConfig(Checked):
     patch: Count = 96  # patch side, px (after zoom), a multiple of 16 (DenseFCN: 32)
     depth: Natural = 0  # dims=3: depth of a patch, px; 0: as `patch`
     batch: Count = 8  # patches a batch
-    foreground: Share = 0.5  # probability that a patch is placed on a structure
-    rich: Share = 0.0  # probability that a patch without labels is placed where it is bright
+    foreground: Fraction = 0.5  # probability that a patch is placed on a structure
+    rich: Fraction = 0.0  # probability that a patch without labels is placed where it is bright
     pairing: Literal["random", "label_group", "index"] = "label_group"  # student's and teacher's
     augment: dict = field(default_factory=dict)  # changes to `Augment`
 
@@ -149,7 +149,7 @@ class StudyConfig(Checked):
         parts = {part: {} for part in _PARTS}
         for name, value in flat.items():
             if name not in PART_OF:
-                raise InputError(unknown("setting of a study", name, [*PART_OF, "arms"]))
+                raise InputError(describe_unknown("setting of a study", name, [*PART_OF, "arms"]))
             parts[PART_OF[name]][name] = value
         return cls(**{part: kind(**parts[part]) for part, kind in _PARTS.items()}, arms=arms)
 

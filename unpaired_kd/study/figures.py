@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import PALETTE, InputError, atomic, outlined, to_display, unknown
+from ..core import PALETTE, InputError, atomic, outline_regions, to_display, describe_unknown
 from .earlier import read_table
 from .rows import arrange_arms, find_guests, sign_of
 from .typesetting import name_of
@@ -75,7 +75,7 @@ def overlay(
     first.imshow(image, vmin=0, vmax=1)
     first.set_title("label")
     if target.any():
-        first.contour(outlined(target), levels=[0.5], colors=PALETTE[1], linewidths=1)
+        first.contour(outline_regions(target), levels=[0.5], colors=PALETTE[1], linewidths=1)
     grey = image if image.ndim == 2 else image.mean(-1)
     for ax, (name, kind) in zip(others, kinds.items()):
         ax.imshow(_painted(grey, kind))
@@ -232,7 +232,7 @@ def _chosen(rows, columns, x):
     known = _numeric(rows)
     for c in columns or ():
         if c not in known:
-            raise InputError(unknown("history column", c, known))
+            raise InputError(describe_unknown("history column", c, known))
     columns = columns or [c for c in known if c not in (*_CLOCKS, "seed", "time", "seconds", x)]
     if not columns:
         raise InputError("the history has no column of numbers to draw.")

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from ..core import InputError, hold, read_json, read_text, write_csv
+from ..core import InputError, lock_folder, read_json, read_text, write_csv
 from .arms import record_now
 from .config import flat_now
 from .earlier import read_table
@@ -66,7 +66,7 @@ def _on_record(folder, mine) -> dict:
     path = Path(folder) / "config.json"
     if path.exists():
         return _read_config(path)
-    return {"study": mine, "arms": {}, "seeds": [], "made by": environment()}
+    return {"study": mine, "arms": {}, "seeds": [], "made by": describe_environment()}
 
 
 def _reuses_another(
@@ -128,7 +128,7 @@ def check_outside(
 
 
 @contextlib.contextmanager
-def holding(
+def lock_run_folder(
     folder,  # run folder
 ):
     """Hold a run folder while a study runs; it is made if missing. `InputError` if another study
@@ -139,11 +139,11 @@ def holding(
         raise InputError(
             f"cannot write to {folder}: {e.strerror}. Choose a folder that you may write to."
         ) from e
-    with hold(folder, "another study", ".study.ukd.lock"):
+    with lock_folder(folder, "another study", ".study.ukd.lock"):
         yield
 
 # %% ../../nbs/study/folder.ipynb #fdf0a89c
-def environment() -> dict:
+def describe_environment() -> dict:
     "Versions and, in a checkout of this library, the commit."
     import platform
     from importlib.metadata import PackageNotFoundError, version

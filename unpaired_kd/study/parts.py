@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..core import InputError, digest
 from ..data.collections import Collection, open_collection
-from ..data.formats.files import files_of, stamp
-from ..data.formats.pictures import companions
-from ..data.splits import Split, label_budget, near_groups, split_groups
+from ..data.formats.files import list_files, stamp_file
+from ..data.formats.pictures import list_companions
+from ..data.splits import Split, choose_labelled, find_near_groups, split_groups
 from .config import ImagesConfig, SplitConfig
 from .records import DATA, check_data, write_sealed
 
@@ -66,7 +66,7 @@ def _check_alike(images, t, s):
 # %% ../../nbs/study/parts.ipynb #8387812f
 def _warn_of_near_groups(images, teacher, student):
     "Warn of names that may mean one patient: is P-01 of one modality the p1 of the other?"
-    near = near_groups(sorted(teacher), sorted(student))
+    near = find_near_groups(sorted(teacher), sorted(student))
     near = [names for names in near if teacher & set(names) and student & set(names)]
     if not near:
         return
@@ -91,8 +91,8 @@ def _traces(
     places = {Path(images.data) / t for t in tables} | {p.parent for p in paths}
     for p in paths:
         if p.exists():
-            places |= {*files_of(p).values(), *companions(p)}
-    return sorted((str(p), stamp(p)) for p in places if p.exists())
+            places |= {*list_files(p).values(), *list_companions(p)}
+    return sorted((str(p), stamp_file(p)) for p in places if p.exists())
 
 
 def _paths_of(
@@ -180,11 +180,11 @@ def _draw_labelled(
     seed: int,  # decides who
 ) -> tuple:  # ids: labelled, validation, and the rest
     "Draw labelled units and validation units; no group is in two of the three."
-    labelled = label_budget(c.subset(training), split.student_labels, split.label_unit, seed)
+    labelled = choose_labelled(c.subset(training), split.student_labels, split.label_unit, seed)
     rest = _without_groups(c, training, labelled)
     if not split.validation:
         return labelled, [], rest
-    valid = label_budget(c.subset(rest), split.validation, split.label_unit, seed)
+    valid = choose_labelled(c.subset(rest), split.validation, split.label_unit, seed)
     return labelled, valid, _without_groups(c, rest, valid)
 
 

@@ -12,7 +12,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from ..core import InputError, digest, file_sha256, given, read_json, write_json
+from ..core import InputError, digest, file_sha256, has_file, read_json, write_json
 
 # %% ../../nbs/study/records.ipynb #52a7c007
 def write_sealed(
@@ -91,7 +91,7 @@ def verified(
     """The record of a training whose files are all there and as they were. `InputError` that names
     a file which is not."""
     place = Path(place)
-    if not given(place / DONE):
+    if not has_file(place / DONE):
         return None
     record = record_of(place)
     if record["task"] != list(task):
@@ -99,7 +99,7 @@ def verified(
             f"{place / DONE} is that of another training, {record['task'][1]} "
             f"{record['task'][2]}. Put {place} back, or delete it."
         )
-    if not all(given(place / n) for n in record["files"]):
+    if not all(has_file(place / n) for n in record["files"]):
         return None
     _check_sums(place, record["files"])
     return record
@@ -109,7 +109,7 @@ def record_of(
     place,  # folder of a training
 ) -> dict:  # what `keep_record` wrote
     "The record of a training, whatever has become of its files."
-    if not given(Path(place) / DONE):
+    if not has_file(Path(place) / DONE):
         raise InputError(
             f"{place} holds no finished training. Run the study again: it goes on where it stopped."
         )
@@ -162,10 +162,10 @@ def check_table(
     "`InputError` if the folder has a checksum of this table and it is another."
     folder = Path(path).parent
     name = Path(path).name
-    if not given(folder / _TABLES):
+    if not has_file(folder / _TABLES):
         return
     files = read_sealed(folder / _TABLES, "files")["files"]
-    if name in files and not given(path):
+    if name in files and not has_file(path):
         raise InputError(
             f"{path} is gone. The same command writes it again, from what is finished."
         )
@@ -197,7 +197,7 @@ def check_data(
 ) -> bool:  # whether the folder has a record of its data
     "`InputError` that lists what has changed since the run was begun. Writes nothing."
     path = Path(folder) / DATA
-    there = given(path)
+    there = has_file(path)
     before = read_sealed(path, "contents")["contents"] if there else contents
     found = _describe_changes(before, contents)
     now = digest(contents, 64)

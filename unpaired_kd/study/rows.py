@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, read_text, unknown, write_csv
+from ..core import InputError, read_text, describe_unknown, write_csv
 from .earlier import row_in_todays_words
 from .records import check_table
 
 # %% ../../nbs/study/rows.ipynb #e6601545
 # columns that stay text, also when they look like numbers
-TEXT = ("arm", "collection", "case", "group", "label_group", "hd95_unit")
+TEXT_COLUMNS = ("arm", "collection", "case", "group", "label_group", "hd95_unit")
 
 # %% ../../nbs/study/rows.ipynb #0e5e6e5c
 def save_rows(
@@ -43,14 +43,14 @@ def load_rows(
             rows.append(_typed(record))
         except ValueError as e:
             raise InputError(
-                f"{path}, line {n}: {e}. All columns but {', '.join(TEXT)} hold numbers."
+                f"{path}, line {n}: {e}. All columns but {', '.join(TEXT_COLUMNS)} hold numbers."
             ) from None
     return rows
 
 
 def _typed(record):
     "A row from a line of text: names stay text, an empty score is left out."
-    read = {**dict.fromkeys(TEXT, str), "seed": int}
+    read = {**dict.fromkeys(TEXT_COLUMNS, str), "seed": int}
     record = row_in_todays_words(record)
     there = {k: v for k, v in record.items() if v != "" or k in read}
     return {k: read.get(k, float)(v) for k, v in there.items()}
@@ -109,7 +109,7 @@ def find_guests(
     for r in rows:
         cases.setdefault(r["arm"], set()).add((r.get("collection", ""), str(r["case"])))
     if reference not in cases:
-        raise InputError(unknown("reference arm", reference, cases))
+        raise InputError(describe_unknown("reference arm", reference, cases))
     away = {arm: found for arm, found in cases.items() if not found & cases[reference]}
     return {arm: next(iter(found))[0] or "other images" for arm, found in away.items()}
 
@@ -123,7 +123,7 @@ def arrange_arms(
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     for a in order or ():
         if a not in arms:
-            raise InputError(unknown("arm", a, arms))
+            raise InputError(describe_unknown("arm", a, arms))
     if order:
         return list(order)
     first = [*find_guests(rows, reference), reference]

@@ -19,19 +19,19 @@ import torch
 
 from unpaired_kd.core import (
     InputError,
-    as_python,
+    to_python,
     clear_parts,
-    cluster_client,
-    cores,
+    connect_cluster,
+    count_cores,
     end_with_parent,
-    progress,
+    make_progress_bar,
 )
 from .checks import check_seeds, check_study
 from .config import StudyConfig
 from unpaired_kd.study.folder import (
     check_outside,
     collect,
-    holding,
+    lock_run_folder,
     list_tasks,
     pretrain_tasks,
     register_study,
@@ -63,7 +63,7 @@ def _run_task(
         torch.set_num_threads(threads)
 
 # %% ../../nbs/study/run.ipynb #5edd6f70
-def do_in_worker(
+def _run_in_worker(
     task: Task,  # a training
     config: StudyConfig,  # its study
     folder,  # the run folder
@@ -87,7 +87,7 @@ def _read_reports(
             yield queue.get()
 
 # %% ../../nbs/study/run.ipynb #50b775c5
-def here(
+def _run_here(
     tasks: list,  # of `Task`
     study: Study,  # the study
     tell: Callable,  # called with (task, row) after each epoch
@@ -117,7 +117,7 @@ def _check_guard():
         )
 
 # %% ../../nbs/study/run.ipynb #0d0168a7
-def in_processes(
+def _run_in_processes(
     tasks: list,  # of `Task`
     study: Study,  # the study
     tell: Callable,  # called with (task, row) after each epoch
@@ -136,7 +136,7 @@ def in_processes(
     manager.start(end_with_parent, me)  # a process too: it must not outlive this one
     with manager, ProcessPoolExecutor(workers, context, end_with_parent, me) as pool:
         queue = manager.Queue()
-        waiting = {pool.submit(do_in_worker, t, study.config, study.folder, queue) for t in tasks}
+        waiting = {pool.submit(_run_in_worker, t, study.config, study.folder, queue) for t in tasks}
         try:
             _watch(waiting, queue, tell)
         except BrokenProcessPool as e:
@@ -196,7 +196,7 @@ def _run_on_cluster(
 ):
     """Run trainings on a Dask cluster whose workers see the same folders. `InputError` if nobody
     answers, or if a worker saw another file system."""
-    client = cluster_client(address, "scheduler")
+    client = connect_cluster(address, "scheduler")
     from dask import distributed
 
     place = Path(study.folder).resolve()
@@ -287,16 +287,16 @@ def _train_all(
     batches = (
         sum(t.length(study) for tasks in todo[:2] for t in tasks) * study.config.training.steps
     )
-    with contextlib.closing(progress(batches, "training", enabled=any(todo))) as bar:
+    with contextlib.closing(make_progress_bar(batches, "training", enabled=any(todo))) as bar:
         tell = _Advance(bar, study)
         for tasks in todo:
-            processes = min(workers or cores(), len(tasks))
+            processes = min(workers or count_cores(), len(tasks))
             if scheduler and tasks:
                 _run_on_cluster(tasks, study, tell, scheduler)
             elif processes > 1 and not torch.cuda.is_available():
-                in_processes(tasks, study, tell, processes)
+                _run_in_processes(tasks, study, tell, processes)
             else:
-                here(tasks, study, tell)
+                _run_here(tasks, study, tell)
 
 # %% ../../nbs/study/run.ipynb #37511330
 def run_study(
@@ -311,12 +311,12 @@ def run_study(
     whatever `check_study` finds."""
     study = Study(config, folder)
     seeds = check_seeds(seeds)
-    workers = as_python(workers)
+    workers = to_python(workers)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers={workers!r}: give a number of processes, or 0 for one a core.")
     check_outside(study)
     check_study(study, seeds)
-    with holding(study.folder):
+    with lock_run_folder(study.folder):
         known_seeds, known_arms = register_study(study, seeds)
         clear_parts(study.folder, deep=True)
         for seed in seeds:

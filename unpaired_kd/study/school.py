@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import InputError
 from ..data.patches import Unpaired
-from ..methods.controls import copy_weights, placebo
+from ..methods.controls import copy_weights, make_placebo
 from ..methods.registry import Pretrained, method_class
 from ..networks.registry import load_weights
 from .arms import Arm
@@ -55,7 +55,7 @@ class School:
     def blank(self) -> nn.Module:
         "A teacher that never learned, frozen; it has seen the brightness of its images."
         seen = [self.images.batch(10**9 + i).image for i in range(8)]
-        return placebo(self.study.teacher_network(self.task.seed), seen, self.seed)
+        return make_placebo(self.study.teacher_network(self.task.seed), seen, self.seed)
 
     def started(
         self,

@@ -9,7 +9,7 @@ __all__ = ['evaluate']
 import numpy as np
 
 from ..core import InputError
-from ..data.instances import instances_of
+from ..data.instances import find_instances
 from ..metrics.segmentation import case_metrics
 
 # %% ../../nbs/study/scoring.ipynb #6887403c
@@ -36,10 +36,10 @@ def _objects_of(found, label, drawn, spacing, names, recipe, cells):
     if cut is None:
         cut = drawn is not None or method == "watershed"
     least = getattr(recipe, "min_size", 0)
-    objects = instances_of(found, names, None, least, method, cut, spacing)
+    objects = find_instances(found, names, None, least, method, cut, spacing)
     if method == "none" or (len(names) > 2 and not cut):
-        return objects, instances_of(label, names, None, method="none", cells=cut)
-    return objects, instances_of(label, names, drawn, method="components", cells=cut)
+        return objects, find_instances(label, names, None, method="none", cells=cut)
+    return objects, find_instances(label, names, drawn, method="components", cells=cut)
 
 # %% ../../nbs/study/scoring.ipynb #3d91aa35
 def _predict(student, image, label, case, collection):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import InputError, rng, unknown
+from ..core import InputError, rng, describe_unknown
 from .rows import count_noun, sign_of, units_of
 
 # %% ../../nbs/study/statistics.ipynb #844bcf5d
@@ -179,7 +179,7 @@ class Paired:
         """Means per unit: cases within a patient and seed first, then over seeds (group, case) or
         over patients (seed)."""
         if unit not in UNITS:
-            raise InputError(unknown("unit", unit, UNITS))
+            raise InputError(describe_unknown("unit", unit, UNITS))
         rows = self.cases if unit == "case" else self.groups
         _, g = np.unique(rows, return_inverse=True)
         _, s = np.unique(self.seeds, return_inverse=True)
@@ -234,7 +234,7 @@ def _check_pairs(table, reference):
         return next(iter(table[arm].values())).get("collection")
 
     if reference not in table:
-        raise InputError(unknown("reference arm", reference, table))
+        raise InputError(describe_unknown("reference arm", reference, table))
     for name, arm in table.items():
         if collection(name) != collection(reference):
             raise InputError(

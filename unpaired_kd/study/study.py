@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError, digest, unknown
+from ..core import InputError, digest, describe_unknown
 from ..data.patches import Patches
 from ..inference.student import Student
 from ..methods.registry import options_of
@@ -44,7 +44,7 @@ class Study:
     ) -> Arm:  # the arm
         "An arm by name. `InputError` for a name that is not in the study."
         if name not in self.arms:
-            raise InputError(unknown("arm", name, self.arms))
+            raise InputError(describe_unknown("arm", name, self.arms))
         return self.arms[name]
 
     def options(

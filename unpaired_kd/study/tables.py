@@ -8,7 +8,7 @@ __all__ = ['summarise', 'evidence', 'results_table', 'rank_agreement', 'publishe
 # %% ../../nbs/study/tables.ipynb #5417def7
 import numpy as np
 
-from ..core import InputError, rng, unknown
+from ..core import InputError, rng, describe_unknown
 from .footnotes import describe_intervals, explain_table, has_misses
 from .rows import arrange_arms, comparable_rows, count_noun, find_guests, units_of
 from .statistics import FEW, compare, pair_rows, without_noise
@@ -246,7 +246,7 @@ def _published_means(rows, published, metric):
     ours = list(dict.fromkeys(r["arm"] for r in rows if r["arm"] not in away))
     for a in published:
         if a not in ours:
-            raise InputError(unknown("arm", a, ours))
+            raise InputError(describe_unknown("arm", a, ours))
     return {a: v[metric] for a, v in published.items()}
 
 

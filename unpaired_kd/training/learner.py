@@ -22,13 +22,13 @@ from unpaired_kd.core import (
     InputError,
     atomic,
     digest,
-    progress,
+    make_progress_bar,
     resolve_precision,
     seeded,
     torch_rng,
 )
 from ..networks.registry import load_weights
-from ..networks.unet import best_layout, steady
+from ..networks.unet import best_layout, use_own_convolutions
 from unpaired_kd.training.checkpoints import (
     collect_states,
     get_random_state,
@@ -37,7 +37,7 @@ from unpaired_kd.training.checkpoints import (
     write_history,
     write_tensorboard,
 )
-from .method import Method, only, set_modes, weight_table, weighted_sum
+from .method import Method, set_trainable, set_modes, merge_weights, weighted_sum
 from .processes import average_buffers, average_gradients
 from .rules import NotSettled
 from unpaired_kd.training.settings import (
@@ -79,7 +79,7 @@ class Learner:
         self.watch = watch
         self.tell = tell
         self._connect()
-        self.weights = weight_table(method.weights, weights)
+        self.weights = merge_weights(method.weights, weights)
         method.check_weights(self.weights)
         self.identity = self._identity(identity)
         self.stages = method.stages()
@@ -128,7 +128,7 @@ def _identity(self: Learner, more):
 def _place(self: Learner):
     "Move networks to the device, in their best layout; one optimiser a network."
     for net in [*self.method.networks.values(), *self.method.frozen.values()]:
-        steady(net).to(self.device, memory_format=best_layout(net))
+        use_own_convolutions(net).to(self.device, memory_format=best_layout(net))
     self.optimisers = {}
     for name, net in self.method.networks.items():
         parameters = list(net.parameters())
@@ -158,7 +158,7 @@ def _length(self: Learner, stage):
 @patch
 def _update(self: Learner, update, batches):
     "Run one update on the batches [(batch, noise)] of one step; returns {term: mean as Tensor}."
-    only(self.method.networks, update.changes)
+    set_trainable(self.method.networks, update.changes)
     parameters = [p for n in update.changes for p in self.method.networks[n].parameters()]
     for p in parameters:
         p.grad = None
@@ -442,7 +442,7 @@ def _bar(self: Learner):
     steps = self.settings.epochs * self.settings.steps
     shown = self.settings.bars and self.accelerator.is_main_process
     live = shown and not self.position["finished"]
-    return progress(steps, self.folder.name, self.position["step"], live)
+    return make_progress_bar(steps, self.folder.name, self.position["step"], live)
 
 
 @patch

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..core import InputError, file_sha256, torch_rng, unknown
+from ..core import InputError, file_sha256, torch_rng, describe_unknown
 from ..distillation.diffusion import frozen_statistics
 from ..networks.taps import Taps
 
@@ -185,7 +185,7 @@ def _select_positions(v, mask, b):
 def _check_features(f, g, h, direction, masks, sample, rows):
     "Raise `InputError` for arguments that cannot be compared."
     if direction not in CONTEXT_DIRECTIONS:
-        raise InputError(unknown("direction", direction, CONTEXT_DIRECTIONS))
+        raise InputError(describe_unknown("direction", direction, CONTEXT_DIRECTIONS))
     if f.ndim < 3 or g.ndim < 3 or f.shape[:2] != g.shape[:2] or f.shape[1] < 2 or not len(f):
         raise InputError(
             f"f {tuple(f.shape)} and g {tuple(g.shape)} must be features (B,C,*s) with equal B, "
@@ -580,7 +580,7 @@ class EncoderFeatures(Extractor):
     ):
         super().__init__()
         if statistics not in ("running", "batch"):
-            raise InputError(unknown("statistics", statistics, ("running", "batch")))
+            raise InputError(describe_unknown("statistics", statistics, ("running", "batch")))
         names = names or encoder_layers(net)
         Taps(net, names).close()
         self.net = (net,)
@@ -615,7 +615,7 @@ def feature_extractor(
     """Choose an extractor by name. Raises `InputError` for an unknown name, for a teacher that is
     missing, and for weights that are missing."""
     if kind not in _EXTRACTORS:
-        raise InputError(unknown("feature extractor", kind, _EXTRACTORS))
+        raise InputError(describe_unknown("feature extractor", kind, _EXTRACTORS))
     if kind == "auto":
         kind = "vgg19" if weights or download else "teacher"
         if kind == "teacher":

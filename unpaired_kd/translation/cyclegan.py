@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 
 # %% ../../nbs/translation/cyclegan.ipynb #0e562393
 def to_signed(
@@ -111,7 +111,7 @@ def _build_upsampler(
 ) -> nn.Module:  # (B,C,H,W) to (B,C/2,2H,2W)
     "Twice the size, half the channels. Both kinds have the same number of weights."
     if kind not in _UPSAMPLE:
-        raise InputError(unknown("upsample", kind, _UPSAMPLE))
+        raise InputError(describe_unknown("upsample", kind, _UPSAMPLE))
     if kind == "transposed":
         return nn.ConvTranspose2d(channels, channels // 2, 3, stride=2, padding=1, output_padding=1)
     return nn.Sequential(
@@ -222,7 +222,7 @@ def gan_loss(
     """How far the scores are from the wanted verdict, the mean over patches (`lsgan`: Mao et al.
     2017; `bce`: CMEDL eq. 5). `InputError` for an unknown kind."""
     if kind not in _GAN_KINDS:
-        raise InputError(unknown("kind of GAN loss", kind, _GAN_KINDS))
+        raise InputError(describe_unknown("kind of GAN loss", kind, _GAN_KINDS))
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         target = torch.full_like(logits, label if real else 0.0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
+from ..core import InputError, describe_unknown
 
 # %% ../../nbs/translation/drit.ipynb #0692d3dd
 _DOMAINS = ("s", "t")
@@ -30,7 +30,7 @@ def _branch_of(
 ) -> nn.Module:  # the module of the domain
     "Check an image and find its domain's module."
     if domain not in _DOMAINS:
-        raise InputError(unknown("domain", domain, _DOMAINS))
+        raise InputError(describe_unknown("domain", domain, _DOMAINS))
     if x.ndim != 4 or x.shape[1] != channels:
         raise InputError(
             f"image of domain {domain} has shape {tuple(x.shape)}; give (B,{channels},H,W), or "
@@ -286,7 +286,7 @@ class StyleGenerator(nn.Module):
     ) -> Tensor:  # image (B,C,4h,4w) in [-1,1]
         "An image of the domain. `InputError` for a wrong shape or domain."
         if domain not in _DOMAINS:
-            raise InputError(unknown("domain", domain, _DOMAINS))
+            raise InputError(describe_unknown("domain", domain, _DOMAINS))
         if content.ndim != 4 or content.shape[1] != 4 * self.width:
             raise InputError(
                 f"content has shape {tuple(content.shape)}; a generator of width {self.width} "

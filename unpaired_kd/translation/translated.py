@@ -9,8 +9,8 @@ __all__ = ['Translated', 'pack_translator', 'Ensemble', 'pack_ensemble']
 import torch
 from torch import Tensor, nn
 
-from ..core import InputError, unknown
-from ..networks.registry import NETWORKS, build, name_of
+from ..core import InputError, describe_unknown
+from ..networks.registry import NETWORKS, make_network, network_name
 from .cyclegan import Generator, to_signed, to_unit
 from .drit import ContentEncoder, StyleGenerator
 
@@ -108,7 +108,7 @@ def fuse_images(
 ) -> Tensor:  # (B,C,*s) or (B,2C,*s)
     "What the segmentor reads. A weight of 0 leaves the translation out: its channels are 0."
     if fuse not in _FUSIONS:
-        raise InputError(unknown("fuse", fuse, _FUSIONS))
+        raise InputError(describe_unknown("fuse", fuse, _FUSIONS))
     if fuse == "replace":
         return fake
     both = torch.cat([x, fake], 1)
@@ -125,9 +125,9 @@ def _check_parts(
 ):
     "`InputError` for words that are unknown, and for volumes."
     if fuse not in _FUSIONS:
-        raise InputError(unknown("fuse", fuse, _FUSIONS))
+        raise InputError(describe_unknown("fuse", fuse, _FUSIONS))
     if translator not in _TRANSLATORS:
-        raise InputError(unknown("translator", translator, _TRANSLATORS))
+        raise InputError(describe_unknown("translator", translator, _TRANSLATORS))
     if dims != 2:
         raise InputError(
             f"dims={dims}: translation networks are 2-D. Use dims=2; volumes are translated "
@@ -166,7 +166,7 @@ class Translated(nn.Module):
             generator=generator,
             alpha=alpha,
         )
-        self.segmentor = build(network, network_config or {})
+        self.segmentor = make_network(network, network_config or {})
         self.generator = _TRANSLATORS[translator](**(generator or {}))
         self.alpha = AlphaNet(**(alpha or {})) if fuse == "weighted" else None
         reads = self.segmentor.config["in_channels"]
@@ -202,7 +202,7 @@ def pack_translator(
             c["classes"],
             2,
             fuse,
-            name_of(segmentor),
+            network_name(segmentor),
             dict(c),
             kind,
             dict(generator.config),
@@ -230,7 +230,7 @@ class Ensemble(nn.Module):
         if not members:
             raise InputError("members is empty: an ensemble needs at least one network.")
         self.config = dict(in_channels=in_channels, classes=classes, dims=dims, members=members)
-        self.members = nn.ModuleList([build(m["network"], m["config"]) for m in members])
+        self.members = nn.ModuleList([make_network(m["network"], m["config"]) for m in members])
         for m in self.members:
             if (m.config["in_channels"], m.config["classes"]) != (in_channels, classes):
                 raise InputError(
@@ -256,7 +256,7 @@ def pack_ensemble(
     *networks,  # trained networks of one input
 ) -> Ensemble:  # shares their weights
     "One network from trained members; nothing is copied."
-    members = [dict(network=name_of(n), config=dict(n.config)) for n in networks]
+    members = [dict(network=network_name(n), config=dict(n.config)) for n in networks]
     c = networks[0].config
     with torch.device("meta"):
         out = Ensemble(c["in_channels"], c["classes"], c["dims"], members)

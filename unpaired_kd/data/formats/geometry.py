@@ -32,7 +32,7 @@ def make_grid(
 ) -> Grid:
     "The grid of an image or of a label. An affine that is no place is not known."
     size = image.array.shape if label else image.array.shape[1:]
-    known = image.affine is not None and usable(image.affine)
+    known = image.affine is not None and is_affine(image.affine)
     header = getattr(image, "header", None)
     origin = getattr(header, "origin", None)
     frame = getattr(header, "frame", "")
@@ -54,7 +54,7 @@ def _add_depth(
     return replace(grid, size=size, spacing=spacing, origin=origin)
 
 # %% ../../../nbs/data/formats/geometry.ipynb #feb73f40
-def usable(
+def is_affine(
     affine,  # (4,4) or (3,4)
 ) -> bool:
     "Whether an affine is a place: finite, and its three axes span the space."
@@ -149,7 +149,7 @@ class Spacing(tuple):
         return (self.steps,)  # for copies, also in other processes
 
 # %% ../../../nbs/data/formats/geometry.ipynb #3c57b22b
-def without_axis(
+def drop_axis(
     spacing,  # mm along the axes of an array, or None
     axis: int,  # the one that is cut
 ):  # spacing of a plane
@@ -423,7 +423,7 @@ def _find_sure_turn(
     return ways[0]
 
 # %% ../../../nbs/data/formats/geometry.ipynb #e7bebc80
-def lay_on(
+def align_label(
     label,  # `Image` of a label map: array (H,W) or (D,H,W)
     image,  # `Image`: array (C,H,W) or (C,D,H,W)
 ) -> np.ndarray:  # the label on the grid of its image

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, check_there
+from ...core import InputError, check_readable
 from .dicom import is_dicom, read_dicom
 from .geometry import add_steps, orientation_letters
 from .ngff import is_zarr, read_zarr, split_zarr_path
 from .nifti import read_nifti
-from .pictures import detect_format, read_pillow, visible
+from .pictures import detect_format, read_pillow, list_visible
 from .tiff import read_tiff
 from ..intensity import check_finite
 
@@ -93,7 +93,7 @@ def _is_series(
     "Whether a folder is one image: DICOM files, and no picture of another format among them."
     if not os.path.isdir(folder) or not os.access(folder, os.R_OK):
         return False
-    entries = visible(folder)
+    entries = list_visible(folder)
     if any(suffix_of(p) not in ("", ".dcm") for p in entries):
         return False
     return any(is_dicom(p) for p in entries)
@@ -101,8 +101,8 @@ def _is_series(
 # %% ../../../nbs/data/formats/images.ipynb #d9a54ec0
 def _check_mixed(folder):
     "`InputError` for a folder of DICOM files and other images."
-    mixed = [p.name for p in visible(folder) if suffix_of(p) not in ("", ".dcm")]
-    if mixed and any(map(is_dicom, visible(folder))):
+    mixed = [p.name for p in list_visible(folder) if suffix_of(p) not in ("", ".dcm")]
+    if mixed and any(map(is_dicom, list_visible(folder))):
         raise InputError(
             f"the folder holds DICOM files and other images ({', '.join(mixed[:5])}). "
             "Give one file, or put the series into its own folder."
@@ -144,7 +144,7 @@ def decode_file(
 ):  # array (C,*s), spacing, affine, header (`NiftiPlace`, `DicomPlace`, `ZarrPlace` or None)
     "Read any format; every fault is an `InputError` that names the file."
     path = Path(path)
-    check_there(path)
+    check_readable(path)
     try:
         reader = _choose_reader(path)
         more = [absent] if reader is read_zarr else []
@@ -267,6 +267,6 @@ def list_images(
         raise InputError(f"{folder} is not a folder.")
     images = []
     others = []
-    for p in visible(folder):
+    for p in list_visible(folder):
         (images if is_image(p) else others).append(p)
     return images, others

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, check_there, extra, unknown
-from .geometry import measure_spacing, usable
+from ...core import InputError, check_readable, import_extra, describe_unknown
+from .geometry import measure_spacing, is_affine
 from .pictures import arrange, unit_length
 
 # %% ../../../nbs/data/formats/ngff.ipynb #081c1683
@@ -399,7 +399,7 @@ def _read_own_level(
 ) -> tuple:  # the group that describes it, its image of `multiscales`, its level; or three None
     "What the groups above an array say about it."
     top, _ = split_zarr_path(path)
-    zarr = extra("zarr", "volumes")
+    zarr = import_extra("zarr", "volumes")
     for at in path.parents if top else ():
         if not at.is_relative_to(top):
             break
@@ -433,7 +433,7 @@ def _add_affine(
         affine = np.array(stated, float)
     except (TypeError, ValueError):
         affine = np.zeros(0)
-    if affine.shape != (4, 4) or not usable(affine):
+    if affine.shape != (4, 4) or not is_affine(affine):
         raise InputError(
             f"its attribute 'affine' is {stated}, not a 4 x 4 matrix of a place. Correct "
             "it, or take it away."
@@ -455,7 +455,7 @@ def _find_array(
     try:
         check_zarr_name(path)
         _check_link(path)
-        z = extra("zarr", "volumes").open(str(path), mode="r")
+        z = import_extra("zarr", "volumes").open(str(path), mode="r")
         if hasattr(z, "shape"):
             return z, *_read_own_level(path)
         group = _find_image(z, path)
@@ -494,8 +494,8 @@ def open_placed(
 ) -> tuple:  # zarr array, axes, `ZarrPlace`
     "As `open_zarr`, with all that the header says of place."
     if absent not in ABSENT:
-        raise InputError(unknown("absent", absent, ABSENT))
-    check_there(path)
+        raise InputError(describe_unknown("absent", absent, ABSENT))
+    check_readable(path)
     path = Path(path)
     z, group, entry, level = _find_array(path)
     _check_chunk_folders(z)

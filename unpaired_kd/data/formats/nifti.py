@@ -20,7 +20,7 @@ from unpaired_kd.data.formats.geometry import (
     measure_distance,
     measure_shear,
     measure_spacing,
-    usable,
+    is_affine,
 )
 from .pictures import check_alpha, first_bytes
 
@@ -80,7 +80,7 @@ def _read_form(
         normal = np.cross(affine[:3, 0], affine[:3, 1])
         affine[:3, 2] = normal / (np.linalg.norm(normal) or 1)
     unit = _LENGTHS.get(int(header["xyzt_units"]) & 7, 1.0)
-    return np.diag([unit] * 3 + [1.0]) @ affine if usable(affine) else None
+    return np.diag([unit] * 3 + [1.0]) @ affine if is_affine(affine) else None
 
 # %% ../../../nbs/data/formats/nifti.ipynb #aabbb1c0
 def _read_forms(

@@ -16,20 +16,20 @@ import unicodedata
 from pathlib import Path
 
 from unpaired_kd.core import (
-    OLD,
-    PART,
+    OLD_PREFIX,
+    PART_PREFIX,
     InputError,
-    check_there,
+    check_readable,
     clear_parts,
     digest,
     is_same_file,
-    open_own,
+    open_own_file,
     read_json,
     take_lock,
 )
 from .images import suffix_of
 from .ngff import split_zarr_path
-from .pictures import companions
+from .pictures import list_companions
 from .writing import SIGN
 
 # %% ../../../nbs/data/formats/outputs.ipynb #2d15b02d
@@ -254,7 +254,7 @@ def lock_file(
 ):  # the open file, to read and append text
     "Open a file and lock it, or raise `InputError`. Safe although its last owner deletes it."
     for _ in range(100):
-        handle = open_own(path)
+        handle = open_own_file(path)
         if not take_lock(handle):
             os.close(handle)
             raise InputError(busy)
@@ -371,7 +371,7 @@ def mark_files(
     "What tells one state of a file or folder from another, without reading it."
     path = Path(path)
     files = [Path(at) / name for at, _, names in os.walk(path) for name in names]
-    files = files or [path, *companions(path)]
+    files = files or [path, *list_companions(path)]
     found = []
     for f in files:
         s = os.stat(f)
@@ -396,9 +396,9 @@ def check_input(
     path,  # to be read
 ):
     "`InputError` for what cannot be read, and for what killed commands left: that is cleared away."
-    if any(name.startswith((PART, OLD)) for name in Path(path).absolute().parts):
+    if any(name.startswith((PART_PREFIX, OLD_PREFIX)) for name in Path(path).absolute().parts):
         raise InputError(
             f"{path} is what a killed command left, and will be cleared away. "
             "Rename it first if it is needed."
         )
-    check_there(path)
+    check_readable(path)

@@ -95,7 +95,7 @@ def turn_spacing(
     return (*spacing[:-2], spacing[-1], spacing[-2])
 
 # %% ../../../nbs/data/formats/pictures.ipynb #0a0e2ad0
-def visible(
+def list_visible(
     folder: Path,  # a folder
 ) -> list:  # its entries, sorted; hidden ones are left out
     "What lies in a folder. `InputError` if it cannot be listed."
@@ -354,7 +354,7 @@ def list_other_files(
     return names
 
 # %% ../../../nbs/data/formats/pictures.ipynb #5b0e7d02
-def companions(
+def list_companions(
     path,  # any file or folder
 ) -> list:  # Paths
     """The other files of an OME-TIFF set, which are read with it. None of anything else, and none
@@ -377,7 +377,7 @@ def _list_companions(path, size, changed):
         return () if root is None else tuple(list_other_files(root, path))
 
 
-def one_of_each_set(
+def keep_first_of_sets(
     paths: list,  # files and folders, sorted
 ) -> list:  # the same without those that are read with an earlier one
     "The first file of each OME-TIFF set, and everything else."
@@ -386,5 +386,5 @@ def one_of_each_set(
     for p in paths:
         if p not in known:
             found.append(p)
-            known.update(companions(p))
+            known.update(list_companions(p))
     return found

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, unknown
+from ...core import InputError, describe_unknown
 from unpaired_kd.data.formats.dicom import (
-    dicom_header,
+    read_header,
     drop_empty,
     name_dicom_faults,
     name_segments,
     read_segments,
 )
-from .geometry import check_frame, lay_on, make_grid
+from .geometry import check_frame, align_label, make_grid
 from .images import Image
 
 # %% ../../../nbs/data/formats/regions.ipynb #56427303
@@ -194,7 +194,7 @@ def _find_region(
     names = {k: str(r.get("ROIName") or "").strip() for k, r in regions.items()}
     chosen = [k for k, n in names.items() if n.lower() == roi.strip().lower()]
     if not chosen:
-        raise InputError(f"{path}: {unknown('ROI', roi, names.values())}")
+        raise InputError(f"{path}: {describe_unknown('ROI', roi, names.values())}")
     if len(chosen) > 1:
         raise InputError(
             f"{path} holds {len(chosen)} ROIs called {roi!r}. Rename one, or leave the patient out."
@@ -265,7 +265,7 @@ def rtstruct_mask(
     "The mask of a region on the grid of its CT. `InputError` for all that cannot be filled."
     with name_dicom_faults(path):
         name = f"{path}, ROI {roi!r}"
-        found = _read_contours(path, dicom_header(path), roi, frame or make_grid(like).frame)
+        found = _read_contours(path, read_header(path), roi, frame or make_grid(like).frame)
         xor = _find_kind(found, name) == "CLOSEDPLANAR_XOR"
         contours = [_read_corners(c, f"{name}: contour {i}") for i, c in enumerate(found)]
     mask = fill_contours(contours, like, name, xor=xor)
@@ -289,7 +289,7 @@ def _find_segment(
     chosen = found[0] or found[1]
     if not chosen or not name:
         known = sorted({v for words in names.values() for v in words if v})
-        raise InputError(f"{path}: {unknown('segment', roi, known)}")
+        raise InputError(f"{path}: {describe_unknown('segment', roi, known)}")
     if len(chosen) > 1:
         raise InputError(
             f"{path} holds {len(chosen)} segments called {roi!r} (numbers "
@@ -306,7 +306,7 @@ def seg_mask(
 ) -> np.ndarray:  # (D,H,W) uint8, 0 or 1
     """The mask of a segment on its scan. `InputError` with the names that are there, and for a
     place that is not on the scan."""
-    s = dicom_header(path, pixels=True)
+    s = read_header(path, pixels=True)
     number = _find_segment(path, s, roi)
     if like.affine is None:
         raise InputError(
@@ -319,7 +319,7 @@ def seg_mask(
     except InputError as e:
         raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
     check_frame(place.frame, frame, str(path))
-    mask = lay_on(Image(array[0] > 0, spacing, affine, str(path), place), like)
+    mask = align_label(Image(array[0] > 0, spacing, affine, str(path), place), like)
     if not mask.any():
         raise InputError(
             f"{path}, segment {roi!r}, marks no voxel. Leave the patient out with skip=."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, extra, log_as_error
+from ...core import InputError, import_extra, raise_logged_errors
 from unpaired_kd.data.formats.packing import (
     JPEG_CODES,
     LOSSLESS,
@@ -403,7 +403,7 @@ def _open_tiff(
     label: bool = False,  # label map: it must be stored without loss
 ):  # series with the numbers, as in `one_image`; the page that says what they mean; the open file
     "Open the image of a TIFF; what tifffile's log calls an error is raised at the end."
-    with log_as_error("tifffile"), open_renamed(path) as tif:
+    with raise_logged_errors("tifffile"), open_renamed(path) as tif:
         pages = list_pages(tif)
         others = _check_set(tif, path, pages[0], label)
         many = _find_one_image(tif, pages)
@@ -508,7 +508,7 @@ def open_lazy_tiff(
 ) -> tuple:  # array that reads what is asked for, axes, spacing (mm) or None
     "Open a stack to be read in blocks: mapped if its numbers lie in one piece, else page by page."
     with contextlib.ExitStack() as opened:  # it is closed again, also where it is refused
-        with log_as_error("tifffile"):
+        with raise_logged_errors("tifffile"):
             tif = opened.enter_context(open_renamed(path))
             pages = list_pages(tif)
             _check_set(tif, path, pages[0])
@@ -523,7 +523,7 @@ def open_lazy_tiff(
         in_time = "T" in series.axes and series.shape[series.axes.index("T")] > 1
         spacing = None if in_time else _read_spacing(tif, 3)
         if series.dataoffset is None or not series.keyframe.is_memmappable:
-            slices = extra("zarr", "volumes").open(series.aszarr(level=0), mode="r")
+            slices = import_extra("zarr", "volumes").open(series.aszarr(level=0), mode="r")
             weakref.finalize(slices, opened.pop_all().close)  # as long as it can be read from
             return slices, series.axes, spacing
         kind = np.dtype(series.dtype).newbyteorder(tif.byteorder)

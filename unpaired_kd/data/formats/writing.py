@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, atomic, atomic_folder, extra
+from ...core import InputError, atomic, atomic_folder, import_extra
 from .images import Image, suffix_of
 from .ngff import write_steps
 from .nifti import write_nifti
 
 # %% ../../../nbs/data/formats/writing.ipynb #df74dce5
-def smallest(
+def smallest_type(
     label: np.ndarray,  # whole numbers, not negative
 ) -> np.ndarray:  # uint8, uint16 or int32, same values
     "The smallest type that holds the labels. `InputError` for negative, fractional or huge values."
@@ -105,7 +105,7 @@ def sign_zarr(
     folder: Path,  # a Zarr group
 ):
     "Note in a Zarr that it is a result of ours, and nobody's raw data."
-    extra("zarr", "volumes").open_group(str(folder), mode="r+").attrs[SIGN] = "result"
+    import_extra("zarr", "volumes").open_group(str(folder), mode="r+").attrs[SIGN] = "result"
 
 
 def _write_zarr(
@@ -114,7 +114,7 @@ def _write_zarr(
     image,  # the `Image` that they belong to: its spacing
 ):
     "OME-Zarr with one level, from (C,H,W) or (C,D,H,W)."
-    zarr = extra("zarr", "volumes")
+    zarr = import_extra("zarr", "volumes")
     unit = {"unit": "millimeter"} if image.spacing else {}
     axes = [{"name": n, "type": "space", **unit} for n in "zyx"[1 - a.ndim :]]
     scale = list(image.spacing or (1.0,) * (a.ndim - 1))
@@ -200,7 +200,7 @@ def write_label(
     overwrite: bool = True,  # as in `write_image`
 ):
     "Write a label map, atomically, on the grid of `like`. `InputError` as in `write_image`."
-    a = smallest(label)
+    a = smallest_type(label)
     if suffix_of(path) in (".jpg", ".jpeg"):
         raise InputError(
             f"cannot write {path}: JPEG changes pixel values, so it cannot hold "

@@ -8,7 +8,7 @@ __all__ = ['ABDOMEN', 'abdomen', 'abdomen_scan']
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #3785bf75
 import numpy as np
 
-from ...core import InputError, rng, unknown
+from ...core import InputError, rng, describe_unknown
 
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #35f9eb21
 ABDOMEN = ("background", "liver", "right kidney", "left kidney", "spleen")
@@ -54,7 +54,7 @@ def abdomen_scan(
     from scipy.ndimage import gaussian_filter
 
     if kind not in _TISSUES:
-        raise InputError(unknown("kind of scan", kind, _TISSUES))
+        raise InputError(describe_unknown("kind of scan", kind, _TISSUES))
     label, body = abdomen(seed)
     r = rng(seed, "paint", kind)
     values = np.array(_TISSUES[kind], float)[np.where(body, label + 1, 0)]

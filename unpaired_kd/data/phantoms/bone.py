@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...core import InputError, rng, unknown
+from ...core import InputError, rng, describe_unknown
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #cb1ccc80
 # a shape is a row of seven numbers; lengths in px, angles in radians
@@ -47,7 +47,7 @@ def coverage(
 FAR = 99.0  # the distance to nothing, px
 
 
-def ellipses(
+def draw_ellipses(
     r: np.random.Generator,  # random numbers
     centres: np.ndarray,  # (n,2) row and column, px
     minor: float,  # mean minor axis (the full width), px
@@ -66,7 +66,7 @@ def ellipses(
     return np.column_stack([centres, b * q, b, angle, wobble, phase])
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #a077fa19
-def place(
+def place_shapes(
     shapes: np.ndarray,  # candidates (n,7), in order of preference
     free: np.ndarray,  # distance to what is already there (H,W), px
     gap: float,  # smallest distance between two shapes, px
@@ -221,7 +221,7 @@ class Patient:
         return float(np.exp(self.scale * spread * self.rng(name).uniform(-self.reach, self.reach)))
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #53c79dc8
-def gaussian(
+def blur_gaussian(
     x: np.ndarray,  # (H,W) or (H,W,C)
     sigma: float,  # standard deviation, px
 ) -> np.ndarray:  # blurred along H and W
@@ -231,7 +231,7 @@ def gaussian(
     return gaussian_filter(x, (sigma, sigma) + (0,) * (x.ndim - 2), mode="reflect", truncate=3)
 
 
-def smooth_noise(
+def draw_noise(
     r: np.random.Generator,  # random numbers
     size: int,  # side, px
     sigma: float,  # scale, px
@@ -241,7 +241,7 @@ def smooth_noise(
 
     step = max(1, int(sigma / 2))
     n = size // step + 2
-    x = gaussian(r.standard_normal((n, n)).astype(np.float32), sigma / step)
+    x = blur_gaussian(r.standard_normal((n, n)).astype(np.float32), sigma / step)
     x = zoom(x, (size + step) / n, order=1)[:size, :size] if step > 1 else x[:size, :size]
     return (x - x.mean()) / (x.std() + 1e-6)
 
@@ -256,8 +256,8 @@ def _place_decoys(
     "Place a Poisson number of decoys in the free space, in any direction."
     n = r.poisson(mean * free.size / 96**2)
     at = r.uniform(0, len(free) - 1, (n, 2))
-    shapes = ellipses(r, at, minor, ratio, np.pi * r.random(n), spread=0.22, wobble=0.1)
-    return place(shapes, free, 1.5, n)[0]
+    shapes = draw_ellipses(r, at, minor, ratio, np.pi * r.random(n), spread=0.22, wobble=0.1)
+    return place_shapes(shapes, free, 1.5, n)[0]
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #eb9fdff9
 @dataclass
@@ -291,14 +291,14 @@ def _draw_openings(
     n = r.poisson(k.pores * s * s / 96**2)
     radius = np.exp(r.uniform(*np.log(k.pore_radius), n + 3))
     centres = np.concatenate([osteon[None], r.uniform(0, s, (n + 2, 2))])
-    pores = ellipses(r, centres, 1.0, 1.2, np.pi * r.random(n + 3), 0.1, 0.15)
+    pores = draw_ellipses(r, centres, 1.0, 1.2, np.pi * r.random(n + 3), 0.1, 0.15)
     pores[:, 2:4] *= 2 * radius[:, None]
-    lumen, which, pores = place(pores, nothing, 8.0, n)
+    lumen, which, pores = place_shapes(pores, nothing, 8.0, n)
     filled = r.random(len(pores) + 1) < k.filled
     content = np.where(filled, r.uniform(0.2, 1, len(pores) + 1), 0.05)[which]
     marrow = nothing
     t = r.uniform(0, 2 * np.pi)
-    bumps = 4 * smooth_noise(r, s, 9.0)
+    bumps = 4 * draw_noise(r, s, 9.0)
     if r.random() < k.marrow:
         rows = (y - s / 2) * np.sin(t)
         columns = (y.T - s / 2) * np.cos(t)
@@ -326,10 +326,10 @@ def _draw_scene(
     angle = along + np.deg2rad(k.tilt) * r.standard_normal(len(at))
     minor = k.minor * group.size * who("size", 0.06)
     ratio = k.ratio * group.ratio * who("ratio", 0.06)
-    shapes = ellipses(r, at, minor, ratio, angle, k.shape_spread, k.wobble)
+    shapes = draw_ellipses(r, at, minor, ratio, angle, k.shape_spread, k.wobble)
     free = np.minimum(parts["lumen"], parts["marrow"])
-    lacunae, number, shapes = place(shapes, free, k.gap, want)
-    radius = np.hypot(y - osteon[0], y.T - osteon[1]) + 2 * smooth_noise(r, s, 10.0)
+    lacunae, number, shapes = place_shapes(shapes, free, k.gap, want)
+    radius = np.hypot(y - osteon[0], y.T - osteon[1]) + 2 * draw_noise(r, s, 10.0)
     return _Scene(lacunae, number, shapes, layers=np.sin(2 * np.pi * radius / k.lamella), **parts)
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #5df9b493
@@ -359,8 +359,8 @@ def _place_wall_cells(
     s = np.sin(pore[:, 4])
     centres = pore[:, :2] + np.column_stack([u * s + v * c, u * c - v * s])
     slope = np.arctan2(pore[:, 3] * np.cos(t), -pore[:, 2] * np.sin(t)) + pore[:, 4]
-    cells = ellipses(r, centres, 2.4, 2.8, slope)
-    return place(cells, np.full(scene.lumen.shape, FAR, np.float32), 1.0, len(cells))[0]
+    cells = draw_ellipses(r, centres, 2.4, 2.8, slope)
+    return place_shapes(cells, np.full(scene.lumen.shape, FAR, np.float32), 1.0, len(cells))[0]
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #b2fd2f70
 def _round_to_bytes(
@@ -378,11 +378,11 @@ def _eosin_density(scene, r, who, k):
     lumen = coverage(scene.lumen)
     marrow = coverage(scene.marrow)
     rim = np.exp(-((np.maximum(d - 1.2, 0) / 1.2) ** 2)) * (d > -0.5)
-    fine = 0.8 * smooth_noise(r, s, 1.2)
-    coarse = 1.2 * smooth_noise(r, s, 12.0)
+    fine = 0.8 * draw_noise(r, s, 1.2)
+    coarse = 1.2 * draw_noise(r, s, 12.0)
     fibres = k.texture * (1.3 * scene.layers + fine + coarse)
     matrix = e * (1 + fibres) * (1 - k.halo * rim) * (1 - np.maximum(lumen, marrow))
-    fat = e * marrow * (0.25 + 0.08 * smooth_noise(r, s, 3.0))
+    fat = e * marrow * (0.25 + 0.08 * draw_noise(r, s, 3.0))
     return matrix + fat + e * scene.content * lumen
 
 
@@ -392,7 +392,7 @@ def _haematoxylin_density(scene, r, who, k):
     h = k.hematoxylin * who("hematoxylin", 0.2)
     d = scene.lacunae
     strength = np.exp(0.25 * r.standard_normal(len(scene.shapes) + 1))
-    chromatin = strength[scene.number] * (1 + 0.15 * smooth_noise(r, s, 1.0))
+    chromatin = strength[scene.number] * (1 + 0.15 * draw_noise(r, s, 1.0))
     specks = _place_decoys(r, k.specks, scene.free, 2.6)
     smears = _place_decoys(r, k.smears * who("smears", 0.8), scene.free, 1.5 * k.minor)
     nuclei = _place_decoys(r, k.marrow_cells, np.full_like(d, FAR), 5.5)
@@ -403,7 +403,7 @@ def _haematoxylin_density(scene, r, who, k):
         + 0.9 * _soft_edge(smears)
         + 1.1 * coverage(nuclei) * coverage(scene.marrow + 3)
         + coverage(walls)
-        + scene.content * coverage(scene.lumen + 1) * (1 + 0.3 * smooth_noise(r, s, 1.2))
+        + scene.content * coverage(scene.lumen + 1) * (1 + 0.3 * draw_noise(r, s, 1.2))
     )
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #23937ee6
@@ -418,7 +418,7 @@ def _stain_section(
     H = _haematoxylin_density(scene, r, who, k)[..., None]
     hue = [[who(f"hue {i} {j}", 0.08) for j in range(3)] for i in range(2)]
     s_E, s_H = _STAINS * hue
-    light = gaussian(np.exp(-E * s_E - H * s_H).astype(np.float32), 0.6)
+    light = blur_gaussian(np.exp(-E * s_E - H * s_H).astype(np.float32), 0.6)
     return _round_to_bytes(0.96 * light + k.grain * r.standard_normal(light.shape))
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #f7ff5d05
@@ -452,12 +452,12 @@ def _map_absorption(
     s = k.size
     grazed = 1 - k.faint * r.random(len(scene.shapes) + 1)
     depth = np.minimum(k.depth * who("depth", 0.3 * k.scan) * grazed, 0.9)[scene.number]
-    mu = 1 + 0.03 * scene.layers + k.mottle * who("mottle", 0.4 * k.scan) * smooth_noise(r, s, 3.0)
+    mu = 1 + 0.03 * scene.layers + k.mottle * who("mottle", 0.4 * k.scan) * draw_noise(r, s, 3.0)
     spots = _place_decoys(r, k.spots * who("spots", 0.8), scene.free, 1.5 * k.minor)
     mu -= 0.8 * k.depth * _soft_edge(spots)
     mu -= 0.45 * _draw_cracks(r, min(r.poisson(k.cracks * who("cracks", 0.6)), 5), s)
     mu *= 1 - depth * coverage(scene.lacunae)
-    filling = 0.5 * scene.content * (1 + 0.15 * smooth_noise(r, s, 1.5)) * coverage(scene.lumen)
+    filling = 0.5 * scene.content * (1 + 0.15 * draw_noise(r, s, 1.5)) * coverage(scene.lumen)
     inside = 0.1 + filling + 0.25 * r.random() * coverage(scene.marrow)
     hole = np.maximum(coverage(scene.lumen), coverage(scene.marrow))
     return (mu * (1 - hole) + inside * hole).astype(np.float32)
@@ -475,18 +475,18 @@ def _scan_mineral(
     s = k.size
     v = k.scan
     steps = {}
-    m = gaussian(mu, k.blur * who("blur", 0.25 * v))
+    m = blur_gaussian(mu, k.blur * who("blur", 0.25 * v))
     steps["blur"] = m
     m = m - k.fringe * who("fringe", 0.6 * v) * laplace(m, mode="reflect")
     steps["fringe"] = m
     m = m + k.rings * who("rings", 0.5 * v) * _draw_rings(r, s)
-    drift = 0.8 * smooth_noise(r, s, s / 3) + 0.6 * smooth_noise(r, s, s / 8)
+    drift = 0.8 * draw_noise(r, s, s / 3) + 0.6 * draw_noise(r, s, s / 8)
     m = m + k.drift * who("drift", 0.4 * v) * drift
     steps["artefacts"] = m
     light = k.photons * who("photons", 0.5 * v)
     counted = r.poisson(np.maximum(m, 0.02) * light) / light
     m = counted + k.noise * who("noise", 0.4 * v) * r.standard_normal(m.shape)
-    m = gaussian(m, 0.5)
+    m = blur_gaussian(m, 0.5)
     grey = 0.6 * who("brightness", 0.08) + k.contrast * who("contrast", 0.25 * v) * (m - 1)
     return steps | {"noise": _round_to_bytes(grey)}
 
@@ -496,7 +496,7 @@ def _draw_rings(r, size):
     y = np.arange(size, dtype=np.float32)[:, None]
     axis = size * r.uniform(-0.5, 1.5, 2)
     n = 4 * size
-    profile = gaussian(r.standard_normal((n, 1)), 0.8)[:, 0] * (r.random(n) < 0.5)
+    profile = blur_gaussian(r.standard_normal((n, 1)), 0.8)[:, 0] * (r.random(n) < 0.5)
     radius = np.hypot(y - axis[0], y.T - axis[1])
     return np.interp(radius, np.arange(n), profile / (profile.std() + 1e-6))
 
@@ -525,9 +525,9 @@ def bone_image(
     """One phantom image with its exact instance map: a pure function of its arguments.
     `InputError` for an unknown modality or group."""
     if modality not in PAINT:
-        raise InputError(unknown("modality", modality, PAINT))
+        raise InputError(describe_unknown("modality", modality, PAINT))
     if group not in BONE_GROUPS:
-        raise InputError(unknown("disease group", group, BONE_GROUPS))
+        raise InputError(describe_unknown("disease group", group, BONE_GROUPS))
     k = knobs or BoneKnobs()
     who = Patient(seed, modality, patient, k.patient)
     r = rng(seed, "bone", modality, "image", patient, index)
@@ -582,5 +582,5 @@ def _read_knobs(knobs):
     known = BoneKnobs.__dataclass_fields__
     for name in knobs:
         if name not in known:
-            raise InputError(unknown("knob", name, known))
+            raise InputError(describe_unknown("knob", name, known))
     return BoneKnobs(**knobs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...core import InputError, rng, unknown
+from ...core import InputError, rng, describe_unknown
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #1889ff92
 _PAIRS = ("radius", "share")  # knobs of two numbers, the smaller one first
@@ -396,7 +396,7 @@ def vessel_volume(
     """One animal: a pure function of the arguments. D is `size` for lightsheet, `slices` for
     twophoton. `InputError` for an unknown modality."""
     if modality not in MICROSCOPES:
-        raise InputError(unknown("modality", modality, MICROSCOPES))
+        raise InputError(describe_unknown("modality", modality, MICROSCOPES))
     k = knobs or VesselKnobs()
 
     def r(purpose):
@@ -420,7 +420,7 @@ def _choose_knobs(knobs, size):
     changes = knobs or {}
     for name in changes:
         if name not in VesselKnobs.__dataclass_fields__:
-            raise InputError(unknown("knob", name, VesselKnobs.__dataclass_fields__))
+            raise InputError(describe_unknown("knob", name, VesselKnobs.__dataclass_fields__))
     return VesselKnobs(**{"size": size, **changes})
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #823bfa58
@@ -439,7 +439,7 @@ def vessels(
     if volumes < 1:
         raise InputError(f"volumes={volumes}: give at least 1.")
     if modality not in MICROSCOPES:
-        raise InputError(unknown("modality", modality, MICROSCOPES))
+        raise InputError(describe_unknown("modality", modality, MICROSCOPES))
     k = _choose_knobs(knobs, size)
     drawn = [vessel_volume(modality, seed, k, n) for n in range(volumes)]
     names = [f"{modality}-{n:02d}" for n in range(volumes)]
@@ -483,7 +483,7 @@ def render_mask(
     if mask.ndim != 3 or not mask.size:
         raise InputError(f"mask of shape {mask.shape}: give a volume (D,H,W).")
     if modality not in MICROSCOPES:
-        raise InputError(unknown("modality", modality, MICROSCOPES))
+        raise InputError(describe_unknown("modality", modality, MICROSCOPES))
     if len(spacing) != 3 or min(spacing) <= 0:
         raise InputError(f"spacing={spacing}: give a size above 0 for each of z, y, x.")
     a = draw_animal(modality, r, k)

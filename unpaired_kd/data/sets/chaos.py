@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, unknown
+from ...core import InputError, describe_unknown
 from ..collections import Collection
-from ..formats.dicom import dicom_files, dicom_header, slices_of, sort_slices
+from ..formats.dicom import find_dicom_files, read_header, list_slices, sort_slices
 from ..formats.images import Image, list_images, read_label
 from .clinical import Scan, load_scans
 
@@ -63,11 +63,11 @@ def slice_files(
     folder,  # folder of one DICOM series
 ) -> list:  # its files, in the order in which `read_image` stacks them
     "DICOM files sorted by position along the normal of the slices."
-    files = dicom_files(Path(folder))
+    files = find_dicom_files(Path(folder))
     if not files:
         raise InputError(f"{folder} holds no DICOM files. Give the folder of one series.")
     try:
-        slices = [x for f in files for x in slices_of(f, dicom_header(f))]
+        slices = [x for f in files for x in list_slices(f, read_header(f))]
         return [x.file for x in sort_slices(slices)]
     except InputError as e:
         raise e if str(folder) in str(e) else InputError(f"{folder}: {e}") from e
@@ -166,7 +166,7 @@ def list_chaos_scans(
     """The cases of CHAOS in one sequence. Raises `InputError` for another layout and for a case
     without this sequence."""
     if sequence not in _CHAOS_SEQUENCES:
-        raise InputError(unknown("CHAOS sequence", sequence, _CHAOS_SEQUENCES))
+        raise InputError(describe_unknown("CHAOS sequence", sequence, _CHAOS_SEQUENCES))
     kind, part, series = _CHAOS_SEQUENCES[sequence]
     inner = str(Path(part) / series)
     skip = {int(s) for s in skip}

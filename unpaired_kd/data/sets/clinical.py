@@ -17,14 +17,14 @@ from unpaired_kd.core import (
     InputError,
     digest,
     file_sha256,
-    progress,
+    make_progress_bar,
     read_json,
-    unknown,
+    describe_unknown,
     write_csv,
     write_json,
 )
 from ..collections import Collection
-from ..formats.geometry import lay_on
+from ..formats.geometry import align_label
 from ..formats.images import Image, read_image
 from ..formats.writing import write_image, write_label
 from ..intensity import HistogramStandard, standardise
@@ -61,7 +61,7 @@ class Scan:
         label = None if self.label is None else self.label(image)
         if label is None:
             return image, None
-        label = np.asarray(lay_on(label, image) if isinstance(label, Image) else label)
+        label = np.asarray(align_label(label, image) if isinstance(label, Image) else label)
         if label.shape != image.array.shape[1:]:
             raise InputError(
                 f"{self.image}: the label has shape {label.shape} and the image "
@@ -106,7 +106,7 @@ def _resolve_rule(
     if isinstance(rule, str):
         if rule != "histogram":
             raise InputError(
-                unknown("rule", rule, ("histogram",))
+                describe_unknown("rule", rule, ("histogram",))
                 + " Or give a window (low, high) in HU, or a HistogramStandard."
             )
         rule = _fit_standard(scans, fit_on)
@@ -195,7 +195,7 @@ def _check_named(
     for m in scans:
         if m not in table:
             raise InputError(
-                f"{name}: {unknown('modality', m, table)} Give one for each modality of scans."
+                f"{name}: {describe_unknown('modality', m, table)} Give one for each modality of scans."
             )
 
 
@@ -207,7 +207,7 @@ def _check_groups(
     groups = {s.group for items in scans.values() for s in items}
     for g in fit_on:
         if g not in groups:
-            raise InputError("fit_on: " + unknown("group", g, groups))
+            raise InputError("fit_on: " + describe_unknown("group", g, groups))
 
 
 def _check_scans(
@@ -310,7 +310,7 @@ def prepare_clinical(
     stored = read_json(part / _NOTE)["rules"]
     rows = []
     todo = [(m, s) for m, items in scans.items() for s in items]
-    with progress(len(todo), "scans", enabled=len(todo) > 50) as bar:
+    with make_progress_bar(len(todo), "scans", enabled=len(todo) > 50) as bar:
         for m, s in todo:
             rows.append(_write_scan(s, part, m, stored[m], names[m]))
             bar.update()

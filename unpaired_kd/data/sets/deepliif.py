@@ -17,9 +17,9 @@ from unpaired_kd.core import (
     InputError,
     atomic_folder,
     file_sha256,
-    progress,
+    make_progress_bar,
     rng,
-    unknown,
+    describe_unknown,
     write_csv,
 )
 from ..formats.images import Image, list_images, read_image, suffix_of
@@ -70,7 +70,7 @@ def student_input(
 ) -> np.ndarray:  # (1,H,H) or (3,H,H) uint8
     "What the student sees of the fluorescence panels, which are grey."
     if mix not in MIXES:
-        raise InputError(unknown("mix", mix, MIXES))
+        raise InputError(describe_unknown("mix", mix, MIXES))
     dapi, marker = (panels[p].max(0) for p in ("DAPI", "Marker"))
     larger = np.maximum(dapi, marker)
     return larger[None] if mix == "max" else np.stack([dapi, marker, larger])
@@ -141,7 +141,7 @@ def read_objects(
     from skimage.measure import label
 
     if boundary not in BOUNDARY:
-        raise InputError(unknown("boundary", boundary, BOUNDARY))
+        raise InputError(describe_unknown("boundary", boundary, BOUNDARY))
     colour = read_colours(seg, threshold, name)
     kind = np.where(colour == 3, np.uint8(0), colour)
     piece = label(kind, connectivity=1)
@@ -300,14 +300,14 @@ def convert_deepliif(
     source = Path(source)
     target = Path(target)
     if labels not in ("classes", "objects"):
-        raise InputError(unknown("labels", labels, ("classes", "objects")))
+        raise InputError(describe_unknown("labels", labels, ("classes", "objects")))
     if target.exists():
         raise InputError(f"{target} exists. Give a new folder, or remove it first.")
     files = find_tiles(source)
     modalities = assign_tiles(files, student_share, seed)
     rows = []
     many = len(files) > 50
-    with atomic_folder(target) as new, progress(len(files), "tiles", enabled=many) as bar:
+    with atomic_folder(target) as new, make_progress_bar(len(files), "tiles", enabled=many) as bar:
         for id, path in files.items():
             panels = read_panels(path)
             found = read_objects(panels["Seg"], boundary, name=str(path), **kw)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...core import InputError, unknown
+from ...core import InputError, describe_unknown
 from ..intensity import check_finite
 from ..resampling import resize, zoom_label
 
@@ -95,9 +95,9 @@ def separate_bone(
     from skimage.filters import threshold_otsu
 
     if method not in METHODS:
-        raise InputError(unknown("method", method, METHODS))
+        raise InputError(describe_unknown("method", method, METHODS))
     if cluster not in CLUSTERS:
-        raise InputError(unknown("cluster", cluster, CLUSTERS))
+        raise InputError(describe_unknown("cluster", cluster, CLUSTERS))
     if method == "released":
         method = "otsu" if (raw >= 0).sum() > (raw <= 0).sum() else "kmeans"
     if method == "otsu":
@@ -209,7 +209,7 @@ def lay_tiles(
 ) -> Tiles:  # row by row
     "The grid of tiles on a slide."
     if edge not in EDGES:
-        raise InputError(unknown("edge", edge, EDGES))
+        raise InputError(describe_unknown("edge", edge, EDGES))
     if len(shape) != 2 or side != int(side) or side < 1:
         raise InputError(
             f"shape={tuple(shape)}, side={side}: give (H,W) and a whole number of pixels."

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, unknown
+from ...core import InputError, describe_unknown
 from ..collections import Collection
-from ..formats.dicom import dicom_files, dicom_header
+from ..formats.dicom import find_dicom_files, read_header
 from ..formats.regions import rtstruct_mask, seg_mask
 from ..intensity import check_hu
 from .clinical import Scan, load_scans
@@ -70,9 +70,9 @@ def _find_series(
     "All DICOM series below a folder by the modality of their first file: CT, RTSTRUCT, SEG, ..."
     found = {}
     for d in sorted([Path(folder), *(p for p in Path(folder).rglob("*") if p.is_dir())]):
-        files = dicom_files(d)
+        files = find_dicom_files(d)
         if files:
-            found.setdefault(str(dicom_header(files[0]).get("Modality", "")), []).append(d)
+            found.setdefault(str(read_header(files[0]).get("Modality", "")), []).append(d)
     return found
 
 # %% ../../../nbs/data/sets/nsclc.ipynb #a272106a
@@ -81,7 +81,7 @@ def _explain_mixed_folder(
 ) -> str:  # what to do about the first folder of more than one modality; "": there is none
     "Look at every file, where the first ones of the folders do not explain what is missing."
     for d in sorted({d for folders in series.values() for d in folders}):
-        kinds = Counter(str(dicom_header(f).get("Modality", "")) for f in dicom_files(d))
+        kinds = Counter(str(read_header(f).get("Modality", "")) for f in find_dicom_files(d))
         if len(kinds) > 1:
             kept = ", ".join(f"{k} ({n} file{'s' * (n > 1)})" for k, n in sorted(kinds.items()))
             return f"{d} holds {kept}: put each series into its own folder."
@@ -117,7 +117,7 @@ def _make_nsclc_scan(
     if labels:
         kind, function = _LABEL_SERIES[labels]
         folder = _only_series(patient, series, kind)
-        files = dicom_files(folder)
+        files = find_dicom_files(folder)
         if len(files) != 1:
             raise InputError(
                 f"{folder} holds {len(files)} {kind} files, but one is needed. Keep the right one."
@@ -135,7 +135,7 @@ def list_nsclc_scans(
     """CT scans with the mask of one region. `InputError` for a patient without exactly one CT and
     one label series."""
     if labels and labels not in _LABEL_SERIES:
-        raise InputError(unknown("kind of label", labels, _LABEL_SERIES))
+        raise InputError(describe_unknown("kind of label", labels, _LABEL_SERIES))
     inside = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
     patients = [
         p for p in inside if p.is_dir() and not p.name.startswith(".") and p.name not in skip

@@ -39,7 +39,7 @@ from unpaired_kd.data.layouts import (
 from .splits import find_near_groups
 
 # %% ../../nbs/data/examine.ipynb #10bd7318
-_MODALITY_TABLES = {"bone": "PAINT", "chest": "CHEST_PAINT", "vessels": "MICROSCOPES"}  # names
+_MODALITY_TABLES = {"bone": "PAINT", "chest": "CHEST_RENDERERS", "vessels": "MICROSCOPES"}  # names
 
 
 def list_modalities(

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # sums over pixels depend on it; a study trains with one as well
+# sums over pixels depend on it; a study trains with one as well
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("UKD_DATA") or ROOT.parent / "shared" / "data")
 
 
 def pytest_configure(config):
-    "Tiny runs always end LOTUS's first stage at its cap; the tests that look at this warning ask for it."
+    """Tiny runs always end LOTUS's first stage at its cap; the tests that look at this warning ask
+    for it."""
     config.addinivalue_line("filterwarnings", "ignore:stage .* ended at its cap")
 
 
@@ -30,7 +30,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def real_data():
-    "`real_data(name)` is the folder of a set of real images; without it, the test is skipped. UKD_DATA names the folder that holds the sets."
+    """`real_data(name)` is the folder of a set of real images; without it, the test is skipped.
+    UKD_DATA names the folder that holds the sets."""
 
     def find(name):
         if not (DATA / name).is_dir():

@@ -1,4 +1,5 @@
-"Studies for tests: flat settings and, as in the experiment on LOTUS, changes to the arms of a claim."
+"""Studies for tests: flat settings and, as in the experiment on LOTUS, changes to the arms of a
+claim."""
 
 from unpaired_kd.methods.controls import with_controls
 from unpaired_kd.study.arms import merge_arms
@@ -11,7 +12,8 @@ STANDARD = ("alone", "fine-tuned", "placebo", "distilled")
 
 
 def make(flat=None, **more):
-    "A study from flat settings; `arms` are changes to the standard ones, the rest of `OWN` describes LOTUS."
+    """A study from flat settings; `arms` are changes to the standard ones, the rest of `OWN`
+    describes LOTUS."""
     flat = {**(flat or {}), **more}
     own = {
         "start": "teacher",

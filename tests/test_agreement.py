@@ -6,8 +6,8 @@ import pytest
 from unpaired_kd.core import InputError, rng
 from unpaired_kd.metrics.agreement import (
     agreement_rows,
-    as_arms,
-    case_means,
+    average_cases,
+    make_arm_rows,
     pair_scores,
     rater_table,
     tolerance_from_raters,
@@ -25,7 +25,8 @@ def ball(shift=(0, 0, 0), R=12.0, spacing=THICK, margin=8):
 
 
 def study(cases=4, readers=3):
-    "Balls of slightly different place and size by three readers, all in one frame of 11 x 33 x 33 voxels."
+    """Balls of slightly different place and size by three readers, all in one frame of 11 x 33 x 33
+    voxels."""
 
     def frame(i, j):
         return ball((0, rng(0, i, j).uniform(-2, 2), 0), 8 + 0.5 * j, margin=8.5 - 0.5 * j)
@@ -95,7 +96,7 @@ def test_the_table_keeps_a_missed_tumour_in_view():
         for p in (good, lazy)
     )
     assert (a["missed"], b["missed"]) == (0, 3)
-    found = case_means(
+    found = average_cases(
         [r for r in agreement_rows(masks, THICK, good) if r["other"] == "model" and r["case"] != 2]
     )
     assert b["hd95"] == pytest.approx(np.mean([c["hd95"] for c in found.values()]))
@@ -181,7 +182,7 @@ def test_refusals_name_the_fault():
     with pytest.raises(InputError, match="pred has 1"):
         rater_table(masks, THICK, [masks[0][0]])
     with pytest.raises(InputError, match="pred"):
-        as_arms(agreement_rows(masks, THICK))
+        make_arm_rows(agreement_rows(masks, THICK))
 
 
 # ---------------------------------------------------------------- tests
@@ -194,7 +195,9 @@ def test_wilcoxon_reproduces_scipys_manual():
 
 def test_arms_pair_model_and_readers_by_case_and_patient():
     masks = study()
-    rows = as_arms(agreement_rows(masks, THICK, [m[0] for m in masks]), "net", ["x", "x", "y", "z"])
+    rows = make_arm_rows(
+        agreement_rows(masks, THICK, [m[0] for m in masks]), "net", ["x", "x", "y", "z"]
+    )
     c = compare(rows, "readers", "dsc")[1]
     assert (c["arm"], c["n_cases"], c["n_groups"]) == ("net", 4, 3)
     d = [

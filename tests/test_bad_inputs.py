@@ -1,8 +1,9 @@
-"""Bad input of every kind: a short message that names the file or the argument, never a traceback, and no file changed or left.
+"""Bad input of every kind: a short message that names the file or the argument, never a traceback,
+and no file changed or left.
 
-A row is (name, what to prepare, arguments of `ukd`, what the message must say). To add one, write it into the table
-of its command; `check_bad` does the rest. It runs the command in this process, in a folder that `prepare` has filled.
-"""
+A row is (name, what to prepare, arguments of `ukd`, what the message must say). To add one, write
+it into the table of its command; `check_bad` does the rest. It runs the command in this process, in
+a folder that `prepare` has filled."""
 
 import contextlib
 import functools
@@ -71,7 +72,8 @@ def notebook(source, tag="parameters"):
 
 
 def prepare(place):
-    "What every row finds: a notebook, a grid, two runs with scores, a folder and a file of somebody else."
+    """What every row finds: a notebook, a grid, two runs with scores, a folder and a file of
+    somebody else."""
     for name in ("run", "same/run", "thesis"):
         (place / name).mkdir(parents=True)
     (place / "n.ipynb").write_text(notebook(PARAMETERS), encoding="utf-8")
@@ -846,9 +848,9 @@ def test_a_faulty_data_set_is_described_to_its_end(arguments, ready, says, tmp_p
     ready(tmp_path)
     before = tree(tmp_path)
     status, said = lines(arguments, tmp_path)
-    faults = [l for l in said if l.strip().startswith("fault: ")]
+    faults = [line for line in said if line.strip().startswith("fault: ")]
     assert status == 1 and faults and re.search(says, faults[0]), said
-    assert all(len(re.findall(r"[.?!] +[A-Z-]", l.strip())) < 3 for l in faults), faults
+    assert all(len(re.findall(r"[.?!] +[A-Z-]", f.strip())) < 3 for f in faults), faults
     assert "ct" in said and re.fullmatch(
         r"\d+ faults?; --out FOLDER draws the labels on the images", said[-1]
     )
@@ -1816,7 +1818,8 @@ def test_a_process_of_its_own_says_the_same(arguments, tmp_path):
 
 
 def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
-    "Only what a user can mend becomes a sentence; and with UKD_DEBUG that too shows where it arose."
+    """Only what a user can mend becomes a sentence; and with UKD_DEBUG that too shows where it
+    arose."""
 
     def broken(args):
         raise KeyError("ours")

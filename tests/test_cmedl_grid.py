@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unpaired_kd.command.grid import choose, expand
+from unpaired_kd.command.grid import choose_rows, expand_grid
 from unpaired_kd.core import InputError
 
 GRID = Path(__file__).parents[1] / "nbs/experiments/cmedl_matrix.yaml"
@@ -16,7 +16,7 @@ COMMON = {"seg": "common", "beta1": 0.9}
 
 
 def cells_at(scale, *given):
-    return {c.name: c for c in expand(GRID, list(given), scale)[1]}
+    return {c.name: c for c in expand_grid(GRID, list(given), scale)[1]}
 
 
 def differences(a, b):
@@ -63,7 +63,7 @@ def test_left_and_right_stay_where_they_are_on_chaos():
 def test_data_and_weights_of_vgg_reach_every_cell():
     cells = cells_at("full", ("data", "folder"), ("vgg", "vgg.pth"))
     assert {(c.values["data"], c.values["vgg"]) for c in cells.values()} == {("folder", "vgg.pth")}
-    assert len(choose(GRID, list(cells.values()), ["R3[1-4]*"])) == 4
+    assert len(choose_rows(GRID, list(cells.values()), ["R3[1-4]*"])) == 4
 
 
 def test_full_has_the_sizes_of_the_paper():

@@ -1,6 +1,4 @@
-"Faults and properties of the three networks of CMEDL: counts, shapes, taps, gradients, input"
-
-"checks, round trips."
+"""The three networks of CMEDL: counts, shapes, taps, gradients, input checks, round trips."""
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ from unpaired_kd.command.parameters import (
     Parameter,
     find_clash,
     parse_parameter,
+    parse_parameters,
     resolve_parameters,
 )
 from unpaired_kd.command.process import Stopped, UnstoppableStream, stop_on_signals
@@ -104,6 +105,17 @@ def test_a_file_is_read_more_strictly_than_a_line():
 )
 def test_two_names_clash_where_one_holds_the_other(key, others, clash):
     assert find_clash(key, others) == clash
+
+
+def test_a_value_on_several_lines_keeps_its_comment():
+    cell = (
+        "lr: float = (\n  0.5  # learning rate\n)\nkinds: list = [\n  1,  # one\n  2,\n]  # two\n"
+    )
+    found = parse_parameters("toy.ipynb", cell)
+    assert {name: p.help for name, p in found.items()} == {
+        "lr": "learning rate",
+        "kinds": "one two",
+    }
 
 
 def test_layers_lie_over_each_other_and_entries_beside_each_other():

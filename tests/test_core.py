@@ -27,7 +27,8 @@ from unpaired_kd.core import (
 
 
 def killed_at(step, code, folder):
-    "Run `code` in a process that is killed when it calls `step` of `os`; the exit status is returned."
+    """Run `code` in a process that is killed when it calls `step` of `os`; the exit status is
+    returned."""
     program = f"""
         import os, signal
         from pathlib import Path

@@ -1,4 +1,5 @@
-"""DICOM: every slice where its file says, numbers in the unit of their scale, files that do not belong, contours and segments by the rules of the standard."""
+"""DICOM: every slice where its file says, numbers in the unit of their scale, files that do not
+belong, contours and segments by the rules of the standard."""
 
 import gzip
 import warnings
@@ -14,19 +15,19 @@ from skimage.draw import polygon2mask
 from test_clinical import CORNER, PX, STEP, D, H, W, base, circle, put, rtstruct, scan_image, seg
 
 from unpaired_kd.core import InputError
-from unpaired_kd.data.formats.dicom import dicom_files, split_folder
-from unpaired_kd.data.formats.geometry import lay_on, shear, spacing_of
+from unpaired_kd.data.formats.dicom import _split_folder, dicom_files
+from unpaired_kd.data.formats.geometry import lay_on, measure_shear, measure_spacing
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
 from unpaired_kd.data.formats.regions import (
+    _is_same_contour,
+    _join_polygons,
     fill_contours,
-    joined,
     rtstruct_mask,
-    same_contour,
     seg_mask,
 )
 from unpaired_kd.data.formats.writing import write_label
 from unpaired_kd.data.sets.chaos import slice_files
-from unpaired_kd.inference.files import PartlyDone, one_series, predict_path
+from unpaired_kd.inference.files import PartlyDone, _is_one_series, predict_path
 from unpaired_kd.inference.student import Recipe, Student
 
 R = np.random.default_rng(0)
@@ -103,9 +104,9 @@ def test_every_slice_lies_where_its_file_says(tmp_path, turn, degrees):
     world = corners[2] + o[:3] * 0.25 * column + o[3:] * 0.5 * row
     assert np.allclose((im.affine @ [column, row, 2, 1])[:3] * (-1, -1, 1), world, atol=1e-4)
     assert np.allclose(im.spacing, (2.7, 0.5, 0.25), atol=1e-5) and np.allclose(
-        spacing_of(im.affine), im.spacing
+        measure_spacing(im.affine), im.spacing
     )
-    assert np.isclose(shear(im.affine), degrees, atol=0.01)
+    assert np.isclose(measure_shear(im.affine), degrees, atol=0.01)
     assert ["tilted gantry" in str(w.message) and "s:" in str(w.message) for w in heard] == [
         True
     ] * (degrees > 0)
@@ -363,7 +364,7 @@ def test_files_without_endings_without_marks_and_beside_others(tmp_path):
 def test_what_may_be_a_slice_is_not_left_out(tmp_path, name, content):
     folder = scan(tmp_path / "s")
     (folder / name).write_bytes(content((folder / "0.dcm").read_bytes()))
-    for road in (read_image, dicom_files, slice_files, one_series):
+    for road in (read_image, dicom_files, slice_files, _is_one_series):
         with pytest.raises(InputError, match=f"(?s){name}.*out of the folder"):
             road(folder)
 
@@ -375,7 +376,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     (folder / "note.txt").write_text("n" * size)
     (folder / "big.bin").write_bytes(bytes(2 * size))
     (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * size)
-    assert len(dicom_files(folder)) == 6 and split_folder(folder)[1] == [
+    assert len(dicom_files(folder)) == 6 and _split_folder(folder)[1] == [
         folder / n for n in ("S.seg.nrrd", "big.bin", "note.txt")
     ]
     for road in (
@@ -420,7 +421,7 @@ def test_a_folder_of_pictures_is_no_series(tmp_path, name):
     (tmp_path / "images" / "note.txt").write_text("three patients")
     images, others = list_images(tmp_path / "images")
     assert [p.name for p in images] == sorted(names) and [p.name for p in others] == ["note.txt"]
-    assert not one_series(tmp_path / "images")
+    assert not _is_one_series(tmp_path / "images")
     done = predict_path(bright(), tmp_path / "images", tmp_path / "out", bars=False)
     assert [p.name for p in done] == [n.removesuffix(".dcm") + ".nii.gz" for n in sorted(names)]
     for k, n in enumerate(names):
@@ -433,12 +434,14 @@ def test_a_folder_of_pictures_is_no_series(tmp_path, name):
 
 def test_which_folders_are_a_series(tmp_path):
     series = scan(tmp_path / "series")
-    assert one_series(series)
+    assert _is_one_series(series)
     one(series / "pet.dcm", HEAD[0], (-8, -9, 40), modality="PT", SeriesInstanceUID="1.2.4")
-    assert one_series(series)  # reading it names the two series
+    assert _is_one_series(series)  # reading it names the two series
     refused(series, "2 DICOM series")
-    assert one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
-    assert not one_series(one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent)
+    assert _is_one_series(one(tmp_path / "slice/x.dcm", HEAD[0]).parent)
+    assert not _is_one_series(
+        one(tmp_path / "film/x.dcm", HEAD[0], modality="DX", **UNPLACED).parent
+    )
     views = tmp_path / "views"  # two views of each patient
     for k in range(4):
         one(
@@ -448,26 +451,26 @@ def test_which_folders_are_a_series(tmp_path):
             SeriesInstanceUID=f"1.2.{k // 2}",
             **UNPLACED,
         )
-    assert not one_series(views)
+    assert not _is_one_series(views)
     stripped = scan(tmp_path / "stripped", **UNPLACED)  # slices whose order is lost
-    assert one_series(stripped)
+    assert _is_one_series(stripped)
     refused(stripped, "no position")
     corners = np.array([[-8, -9, 3.0 * k] for k in range(6)])
     enhanced(tmp_path / "one/p.dcm", HEAD, corners)
-    assert one_series(tmp_path / "one")
+    assert _is_one_series(tmp_path / "one")
 
     def other(s):
         s.SeriesInstanceUID = "1.2.5"
 
     edit(enhanced(tmp_path / "one/q", HEAD[:3], corners[:3]), other)
-    assert not one_series(tmp_path / "one")  # a volume of each patient
+    assert not _is_one_series(tmp_path / "one")  # a volume of each patient
     done = predict_path(bright(), tmp_path / "one", tmp_path / "out", bars=False)
     assert [read_label(p).array.shape for p in done] == [(6, 8, 10), (3, 8, 10)]
-    assert not one_series(tmp_path / "out")
+    assert not _is_one_series(tmp_path / "out")
     (series / "pet.dcm").unlink()
     (series / "7.dcm").write_bytes(b"")
     with pytest.raises(InputError, match="7.dcm is cut short"):
-        one_series(series)
+        _is_one_series(series)
 
 
 def test_a_damaged_picture_does_not_stop_the_others(tmp_path):
@@ -1023,14 +1026,14 @@ def test_one_contour_and_two_close_ones():
         return (p, polygon2mask((64, 64), p))
 
     again = circle(30.2, 30, 20, 0, 200)[:, :2]  # .2 pixels aside: they cross
-    assert same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
-    assert same_contour(pair(a), pair(again))
-    assert same_contour(pair(a), pair(a[::2]))  # inside, but they meet
+    assert _is_same_contour(pair(a), pair(np.roll(a, 9, 0)[::-1]))
+    assert _is_same_contour(pair(a), pair(again))
+    assert _is_same_contour(pair(a), pair(a[::2]))  # inside, but they meet
     for thin in (0.1, 0.3, 0.45, 0.55, 1.5):  # a wall is a wall
         wall = circle(30, 30, 20 - thin, 0)[:, :2]
-        assert not same_contour(pair(a), pair(wall))
+        assert not _is_same_contour(pair(a), pair(wall))
         for order in (1, -1):
-            both = joined([pair(a), pair(wall)][::order])
+            both = _join_polygons([pair(a), pair(wall)][::order])
             assert np.array_equal(both, pair(a)[1] & ~pair(wall)[1])
 
 

@@ -1,4 +1,5 @@
-"Names, tables and contents: what a table says for certain is read, everything else is refused by name."
+"""Names, tables and contents: what a table says for certain is read, everything else is refused by
+name."""
 
 import hashlib
 import json
@@ -13,8 +14,8 @@ import pytest
 from unpaired_kd.core import InputError
 from unpaired_kd.data.formats import files
 from unpaired_kd.data.formats.files import (
+    _locate_cache,
     array_hash,
-    cache_file,
     find_file,
     hashes_of,
     header_size,
@@ -235,10 +236,10 @@ def test_a_hash_is_remembered_and_never_trusted_too_long(tmp_path, monkeypatch):
     a.write_bytes(b"one")
     want = {str(a): hashlib.sha256(b"one").hexdigest()}
     assert (
-        hashes_of([a]) == want and not cache_file(a.parent).exists()
+        hashes_of([a]) == want and not _locate_cache(a.parent).exists()
     )  # too fresh to be remembered
-    monkeypatch.setattr(files, "FRESH", -60.0)
-    assert hashes_of([a]) == want and cache_file(a.parent).exists()
+    monkeypatch.setattr(files, "_FRESH", -60.0)
+    assert hashes_of([a]) == want and _locate_cache(a.parent).exists()
     reads = []
     true = files.file_sha256
     monkeypatch.setattr(files, "file_sha256", lambda p: reads.append(p) or true(p))
@@ -258,21 +259,21 @@ def test_a_hash_is_remembered_and_never_trusted_too_long(tmp_path, monkeypatch):
     "broken", [b"", b"[]", b"{", b'{"a.bin": 3}', b'{"a.bin": ["x"]}', b"\xff"]
 )
 def test_a_damaged_memory_is_no_memory(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(files, "FRESH", -60.0)
+    monkeypatch.setattr(files, "_FRESH", -60.0)
     a = tmp_path / "a.bin"
     a.write_bytes(b"one")
     hashes_of([a])
-    cache_file(tmp_path).write_bytes(broken)
+    _locate_cache(tmp_path).write_bytes(broken)
     assert hashes_of([a]) == {str(a): hashlib.sha256(b"one").hexdigest()}
     assert (
-        json.loads(cache_file(tmp_path).read_text())["a.bin"][1]
+        json.loads(_locate_cache(tmp_path).read_text())["a.bin"][1]
         == hashlib.sha256(b"one").hexdigest()
     )
 
 
 @pytest.mark.parametrize("cache", ["file", "relative", "none"])
 def test_no_place_for_a_memory(tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(files, "FRESH", -60.0)
+    monkeypatch.setattr(files, "_FRESH", -60.0)
     if cache == "file":
         (tmp_path / "occupied").write_text("x")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "occupied"))
@@ -281,7 +282,7 @@ def test_no_place_for_a_memory(tmp_path, monkeypatch, cache):
     if cache == "none":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(os.path, "expanduser", lambda p: p)  # no HOME, no such user
-        assert cache_file(tmp_path) is None
+        assert _locate_cache(tmp_path) is None
     a = tmp_path / "a.bin"
     a.write_bytes(b"one")
     for _ in range(2):

@@ -13,13 +13,13 @@ from PIL import Image as Pillow
 from unpaired_kd.core import InputError, seeded
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.writing import write_image
-from unpaired_kd.inference.files import output_name, predict_path
+from unpaired_kd.inference.files import _name_output, predict_path
 from unpaired_kd.inference.student import (
     FILES,
     Recipe,
     Student,
+    _check_fit,
     channels_first,
-    check_fit,
     logits,
     pad_to,
     probabilities,
@@ -135,7 +135,7 @@ def test_strides_may_differ_by_axis():
     assert torch.equal(logits(net, x, 64), x) and net.seen == (6, 16, 4)
     assert torch.equal(pad_to(x, (2, 8, 4)), pad_to(pad_to(x, (2, 8, 4)), (2, 8, 4)))
     with pytest.raises(InputError, match="multiple of 8"):
-        check_fit(net, Recipe(dims=3, patch=12))
+        _check_fit(net, Recipe(dims=3, patch=12))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (64, 64), (65, 90), (100, 130)])
@@ -413,7 +413,10 @@ s.predict(np.zeros((40, 40), np.uint8))
 assert "monai" not in sys.modules                      # one tile needs no MONAI
 predict_path(s, sys.argv[2], sys.argv[3])              # many tiles do
 assert "monai" in sys.modules
-bad = [m for m in sys.modules if m.startswith(("unpaired_kd.methods", "unpaired_kd.distillation", "unpaired_kd.training", "papermill", "IPython", "ipykernel", "jupyter", "nbformat", "nbclient", "nbdev"))]
+house = ["methods", "distillation", "training"]
+others = ["papermill", "IPython", "ipykernel", "jupyter", "nbformat", "nbclient", "nbdev"]
+unwanted = (*(f"unpaired_kd.{part}" for part in house), *others)
+bad = [m for m in sys.modules if m.startswith(unwanted)]
 assert not bad, bad
 """
 
@@ -529,7 +532,7 @@ def test_output_names():
         "x.tif": "x.tif",
         "x.zarr": "x.zarr",
     }.items():
-        assert output_name(Path(a)) in (b, b.lower())
+        assert _name_output(Path(a)) in (b, b.lower())
 
 
 # ---- the intensity standard of MR

@@ -1,7 +1,8 @@
-"""A prediction that is killed at any moment: whole outputs or none, the same command ends as if nothing had happened, nothing is left.
+"""A prediction that is killed at any moment: whole outputs or none, the same command ends as if
+nothing had happened, nothing is left.
 
-Kills come before and after each call that changes the disk, and at random times. A few in every run; UKD_KILLS=50 asks for fifty.
-"""
+Kills come before and after each call that changes the disk, and at random times. A few in every
+run; UKD_KILLS=50 asks for fifty."""
 
 import json
 import os
@@ -60,9 +61,11 @@ def work(order):
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             if order["road"].startswith("folder"):
-                predict_path(order["student"], order["input"], order["output"], "cpu", bars=False, instances=True, overwrite=order["overwrite"])
+                more = dict(bars=False, instances=True, overwrite=order["overwrite"])
+                predict_path(order["student"], order["input"], order["output"], "cpu", **more)
             else:
-                predict_volume(order["student"], order["input"], order["output"], tile=16, device="cpu", overwrite=order["overwrite"])
+                more = dict(tile=16, device="cpu", overwrite=order["overwrite"])
+                predict_volume(order["student"], order["input"], order["output"], **more)
     except InputError as e:
         return dict(status=3, said=str(e))
     return dict(status=0, calls=next(counts), seconds=time.monotonic() - start)
@@ -78,7 +81,9 @@ for line in sys.stdin:
     os.close(into)
     with os.fdopen(out) as f: said = f.read()
     status = os.waitpid(child, 0)[1]
-    print(json.dumps(dict(status=-9) if os.WIFSIGNALED(status) else json.loads(said) if said else dict(status=status)), flush=True)
+    answer = json.loads(said) if said else dict(status=status)
+    if os.WIFSIGNALED(status): answer = dict(status=-9)
+    print(json.dumps(answer), flush=True)
 """
 
 
@@ -148,7 +153,8 @@ def order(home, road, place):
 
 
 def old(road, place):
-    "What lay there before: a label map of zeros under each name that will be replaced, and a neighbour."
+    """What lay there before: a label map of zeros under each name that will be replaced, and a
+    neighbour."""
     place.mkdir(parents=True)
     (place / "neighbour.txt").write_text("mine")
     if "replaced" not in road:
@@ -165,7 +171,8 @@ def old(road, place):
 
 
 def tree(folder):
-    "Every file under a folder and its bytes, every empty folder, hidden ones too; a .zarr counts as one file."
+    """Every file under a folder and its bytes, every empty folder, hidden ones too; a .zarr counts
+    as one file."""
     found = {}
     for p in sorted(folder.rglob("*")):
         name = str(p.relative_to(folder))

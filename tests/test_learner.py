@@ -1,4 +1,5 @@
-"""Faults and properties of the learner: kills, several processes, number formats, several networks and stages."""
+"""Faults and properties of the learner: kills, several processes, number formats, several networks
+and stages."""
 
 import os
 import signal
@@ -389,15 +390,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, value):
         method=method,
         settings=Settings(epochs=5, steps=6, bars=False, device="cpu", precision="fp32"),
     )
-    with pytest.raises(
-        InputError,
-        match="gradient of student.conv5.3.weight is not finite: update 'student' of stage 'train', epoch 1, step 8. Lower lr",
-    ):
+    words = (
+        "gradient of student.conv5.3.weight is not finite: update 'student' of stage 'train', "
+        "epoch 1, step 8. Lower lr"
+    )
+    with pytest.raises(InputError, match=words):
         run.fit()
-    assert (
-        load_checkpoint(tmp_path / "last.pt")["position"]["total"] == 1
-        and len(read_csv(tmp_path / "history.csv")) == 1
-    )  # as after epoch 0
+    # as after epoch 0
+    assert load_checkpoint(tmp_path / "last.pt")["position"]["total"] == 1
+    assert len(read_csv(tmp_path / "history.csv")) == 1
     assert run.position["step"] == 9  # batch 9 was not learned from
 
 
@@ -425,7 +426,8 @@ def test_other_layers_are_counted(tmp_path):
 
 
 class Loud(Plain):
-    "A loss that is `factor` times a mean: its fp16 gradients overflow at the scaler's first scales, or at every scale."
+    """A loss that is `factor` times a mean: its fp16 gradients overflow at the scaler's first
+    scales, or at every scale."""
 
     def __init__(self, net, factor):
         super().__init__(net)
@@ -518,7 +520,8 @@ def test_the_other_rules_survive_a_resume(tmp_path, rule):
 
 
 def test_gradients_of_several_batches_are_averaged(tmp_path):
-    "One update on two batches is one on both together, where nothing in the network looks at a whole batch."
+    """One update on two batches is one on both together, where nothing in the network looks at a
+    whole batch."""
 
     class Both(Blobs):
         def one(self, name, step, rank):

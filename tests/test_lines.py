@@ -62,6 +62,13 @@ def test_long_lines_are_counted_with_and_without_a_mark():
     assert found["marked lines over 100 columns"] == 1
 
 
+def test_the_list_of_names_that_nbdev_writes_is_not_counted():
+    names = "__all__ = ['" + "a" * 100 + "',\n           '" + "b" * 100 + "']\n"
+    found = figures(names + "x = 1\n")
+    assert found["lines over 100 columns that are not marked"] == 0
+    assert found["public names"] == 2
+
+
 @pytest.mark.parametrize("most, expected", [(1, 1), (2, 1), (9, 1), (10, 1), (11, 2)])
 def test_nine_in_ten(most, expected):
     assert lines.nine_in_ten([1] * 9 + [2] * (most > 10) + [3] * (most > 10)) == expected

@@ -23,12 +23,12 @@ from unpaired_kd.metrics.segmentation import (
     case_metrics,
     components,
     dice,
+    find_overlaps,
+    find_surface,
     hausdorff,
     instance_scores,
     iou,
-    overlaps,
     panoptic_quality,
-    surface,
     surface_dice,
     surface_distances,
 )
@@ -36,7 +36,8 @@ from unpaired_kd.metrics.topology import betti_errors, cl_dice, topology_scores
 
 
 def scattered(seed, n=40, shape=(60, 60), size=9):
-    "Random boxes, drawn over each other: objects that overlap in every way, some cut in two. Numbered in order of appearance."
+    """Random boxes, drawn over each other: objects that overlap in every way, some cut in two.
+    Numbered in order of appearance."""
     r = rng(seed, "scattered")
     out = np.zeros(shape, np.int32)
     for k in range(1, n + 1):
@@ -104,7 +105,8 @@ def test_merged_cells():
 
 
 def test_greedy_is_not_optimal():
-    "The best single pair must be given up when two others are worth more together; a pair above one half may be among the losers."
+    """The best single pair must be given up when two others are worth more together; a pair above
+    one half may be among the losers."""
     target, pred = np.zeros((2, 1, 300), int)
     target[0, 0:100] = 1
     target[0, 100:200] = 2
@@ -140,10 +142,9 @@ def test_more_than_300_objects():
     order = np.r_[0, rng(0, "order").permutation(target.max()) + 1]
     s = instance_scores(order[target], target)
     assert (s["aji"], s["aji_plus"], s["pq"], s["tp"]) == (1, 1, 1, n)
-    assert len(overlaps(target, target).target_area) == n
-    assert (
-        released_pq(order[target], target, min_size=0, binary=False) < 1
-    )  # the wrap that this module does not have
+    assert len(find_overlaps(target, target).target_area) == n
+    # the wrap that this module does not have
+    assert released_pq(order[target], target, min_size=0, binary=False) < 1
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -180,7 +181,8 @@ def test_perfect_disjoint_and_empty_objects():
 
 
 def test_tied_predictions():
-    "A cell cut in two equal halves, one of which also serves a second cell: the half that appears first is taken."
+    """A cell cut in two equal halves, one of which also serves a second cell: the half that appears
+    first is taken."""
     target = np.array([[1, 1, 1, 1, 0, 0]])
     for pred in ([[1, 1, 2, 2, 0, 0]], [[9, 9, 3, 3, 0, 0]]):
         assert aji(np.array(pred), target) == pytest.approx(2 / (4 + 2))
@@ -273,7 +275,7 @@ def test_surface_is_mask_minus_erosion(shape):
     from scipy.ndimage import binary_erosion
 
     for mask in (rng(0, "mask").random(shape) > 0.2, np.ones(shape, bool)):
-        assert (surface(mask) == (mask & ~binary_erosion(mask))).all()
+        assert (find_surface(mask) == (mask & ~binary_erosion(mask))).all()
 
 
 @pytest.mark.parametrize("by", [(3, 0), (3, 4), (-5, 12)])
@@ -367,9 +369,8 @@ def test_case_of_several_classes():
     assert r["dsc"] == pytest.approx(7 / 24)
     assert r["hd95"] == pytest.approx((1 + 2 * np.hypot(38, 19)) / 3)
     assert np.isnan(r["aji"]) and np.isnan(r["pq"])
-    assert r["missed"] == 1 and r["sdsc"] == pytest.approx(
-        1 / 3
-    )  # an invented class is not a missed one
+    assert r["missed"] == 1  # an invented class is not a missed one
+    assert r["sdsc"] == pytest.approx(1 / 3)
     absent = case_metrics(t, t, classes=names)
     assert absent["dsc"] == 1 and np.isnan(absent["dsc_spleen"]) and absent["missed"] == 0
 
@@ -479,8 +480,9 @@ def test_released_hd_pools_both_directions():
 
 # ---------------------------------------------------------------- units
 def surface_dice_in_steps(pred, target, reach, ratio):
-    "Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis, `reach` steps allowed."
-    a, b = (np.argwhere(surface(m)) * np.array(ratio) for m in (pred, target))
+    """Surface Dice counted in whole numbers: squared distances in steps of `ratio` per axis,
+    `reach` steps allowed."""
+    a, b = (np.argwhere(find_surface(m)) * np.array(ratio) for m in (pred, target))
     squares = ((a[:, None] - b[None]) ** 2).sum(-1)
     near = (squares.min(1) <= reach**2).sum() + (squares.min(0) <= reach**2).sum()
     return near / (len(a) + len(b))

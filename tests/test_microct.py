@@ -250,3 +250,14 @@ def test_the_released_method_is_chosen_by_the_slice_as_it_was_read():
     counts = preprocess_microct(raw + 1, method="released", cluster="smallest", **sizes)[1]
     assert (counts == otsu).all()
     assert (find_bone(raw, "released", "smallest", **sizes) == kmeans).mean() > 0.9
+
+
+def test_a_tile_needs_more_than_nine_tenths_of_tissue():
+    mask = np.zeros((10, 30), bool)
+    mask[:, :8] = True  # 80 % of the first tile,
+    mask[:, 10:19] = True  # 90 % of the second,
+    mask[:, 20:30] = True
+    mask[0, 20:25] = False  # 95 % of the third
+    at = select_tiles(np.zeros((10, 30)), 10, mask=mask)
+    assert at.cols.tolist() == [20]
+    assert select_tiles(np.zeros((10, 30)), 10, 0.7, mask=mask).cols.tolist() == [0, 10, 20]

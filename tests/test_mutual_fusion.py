@@ -319,7 +319,7 @@ def test_fusion_learns_on_a_finished_translator(tmp_path, fuse):
     ],
     ids=["mutual", "mutual 3", "concat", "weighted 3"],
 )
-def test_what_leaves_the_house_is_whole_and_comes_back(tmp_path, make, classes, name):
+def test_what_is_saved_is_whole_and_comes_back(tmp_path, make, classes, name):
     r = learner(
         tmp_path / "run",
         make(),

@@ -1,4 +1,5 @@
-"""OME-Zarr: every version and order of axes, groups that hold several images, and chunks that are lost or damaged."""
+"""OME-Zarr: every version and order of axes, groups that hold several images, and chunks that are
+lost or damaged."""
 
 import json
 import os
@@ -11,9 +12,9 @@ zarr = pytest.importorskip("zarr")
 from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.geometry import lay_on
 from unpaired_kd.data.formats.images import Image, list_images, read_image, read_label
-from unpaired_kd.data.formats.ngff import chunk_files, level_spacing, open_zarr, zarr_parts
+from unpaired_kd.data.formats.ngff import _list_chunks, _read_spacing, open_zarr, split_zarr_path
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.inference.volumes import open_volume
+from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 V = R.integers(1, 60000, (6, 20, 30)).astype(np.uint16)  # z, y, x
@@ -343,10 +344,10 @@ def test_headers_that_cannot_be_read(tmp_path):
 
 def test_parts_of_a_path():
     assert [
-        zarr_parts(p)[1]
+        split_zarr_path(p)[1]
         for p in ("a.zarr", "f/a.zarr/0", "a.zarr/b/c", "f/a.tif", ".zarr/x", "a.zarr/b.zarr/0")
     ] == ["", "0", "b/c", "", "", "0"]
-    assert str(zarr_parts("f/A.ZARR/0")[0]) == "f/A.ZARR"
+    assert str(split_zarr_path("f/A.ZARR/0")[0]) == "f/A.ZARR"
 
 
 def test_a_zarr_in_a_folder(tmp_path):
@@ -376,40 +377,42 @@ def test_rgb_and_two_dimensions(tmp_path):
 def test_a_label_map_of_an_image_inside_a_zarr_has_a_name_of_its_own():
     from pathlib import Path
 
-    from unpaired_kd.inference.files import instance_name, output_name
+    from unpaired_kd.inference.files import _name_instances, _name_output
 
     assert (
-        output_name(Path("f/a.zarr/0")) == "a_0.zarr" and output_name(Path("f/a.zarr")) == "a.zarr"
+        _name_output(Path("f/a.zarr/0")) == "a_0.zarr"
+        and _name_output(Path("f/a.zarr")) == "a.zarr"
     )
-    assert instance_name(Path("f/a.zarr")) == Path("f/a_instances.zarr")
+    assert _name_instances(Path("f/a.zarr")) == Path("f/a_instances.zarr")
 
 
 def test_a_header_may_promise_any_number_of_chunks(tmp_path):
-    "The first one that is not there is found by its name, in no time and no memory; places come last axis fastest."
+    """The first one that is not there is found by its name, in no time and no memory; places come
+    last axis fastest."""
     import time
 
     import zarr
 
-    from unpaired_kd.data.formats.ngff import absent_chunk, places
+    from unpaired_kd.data.formats.ngff import _find_absent_chunk, _list_places
 
-    assert list(places((range(2), range(3)))) == [
+    assert list(_list_places((range(2), range(3)))) == [
         (0, 0),
         (0, 1),
         (0, 2),
         (1, 0),
         (1, 1),
         (1, 2),
-    ] and list(places(())) == [()]
+    ] and list(_list_places(())) == [()]
     a = zarr.create_array(
         str(tmp_path / "a.zarr"), shape=(4, 4, 4), chunks=(2, 2, 4), dtype="uint8"
     )
     a[...] = 1
-    assert absent_chunk(a) is None
+    assert _find_absent_chunk(a) is None
     file = tmp_path / "a.zarr/zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(shape=[10**9] * 3)))
     start = time.monotonic()
     assert (
-        absent_chunk(zarr.open_array(str(tmp_path / "a.zarr"), mode="r"))
+        _find_absent_chunk(zarr.open_array(str(tmp_path / "a.zarr"), mode="r"))
         == tmp_path / "a.zarr/c/0/0/1"
     )
     assert time.monotonic() - start < 2
@@ -419,9 +422,9 @@ def test_only_the_chunks_of_a_box_are_sought(tmp_path):
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [1, 1, 1], chunks=(2, 10, 10))
     z = open_zarr(p)[0]
     box = (slice(1, 4), slice(10, 11), slice(19, 20))
-    names = [str(file.relative_to(p)) for _, file in chunk_files(z, box)]
+    names = [str(file.relative_to(p)) for _, file in _list_chunks(z, box)]
     assert names == ["0/c/0/1/1", "0/c/1/1/1"]
-    assert len(list(chunk_files(z))) == 3 * 2 * 3
+    assert len(list(_list_chunks(z))) == 3 * 2 * 3
     (p / "0/c/1/1/1").write_bytes(b"no chunk")
     volume = open_volume(p)
     assert np.array_equal(volume[:, :2], V[None, :2])
@@ -462,7 +465,7 @@ def test_scales_after_a_translation_move_it():
     level = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2]}, *move(3, 4)]}
     entry = {"axes": axes_of("xy", "millimeter")}
     entry["coordinateTransformations"] = [{"type": "scale", "scale": [10, 5]}, *move(1, 1)]
-    letters, spacing, origin = level_spacing(entry, level, (7, 8))
+    letters, spacing, origin = _read_spacing(entry, level, (7, 8))
     assert (letters, spacing, origin) == ("xy", (10.0, 10.0), (21.0, 31.0))
 
 
@@ -682,7 +685,7 @@ def test_absent_chunks_may_be_empty_with_either_separator(tmp_path):
 def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, version):
     from unpaired_kd.data.check import check_data
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.inference.files import plan
+    from unpaired_kd.inference.files import _plan_outputs
 
     p = save(tmp_path / "a.zarr", V, axes_of("zyx"), [5, 2, 0.5], version=version)
     p = p.rename(tmp_path / name)
@@ -697,8 +700,8 @@ def test_a_zarr_of_another_name_is_not_passed_over(tmp_path, capsys, name, versi
         Collection.from_folders(tmp_path, labels=False)
     assert check_data(tmp_path) == 1
     assert f"fault: {p}: the folder {name} is a Zarr" in capsys.readouterr().out
-    assert [pair[0] for pair in plan(p, tmp_path / "out")[0]] == [p]
-    assert [pair[0] for pair in plan(tmp_path, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in _plan_outputs(p, tmp_path / "out")[0]] == [p]
+    assert [pair[0] for pair in _plan_outputs(tmp_path, tmp_path / "out")[0]] == [p]
     (tmp_path / "link.zarr").symlink_to(p)  # as the message proposes
     same(tmp_path / "link.zarr", V[None], (0.005, 0.002, 0.0005))
 

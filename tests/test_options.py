@@ -1,4 +1,5 @@
-"""Every option of every method: what is not finite, out of its range or no word of it is refused before anything is built."""
+"""Every option of every method: what is not finite, out of its range or no word of it is refused
+before anything is built."""
 
 import math
 from dataclasses import dataclass, fields

@@ -1,4 +1,5 @@
-"""Outputs never destroy: what is refused before any work, what is replaced, what stays, and what one bad file does to the others."""
+"""Outputs never destroy: what is refused before any work, what is replaced, what stays, and what
+one bad file does to the others."""
 
 import contextlib
 import json
@@ -21,15 +22,15 @@ from unpaired_kd.data.formats import outputs
 from unpaired_kd.data.formats.images import Image, read_label
 from unpaired_kd.data.formats.outputs import (
     Notes,
+    _list_parents,
     check_apart,
     check_format,
     check_names,
     check_new,
     check_room,
-    files_mark,
     is_ours,
-    keeping_notes,
-    lineage,
+    keep_notes,
+    mark_files,
 )
 from unpaired_kd.data.formats.writing import write_image, write_label
 from unpaired_kd.inference import files
@@ -71,7 +72,8 @@ def students(tmp_path_factory):
 
 @pytest.fixture
 def home(students, tmp_path):
-    "Images, labels drawn by hand, a Zarr inside a Zarr, a DICOM series, a volume, students; the working folder."
+    """Images, labels drawn by hand, a Zarr inside a Zarr, a DICOM series, a volume, students; the
+    working folder."""
     shutil.copytree(students, tmp_path, dirs_exist_ok=True)
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
@@ -98,7 +100,8 @@ def home(students, tmp_path):
 
 
 def tree(folder):
-    "Every file, link and folder under a folder: its bytes, where it points to, and when it was changed."
+    """Every file, link and folder under a folder: its bytes, where it points to, and when it was
+    changed."""
     found = {}
     for p in sorted(folder.rglob("*")):
         name = str(p.relative_to(folder))
@@ -404,7 +407,8 @@ def test_a_finished_job_is_an_output_like_any_other(home):
 
 
 def test_an_output_that_came_meanwhile_stays(home, monkeypatch):
-    "Somebody writes the same name while we compute: theirs is kept, ours is named, the others are finished."
+    """Somebody writes the same name while we compute: theirs is kept, ours is named, the others are
+    finished."""
     plain = Student.predict
 
     def slow(self, image, **k):
@@ -421,7 +425,8 @@ def test_an_output_that_came_meanwhile_stays(home, monkeypatch):
 
 
 def test_one_bad_file_and_the_others(home, capsys, monkeypatch):
-    "Each of eight faults is named in a line of its own, six good images are finished, the status is 1."
+    """Each of eight faults is named in a line of its own, six good images are finished, the status
+    is 1."""
     images = home / "images"
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:60])
     (images / "empty.png").write_bytes(b"")
@@ -503,7 +508,8 @@ def test_a_file_that_may_not_be_read(home):
 
 
 def test_stopping_is_no_fault_of_an_image(home, monkeypatch):
-    "Ctrl-C: what is finished stays, the same command goes on, and then nothing is left of the notes."
+    """Ctrl-C: what is finished stays, the same command goes on, and then nothing is left of the
+    notes."""
     plain = Student.predict
     seen = []
 
@@ -548,7 +554,7 @@ def test_nothing_is_left_of_a_job_in_which_all_failed(home):
 
 def test_two_jobs_into_one_folder(home):
     "The second is refused while the first is at work, whether it is a folder or a volume."
-    with keeping_notes(home / "new" / ".ukd.notes"):
+    with keep_notes(home / "new" / ".ukd.notes"):
         with pytest.raises(InputError, match="another process writes into .*new"):
             predict_path(flat(), home / "images", home / "new")
         predict_path(
@@ -630,7 +636,8 @@ def test_more_objects_than_a_png_holds(home):
 
 
 def test_room(home, monkeypatch):
-    "One byte a voxel is asked for, five with instances; in blocks one a voxel, less what lies there."
+    """One byte a voxel is asked for, five with instances; in blocks one a voxel, less what lies
+    there."""
     monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=4 * 32 * 40)))
     predict_path(flat(), home / "v.nii.gz", home / "fits.nii.gz")
     before = tree(home)
@@ -647,8 +654,9 @@ def test_room(home, monkeypatch):
 
 
 def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
-    "From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a broken header counts nothing."
-    from unpaired_kd.inference.files import FileJob, foresee_room, unpacked_bytes
+    """From headers: one byte a pixel of each plane, five with instances; a pipe is not opened, a
+    broken header counts nothing."""
+    from unpaired_kd.inference.files import _count_unpacked, _FileJob, _warn_of_room
 
     (home / "few").mkdir()
     write_image(home / "few" / "a.png", Image(np.zeros((1, 30, 41), np.uint8)))
@@ -658,18 +666,20 @@ def test_room_for_a_folder_is_foreseen(home, monkeypatch, capsys):
     names = ("a.png", "b.nii.gz", "c.tif", "d.png")
 
     def jobs(n):
-        return [FileJob(home / "few" / f, (home / "o" / f,) * n, "") for f in names]
+        return [_FileJob(home / "few" / f, (home / "o" / f,) * n, "") for f in names]
 
     need = 30 * 41 + 20 * 50
-    assert unpacked_bytes(jobs(1)) == need and unpacked_bytes(jobs(2)) == 5 * need
+    assert _count_unpacked(jobs(1)) == need and _count_unpacked(jobs(2)) == 5 * need
     for free, says in ((need, ""), (need - 1, "the disk may become full")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda p: type("Usage", (), dict(free=free)))
-        foresee_room(jobs(1))
+        usage = type("Usage", (), dict(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda p, usage=usage: usage)
+        _warn_of_room(jobs(1))
         assert says in (said := capsys.readouterr().out) and bool(said) == bool(says)
 
 
 def test_a_disk_that_is_full_leaves_nothing(home, monkeypatch):
-    "The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing was finished."
+    """The disk refuses a mapped file its room, or a block: one sentence; nothing is left if nothing
+    was finished."""
     from unpaired_kd.inference import volumes
 
     before = tree(home)
@@ -714,8 +724,8 @@ def test_lineage(tmp_path):
 
     want = [number(tmp_path / "a" / "b"), number(tmp_path / "a"), number(tmp_path)]
     assert (
-        lineage(tmp_path / "s" / "b")[:3] == want
-        and lineage(tmp_path / "s" / "b" / "new" / "er")[:3] == want
+        _list_parents(tmp_path / "s" / "b")[:3] == want
+        and _list_parents(tmp_path / "s" / "b" / "new" / "er")[:3] == want
     )
     os.symlink("/nowhere/at/all", tmp_path / "a" / "dead")
     with pytest.raises(InputError, match="holds"):
@@ -726,14 +736,14 @@ def test_lineage(tmp_path):
 def test_notes_survive_a_torn_line(tmp_path):
     path = tmp_path / "notes"
     with pytest.raises(KeyboardInterrupt):
-        with keeping_notes(path) as notes:
+        with keep_notes(path) as notes:
             notes.add("begun", "m", "a.png")
             notes.add("done", "m", "a.png")
             raise KeyboardInterrupt
     with open(path, "a") as f:
         f.write("done m b.p")
     with pytest.raises(KeyboardInterrupt):
-        with keeping_notes(path) as notes:
+        with keep_notes(path) as notes:
             assert (
                 notes.has("done", "m", "a.png")
                 and not notes.has("done", "m", "b.p")
@@ -742,7 +752,7 @@ def test_notes_survive_a_torn_line(tmp_path):
             notes.add("begun", "m", "c.png")
             raise KeyboardInterrupt
     assert Notes(path).has("begun", "m", "c.png") and Notes(path).has("done", "m", "a.png")
-    with keeping_notes(path):
+    with keep_notes(path):
         pass
     assert not path.exists()
 
@@ -768,12 +778,12 @@ def test_marks_follow_every_file(tmp_path):
     (tmp_path / "s" / "d").mkdir(parents=True)
     (tmp_path / "s" / "d" / "x").write_bytes(b"abc")
     (tmp_path / "s" / "y").write_bytes(b"a")
-    one = files_mark(tmp_path / "s")
-    assert files_mark(tmp_path / "s") == one
+    one = mark_files(tmp_path / "s")
+    assert mark_files(tmp_path / "s") == one
     (tmp_path / "s" / "d" / "x").write_bytes(b"abcd")
-    two = files_mark(tmp_path / "s")
+    two = mark_files(tmp_path / "s")
     (tmp_path / "s" / "d" / "x").rename(tmp_path / "s" / "d" / "z")
-    assert len({one, two, files_mark(tmp_path / "s"), files_mark(tmp_path / "s" / "y")}) == 4
+    assert len({one, two, mark_files(tmp_path / "s"), mark_files(tmp_path / "s" / "y")}) == 4
 
 
 def test_devices(monkeypatch):
@@ -989,10 +999,12 @@ def test_a_volume_that_does_not_fit_is_named(home, monkeypatch):
 
 
 def test_writers_leave_the_settings_of_zarr(home):
-    "Many threads open at once: each writes its empty block to a file, and zarr's own setting is as before."
+    """Many threads open at once: each writes its empty block to a file, and zarr's own setting is
+    as before."""
     import concurrent.futures
 
-    from unpaired_kd.inference.volumes import Block, create_output, write_block
+    from unpaired_kd.inference.blocks import Block
+    from unpaired_kd.inference.volume_files import create_output, write_block
 
     create_output(home / "z.zarr", (4, 4, 64), (4, 4, 4))
     blocks = [Block((0, 0, i), ((0, 4), (0, 4), (4 * i, 4 * i + 4)), None) for i in range(16)]
@@ -1120,10 +1132,12 @@ def test_the_status_of_a_check_is_that_of_the_data(home, unheard, out, good, bad
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="descriptors")
 def test_a_run_and_a_sweep_without_any_stream(home):
-    "A kernel inherits the streams; the next row of a sweep is run though nobody reads of the first."
+    """A kernel inherits the streams; the next row of a sweep is run though nobody reads of the
+    first."""
     cells = [
         'x: int = 1\nrun_folder: str = ""',
-        'print(x)\nopen(f"{run_folder}/metrics.csv", "w").write(f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n")',
+        'print(x)\nrows = f"arm,seed,case,group,dsc\\na,{x},c,c,0.5\\n"\n'
+        'open(f"{run_folder}/metrics.csv", "w").write(rows)',
     ]
     body = [
         dict(
@@ -1140,7 +1154,8 @@ def test_a_run_and_a_sweep_without_any_stream(home):
         json.dumps(dict(cells=body, metadata={}, nbformat=4, nbformat_minor=5))
     )
     Path("g.yaml").write_text("notebook: ./n.ipynb\ngrid: {x: [1, 2]}\n")
-    ukd = f"{sys.executable} -u -c 'import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))'"
+    code = "import sys; from unpaired_kd.command.cli import main; sys.exit(main(sys.argv[1:]))"
+    ukd = f"{sys.executable} -u -c '{code}'"
     assert (
         subprocess.run(f"exec {ukd} run ./n.ipynb --out run <&- >&- 2>&-", shell=True).returncode
         == 0
@@ -1174,7 +1189,7 @@ def test_notes_are_a_plain_file(home, capsys, make, source):
     "Refused at once, in a line of its own; nothing is read from it or written through it."
     (home / "mine.txt").write_text("x\n")
     (home / "new").mkdir()
-    make(files.notes_of(home / "new" / "a.png", source != "images"))
+    make(files._place_notes(home / "new" / "a.png", source != "images"))
     before = tree(home)
     assert cli.main(["predict", "flat", source, "new"]) == 2
     said = capsys.readouterr().err.replace("\r", "\n")
@@ -1275,7 +1290,7 @@ def test_what_comes_while_a_map_is_written_stays(home, monkeypatch, source, outp
 
 
 def test_notes_tell_what_failed(tmp_path):
-    with pytest.raises(KeyboardInterrupt), keeping_notes(tmp_path / ".notes") as notes:
+    with pytest.raises(KeyboardInterrupt), keep_notes(tmp_path / ".notes") as notes:
         for name in "ab":
             notes.add("begun", "f00d", name)
         notes.add("failed", "f00d", "b")

@@ -1,4 +1,5 @@
-"""PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are in them."""
+"""PNG, JPEG and TIFF: files composed byte by byte, and the numbers that the specifications say are
+in them."""
 
 import gc
 import io
@@ -18,8 +19,8 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats.dicom import dicom_files
 from unpaired_kd.data.formats.images import (
     Image,
-    decode,
-    is_series,
+    _is_series,
+    decode_file,
     list_images,
     read_image,
     read_label,
@@ -29,17 +30,18 @@ from unpaired_kd.data.formats.images import (
 from unpaired_kd.data.formats.pictures import (
     arrange,
     companions,
-    content_of,
+    detect_format,
     one_of_each_set,
-    turn,
+    turn_upright,
     unit_length,
 )
 from unpaired_kd.data.formats.writing import write_image, write_label
-from unpaired_kd.inference.volumes import open_volume
+from unpaired_kd.inference.volume_files import open_volume
 
 R = np.random.default_rng(0)
 SMALL = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
-UPRIGHT = {  # TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+# TIFF 6.0, tag 274: where the stored first row and first column belong, worked out by hand
+UPRIGHT = {
     1: [[1, 2, 3], [4, 5, 6]],
     2: [[3, 2, 1], [6, 5, 4]],
     3: [[6, 5, 4], [3, 2, 1]],
@@ -166,9 +168,9 @@ def test_turn_is_what_pillow_shows():
         picture = Pillow.fromarray(np.moveaxis(a, 0, -1))
         picture.getexif()[274] = tag
         assert np.array_equal(
-            turn(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
+            turn_upright(a, tag), np.moveaxis(np.asarray(ImageOps.exif_transpose(picture)), -1, 0)
         )
-    assert turn(a, 0) is a and turn(a, 9) is a  # unknown numbers turn nothing
+    assert turn_upright(a, 0) is a and turn_upright(a, 9) is a  # unknown numbers turn nothing
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -490,7 +492,7 @@ def test_no_stack_stays_open(tmp_path):
 
 @pytest.mark.skipif(find_spec("imagecodecs") is not None, reason="imagecodecs decodes them")
 def test_packing_that_needs_more(tmp_path):
-    for code, name in ((50001, "WEBP"), (34712, "JPEG2000"), (34887, "LERC")):
+    for code in (50001, 34712, 34887):  # WebP, JPEG 2000, LERC
         tags = {256: 3, 257: 2, 258: 8, 259: code, 262: 1, 277: 1}
         tiff(tmp_path / "x.tif", (tags, b"whatever"), (tags, b"whatever"))
         for read in (read_image, open_volume):
@@ -559,7 +561,7 @@ def test_slices_that_are_packed_in_several_ways(tmp_path, packings):
 
 def test_two_volumes_in_one_file(tmp_path):
     with tifffile.TiffWriter(tmp_path / "x.tif") as t:
-        for k in range(2):
+        for _ in range(2):
             t.write(np.stack([SMALL] * 3), photometric="minisblack")
     with pytest.raises(
         InputError, match=r"(?s)x.tif.*2 images of one size.*: \(3, 2, 3\), \(3, 2, 3\)"
@@ -723,7 +725,8 @@ def ome(
         f'<Channel ID="Channel:0:{k}" SamplesPerPixel="1"/>' for k in range(sizes["C"])
     )
     image = (
-        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
+        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint8" '
+        f'SizeX="{a.shape[2]}" SizeY="{a.shape[1]}" {size} {physical}>'
         f"{channels}{data}</Pixels></Image>"
     )
     xml = (
@@ -783,11 +786,15 @@ def test_sizes_of_ome_that_say_nothing(tmp_path):
             ).spacing
             is None
         )
-    other = '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>'  # not this image
+    other = (  # not this image
+        '<Image ID="Image:9"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="99" SizeY="99" '
+        'SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="7" PhysicalSizeY="7"/></Image>'
+    )
     p = ome(
         tmp_path / "x.tif",
         SMALL[None],
-        physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" PhysicalSizeYUnit="mm"',
+        physical='PhysicalSizeX="1" PhysicalSizeY="2" PhysicalSizeXUnit="mm" '
+        'PhysicalSizeYUnit="mm"',
         more=other,
     )
     assert read_image(p).spacing == (2.0, 1.0)
@@ -813,8 +820,10 @@ def test_sets_of_ome_files(tmp_path):
 
     def planes(second):
         return (
-            f'<TiffData FirstZ="0" IFD="0" PlaneCount="2"><UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
-            f'<TiffData FirstZ="2" IFD="0" PlaneCount="2"><UUID FileName="{second}">{two}</UUID></TiffData>'
+            '<TiffData FirstZ="0" IFD="0" PlaneCount="2">'
+            f'<UUID FileName="a.ome.tif">{one}</UUID></TiffData>'
+            '<TiffData FirstZ="2" IFD="0" PlaneCount="2">'
+            f'<UUID FileName="{second}">{two}</UUID></TiffData>'
         )
 
     def write(folder, second):
@@ -941,7 +950,8 @@ def test_an_ome_file_that_was_renamed(tmp_path):
     p = ome(
         tmp_path / "new name.tif",
         SMALL[None],
-        planes=f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="old.ome.tif">{own}</UUID></TiffData>',
+        planes='<TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName="old.ome.tif">{own}</UUID></TiffData>',
         uuid=own,
     )
     assert np.array_equal(read_image(p).array[0], SMALL)
@@ -1173,7 +1183,7 @@ def test_content_decides(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", a)
     Pillow.fromarray(a).save(tmp_path / "a.bmp")
     jpeg = read_image(tmp_path / "a.jpg").array
-    assert [content_of(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [
+    assert [detect_format(tmp_path / f"a{s}") for s in (".jpg", ".png", ".tif", ".bmp")] == [
         ".jpg",
         ".png",
         ".tif",
@@ -1284,7 +1294,7 @@ def test_entries_of_a_folder(tmp_path):
         "folder.png": "folder",
         "file.zarr": "file",
     }.items():
-        for read in (read_image, read_label, decode):
+        for read in (read_image, read_label, decode_file):
             with pytest.raises(InputError, match=f"(?s){name}.*{cause}") as e:
                 read(tmp_path / name)
             assert "damaged" not in str(e.value)
@@ -1332,9 +1342,9 @@ def dicom(path, name="1.2.3"):
 
 def test_a_series_and_what_lies_beside_it(tmp_path):
     dicom(tmp_path / "1.dcm")
-    assert is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
+    assert _is_series(tmp_path) and dicom_files(tmp_path) == [tmp_path / "1.dcm"]
     (tmp_path / "notes.txt").write_text("a note")
-    assert is_series(tmp_path)
+    assert _is_series(tmp_path)
     os.symlink("/nowhere/2.dcm", tmp_path / "2.dcm")  # it may be a slice
     for read in (dicom_files, read_image):
         with pytest.raises(InputError, match="(?s)2.dcm.*link"):
@@ -1345,7 +1355,7 @@ def test_a_series_and_what_lies_beside_it(tmp_path):
         dicom_files(tmp_path)
     (tmp_path / "2.dcm").unlink()
     Pillow.fromarray(SMALL).save(tmp_path / "a.png")
-    assert not is_series(tmp_path)
+    assert not _is_series(tmp_path)
     images, others = list_images(tmp_path)
     assert [p.name for p in images] == ["1.dcm", "a.png"] and [p.name for p in others] == [
         "notes.txt"
@@ -1399,7 +1409,12 @@ def test_a_fourth_colour_without_a_meaning_is_left_out(tmp_path):
 
 
 def test_a_size_with_a_comma_is_named(tmp_path):
-    text = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    text = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="16" '
+        'SizeY="12" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="1,5" PhysicalSizeY="1">'
+        "<TiffData/></Pixels></Image></OME>"
+    )
     tifffile.imwrite(
         tmp_path / "a.ome.tif",
         np.zeros((12, 16), np.uint8),
@@ -1413,8 +1428,8 @@ def test_a_size_with_a_comma_is_named(tmp_path):
 def test_the_files_of_a_set_are_one_image(tmp_path):
     "Its others are named, hashed, counted once in a folder, and never written to."
     from unpaired_kd.data.collections import Collection
-    from unpaired_kd.data.formats.outputs import files_mark
-    from unpaired_kd.inference.files import plan, predict_path
+    from unpaired_kd.data.formats.outputs import mark_files
+    from unpaired_kd.inference.files import _plan_outputs, predict_path
     from unpaired_kd.inference.student import Recipe, Student
     from unpaired_kd.inference.volumes import predict_volume
     from unpaired_kd.networks.registry import build
@@ -1435,11 +1450,11 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     def seen():
         c = Collection.from_folders(tmp_path, group="(.*)")
         assert [case.id for case in c.cases] == ["a"]
-        return c.contents(), c.fingerprint(), files_mark(first)
+        return c.contents(), c.fingerprint(), mark_files(first)
 
     before = seen()
     assert set(before[0]) == {"images/a.ome.tif", "images/b.ome.tif", "labels/a.tif"}
-    assert [p.name for p, _ in plan(images, tmp_path / "out")[0]] == ["a.ome.tif"]
+    assert [p.name for p, _ in _plan_outputs(images, tmp_path / "out")[0]] == ["a.ome.tif"]
     kept = second.read_bytes()
     kinds = (
         ("unet", dict(in_channels=1, classes=1), 2, predict_path),

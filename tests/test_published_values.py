@@ -184,8 +184,8 @@ def grid(name):
     return yaml.safe_load((GRIDS / name).read_text(encoding="utf-8"))
 
 
-def test_every_row_of_cmedl_is_one_cell_of_its_grid():
-    cells = grid("cmedl_matrix.yaml")["cells"]
+def test_every_row_of_cmedl_is_one_row_of_its_grid():
+    cells = grid("cmedl_matrix.yaml")["rows"]
     for title, cell in cells.items():
         named = re.findall(r"\bR\d\d\b", title)
         assert cell["rows"] == (["R00"] if named == ["R35"] else named), title
@@ -195,7 +195,7 @@ def test_every_row_of_cmedl_is_one_cell_of_its_grid():
 
 @pytest.mark.parametrize("column,key", [("hint", "weights"), ("h", "options")])
 def test_sweeps_of_cmedl_say_what_they_change(column, key):
-    cells = grid("cmedl_matrix.yaml")["cells"]
+    cells = grid("cmedl_matrix.yaml")["rows"]
     found = {
         float(m[1]): cell
         for title, cell in cells.items()
@@ -208,14 +208,14 @@ def test_sweeps_of_cmedl_say_what_they_change(column, key):
 
 
 def test_sweeps_of_the_teachers_patients():
-    cells = grid("cmedl_matrix.yaml")["cells"]
+    cells = grid("cmedl_matrix.yaml")["rows"]
     for value in (0.1, 0.5):
         cell = cells[f"R35 teacher share {value}"]
         assert cell == {"rows": ["R00"], "teacher_share": value}
 
 
-def test_cells_of_vpbsd():
-    cells = grid("vpbsd_grid.yaml")["cells"]
+def test_rows_of_vpbsd():
+    cells = grid("vpbsd_grid.yaml")["rows"]
     rows = {title: cell["rows"] for title, cell in cells.items()}
     assert set().union(*rows.values()) == set(VPBSD)
     several = {title: names for title, names in rows.items() if names != ["full"]}

@@ -6,7 +6,14 @@ import torch
 from scipy.stats import entropy
 
 from unpaired_kd.core import InputError, rng
-from unpaired_kd.metrics.image_quality import grey_shares, histogram_kl, psnr, registered, roc, ssim
+from unpaired_kd.metrics.image_quality import (
+    check_registered,
+    grey_histogram,
+    histogram_kl,
+    psnr,
+    roc,
+    ssim,
+)
 
 A = rng(0, "quality").uniform(-1, 1, (24, 20))
 
@@ -25,7 +32,7 @@ def test_kl_has_the_direction_it_states():
 
 def test_kl_is_scipys_is_zero_for_itself_and_never_negative():
     b = np.clip(A * 0.7 + 0.1, -1, 1)
-    assert histogram_kl(A, b) == pytest.approx(entropy(grey_shares(A), grey_shares(b)))
+    assert histogram_kl(A, b) == pytest.approx(entropy(grey_histogram(A), grey_histogram(b)))
     assert histogram_kl(A, A[::-1]) == 0
     assert min(histogram_kl(x, y) for x in (A, b) for y in (A, b)) >= 0
 
@@ -37,7 +44,7 @@ def test_missing_grey_values_cost_more_than_made_up_ones():
 
 
 def test_ends_of_the_range_are_counted_and_values_beyond_are_refused():
-    share = grey_shares(np.array([-1.0, 1.0]), bins=4)
+    share = grey_histogram(np.array([-1.0, 1.0]), bins=4)
     assert share == pytest.approx([0.5, 0, 0, 0.5], abs=1e-7) and share.sum() == pytest.approx(1)
     with pytest.raises(InputError, match="outside range"):
         histogram_kl(A, A * 1.2)
@@ -89,7 +96,7 @@ def test_ssim_is_one_for_itself_symmetric_and_refuses_small_images():
 
 
 def test_registered_names_the_first_difference():
-    assert registered(["a/1", "a/2"], ("a/1", "a/2")) is True
+    assert check_registered(["a/1", "a/2"], ("a/1", "a/2")) is True
     for a, b, words in (
         (["x"], ["y"], "image 0 is 'x'"),
         (["x", "y"], ["x"], "2 and 1"),
@@ -97,7 +104,7 @@ def test_registered_names_the_first_difference():
         (["x", "x"], ["x", "x"], "twice"),
     ):
         with pytest.raises(InputError, match=words):
-            registered(a, b)
+            check_registered(a, b)
 
 
 # ---------------------------------------------------------------- ROC
@@ -135,9 +142,8 @@ def test_weighted_subsample_is_unbiased_over_unequal_cases():
         [np.concatenate([m[m], m[~m][:400]]) for m in y],
         None,
     ).auc
-    assert (
-        abs(plain - full) > 0.02 and one > two
-    )  # without weights the small hard case counts too much
+    # without weights the small hard case counts too much
+    assert abs(plain - full) > 0.02 and one > two
 
 
 def test_roc_is_repeatable_and_refuses_one_class():

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from unpaired_kd.metrics.released import released_aji, released_dice, released_metrics, released_pq
+from unpaired_kd.metrics.released import (
+    released_aji,
+    released_dice,
+    released_hd,
+    released_metrics,
+    released_pq,
+)
 
 
 def dots(n, side=3, gap=2):
@@ -60,6 +66,7 @@ def test_without_background_the_score_is_zero(binary):
     part[:5] = 0
     for pred, target in ((full, full), (full, part), (part, full)):
         assert released_pq(pred, target, min_size=0, binary=binary) == 0
+        assert released_aji(pred, target, min_size=0) == 0
 
 
 def test_small_objects_leave_the_prediction_only():
@@ -74,3 +81,25 @@ def test_small_objects_leave_the_prediction_only():
     assert r["hd"] == 0  # taken before the removal
     by_instance = released_pq(target, target, min_size=50, binary=False)
     assert by_instance == pytest.approx(1 / 1.5, abs=1e-5)
+
+
+def test_the_later_version_removes_components_and_not_instances():
+    "Two touching objects of 32 px are one component of 64."
+    pred = np.zeros((12, 12), int)
+    pred[2:10, 2:6] = 1
+    pred[2:10, 6:10] = 2
+    assert released_pq(pred, pred > 0, min_size=50) == pytest.approx(1, abs=1e-5)
+    assert released_pq(pred, pred, min_size=50, binary=False) == 0
+
+
+def test_hd_is_a_percentile_of_both_lists_of_distances_together():
+    "Twenty distances of 0 and one of 6: 95 % of them are 0. Of the target's eleven, not."
+    pred = np.zeros((12, 12), bool)
+    pred[2, :10] = True
+    target = pred.copy()
+    target[8, 0] = True
+    assert released_hd(pred, target) == 0
+    target[10, 5] = True  # now twenty, 6 and 8
+    pooled = np.sort([0] * 20 + [6, 8])
+    assert released_hd(pred, target) == pytest.approx(np.percentile(pooled, 95))
+    assert released_hd(pred, np.zeros_like(pred)) == 0

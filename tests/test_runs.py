@@ -1,5 +1,7 @@
-"""What a run folder says must be so: damaged, killed at any write, called twice, given other data."""
+"""What a run folder says must be so: damaged, killed at any write, called twice, given other
+data."""
 
+import functools
 import hashlib
 import json
 import os
@@ -114,11 +116,8 @@ DAMAGES = {
     "deleted": lambda p: p.unlink(),
     "emptied": lambda p: p.write_bytes(b""),
 }
-PAST = (
-    "notebook.ipynb",
-    "figures/cases.png",
-    "student/README.md",
-)  # for people; made anew by every run
+# for people; made anew by every run
+PAST = ("notebook.ipynb", "figures/cases.png", "student/README.md")
 FILES = [
     "config.json",
     "parameters.json",
@@ -186,16 +185,18 @@ def test_no_damage_to_a_finished_run_is_silent(run, tmp_path, capsys):
                 do(folder / name)
             except ValueError:
                 continue  # a text without a digit
-            told = verdict(lambda: read(folder, test), seen, folder / name)
-            ends = verdict(lambda: go(data, folder), found, folder / name)
+            again = functools.partial(go, data, folder)
+            told = verdict(functools.partial(read, folder, test), seen, folder / name)
+            ends = verdict(again, found, folder / name)
             mended = ""
             if ends == "refused":  # what the message advises must help
                 (folder / name).unlink(missing_ok=True)
-                mended = verdict(lambda: go(data, folder), found, folder / name)
+                mended = verdict(again, found, folder / name)
             if (mended or ends) == "same result" and files(folder) != left:
                 ends = f"LEFT OVER OR LOST: {set(files(folder)) ^ set(left)}"
             table.append(
-                f"{name:40} {damage:15} read: {told:12} run again: {ends:12} {mended and 'deleted and run again: ' + mended}"
+                f"{name:40} {damage:15} read: {told:12} run again: {ends:12} "
+                f"{mended and 'deleted and run again: ' + mended}"
             )
             if (
                 not {told, ends, mended or "same result"} <= {"refused", "same result"}
@@ -232,7 +233,7 @@ SWEEP = textwrap.dedent("""
         return call
 
     def child(folder, n):
-        "Run in a process of its own that is killed at the n-th call of os.replace or os.fsync; its exit status, and what it found."
+        "Run in a process that is killed at the n-th call of os.replace or os.fsync; its status."
         pid = os.fork()
         if pid: return os.waitpid(pid, 0)[1]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -255,7 +256,10 @@ SWEEP = textwrap.dedent("""
         ended = child(folder, 0)
         same = (top/"found.txt").read_text().rpartition(" ")[0] == found
         odd = set(files(folder)) ^ set(left)
-        print("kill", n, "killed" if died == signal.SIGKILL else died, "again", ended, "same" if same else "OTHER", "left", sorted(odd), "parts before", len(parts), flush=True)
+        how = "killed" if died == signal.SIGKILL else died
+        what = "same" if same else "OTHER"
+        words = [how, "again", ended, what, "left", sorted(odd), "parts before", len(parts)]
+        print("kill", n, *words, flush=True)
 """)
 
 
@@ -266,7 +270,7 @@ def sweep(data, top, *numbers):
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "XDG_CACHE_HOME": os.devnull,  # sums kept there or not, by the clock, would move the count of writes
+        "XDG_CACHE_HOME": os.devnull,  # sums kept there would move the count of writes
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     done = subprocess.run(
@@ -300,11 +304,13 @@ def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(run, tmp_path, 
         )
     )
     (tmp_path / "again").mkdir()
-    lines = [l for l in sweep(run[0], tmp_path / "again", *some) if l.startswith("kill ")]
-    bad = [l for l in lines if " killed again 0 same left [] " not in l]
+    said = sweep(run[0], tmp_path / "again", *some)
+    lines = [line for line in said if line.startswith("kill ")]
+    bad = [line for line in lines if " killed again 0 same left [] " not in line]
     with capsys.disabled():
         print(
-            f"\n{calls} writes and syncs in a run; killed at {len(lines)} of them, {len(bad)} ended otherwise"
+            f"\n{calls} writes and syncs in a run; killed at {len(lines)} of them, {len(bad)} "
+            "ended otherwise"
         )
     assert len(lines) == (calls if FULL else len(some)) and not bad, "\n".join(bad)
 
@@ -529,9 +535,8 @@ def test_a_teacher_that_was_trained_again_with_another_result_fits_no_old_studen
     net = train_teacher(folder, study(data), 0, "cpu")
     assert record_of(teacher)["weights"] == digest({"student": weights_digest(net)}, 64)
     shutil.rmtree(teacher)
-    assert json.dumps(run_study(folder, study(data), [0], workers=1)) == json.dumps(
-        json.loads(found)[0]
-    )  # here it becomes the same again
+    rows = run_study(folder, study(data), [0], workers=1)
+    assert json.dumps(rows) == json.dumps(json.loads(found)[0])  # it becomes the same again
     state = load_checkpoint(teacher / "last.pt")
     record = record_of(teacher)  # another machine: other last digits
     weights = next(iter(state["networks"]["student"].values()))
@@ -697,8 +702,12 @@ def script(tmp_path, text, *environment, **more):
 def test_a_script_without_a_guard(run, tmp_path, workers, ends):
     done = script(
         tmp_path,
-        f"from test_runs import study\nfrom unpaired_kd.study.run import run_study\nprint('mine', flush=True)\n"
-        f"from test_runs import CONFIG\narms = dict(CONFIG['arms'], alone=dict(method='single', start='scratch'))\nprint(len({{r['arm'] for r in run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})}}))\n",
+        "from test_runs import CONFIG, study\n"
+        "from unpaired_kd.study.run import run_study\n"
+        "print('mine', flush=True)\n"
+        "arms = dict(CONFIG['arms'], alone=dict(method='single', start='scratch'))\n"
+        f"rows = run_study('run', study({str(run[0])!r}, arms=arms), [0], workers={workers})\n"
+        "print(len({r['arm'] for r in rows}))\n",
     )
     assert done.stdout.count("mine") == 1
     if workers == 1:
@@ -713,8 +722,14 @@ def test_a_script_without_a_guard(run, tmp_path, workers, ends):
 def test_a_machine_without_git_home_or_name(run, tmp_path):
     done = script(
         tmp_path,
-        f"from test_runs import study\nfrom unpaired_kd.study.folder import environment\nfrom unpaired_kd.study.run import run_study\nimport os\nos.environ['PATH'] = '/nonexistent'; os.environ.pop('HOME', None)\n"
-        f"assert environment()['commit'] == ''\nprint(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n",
+        "import os\n"
+        "from test_runs import study\n"
+        "from unpaired_kd.study.folder import environment\n"
+        "from unpaired_kd.study.run import run_study\n"
+        "os.environ['PATH'] = '/nonexistent'\n"
+        "os.environ.pop('HOME', None)\n"
+        "assert environment()['commit'] == ''\n"
+        f"print(len(run_study('run', study({str(run[0])!r}), [0], workers=1)))\n",
         TMPDIR="/proc/nothing",
     )
     assert done.returncode == 0, done.stderr[-1500:]
@@ -739,7 +754,8 @@ def test_the_commit_is_that_of_this_checkout_only(tmp_path):
         [
             sys.executable,
             "-c",
-            "from unpaired_kd.study.folder import environment; print(repr(environment()['commit']))",
+            "from unpaired_kd.study.folder import environment; "
+            "print(repr(environment()['commit']))",
         ],
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
@@ -793,7 +809,8 @@ def test_foreign_teacher_weights_are_refused_before_anything(run, tmp_path):
 
 
 def test_a_label_edited_while_a_training_runs_is_never_scored(data, run, tmp_path, monkeypatch):
-    "The label of a test image changes after the last batch. Restored, the run ends as if nothing had been."
+    """The label of a test image changes after the last batch. Restored, the run ends as if nothing
+    had been."""
     from unpaired_kd.training import learner as module
 
     config = study(data)

@@ -271,7 +271,7 @@ def test_a_label_of_another_frame_of_reference_is_refused(tmp_path):
             lambda: lay_on(read_label(f), image): TRUTH,
             lambda: seg_mask(f, image, "node"): TRUTH == 7,
             lambda: rtstruct_mask(tmp_path / "r.dcm", image): drawn,
-            lambda: lay_on(read_label(tmp_path / f"y{frame}"), image): TRUTH,
+            lambda y=tmp_path / f"y{frame}": lay_on(read_label(y), image): TRUTH,
         }
         for read, truth in tries.items():
             if sound:

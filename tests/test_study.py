@@ -1,4 +1,5 @@
-"""The study under faults: killed at any moment, called twice, given bad input. And what importing the library may cost."""
+"""The study under faults: killed at any moment, called twice, given bad input. And what importing
+the library may cost."""
 
 import json
 import os
@@ -179,9 +180,10 @@ def test_importing_the_library_is_light():
         start = time.perf_counter()
         import unpaired_kd
         spent = time.perf_counter() - start
-        import unpaired_kd.inference.student, unpaired_kd.training.learner, unpaired_kd.study.run, unpaired_kd.command.cli
-        heavy = [m for m in ("monai", "matplotlib", "IPython", "ipywidgets", "papermill", "nbformat", "sklearn", "skimage") if m in sys.modules]
-        print(spent, *heavy)
+        import unpaired_kd.inference.student, unpaired_kd.training.learner
+        import unpaired_kd.study.run, unpaired_kd.command.cli
+        heavy = "monai matplotlib IPython ipywidgets papermill nbformat sklearn skimage"
+        print(spent, *(m for m in heavy.split() if m in sys.modules))
     """
     spent, *heavy = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -478,23 +480,6 @@ def test_settings_of_the_learner_are_settings_of_a_study():
         bars=False,
     )
     assert "save_every" not in study.common() and study.common()["accumulate"] == 2
-
-
-def test_what_earlier_versions_wrote_is_read(tmp_path):
-    for path in sorted((ROOT / "nbs/results").glob("*/*/config.json")):
-        record = json.loads(path.read_text())
-        if "arms" not in record:
-            continue
-        config = read_study(record["study"], record["arms"])
-        assert {a.name for a in config.arms} == set(
-            record["arms"]
-        ) and config.patches.patch == record["study"]["patch"]
-        for arm in config.arms:
-            old = record["arms"][arm.name]
-            assert (arm.start == "scratch") == (old["init"] == "scratch") and arm.reuses == old.get(
-                "shares", ""
-            )
-            assert arm.options == old["options"] and arm.weights == old["weights"]
 
 
 def test_a_training_trains_what_it_needs_first(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unpaired_kd.analysis.tsne import embed
+from unpaired_kd.analysis.tsne import embed_features
 
 sklearn = pytest.importorskip("sklearn.manifold")
 
@@ -23,7 +23,7 @@ def test_it_begins_at_two_components_scaled_to_a_small_spread(monkeypatch):
     r = np.random.default_rng(0)
     features = r.standard_normal((80, 5)) @ np.diag([5.0, 3.0, 1.0, 1.0, 1.0])
     features = features @ r.standard_normal((5, 5)) + 7
-    embed(features, "sklearn", perplexity=20, iterations=300, seed=3, components=3)
+    embed_features(features, "sklearn", perplexity=20, iterations=300, seed=3, components=3)
     scaled = (features - features.mean(0)) / features.std(0)
     u, s, _ = np.linalg.svd(scaled, full_matrices=False)
     components = u * s

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,22 +19,24 @@ from unpaired_kd.core import InputError, digest, file_sha256, seeded
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.writing import write_image
 from unpaired_kd.inference import volumes
-from unpaired_kd.inference.student import Recipe, Student, logits, pad_to
-from unpaired_kd.inference.volumes import (
-    as_bytes,
-    block_input,
+from unpaired_kd.inference.blocks import (
     block_logits,
-    blocks_of,
     choose_tile,
+    cut_blocks,
+    limit_voxels,
+    measure_memory,
+    measure_receptive_field,
+    mirror_index,
+)
+from unpaired_kd.inference.resuming import hold_folder
+from unpaired_kd.inference.student import Recipe, Student, logits, pad_to
+from unpaired_kd.inference.volume_files import open_volume, read_block, to_bytes
+from unpaired_kd.inference.volumes import (
+    _settle_blocks,
     goes_in_blocks,
-    held,
-    looks,
-    mirrored,
-    open_volume,
-    pipeline,
     predict_volume,
-    triple,
-    voxel_limit,
+    read_triple,
+    run_pipeline,
 )
 from unpaired_kd.networks.registry import build
 from unpaired_kd.networks.volumes import LightUNet
@@ -63,7 +64,7 @@ def student(intensity="dtype", classes=("background", "vessel"), **config):
 
 def whole(s, raw):
     "The bytes that the plain prediction in one piece would give."
-    return as_bytes(torch.from_numpy(s.probabilities(raw)[1])).numpy().astype(int)
+    return to_bytes(torch.from_numpy(s.probabilities(raw)[1])).numpy().astype(int)
 
 
 def noise(*shape, kind=np.uint8):
@@ -99,9 +100,9 @@ def assembled(net, v, tile, halo, rim=None):
     "All blocks of an array, joined."
     strides = net.strides
     out = torch.full((1, net.config["classes"], *v.shape), float("nan"))
-    for b in blocks_of(v.shape, tile, halo, strides):
+    for b in cut_blocks(v.shape, tile, halo, strides):
         index = [
-            mirrored(n, -(-n // s) * s)[slice(*r)] for n, s, r in zip(v.shape, strides, b.read)
+            mirror_index(n, -(-n // s) * s)[slice(*r)] for n, s, r in zip(v.shape, strides, b.read)
         ]
         x = torch.from_numpy(v[np.ix_(*index)])[None, None]
         out[(..., *(slice(*c) for c in b.core))] = block_logits(
@@ -172,7 +173,7 @@ def test_an_origin_off_the_stride_fails():
 @pytest.mark.parametrize("strides", [(8, 8, 8), (2, 8, 8)])
 def test_every_voxel_has_one_block_and_origins_fit(size, strides):
     count = np.zeros(size, np.uint8)
-    for b in blocks_of(size, (64, 32, 48), (16, 48, 8), strides):
+    for b in cut_blocks(size, (64, 32, 48), (16, 48, 8), strides):
         count[tuple(slice(*c) for c in b.core)] += 1
         for (a, e), (o, end), s, n in zip(b.core, b.read, strides, size):
             assert (
@@ -186,23 +187,29 @@ def test_the_table_is_the_padding(n):
     x = torch.rand(1, 1, n, 9, 2)
     assert torch.equal(
         pad_to(x, 8),
-        x[0, 0][np.ix_(*(mirrored(k, -(-k // 8) * 8) for k in x.shape[2:]))][None, None],
+        x[0, 0][np.ix_(*(mirror_index(k, -(-k // 8) * 8) for k in x.shape[2:]))][None, None],
     )
 
 
 @pytest.mark.parametrize("flat, classes", [(0, 1), (2, 3)])
 def test_looks_agrees_with_the_layers(flat, classes):
     net = LightUNet(width=2, flat=flat, classes=classes)
-    assert looks(net) == tuple(-(-r // s) * s for r, s in zip(net.reach, net.strides))
+    assert measure_receptive_field(net) == tuple(
+        -(-r // s) * s for r, s in zip(net.reach, net.strides)
+    )
     net.train()
-    looks(net)
+    measure_receptive_field(net)
     assert net.training  # tried out on a copy
 
 
 def test_looks_refuses_networks_without_an_end():
     with pytest.raises(InputError, match="BatchNorm"):
-        looks(torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3, padding=1), torch.nn.InstanceNorm3d(2)))
-    assert looks(torch.nn.Sequential(torch.nn.Conv3d(1, 1, (3, 5, 1), padding=(1, 2, 0)))) == (
+        measure_receptive_field(
+            torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3, padding=1), torch.nn.InstanceNorm3d(2))
+        )
+    assert measure_receptive_field(
+        torch.nn.Sequential(torch.nn.Conv3d(1, 1, (3, 5, 1), padding=(1, 2, 0)))
+    ) == (
         1,
         2,
         0,
@@ -263,8 +270,8 @@ def test_identity_to_1e_5():
 
         path = "v"
 
-    for b in blocks_of(raw.shape, (16, 16, 16), (8, 8, 8), (8, 8, 8)):
-        x = torch.from_numpy(block_input(V(), b, (8, 8, 8)))[None]
+    for b in cut_blocks(raw.shape, (16, 16, 16), (8, 8, 8), (8, 8, 8)):
+        x = torch.from_numpy(read_block(V(), b, (8, 8, 8)))[None]
         z = block_logits(
             net, x, [(a - o, e - o) for (a, e), (o, _) in zip(b.core, b.read)]
         ).sigmoid()
@@ -352,7 +359,7 @@ def test_every_form_gives_the_same_boxes(tmp_path, kind):
 
 
 def test_uint16_goes_through_as_the_plain_prediction(tmp_path):
-    "uint16, percentile window, non-contiguous Zarr: the blocks are the plain prediction, to one byte."
+    "uint16, percentile window, non-contiguous Zarr: blocks are the plain prediction, to one byte."
     raw = noise(30, 70, 41, kind=np.uint16)
     s = student("percentile")
     predict_volume(s, stored(tmp_path, "tcxyz", raw), tmp_path / "p.zarr", tile=32)
@@ -374,7 +381,7 @@ def test_classes_have_a_layer_each(tmp_path):
         got = read_image(tmp_path / out).array.astype(int)
         assert (
             got.shape == (3, *raw.shape)
-            and np.abs(got - as_bytes(torch.from_numpy(s.probabilities(raw))).numpy()).max() <= 1
+            and np.abs(got - to_bytes(torch.from_numpy(s.probabilities(raw))).numpy()).max() <= 1
         )
     predict_volume(s, tmp_path / "v.zarr", tmp_path / "l.zarr", tile=32, labels=True)
     assert (read_label(tmp_path / "l.zarr").array == s.predict(raw)).mean() > 0.999
@@ -387,8 +394,8 @@ def test_bytes_and_labels_agree():
             torch.tensor([0.5, np.nextafter(np.float32(0.5), np.float32(1))]),
         ]
     )
-    assert ((as_bytes(p) >= 128) == (p > 0.5)).all() and (
-        as_bytes(p).float() / 255 - p
+    assert ((to_bytes(p) >= 128) == (p > 0.5)).all() and (
+        to_bytes(p).float() / 255 - p
     ).abs().max() <= 0.5 / 255 + 1e-6
 
 
@@ -439,7 +446,8 @@ def test_empty_blocks_are_skipped(tmp_path):
 
 
 def test_an_empty_core_beside_a_bright_one_is_computed(tmp_path):
-    "Emptiness is of core and halo together: where the halo is bright, the values are those of a job that skips nothing."
+    """Emptiness is of core and halo together: where the halo is bright, the values are those of a
+    job that skips nothing."""
     raw = noise(32, 16, 16)
     s = student(levels=2)
     raw[16:] = 9
@@ -510,7 +518,8 @@ def test_a_killed_job_continues(tmp_path, out):
 
 @pytest.mark.parametrize("out", ["p.zarr", "p.tif"])
 def test_a_block_is_logged_when_it_is_on_the_disk(tmp_path, monkeypatch, out):
-    "At the moment of its note, the block's voxels are in the file, and for Zarr file and folder have been synced."
+    """At the moment of its note, the block's voxels are in the file, and for Zarr file and folder
+    have been synced."""
     raw = R.integers(1, 256, (32, 30, 33), np.uint8)
     synced = set()
     notes = []
@@ -607,10 +616,10 @@ def test_outputs_that_cannot_be(tmp_path):
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
-    with held(tmp_path / "w"), pytest.raises(InputError, match="another process"):
-        with held(tmp_path / "w"):
+    with hold_folder(tmp_path / "w"), pytest.raises(InputError, match="another process"):
+        with hold_folder(tmp_path / "w"):
             pass
-    with held(tmp_path / "w"):
+    with hold_folder(tmp_path / "w"):
         pass
 
 
@@ -623,9 +632,9 @@ def test_an_error_in_any_stage_stops_the_others():
 
     for stages in ((boom, ok, ok), (ok, boom, ok), (ok, ok, boom)):
         with pytest.raises(ZeroDivisionError):
-            pipeline(range(50), *stages)
+            run_pipeline(range(50), *stages)
     seen = []
-    assert set(pipeline(range(5), ok, lambda i, _: i, lambda i, v: seen.append((i, v)))) == {
+    assert set(run_pipeline(range(5), ok, lambda i, _: i, lambda i, v: seen.append((i, v)))) == {
         "read",
         "compute",
         "write",
@@ -654,14 +663,14 @@ def test_tiles_fit_memory_and_the_stride():
         tile = choose_tile(size, halo, strides, 8e6)
         assert all(t % s == 0 for t, s in zip(tile, strides))
         assert (
-            max(np.prod([e - a for a, e in b.read]) for b in blocks_of(size, tile, halo, strides))
+            max(np.prod([e - a for a, e in b.read]) for b in cut_blocks(size, tile, halo, strides))
             <= 8e6
         )
 
     def work(tile):
         return sum(
             np.prod([e - a for a, e in b.read])
-            for b in blocks_of((512, 512, 512), tile, (48,) * 3, (8,) * 3)
+            for b in cut_blocks((512, 512, 512), tile, (48,) * 3, (8,) * 3)
         )
 
     assert work(choose_tile((512,) * 3, (48,) * 3, (8,) * 3, 3e7)) < work(
@@ -672,72 +681,59 @@ def test_tiles_fit_memory_and_the_stride():
 
 
 def test_memory_is_shared_out():
-    "Half a gigabyte is kept for Python and torch; the rest is the block's, by the measured bytes a voxel."
+    "Half a gigabyte is kept for Python and torch; the rest is for blocks, by bytes a voxel."
     net = settled(width=8)
     rim = (16, 16, 16)
-    down = volumes.bytes_per_voxel(net, rim=rim)
-    up = volumes.bytes_per_voxel(net)
-    assert np.allclose(voxel_limit(1.5e9, net, 1, rim), (1e9 / down, 1e9 / up)) and np.allclose(
-        voxel_limit("700MB", net, 1, rim), (0.2e9 / down, 0.2e9 / up)
-    )
-    assert voxel_limit("0.5GB", net, 1, rim) == (0, 0)
+    down = measure_memory(net, rim=rim)
+    up = measure_memory(net)
+    assert np.allclose(limit_voxels(1.5e9, net, 1, rim), (1e9 / down, 1e9 / up))
+    assert np.allclose(limit_voxels("700MB", net, 1, rim), (0.2e9 / down, 0.2e9 / up))
+    assert limit_voxels("0.5GB", net, 1, rim) == (0, 0)
 
 
 def test_the_decoder_needs_memory_too():
-    "The tile that is chosen fits twice: core and halo in the encoder, core and rim in the decoder. The second limit is the one that binds here."
+    """The tile that is chosen fits twice: core and halo in the encoder, core and rim in the
+    decoder. The second limit is the one that binds here."""
     s = Student(settled(width=8), Recipe(in_channels=1, dims=3, patch=512))
     size = (512, 512, 512)
-    volume = volumes.Volume(
-        Path("v"),
-        (1, *size),
-        np.dtype(np.uint8),
-        None,
-        None,
-        "m",
-        lambda box: np.zeros((1, 1, 1, 1), np.uint8),
-    )
 
     def most(tile, rim):
-        return max(
-            np.prod([e - a for a, e in b.read]) for b in blocks_of(size, tile, rim, (8,) * 3)
-        )
+        blocks = cut_blocks(size, tile, rim, (8,) * 3)
+        return max(np.prod([e - a for a, e in b.read]) for b in blocks)
 
     for memory in (1e9, 1.5e9, 2.5e9):
-        job, tile, halo = volumes.prepared(
-            s, volume, "w", Path("d.zarr"), None, None, memory, None, True
-        )
-        reads, boxes = voxel_limit(memory, s.network, 1, job.rim)
-        assert job.rim == (16,) * 3 and most(tile, halo) <= reads and most(tile, job.rim) <= boxes
-        free = choose_tile(size, halo, (8,) * 3, 64 * boxes, job.rim)
-        assert (
-            most(free, job.rim) > boxes
-            and most(choose_tile(size, halo, (8,) * 3, 64 * boxes, job.rim, boxes), job.rim)
-            <= boxes
-        )
+        tile, halo, rim = _settle_blocks(s, size, None, None, memory)
+        reads, boxes = limit_voxels(memory, s.network, 1, rim)
+        assert rim == (16,) * 3
+        assert most(tile, halo) <= reads
+        assert most(tile, rim) <= boxes
+        free = choose_tile(size, halo, (8,) * 3, 64 * boxes, rim)
+        held = choose_tile(size, halo, (8,) * 3, 64 * boxes, rim, boxes)
+        assert most(free, rim) > boxes >= most(held, rim)
 
 
 def test_memory_and_triples():
     net = settled()
     assert (
-        voxel_limit("1.5GB", net, 1, None)
-        == voxel_limit(1.5e9, net, 1, None)
-        == voxel_limit(None, net, 1, None)
-        > voxel_limit("800 MB", net, 1, None)
+        limit_voxels("1.5GB", net, 1, None)
+        == limit_voxels(1.5e9, net, 1, None)
+        == limit_voxels(None, net, 1, None)
+        > limit_voxels("800 MB", net, 1, None)
         > (0, 0)
     )
     for bad in ("much", "GB", "-3GB"):
         with pytest.raises(InputError, match="1.5GB"):
-            voxel_limit(bad, net, 1, None)
+            limit_voxels(bad, net, 1, None)
     assert (
-        triple("64", "tile") == triple(64, "tile") == (64,) * 3
-        and triple("8,16,24", "tile") == (8, 16, 24)
-        and triple(0, "halo") == (0, 0, 0)
+        read_triple("64", "tile") == read_triple(64, "tile") == (64,) * 3
+        and read_triple("8,16,24", "tile") == (8, 16, 24)
+        and read_triple(0, "halo") == (0, 0, 0)
     )
     for bad in ("a", "1,2", 0, -8, "1,2,3,4", "1.5", float("inf")):
         with pytest.raises(InputError, match="tile="):
-            triple(bad, "tile")
+            read_triple(bad, "tile")
     with pytest.raises(InputError, match="multiples"):
-        triple("64,64,60", "tile", (8, 8, 8))
+        read_triple("64,64,60", "tile", (8, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -897,7 +893,7 @@ def test_cluster(tmp_path):
 def test_an_output_keeps_the_translation_of_its_input(tmp_path):
     pytest.importorskip("zarr")
     from unpaired_kd.data.formats.images import read_label
-    from unpaired_kd.inference.volumes import create_output
+    from unpaired_kd.inference.volume_files import create_output
 
     for shape in ((6, 8, 10), (2, 6, 8, 10)):
         p = tmp_path / f"{len(shape)}.zarr"

@@ -245,8 +245,9 @@ def _volume(self, i):
 
 @patch_to(Patches)
 def _pixel(self, cases, which):
-    """(case, flat position) of a pixel of a class: each class that some of the cases show is equally
-    likely, and so is each of its known pixels. None where there is no class."""
+    """(case, flat position) of a pixel of a class, None where there is no class. Each class that
+    some of the cases show is equally likely, and so is each of its known pixels.
+    """
     shown = {}
     for i in cases:
         for k, pixels in self._foreground(i).items():

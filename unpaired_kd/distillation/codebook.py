@@ -195,7 +195,7 @@ def _as_grid(rows, z):
 _UPDATES = ("ema", "gradient")
 _GRADIENTS = ("straight", "rotate")
 
-
+# %% ../../nbs/distillation/codebook.ipynb #0fc53fd1
 class Codebook(nn.Module):
     """A vector quantiser: every feature is replaced by the nearest of `codes` learned vectors (van
     den Oord et al. 2017; the moving means are those of its appendix A.1). It learns only in
@@ -434,7 +434,7 @@ def train(
     "As for any module, but a frozen codebook stays in evaluation mode."
     return nn.Module.train(self, mode and not self.frozen)
 
-
+# %% ../../nbs/distillation/codebook.ipynb #a5cfe960
 @patch
 def lookup(
     self: Codebook,

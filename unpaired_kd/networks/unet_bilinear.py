@@ -16,8 +16,10 @@ from .unet import check_input, double_conv
 # %% ../../nbs/networks/unet_bilinear.ipynb #eaff23b9
 @NETWORKS.register("unet_bilinear")
 class BilinearUNet(nn.Module):
-    """The U-Net of CMEDL (Jiang et al. 2021): bilinear decoder, 13,394,242 parameters for two scores. Input (B,in_channels,H,W) in [0,1], output logits (B,classes,H,W).
-    Both sides a multiple of 16. Raises `InputError` for another number of channels or axes, or for another side; and for `dims` other than 2."""
+    """The U-Net of CMEDL (Jiang et al. 2021): bilinear decoder, 13,394,242 parameters for two
+    scores. Input (B,in_channels,H,W) in [0,1], output logits (B,classes,H,W). Both sides a multiple
+    of 16. Raises `InputError` for another number of channels or axes, or for another side; and for
+    `dims` other than 2."""
 
     stride = 16
     hint_layers = {"low": ("conv1.2", "conv1.5"), "mid": ("conv5",), "high": ("conv8", "conv9")}
@@ -32,7 +34,8 @@ class BilinearUNet(nn.Module):
         super().__init__()
         if dims != 2:
             raise InputError(
-                f"dims={dims}: the bilinear U-Net is 2-D only. Use dims=2, or network 'unet' for volumes."
+                f"dims={dims}: the bilinear U-Net is 2-D only. Use dims=2, or network 'unet' for "
+                "volumes."
             )
         self.config = dict(in_channels=in_channels, classes=classes, width=width, dims=dims)
         w = [width * k for k in (1, 2, 4, 8, 8)]
@@ -48,7 +51,7 @@ class BilinearUNet(nn.Module):
         self,
         x: Tensor,  # images (B,in_channels,H,W), in [0,1]
     ) -> Tensor:  # logits (B,classes,H,W)
-        "Scores of every pixel."
+        "Scores of every pixel. `InputError` for an input that does not fit."
         check_input(x, self.config["in_channels"], 2, self.stride)
         skips = []
         for n in range(1, 5):
@@ -57,5 +60,6 @@ class BilinearUNet(nn.Module):
             x = self.pool(x)
         x = self.conv5(x)
         for n in range(6, 10):
-            x = getattr(self, f"conv{n}")(torch.cat([skips.pop(), self.up(x)], 1))
+            x = torch.cat([skips.pop(), self.up(x)], 1)
+            x = getattr(self, f"conv{n}")(x)
         return self.conv10(x)

@@ -211,7 +211,7 @@ def inherit(
     given: dict,  # fields of an arm
     base: dict,  # fields of the arm that it is a form of
 ) -> dict:  # its fields, complete
-    "What an arm does not say, its base says; options and weights only where the method is the same."
+    "What an arm does not say, its base says; options and weights only for the same method."
     same = given.get("method", base["method"]) == base["method"]
     passed = {k: v for k, v in base.items() if same or k in ("start", "preset")}
     whole = {**passed, **given}

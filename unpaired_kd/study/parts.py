@@ -207,8 +207,8 @@ def _draw_scored(
 ) -> tuple:  # ids: scored, and the rest that may be learned from
     "Keep training patients for choosing settings. `InputError` when none is left."
     group_of = dict(zip(c.ids, c.groups))
-    told = [g for g in dict.fromkeys(group_of[i] for i in rest) if g not in bare]
-    learned = told[: split.unlabelled] if split.unlabelled else told[::2]
+    labelled = [g for g in dict.fromkeys(group_of[i] for i in rest) if g not in bare]
+    learned = labelled[: split.unlabelled] if split.unlabelled else labelled[::2]
     shown = bare | set(learned)
     scored = [i for i in rest if group_of[i] not in shown]
     if not scored:
@@ -313,8 +313,8 @@ def _ids(images, split, seed, folder):
     "Ids of both sides ({train, test}), and of the student's four parts."
     t, s = open_both(images)
     bare = _unlabelled_groups(s)
-    told = _labelled_groups(s)
-    if not len(told):
+    complete = _labelled_groups(s)
+    if not len(complete):
         raise InputError(
             f"{images.data}: no group of {images.student!r} has all its labels. A "
             "study needs some to learn from and some to test on."
@@ -323,7 +323,9 @@ def _ids(images, split, seed, folder):
         "teacher": _divide(
             t, split.teacher_test, 0, "teacher_test", _split_path(folder, "teacher-0")
         ),
-        "student": _divide(told, split.test, seed, "test", _split_path(folder, f"student-{seed}")),
+        "student": _divide(
+            complete, split.test, seed, "test", _split_path(folder, f"student-{seed}")
+        ),
     }
     labelled, valid, rest = _draw_labelled(s, sides["student"]["train"], split, seed)
     rest += [c.id for c in s.cases if c.group in bare]

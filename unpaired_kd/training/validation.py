@@ -18,8 +18,9 @@ def validate(
     net: nn.Module,  # network that gives logits
     batches: list,  # of `Batch` with labels
 ) -> tuple:  # (mean Dice in [0,1] of foreground classes that are there, mean `segmentation_loss`)
-    """Dice of thresholded (1 class) or arg-max (more) predictions, per image and per foreground
-    class present in label or prediction, then the mean; and the loss of the same scores."""
+    """Dice of thresholded (1 class) or arg-max (more) predictions, for each image and foreground
+    class that is in label or prediction, then the mean (1 if there is none); and the mean loss of
+    the batches."""
     training = net.training
     scores = []
     losses = []

@@ -15,7 +15,7 @@ from unpaired_kd.data.examine import ModalityReport, find_leaks, read_case
 from unpaired_kd.data.instances import number_objects
 from unpaired_kd.data.intensity import HistogramStandard, check_hu, to_unit, volume_window
 from unpaired_kd.data.labels import infer_labels, label_map
-from unpaired_kd.data.layouts import Case
+from unpaired_kd.data.layouts import Case, list_manifest
 from unpaired_kd.data.patches import Patches, Unpaired
 from unpaired_kd.data.phantoms.bone import BoneKnobs, bone_image
 from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoom_spacing
@@ -188,7 +188,7 @@ def test_bright_blocks_are_the_upper_quarter_after_each_image_was_stretched():
     images = [r.integers(0, 40, (24, 24)), r.integers(100, 140, (24, 24))]
     for k, image in enumerate(images):
         image[4 * k : 4 * k + 4, 8:12] += 60  # a bright structure
-        image[20, 20] += 110  # one odd pixel
+        image[20, 20] = (255, 145)[k]  # one odd pixel, far above the dim image only
     images = [image.astype(np.uint8) for image in images]
     found = Patches(Collection.from_arrays(images), 8, 2, rich=1.0)._bright_blocks()
     values = []
@@ -339,6 +339,23 @@ def test_whole_numbers_are_divided_by_the_largest_of_their_type():
         images = [np.array([[0, top // 5, top]], kind)]
         got = Collection.from_arrays(images)[0].image.flatten().tolist()
         assert got == pytest.approx([0, 0.2, 1], abs=1e-7)
+
+
+def test_a_collection_is_inverted_and_its_fingerprint_sees_labels():
+    image = np.array([[0, 51, 255]], np.uint8)
+    got = Collection.from_arrays([image], invert=True)[0].image.flatten().tolist()
+    assert got == pytest.approx([1, 0.8, 0], abs=1e-6)
+    one, two = (Collection.from_arrays([image], [image > 60 * k], ["p"]) for k in (0, 1))
+    assert one.fingerprint() != two.fingerprint()
+
+
+def test_one_file_belongs_to_one_group(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").touch()
+    rows = ["modality,id,image,group", "ct,1,a.png,p1", "ct,2,b.png,p2", "ct,3,a.png,p3"]
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    (fault,) = list_manifest(tmp_path, "ct")[1]
+    assert "'p1'" in fault and "'p3'" in fault
 
 
 def test_labels_of_sixteen_numbers_may_be_classes_and_of_seventeen_are_objects():

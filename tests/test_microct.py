@@ -261,3 +261,10 @@ def test_a_tile_needs_more_than_nine_tenths_of_tissue():
     at = select_tiles(np.zeros((10, 30)), 10, mask=mask)
     assert at.cols.tolist() == [20]
     assert select_tiles(np.zeros((10, 30)), 10, 0.7, mask=mask).cols.tolist() == [0, 10, 20]
+
+
+def test_one_per_cent_saturates_at_each_end():
+    x = stretch(np.arange(10_000.0).reshape(100, 100))
+    assert 99 <= (x == 0).sum() <= 101 and 99 <= (x == 1).sum() <= 101
+    low, high = np.quantile(np.arange(10_000.0), (0.01, 0.99))
+    assert x[50, 0] == pytest.approx((5000 - low) / (high - low), abs=1e-6)

@@ -110,8 +110,8 @@ def test_sizes_of_an_experiment_go_where_they_belong():
         method="lotus", start="scratch", preset="released", options={"tau": 4.0}
     )
     assert "options" not in arm_of(
-        row_of("vpbsd", "painted"), {"decoder": 16}
-    )  # the teacher's decoder is not the painter's
+        row_of("vpbsd", "reconstruction"), {"decoder": 16}
+    )  # the teacher's decoder is not this one
 
 
 def test_no_option_is_dropped_silently():

@@ -376,7 +376,7 @@ def test_table_is_the_single_scores_with_each_skeleton_once(monkeypatch):
     )
     calls = []
     real = topology.skeletonise
-    monkeypatch.setattr(topology, "skeleton", lambda m: calls.append(1) or real(m))
+    monkeypatch.setattr(topology, "skeletonise", lambda m: calls.append(1) or real(m))
     assert topology_scores(p, t, 16) == expected and len(calls) == 2
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from unpaired_kd.core import InputError, seeded
 from unpaired_kd.networks.densefcn import DenseBlock, DenseFCN
 from unpaired_kd.networks.mrrn import MRRN, RCU
-from unpaired_kd.networks.registry import make_network, load_weights, network_name
+from unpaired_kd.networks.registry import load_weights, make_network, network_name
 from unpaired_kd.networks.taps import Taps, tap_channels
 from unpaired_kd.networks.unet import UNet
 from unpaired_kd.networks.unet_bilinear import BilinearUNet

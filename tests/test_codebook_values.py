@@ -23,9 +23,9 @@ from unpaired_kd.distillation.codebook import (
 )
 from unpaired_kd.distillation.patterns import (
     PatternProjector,
+    average_to_grid,
     channel_kl,
     pattern_loss,
-    average_to_grid,
     token_code_ce,
     token_cosine,
 )

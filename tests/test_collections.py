@@ -23,7 +23,7 @@ from unpaired_kd.data.labels import infer_labels
 from unpaired_kd.data.layouts import Case
 from unpaired_kd.data.matching import match_labels
 from unpaired_kd.data.resampling import prepare
-from unpaired_kd.data.splits import Split, _deal_groups, kfold_groups, choose_labelled, split_groups
+from unpaired_kd.data.splits import Split, _deal_groups, choose_labelled, kfold_groups, split_groups
 
 
 def picture(k, shape=(20, 24)):

@@ -19,7 +19,13 @@ from unpaired_kd.data.layouts import Case, list_manifest
 from unpaired_kd.data.patches import Patches, Unpaired
 from unpaired_kd.data.phantoms.bone import BoneKnobs, bone_image
 from unpaired_kd.data.resampling import prepare, resize, zoom_label, zoom_spacing
-from unpaired_kd.data.splits import Split, kfold_groups, choose_labelled, fold_patients, split_groups
+from unpaired_kd.data.splits import (
+    Split,
+    choose_labelled,
+    fold_patients,
+    kfold_groups,
+    split_groups,
+)
 
 OFF = {name: 0 for name in Augment.__dataclass_fields__}
 

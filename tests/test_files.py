@@ -15,15 +15,15 @@ from unpaired_kd.core import InputError
 from unpaired_kd.data.formats import files
 from unpaired_kd.data.formats.files import (
     _locate_cache,
-    hash_array,
     find_file,
-    hash_files,
-    read_plane_size,
-    normalise_name,
-    simplify_name,
-    read_table,
-    name_stem,
     find_table,
+    hash_array,
+    hash_files,
+    name_stem,
+    normalise_name,
+    read_plane_size,
+    read_table,
+    simplify_name,
 )
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
@@ -126,7 +126,10 @@ def test_a_table_that_is_no_file(tmp_path, made):
 
 
 def test_names(tmp_path):
-    assert NFC != NFD and normalise_name(NFC) == normalise_name(NFD) == normalise_name(f" {NFD}\u00a0") == NFC
+    assert (
+        NFC != NFD
+        and normalise_name(NFC) == normalise_name(NFD) == normalise_name(f" {NFD}\u00a0") == NFC
+    )
     assert normalise_name("a") != normalise_name("A")
     assert (
         len({simplify_name(n) for n in ("P-01", "p1", "p_001", " P 1")}) == 1

@@ -20,14 +20,14 @@ from unpaired_kd.data.formats.geometry import (
     Spacing,
     _measure_tilt,
     add_steps,
-    describe_grid,
-    find_turn,
     align_label,
+    describe_grid,
+    drop_axis,
+    find_turn,
+    is_affine,
     measure_shear,
     measure_spacing,
     orientation_letters,
-    is_affine,
-    drop_axis,
 )
 from unpaired_kd.data.formats.images import Image, read_image, read_label
 from unpaired_kd.data.formats.writing import write_image, write_label
@@ -188,7 +188,9 @@ def test_what_says_nothing_is_compared_by_shape_and_a_tiff_by_spacing(tmp_path):
         align_label(Image(LABEL, (1.0, 1.0, 1.0)), image)
     with pytest.raises(InputError, match="has shape"):
         align_label(Image(LABEL.transpose(1, 0, 2)), image)
-    assert align_label(Image(LABEL, None, np.zeros((4, 4))), image) is LABEL  # no place: not trusted
+    assert (
+        align_label(Image(LABEL, None, np.zeros((4, 4))), image) is LABEL
+    )  # no place: not trusted
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     write_image(tmp_path / "images/a.tif", Image(SCAN[None, 0], (0.5, 0.5)))
@@ -326,9 +328,7 @@ def test_a_spacing_with_angles_is_a_tuple_that_survives():
     assert s == (5**0.5, 3, 4) and np.allclose(np.asarray(s) * 2, [20**0.5, 6, 8])
     for again in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s), copy.copy(s)):
         assert type(again) is Spacing and np.array_equal(again.steps, s.steps)
-    assert drop_axis(s, 0) == (3, 4) and np.array_equal(
-        drop_axis(s, 1).steps, s.steps[[0, 2]]
-    )
+    assert drop_axis(s, 0) == (3, 4) and np.array_equal(drop_axis(s, 1).steps, s.steps[[0, 2]])
     assert drop_axis((1.0, 2.0, 3.0), 1) == (1, 3) and drop_axis(None, 0) is None
     half = zoom_spacing(s, (5, 8, 10), 0.5)
     assert np.array_equal(half.steps, [[0, 1, 2], [0, 6, 0], [8, 0, 0]])

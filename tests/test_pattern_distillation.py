@@ -8,11 +8,11 @@ from unpaired_kd.core import InputError, torch_rng
 from unpaired_kd.distillation.codebook import unit_vectors
 from unpaired_kd.distillation.patterns import (
     PatternProjector,
+    average_to_grid,
     channel_kl,
     check_same_codebook,
     codebook_digest,
     pattern_loss,
-    average_to_grid,
     token_code_ce,
     token_cosine,
 )

@@ -29,9 +29,9 @@ from unpaired_kd.data.formats.images import (
 )
 from unpaired_kd.data.formats.pictures import (
     arrange,
-    list_companions,
     detect_format,
     keep_first_of_sets,
+    list_companions,
     turn_upright,
     unit_length,
 )
@@ -1443,7 +1443,10 @@ def test_the_files_of_a_set_are_one_image(tmp_path):
     tifffile.imwrite(labels / "a.tif", (a > 128).astype(np.uint8), photometric="minisblack")
     assert list_companions(first) == [second] and list_companions(second) == [first]
     assert (
-        list_companions(labels / "a.tif") == list_companions(images) == list_companions(tmp_path / "c.tif") == []
+        list_companions(labels / "a.tif")
+        == list_companions(images)
+        == list_companions(tmp_path / "c.tif")
+        == []
     )
     assert keep_first_of_sets([first, second, labels / "a.tif"]) == [first, labels / "a.tif"]
 

@@ -226,7 +226,9 @@ def test_steady_changes_nothing_else():
         SplitConv3d(4, 4, 3, padding=1),
     )
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    assert use_own_convolutions(net) is net and [type(m) for m in (net[0], net[1][0], net[2], net[3])] == [
+    assert use_own_convolutions(net) is net and [
+        type(m) for m in (net[0], net[1][0], net[2], net[3])
+    ] == [
         Conv3d,
         Conv3d,
         nn.Conv2d,

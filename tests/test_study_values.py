@@ -16,7 +16,7 @@ from unpaired_kd.study.arms import Arm, list_arms, merge_arms
 from unpaired_kd.study.building import draw_patches
 from unpaired_kd.study.checks import check_study
 from unpaired_kd.study.config import PatchConfig, StudyConfig
-from unpaired_kd.study.joined import equal_data, join_runs, explain_differences
+from unpaired_kd.study.joined import equal_data, explain_differences, join_runs
 from unpaired_kd.study.parts import contents, open_both
 from unpaired_kd.study.records import (
     check_data,
@@ -392,9 +392,13 @@ def test_arms_that_differ_are_told_apart(tmp_path, other, why):
 
 def test_what_a_run_lacks_is_named(tmp_path):
     run = run_of(tmp_path / "a", [ROW])
-    assert explain_differences(dict([run])) == [f"{run[0]}: arm 'alone' has no scores of seed 1 yet."]
+    assert explain_differences(dict([run])) == [
+        f"{run[0]}: arm 'alone' has no scores of seed 1 yet."
+    ]
     trained(run[0], cases=["a", "b", "c"])
-    assert "metrics.csv lacks 2 of 3 cases of alone 0, e.g. b" in explain_differences(dict([run]))[1]
+    assert (
+        "metrics.csv lacks 2 of 3 cases of alone 0, e.g. b" in explain_differences(dict([run]))[1]
+    )
 
 
 def test_runs_without_a_record_are_the_same_if_their_scores_are(tmp_path):
@@ -407,7 +411,9 @@ def test_runs_without_a_record_are_the_same_if_their_scores_are(tmp_path):
 
 
 def test_nan_is_nan():
-    assert equal_data({"a": math.nan}, {"a": math.nan}) and not equal_data({"a": math.nan}, {"a": 1.0})
+    assert equal_data({"a": math.nan}, {"a": math.nan}) and not equal_data(
+        {"a": math.nan}, {"a": 1.0}
+    )
 
 
 # ---------------------------------------------------------------- rows and statistics

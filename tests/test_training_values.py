@@ -17,7 +17,14 @@ from unpaired_kd.training import learner as learner_module
 from unpaired_kd.training.calibrate import recalibrate_batchnorm
 from unpaired_kd.training.checkpoints import get_random_state, load_checkpoint, set_random_state
 from unpaired_kd.training.learner import Learner
-from unpaired_kd.training.method import Method, Stage, Update, set_modes, merge_weights, weighted_sum
+from unpaired_kd.training.method import (
+    Method,
+    Stage,
+    Update,
+    merge_weights,
+    set_modes,
+    weighted_sum,
+)
 from unpaired_kd.training.processes import average_buffers, average_gradients
 from unpaired_kd.training.rules import Improvements, NoBetter, NotSettled, Plateau
 from unpaired_kd.training.settings import Settings, learning_rate, select_deciding

@@ -471,7 +471,10 @@ def test_a_packed_translator_reads_the_unit_range():
 @pytest.mark.parametrize("classes", [1, 3])
 def test_an_ensemble_is_the_mean_probability(classes):
     with seeded(0, "ensemble"):
-        nets = [make_network("unet", dict(in_channels=1, classes=classes, width=2)).eval() for _ in "abc"]
+        nets = [
+            make_network("unet", dict(in_channels=1, classes=classes, width=2)).eval()
+            for _ in "abc"
+        ]
     packed = pack_ensemble(*nets)
     assert type(packed) is Ensemble
     x = torch.rand(2, 1, 32, 32, generator=torch_rng(0, "x"))

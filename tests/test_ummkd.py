@@ -8,7 +8,7 @@ from test_lotus import Two, nets, run
 
 from unpaired_kd.core import InputError
 from unpaired_kd.methods.ummkd import UMMKD, OtherNorms, UmmkdOptions, rarity_weighted_cross_entropy
-from unpaired_kd.networks.registry import make_network, load_weights
+from unpaired_kd.networks.registry import load_weights, make_network
 from unpaired_kd.networks.unet import UNet
 from unpaired_kd.training.checkpoints import load_checkpoint
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import PALETTE, InputError, rng, describe_unknown
+from ..core import PALETTE, InputError, describe_unknown, rng
 from ..networks.taps import Taps
 from ..study.statistics import bootstrap_ci
 

@@ -155,7 +155,7 @@ def _run_report(
     "`ukd report`: the table of one or more run folders."
     from unpaired_kd.core import InputError
     from unpaired_kd.data.formats.outputs import check_path
-    from unpaired_kd.study.joined import join_runs, explain_differences
+    from unpaired_kd.study.joined import explain_differences, join_runs
     from unpaired_kd.study.rows import load_rows
     from unpaired_kd.study.tables import results_table
 

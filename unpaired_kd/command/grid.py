@@ -24,7 +24,7 @@ from unpaired_kd.command.yaml_nodes import (
     read_yaml,
     source_of_node,
 )
-from ..core import InputError, digest, read_text, describe_unknown
+from ..core import InputError, describe_unknown, digest, read_text
 
 # %% ../../nbs/command/grid.ipynb #fda7f0bb
 def _read_notebook_name(

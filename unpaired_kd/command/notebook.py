@@ -50,7 +50,9 @@ def find_notebook(
     known = list_experiment_files(".ipynb")
     if name in known:
         return known[name]
-    raise InputError(describe_unknown("experiment", name, known) + " Or give the path of a notebook.")
+    raise InputError(
+        describe_unknown("experiment", name, known) + " Or give the path of a notebook."
+    )
 
 # %% ../../nbs/command/notebook.ipynb #4ae35230
 def check_notebook(

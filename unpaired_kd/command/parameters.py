@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .values import fit_text, fit_value
 from .yaml_nodes import Misfit, quote_given, read_entries, read_yaml
-from ..core import InputError, read_text, describe_unknown
+from ..core import InputError, describe_unknown, read_text
 
 # %% ../../nbs/command/parameters.ipynb #9d9858e0
 @dataclass(frozen=True, eq=False)

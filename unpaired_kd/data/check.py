@@ -14,7 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, atomic, make_progress_bar, show_images, describe_unknown, is_watched
+from unpaired_kd.core import (
+    InputError,
+    atomic,
+    describe_unknown,
+    is_watched,
+    make_progress_bar,
+    show_images,
+)
 from .collections import open_collection
 from unpaired_kd.data.examine import (
     ModalityReport,
@@ -24,7 +31,7 @@ from unpaired_kd.data.examine import (
     list_cases,
     list_modalities,
 )
-from .formats.files import normalise_name, find_table
+from .formats.files import find_table, normalise_name
 from .formats.images import suffix_of
 from .formats.pictures import list_companions
 from .intensity import to_unit

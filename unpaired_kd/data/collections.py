@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch_to
 
 # %% ../../nbs/data/collections.ipynb #45600751
-from ..core import InputError, check_readable, digest, describe_unknown
+from ..core import InputError, check_readable, describe_unknown, digest
 from unpaired_kd.data.decoding import (
     Decoded,
     Native,
@@ -47,7 +47,7 @@ from unpaired_kd.data.labels import (
 )
 from .layouts import Case, find_layout, list_folder, list_lotus, list_manifest
 from .matching import raise_first
-from .resampling import prepare, zoom_label, zoom_spacing, zoom_size
+from .resampling import prepare, zoom_label, zoom_size, zoom_spacing
 
 # %% ../../nbs/data/collections.ipynb #40d4d665
 class Collection:
@@ -245,7 +245,9 @@ def subset(
     at = {c.id: c for c in self.cases}
     for i in ids:
         if i not in at:
-            raise InputError(f"collection {self.name!r}: " + describe_unknown("id", i, list(at)[:20]))
+            raise InputError(
+                f"collection {self.name!r}: " + describe_unknown("id", i, list(at)[:20])
+            )
     return self._with([at[i] for i in ids])
 
 
@@ -257,7 +259,9 @@ def of_groups(
     "All cases of these groups. Raises `InputError` for a group that is not there."
     for g in groups:
         if g not in set(self.groups):
-            raise InputError(f"collection {self.name!r}: " + describe_unknown("group", g, set(self.groups)))
+            raise InputError(
+                f"collection {self.name!r}: " + describe_unknown("group", g, set(self.groups))
+            )
     return self._with([c for c in self.cases if c.group in set(groups)])
 
 # %% ../../nbs/data/collections.ipynb #f88cd14e

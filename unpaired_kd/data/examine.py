@@ -16,7 +16,7 @@ import numpy as np
 from ..core import InputError, describe_unknown
 from .collections import PHANTOMS, Collection, checksum_faults, open_collection
 from .decoding import read_files, where_is
-from .formats.files import hash_array, read_table, find_table
+from .formats.files import find_table, hash_array, read_table
 from .formats.geometry import Spacing, is_affine
 from .formats.pictures import list_visible
 from unpaired_kd.data.labels import (

@@ -60,7 +60,9 @@ def _find_window(
     if not isinstance(rule, str):
         return check_window(rule)
     if rule not in _RULES:
-        raise InputError(describe_unknown("intensity rule", rule, _RULES) + " Or give a window (low, high).")
+        raise InputError(
+            describe_unknown("intensity rule", rule, _RULES) + " Or give a window (low, high)."
+        )
     if rule == "percentile":
         return tuple(np.percentile(a, (0.5, 99.5)))
     if a.dtype.kind == "u":

@@ -16,7 +16,13 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 
 from ..core import InputError, check_readable, describe_unknown
-from .formats.files import find_file, normalise_name, read_table, name_stem, find_table
+from unpaired_kd.data.formats.files import (
+    find_file,
+    find_table,
+    name_stem,
+    normalise_name,
+    read_table,
+)
 from .formats.images import is_image, suffix_of
 from .formats.pictures import keep_first_of_sets, list_visible
 from .matching import pair_labels
@@ -462,4 +468,6 @@ def _find_modality(folder, modality):
     for p in (folder / modality, *inside):
         if p.is_dir() and normalise_name(p.name) == name:
             return p
-    raise InputError(f"{folder}: " + describe_unknown("modality", modality, [p.name for p in inside]))
+    raise InputError(
+        f"{folder}: " + describe_unknown("modality", modality, [p.name for p in inside])
+    )

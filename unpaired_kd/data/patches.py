@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch_to
 
-from ..core import InputError, rng, torch_rng, describe_unknown
+from ..core import InputError, describe_unknown, rng, torch_rng
 
 # %% ../../nbs/data/patches.ipynb #708b5cd3
 @dataclass

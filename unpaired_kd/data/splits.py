@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch_to
 
-from ..core import InputError, digest, read_json, rng, describe_unknown, write_json
+from ..core import InputError, describe_unknown, digest, read_json, rng, write_json
 from .decoding import source_key
 from .formats.files import simplify_name
 

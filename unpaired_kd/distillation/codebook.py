@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import InputError, torch_rng, describe_unknown
+from ..core import InputError, describe_unknown, torch_rng
 
 # %% ../../nbs/distillation/codebook.ipynb #38d5ba6f
 def _full_precision(device: torch.device):

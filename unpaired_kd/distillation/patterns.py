@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError, seeded, describe_unknown
+from ..core import InputError, describe_unknown, seeded
 from .codebook import unit_vectors
 
 # %% ../../nbs/distillation/patterns.ipynb #e055199e

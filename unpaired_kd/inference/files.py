@@ -34,7 +34,7 @@ from unpaired_kd.data.formats.outputs import (
     keep_notes,
     mark_files,
 )
-from ..data.formats.pictures import list_companions, keep_first_of_sets, list_visible
+from ..data.formats.pictures import keep_first_of_sets, list_companions, list_visible
 from ..data.formats.writing import WRITERS, write_label
 from .student import Student, find_student, name_faults, resolve_device
 
@@ -309,7 +309,9 @@ def predict_path(
     fresh = 0
     with contextlib.ExitStack() as stack:
         notes = stack.enter_context(keep_notes(notes_path))
-        shown = stack.enter_context(make_progress_bar(len(jobs), "images", enabled=bars and not alone))
+        shown = stack.enter_context(
+            make_progress_bar(len(jobs), "images", enabled=bars and not alone)
+        )
         for job in jobs:
             try:
                 with name_faults(job.source):

@@ -13,7 +13,14 @@ import re
 import shutil
 from pathlib import Path
 
-from ..core import PART_PREFIX, InputError, clear_parts, read_json, sync_to_disk, write_json
+from unpaired_kd.core import (
+    PART_PREFIX,
+    InputError,
+    clear_parts,
+    read_json,
+    sync_to_disk,
+    write_json,
+)
 from ..data.formats.outputs import file_identity, lock_file, make_folder
 from .blocks import Block
 

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from unpaired_kd.core import (
     InputError,
     atomic,
+    describe_unknown,
     digest,
     file_sha256,
     has_file,
     make_progress_bar,
     read_json,
     resolve_precision,
-    describe_unknown,
     write_json,
 )
 from ..data.formats.images import Image, match_channels, read_image
@@ -38,7 +38,7 @@ from ..data.formats.outputs import check_path
 from ..data.instances import INSTANCES, find_instances
 from ..data.intensity import check_window
 from ..data.resampling import prepare, resize
-from ..networks.registry import make_network, load_weights, network_name
+from ..networks.registry import load_weights, make_network, network_name
 from ..networks.unet import best_layout
 
 # %% ../../nbs/inference/student.ipynb #a7c10001
@@ -105,7 +105,9 @@ class Recipe:
             "min_size": self.min_size >= 0,
         }
         if self.instances not in INSTANCES:
-            raise InputError(f"recipe: {describe_unknown('instance method', self.instances, INSTANCES)}")
+            raise InputError(
+                f"recipe: {describe_unknown('instance method', self.instances, INSTANCES)}"
+            )
         if bad := [name for name, good in rules.items() if not good]:
             raise InputError(
                 f"recipe: {bad[0]}={getattr(self, bad[0])!r} is not possible. "
@@ -150,7 +152,9 @@ def _check_standard(recipe):
             f"intensity=({rule.get('low')}, {rule.get('high')})."
         )
     if kind != "histogram":
-        raise InputError(f"recipe: standard: {describe_unknown('kind of rule', kind, ('histogram',))}")
+        raise InputError(
+            f"recipe: standard: {describe_unknown('kind of rule', kind, ('histogram',))}"
+        )
     if recipe.intensity != "dtype":
         raise InputError(
             f"recipe: a standard gives values in [0,1], so intensity={recipe.intensity!r} would "

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError, check_readable, digest, import_extra, sync_to_disk, describe_unknown
+from unpaired_kd.core import (
+    InputError,
+    check_readable,
+    describe_unknown,
+    digest,
+    import_extra,
+    sync_to_disk,
+)
 from ..data.formats.images import suffix_of
 from unpaired_kd.data.formats.ngff import (
     ABSENT,

@@ -26,11 +26,11 @@ from unpaired_kd.core import (
     clear_parts,
     connect_cluster,
     digest,
-    import_extra,
     file_sha256,
+    import_extra,
     make_progress_bar,
-    resolve_precision,
     replace_folder,
+    resolve_precision,
 )
 from ..data.formats.images import match_channels, suffix_of
 

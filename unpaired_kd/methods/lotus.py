@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from unpaired_kd.core import (
     Checked,
     Count,
+    Fraction,
     InputError,
     NonNegative,
     Positive,
     Range,
-    Fraction,
-    seeded,
     describe_unknown,
+    seeded,
 )
 from ..distillation.class_means import class_mean_kl
 from ..distillation.correspondence import random_same_class

@@ -23,9 +23,9 @@ from unpaired_kd.core import (
     InputError,
     NonNegative,
     Range,
+    describe_unknown,
     seeded,
     torch_rng,
-    describe_unknown,
 )
 from ..data.augment import Augment, recolour
 from unpaired_kd.distillation.codebook import (
@@ -42,9 +42,9 @@ from unpaired_kd.distillation.codebook import (
 from ..distillation.hints import hint_loss
 from unpaired_kd.distillation.patterns import (
     PatternProjector,
+    average_to_grid,
     codebook_digest,
     pattern_loss,
-    average_to_grid,
 )
 from ..losses.segmentation import segmentation_loss
 from .registry import METHODS, NoTeacher, Pretrained

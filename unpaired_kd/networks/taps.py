@@ -26,7 +26,9 @@ class Taps:
         layers = {name: m for name, m in net.named_modules() if name}
         for n in names:
             if n not in layers:
-                raise InputError(describe_unknown(f"layer of {type(net).__name__}", n, list(layers)))
+                raise InputError(
+                    describe_unknown(f"layer of {type(net).__name__}", n, list(layers))
+                )
         self.names = tuple(names)
         self.seen = {}
         self.versions = {}

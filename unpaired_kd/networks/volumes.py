@@ -270,7 +270,9 @@ class LightUNet(_Paths):
         for k in range(levels - 1):
             before = w[k - 1] if k else in_channels
             self.add_module(f"down{k + 1}", _double(before, w[k], dims, k < flat))
-            self.add_module(f"pool{k + 1}", layer_class("MaxPool", dims)(per_axis(2, dims, k < flat)))
+            self.add_module(
+                f"pool{k + 1}", layer_class("MaxPool", dims)(per_axis(2, dims, k < flat))
+            )
         self.bottom = _double(w[-2], w[-1], dims, levels - 1 < flat)
         for k in reversed(range(levels - 1)):
             self.add_module(f"up{k + 1}", build_up_conv(w[k + 1], w[k], dims, k < flat))

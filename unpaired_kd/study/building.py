@@ -13,7 +13,7 @@ from ..data.augment import Augment
 from ..data.collections import Collection
 from ..data.patches import Patches
 from ..inference.student import Recipe
-from ..networks.registry import make_network, load_weights
+from ..networks.registry import load_weights, make_network
 from .config import NetworkConfig, PatchConfig, ScoreConfig
 from ..training.checkpoints import load_checkpoint
 

@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import InputError, to_python, import_extra, make_progress_bar, resolve_precision, describe_unknown
+from unpaired_kd.core import (
+    InputError,
+    describe_unknown,
+    import_extra,
+    make_progress_bar,
+    resolve_precision,
+    to_python,
+)
 from ..data.augment import Augment
 from ..methods.registry import Pretrained, make_method, method_class
 from .arms import Arm
@@ -271,7 +278,9 @@ def _check_images(
             ]
     faults = []
     on_disk = any(isinstance(case.image, (str, Path)) for c in both for case in c.cases)
-    with contextlib.closing(make_progress_bar(len(checks), "reading the data", enabled=on_disk)) as bar:
+    with contextlib.closing(
+        make_progress_bar(len(checks), "reading the data", enabled=on_disk)
+    ) as bar:
         for check in checks:
             try:
                 check()

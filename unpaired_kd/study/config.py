@@ -10,7 +10,16 @@ __all__ = ['ImagesConfig', 'SplitConfig', 'PatchConfig', 'NetworkConfig', 'Teach
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from ..core import Checked, Count, InputError, Natural, Positive, Range, Fraction, describe_unknown
+from unpaired_kd.core import (
+    Checked,
+    Count,
+    Fraction,
+    InputError,
+    Natural,
+    Positive,
+    Range,
+    describe_unknown,
+)
 from .arms import list_arms, record_now
 from .earlier import settings_in_todays_words
 from ..training.settings import Settings

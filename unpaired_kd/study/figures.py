@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import PALETTE, InputError, atomic, outline_regions, to_display, describe_unknown
+from unpaired_kd.core import (
+    PALETTE,
+    InputError,
+    atomic,
+    describe_unknown,
+    outline_regions,
+    to_display,
+)
 from .earlier import read_table
 from .rows import arrange_arms, find_guests, sign_of
 from .typesetting import name_of

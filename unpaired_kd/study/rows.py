@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, read_text, describe_unknown, write_csv
+from ..core import InputError, describe_unknown, read_text, write_csv
 from .earlier import row_in_todays_words
 from .records import check_table
 

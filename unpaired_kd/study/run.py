@@ -19,20 +19,20 @@ import torch
 
 from unpaired_kd.core import (
     InputError,
-    to_python,
     clear_parts,
     connect_cluster,
     count_cores,
     end_with_parent,
     make_progress_bar,
+    to_python,
 )
 from .checks import check_seeds, check_study
 from .config import StudyConfig
 from unpaired_kd.study.folder import (
     check_outside,
     collect,
-    lock_run_folder,
     list_tasks,
+    lock_run_folder,
     pretrain_tasks,
     register_study,
 )

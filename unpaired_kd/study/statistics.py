@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core import InputError, rng, describe_unknown
+from ..core import InputError, describe_unknown, rng
 from .rows import count_noun, sign_of, units_of
 
 # %% ../../nbs/study/statistics.ipynb #844bcf5d

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError, digest, describe_unknown
+from ..core import InputError, describe_unknown, digest
 from ..data.patches import Patches
 from ..inference.student import Student
 from ..methods.registry import options_of

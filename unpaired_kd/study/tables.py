@@ -8,7 +8,7 @@ __all__ = ['summarise', 'evidence', 'results_table', 'rank_agreement', 'publishe
 # %% ../../nbs/study/tables.ipynb #5417def7
 import numpy as np
 
-from ..core import InputError, rng, describe_unknown
+from ..core import InputError, describe_unknown, rng
 from .footnotes import describe_intervals, explain_table, has_misses
 from .rows import arrange_arms, comparable_rows, count_noun, find_guests, units_of
 from .statistics import FEW, compare, pair_rows, without_noise

@@ -37,7 +37,13 @@ from unpaired_kd.training.checkpoints import (
     write_history,
     write_tensorboard,
 )
-from .method import Method, set_trainable, set_modes, merge_weights, weighted_sum
+from unpaired_kd.training.method import (
+    Method,
+    merge_weights,
+    set_modes,
+    set_trainable,
+    weighted_sum,
+)
 from .processes import average_buffers, average_gradients
 from .rules import NotSettled
 from unpaired_kd.training.settings import (

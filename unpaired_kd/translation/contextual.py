@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..core import InputError, file_sha256, torch_rng, describe_unknown
+from ..core import InputError, describe_unknown, file_sha256, torch_rng
 from ..distillation.diffusion import frozen_statistics
 from ..networks.taps import Taps
 

@@ -124,7 +124,9 @@ def read_table(
         mark = max(",;\t", key=lambda m: len(set(columns) & set(_read_header_row(text, m))))
         header = _read_header_row(text, mark)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-        cells = [(reader.line_num + bool(own), [normalise_name(c) for c in row]) for row in reader][1:]
+        cells = [(reader.line_num + bool(own), [normalise_name(c) for c in row]) for row in reader][
+            1:
+        ]
     except csv.Error as e:
         raise InputError(
             f"{path} is not a table of comma-separated values ({e}). Is a quotation mark left open?"
@@ -384,5 +386,7 @@ def _read_zarr_size(path):
 def _read_dicom_size(path):
     import pydicom
 
-    head = pydicom.dcmread(find_dicom_files(path)[0] if path.is_dir() else path, stop_before_pixels=True)
+    head = pydicom.dcmread(
+        find_dicom_files(path)[0] if path.is_dir() else path, stop_before_pixels=True
+    )
     return head.Rows, head.Columns

@@ -17,7 +17,7 @@ from .dicom import is_dicom, read_dicom
 from .geometry import add_steps, orientation_letters
 from .ngff import is_zarr, read_zarr, split_zarr_path
 from .nifti import read_nifti
-from .pictures import detect_format, read_pillow, list_visible
+from .pictures import detect_format, list_visible, read_pillow
 from .tiff import read_tiff
 from ..intensity import check_finite
 

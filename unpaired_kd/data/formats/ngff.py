@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import InputError, check_readable, import_extra, describe_unknown
-from .geometry import measure_spacing, is_affine
+from ...core import InputError, check_readable, describe_unknown, import_extra
+from .geometry import is_affine, measure_spacing
 from .pictures import arrange, unit_length
 
 # %% ../../../nbs/data/formats/ngff.ipynb #081c1683

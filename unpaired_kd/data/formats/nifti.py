@@ -17,10 +17,10 @@ from unpaired_kd.data.formats.geometry import (
     SHIFT,
     Grid,
     find_turn,
+    is_affine,
     measure_distance,
     measure_shear,
     measure_spacing,
-    is_affine,
 )
 from .pictures import check_alpha, first_bytes
 

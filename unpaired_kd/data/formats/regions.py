@@ -12,13 +12,13 @@ import numpy as np
 
 from ...core import InputError, describe_unknown
 from unpaired_kd.data.formats.dicom import (
-    read_header,
     drop_empty,
     name_dicom_faults,
     name_segments,
+    read_header,
     read_segments,
 )
-from .geometry import check_frame, align_label, make_grid
+from .geometry import align_label, check_frame, make_grid
 from .images import Image
 
 # %% ../../../nbs/data/formats/regions.ipynb #56427303

@@ -8,7 +8,7 @@ __all__ = ['ABDOMEN', 'abdomen', 'abdomen_scan']
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #3785bf75
 import numpy as np
 
-from ...core import InputError, rng, describe_unknown
+from ...core import InputError, describe_unknown, rng
 
 # %% ../../../nbs/data/phantoms/abdomen.ipynb #35f9eb21
 ABDOMEN = ("background", "liver", "right kidney", "left kidney", "spleen")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...core import InputError, rng, describe_unknown
+from ...core import InputError, describe_unknown, rng
 
 # %% ../../../nbs/data/phantoms/bone.ipynb #cb1ccc80
 # a shape is a row of seven numbers; lengths in px, angles in radians

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...core import InputError, rng, describe_unknown
+from ...core import InputError, describe_unknown, rng
 from .bone import Patient
 
 # %% ../../../nbs/data/phantoms/chest.ipynb #0c2aa085

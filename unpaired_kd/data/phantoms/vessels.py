@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...core import InputError, rng, describe_unknown
+from ...core import InputError, describe_unknown, rng
 
 # %% ../../../nbs/data/phantoms/vessels.ipynb #1889ff92
 _PAIRS = ("radius", "share")  # knobs of two numbers, the smaller one first

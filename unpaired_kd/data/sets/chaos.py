@@ -14,7 +14,7 @@ import numpy as np
 
 from ...core import InputError, describe_unknown
 from ..collections import Collection
-from ..formats.dicom import find_dicom_files, read_header, list_slices, sort_slices
+from ..formats.dicom import find_dicom_files, list_slices, read_header, sort_slices
 from ..formats.images import Image, list_images, read_label
 from .clinical import Scan, load_scans
 

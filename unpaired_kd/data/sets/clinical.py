@@ -15,11 +15,11 @@ import numpy as np
 
 from unpaired_kd.core import (
     InputError,
+    describe_unknown,
     digest,
     file_sha256,
     make_progress_bar,
     read_json,
-    describe_unknown,
     write_csv,
     write_json,
 )

@@ -16,10 +16,10 @@ import numpy as np
 from unpaired_kd.core import (
     InputError,
     atomic_folder,
+    describe_unknown,
     file_sha256,
     make_progress_bar,
     rng,
-    describe_unknown,
     write_csv,
 )
 from ..formats.images import Image, list_images, read_image, suffix_of

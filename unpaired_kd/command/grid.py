@@ -108,7 +108,8 @@ def read_grid(
     for key in found:
         if key not in _SECTIONS:
             raise InputError(
-                f"{path}: {describe_unknown('section', key, _SECTIONS)} Parameters of every row go under "
+                f"{path}: {describe_unknown('section', key, _SECTIONS)} "
+                "Parameters of every row go under "
                 "`base`."
             )
     grid = {k: read_entries(f"{path}: `{k}`", found.get(k)) for k in _SECTIONS[1:]}

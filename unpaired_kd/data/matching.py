@@ -149,7 +149,8 @@ def _find_doubts(
             continue
         faults[p] = (
             f"{p} and {q} may belong together, but their names do not say so. If they "
-            f"do, call the label {name_stem(p)}{suffix_of(q)}, or list both in a manifest.csv; else "
+            f"do, call the label {name_stem(p)}{suffix_of(q)}, "
+            "or list both in a manifest.csv; else "
             "move it away."
         )
     return faults

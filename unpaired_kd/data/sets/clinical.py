@@ -195,7 +195,8 @@ def _check_named(
     for m in scans:
         if m not in table:
             raise InputError(
-                f"{name}: {describe_unknown('modality', m, table)} Give one for each modality of scans."
+                f"{name}: {describe_unknown('modality', m, table)} "
+                "Give one for each modality of scans."
             )
 
 

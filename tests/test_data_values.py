@@ -196,7 +196,7 @@ def test_bright_blocks_are_the_upper_quarter_after_each_image_was_stretched():
         image[4 * k : 4 * k + 4, 8:12] += 60  # a bright structure
         image[20, 20] = (255, 145)[k]  # one odd pixel, far above the dim image only
     images = [image.astype(np.uint8) for image in images]
-    found = Patches(Collection.from_arrays(images), 8, 2, rich=1.0)._bright_blocks()
+    found = Patches(Collection.from_arrays(images), 8, 2, bright_share=1.0)._bright_blocks()
     values = []
     for k, image in enumerate(images):
         low, high = np.percentile(image / 255, (0.5, 99.8))

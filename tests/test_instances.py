@@ -181,16 +181,16 @@ def test_organs_and_cells():
     y = np.array([[1, 1, 0, 1, 0, 2]])
     assert find_instances(y, KINDS) is y  # organs, as always
     assert (
-        find_instances(y, KINDS, cells=True).max() == 3
+        find_instances(y, KINDS, has_objects=True).max() == 3
         and find_instances(y, KINDS, method="watershed").max() == 3
     )
-    assert find_instances(y, KINDS, method="watershed", cells=False) is y
+    assert find_instances(y, KINDS, method="watershed", has_objects=False) is y
     assert (
         find_instances(y > 0, KINDS[:2]).max() == 3
         and find_instances((y > 0) * 1, KINDS[:2], method="none").max() == 1
     )
     assert (
-        find_instances((y > 0) * 1, KINDS[:2], cells=False).max() == 3
+        find_instances((y > 0) * 1, KINDS[:2], has_objects=False).max() == 3
     )  # two classes: always objects
 
 
@@ -225,7 +225,7 @@ def test_evaluate_follows_the_recipe_and_cells():
         return np.where(x[0] > 0, 1, 0)  # all cells positive: two of three still apart
 
     organ = evaluate(stub(predict=merge), three_classes(), "a", 0)[0]
-    cells = evaluate(stub(predict=merge), three_classes(), "a", 0, cells=True)[0]
+    cells = evaluate(stub(predict=merge), three_classes(), "a", 0, has_objects=True)[0]
     water = evaluate(stub("watershed", predict=merge), three_classes(), "a", 0)[0]
     assert (
         water["aji"] > 0.97 > cells["aji"] and water["pq"] > 0.97
@@ -285,7 +285,7 @@ def test_a_student_numbers_its_objects(tmp_path):
     assert found.dtype == np.int32 and found.max() == 2 and ((found > 0) == (label > 0)).all()
     assert make(instances="watershed", min_size=10**4).instances(grey()).max() == 0
     assert (make(min_size=10**4).instances(grey()) == label).all()  # organs: no size limit
-    assert make().instances(grey(), cells=True).max() == 2
+    assert make().instances(grey(), has_objects=True).max() == 2
     write_image(tmp_path / "a.tif", Image(grey()[None], (0.5, 0.5)))
     assert (student.instances(tmp_path / "a.tif") == found).all()
     done = predict_path(student, tmp_path / "a.tif", tmp_path / "out", bars=False, instances=True)

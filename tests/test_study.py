@@ -240,7 +240,7 @@ def test_cells_of_two_kinds_from_tiles_to_a_table(tmp_path):
         steps=2,
         student_labels=2,
         instances="watershed",
-        cells=True,
+        has_objects=True,
         arms={
             "placebo": None,
             "fine-tuned": None,
@@ -294,7 +294,7 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
         (dict(batch=[2]), "batch"),
         (dict(foreground=7.0), "foreground"),
         (dict(foreground=-0.1), "foreground"),
-        (dict(rich=float("nan")), "rich"),
+        (dict(bright_share=float("nan")), "bright_share"),
         (dict(test=float("nan")), "test"),
         (dict(test=-1), "test"),
         (dict(teacher_test=-0.5), "teacher_test"),
@@ -322,7 +322,7 @@ def test_validation_patients_are_neither_labelled_nor_tested(tmp_path):
         (dict(batch=1, patch=16), "batch=1"),
         (dict(network_options={"deep": 3}), "deep"),
         (dict(classes="background, bone"), "classes"),
-        (dict(cells=1), "cells"),
+        (dict(has_objects=1), "has_objects"),
         (dict(epochs=0), "epochs"),
         (dict(teachers=0), "teachers"),
         (dict(pairing="index"), "registered"),
@@ -381,19 +381,19 @@ def test_numpy_counts_as_python_does(tmp_path):
     mine = make(
         epochs=np.int64(2),
         lr=np.float64(0.5),
-        rich=np.float32(0.5),
+        bright_share=np.float32(0.5),
         options={"tau": np.int32(4)},
         intensity=np.array([0.0, 2.0]),
         topology=np.bool_(True),
     )
     theirs = make(
-        epochs=2, lr=0.5, rich=0.5, options={"tau": 4}, intensity=[0.0, 2.0], topology=True
+        epochs=2, lr=0.5, bright_share=0.5, options={"tau": 4}, intensity=[0.0, 2.0], topology=True
     )
     assert (
         mine == theirs
         and json.dumps(mine.arms[3].options) == '{"tau": 4}'
         and type(mine.training.epochs) is int
-        and type(mine.patches.rich) is float
+        and type(mine.patches.bright_share) is float
     )
     for seeds in ([np.int64(0), 1], np.arange(2), range(2), (0, 1)):
         assert check_seeds(seeds) == [0, 1] and all(type(s) is int for s in check_seeds(seeds))

@@ -319,7 +319,7 @@ def test_rows_of_the_same_data_must_have_seen_the_same_images(tmp_path):
     sweep._check_same_data([rows["a"], rows["b"]], folders)
     with pytest.raises(InputError, match="a and .*c: the data have changed"):
         sweep._check_same_data(list(rows.values()), folders)
-    for name in ("data", "zoom", "cells"):
+    for name in ("data", "zoom", "has_objects"):
         other = grids.Row("c", {}, values["c"] | {name: "y"}, "c")
         sweep._check_same_data([rows["a"], rows["b"], other], folders)
 

@@ -247,7 +247,7 @@ def lamps(n=4, shape=(32, 32, 32), dim=1.0):
 
 
 def old_corners(c, size, B, seed, stream, step):
-    "Uniform placing, as it was before there was `rich`: written out again."
+    "Uniform placing, as it was before there was `bright_share`: written out again."
     r = rng(seed, "patches", stream, step, 0)
     n = len(c)
     dims = len(size)
@@ -263,20 +263,20 @@ def old_corners(c, size, B, seed, stream, step):
 
 def test_without_rich_the_stream_is_the_old_one():
     c = Collection.from_arrays(lamps()[0], dims=3)
-    for kw in ({}, {"rich": 0.0}):
+    for kw in ({}, {"bright_share": 0.0}):
         plan = Patches(c, 8, 3, 5, "look", **kw).plan(11)
         index, corner = old_corners(c, (8, 8, 8), 3, 5, "look", 11)
         assert np.array_equal(plan.index, index) and np.array_equal(plan.corner, corner)
-    rich = Patches(c, 8, 3, 5, "look", rich=0.5).plan(11)
+    bright_share = Patches(c, 8, 3, 5, "look", bright_share=0.5).plan(11)
     assert (
-        np.array_equal(rich.index, index) and rich.address == plan.address
+        np.array_equal(bright_share.index, index) and bright_share.address == plan.address
     )  # the cases and the augmentation do not change either
 
 
 def test_with_labels_rich_says_nothing():
     x, _ = lamps()
     c = Collection.from_arrays(x, [(a > 100).astype(np.uint8) for a in x], dims=3)
-    a, b = (Patches(c, 8, 4, 0, "look", rich=f) for f in (0.0, 1.0))
+    a, b = (Patches(c, 8, 4, 0, "look", bright_share=f) for f in (0.0, 1.0))
     assert (
         all(np.array_equal(a.plan(n).corner, b.plan(n).corner) for n in range(20))
         and b._blocks is None
@@ -288,7 +288,7 @@ def test_rich_patches_show_what_is_bright_also_in_a_dim_volume():
     c = Collection.from_arrays([np.pad(a, 0) for a in x], dims=3)
     share = {}
     for f in (0.0, 1.0):
-        p = Patches(c, 16, 6, 0, "look", rich=f)
+        p = Patches(c, 16, 6, 0, "look", bright_share=f)
         plans = [p.plan(n) for n in range(30)]
         seen = [
             (i, bool((cor <= at[i]).all() and (at[i] < cor + 16).all()))
@@ -297,7 +297,7 @@ def test_rich_patches_show_what_is_bright_also_in_a_dim_volume():
         ]
         share[f] = [np.mean([s for i, s in seen if i == k]) for k in range(6)]
     assert min(share[1.0]) > max(share[0.0]) and np.mean(share[1.0]) > 0.6
-    again = Patches(c, 16, 6, 0, "look", rich=1.0)
+    again = Patches(c, 16, 6, 0, "look", bright_share=1.0)
     assert np.array_equal(
         again.plan(29).corner, plans[29].corner
     )  # a fresh process needs no history
@@ -318,7 +318,7 @@ def test_rich_patches_stay_inside(shape, size):
         [rng(0, "any", i).integers(0, 255, shape, dtype=np.uint8) for i in range(3)],
         dims=len(shape),
     )
-    p = Patches(c, size, 3, 0, "look", rich=1.0)
+    p = Patches(c, size, 3, 0, "look", bright_share=1.0)
     for n in range(20):
         corner = p.plan(n).corner
         assert (corner >= 0).all() and (corner + size <= np.maximum(shape, size)).all()
@@ -328,14 +328,14 @@ def test_rich_patches_stay_inside(shape, size):
 def test_volumes_without_contrast_are_drawn_uniformly():
     c = Collection.from_arrays([np.full((16, 16, 16), 7, np.uint8)] * 2, dims=3)
     assert np.array_equal(
-        Patches(c, 8, 2, 0, "look", rich=1.0).plan(4).corner,
+        Patches(c, 8, 2, 0, "look", bright_share=1.0).plan(4).corner,
         old_corners(c, (8, 8, 8), 2, 0, "look", 4)[1],
     )
 
 
 def test_rich_is_a_probability():
-    with pytest.raises(InputError, match="rich=2"):
-        Patches(Collection.from_arrays(lamps()[0], dims=3), 8, rich=2)
+    with pytest.raises(InputError, match="bright_share=2"):
+        Patches(Collection.from_arrays(lamps()[0], dims=3), 8, bright_share=2)
 
 
 # labels stay closed; splits keep animals whole
@@ -362,8 +362,8 @@ def test_unlabelled_never_opens_a_label(ward, monkeypatch):
         f.unlink()
     monkeypatch.setattr(images, "read_label", lambda *a, **k: pytest.fail("a label was opened"))
     fresh = silent._with(silent.cases, _store=type(silent._store)(1.0))
-    for rich in (0.0, 0.5):
-        p = Patches(fresh, 16, 3, 0, "student", rich=rich)
+    for bright_share in (0.0, 0.5):
+        p = Patches(fresh, 16, 3, 0, "student", bright_share=bright_share)
         assert (
             all(p.batch(n).label is None for n in range(4)) and p.eval_batches(1)[0].label is None
         )

@@ -1150,7 +1150,7 @@ def on_folders(data, **k):
                 classes=["background", "vessel"],
                 teacher="dark",
                 student="bright",
-                rich=0.5,
+                bright_share=0.5,
                 **k,
             ),
             vpbsd={},
@@ -1395,7 +1395,8 @@ def test_other_encoders_teach(dims, encoder, config, size):
 def test_the_best_epoch_by_validation(tmp_path, monkeypatch):
     here(monkeypatch)
     config = with_arms(
-        dict(VESSELS, validation=1, unlabelled=1, rich=0.5, topology=True, steps=1), vpbsd={}
+        dict(VESSELS, validation=1, unlabelled=1, bright_share=0.5, topology=True, steps=1),
+        vpbsd={},
     )
     rows = run_study(tmp_path, make(config), [0])
     assert (

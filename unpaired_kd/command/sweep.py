@@ -84,7 +84,7 @@ def _join_scores(
 # %% ../../nbs/command/sweep.ipynb #4e210004
 _DATA_PARAMETERS = (  # those that say which images
     *("data", "data_options", "teacher", "student", "classes"),
-    *("zoom", "intensity", "invert_student", "cells"),
+    *("zoom", "intensity", "invert_student", "has_objects"),
 )
 
 

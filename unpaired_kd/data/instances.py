@@ -187,14 +187,14 @@ def find_instances(
     drawn: np.ndarray = None,  # instance map (*spatial), if one was drawn
     min_size: int = 0,  # smaller objects are dropped (pixels); not for organs
     method: str = "components",  # components | watershed | none
-    cells: bool = None,  # three classes or more: do they consist of objects? None: if by watershed
+    has_objects: bool = None,  # three classes or more consist of objects (None: if watershed)
     spacing=None,  # mm along each axis; only the ratios matter
 ) -> np.ndarray:  # (*spatial) int: 0 = background, one number per object
     """The objects in a label map: given ones, else cut by `method`, else one region per class
     (organs)."""
     if drawn is not None:
         return drawn
-    several = method == "watershed" if cells is None else cells
+    several = method == "watershed" if has_objects is None else has_objects
     if INSTANCES[method] is keep_whole or not (len(classes) == 2 or several):
         return np.asarray(label)
     return number_objects(label, method, min_size, spacing=spacing)

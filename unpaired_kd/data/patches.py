@@ -66,16 +66,16 @@ class Patches:
         foreground: float = 0.5,  # with labels: probability that a patch lies on a pixel of a class
         augment=None,  # `Augment`, or None
         channels: int = None,  # repeat grey images to this many channels (after augmentation)
-        rich: float = 0.0,  # without labels: probability that a patch lies on a bright block
+        bright_share: float = 0.0,  # without labels: share of patches that lie on a bright block
     ):
-        labelled = _check_patches(collection, channels, rich)
+        labelled = _check_patches(collection, channels, bright_share)
         self.collection = collection
         self.size = _patch_sides(collection, size)
         self.batch_size = int(batch_size)
         self.seed = seed
         self.stream = stream
         self.foreground = foreground if labelled else 0.0
-        self.rich = 0.0 if labelled else rich
+        self.bright_share = 0.0 if labelled else bright_share
         self.augment = augment
         self.channels = channels
         self._pixels = {}
@@ -91,7 +91,7 @@ class Patches:
                 self._slices.setdefault(case.id.rpartition("/")[0], []).append(i)
 
 # %% ../../nbs/data/patches.ipynb #e4240818
-def _check_patches(collection, channels, rich):
+def _check_patches(collection, channels, bright_share):
     "`InputError` for what cannot be drawn from; whether the cases have labels."
     name = collection.name
     n = len(collection)
@@ -108,8 +108,8 @@ def _check_patches(collection, channels, rich):
             f"channels={channels}: only grey images can be repeated, {name!r} has "
             f"{collection.channels} channels."
         )
-    if not 0 <= rich <= 1:
-        raise InputError(f"rich={rich} is a probability: give 0 to 1.")
+    if not 0 <= bright_share <= 1:
+        raise InputError(f"bright_share={bright_share} is a probability: give 0 to 1.")
     return labelled > 0
 
 
@@ -189,7 +189,7 @@ def _place(self, i, among, place, which, *u):
     The arguments after these are uniform in [0,1).
     """
     anywhere, off_middle = np.reshape(u, (2, -1))
-    if place < self.rich and len(self._bright_blocks()[i]):
+    if place < self.bright_share and len(self._bright_blocks()[i]):
         return i, self._around(i, self._in_block(i, which), off_middle)
     found = self._pixel(among, which) if place < self.foreground else None
     if found is None:

@@ -86,7 +86,7 @@ class Recipe:
     network_config: dict = field(default_factory=dict)  # its arguments
     min_size: int = 0  # smallest object, native pixels
     instances: str = "components"  # how classes become objects: components | watershed | none
-    cells: bool | None = None  # three classes or more hold objects (None: if watershed)
+    has_objects: bool | None = None  # three classes or more hold objects (None: if watershed)
     standard: dict | None = None  # histogram standard of MR, as `HistogramStandard.to_dict()`
 
     def __post_init__(self):
@@ -427,7 +427,7 @@ def evaluating(
 def instances(
     self,
     image,  # path, `Image`, or raw array
-    cells: bool = None,  # as the recipe's entry; None: as the recipe says
+    has_objects: bool = None,  # as the recipe's entry; None: as the recipe says
     label: np.ndarray = None,  # what `predict` gave for this image, if it is at hand
 ) -> np.ndarray:  # int32 (H,W) or (D,H,W), native size: 0 background, 1..n objects
     "The objects in an image, by the recipe's `instances` and `min_size`."
@@ -435,9 +435,9 @@ def instances(
         image = read_image(image)
     r = self.recipe
     found = self.predict(image) if label is None else label
-    cells = r.cells if cells is None else cells
+    has_objects = r.has_objects if has_objects is None else has_objects
     spacing = getattr(image, "spacing", None)
-    objects = find_instances(found, r.classes, None, r.min_size, r.instances, cells, spacing)
+    objects = find_instances(found, r.classes, None, r.min_size, r.instances, has_objects, spacing)
     return objects.astype(np.int32)
 
 # %% ../../nbs/inference/student.ipynb #be99ce46

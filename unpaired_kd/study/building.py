@@ -55,7 +55,7 @@ def draw_patches(
         foreground=config.foreground,
         augment=Augment(**{**config.augment, **still}),
         channels=channels,
-        rich=config.rich,
+        bright_share=config.bright_share,
     )
 
 # %% ../../nbs/study/building.ipynb #8671c3f2
@@ -135,5 +135,5 @@ def recipe_of(
         network_config=net.config,
         min_size=scores.min_size,
         instances=scores.instances,
-        cells=scores.cells,
+        has_objects=scores.has_objects,
     )

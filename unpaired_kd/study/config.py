@@ -70,7 +70,9 @@ class PatchConfig(Checked):
     depth: Natural = 0  # dims=3: depth of a patch, px; 0: as `patch`
     batch: Count = 8  # patches a batch
     foreground: Fraction = 0.5  # probability that a patch is placed on a structure
-    rich: Fraction = 0.0  # probability that a patch without labels is placed where it is bright
+    bright_share: Fraction = (
+        0.0  # probability that a patch without labels is placed where it is bright
+    )
     pairing: Literal["random", "label_group", "index"] = "label_group"  # student's and teacher's
     augment: dict = field(default_factory=dict)  # changes to `Augment`
 
@@ -127,7 +129,9 @@ class ScoreConfig(Checked):
 
     min_size: Natural = 0  # predicted objects with fewer px are removed
     instances: str = "components"  # how a mask becomes objects: components | watershed | none
-    cells: bool | None = None  # a class is many objects (True) or one region; None: see `evaluate`
+    has_objects: bool | None = (
+        None  # a class is many objects (True) or one region; None: see `evaluate`
+    )
     topology: bool = False  # also score clDice, skeleton recall and Betti errors
 
 # %% ../../nbs/study/config.ipynb #67b0e15a

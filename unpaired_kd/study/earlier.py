@@ -13,6 +13,8 @@ from ..core import read_csv
 # %% ../../nbs/study/earlier.ipynb #b9702e03
 EARLIER = """
 field    *       shares           reuses
+setting  *       cells            has_objects
+setting  *       rich             bright_share
 method   *       painted          reconstruction
 option   vpbsd   lesson           pattern_loss
 word     seg     house            common

@@ -27,19 +27,19 @@ def _check_classes(recipe, collection, arm):
     )
 
 
-def _objects_of(found, label, drawn, spacing, names, recipe, cells):
+def _objects_of(found, label, drawn, spacing, names, recipe, has_objects):
     "Objects of the prediction and of the label: both sides are cut, or neither is."
     method = getattr(recipe, "instances", "components")
-    cut = cells
+    cut = has_objects
     if cut is None:
-        cut = getattr(recipe, "cells", None)
+        cut = getattr(recipe, "has_objects", None)
     if cut is None:
         cut = drawn is not None or method == "watershed"
     least = getattr(recipe, "min_size", 0)
     objects = find_instances(found, names, None, least, method, cut, spacing)
     if method == "none" or (len(names) > 2 and not cut):
-        return objects, find_instances(label, names, None, method="none", cells=cut)
-    return objects, find_instances(label, names, drawn, method="components", cells=cut)
+        return objects, find_instances(label, names, None, method="none", has_objects=cut)
+    return objects, find_instances(label, names, drawn, method="components", has_objects=cut)
 
 # %% ../../nbs/study/scoring.ipynb #3d91aa35
 def _predict(student, image, label, case, collection):
@@ -74,12 +74,12 @@ def evaluate(
     collection,  # labelled `Collection` to score on
     arm: str,  # name of this way of training
     seed: int,  # seed of this training
-    cells: bool = None,  # True: classes consist of objects; False: each is one region; None: below
+    has_objects: bool = None,  # classes consist of objects, or each is one region; None: below
     tolerance: float = 3.0,  # of the surface Dice: mm, or pixels where the spacing is not known
     topology: bool = False,  # add clDice, its two parts and the Betti errors of the foreground
 ) -> list:  # a dict for each case: who and what, dsc, hd95, aji, pq, sdsc, missed, dsc_<class> ...
-    """Score `student` on the native image of every case. `cells` matters with three classes or
-    more; None: as the student's recipe says, else objects if they are drawn or the recipe cuts by
+    """Score `student` on the native image of every case. `has_objects` matters with three classes
+    or more; None: as the student's recipe says, else objects if they are drawn or the recipe cuts by
     watershed. `topology` adds cldice, tprec, tsens, betti0, betti1 and betti2 (every class above 0
     is foreground). `InputError` for an empty collection, a case without a label, and a student
     with other classes or of another size."""
@@ -90,7 +90,7 @@ def evaluate(
     for i, case in enumerate(collection.cases):
         image, label, drawn, spacing = collection.native(i)
         found = _predict(student, image, label, case, collection)
-        objects = _objects_of(found, label, drawn, spacing, names, recipe, cells)
+        objects = _objects_of(found, label, drawn, spacing, names, recipe, has_objects)
         more = dict(tolerance=tolerance, topology=topology)
         scores = case_metrics(found, label, *objects, spacing, names, **more)
         rows.append(_who_and_what(case, collection, arm, seed, spacing) | scores)

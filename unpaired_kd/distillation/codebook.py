@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nearest_code', 'straight_through', 'rotate_onto', 'run_kmeans', 'Quantised', 'Codebook', 'FSQ', 'count_code_use',
-           'codebook_health', 'shuffle_codes', 'average_codes']
+           'vessel_information', 'codebook_health', 'shuffle_codes', 'average_codes']
 
 # %% ../../nbs/distillation/codebook.ipynb #4f98f9c0
 import copy

@@ -335,7 +335,7 @@ def check_scores(
 # %% ../../nbs/inference/student.ipynb #181bedae
 class Student:
     """A network and its recipe. `predict` and `probabilities` take paths or raw arrays (see
-    `channels_first`) and answer in native size."""
+    `channels_first(...)`) and answer in native size."""
 
     def __init__(
         self,

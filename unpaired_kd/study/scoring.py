@@ -80,8 +80,8 @@ def evaluate(
 ) -> list:  # a dict for each case: who and what, dsc, hd95, aji, pq, sdsc, missed, dsc_<class> ...
     """Score `student` on the native image of every case. `has_objects` matters with three classes
     or more; None: as the student's recipe says, else objects if they are drawn or the recipe cuts
-    by watershed. `topology` adds cldice, tprec, tsens, betti0, betti1 and betti2 (every class above 0
-    is foreground). `InputError` for an empty collection, a case without a label, and a student
+    by watershed. `topology` adds cldice, tprec, tsens, betti0, betti1 and betti2 (every class above
+    0 is foreground). `InputError` for an empty collection, a case without a label, and a student
     with other classes or of another size."""
     recipe = getattr(student, "recipe", None)
     _check_classes(recipe, collection, arm)

@@ -229,8 +229,9 @@ class _Paths(nn.Module):
     ) -> Tensor:  # logits (B,classes,*s)
         "Up again."
         for k in reversed(range(1, self.config["levels"])):
-            up = getattr(self, f"up{k}")(features)
-            features = getattr(self, f"join{k}")(torch.cat([up, skips[k - 1]], 1))
+            up, join = (getattr(self, f"{name}{k}") for name in ("up", "join"))
+            # a name for the map that `up` gives would keep it in memory while `join` runs
+            features = join(torch.cat([up(features), skips[k - 1]], 1))
         return self.head(features)
 
     def forward(

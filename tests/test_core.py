@@ -191,8 +191,8 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 def test_a_lock_ends_with_its_process(tmp_path):
     code = f"""
 import sys, time
-from unpaired_kd.core import hold
-with hold({str(tmp_path)!r}):
+from unpaired_kd.core import lock_folder
+with lock_folder({str(tmp_path)!r}):
     print("held", flush=True)
     time.sleep(60)
 """

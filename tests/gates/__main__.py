@@ -15,9 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 JOBS = {  # longest first
+    "pytest": ["-m", "pytest", "--durations=5"],
     "forward": ["tests/gates/notebooks.py", "forward"],
     "reversed": ["tests/gates/notebooks.py", "reversed"],
-    "pytest": ["-m", "pytest", "--durations=5"],
     "experiments": ["tests/gates/experiments.py"],
     "wheel": ["tests/gates/wheel.py"],
     "pages": ["tests/gates/pages.py"],

@@ -19,22 +19,21 @@ def dice_per_image(logits, label):
 
 def dice_of_batch(logits, label):
     "1 - soft Dice over the batch, smoothed by one pixel, the mean over classes but 0."
-    if logits.shape[1] == 1:
-        maps = [(1 / (1 + torch.exp(-logits[:, 0])), (label == 1).double())]
-    else:
-        p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-        maps = [(p[:, k], (label == k).double()) for k in range(1, logits.shape[1])]
-    values = [1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1) for p, t in maps]
+    return dice_of_maps(probabilities(logits), label)
+
+
+def dice_of_maps(p, label):
+    "The same of probabilities, or of masks, of all classes (B,K,*s)."
+    values = []
+    for k in range(1, p.shape[1]):
+        inside = (label == k).double()
+        values.append(1 - (2 * (p[:, k] * inside).sum() + 1) / (p[:, k].sum() + inside.sum() + 1))
     return sum(values) / len(values)
 
 
 def cross_entropy(logits, label):
     "-log of the probability of the label, the mean over pixels."
-    if logits.shape[1] == 1:
-        p = 1 / (1 + torch.exp(-logits[:, 0]))
-        return -torch.log(torch.where(label == 1, p, 1 - p)).mean()
-    p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-    return -torch.log(p.gather(1, label[:, None])).mean()
+    return -torch.log(probabilities(logits).gather(1, label[:, None])).mean()
 
 
 def segmentation(kind, logits, label):
@@ -48,7 +47,7 @@ def segmentation(kind, logits, label):
     return dice_of_batch(logits, label) + cross_entropy(logits, label) / 2
 
 
-def probabilities(logits, tau):
+def probabilities(logits, tau=1.0):
     "Softened probabilities (B,K,*s); one logit is two classes."
     z = torch.cat([0 * logits, logits], 1) if logits.shape[1] == 1 else logits
     e = torch.exp(z / tau)

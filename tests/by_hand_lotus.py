@@ -5,6 +5,7 @@
 
 import torch
 import torch.nn.functional as F
+from by_hand import cross_entropy, dice_of_batch, dice_of_maps, probabilities
 
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
@@ -79,14 +80,6 @@ def denoise(P, name, z, eps, train, phi_train, fresh=None, eta=0.0):
 
 
 # ---------------------------------------------------------------- losses
-def probabilities(x, tau=1.0):
-    "Softmax over axis 1; one channel is a coin: the other side has the score 0."
-    x = x / tau
-    if x.shape[1] == 1:
-        x = torch.cat([torch.zeros_like(x), x], 1)
-    return x.softmax(1)
-
-
 def divergence(p, q):
     "KL(p || q) over axis 1."
     return (p * (p.log() - q.log())).sum(1)
@@ -100,22 +93,8 @@ def directed(p_s, p_t, direction):
     return (divergence(p_t, p_s) + divergence(p_s, p_t)) / 2
 
 
-def cross_entropy(x, y):
-    p = probabilities(x)
-    return -p.gather(1, y[:, None]).log().mean()
-
-
-def dice(p, y):
-    "Soft Dice loss over the batch, mean over the foreground classes, smoothed by one pixel."
-    terms = []
-    for k in range(1, p.shape[1]):
-        inside = (y == k).double()
-        terms.append(1 - (2 * (p[:, k] * inside).sum() + 1) / (p[:, k].sum() + inside.sum() + 1))
-    return sum(terms) / len(terms)
-
-
 def segmentation(x, y, bce=0.5):
-    return dice(probabilities(x), y) + bce * cross_entropy(x, y)
+    return dice_of_batch(x, y) + bce * cross_entropy(x, y)
 
 
 def released_segmentation(x, y, bce=0.5):
@@ -124,7 +103,7 @@ def released_segmentation(x, y, bce=0.5):
     mask = F.one_hot(p.argmax(1), p.shape[1]).movedim(-1, 1).double()
     if x.shape[1] > 1:
         x = x.softmax(1)
-    return dice(mask, y) + bce * cross_entropy(x, y)
+    return dice_of_maps(mask, y) + bce * cross_entropy(x, y)
 
 
 def class_mean_kl(x_s, y_s, x_t, y_t, classes, tau, direction="symmetric"):

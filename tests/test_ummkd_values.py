@@ -49,8 +49,8 @@ def terms_by_hand(m, classes, tau=2.0, direction="symmetric", ce="rarity", ce_we
     x_s = logits_by_hand(P, batch["student"].image, "student.conv9.1")
     x_t = logits_by_hand(P, batch["teacher"].image, "other")
     terms = dict(
-        seg=hand.dice(hand.probabilities(x_s), y_s) + ce_weight * entropy(x_s, y_s),
-        seg_teacher=hand.dice(hand.probabilities(x_t), y_t) + ce_weight * entropy(x_t, y_t),
+        seg=hand.dice_of_batch(x_s, y_s) + ce_weight * entropy(x_s, y_s),
+        seg_teacher=hand.dice_of_batch(x_t, y_t) + ce_weight * entropy(x_t, y_t),
         kl=hand.class_mean_kl(x_s, y_s, x_t, y_t, classes, tau, direction),
     )
     return terms, P

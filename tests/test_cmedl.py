@@ -155,14 +155,14 @@ class Two:
     """Batches of blocks in noise for each source; the batch is a function of (source, step). The
     unlabelled source has no labels."""
 
-    def __init__(self, side=32, classes=2, sources=("student", "teacher")):
+    def __init__(self, side=32, classes=2, names=("student", "teacher")):
         self.side = side
         self.n = 2 if side == 32 else 1
         self.classes = classes
-        self.sources = sources
+        self.names = names
 
     def batch(self, step, names=None, rank=0):
-        return {s: self.one(s, step) for s in names or self.sources}
+        return {s: self.one(s, step) for s in names or self.names}
 
     def one(self, source, step):
         g = torch_rng(0, source, step)
@@ -212,7 +212,7 @@ def learner(
         data = Two(
             options.side,
             classes=classes,
-            sources=("student", "teacher") + (("unlabelled",) if options.unlabelled else ()),
+            draws=("student", "teacher") + (("unlabelled",) if options.unlabelled else ()),
         )
     return Learner(
         method,
@@ -238,7 +238,7 @@ def updates(r, stage=0, step=0):
     has run, with the values of its terms."""
     stage = r.stages[stage]
     set_modes(r.method, stage)
-    batch = r.data.batch(step, stage.sources)
+    batch = r.data.batch(step, stage.draws)
     for u in stage.updates:
         for net in everything(r).values():
             for p in net.parameters():
@@ -450,10 +450,10 @@ def alone(folder, options, term, **k):
     translation."""
     method = CMEDL(*nets(), options, 2, 0, **k)
     method.check_weights = lambda weights: None
-    sources = ("student", "teacher") + (("unlabelled",) if options.unlabelled else ())
+    names = ("student", "teacher") + (("unlabelled",) if options.unlabelled else ())
     return Learner(
         method,
-        Two(options.side, sources=sources),
+        Two(options.side, names=names),
         folder,
         weights={t: float(t == term) for t in method.weights},
         settings=Settings(epochs=2, steps=1, bars=False, device="cpu", precision="fp32"),
@@ -608,7 +608,7 @@ def test_every_pass_moves_the_statistics_once(tmp_path, options):
     student, teacher, g_st = (
         copy.deepcopy(r.method.networks[n]).train() for n in ("student", "teacher", "g_st")
     )
-    batch = r.data.batch(0, r.stages[0].sources)
+    batch = r.data.batch(0, r.stages[0].draws)
     for _ in updates(r):
         pass
     x = (

@@ -98,7 +98,7 @@ def everything(options):
         draws=CMEDL.draws(options),
         length=CMEDL.length(options, 3),
         weights=m.weights,
-        stages=[(s.name, s.sources, [u.name for u in s.updates]) for s in m.stages()],
+        stages=[(s.name, s.draws, [u.name for u in s.updates]) for s in m.stages()],
         adam=m.adam,
         networks={n: [(k, p.shape) for k, p in v.named_parameters()] for n, v in nets.items()},
         memory=m.networks["pool_t"].images.shape if "pool_t" in m.networks else None,

@@ -13,7 +13,7 @@ from unpaired_kd.networks.registry import make_network
 def test_the_stages_are_who_changes_in_which_order():
     def table(options):
         return [
-            (s.name, s.epochs, s.anew, s.sources, [(u.name, u.changes) for u in s.updates])
+            (s.name, s.epochs, s.anew, s.draws, [(u.name, u.changes) for u in s.updates])
             for s in CMEDL(*segmentor_pair(), options, 7, seed=0).stages()
         ]
 
@@ -28,8 +28,8 @@ def test_the_stages_are_who_changes_in_which_order():
         ("translate", 3, True, both, [generators, discriminators]),
         ("segment", None, True, both, [segmentors]),
     ]
-    sources = table(replace(PAPER, unlabelled=True))[0][3]
-    assert sources == ("student", "teacher", "unlabelled")
+    draws = table(replace(PAPER, unlabelled=True))[0][3]
+    assert draws == ("student", "teacher", "unlabelled")
     drit = table(replace(PAPER, i2i="drit"))[0][4]
     assert drit == [
         ("generators", ("content", "style", "drit_generator")),

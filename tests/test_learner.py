@@ -235,7 +235,7 @@ def test_alternating_updates_change_only_their_own_networks(tmp_path):
 
 
 class Three(Plain):
-    "Three stages with their own sources, lengths and frozen parts; one source has no labels."
+    "Three stages with their own patches, lengths and frozen parts; one of them has no labels."
 
     def __init__(self, net):
         super().__init__(net)
@@ -252,13 +252,13 @@ class Three(Plain):
                 "pretrain",
                 [Update("c", ("codebook",), look("rebuild"))],
                 epochs=2,
-                sources=("unlabelled",),
+                draws=("unlabelled",),
             ),
             Stage(
                 "finetune",
                 [Update("s", ("student",), look("losses"))],
                 epochs=1,
-                sources=("student",),
+                draws=("student",),
             ),
             Stage("distil", [Update("s", ("student",), look("both"))]),
         ]
@@ -286,7 +286,7 @@ class Three(Plain):
         }
 
 
-def test_three_stages_in_3d_with_their_own_sources(tmp_path):
+def test_three_stages_in_3d_with_their_own_patches(tmp_path):
     with seeded(0, "net"):
         method = Three(UNet(in_channels=1, width=2, dims=3))
     run = Learner(

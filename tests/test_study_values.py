@@ -143,15 +143,15 @@ def test_brightness_stays_where_only_places_may_move(folder):
 def test_a_study_draws_what_its_arm_names(folder):
     arms = {"taught": {"method": "lotus"}, "alone": {"method": "single"}}
     study = study_of(folder, arms)
-    found = ArmTask("taught", 0).sources(study)
+    found = ArmTask("taught", 0).patches(study)
     data = study.data(0)
     assert groups(found["student"].collection) == groups(data.student_train)
     assert groups(found["teacher"].collection) == groups(data.teacher_train)
     assert found["student"].stream == "student" and found["teacher"].stream == "teacher"
     assert "unlabelled" not in found
-    alone = ArmTask("alone", 0).sources(study)["student"]  # every arm sees the same batches
+    alone = ArmTask("alone", 0).patches(study)["student"]  # every arm sees the same batches
     assert torch.equal(alone.batch(3).image, found["student"].batch(3).image)
-    hidden = ArmTask("a", 0).sources(study_of(folder, {"a": {"method": "vpbsd"}}))["unlabelled"]
+    hidden = ArmTask("a", 0).patches(study_of(folder, {"a": {"method": "vpbsd"}}))["unlabelled"]
     assert groups(hidden.collection) == groups(data.student_rest)
 
 

@@ -115,8 +115,8 @@ def test_the_weights_of_the_classes_are_shares_of_the_whole_batch():
 # ---------------------------------------------------------------- the single network
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_the_single_network_learns_soft_dice_and_half_a_cross_entropy(source):
-    m = Single(Net(3, 1), source=source)
-    assert m.weights == {"seg": 1.0} and m.stages()[0].sources == (source,)
+    m = Single(Net(3, 1), learns_from=source)
+    assert m.weights == {"seg": 1.0} and m.stages()[0].draws == (source,)
     found = m.losses(scene_batch(3), None)["seg"]()
     P = hand.doubles(student=m.student)
     b = scene_batch(3)[source]

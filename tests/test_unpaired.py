@@ -316,7 +316,7 @@ def test_index_pairing_is_the_same_place_and_the_same_warp():
         ]
 
 
-def test_random_sources_do_not_see_each_other():
+def test_random_patches_do_not_see_each_other():
     a = made(30, name="a")
     b = made(30, name="b")
     alone = Patches(a, 16, 4, 0, "student")
@@ -326,7 +326,7 @@ def test_random_sources_do_not_see_each_other():
     same = sum(
         x == y
         for k in range(300)
-        for x, y in zip(u.sources["student"].plan(k).index, u.sources["teacher"].plan(k).index)
+        for x, y in zip(u.patches["student"].plan(k).index, u.patches["teacher"].plan(k).index)
     )
     assert abs(same - 40) < 25  # 1200 pairs, one in thirty by chance
 

@@ -228,13 +228,13 @@ def finished_teacher(folder, options=TINY, epochs=4, steps=2, data=None, dims=3,
     return r, r.fit()
 
 
-def test_two_stages_each_with_its_own_networks_sources_and_rates(tmp_path):
+def test_two_stages_each_with_its_own_networks_patches_and_rates(tmp_path):
     m = build_teacher_training(light(), TINY, 10)
     first, second = m.stages()
-    assert (first.name, first.epochs, first.sources) == ("pretrain", 7, ("unlabelled",)) and (
+    assert (first.name, first.epochs, first.draws) == ("pretrain", 7, ("unlabelled",)) and (
         second.name,
         second.epochs,
-        second.sources,
+        second.draws,
     ) == ("finetune", None, ("student",))
     assert set(first.updates[0].changes) == {"tokens", "codebook", "reconstruct"} and set(
         second.updates[0].changes
@@ -1229,18 +1229,18 @@ def test_the_disease_of_an_unlabelled_image_is_forgotten():
 
 
 def test_unlabelled_patches_are_moved_and_not_recoloured(study):
-    sources = learner_of(study[0], make(ARMS), "vpbsd", 0).data.sources
+    patches = learner_of(study[0], make(ARMS), "vpbsd", 0).data.patches
     colours = ("brightness", "contrast", "gamma", "noise", "blur", "hue")
 
     def change(n):
-        return {c: getattr(sources[n].augment, c) for c in colours}
+        return {c: getattr(patches[n].augment, c) for c in colours}
 
     assert (
         not any(change("unlabelled").values())
         and any(change("student").values())
-        and sources["unlabelled"].augment.flip
+        and patches["unlabelled"].augment.flip
     )
-    assert set(learner_of(study[0], make(ARMS), "alone", 0).data.sources) == {"student", "teacher"}
+    assert set(learner_of(study[0], make(ARMS), "alone", 0).data.patches) == {"student", "teacher"}
 
 
 # ---------------------------------------------------------------- who is where (A15)

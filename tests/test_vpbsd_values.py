@@ -497,8 +497,8 @@ def test_reconstruction_by_hand():
     terms = m.losses({"student": batch["student"]}, noise)
     agree(terms["seg"](), hand, m.student, student, STUDENT_WEIGHTS)
     first, second = m.stages()
-    assert (first.name, first.epochs, first.sources) == ("reconstruct", 2, ("unlabelled",))
-    assert (second.name, second.epochs, second.sources) == ("train", None, ("student",))
+    assert (first.name, first.epochs, first.draws) == ("reconstruct", 2, ("unlabelled",))
+    assert (second.name, second.epochs, second.draws) == ("train", None, ("student",))
     assert first.updates[0].changes == ("student", "decoder")
     assert second.updates[0].changes == ("student",)
 
@@ -839,6 +839,6 @@ def test_what_each_method_declares():
     assert VPBSD.teachers == ("true", "placebo") and Reconstruction.teachers == ("true",)
     assert Reconstruction.starts == ("scratch",) and Reconstruction.length(None, 5) == 10
     (stage,) = method_of().stages()
-    assert (stage.name, stage.sources) == ("distil", ("student", "unlabelled"))
+    assert (stage.name, stage.draws) == ("distil", ("student", "unlabelled"))
     assert stage.updates[0].changes == ("student", "projector") and not stage.epochs
     assert isinstance(method_of().networks["projector"], nn.Module)

@@ -191,7 +191,7 @@ class Blocks:
     def batch(
         self,
         step: int,  # which batch
-        names=None,  # of the sources
+        names=None,  # of the patches
         rank: int = 0,  # of the process
     ) -> dict:  # name -> `Batch`
         "Batch number `step` of every source."

@@ -46,13 +46,13 @@ def find_parameters_cell(
     text = read_text(path)
     try:
         tagged = [cell for cell in json.loads(text)["cells"] if _is_tagged(cell)]
-        sources = ["".join(cell["source"]) for cell in tagged]
+        found = ["".join(cell["source"]) for cell in tagged]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path} is not a notebook. Give a file that Jupyter has saved.") from e
-    if len(sources) == 1:
-        return sources[0]
+    if len(found) == 1:
+        return found[0]
     raise InputError(
-        f"{path} has {len(sources)} cells tagged `parameters`; it needs exactly one. "
+        f"{path} has {len(found)} cells tagged `parameters`; it needs exactly one. "
         "In JupyterLab: select the cell, then Property Inspector (the gears), "
         "Cell Tags, add `parameters`."
     )

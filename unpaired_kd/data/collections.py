@@ -674,8 +674,8 @@ def _hash_files(files):
 def verify(self):
     "Raise one `InputError` that lists files that are not there, or not those of the manifest."
     faults = checksum_faults(self.cases)
-    sources = [x for c in self.cases for x in (c.image, c.label)]
-    for f in dict.fromkeys(str(x) for x in sources if isinstance(x, (str, Path))):
+    files = [x for c in self.cases for x in (c.image, c.label)]
+    for f in dict.fromkeys(str(x) for x in files if isinstance(x, (str, Path))):
         try:
             check_readable(f)
         except InputError as e:

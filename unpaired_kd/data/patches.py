@@ -425,21 +425,21 @@ class Unpaired:
 
     def __init__(
         self,
-        sources: dict,  # name -> `Patches`
+        patches: dict,  # name -> `Patches`
         pairing="random",  # random | label_group | index
         lead="student",  # the name that the others follow
     ):
         if pairing not in _PAIRINGS:
             raise InputError(describe_unknown("pairing", pairing, _PAIRINGS))
-        if pairing != "random" and lead not in sources:
-            raise InputError(describe_unknown("lead source", lead, sources))
-        counts = {k: len(p.collection.classes) for k, p in sources.items()}
+        if pairing != "random" and lead not in patches:
+            raise InputError(describe_unknown("lead", lead, patches))
+        counts = {k: len(p.collection.classes) for k, p in patches.items()}
         if len(set(counts.values())) > 1:
             raise InputError(
-                f"the sources have different numbers of classes: {counts}. Unpaired teaching "
+                f"the patches have different numbers of classes: {counts}. Unpaired teaching "
                 "needs the same classes in the same order."
             )
-        self.sources = dict(sources)
+        self.patches = dict(patches)
         self.pairing = pairing
         self.lead = lead
 
@@ -451,14 +451,14 @@ class Unpaired:
     ) -> dict:  # name -> `Batch`
         """Batch number `step` of each of them. `InputError` for a name that is not there."""
         for n in names or ():
-            if n not in self.sources:
-                raise InputError(describe_unknown("source", n, self.sources))
-        lead = None if self.pairing == "random" else self.sources[self.lead].plan(step, rank)
+            if n not in self.patches:
+                raise InputError(describe_unknown("patches", n, self.patches))
+        lead = None if self.pairing == "random" else self.patches[self.lead].plan(step, rank)
         batches = {}
-        for n in self.sources if names is None else names:
+        for n in self.patches if names is None else names:
             follows = lead is None or n != self.lead
-            patches = self.sources[n]
+            own = self.patches[n]
             batches[n] = (
-                patches.batch(step, rank, lead, self.pairing) if follows else patches.read(lead)
+                own.batch(step, rank, lead, self.pairing) if follows else own.read(lead)
             )
         return batches

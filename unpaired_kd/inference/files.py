@@ -248,7 +248,7 @@ def _segment_file(
     job: _FileJob,  # image and outputs
     notes: Notes,  # of this try and the one before
     overwrite: bool,  # what is there may be replaced
-    bar: bool = False,  # show a progress bar over the slices of a volume
+    bars: bool = False,  # show a progress bar over the slices of a volume
 ) -> bool:  # False: an earlier try has done it
     "Segment one image and write its maps. Every fault is an `InputError`."
     check_input(job.source)
@@ -258,7 +258,7 @@ def _segment_file(
     shape = image.array.shape[1:]
     check_format(job.outputs[0], shape, len(student.recipe.classes) - 1)
     check_room(job.outputs[0], math.prod(shape) * (5 if len(job.outputs) > 1 else 1))
-    maps = [student.predict(image, bar=bar and len(shape) == 3)]
+    maps = [student.predict(image, bars=bars and len(shape) == 3)]
     if len(job.outputs) > 1:
         maps.append(student.instances(image, label=maps[0]))
         check_format(job.outputs[1], shape, int(maps[1].max()))

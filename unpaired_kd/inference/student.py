@@ -363,12 +363,12 @@ class Student:
     def predict(
         self,
         image,  # path, `Image`, or raw array
-        bar: bool = False,  # show a progress bar over slices
+        bars: bool = False,  # show a progress bar over slices
     ) -> np.ndarray:  # (H,W) or (D,H,W), native size; uint8 (int32 beyond 256 classes)
         "The label map: the most probable class of every pixel."
         x, size = _read_input(self, image)
         kind = np.uint8 if len(self.recipe.classes) <= 256 else np.int32
-        labels = [p.argmax(1).astype(kind) for p in self.blocks(x, size, bar)]
+        labels = [p.argmax(1).astype(kind) for p in self.blocks(x, size, bars)]
         return np.concatenate(labels).reshape(size)
 
     def probabilities(
@@ -386,7 +386,7 @@ def blocks(
     self,
     x: Tensor,  # (N,in_channels,*s) of `prepare`
     size: tuple,  # native spatial shape
-    bar: bool = False,  # show a progress bar
+    bars: bool = False,  # show a progress bar
 ):  # yields float32 arrays (n,classes,*s) in native size
     "Probabilities of a few slices at a time."
     r = self.recipe
@@ -399,7 +399,7 @@ def blocks(
         evaluating(self.network),
         torch.inference_mode(),
         cast,
-        contextlib.closing(make_progress_bar(len(x), "slices", enabled=bar)) as shown,
+        contextlib.closing(make_progress_bar(len(x), "slices", enabled=bars)) as shown,
     ):
         for part in x.split(n):
             part = part.to(device).contiguous(memory_format=layout)

@@ -593,13 +593,13 @@ def translation_terms(
 @patch
 def stages(self: Translating) -> list:
     "One stage with everything, or translation first."
-    sources = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
+    draws = ("student", "teacher") + (("unlabelled",) if self.options.unlabelled else ())
     translation = TRANSLATIONS[self.options.i2i].updates(self.translation_terms)
     if not self.options.translate_first:
-        return [Stage("together", translation + self.segmentors(), sources=sources)]
+        return [Stage("together", translation + self.segmentors(), draws=draws)]
     return [
-        Stage("translate", translation, epochs=self.epochs // 2, sources=sources, anew=True),
-        Stage("segment", self.segmentors(), sources=sources, anew=True),
+        Stage("translate", translation, epochs=self.epochs // 2, draws=draws, anew=True),
+        Stage("segment", self.segmentors(), draws=draws, anew=True),
     ]
 
 # %% ../../nbs/methods/cmedl.ipynb #5ce46602

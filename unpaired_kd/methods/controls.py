@@ -44,16 +44,16 @@ class ShuffledLabels:
 
     def __init__(
         self,
-        source,  # `Patches`
+        patches,  # `Patches`
         seed: int,  # seed of the shuffling
     ):
-        self.source = source
+        self.patches = patches
         self.seed = seed
 
     def __getattr__(self, name):
-        if name.startswith("__") or name == "source":
+        if name.startswith("__") or name == "patches":
             raise AttributeError(name)
-        return getattr(self.source, name)
+        return getattr(self.patches, name)
 
     def batch(
         self,
@@ -62,7 +62,7 @@ class ShuffledLabels:
         **kw,  # see `Patches.batch`
     ):  # `Batch`
         "Batch number `step`, its labels shuffled; a function of (seed, step)."
-        b = self.source.batch(step, *more, **kw)
+        b = self.patches.batch(step, *more, **kw)
         generator = torch_rng(self.seed, "shuffled labels", step)
         order = torch.randperm(b.label.numel(), generator=generator)
         return replace(b, label=b.label.flatten()[order].view_as(b.label))

@@ -25,11 +25,11 @@ class Single(Method):
     def __init__(
         self,
         student: nn.Module,  # network that gives logits
-        source: str = "student",  # name of the batch it learns from
+        learns_from: str = "student",  # name of its batch
         bce: float = 0.5,  # weight of the cross-entropy beside the Dice loss (LOTUS: 0.5)
     ):
         self.networks = {"student": student}
-        self.source = source
+        self.learns_from = learns_from
         self.bce = bce
         self.weights = {"seg": 1.0}
 
@@ -48,21 +48,21 @@ class Single(Method):
 
     def identity(self) -> dict:
         "What it learns from, and how."
-        return dict(source=self.source, bce=self.bce)
+        return dict(learns_from=self.learns_from, bce=self.bce)
 
     def stages(self) -> list:
         "One stage, to the end of the budget."
         return [
-            Stage("train", [Update("student", ("student",), self.losses)], sources=(self.source,))
+            Stage("train", [Update("student", ("student",), self.losses)], draws=(self.learns_from,))
         ]
 
     def losses(
         self,
-        batch: dict,  # source -> Batch
+        batch: dict,  # name -> Batch
         noise: Callable,  # not used
     ) -> dict:  # {"seg": term}
         "$L_{seg}$ on the labels."
-        b = batch[self.source]
+        b = batch[self.learns_from]
         return {
             "seg": lambda: segmentation_loss(self.student(b.image).float(), b.label, bce=self.bce)
         }

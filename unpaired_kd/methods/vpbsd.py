@@ -346,8 +346,8 @@ def stages(self) -> list:
     learn = Update("pretrain", ("tokens", "codebook", "reconstruct"), self.pretrain_losses)
     label = Update("finetune", ("tokens", "segment"), self.finetune_losses, slow)
     return [
-        Stage("pretrain", [learn], epochs=first, sources=("unlabelled",), anew=True),
-        Stage("finetune", [label], sources=("student",), anew=True),
+        Stage("pretrain", [learn], epochs=first, draws=("unlabelled",), anew=True),
+        Stage("finetune", [label], draws=("student",), anew=True),
     ]
 
 # %% ../../nbs/methods/vpbsd.ipynb #a319351d
@@ -604,7 +604,7 @@ class VPBSD(Method):
     def stages(self) -> list:
         "One stage, to the end of the budget."
         update = Update("student", ("student", "projector"), self.losses)
-        return [Stage("distil", [update], sources=("student", "unlabelled"))]
+        return [Stage("distil", [update], draws=("student", "unlabelled"))]
 
 # %% ../../nbs/methods/vpbsd.ipynb #2fd73c12
 def _check_grids(student, teacher):
@@ -893,8 +893,8 @@ class Reconstruction(ReconstructionDeclaration):
         label = Update("student", ("student",), self.losses)
         half = self.epochs // 2
         return [
-            Stage("reconstruct", [first], epochs=half, sources=("unlabelled",), anew=True),
-            Stage("train", [label], sources=("student",), anew=True),
+            Stage("reconstruct", [first], epochs=half, draws=("unlabelled",), anew=True),
+            Stage("train", [label], draws=("student",), anew=True),
         ]
 
     def reconstruction_losses(

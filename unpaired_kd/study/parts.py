@@ -99,8 +99,8 @@ def _paths_of(
     c: Collection,  # a collection
 ) -> set:  # of `Path`
     "Where its images and labels lie; phantoms lie nowhere."
-    sources = [p for case in c.cases for p in (case.image, case.label)]
-    return {Path(p) for p in sources if isinstance(p, (str, Path))}
+    paths = [p for case in c.cases for p in (case.image, case.label)]
+    return {Path(p) for p in paths if isinstance(p, (str, Path))}
 
 # %% ../../nbs/study/parts.ipynb #3936e340
 def contents(

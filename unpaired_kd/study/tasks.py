@@ -106,7 +106,7 @@ def _weights_before(
 
 # %% ../../nbs/study/tasks.ipynb #aed32503
 @patch
-def sources(self: ArmTask, study: Study) -> dict:  # name -> `Patches`
+def patches(self: ArmTask, study: Study) -> dict:  # name -> `Patches`
     "The batches that the arm draws; every arm of a seed draws the same student batches."
     arm = self.trained(study)
     data = study.data(self.seed)
@@ -137,7 +137,7 @@ def learner(self: ArmTask, study: Study, device: str, tell: Callable) -> Learner
     identity = study.identity(arm.name, arm.record(), self.seed, _weights_before(study, own))
     return Learner(
         method,
-        Unpaired(self.sources(study), pairing=study.config.patches.pairing),
+        Unpaired(self.patches(study), pairing=study.config.patches.pairing),
         place,
         seed=self.seed,
         settings=study.settings(self.length(study), device),

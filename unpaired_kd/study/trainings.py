@@ -88,7 +88,7 @@ class TeacherTask(Task):
         images = study.patches(data.teacher_train, self.seed, "teacher")
         net = load_start(study.teacher_network(self.seed), study.config.teacher.teacher_weights)
         return Learner(
-            Single(net, source="teacher"),
+            Single(net, learns_from="teacher"),
             Unpaired({"teacher": images}, lead="teacher"),
             self.place(study.folder),
             seed=self.seed,
@@ -151,13 +151,13 @@ class PretrainTask(Task):
         "Labelled and unlabelled images of the student's modality."
         data = study.data(self.seed)
         moves_only = method_class(self.arm(study).method).moves_only
-        sources = {
+        patches = {
             "student": study.patches(data.student_train, self.seed, "student"),
             "unlabelled": study.patches(data.student_rest, self.seed, "unlabelled", moves_only),
         }
         return Learner(
             self.method(study),
-            Unpaired(sources),
+            Unpaired(patches),
             self.place(study.folder),
             seed=self.seed,
             settings=study.settings(self.length(study), device),

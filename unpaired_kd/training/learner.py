@@ -280,7 +280,7 @@ def _fixed(self: Learner, i):
 @patch
 def _batch(self: Learner, stage, i):
     "The i-th batch of the run, on the device, and the noise that belongs to it."
-    batch = self.data.batch(i, stage.sources, self.accelerator.process_index)
+    batch = self.data.batch(i, stage.draws, self.accelerator.process_index)
     return {k: b.to(self.device) for k, b in batch.items()}, self._noise(i)
 
 

@@ -34,7 +34,7 @@ class Stage:
     updates: list  # of `Update`
     epochs: int | None = None  # longest duration; None: what is left of the budget
     until: object | None = None  # rule that may end it earlier, e.g. `rules.Plateau`
-    sources: tuple | None = None  # names of the batches it draws; None: all
+    draws: tuple | None = None  # names of the batches it draws; None: all
     anew: bool = False  # the learning rate's schedule starts and ends with this stage
 
 # %% ../../nbs/training/method.ipynb #91c5489d

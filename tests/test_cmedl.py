@@ -212,7 +212,7 @@ def learner(
         data = Two(
             options.side,
             classes=classes,
-            draws=("student", "teacher") + (("unlabelled",) if options.unlabelled else ()),
+            names=("student", "teacher") + (("unlabelled",) if options.unlabelled else ()),
         )
     return Learner(
         method,

@@ -350,7 +350,8 @@ def stages(self) -> list:
         Stage("finetune", [label], draws=("student",), anew=True),
     ]
 
-# %% ../../nbs/methods/vpbsd.ipynb #a319351d
+
+#| exporti
 def build_teacher_training(
     student: nn.Module,  # the network to be taught; the teacher gets its channels, classes and axes
     options: VpbsdOptions,  # see `VpbsdOptions`

@@ -400,7 +400,7 @@ def mask_blocks(
     keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
     return x * keep + fill * (1 - keep)
 
-# %% ../../nbs/methods/vpbsd.ipynb #af6759e4
+
 @patch_to(PatternTeacherTraining)
 def begin(
     self,

@@ -92,7 +92,7 @@ def _split_folder(
 def find_dicom_files(
     folder: Path,  # any folder
 ) -> list:  # the DICOM files in it, sorted by name
-    """All DICOM files of a folder, also those without an ending. `InputError` for a file beside them
+    """All DICOM files of a folder, with any ending or none. `InputError` for a file beside them
     that may be a slice, but cannot be read as one."""
     return _split_folder(folder)[0]
 

@@ -109,8 +109,11 @@ def sidebar_html(found, page, named, up, depth=0):
         else:
             inside = list(flat(entry[1]))
             opened = " open" if page in inside else ""
+            kind = ' class="through"' if set(inside) & set(main_path()) else ""
             rest = sidebar_html(entry[1], page, named, up, depth + 1)
-            lines.append(f"<li><details{opened}><summary>{entry[0]}</summary>{rest}</details></li>")
+            lines.append(
+                f"<li{kind}><details{opened}><summary>{entry[0]}</summary>{rest}</details></li>"
+            )
     return "<ul>" + "".join(lines) + "</ul>"
 
 
@@ -123,9 +126,11 @@ def after(page, named, up):
         lines.append(
             f'<p class="onward">Next on the main path: {link(onward, named[onward], up)}</p>'
         )
-    ends = [("prev", "←", before), ("next", "→", later)]
+    ends = [("prev", "← {}", before), ("next", "{} →", later)]
     parts = [
-        f'<span class="{kind}">{sign} {link(n, named[n], up)}</span>' for kind, sign, n in ends if n
+        f'<span class="{kind}">{sign.format(link(n, named[n], up))}</span>'
+        for kind, sign, n in ends
+        if n
     ]
     return "\n".join([*lines, f'<nav class="around">{"".join(parts)}</nav>'])
 
@@ -140,7 +145,9 @@ def frame(page, named, template):
         "title": html.escape(title),
         "heading": html.escape(page.title),
         "description": description,
-        "claim": f'<p class="claim">{html.escape(page.description)}</p>' if page.description else "",
+        "claim": f'<p class="claim">{html.escape(page.description)}</p>'
+        if page.description
+        else "",
         "up": up,
         "site": own_site(),
         "address": f"{own_site()}/{page.name[:-6]}.html",

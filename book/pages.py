@@ -203,4 +203,6 @@ def slim(body):
     body = re.sub(r'<span id="cb\d+-\d+">', "<span>", body)
     body = re.sub(r' id="cb\d+"', "", body)
     body = re.sub(r'(<img [^>]*?)alt="[^"]*"([^>]*?) data-fig-alt="([^"]*)"', r'\1alt="\3"\2', body)
-    return re.sub(r'(<img [^>]*?) data-fig-alt="([^"]*)"([^>]*?)alt="[^"]*"', r'\1 alt="\2"\3', body)
+    return re.sub(
+        r'(<img [^>]*?) data-fig-alt="([^"]*)"([^>]*?)alt="[^"]*"', r'\1 alt="\2"\3', body
+    )

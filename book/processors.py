@@ -116,6 +116,26 @@ def figures(cell):
         cell.source = outside_code(cell.source, lambda part: FIGURE.sub(r"@\1", part))
 
 
+def as_list(found):
+    "Numbered sentences of one paragraph as a list: each number is the next one."
+    parts = re.split(r"(?<=[\s.?!*])(\d+)\.\s+", found[0])
+    lines = [parts[0].rstrip(), ""]
+    expected = 1
+    for number, text in zip(parts[1::2], parts[2::2], strict=True):
+        if int(number) == expected:
+            lines.append(f"{number}. {text.rstrip()}")
+            expected += 1
+        else:
+            lines[-1] += f" {number}. {text.rstrip()}"
+    return "\n".join(lines)
+
+
+def exercises(cell):
+    "A paragraph of numbered exercises becomes a list."
+    if cell.cell_type == "markdown":
+        cell.source = re.sub(r"^\*\*Exercises\.?\*\* 1\. .*$", as_list, cell.source, flags=re.M)
+
+
 # ---------------------------------------------------------------- cells and what they store
 def only_sets_up(source):
     "Whether a cell holds imports and calls of `set_up`, no more."
@@ -249,9 +269,7 @@ class documentation(Processor):
         entries = [
             show_doc(found_in(self.nb, name), name=name) for name in NAMED.findall(cell.source)
         ]
-        text = "\n\n".join(
-            f"::: {{.api}}\n\n{e._repr_markdown_()}\n\n:::" for e in entries
-        )
+        text = "\n\n".join(f"::: {{.api}}\n\n{e._repr_markdown_()}\n\n:::" for e in entries)
         cell.cell_type = "markdown"
         for key in ("outputs", "execution_count"):
             cell.pop(key, None)
@@ -266,7 +284,10 @@ def open_links(place):
     page = f"{config.nbs_path.name}/{place}"
     return [
         ("Colab", f"https://colab.research.google.com/github/{repository}/blob/colab/{page}"),
-        ("Binder", f"https://mybinder.org/v2/gh/{repository}/{config.branch}?urlpath=lab/tree/{page}"),
+        (
+            "Binder",
+            f"https://mybinder.org/v2/gh/{repository}/{config.branch}?urlpath=lab/tree/{page}",
+        ),
         ("Source", f"{config.git_url}/blob/{config.branch}/{page}"),
     ]
 

@@ -38,7 +38,7 @@ def own_definition(symbol):
 
 
 def comments(text):
-    "{line: comment} of a piece of source; a line that is only a comment goes on from the one above."
+    "{line: comment} of a piece of source, and the lines that are only a comment."
     found = {}
     only = set()
     for token in tokenize.generate_tokens(StringIO(text).readline):

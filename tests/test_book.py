@@ -1,7 +1,6 @@
-"""The rendered book: what its processors change, what its renderer says, how a page is put together."""
+"""The rendered book: what its processors change, what its renderer says, what a page holds."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("nbdev")
-os.chdir(ROOT)  # nbdev looks for settings.ini from here
 
 from execnb.nbio import dict2nb  # noqa: E402
 
 from book import build, generated, pages, processors, reading, renderer, sources  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    "nbdev looks for settings.ini from where it is called."
+    monkeypatch.chdir(ROOT)
 
 
 def notebook(*cells, name="methods/page.ipynb"):
@@ -49,12 +53,9 @@ def changed(process, text):
 
 # ---------------------------------------------------------------- processors
 def test_a_bold_quotation_is_a_callout():
-    box = changed(
-        processors.boxes, "before\n\n> **Paper, code, and here**\n>\n> | a |\n> |---|\n\nafter"
-    )
-    assert box == (
-        'before\n\n::: {.callout-note title="Paper, code, and here"}\n\n| a |\n|---|\n\n:::\n\nafter'
-    )
+    text = "before\n\n> **Paper, code, and here**\n>\n> | a |\n> |---|\n\nafter"
+    box = '::: {.callout-note title="Paper, code, and here"}\n\n| a |\n|---|\n\n:::'
+    assert changed(processors.boxes, text) == f"before\n\n{box}\n\nafter"
 
 
 def test_a_note_keeps_its_first_line():

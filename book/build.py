@@ -19,6 +19,7 @@ from nbdev.config import get_config
 
 from book.pages import Page, render
 from book.reading import entries, flat, main_path, neighbours, order
+from book.renderer import own_site
 
 HERE = Path(__file__).parent
 SHARED = ("styles.css", "fonts", "favicon.svg")  # in nbs/, for Quarto too
@@ -50,12 +51,6 @@ def make_pages(names, folder, workers=2):
 
 
 # ---------------------------------------------------------------- links
-def own_site():
-    "The address of the published book."
-    config = get_config()
-    return config.doc_host + config.doc_baseurl
-
-
 def as_page(target, name):
     "A link of a chapter as a link of its page: other chapters, and our own site, relative."
     up = "../" * name.count("/")
@@ -118,21 +113,15 @@ def sidebar_html(found, page, named, up, depth=0):
 
 
 def after(page, named, up):
-    "Links at a page's end: before, after, and the next one of the main path."
+    "Links at a page's end: the chapters before and after it."
     before, later = neighbours(page, order())
-    lines = []
-    _, onward = neighbours(page, main_path())
-    if onward:
-        lines.append(
-            f'<p class="onward">Next on the main path: {link(onward, named[onward], up)}</p>'
-        )
     ends = [("prev", "← {}", before), ("next", "{} →", later)]
     parts = [
         f'<span class="{kind}">{sign.format(link(n, named[n], up))}</span>'
         for kind, sign, n in ends
         if n
     ]
-    return "\n".join([*lines, f'<nav class="around">{"".join(parts)}</nav>'])
+    return f'<nav class="around">{"".join(parts)}</nav>'
 
 
 def frame(page, named, template):

@@ -13,7 +13,7 @@ from posixpath import normpath
 
 from nbdev.config import get_config
 
-from book.processors import joined, outside_code
+from book.processors import joined, outside_code, title_of
 from book.reading import order
 from book.sources import as_text, sources
 
@@ -46,12 +46,6 @@ def references():
     return notebook([told, made, *(f"### {key}\n\n{text}" for text, key in known)])
 
 
-def title_of(cells):
-    "The title in a chapter's first cell."
-    named = re.match(r"# (.+)", joined(cells[0]["source"]))
-    return named[1] if named else ""
-
-
 def moved(text, chapter):
     "A chapter's Markdown with its links as they are written from nbs/."
     place = Path(chapter).parent.as_posix()
@@ -79,7 +73,7 @@ def boxes():
         text = "\n\n".join(joined(c["source"]) for c in cells if c["cell_type"] == "markdown")
         found = [moved(m[0], chapter) for m in QUOTED.finditer(text)]
         if found:
-            heading = f"## [{title_of(cells)}]({chapter})"
+            heading = f"## [{title_of(chapter)}]({chapter})"
             texts.append("\n\n".join([heading, *found]))
     return notebook(texts)
 

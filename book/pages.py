@@ -197,11 +197,22 @@ def render(nb, name, folder):
     return page
 
 
+LONG = 40  # letters of TeX: a longer formula in a line may need a box that scrolls on a phone
+
+
+def boxed(found):
+    "A formula in a line, in a box if it is long."
+    formula = re.search(r"<annotation[^>]*>(.*?)</annotation>", found[0], flags=re.S)
+    long = formula and len(formula[1]) > LONG
+    return f'<span class="long-math">{found[0]}</span>' if long else found[0]
+
+
 def slim(body):
     "pandoc's HTML without its marks of lines, and with alternatives where HTML has them."
     body = re.sub(r'<a href="#cb\d+-\d+" aria-hidden="true" tabindex="-1"></a>', "", body)
     body = re.sub(r'<span id="cb\d+-\d+">', "<span>", body)
     body = re.sub(r' id="cb\d+"', "", body)
+    body = re.sub(r'<math display="inline".*?</math>', boxed, body, flags=re.S)
     body = re.sub(r'(<img [^>]*?)alt="[^"]*"([^>]*?) data-fig-alt="([^"]*)"', r'\1alt="\3"\2', body)
     return re.sub(
         r'(<img [^>]*?) data-fig-alt="([^"]*)"([^>]*?)alt="[^"]*"', r'\1 alt="\2"\3', body

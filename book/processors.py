@@ -8,14 +8,17 @@ captions.
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
+from posixpath import relpath
 
 from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.process import Processor
 from nbdev.showdoc import show_doc
 
+from book.reading import main_path, neighbours
 from book.sources import as_text, sources
 
 REFERENCES = "references.ipynb"
@@ -299,3 +302,23 @@ class badges(Processor):
         line = " ".join(f"[{name}]({link})" for name, link in open_links(place_of(self.nb)))
         at = 1 if self.nb.cells and self.nb.cells[0].cell_type == "raw" else 0
         self.nb.cells.insert(at, mk_cell(f"::: {{.badges}}\n{line}\n:::", "markdown"))
+
+
+# ---------------------------------------------------------------- and go on reading
+def title_of(chapter):
+    "The title in a chapter's first cell."
+    nb = json.loads((get_config().nbs_path / chapter).read_text(encoding="utf-8"))
+    named = re.match(r"# (.+)", joined(nb["cells"][0]["source"]))
+    return named[1].strip() if named else chapter
+
+
+class onward(Processor):
+    "At the end of a chapter of the main path: the next one."
+
+    def begin(self):
+        place = place_of(self.nb)
+        _, after = neighbours(place.as_posix(), main_path())
+        if after:
+            target = relpath(after, place.parent.as_posix())
+            text = f"::: {{.onward}}\nNext on the main path: [{title_of(after)}]({target})\n:::"
+            self.nb.cells.append(mk_cell(text, "markdown"))

@@ -6,6 +6,7 @@ each exported name (settings.ini: `renderer = book.renderer.Entry`).
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import textwrap
@@ -140,9 +141,28 @@ def names():
     return NbdevLookup()
 
 
+@cache
+def documented(address):
+    "Whether the page at nbdev's address of a name has an entry for it: only public names do."
+    path, _, name = address.partition(".html#")
+    module = path.removeprefix(own_site()).strip("/").replace("/", ".")
+    try:
+        found = importlib.import_module(f"{get_config().lib_name}.{module}")
+    except ImportError:
+        return False
+    return name in {public.lower() for public in getattr(found, "__all__", ())}
+
+
+def own_site():
+    "The address of the published book."
+    config = get_config()
+    return config.doc_host + config.doc_baseurl
+
+
 def linked(text):
-    "A type that is one of our names, as a link to where it is explained."
-    return names().link_line(text)
+    "A type that is one of our public names, as a link to where it is explained."
+    address = names().doc(text.strip("`"))
+    return f"[{text}]({address})" if address and documented(address) else text
 
 
 def table(rows):

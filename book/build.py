@@ -146,7 +146,7 @@ def frame(page, named, template):
         "contents": page.contents,
         "body": rewrite(page.body, page.name),
         "after": after(page.name, named, up),
-        "kind": "first" if page.name == "index.ipynb" else "chapter",
+        "kind": f"page-{Path(page.name).stem}",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda m: values[m[1]], template)
 

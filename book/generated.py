@@ -19,7 +19,6 @@ from book.sources import as_text, sources
 
 QUOTED = re.compile(r"^> \*\*((?:Paper|The paper)[^*\n]*?here[^*\n]*)\*\*(.*(?:\n>.*)*)", re.M)
 LINK = re.compile(r"(\]\()(?!https?://|mailto:)([^)\s]+)(\))")
-MADE = "Written by `make prepare`; change it there, not here."
 
 
 def notebook(texts):
@@ -41,8 +40,9 @@ def notebook(texts):
 def references():
     "The chapter of references: one cell, and one heading, for each key."
     told = "# Sources\n\n> What the chapters cite, by the key under which they cite it."
-    made = f"From `nbs/references.bib`. {MADE}"
-    known = sorted((as_text(entry), key) for key, entry in sources().items())
+    made = "Written from `nbs/references.bib` by `make prepare`."
+    known = [(as_text(entry), key) for key, entry in sources().items()]
+    known.sort(key=lambda pair: pair[0].lower())
     return notebook([told, made, *(f"### {key}\n\n{text}" for text, key in known)])
 
 
@@ -64,7 +64,7 @@ def boxes():
         "# Paper, code, and here\n\n"
         "> Every place where a paper, its published code and this library differ, on one page."
     )
-    made = f"Each box stands in the chapter that its heading names. {MADE}"
+    made = "Gathered from the chapters by `make prepare`; each heading leads to its chapter."
     texts = [told, made]
     for chapter in order():
         if chapter == "boxes.ipynb":

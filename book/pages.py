@@ -17,7 +17,7 @@ from book.processors import joined, options, outside_code
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
 LABEL = re.compile(r"#((?:fig|tbl|eq|sec|lst)-[\w-]+)")
 REFERENCE = re.compile(r"(?<![\w`/])@((?:fig|tbl|eq|sec|lst)-[\w-]*\w)")
-SUFFIX = {"image/png": "png", "image/svg+xml": "svg", "image/jpeg": "jpeg"}
+SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpeg"}
 CALLOUT = re.compile(r'^::: \{\.callout-(\w+)(?: title="([^"]*)")?[^}]*\}$', re.M)
 SPLIT = "<!-- the page's own text -->"
 FENCE = "`" * 7

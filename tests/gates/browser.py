@@ -39,7 +39,8 @@ WIDE = """(() => {
     over: document.documentElement.scrollWidth - innerWidth,
   };
   document.querySelectorAll("main details").forEach((d) => (d.open = false));
-  const seen = [...document.querySelectorAll("main img, main table")];
+  const seen = [...document.querySelectorAll("main img, main table")]
+    .filter((e) => !e.closest("details:not([open])"));
   const tops = seen.map((e) => e.getBoundingClientRect()).filter((r) => r.height > 20);
   found.first = Math.min(...tops.map((r) => r.top + scrollY), Infinity) + "";
   found.early = [...document.querySelectorAll("main img")].filter(

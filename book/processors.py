@@ -19,6 +19,7 @@ from nbdev.process import Processor
 from nbdev.showdoc import show_doc
 
 from book.reading import main_path, neighbours
+from book.renderer import documented, own_site
 from book.sources import as_text, sources
 
 REFERENCES = "references.ipynb"
@@ -277,6 +278,20 @@ class documentation(Processor):
         for key in ("outputs", "execution_count"):
             cell.pop(key, None)
         cell.source = text
+
+
+OWN_LINK = re.compile(r"\[(`[^`\n]+`)\]\((https?://[^)\s]+\.html#([\w.]+))\)")
+
+
+def unlink(cell):
+    "nbdev links names that only modules share, which no page shows: they are code, no links."
+
+    def change(found):
+        inside = found[2].startswith(own_site()) and "." not in found[3]
+        return found[1] if inside and not documented(found[2]) else found[0]
+
+    if cell.cell_type == "markdown":
+        cell.source = OWN_LINK.sub(change, cell.source)
 
 
 # ---------------------------------------------------------------- open it elsewhere

@@ -43,6 +43,15 @@ def per_sample(
     "Shape one number per sample so that it multiplies features."
     return a.reshape(-1, *[1] * (z.ndim - 1))
 
+
+def noise_like(
+    z: Tensor,  # anything (B,C,*s)
+    generator: torch.Generator = None,  # where the numbers are drawn, on its device
+) -> Tensor:  # float32, shape and device of `z`
+    "White noise. From a CPU generator the numbers are the same whatever device `z` is on."
+    device = generator.device if generator is not None else z.device
+    return torch.randn(z.shape, generator=generator, device=device).to(z.device)
+
 # %% ../../nbs/distillation/diffusion.ipynb #dae78c4c
 def q_sample(
     z: Tensor,  # clean features $z_0$, (B,C,*s)
@@ -54,15 +63,6 @@ def q_sample(
     mended)."""
     a = per_sample(alpha_bar[t], z)
     return a.sqrt() * z + (1 - a).sqrt() * eps
-
-# %% ../../nbs/distillation/diffusion.ipynb #e9f21f98
-def noise_like(
-    z: Tensor,  # anything (B,C,*s)
-    generator: torch.Generator = None,  # where the numbers are drawn, on its device
-) -> Tensor:  # float32, shape and device of `z`
-    "White noise. From a CPU generator the numbers are the same whatever device `z` is on."
-    device = generator.device if generator is not None else z.device
-    return torch.randn(z.shape, generator=generator, device=device).to(z.device)
 
 # %% ../../nbs/distillation/diffusion.ipynb #f560e69f
 def make_norm(

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/methods/lotus.ipynb #e55ec4d5
 from unpaired_kd.core import (
     Checked,
     Count,
@@ -62,7 +61,7 @@ class FeatureOptions:
     unit: bool = False  # scale projected features to length 1
     feature_norm: Literal["channel", "none"] = "channel"  # channel: standardise each channel first
 
-# %% ../../nbs/methods/lotus.ipynb #177d64e3
+
 @dataclass(frozen=True)
 class ComparisonOptions:
     "What is compared with what, and how."

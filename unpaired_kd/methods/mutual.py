@@ -106,9 +106,8 @@ def losses(
 
     @torch.no_grad()
     def guide(who, what):
-        return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[
-            0
-        ]  # at test both see real images
+        count = (who, what) != ("student", "fake")  # at test the student sees real images only
+        return x.run(who, images[what](), count)[0]
 
     return {
         "seg": lambda: self.segmentation(scores_of("student", "real"), x.y_s),

@@ -14,6 +14,7 @@ import csv
 import difflib
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -336,20 +337,98 @@ def seeded(
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
+# %% ../nbs/core.ipynb #2cdf4757
+PIXELS_PER_INCH = 128  # of a page, CSS pixels
+
+
+def draw_png(
+    figure,  # matplotlib Figure
+    density: float = 2,  # pixels of the file for one of the page
+    colors: int = 256,  # how many colours, at most
+) -> tuple:  # (the file, {"width": , "height": } on the page in CSS pixels)
+    "A figure as a PNG with few colours."
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    dpi = density * PIXELS_PER_INCH
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    image = Image.open(drawn).convert("RGB")
+    if image.getcolors(colors) is None:
+        image = image.quantize(colors)
+    out = io.BytesIO()
+    image.save(out, "png", optimize=True)
+    width, height = (round(side / density) for side in image.size)
+    return out.getvalue(), {"width": width, "height": height}
+
+
+def draw_svg(
+    figure,  # matplotlib Figure
+    most: int = 120_000,  # bytes
+):  # the file, as wide as the page shows it, or None for a figure with images or many points
+    "A figure as a drawing of lines."
+    if any(ax.images for ax in figure.axes):
+        return None
+    drawn = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(drawn, format="svg", bbox_inches="tight", facecolor="white", metadata=nothing)
+    text = drawn.getvalue().decode()
+
+    def in_pixels(m):
+        return f'{m[1]}="{float(m[2]) / 72 * PIXELS_PER_INCH:.0f}"'
+
+    head, body = text.split("viewBox", 1)
+    head = re.sub(r'(width|height)="([\d.]+)pt"', in_pixels, head)
+    return None if len(text) > most else f"{head}viewBox{body}"
+
+# %% ../nbs/core.ipynb #6a9de81f
+def _show_caption(result):
+    "Show the caption of a cell that draws a figure; Jupyter shows no comments below pictures."
+    source = result.info.raw_cell or ""
+    caption = re.search(r"^#\| *fig-cap: *(.*)$", source, re.M)
+    if caption and result.success:
+        text = f"*{caption[1].strip().strip(chr(34))}*"
+        data = {"text/markdown": text, "text/plain": text}
+        sys.modules["IPython"].display.display(data, raw=True)
+
+
+def _show_figures(
+    shell,  # of IPython
+):
+    "Figures as drawings where they are drawings, else as sharp pictures; captions below them."
+    from matplotlib.figure import Figure
+    from matplotlib_inline import backend_inline
+
+    backend_inline.configure_inline_support(shell, "module://matplotlib_inline.backend_inline")
+    kinds = shell.display_formatter.formatters
+    for kind in ("image/png", "image/svg+xml", "image/jpeg", "application/pdf"):
+        kinds[kind].pop(Figure, None)
+    kinds["image/svg+xml"].for_type(Figure, draw_svg)
+    kinds["image/png"].for_type(Figure, lambda f: None if draw_svg(f) else draw_png(f))
+    known = shell.events.callbacks["post_run_cell"]
+    for old in [f for f in known if f.__name__ == _show_caption.__name__]:
+        shell.events.unregister("post_run_cell", old)
+    shell.events.register("post_run_cell", _show_caption)
+
 # %% ../nbs/core.ipynb #171ce953
 # Okabe-Ito: safe for colour-blind readers
 PALETTE = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 #000000".split()
 
 
 _PLOT_STYLE = {
-    "figure.dpi": 80,
-    "savefig.dpi": 80,
+    "figure.dpi": 128,
+    "savefig.dpi": 192,
     "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "image.cmap": "gray",
     "image.interpolation": "nearest",
     "figure.constrained_layout.use": True,
+    "svg.hashsalt": "unpaired_kd",  # equal drawings are equal files
 }
 
 
@@ -367,6 +446,8 @@ def set_up(
     # notebooks show pictures only when interactive
     mpl.rcParams.update({**mpl.rcParamsDefault, "interactive": mpl.is_interactive()})
     mpl.rcParams.update({**_PLOT_STYLE, "axes.prop_cycle": mpl.cycler(color=PALETTE)})
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+        _show_figures(shell)
 
 # %% ../nbs/core.ipynb #a0cb1dd6
 def to_display(
@@ -436,7 +517,7 @@ def draw_box(
 ):  # the box (a matplotlib Text), for `arrow`
     "Draw a box with a text in it."
     frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=0.8)
-    return ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=frame)
+    return ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
 
 # %% ../nbs/core.ipynb #ce021831
 def draw_arrow(
@@ -455,7 +536,17 @@ def draw_arrow(
     look = {"arrowstyle": style, "lw": 1, **line}
     ax.annotate("", (u, v), (x, y), arrowprops={**ends, **look})
     if text:
-        ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=7.5)
+        ax.text((x + u) / 2, (y + v) / 2 + dy, text, ha="center", fontsize=9)
+
+# %% ../nbs/core.ipynb #5a023795
+class Table(str):
+    "Markdown that holds a table: `print` gives the text, Jupyter shows the table."
+
+    def _repr_markdown_(self):
+        return str(self)
+
+    def __repr__(self):
+        return str(self)
 
 # %% ../nbs/core.ipynb #6c7b9b7b
 PART_PREFIX = ".ukd.part."  # how the names of parts begin

@@ -48,7 +48,7 @@ def run_chapter(path, flags=frozenset()):
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
 
-    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    nb = NBProcessor(path, procs=FrontmatterProc, process=True, rm_directives=False).nb
     found = []
     stored = {}
     shell = Shell(path, mpl_format="png")

@@ -14,6 +14,7 @@ UNIT = r"(?:ns|us|µs|ms|s|min|seconds?|minutes?|[kMG]i?B peak|\w+ (?:a|per) sec
 MEASURED = [  # what another run may say otherwise, and what stands for it
     (rf" *{NUMBER} ?{UNIT}(?!\w)", " MEASURED"),
     (rf" *{NUMBER} (?:times|x) (?=as fast|as long|faster|slower)", " MEASURED times "),
+    (r"data:image/png;base64,[^\"]+", "PICTURE"),
     (r"0x[0-9a-f]{6,}", "ADDRESS"),
     (r"/tmp/\w+", "FOLDER"),
 ]
@@ -42,6 +43,8 @@ def shown(outputs, measured=False):
         elif data:
             kind = next(k for k in ("text/markdown", "text/html", "text/plain", *data) if k in data)
             values.append(settled("".join(data[kind]), measured))
+    captions = [v for v in values if v.startswith("*") and v.endswith("*")]
+    values = [v for v in values if v not in captions] + captions  # Jupyter shows them last
     return settled(printed, measured), values, pictures
 
 

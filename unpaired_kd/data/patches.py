@@ -458,7 +458,5 @@ class Unpaired:
         for n in self.patches if names is None else names:
             follows = lead is None or n != self.lead
             own = self.patches[n]
-            batches[n] = (
-                own.batch(step, rank, lead, self.pairing) if follows else own.read(lead)
-            )
+            batches[n] = own.batch(step, rank, lead, self.pairing) if follows else own.read(lead)
         return batches

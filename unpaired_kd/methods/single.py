@@ -53,7 +53,9 @@ class Single(Method):
     def stages(self) -> list:
         "One stage, to the end of the budget."
         return [
-            Stage("train", [Update("student", ("student",), self.losses)], draws=(self.learns_from,))
+            Stage(
+                "train", [Update("student", ("student",), self.losses)], draws=(self.learns_from,)
+            )
         ]
 
     def losses(

@@ -8,7 +8,7 @@ __all__ = ['summarise', 'evidence', 'results_table', 'rank_agreement', 'publishe
 # %% ../../nbs/study/tables.ipynb #5417def7
 import numpy as np
 
-from ..core import InputError, describe_unknown, rng
+from ..core import InputError, Table, describe_unknown, rng
 from .footnotes import describe_intervals, explain_table, has_misses
 from .rows import arrange_arms, comparable_rows, count_noun, find_guests, units_of
 from .statistics import FEW, compare, pair_rows, without_noise
@@ -144,7 +144,7 @@ def results_table(
     reference: str = "alone",  # the arm the others are compared with
     metrics=("dsc", "hd95", "aji", "pq"),  # columns
     order: list = None,  # arms to show, in order; all count in Holm's correction
-) -> str:  # Markdown, aligned: means, then differences with p-values, then what the numbers are
+) -> Table:  # Markdown, aligned: means, then differences with p-values, then what the numbers are
     """The results of an experiment. Arms on other images than the reference (the teacher) have no
     p-value; a metric in mm for some cases and in px for others is left out, and that is said."""
     arms = arrange_arms(rows, reference, order)
@@ -157,7 +157,7 @@ def results_table(
     if found:
         parts.append(_differences(found, arms, reference, rows))
     note = explain_table(rows, reference, metrics, found, mixed)
-    return "\n\n".join([*parts, note])
+    return Table("\n\n".join([*parts, note]))
 
 # %% ../../nbs/study/tables.ipynb #2e2642aa
 def _rank_correlation(means, published):
@@ -207,7 +207,7 @@ def published_table(
     rows: list,  # rows of `evaluate`
     published: dict,  # arm -> {metric: published mean}, the reference first; as printed (%, px, mm)
     metric: str = "dsc",  # column
-) -> str:  # Markdown
+) -> Table:  # Markdown
     """Our means and gains over the first published arm, beside the published ones, with the
     agreement of the order."""
     theirs = _published_means(rows, published, metric)
@@ -233,7 +233,7 @@ def published_table(
             p = p_text(found[a]["p_t_holm"])
         lines.append([a, f"{k * mean:.1f}", gain, p, *_published_texts(a, theirs)])
     notes = [_agreement(rows, theirs, metric), _gains(found)]
-    return "\n".join([markdown_table(head, lines), "", *notes])
+    return Table("\n".join([markdown_table(head, lines), "", *notes]))
 
 # %% ../../nbs/study/tables.ipynb #9b6c2f08
 def _published_means(rows, published, metric):

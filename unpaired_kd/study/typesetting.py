@@ -8,6 +8,7 @@ __all__ = ['p_text', 'interval_text', 'markdown_table']
 # %% ../../nbs/study/typesetting.ipynb #c1d70f04
 import numpy as np
 
+from ..core import Table
 from .rows import sign_of
 
 # %% ../../nbs/study/typesetting.ipynb #26718b15
@@ -67,7 +68,7 @@ def interval_text(
 def markdown_table(
     header: list,  # column names
     lines: list,  # lists of text, one per row
-) -> str:  # aligned Markdown: first column left, the others right
+) -> Table:  # aligned Markdown: first column left, the others right
     "A Markdown table whose source is also readable in a terminal. Bars and line ends are escaped."
 
     def escaped(row):
@@ -82,4 +83,4 @@ def markdown_table(
         return "| " + " | ".join([first.ljust(widths[0]), *right]) + " |"
 
     rule = "|".join([":" + "-" * (widths[0] + 1), *["-" * (w + 1) + ":" for w in widths[1:]]])
-    return "\n".join([line(table[0]), f"|{rule}|", *map(line, table[1:])])
+    return Table("\n".join([line(table[0]), f"|{rule}|", *map(line, table[1:])]))

@@ -106,8 +106,9 @@ def losses(
 
     @torch.no_grad()
     def guide(who, what):
-        count = (who, what) != ("student", "fake")  # at test the student sees real images only
-        return x.run(who, images[what](), count)[0]
+        # at test the student sees real images only
+        logits, _ = x.run(who, images[what](), count=(who, what) != ("student", "fake"))
+        return logits
 
     return {
         "seg": lambda: self.segmentation(scores_of("student", "real"), x.y_s),

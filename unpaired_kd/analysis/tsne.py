@@ -302,9 +302,7 @@ def browse_embedding(
         fig, ax = plt.subplots(figsize=(4.6, 3))
         return plot_embedding(xy, colours[colour], f"by {colour}", ax).figure
 
-    return slide(
-        draw, alt="The same points, coloured as the slider says.", colour=list(colours)
-    )
+    return slide(draw, alt="The same points, coloured as the slider says.", colour=list(colours))
 
 # %% ../../nbs/analysis/tsne.ipynb #6525da80
 class Separation(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .frames import Slides, slide
 from ..core import PALETTE, InputError, describe_unknown, rng
 from ..networks.taps import Taps
 from ..study.statistics import bootstrap_ci
@@ -285,39 +286,23 @@ def plot_embedding(
         colour = PALETTE[k % len(PALETTE)]
         ax.scatter(*points.T, s=3, color=colour, label=str(value), linewidths=0)
     ax.set(xticks=[], yticks=[], title=title)
-    ax.legend(fontsize=6, markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(markerscale=2, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 # %% ../../nbs/analysis/tsne.ipynb #a495f902
 def browse_embedding(
     xy,  # (N,2)
     colours: dict,  # name -> values (N,), e.g. {"class": ..., "case": ..., "network": ...}
-):  # an ipywidgets box: a menu and a picture
-    """A menu that recolours the points. Needs a live notebook and ipywidgets; `plot_embedding` is
-    the static form. Raises `InputError` if ipywidgets is missing."""
-    import io
-
+) -> Slides:  # a slider and a picture, in Jupyter and on a page
+    "The points, with a slider that recolours them; `plot_embedding` is one picture of it."
     import matplotlib.pyplot as plt
 
-    try:
-        import ipywidgets as widgets
-    except ImportError:
-        raise InputError(
-            "browse_embedding needs ipywidgets: pip install ipywidgets, or use plot_embedding."
-        ) from None
+    def draw(colour):
+        "The picture coloured by one entry."
+        fig, ax = plt.subplots(figsize=(4.6, 3))
+        return plot_embedding(xy, colours[colour], f"by {colour}", ax).figure
 
-    def png(name):
-        "The picture coloured by `name`, as bytes."
-        ax = plot_embedding(xy, colours[name], f"by {name}")
-        buffer = io.BytesIO()
-        ax.figure.savefig(buffer, format="png")
-        plt.close(ax.figure)
-        return buffer.getvalue()
-
-    menu = widgets.Dropdown(options=list(colours), description="colour by")
-    picture = widgets.Image(value=png(menu.value))
-    menu.observe(lambda change: setattr(picture, "value", png(change["new"])), "value")
-    return widgets.VBox([menu, picture])
+    return slide(draw, alt="The same points, coloured as the slider says.", colour=list(colours))
 
 # %% ../../nbs/analysis/tsne.ipynb #6525da80
 class Separation(NamedTuple):

@@ -27,8 +27,6 @@ from ..networks.registry import weights_digest
 from ..networks.taps import Taps
 from ..training.calibrate import recalibrate_batchnorm
 from ..training.method import Method, Stage, Update
-
-# %% ../../nbs/methods/cmedl.ipynb #28536a8e
 from unpaired_kd.translation.contextual import (
     body_mask,
     contextual_loss,
@@ -335,9 +333,9 @@ class DeferredStatistics:
         ]
         before = [b.clone() for b in buffers]
         for b in buffers:
-            b.data.copy_(
-                self.pending.get(id(b), (b, b))[1]
-            )  # `.data`: no graph uses these values, and autograd must not object
+            if id(b) in self.pending:
+                # `.data`: no graph uses these values, and autograd must not object
+                b.data.copy_(self.pending[id(b)][1])
         try:
             yield
         finally:
@@ -391,12 +389,11 @@ class _BatchPasses:
         layers = self.m.layers
         wanted = next(net.parameters()).requires_grad
         net.requires_grad_(net.training and name in self.m.learning)
-        later = (
-            self.deferred.passing(net, count)
-            if self.deferring or not count
-            else contextlib.nullcontext()
-        )
-        with later, Taps(net, layers) as taps:
+        if self.deferring or not count:
+            statistics = self.deferred.passing(net, count)  # noted, or not even that
+        else:
+            statistics = contextlib.nullcontext()  # move at once
+        with statistics, Taps(net, layers) as taps:
             out = net(to_unit(x)), taps.take()
         net.requires_grad_(wanted)
         return out
@@ -429,9 +426,8 @@ class Iteration(_BatchPasses):
     @cached_property
     def pseudo(self) -> tuple:
         "The teacher on translated images; if they are made again, the first ones do not count."
-        return self.run(
-            "teacher", self.leaf, count=not (self.deferring and self.m.options.refresh_fake)
-        )
+        made_again = self.deferring and self.m.options.refresh_fake
+        return self.run("teacher", self.leaf, count=not made_again)
 
     @cached_property
     def crossed(self) -> tuple:
@@ -538,20 +534,6 @@ class Translating(TranslatorMethod):
         "Options and length: both decide the result."
         return dict(options=asdict(self.options), epochs=self.epochs)
 
-# %% ../../nbs/methods/cmedl.ipynb #f6737636
-@patch(as_prop=True)
-def adam(self: Translating) -> dict:  # network -> rate and moments
-    "The segmentors learn faster than the translator, DRIT's content discriminator slower."
-    o = self.options
-    segmentors = {"student", "teacher", "assistant", "alpha"}
-
-    def rate(name):
-        if name in segmentors:
-            return 1.0
-        return o.rate / 2.5 if name == "d_content" else o.rate
-
-    return {n: dict(rate=rate(n), betas=(o.beta1, 0.999)) for n in self.networks}
-
 # %% ../../nbs/methods/cmedl.ipynb #01d2fa03
 @patch
 def segmentation(
@@ -581,6 +563,20 @@ def now(
     return self._now
 
 # %% ../../nbs/methods/cmedl.ipynb #9c10f863
+@patch(as_prop=True)
+def adam(self: Translating) -> dict:  # network -> rate and moments
+    "The segmentors learn faster than the translator, DRIT's content discriminator slower."
+    o = self.options
+    segmentors = {"student", "teacher", "assistant", "alpha"}
+
+    def rate(name):
+        if name in segmentors:
+            return 1.0
+        return o.rate / 2.5 if name == "d_content" else o.rate
+
+    return {n: dict(rate=rate(n), betas=(o.beta1, 0.999)) for n in self.networks}
+
+
 @patch
 def translation_terms(
     self: Translating,
@@ -729,6 +725,20 @@ def make_extractor(
     self.frozen["extractor"] = feature_extractor(o.cx_on, weights=o.vgg)
     return self.frozen["extractor"]
 
+
+@patch
+def check_weights(
+    self: CMEDL,
+    weights: dict,  # term -> weight
+):
+    "As for every method that translates; and one line about the features of the contextual loss."
+    Translating.check_weights(self, weights)
+    if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg:
+        warnings.warn(
+            "no weights of VGG19 were given: the contextual loss uses features of the teacher.",
+            stacklevel=3,
+        )
+
 # %% ../../nbs/methods/cmedl.ipynb #9b50a6fd
 @patch
 def translation_terms(
@@ -795,12 +805,6 @@ def contextual(
         )
     return total
 
-# %% ../../nbs/methods/cmedl.ipynb #fe421311
-@patch
-def segmentors(self: CMEDL) -> list:
-    "The last update: student and teacher."
-    return [Update("segmentors", self.learning, self.segmentor_losses)]
-
 # %% ../../nbs/methods/cmedl.ipynb #fe421312
 @patch
 def segmentor_losses(
@@ -835,6 +839,36 @@ def segmentor_losses(
     return terms | {
         "seg_teacher": lambda: self.segmentation(x.teacher[0], x.y_t),
         "seg_pseudo": lambda: self.segmentation(x.pseudo[0][: x.n], x.y_s),
+    }
+
+# %% ../../nbs/methods/cmedl.ipynb #715ccf50
+@patch
+def segmentors(self: CMEDL) -> list:
+    "The last update: student and teacher."
+    return [Update("segmentors", self.learning, self.segmentor_losses)]
+
+
+@patch
+def finish(
+    self: CMEDL,
+    batches: Callable,  # number -> fixed batch
+):
+    """After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of
+    translations; in training they are a blend of real and translated images."""
+    if self.options.infer == "student" or not self.options.calibrate:
+        return
+    translate = find_translator(self.networks).eval()
+    with torch.no_grad():
+        images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
+    recalibrate_batchnorm(self.part("teacher"), images)
+
+
+@patch
+def identity(self: CMEDL) -> dict:
+    "Options, length, and a frozen teacher's fingerprint."
+    return {
+        **Translating.identity(self),
+        "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else "",
     }
 
 # %% ../../nbs/methods/cmedl.ipynb #01fd3e15
@@ -878,30 +912,6 @@ def monitor(
         )
     return {k: float(v) for k, v in numbers.items()}
 
-# %% ../../nbs/methods/cmedl.ipynb #715ccf50
-@patch
-def finish(
-    self: CMEDL,
-    batches: Callable,  # number -> fixed batch
-):
-    """After training: with `calibrate`, measure the teacher's BatchNorm statistics on 24 batches of
-    translations; in training they are a blend of real and translated images."""
-    if self.options.infer == "student" or not self.options.calibrate:
-        return
-    translate = find_translator(self.networks).eval()
-    with torch.no_grad():
-        images = [to_unit(translate(to_signed(batches(i)["student"].image))) for i in range(24)]
-    recalibrate_batchnorm(self.part("teacher"), images)
-
-
-@patch
-def identity(self: CMEDL) -> dict:
-    "Options, length, and a frozen teacher's fingerprint."
-    return {
-        **Translating.identity(self),
-        "frozen": weights_digest(self.frozen["teacher"]) if "teacher" in self.frozen else "",
-    }
-
 # %% ../../nbs/methods/cmedl.ipynb #33bb499a
 @patch
 def check_weights(
@@ -934,18 +944,4 @@ def check_weights(
         raise InputError(
             "weights: adv without discriminator lets the generators learn from discriminators "
             "that never learn. Give discriminator a weight, or set adv to 0."
-        )
-
-# %% ../../nbs/methods/cmedl.ipynb #df475b98
-@patch
-def check_weights(
-    self: CMEDL,
-    weights: dict,  # term -> weight
-):
-    "As for every method that translates; and one line about the features of the contextual loss."
-    Translating.check_weights(self, weights)
-    if weights["cx"] and self.options.cx_on == "auto" and not self.options.vgg:
-        warnings.warn(
-            "no weights of VGG19 were given: the contextual loss uses features of the teacher.",
-            stacklevel=3,
         )

@@ -106,9 +106,9 @@ def losses(
 
     @torch.no_grad()
     def guide(who, what):
-        return x.run(who, images[what](), count=(who, what) != ("student", "fake"))[
-            0
-        ]  # at test both see real images
+        # at test the student sees real images only
+        logits, _ = x.run(who, images[what](), count=(who, what) != ("student", "fake"))
+        return logits
 
     return {
         "seg": lambda: self.segmentation(scores_of("student", "real"), x.y_s),

@@ -13,6 +13,18 @@ from ..core import InputError, describe_unknown
 from .registry import NETWORKS
 from .unet import check_input
 
+# %% ../../nbs/networks/mrrn.ipynb #5df52e30
+VISITS = {  # stage -> streams it visits, in order; the digit of a stage: its depth
+    "enc1": (0, 0, 0),
+    "enc2": (0, 1, 0),
+    "enc3": (0, 2, 1, 0),
+    "enc4": (0, 3, 2, 1, 0),
+    "dec3": (0, 2, 1, 0),
+    "dec2": (0, 1, 0),
+    "dec1": (0, 0, 0),
+}
+LINKS = ("paper", "connected")
+
 # %% ../../nbs/networks/mrrn.ipynb #7dc67639
 def make_conv_unit(
     i: int,  # channels in
@@ -72,18 +84,6 @@ class RCU(nn.Module):
         "Read the stream, renew the pooled path, add to the stream."
         v = self.body(torch.cat([self.drop(self.pool(r)), v], 1))
         return v, r + self.up(self.back(v))
-
-# %% ../../nbs/networks/mrrn.ipynb #5df52e30
-VISITS = {  # stage -> streams it visits, in order; its digit: how many times it is halved
-    "enc1": (0, 0, 0),
-    "enc2": (0, 1, 0),
-    "enc3": (0, 2, 1, 0),
-    "enc4": (0, 3, 2, 1, 0),
-    "dec3": (0, 2, 1, 0),
-    "dec2": (0, 1, 0),
-    "dec1": (0, 0, 0),
-}
-LINKS = ("paper", "connected")
 
 # %% ../../nbs/networks/mrrn.ipynb #baf59f11
 class MRRNStage(nn.ModuleList):

@@ -43,6 +43,16 @@ def _branch_of(
         )
     return branches[domain]
 
+
+def _append_style(
+    features: Tensor,  # (B,C,h,w)
+    style: Tensor,  # (B,size)
+) -> Tensor:  # (B,C+size,h,w)
+    "Append the style as constant maps."
+    return torch.cat(
+        [features, style.to(features)[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1
+    )
+
 # %% ../../nbs/translation/drit.ipynb #23b0c8a1
 def _conv(
     cin: int,  # channels in
@@ -207,16 +217,6 @@ class StyleEncoder(nn.Module):
     ) -> tuple:  # ($\mu$, $\log\sigma^2$), each (B,size) float32
         "Mean and log-variance of the style. `InputError` for a wrong shape or domain."
         return _branch_of(self.branches, domain, x, self.channels)(x).float().chunk(2, 1)
-
-# %% ../../nbs/translation/drit.ipynb #2ae9efa0
-def _append_style(
-    features: Tensor,  # (B,C,h,w)
-    style: Tensor,  # (B,size)
-) -> Tensor:  # (B,C+size,h,w)
-    "Append the style as constant maps."
-    return torch.cat(
-        [features, style.to(features)[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1
-    )
 
 # %% ../../nbs/translation/drit.ipynb #4891ddeb
 class StyleHead(nn.Module):

@@ -23,6 +23,7 @@ from .rows import arrange_arms, find_guests, sign_of
 from .typesetting import name_of
 
 # %% ../../nbs/study/figures.ipynb #892a8b19
+_WIDEST = 7.2  # a figure, inches: what fits a page
 _OUTCOMES = {
     "correct": PALETTE[0],
     "missed": PALETTE[6],
@@ -65,7 +66,7 @@ def overlay(
     image,  # (H,W), (C,H,W), (H,W,3), or a volume (C,D,H,W) or (D,H,W)
     target,  # class map (H,W) or (D,H,W)
     preds: dict,  # name -> class map of the same shape
-    size: float = 2.4,  # width of one picture, inches
+    size: float = 2.4,  # width of one picture, inches; less where the page has no room
 ):  # matplotlib Figure: the image with the outline of its label, then one picture per prediction
     """Correct, missed and extra pixels of each prediction; a volume is shown at its slice with
     the most foreground."""
@@ -74,6 +75,7 @@ def overlay(
     image, target, preds = _flat(image, target, preds)
     kinds = {name: outcomes(target, p) for name, p in preds.items()}
     n = len(preds) + 1
+    size = min(size, _WIDEST / n)
     height = size * target.shape[0] / target.shape[1] + 0.5
     fig, axes = plt.subplots(1, n, figsize=(size * n, height), squeeze=False)
     for ax in axes[0]:
@@ -166,7 +168,7 @@ def box_plot(
     def means(arm, key):
         return {n: k * m for n, m in _means_by(rows, arm, metric, key).items()}
 
-    fig, ax = plt.subplots(figsize=(1.2 + 1.1 * len(arms), 2.8))
+    fig, ax = plt.subplots(figsize=(min(1.2 + 1.1 * len(arms), _WIDEST), 2.8))
     _draw_boxes(ax, {a: list(means(a, "case").values()) for a in arms}, away)
     home = {a: means(a, "group") for a in arms if a not in away}
     _draw_patients(ax, home, {a: i for i, a in enumerate(arms)})
@@ -265,7 +267,7 @@ def history_plot(
     at = [r.get(x, np.nan) if x else i for i, r in enumerate(rows)]
     ncols = min(ncols, len(columns))
     nrows = -(-len(columns) // ncols)
-    size = (1.9 * ncols + 0.3, 1.5 * nrows + 0.3)
+    size = (1.72 * ncols + 0.3, 1.5 * nrows + 0.3)
     fig, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False, sharex=True)
     for ax, column in zip(axes.flat, columns):
         _draw_course(ax, at, rows, column)
@@ -279,7 +281,7 @@ def _draw_course(ax, at, rows, column):
     "One column of a history over the places `at`, and the ends of the stages."
     pairs = [(a, r[column]) for a, r in zip(at, rows) if column in r]
     ax.plot(*zip(*pairs), "o-" if len(pairs) < 15 else "-", ms=2, lw=1)
-    ax.set_title(column, fontsize=8)
+    ax.set_title(column, fontsize=9)
     for i in range(1, len(rows)):
         if rows[i].get("stage") != rows[i - 1].get("stage"):
             ax.axvline((at[i - 1] + at[i]) / 2, color="k", ls="--", lw=0.7)

@@ -8,7 +8,7 @@ import sys
 import time
 
 from common import ROOT, directives, finish, notebooks, read, scratch
-from readme import render
+from readme import render, stale_pictures
 
 
 def run_nbdev(command, tree):
@@ -99,7 +99,7 @@ def main():
     readme = ROOT / "README.md"
     if not readme.exists() or readme.read_text() != render():
         found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
-    found += [*stored_outputs(), *manners()]
+    found += [*stale_pictures(), *stored_outputs(), *manners()]
     finish(
         "sources",
         found,

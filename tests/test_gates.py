@@ -210,6 +210,25 @@ def test_the_readme_is_the_index(tmp_path):
     )
 
 
+def test_the_first_page_shows_what_its_notebook_draws(tmp_path):
+    (tmp_path / "nbs/images").mkdir(parents=True)
+    drawn = [dict(output_type="display_data", data={"image/svg+xml": ["<svg>", "</svg>"]})]
+    cells = [md("# T"), code("#| hide\n#| label: fig-idea\ndraw()", *drawn)]
+    (tmp_path / "nbs/index.ipynb").write_text(json.dumps(dict(cells=cells)))
+    idea = tmp_path / "nbs/images/idea.svg"
+    social = tmp_path / "nbs/images/social.png"
+    assert readme.pictures(tmp_path) == {idea: b"<svg></svg>"}
+    said = list(readme.stale_pictures(tmp_path))
+    assert "idea.svg is not what" in said[0] and "social.png is missing" in said[1]
+    idea.write_text("<svg></svg>")
+    social.write_bytes(bytes(16) + (1200).to_bytes(4, "big") + (630).to_bytes(4, "big"))
+    assert list(readme.stale_pictures(tmp_path)) == []
+    social.write_bytes(bytes(16) + (1200).to_bytes(4, "big") + (600).to_bytes(4, "big"))
+    idea.write_text("<svg/>")
+    said = list(readme.stale_pictures(tmp_path))
+    assert "idea.svg is not what" in said[0] and "1200 x 600" in said[1]
+
+
 def test_differences_are_named():
     said = sources.differences(
         {"a.py": b"1\n2\n", "b.py": b""}, {"a.py": b"1\n3\n", "c.py": b""}, "mend it"

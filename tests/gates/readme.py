@@ -1,5 +1,8 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python tests/gates/readme.py --write`."""
+"""README.md and the pictures on it from nbs/index.ipynb, without Quarto:
+`python tests/gates/readme.py --write`.
+"""
 
+import base64
 import re
 import sys
 
@@ -66,8 +69,43 @@ def render(root=ROOT):
     return HEAD + "\n" + "\n\n".join(b for b in blocks if b) + "\n"
 
 
+SUFFIX = {"image/svg+xml": "svg", "image/png": "png"}
+SOCIAL = (1200, 630)  # what social.png measures, px
+
+
+def pictures(root=ROOT):
+    "What the first page shows, from the stored outputs of nbs/index.ipynb: path -> bytes."
+    found = {}
+    for cell in read(root / "nbs/index.ipynb")["cells"]:
+        name = directives(cell["source"]).get("label", "").removeprefix("fig-")
+        for out in cell.get("outputs", []):
+            data = {k: "".join(v) for k, v in out.get("data", {}).items() if k in SUFFIX}
+            for kind, text in data.items():
+                file = text.encode() if kind == "image/svg+xml" else base64.b64decode(text)
+                found[root / f"nbs/images/{name}.{SUFFIX[kind]}"] = file
+    return found
+
+
+def stale_pictures(root=ROOT):
+    "The first page's pictures are those that its notebook draws; the social one has its size."
+    for path, file in pictures(root).items():
+        if not path.exists() or path.read_bytes() != file:
+            yield f"{path.name} is not what nbs/index.ipynb draws: run `make prepare`"
+    social = root / "nbs/images/social.png"
+    if not social.exists():
+        yield "nbs/images/social.png is missing: call `draw_social` of nbs/index.ipynb"
+    else:
+        head = social.read_bytes()[16:24]  # width and height of a PNG
+        size = tuple(int.from_bytes(head[i : i + 4], "big") for i in (0, 4))
+        if size != SOCIAL:
+            yield f"nbs/images/social.png is {size[0]} x {size[1]}: it must be 1200 x 630"
+
+
 if __name__ == "__main__":
     if "--write" in sys.argv:
+        for path, file in pictures().items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(file)
         (ROOT / "README.md").write_text(render())
     else:
         print(render(), end="")

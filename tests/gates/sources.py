@@ -8,7 +8,7 @@ import sys
 import time
 
 from common import ROOT, directives, finish, notebooks, read, scratch
-from readme import render
+from readme import render, stale_pictures
 
 from book.generated import stale
 
@@ -101,7 +101,7 @@ def main():
     readme = ROOT / "README.md"
     if not readme.exists() or readme.read_text() != render():
         found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
-    found += [*stale(), *stored_outputs(), *manners()]
+    found += [*stale(), *stale_pictures(), *stored_outputs(), *manners()]
     finish(
         "sources",
         found,

@@ -90,6 +90,7 @@ DISTRIBUTION = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "PIL": "pillow",
+    "matplotlib_inline": "matplotlib-inline",
     "yaml": "pyyaml",
     "pypandoc": "pypandoc_binary",
     "websocket": "websocket-client",

@@ -9,7 +9,6 @@ from collections import Counter
 
 from common import ROOT, finish
 
-
 SHOWN = ("_repr_html_", "_repr_markdown_")
 
 

@@ -360,7 +360,7 @@ def draw_png(
     width, height = (round(side / density) for side in image.size)
     return out.getvalue(), {"width": width, "height": height}
 
-
+# %% ../nbs/core.ipynb #ee752947
 def draw_svg(
     figure,  # matplotlib Figure
     most: int = 120_000,  # bytes

@@ -15,6 +15,9 @@ NAMES = ("pages", "config", "readme", "sources", "house", "measures", "names", "
 pages, config, readme, sources, house, measures, names, stored = (
     pytest.importorskip(n) for n in NAMES
 )
+build = pytest.importorskip("book.build")
+own_site, rewrite = build.own_site, build.rewrite
+render = pytest.importorskip("book.pages").render
 PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
     "AABJRU5ErkJggg=="
@@ -36,20 +39,11 @@ def picture():
 
 
 def rendered(tmp_path, *cells):
-    "What the page gate says about a notebook of these cells."
-    import pypandoc
-
-    (tmp_path / "nbs").mkdir(exist_ok=True)
-    (tmp_path / "nbs/references.bib").write_text("@book{known, title={T}, author={A}, year={2000}}")
-    page = tmp_path / "_proc" / "page.ipynb"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(json.dumps(dict(cells=list(cells), metadata={}, nbformat=4, nbformat_minor=5)))
-    links, complaints = pages.render(page, tmp_path, pypandoc.get_pandoc_path())
-    return complaints + list(
-        pages.broken(
-            Path("page.ipynb"), links, {Path("page.ipynb"): links}, tmp_path, "https://site"
-        )
-    )
+    "What the page gate says about a prepared notebook of these cells."
+    page = render(dict(cells=list(cells), metadata={}), "page.ipynb", tmp_path)
+    (tmp_path / "page.html").write_text(f"<h1 id='t'>T</h1>{rewrite(page.body, page.name)}")
+    links = pages.linked(tmp_path)
+    return page.complaints + list(pages.broken("page.html", links, tmp_path))
 
 
 FIGURE = '#| label: fig-a\n#| fig-cap: "C"\n#| fig-alt: "A"\nplot()'
@@ -60,14 +54,14 @@ def test_a_good_page_passes(tmp_path):
         rendered(
             tmp_path,
             md(
-                "# T\n\nSee @fig-a, $x^2$, @eq-b, [@known] and `@fig-not`. [up](#t)\n\n"
+                "# T\n\nSee @fig-a, $x^2$, @eq-b and `@fig-not`. [up](#t)\n\n"
                 "$$y$$ {#eq-b}\n\n```\n@fig-code\n```"
             ),
             code(FIGURE, picture()),
         )
         == []
     )
-    html = (tmp_path / "_proc/page.html").read_text()
+    html = (tmp_path / "page.html").read_text()
     assert (
         '<a href="#fig-a">Figure 1</a>' in html
         and 'id="fig-a"' in html
@@ -86,12 +80,12 @@ def test_a_good_page_passes(tmp_path):
         ([code(FIGURE.replace('#| fig-alt: "A"\n', ""), picture())], "without `#| fig-alt`"),
         ([code(FIGURE, picture(), picture())], "2 pictures"),
         ([code(FIGURE, picture()), code(FIGURE, picture())], "fig-a stands twice"),
-        ([md("[@unknown]")], "unknown"),
+        ([md("[unknown](#ref-unknown)")], "unknown: no such heading"),
         ([md("$\\notamacro{x$")], "pandoc"),
-        ([md("[a](other.ipynb)")], "other.ipynb: no such file"),
+        ([md("[a](other.ipynb)")], "other.html: no such file"),
         ([md("[a](#nowhere)")], "no such heading"),
         ([md("[a](../../secret.md)")], "leaves the site"),
-        ([md("[a](https://site/data/images.html)")], "no such page"),
+        ([md(f"[a]({own_site()}/data/images.html)")], "images.html: no such file"),
         ([md("![a](gone.png)")], "gone.png"),
     ],
 )

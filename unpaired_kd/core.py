@@ -360,7 +360,7 @@ def draw_png(
     width, height = (round(side / density) for side in image.size)
     return out.getvalue(), {"width": width, "height": height}
 
-# %% ../nbs/core.ipynb #ee752947
+# %% ../nbs/core.ipynb #382d96ac
 def draw_svg(
     figure,  # matplotlib Figure
     most: int = 120_000,  # bytes
@@ -431,7 +431,7 @@ _PLOT_STYLE = {
     "svg.hashsalt": "unpaired_kd",  # equal drawings are equal files
 }
 
-
+# %% ../nbs/core.ipynb #c99f389c
 def set_up(
     seed: int = 0,  # the seed for the global generators
 ):

@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # book/, and the library, are this checkout's
 LEFT_OUT = shutil.ignore_patterns(
     ".git",
     ".venv",
     "runs",
     "_proc",
     "_docs",
+    "_book",
     "build",
     "shared",
     "__pycache__",

@@ -92,6 +92,7 @@ DISTRIBUTION = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "pypandoc": "pypandoc_binary",
+    "websocket": "websocket-client",
 }
 # declared and never imported by us: who needs it
 NEEDED_BY = {
@@ -150,7 +151,7 @@ BY_NAME = re.compile(r"(?:find_spec|importorskip|import_module|extra)\([\"'](\w+
 
 def used(project, root=ROOT):
     "What is declared is imported by the library, a chapter or a test, or `NEEDED_BY` says by whom."
-    files = [p for place in ("unpaired_kd", "tests") for p in (root / place).rglob("*.py")]
+    files = [p for place in ("unpaired_kd", "tests", "book") for p in (root / place).rglob("*.py")]
     cells = [c for p in notebooks(root) for c in read(p)["cells"] if c["cell_type"] == "code"]
     text = "\n".join([*(p.read_text() for p in files), *(c["source"] for c in cells)])
     names = {a or b for a, b in STATEMENT.findall(text)} | set(BY_NAME.findall(text))

@@ -23,8 +23,8 @@ from measures import (
 )
 
 COLUMNS = 100
-FORMATTED = ("nbs", "tests")
-CHECKED = ("nbs", "tests", "unpaired_kd")
+FORMATTED = ("nbs", "tests", "book")
+CHECKED = ("nbs", "tests", "book", "unpaired_kd")
 MARK = "# noqa: E501"  # a line that is a formula may be longer
 LIMITS = {
     "lines over 100 columns that are not marked": 0,
@@ -59,7 +59,7 @@ def unformatted(root=ROOT, places=FORMATTED):
     said = ruff("format", "--no-cache", "--quiet", "--diff", *places, root=root)
     files = [line.removeprefix("+++ ") for line in said if line.startswith("+++ ")]
     broken = [line for line in said if line.startswith("ruff did not run")]
-    return broken + [f"{file}: run `ruff format nbs tests`" for file in files]
+    return broken + [f"{file}: run `ruff format nbs tests book`" for file in files]
 
 
 # ---------------------------------------------------------------- figures

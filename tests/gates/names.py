@@ -10,6 +10,9 @@ from collections import Counter
 from common import ROOT, finish
 
 
+SHOWN = ("_repr_html_", "_repr_markdown_")
+
+
 def used(tree):
     "Every name that a module reads, as often as it does."
     for node in ast.walk(tree):
@@ -32,7 +35,8 @@ def idle(root=ROOT, place="unpaired_kd"):
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.startswith("_"):
-                if not node.name.endswith("__") and not uses[node.name]:
+                asked = node.name.endswith("__") or node.name in SHOWN  # by Python, by Jupyter
+                if not asked and not uses[node.name]:
                     yield f"{path.relative_to(root)}:{node.lineno}: {node.name} is never used"
 
 

@@ -1,5 +1,5 @@
 """Gate: the library is the export of the notebooks, the notebooks are clean, README.md is the
-export of nbs/index.ipynb.
+export of nbs/index.ipynb, and the chapters made from others are up to date.
 """
 
 import difflib
@@ -9,6 +9,8 @@ import time
 
 from common import ROOT, directives, finish, notebooks, read, scratch
 from readme import render
+
+from book.generated import stale
 
 
 def run_nbdev(command, tree):
@@ -99,7 +101,7 @@ def main():
     readme = ROOT / "README.md"
     if not readme.exists() or readme.read_text() != render():
         found.append("README.md is not the export of nbs/index.ipynb: run `make prepare`")
-    found += [*stored_outputs(), *manners()]
+    found += [*stale(), *stored_outputs(), *manners()]
     finish(
         "sources",
         found,

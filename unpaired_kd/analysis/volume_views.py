@@ -142,7 +142,7 @@ def _make_figure(shape, spacing, width, drawings=1, strip=0.0):
     high = _BOTTOM + strip + sum(rows) + _GAP + _TOP
     return plt.figure(figsize=(wide * drawings, high), layout="none")
 
-# %% ../../nbs/analysis/volume_views.ipynb #5d320003
+
 def _turn(picture, k):
     "The view along x stands beside the view along z, so its rows run along y."
     return picture.swapaxes(0, 1) if k == "x" else picture
@@ -437,9 +437,9 @@ def _add_legend(ax, counts, unit, **how):
     for kind in ("correct", "missed", "extra"):
         words = f"{kind}: {counts[kind]:,} {unit}"
         handles.append(Patch(fc=ERROR_COLOURS[kind], ec="0.3", label=words))
-    ax.legend(handles=handles, frameon=False, fontsize=8, **how)
+    ax.legend(handles=handles, frameon=False, **how)
 
-# %% ../../nbs/analysis/volume_views.ipynb #ba1fac6e
+
 def _check_flat_image(image, shape):
     "An image (H,W) as an array. Raises `InputError` for another shape, and for NaN."
     a = np.asarray(image.detach().cpu() if isinstance(image, torch.Tensor) else image)

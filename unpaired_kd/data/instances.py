@@ -191,7 +191,7 @@ def find_instances(
     spacing=None,  # mm along each axis; only the ratios matter
 ) -> np.ndarray:  # (*spatial) int: 0 = background, one number per object
     """The objects in a label map: given ones, else cut by `method`, else one region per class
-    (organs)."""
+    (organs). `InputError` for an unknown method."""
     if drawn is not None:
         return drawn
     several = method == "watershed" if has_objects is None else has_objects

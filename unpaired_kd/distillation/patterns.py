@@ -81,7 +81,7 @@ def _check_codes(u, codes, kind):
             f"the student's features stand on the grid {tuple(u.shape[2:])} (batch {u.shape[0]}), "
             f"the teacher's codes on {tuple(codes.shape[2:])} (batch {codes.shape[0]}). Give both "
             "the same batch, and the same stride, or bring the student to the coarser grid with "
-            "to_grid."
+            "average_to_grid."
         )
 
 # %% ../../nbs/distillation/patterns.ipynb #2e507279

@@ -256,7 +256,7 @@ def class_ifv(
     only: tuple = None,  # the classes to compare (default: all)
 ) -> Tensor:  # one number, in [0,4]; 0 if no class is on both sides
     """Squared Wasserstein distance between the two sides' values of $M$, class by class; the mean
-    over the classes that both sides have."""
+    over the classes that both sides have. `InputError` for a class in `only` that there is not."""
     if only is not None and not all(0 <= k < classes for k in only):
         raise InputError(f"only={only!r}: classes are 0 to {classes - 1}.")
     m_s = variation_map(f_s, y_s, classes)
@@ -307,7 +307,7 @@ def released_ifv(
     only: tuple,  # the foreground classes: only these have a prototype; elsewhere $M = 1$
 ) -> Tensor:  # one number, in [0,4]; mean over all pixels
     """The variation loss as LOTUS was released: on logits, foreground classes only, at equal
-    positions. With one channel its gradient is exactly zero."""
+    positions. With one channel its gradient is exactly zero. `InputError` for an empty `only`."""
     if not len(only) or min(only) < 0:
         raise InputError(f"only={only!r}: list the foreground classes, e.g. (1,).")
     return positional_ifv(_listed_map(x_s, y_s, tuple(only)), _listed_map(x_t, y_t, tuple(only)))

@@ -440,7 +440,7 @@ def instances(
     objects = find_instances(found, r.classes, None, r.min_size, r.instances, has_objects, spacing)
     return objects.astype(np.int32)
 
-# %% ../../nbs/inference/student.ipynb #be99ce46
+
 def _read_raw(recipe, image):
     "Raw array (C,*s) and the name of the image for messages, from a path, `Image` or array."
     if isinstance(image, (str, Path)):

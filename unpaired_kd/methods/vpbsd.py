@@ -350,7 +350,8 @@ def stages(self) -> list:
         Stage("finetune", [label], draws=("student",), anew=True),
     ]
 
-# %% ../../nbs/methods/vpbsd.ipynb #a319351d
+
+#| exporti
 def build_teacher_training(
     student: nn.Module,  # the network to be taught; the teacher gets its channels, classes and axes
     options: VpbsdOptions,  # see `VpbsdOptions`
@@ -399,7 +400,7 @@ def mask_blocks(
     keep = F.interpolate(keep, size=x.shape[2:], mode="nearest")
     return x * keep + fill * (1 - keep)
 
-# %% ../../nbs/methods/vpbsd.ipynb #af6759e4
+
 @patch_to(PatternTeacherTraining)
 def begin(
     self,

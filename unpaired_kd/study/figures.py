@@ -179,7 +179,8 @@ def forest_plot(
     comparisons: list,  # dicts of `compare` or `evidence`: arms x metrics
     rows: list = (),  # rows, only for the unit of distances
 ):  # matplotlib Figure, one panel per metric
-    "Difference from the reference: 95 % interval (bar), and the difference of each seed (ticks)."
+    """Difference from the reference: 95 % interval (bar), and the difference of each seed (ticks).
+    `InputError` if no arm but the reference was compared."""
     import matplotlib.pyplot as plt
 
     shown = [c for c in comparisons if c["arm"] != c["reference"]]

@@ -92,7 +92,8 @@ def _split_folder(
 def find_dicom_files(
     folder: Path,  # any folder
 ) -> list:  # the DICOM files in it, sorted by name
-    "The first part of `split_folder`."
+    """All DICOM files of a folder, with any ending or none. `InputError` for a file beside them
+    that may be a slice, but cannot be read as one."""
     return _split_folder(folder)[0]
 
 # %% ../../../nbs/data/formats/dicom.ipynb #d96c6e9f

@@ -259,7 +259,7 @@ def _place_decoys(
     shapes = draw_ellipses(r, at, minor, ratio, np.pi * r.random(n), spread=0.22, wobble=0.1)
     return place_shapes(shapes, free, 1.5, n)[0]
 
-# %% ../../../nbs/data/phantoms/bone.ipynb #eb9fdff9
+
 @dataclass
 class _Scene:
     "Where things are in one image: distance maps (H,W) in px, negative inside."
@@ -362,7 +362,7 @@ def _place_wall_cells(
     cells = draw_ellipses(r, centres, 2.4, 2.8, slope)
     return place_shapes(cells, np.full(scene.lumen.shape, FAR, np.float32), 1.0, len(cells))[0]
 
-# %% ../../../nbs/data/phantoms/bone.ipynb #b2fd2f70
+
 def _round_to_bytes(
     x: np.ndarray,  # floats, 0 black, 1 white
 ) -> np.ndarray:  # uint8

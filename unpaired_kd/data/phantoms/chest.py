@@ -164,7 +164,7 @@ class Person(Patient):
         "What all random numbers of this patient are a function of."
         return seed, "chest", modality, number
 
-# %% ../../../nbs/data/phantoms/chest.ipynb #1cd864c7
+
 # fmt: off
 _GREAT_VESSELS = (  # row, column, radius, of half the field of view
     (0.24, 0.15, 0.08), (-0.12, -0.07, 0.085),  # both aortas

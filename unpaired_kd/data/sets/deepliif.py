@@ -137,7 +137,8 @@ def read_objects(
 ) -> (
     tuple
 ):  # classes (H,W) uint8: 0 background, 1 positive, 2 negative; objects (H,W) int32: 0, 1.. n
-    "Classes and objects from the coloured label."
+    """Classes and objects from the coloured label. `InputError` for an unknown `boundary` and for a
+    picture that is not 8-bit RGB."""
     from skimage.measure import label
 
     if boundary not in BOUNDARY:

@@ -36,7 +36,8 @@ def stretch(
     share: float = 0.01,  # share of the pixels that saturates at each end, $s$, in [0, 0.5)
 ) -> np.ndarray:  # $x$ (H,W) float32 in [0,1]
     """Saturate the darkest and brightest pixels. A constant image becomes 0; if both quantiles
-    agree, the range is that of all pixels."""
+    agree, the range is that of all pixels. `InputError` for a share outside [0, 0.5) and for what
+    is no slice (H,W)."""
     a = check_slice(image)
     if not 0 <= share < 0.5:
         raise InputError(f"share={share}: give a share of at least 0 and below 0.5, e.g. 0.01.")

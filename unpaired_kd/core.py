@@ -142,6 +142,18 @@ _KIND_NAMES = {
     types.NoneType: "null",
 }
 
+
+def _describe_kind(
+    kind,  # annotation of a setting
+) -> str:  # what to give, for a message
+    "What an annotation asks for, in words."
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if get_origin(kind) is Annotated:
+        return f"{_describe_kind(parts[0])} that is {parts[1]}"
+    return _KIND_NAMES.get(kind) or f"a `{kind.__name__}`"
+
 # %% ../nbs/core.ipynb #5a7e1c07
 def _fit_value(
     name: str,  # of the setting, for the message
@@ -174,18 +186,6 @@ def _fit_class(name, value, kind):
         raise InputError(f"{name}={value!r}: give {_describe_kind(kind)}.")
     return value
 
-# %% ../nbs/core.ipynb #4a5a75c7
-def _describe_kind(
-    kind,  # annotation of a setting
-) -> str:  # what to give, for a message
-    "What an annotation asks for, in words."
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if get_origin(kind) is Annotated:
-        return f"{_describe_kind(parts[0])} that is {parts[1]}"
-    return _KIND_NAMES.get(kind) or f"a `{kind.__name__}`"
-
 # %% ../nbs/core.ipynb #5a7e1c08
 def _fit_range(
     name: str,  # of the setting
@@ -210,7 +210,7 @@ def _fit_any(
     words = dict.fromkeys(map(_describe_kind, kinds))
     raise InputError(f"{name}={value!r}: give {', or '.join(words)}.")
 
-# %% ../nbs/core.ipynb #1beaa2e5
+
 @cache
 def get_annotations(
     kind: type,  # a dataclass
@@ -1083,7 +1083,7 @@ def end_with_parent(
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/core.ipynb #4e1d0008
+
 def connect_cluster(
     address: str,  # of a Dask scheduler, e.g. "tcp://node7:8786"
     asked_by: str,  # the option or argument that named it, for the message

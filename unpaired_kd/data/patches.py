@@ -356,7 +356,7 @@ def _pad_decoded(
         instances=None,
     )
 
-# %% ../../nbs/data/patches.ipynb #be28db60
+
 @patch_to(Patches)
 def _same_group(self, wanted, index, u):
     "For each lead image a case of its label group; else the random case, and one warning."

@@ -55,13 +55,18 @@ def figure(output, given, file, folder):
     width = f' width="{size["width"]}"' if size.get("width") else ""
     alternative = html.escape(given.get("fig-alt", ""))
     image = f'<img src="{path.parent.name}/{path.name}" alt="{alternative}"{width}>'
+    return captioned(image, given)
+
+
+def captioned(body, given):
+    "A picture, or sliders with their pictures, as a figure with its anchor, number and caption."
     label = given.get("label", "")
     opened = f'<figure id="{label}">' if label.startswith("fig-") else "<figure>"
     if not given.get("fig-cap"):
-        return f"{opened}\n{image}\n</figure>"
+        return f"{opened}\n{body}\n</figure>"
     number = f"[@@{label}@@]{{.figure-number}} " if label.startswith("fig-") else ""
     caption = f"<figcaption>\n\n{number}{given['fig-cap']}\n\n</figcaption>"
-    return f"{opened}\n{image}\n{caption}\n</figure>"
+    return f"{opened}\n{body}\n{caption}\n</figure>"
 
 
 def output_markdown(output, given, file, folder):
@@ -73,7 +78,8 @@ def output_markdown(output, given, file, folder):
         text = joined(data["text/markdown"])
         return f":::: {{.cell-output .cell-output-markdown}}\n\n{text}\n\n::::"
     if "text/html" in data and given.get("output") != "asis":
-        return f"{FENCE}{{=html}}\n{joined(data['text/html'])}\n{FENCE}"
+        block = f"\n{FENCE}{{=html}}\n{joined(data['text/html'])}\n{FENCE}\n"
+        return captioned(block, given) if given.get("label") else block
     text = joined(output.get("text", data.get("text/plain", "")))
     text = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip()
     if given.get("output") == "asis" or not text.strip():

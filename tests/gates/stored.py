@@ -24,6 +24,8 @@ def settled(text, measured=False):
     "A text without what was measured; where all of it was, without any number."
     for pattern, instead in MEASURED + [(rf" *{NUMBER}", " MEASURED")] * measured:
         text = re.sub(pattern, instead, text)
+    if "MEASURED" in text:  # and the column of a table may be wider
+        text = re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", text))
     return text.rstrip()
 
 

@@ -9,6 +9,7 @@ __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Fraction', 'PALETTE',
            'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'resolve_precision', 'make_progress_bar']
 
 # %% ../nbs/core.ipynb #8fdabb8a
+import base64
 import contextlib
 import csv
 import difflib
@@ -391,6 +392,19 @@ def _show_caption(result):
         sys.modules["IPython"].display.display(data, raw=True)
 
 
+def _draw_figure(
+    figure,  # matplotlib Figure
+    include=None,  # of IPython, not used
+    exclude=None,  # likewise
+) -> tuple:  # ({kind: picture}, {kind: its size})
+    "A figure as a drawing of lines if it is one, else as pixels."
+    drawing = draw_svg(figure)
+    if drawing is not None:
+        return {"image/svg+xml": drawing}, {}
+    picture, size = draw_png(figure)
+    return {"image/png": base64.b64encode(picture).decode()}, {"image/png": size}
+
+
 def _show_figures(
     shell,  # of IPython
 ):
@@ -402,8 +416,7 @@ def _show_figures(
     kinds = shell.display_formatter.formatters
     for kind in ("image/png", "image/svg+xml", "image/jpeg", "application/pdf"):
         kinds[kind].pop(Figure, None)
-    kinds["image/svg+xml"].for_type(Figure, draw_svg)
-    kinds["image/png"].for_type(Figure, lambda f: None if draw_svg(f) else draw_png(f))
+    shell.display_formatter.mimebundle_formatter.for_type(Figure, _draw_figure)
     known = shell.events.callbacks["post_run_cell"]
     for old in [f for f in known if f.__name__ == _show_caption.__name__]:
         shell.events.unregister("post_run_cell", old)

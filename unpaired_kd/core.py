@@ -41,7 +41,7 @@ import torch
 class InputError(ValueError):
     "Bad input from the user. The message names the file or argument and says what to do."
 
-# %% ../nbs/core.ipynb #f36c1f8d
+
 class Registry(dict):
     """A table of classes or functions by name. A name that is not in it raises `InputError`, which
     lists the names that are."""
@@ -78,6 +78,52 @@ def describe_unknown(
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
+
+
+def import_extra(
+    module: str,  # module to import
+    name: str,  # optional dependency group that brings it
+):  # the module
+    "Import an optional dependency. `InputError` that says how to install it if it is not there."
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'"
+        ) from None
+
+# %% ../nbs/core.ipynb #e1c1ac89
+@contextlib.contextmanager
+def raise_logged_errors(
+    name: str,  # the logger
+):  # the list of messages so far
+    """Within the block, a logger prints nothing; if it reported an error, the block ends with an
+    `InputError` that quotes it."""
+
+    class Keep(logging.Handler):
+        "Keeps every message."
+
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    messages = []
+    log = logging.getLogger(name)
+    handler = Keep(logging.ERROR)
+    propagate = log.propagate
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield messages
+    except Exception:
+        if not messages:
+            raise
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+    if messages:
+        raise InputError(
+            f"it is damaged or cut short ({messages[0]}). Copy it again from its source."
+        )
 
 # %% ../nbs/core.ipynb #5a7e1c02
 @dataclass(frozen=True)
@@ -130,7 +176,7 @@ def to_python(
         return type(value)(to_python(v) for v in value)
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
-# %% ../nbs/core.ipynb #a94aa9b7
+
 _KIND_NAMES = {
     int: "a whole number",
     float: "a finite number",
@@ -247,52 +293,6 @@ def change_settings(
             raise InputError(describe_unknown(kind, name, known))
     return replace(settings, **changes)
 
-# %% ../nbs/core.ipynb #b1d0c0af
-def import_extra(
-    module: str,  # module to import
-    name: str,  # optional dependency group that brings it
-):  # the module
-    "Import an optional dependency. `InputError` that says how to install it if it is not there."
-    try:
-        return import_module(module)
-    except ImportError:
-        raise InputError(
-            f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'"
-        ) from None
-
-# %% ../nbs/core.ipynb #e1c1ac89
-@contextlib.contextmanager
-def raise_logged_errors(
-    name: str,  # the logger
-):  # the list of messages so far
-    """Within the block, a logger prints nothing; if it reported an error, the block ends with an
-    `InputError` that quotes it."""
-
-    class Keep(logging.Handler):
-        "Keeps every message."
-
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    messages = []
-    log = logging.getLogger(name)
-    handler = Keep(logging.ERROR)
-    propagate = log.propagate
-    log.propagate = False
-    log.addHandler(handler)
-    try:
-        yield messages
-    except Exception:
-        if not messages:
-            raise
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
-    if messages:
-        raise InputError(
-            f"it is damaged or cut short ({messages[0]}). Copy it again from its source."
-        )
-
 # %% ../nbs/core.ipynb #0e3eaa10
 def _address(seed, stream):
     "A 128-bit integer from `seed` and the parts of `stream`."
@@ -360,7 +360,7 @@ def draw_png(
     width, height = (round(side / density) for side in image.size)
     return out.getvalue(), {"width": width, "height": height}
 
-# %% ../nbs/core.ipynb #382d96ac
+
 def draw_svg(
     figure,  # matplotlib Figure
     most: int = 120_000,  # bytes
@@ -431,7 +431,7 @@ _PLOT_STYLE = {
     "svg.hashsalt": "unpaired_kd",  # equal drawings are equal files
 }
 
-# %% ../nbs/core.ipynb #c99f389c
+
 def set_up(
     seed: int = 0,  # the seed for the global generators
 ):
@@ -464,7 +464,7 @@ def to_display(
         a = a / np.iinfo(a.dtype).max
     return np.clip(a.astype(np.float32), 0, 1)
 
-# %% ../nbs/core.ipynb #e96d06df
+
 def show_images(
     images,  # list of images, or dict of title -> image (see `to_display`)
     labels=None,  # list of label maps (H,W), drawn as outlines; None entries are left out
@@ -519,7 +519,7 @@ def draw_box(
     frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=0.8)
     return ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
 
-# %% ../nbs/core.ipynb #ce021831
+
 def draw_arrow(
     ax,  # matplotlib Axes
     a,  # box where it begins
@@ -974,7 +974,7 @@ def write_csv(
         w.writeheader()
         w.writerows(rows)
 
-# %% ../nbs/core.ipynb #1891a959
+
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 _REAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|nan|-?inf")
 

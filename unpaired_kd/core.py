@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Fraction', 'PALETTE', 'InputError', 'Registry', 'Range', 'Checked',
            'change_settings', 'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'draw_box',
-           'draw_arrow', 'clear_parts', 'atomic', 'atomic_folder', 'lock_folder', 'read_text', 'write_json',
-           'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'resolve_precision', 'make_progress_bar']
+           'draw_arrow', 'clear_parts', 'atomic', 'atomic_folder', 'lock_folder', 'read_text', 'digest', 'file_sha256',
+           'write_json', 'read_json', 'write_csv', 'read_csv', 'resolve_precision', 'make_progress_bar']
 
 # %% ../nbs/core.ipynb #8fdabb8a
 import contextlib
@@ -360,7 +360,7 @@ def draw_png(
     width, height = (round(side / density) for side in image.size)
     return out.getvalue(), {"width": width, "height": height}
 
-
+# %% ../nbs/core.ipynb #382d96ac
 def draw_svg(
     figure,  # matplotlib Figure
     most: int = 120_000,  # bytes
@@ -464,7 +464,7 @@ def to_display(
         a = a / np.iinfo(a.dtype).max
     return np.clip(a.astype(np.float32), 0, 1)
 
-
+# %% ../nbs/core.ipynb #e96d06df
 def show_images(
     images,  # list of images, or dict of title -> image (see `to_display`)
     labels=None,  # list of label maps (H,W), drawn as outlines; None entries are left out
@@ -925,6 +925,23 @@ def read_text(
             "Save it as UTF-8."
         ) from e
 
+
+def digest(
+    obj,  # plain data
+    length: int = 12,  # hexadecimal digits kept
+) -> str:  # the first digits of the SHA-256 of its canonical JSON
+    "A fingerprint of plain data: equal for equal data, whatever the order of the keys."
+    text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def file_sha256(
+    path,  # the file
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a file's bytes."
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 # %% ../nbs/core.ipynb #8ff22727
 def _plain(o):
     "What `json` cannot write by itself, as plain data."
@@ -1021,23 +1038,6 @@ def read_csv(
         {name: convert[name](text) for name, text in zip(head, line) if text != ""}
         for line in lines
     ]
-
-# %% ../nbs/core.ipynb #a29542de
-def digest(
-    obj,  # plain data
-    length: int = 12,  # hexadecimal digits kept
-) -> str:  # the first digits of the SHA-256 of its canonical JSON
-    "A fingerprint of plain data: equal for equal data, whatever the order of the keys."
-    text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def file_sha256(
-    path,  # the file
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file's bytes."
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/core.ipynb #bd29ac21
 def supports_bf16(

@@ -19,4 +19,4 @@ def defined_in(chapter, name):
     return space[name]
 
 
-loop_instance_scores = defined_in("metrics/segmentation.ipynb", "loop_instance_scores")
+loop_instance_scores = defined_in("metrics/yardsticks.ipynb", "loop_instance_scores")

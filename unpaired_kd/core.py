@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'NonNegative', 'Fraction', 'PALETTE', 'InputError', 'Registry', 'Range', 'Checked',
            'change_settings', 'rng', 'torch_rng', 'seeded', 'set_up', 'to_display', 'show_images', 'draw_box',
-           'draw_arrow', 'clear_parts', 'atomic', 'atomic_folder', 'lock_folder', 'read_text', 'write_json',
-           'read_json', 'write_csv', 'read_csv', 'digest', 'file_sha256', 'resolve_precision', 'make_progress_bar']
+           'draw_arrow', 'clear_parts', 'atomic', 'atomic_folder', 'lock_folder', 'read_text', 'digest', 'file_sha256',
+           'write_json', 'read_json', 'write_csv', 'read_csv', 'resolve_precision', 'make_progress_bar']
 
 # %% ../nbs/core.ipynb #8fdabb8a
 import base64
@@ -42,7 +42,7 @@ import torch
 class InputError(ValueError):
     "Bad input from the user. The message names the file or argument and says what to do."
 
-# %% ../nbs/core.ipynb #f36c1f8d
+
 class Registry(dict):
     """A table of classes or functions by name. A name that is not in it raises `InputError`, which
     lists the names that are."""
@@ -79,6 +79,52 @@ def describe_unknown(
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(map(str, known))) or 'none'}."
+
+
+def import_extra(
+    module: str,  # module to import
+    name: str,  # optional dependency group that brings it
+):  # the module
+    "Import an optional dependency. `InputError` that says how to install it if it is not there."
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(
+            f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'"
+        ) from None
+
+# %% ../nbs/core.ipynb #e1c1ac89
+@contextlib.contextmanager
+def raise_logged_errors(
+    name: str,  # the logger
+):  # the list of messages so far
+    """Within the block, a logger prints nothing; if it reported an error, the block ends with an
+    `InputError` that quotes it."""
+
+    class Keep(logging.Handler):
+        "Keeps every message."
+
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    messages = []
+    log = logging.getLogger(name)
+    handler = Keep(logging.ERROR)
+    propagate = log.propagate
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield messages
+    except Exception:
+        if not messages:
+            raise
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+    if messages:
+        raise InputError(
+            f"it is damaged or cut short ({messages[0]}). Copy it again from its source."
+        )
 
 # %% ../nbs/core.ipynb #5a7e1c02
 @dataclass(frozen=True)
@@ -131,7 +177,7 @@ def to_python(
         return type(value)(to_python(v) for v in value)
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
-# %% ../nbs/core.ipynb #a94aa9b7
+
 _KIND_NAMES = {
     int: "a whole number",
     float: "a finite number",
@@ -247,52 +293,6 @@ def change_settings(
         if name not in known:
             raise InputError(describe_unknown(kind, name, known))
     return replace(settings, **changes)
-
-# %% ../nbs/core.ipynb #b1d0c0af
-def import_extra(
-    module: str,  # module to import
-    name: str,  # optional dependency group that brings it
-):  # the module
-    "Import an optional dependency. `InputError` that says how to install it if it is not there."
-    try:
-        return import_module(module)
-    except ImportError:
-        raise InputError(
-            f"this needs {module}, which is not installed. Run: pip install 'unpaired_kd[{name}]'"
-        ) from None
-
-# %% ../nbs/core.ipynb #e1c1ac89
-@contextlib.contextmanager
-def raise_logged_errors(
-    name: str,  # the logger
-):  # the list of messages so far
-    """Within the block, a logger prints nothing; if it reported an error, the block ends with an
-    `InputError` that quotes it."""
-
-    class Keep(logging.Handler):
-        "Keeps every message."
-
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    messages = []
-    log = logging.getLogger(name)
-    handler = Keep(logging.ERROR)
-    propagate = log.propagate
-    log.propagate = False
-    log.addHandler(handler)
-    try:
-        yield messages
-    except Exception:
-        if not messages:
-            raise
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
-    if messages:
-        raise InputError(
-            f"it is damaged or cut short ({messages[0]}). Copy it again from its source."
-        )
 
 # %% ../nbs/core.ipynb #0e3eaa10
 def _address(seed, stream):
@@ -444,7 +444,7 @@ _PLOT_STYLE = {
     "svg.hashsalt": "unpaired_kd",  # equal drawings are equal files
 }
 
-# %% ../nbs/core.ipynb #c99f389c
+
 def set_up(
     seed: int = 0,  # the seed for the global generators
 ):
@@ -532,7 +532,7 @@ def draw_box(
     frame = dict(boxstyle=f"{'round' if round else 'square'},pad=.5", fc=color, ec="black", lw=0.8)
     return ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
 
-# %% ../nbs/core.ipynb #ce021831
+
 def draw_arrow(
     ax,  # matplotlib Axes
     a,  # box where it begins
@@ -938,6 +938,23 @@ def read_text(
             "Save it as UTF-8."
         ) from e
 
+
+def digest(
+    obj,  # plain data
+    length: int = 12,  # hexadecimal digits kept
+) -> str:  # the first digits of the SHA-256 of its canonical JSON
+    "A fingerprint of plain data: equal for equal data, whatever the order of the keys."
+    text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def file_sha256(
+    path,  # the file
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of a file's bytes."
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 # %% ../nbs/core.ipynb #8ff22727
 def _plain(o):
     "What `json` cannot write by itself, as plain data."
@@ -987,7 +1004,7 @@ def write_csv(
         w.writeheader()
         w.writerows(rows)
 
-# %% ../nbs/core.ipynb #1891a959
+
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 _REAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|nan|-?inf")
 
@@ -1034,23 +1051,6 @@ def read_csv(
         {name: convert[name](text) for name, text in zip(head, line) if text != ""}
         for line in lines
     ]
-
-# %% ../nbs/core.ipynb #a29542de
-def digest(
-    obj,  # plain data
-    length: int = 12,  # hexadecimal digits kept
-) -> str:  # the first digits of the SHA-256 of its canonical JSON
-    "A fingerprint of plain data: equal for equal data, whatever the order of the keys."
-    text = json.dumps(obj, sort_keys=True, default=_plain, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def file_sha256(
-    path,  # the file
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of a file's bytes."
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/core.ipynb #bd29ac21
 def supports_bf16(

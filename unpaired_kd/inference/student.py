@@ -275,7 +275,7 @@ def logits(
         )
     return z[(..., *(slice(s) for s in size))]
 
-# %% ../../nbs/inference/student.ipynb #5f5edcc9
+
 def probabilities(
     z: Tensor,  # logits (N,K,*s)
 ) -> Tensor:  # (N,max(K,2),*s) float32, sums to 1 over axis 1
@@ -311,6 +311,20 @@ def resolve_device(
     )
 
 # %% ../../nbs/inference/student.ipynb #03fe7087
+@contextlib.contextmanager
+def evaluating(
+    net: nn.Module,  # a network
+):
+    "Within the block the network is in eval mode; afterwards each of its layers is as before."
+    modes = [(m, m.training) for m in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def half_precision(
     device: torch.device,  # where the network is
     precision: str,  # fp32 | bf16 | fp16
@@ -407,20 +421,6 @@ def blocks(
             check_scores(z, r.classes)
             yield resize(probabilities(z).cpu().numpy(), size[-2:])
             shown.update(len(part))
-
-# %% ../../nbs/inference/student.ipynb #10671e0b
-@contextlib.contextmanager
-def evaluating(
-    net: nn.Module,  # a network
-):
-    "Within the block the network is in eval mode; afterwards each of its layers is as before."
-    modes = [(m, m.training) for m in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 # %% ../../nbs/inference/student.ipynb #aed3bfaf
 @patch_to(Student)

@@ -37,8 +37,6 @@ from unpaired_kd.distillation.codebook import (
     nearest_code,
     unit_vectors,
 )
-
-# %% ../../nbs/methods/vpbsd.ipynb #41c3e34b
 from ..distillation.hints import hint_loss
 from unpaired_kd.distillation.patterns import (
     PatternProjector,

@@ -74,6 +74,8 @@ def run_chapter(path, flags=frozenset()):
         shell.run_all(nb, exc_stop=True, preproc=leave, postproc=compare)
     except Exception:
         found.append(f"failed: {shell.prettytb(fname=path)}")
+    finally:  # else each shell lives on, and at the end looks through all objects of the process
+        atexit.unregister(shell.atexit_operations)
     return found, len(stored)
 
 
@@ -120,19 +122,5 @@ def main(order="forward", *names):
     finish(f"notebooks, {order}", found, notes, start)
 
 
-def leave(status):
-    """End the process after its exit handlers (they remove temporary folders): taking apart what
-    all chapters have made would last minutes."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except SystemExit as end:
-        if isinstance(end.code, str):  # a wrong name: the message
-            raise
-        leave(end.code or 0)
+    main(*sys.argv[1:])

@@ -66,7 +66,10 @@ def as_page(target, name):
 def rewrite(body, name):
     "The page's HTML with its links to chapters turned into links to pages."
     parts = re.split(r"(<script.*?</script>)", body, flags=re.S)
-    change = lambda m: f'{m[1]}"{html.escape(as_page(html.unescape(m[2]), name))}"'  # noqa: E731
+
+    def change(found):
+        return f'{found[1]}"{html.escape(as_page(html.unescape(found[2]), name))}"'
+
     parts[::2] = [re.sub(r'(<a [^>]*?href=)"([^"]*)"', change, part) for part in parts[::2]]
     return "".join(parts)
 
@@ -83,11 +86,6 @@ def copy_files(page, folder):
 
 
 # ---------------------------------------------------------------- the frame of a page
-def titles(pages):
-    "{chapter: title}"
-    return {page.name: page.title for page in pages}
-
-
 def link(name, text, up, marks=""):
     "A link to a chapter."
     return f'<a href="{up}{name[:-6]}.html"{marks}>{html.escape(text)}</a>'
@@ -178,13 +176,27 @@ def search_index(pages):
 
 
 # ---------------------------------------------------------------- the folder
+MARK = ".unpaired_kd_book"  # a file in each folder that holds a book: only such a one is replaced
+
+
+def make_room(folder):
+    "An empty folder. `SystemExit` where something lies that is no book of ours."
+    if folder.is_dir() and not folder.is_symlink() and (folder / MARK).exists():
+        shutil.rmtree(folder)
+    elif folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        sys.exit(f"--out {folder} holds something else than a book: choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
 def build(folder, workers=2):
-    "Write the whole book into `folder`; returns its pages, with what is wrong with each."
+    """Write the whole book into `folder`; returns its pages, with what is wrong with each.
+    `SystemExit` where something lies that is no book."""
     folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    make_room(folder)
     names = order()
     pages = make_pages(names, folder, workers)
-    named = titles(pages)
+    named = {page.name: page.title for page in pages}
     template = (HERE / "frame.html").read_text(encoding="utf-8")
     for page in pages:
         target = folder / f"{page.name[:-6]}.html"
@@ -208,12 +220,12 @@ def build(folder, workers=2):
 
 
 def with_quarto(folder):
-    "The same book by the Quarto program, into `folder`."
+    "The same book by the Quarto program, into `folder`. `SystemExit` as for `build`."
     import subprocess
 
+    make_room(folder)
     env = os.environ | {"PYTHONPATH": str(HERE.parent)}
     code = "from nbdev.serve import proc_nbs; proc_nbs()"
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
     subprocess.run(["quarto", "render", "--no-execute"], cwd="_proc", check=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("_proc/_docs", folder)
+    shutil.copytree("_proc/_docs", folder, dirs_exist_ok=True)

@@ -13,9 +13,10 @@ from posixpath import normpath
 
 from nbdev.config import get_config
 
-from book.processors import joined, outside_code, title_of
+from book.processors import title_of
 from book.reading import order
 from book.sources import as_text, sources
+from book.text import joined, outside_code
 
 QUOTED = re.compile(r"^> \*\*((?:Paper|The paper)[^*\n]*?here[^*\n]*)\*\*(.*(?:\n>.*)*)", re.M)
 LINK = re.compile(r"(\]\()(?!https?://|mailto:)([^)\s]+)(\))")

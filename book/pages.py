@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from book.processors import joined, options, outside_code
+from book.text import joined, options, outside_code, without_options
 
 KINDS = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section", "lst": "Listing"}
-LABEL = re.compile(r"#((?:fig|tbl|eq|sec|lst)-[\w-]+)")
 REFERENCE = re.compile(r"(?<![\w`/])@((?:fig|tbl|eq|sec|lst)-[\w-]*\w)")
 SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpeg"}
 CALLOUT = re.compile(r'^::: \{\.callout-(\w+)(?: title="([^"]*)")?[^}]*\}$', re.M)
@@ -86,11 +85,6 @@ def output_markdown(output, given, file, folder):
         return text
     kind = output.get("name", "display")
     return f":::: {{.cell-output .cell-output-{kind}}}\n{FENCE}\n{text}\n{FENCE}\n::::"
-
-
-def without_options(source):
-    "A cell's code without its `#|` lines."
-    return "\n".join(s for s in source.splitlines() if not s.startswith("#|")).strip("\n")
 
 
 def code_markdown(source, given):

@@ -21,45 +21,15 @@ from nbdev.showdoc import show_doc
 from book.reading import main_path, neighbours
 from book.renderer import documented, own_site
 from book.sources import as_text, sources
+from book.text import joined, options, outside_code, outside_fences
 
 REFERENCES = "references.ipynb"
 CITED = re.compile(r"\[([^\]\n]+)\]\((?:\.{0,2}/)*(?:[\w-]+/)*references\.ipynb#([\w:-]+)\)")
 FIGURE = re.compile(r"\[[Ff]igures?\]\(#(fig-[\w-]+)\)")
+QUOTATION = re.compile(r"^>.*(?:\n>.*)*", re.M)
 BOX = re.compile(r"^> \*\*([^*\n]+?)\.?\*\*[ \t]*(.*)(?:\n|$)")
 NOISE = re.compile(r"\d+%\|.*\||\[IPKernelApp\]")
 SETS_UP = '#| code-fold: true\n#| code-summary: "Imports and set-up"'
-FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.M | re.S)
-
-
-def outside_fences(text, change):
-    "Apply `change` to the parts of Markdown that are not fenced code."
-    return "".join(p if p.startswith("```") else change(p) for p in FENCE.split(text))
-
-
-def outside_code(text, change):
-    "Apply `change` to the parts of Markdown that are no code, fenced or inline."
-
-    def prose(part):
-        pieces = re.split(r"(`[^`\n]+`)", part)
-        return "".join(p if p.startswith("`") else change(p) for p in pieces)
-
-    return outside_fences(text, prose)
-
-
-def joined(text):
-    "A notebook writes a text as one string or as a list of lines."
-    return text if isinstance(text, str) else "".join(text)
-
-
-def options(source):
-    "The `#| key: value` lines at the top of a code cell."
-    found = {}
-    for line in source.splitlines():
-        if not line.startswith("#|"):
-            break
-        key, _, value = line[2:].strip().partition(":")
-        found[key.strip()] = value.strip().strip("\"'")
-    return found
 
 
 def place_of(nb):
@@ -85,8 +55,10 @@ def boxes(cell):
     "Quotations that begin with a bold line become callouts."
     if cell.cell_type != "markdown":
         return
-    quotation = re.compile(r"^>.*(?:\n>.*)*", re.M)
-    change = lambda part: quotation.sub(lambda m: as_callout(m[0]), part)  # noqa: E731
+
+    def change(part):
+        return QUOTATION.sub(lambda m: as_callout(m[0]), part)
+
     cell.source = outside_fences(cell.source, change)
 
 
@@ -118,26 +90,6 @@ def figures(cell):
     "A reference to a figure of the page becomes a numbered one."
     if cell.cell_type == "markdown":
         cell.source = outside_code(cell.source, lambda part: FIGURE.sub(r"@\1", part))
-
-
-def as_list(found):
-    "Numbered sentences of one paragraph as a list: each number is the next one."
-    parts = re.split(r"(?<=[\s.?!*])(\d+)\.\s+", found[0])
-    lines = [parts[0].rstrip(), ""]
-    expected = 1
-    for number, text in zip(parts[1::2], parts[2::2], strict=True):
-        if int(number) == expected:
-            lines.append(f"{number}. {text.rstrip()}")
-            expected += 1
-        else:
-            lines[-1] += f" {number}. {text.rstrip()}"
-    return "\n".join(lines)
-
-
-def exercises(cell):
-    "A paragraph of numbered exercises becomes a list."
-    if cell.cell_type == "markdown":
-        cell.source = re.sub(r"^\*\*Exercises\.?\*\* 1\. .*$", as_list, cell.source, flags=re.M)
 
 
 # ---------------------------------------------------------------- cells and what they store

@@ -129,13 +129,6 @@ def test_widgets_go():
     assert processed(processors.widgets, ("code", "show()", out))[0].outputs == []
 
 
-def test_exercises_are_a_list():
-    text = "**Exercises.** 1. Why 3. of 3? 2. How? 3. See 1. above."
-    assert changed(processors.exercises, text) == (
-        "**Exercises.**\n\n1. Why 3. of 3?\n2. How?\n3. See 1. above."
-    )
-
-
 # ---------------------------------------------------------------- renderer
 @dataclass
 class Parent:
@@ -232,3 +225,21 @@ def test_a_chapter_becomes_a_page(tmp_path):
     assert page.complaints == [] and page.title
     assert page.body.count('class="api"') > 2 and "VAR_" not in page.body
     assert 'class="badges"' in page.body and "code-fold" in page.body
+
+
+def test_only_a_book_is_replaced(tmp_path):
+    own = tmp_path / "thesis"
+    own.mkdir()
+    (own / "thesis.tex").write_text("years")
+    link = tmp_path / "link"
+    link.symlink_to(own)
+    for place in (own, link, own / "thesis.tex"):
+        with pytest.raises(SystemExit, match="something else than a book"):
+            build.make_room(place)
+    assert (own / "thesis.tex").read_text() == "years"
+
+    book = tmp_path / "new" / "book"
+    build.make_room(book)
+    (book / "old.html").touch()
+    build.make_room(book)
+    assert [p.name for p in book.iterdir()] == [build.MARK]

@@ -180,9 +180,13 @@ def faults(name, seen):
         yield f"{name}: a slider changes no picture"
 
 
+def count_early(seen):
+    "How many pages have a picture or a table within two screens."
+    return sum(float(page["first"]) < 2 * DESKTOP[1] for page in seen.values())
+
+
 def summary(seen):
     "Lines with the counts over all pages."
-    early = sum(float(page["first"]) < 2 * DESKTOP[1] for page in seen.values())
     return [
         f"{sum(len(p['cut']) for p in seen.values())} of {sum(p['boxes'] for p in seen.values())} "
         f"boxes cut off; {sum(len(p['wrapped']) for p in seen.values())} lines of code wrapped",
@@ -190,7 +194,7 @@ def summary(seen):
         f" at {DESKTOP[0]} px",
         f"{sum(p['narrow']['over'] > 0 for p in seen.values())} of {len(seen)} pages slide sideways"
         f" at {PHONE[0]} px",
-        f"{early} pages have a picture or a table within two screens",
+        f"{count_early(seen)} pages have a picture or a table within two screens",
         f"{sum(len(p['slides']) for p in seen.values())} sliders",
     ]
 
@@ -221,8 +225,7 @@ def look(folder):
         found.append(
             f"index.html: {seen['index.html']['early']} pictures within two screens, not 3"
         )
-    early = sum(float(page["first"]) < 2 * DESKTOP[1] for page in seen.values())
-    if early < EARLY:
+    if (early := count_early(seen)) < EARLY:
         found.append(f"{early} pages have a picture or a table within two screens, not {EARLY}")
     lines = [*summary(seen), f"looked at by {Path(path).name} in {time.time() - start:.0f} s"]
     if os.environ.get("UKD_BOOK_SEEN"):

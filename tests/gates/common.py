@@ -57,22 +57,6 @@ def front_matter(path):
     return NBProcessor(Path(path), procs=FrontmatterProc, process=True).nb.frontmatter_
 
 
-def directives(source):
-    "The `#| key: value` lines at the top of a code cell."
-    found = {}
-    for line in source.splitlines():
-        if not line.startswith("#|"):
-            break
-        key, _, value = line[2:].strip().partition(":")
-        found[key.split()[0] if key.split() else ""] = value.strip().strip("\"'")
-    return found
-
-
-def without_directives(source):
-    "A cell's code without its `#|` lines."
-    return "\n".join(s for s in source.splitlines() if not s.startswith("#|")).strip()
-
-
 @contextlib.contextmanager
 def scratch(root=ROOT):
     "A copy of the working tree: what a gate writes there leaves the real one as it is."

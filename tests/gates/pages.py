@@ -17,7 +17,7 @@ import browser
 from common import ROOT, finish, notebooks, read
 
 from book.build import build
-from book.processors import outside_code
+from book.text import outside_code
 
 WORKERS = 2
 RAW = {  # what only a site understands, and what a chapter writes instead

@@ -6,8 +6,11 @@ import base64
 import re
 import sys
 
-from common import ROOT, directives, read, without_directives
+from common import ROOT, read
 from config import settings
+
+from book.pages import SUFFIX
+from book.text import options, outside_fences, without_options
 
 HEAD = (
     "<!-- Written by tests/gates/readme.py from nbs/index.ipynb. "
@@ -17,12 +20,6 @@ HEAD = (
 # with a scheme
 LINK = re.compile(r"(\]\()(?!https?://|#|mailto:)([^)\s]+)(?=[)\s])")
 PICTURE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp)$", re.I)
-
-
-def outside_fences(text, change):
-    "Apply `change` to the parts of Markdown that are not fenced code."
-    parts = re.split(r"(^```.*?^```[^\n]*$)", text, flags=re.M | re.S)
-    return "".join(p if p.startswith("```") else change(p) for p in parts)
 
 
 def as_text(outputs):
@@ -59,17 +56,14 @@ def render(root=ROOT):
         if cell["cell_type"] == "markdown":
             source = outside_fences(source, lambda t: LINK.sub(lambda m: m[1] + in_full(m[2]), t))
             blocks.append(re.sub(r" *\{(?:#|\.|fig-alt=|width=)[^}\n]*\}", "", source))
-        elif (
-            cell["cell_type"] == "code" and source and "hide" not in (options := directives(source))
-        ):
-            code = without_directives(source)
-            if code and options.get("echo") != "false":
+        elif cell["cell_type"] == "code" and source and "hide" not in (given := options(source)):
+            code = without_options(source)
+            if code and given.get("echo") != "false":
                 blocks.append(f"```python\n{code}\n```")
             blocks += as_text(cell["outputs"])
     return HEAD + "\n" + "\n\n".join(b for b in blocks if b) + "\n"
 
 
-SUFFIX = {"image/svg+xml": "svg", "image/png": "png"}
 SOCIAL = (1200, 630)  # what social.png measures, px
 
 
@@ -77,7 +71,7 @@ def pictures(root=ROOT):
     "What the first page shows, from the stored outputs of nbs/index.ipynb: path -> bytes."
     found = {}
     for cell in read(root / "nbs/index.ipynb")["cells"]:
-        name = directives(cell["source"]).get("label", "").removeprefix("fig-")
+        name = options(cell["source"]).get("label", "").removeprefix("fig-")
         for out in cell.get("outputs", []):
             data = {k: "".join(v) for k, v in out.get("data", {}).items() if k in SUFFIX}
             for kind, text in data.items():

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
-from common import ROOT, directives, finish, notebooks, read, scratch
+from common import ROOT, finish, notebooks, read, scratch
 from readme import render, stale_pictures
 
 from book.generated import stale
+from book.text import options
 
 
 def run_nbdev(command, tree):
@@ -83,7 +84,7 @@ def manners(root=ROOT):
         if not cells[0]["source"].startswith("# "):
             yield f"{name}: the first cell must be `# Title` and `> claim`"
         for cell in cells:
-            given = directives(cell["source"]) if cell["cell_type"] == "code" else {}
+            given = options(cell["source"]) if cell["cell_type"] == "code" else {}
             if "default_exp" in given and "hide" not in given:
                 yield f"{name}: put `#| hide` under `#| default_exp`, or the site shows that cell"
 

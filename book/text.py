@@ -1,6 +1,7 @@
 """Texts of notebooks: Markdown without its code, cells without their options."""
 
 import re
+from itertools import dropwhile
 
 FENCED = re.compile(r"(^```.*?^```[^\n]*$)", re.M | re.S)
 
@@ -38,6 +39,6 @@ def options(source):
 
 
 def without_options(source):
-    "A cell's code without its `#|` lines."
-    lines = [line for line in source.splitlines() if not line.startswith("#|")]
+    "A cell's code without the `#|` lines at its top."
+    lines = dropwhile(lambda line: line.startswith("#|"), source.splitlines())
     return "\n".join(lines).strip("\n")

@@ -13,7 +13,16 @@ pytest.importorskip("nbdev")
 
 from execnb.nbio import dict2nb  # noqa: E402
 
-from book import build, generated, pages, processors, reading, renderer, sources  # noqa: E402
+from book import (  # noqa: E402
+    build,
+    generated,
+    pages,
+    processors,
+    reading,
+    renderer,
+    sources,
+    text,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -243,3 +252,9 @@ def test_only_a_book_is_replaced(tmp_path):
     (book / "old.html").touch()
     build.make_room(book)
     assert [p.name for p in book.iterdir()] == [build.MARK]
+
+
+def test_options_stand_at_the_top_of_a_cell():
+    cell = '#| default_exp core\n#| fig-cap: "a: b"\nx = 1\n#| hide'
+    assert text.options(cell) == {"default_exp": "", "fig-cap": "a: b"}
+    assert text.without_options(cell) == "x = 1\n#| hide"  # which the gate `sources` refuses

@@ -11,7 +11,7 @@ from common import ROOT, finish, notebooks, read, scratch
 from readme import render, stale_pictures
 
 from book.generated import stale
-from book.text import options
+from book.text import options, without_options
 
 
 def run_nbdev(command, tree):
@@ -87,6 +87,8 @@ def manners(root=ROOT):
             given = options(cell["source"]) if cell["cell_type"] == "code" else {}
             if "default_exp" in given and "hide" not in given:
                 yield f"{name}: put `#| hide` under `#| default_exp`, or the site shows that cell"
+            if cell["cell_type"] == "code" and "\n#|" in f"\n{without_options(cell['source'])}":
+                yield f"{name}: cell {cell['id']} has a `#|` line below its code, where none counts"
 
 
 def main():

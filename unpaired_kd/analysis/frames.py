@@ -10,6 +10,7 @@ import base64
 import html
 import itertools
 import json
+import math
 
 from ..core import InputError, draw_png
 
@@ -105,9 +106,7 @@ def slide(
     if not values or empty:
         raise InputError(f"{empty or 'no slider'}: give each slider a list of values.")
     lengths = [len(several) for several in values.values()]
-    count = 1
-    for length in lengths:
-        count *= length
+    count = math.prod(lengths)
     if count > _MOST:
         raise InputError(f"{lengths} values are {count} pictures: give at most {_MOST}.")
     first = {name: list(several)[0] for name, several in values.items()} | (start or {})

@@ -349,7 +349,6 @@ def stages(self) -> list:
     ]
 
 
-#| exporti
 def build_teacher_training(
     student: nn.Module,  # the network to be taught; the teacher gets its channels, classes and axes
     options: VpbsdOptions,  # see `VpbsdOptions`

@@ -583,3 +583,15 @@ def test_private_names_that_nobody_calls_are_named(tmp_path):
 def test_an_unknown_gate_is_refused():
     done = subprocess.run([sys.executable, str(GATES), "pags"], capture_output=True, text=True)
     assert done.returncode == 1 and "pages" in done.stderr
+
+
+@pytest.mark.parametrize("code, refused", [("x = 1", False), ("x = 1\n#| hide\ny = 2", True)])
+def test_an_option_below_the_code_is_refused(tmp_path, code, refused):
+    cells = [("markdown", "# Title\n\n> claim"), ("code", f"#| export\n{code}")]
+    told = [
+        dict(cell_type=kind, id=str(i), metadata={}, source=[source])
+        for i, (kind, source) in enumerate(cells)
+    ]
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/page.ipynb").write_text(json.dumps(dict(cells=told)))
+    assert ["below its code" in c for c in sources.manners(tmp_path)] == [True] * refused
